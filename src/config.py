@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -171,5 +171,157 @@ class Config:
     compile: bool
     resume: str
     output_dir: str | None
+    max_minutes: float | None
     k: int | None = None
     queue_size: int | None = None
+
+
+METHODS: dict[str, type] = {"simclr": SimCLR, "nnclr": NNCLR, "kmclr": KMCLR}
+SUPPORT_KEYS = {"kmclr": "k", "nnclr": "queue_size"}
+# What may differ between two runs that are the same experiment.
+NOT_IN_HASH = ("output_dir", "resume", "max_minutes", "device", "tracking", "checkpoint", "data.root", "data.cache_dir")
+
+
+def parse(composed: DictConfig) -> Config:
+    """Turn a composed config into typed dataclasses and check it.
+
+    Raises:
+        UsageError: a value has the wrong type or is out of range; the line names the key and the remedy.
+    """
+    try:
+        method = composed.method.name
+        schema = OmegaConf.structured(Config)
+        schema.method = OmegaConf.structured(METHODS[method])
+        config: Config = OmegaConf.to_object(OmegaConf.merge(schema, composed))  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UsageError(_explain(error)) from error
+    check(config)
+    return config
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    key = str(error.full_key or error.key)
+    reason = str(error.msg or error).splitlines()[0]
+    return f"{key}={error.value}: {reason}" if error.value is not None else f"{key}: {reason}"
+
+
+def check(cfg: Config) -> None:
+    """Test ranges and combinations.
+
+    Raises:
+        UsageError: for the first value that cannot work.
+    """
+    method = cfg.method
+
+    def one_of(key: str, value: str, *choices: str) -> None:
+        if value not in choices:
+            raise UsageError(f"{key}={value}: choose one of {', '.join(choices)}")
+
+    def at_least(key: str, value: float | None, least: float) -> None:
+        if value is not None and not value >= least:
+            raise UsageError(f"{key}={value}: must be {least} or more")
+
+    def positive(key: str, value: float) -> None:
+        if not 0 < value < float("inf"):
+            raise UsageError(f"{key}={value}: must be above 0")
+
+    def fraction(key: str, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise UsageError(f"{key}={value}: must lie between 0 and 1")
+
+    at_least("k", cfg.k, 1)
+    at_least("queue_size", cfg.queue_size, 1)
+    at_least("seed", cfg.seed, 0)
+    at_least("epochs", cfg.epochs, 1)
+    at_least("batch_size", cfg.batch_size, 2)
+    if cfg.max_minutes is not None:
+        positive("max_minutes", cfg.max_minutes)
+    one_of("device", cfg.device.split(":")[0], "auto", "cpu", "cuda")
+    one_of("precision", cfg.precision, "auto", "float32", "bfloat16")
+    one_of("resume", cfg.resume, "auto", "never")
+    positive("method.temperature", method.temperature)
+    for width in [*method.projector.hidden, method.projector.out]:
+        at_least("method.projector", width, 1)
+    if isinstance(method, KMCLR):
+        one_of("method.metric", method.metric, "spherical", "euclidean")
+        one_of("method.forget", method.forget, "reset", "decay", "none")
+        one_of("method.refit", method.refit, "online", "faiss")
+        one_of("method.same_prototype", method.same_prototype, "mask", "negative")
+        at_least("method.forget_every", method.forget_every, 1)
+        positive("method.half_life", method.half_life)
+        at_least("method.revive_after", method.revive_after, 0)
+        at_least("method.refit_every", method.refit_every, 1)
+        if method.refit == "faiss" and cfg.k is not None and method.refit_window < cfg.k:
+            raise UsageError(f"method.refit_window={method.refit_window}: must hold k={cfg.k} embeddings or more")
+    if cfg.backbone.stem is not None:
+        one_of("backbone.stem", cfg.backbone.stem, "small", "small_padded", "large")
+    positive("optimizer.lr", cfg.optimizer.lr)
+    at_least("optimizer.weight_decay", cfg.optimizer.weight_decay, 0)
+    at_least("schedule.warmup_epochs", cfg.schedule.warmup_epochs, 0)
+    at_least("data.image_size", cfg.data.image_size, 8)
+    at_least("data.limit", cfg.data.limit, 1)
+    if not 0 < cfg.data.val_fraction < 1:
+        raise UsageError(f"data.val_fraction={cfg.data.val_fraction}: must lie between 0 and 1, both excluded")
+    one_of("augment.interpolation", cfg.augment.interpolation, "bicubic", "bilinear")
+    for number, view in (("1", cfg.augment.view1), ("2", cfg.augment.view2)):
+        for name in ("flip", "jitter", "grey", "blur", "solarize"):
+            fraction(f"augment.view{number}.{name}", getattr(view, name))
+        for name in ("brightness", "contrast", "saturation"):
+            at_least(f"augment.view{number}.{name}", getattr(view, name), 0)
+        if not 0 <= view.hue <= 0.5:
+            raise UsageError(f"augment.view{number}.hue={view.hue}: must lie between 0 and 0.5")
+        for name, most in (("crop_scale", 1.0), ("blur_sigma", float("inf"))):
+            pair = getattr(view, name)
+            if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
+                raise UsageError(f"augment.view{number}.{name}={pair}: give [low,high] with 0 < low <= high <= {most:g}")
+    at_least("evaluation.every", cfg.evaluation.every, 1)
+    at_least("evaluation.knn_k", cfg.evaluation.knn_k, 1)
+    at_least("evaluation.epochs", cfg.evaluation.epochs, 1)
+    at_least("evaluation.batch_size", cfg.evaluation.batch_size, 1)
+    positive("evaluation.knn_temperature", cfg.evaluation.knn_temperature)
+    if not cfg.evaluation.lr:
+        raise UsageError("evaluation.lr=[]: give one learning rate or more")
+    for lr in (*cfg.evaluation.lr, cfg.evaluation.online_lr):
+        positive("evaluation.lr", lr)
+    at_least("tracking.log_every", cfg.tracking.log_every, 1)
+    at_least("checkpoint.every", cfg.checkpoint.every, 1)
+
+
+def support_set_size(cfg: Config) -> int:
+    """How many vectors the method stores: 0, the queue's size, or k."""
+    return cfg.k or cfg.queue_size or 0
+
+
+def flatten(cfg: Config) -> dict[str, Any]:
+    """The config as one level of dotted keys, without those that do not apply (None)."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                visit(f"{prefix}.{key}" if prefix else key, inner)
+        elif value is not None:
+            flat[prefix] = value
+
+    visit("", asdict(cfg))
+    return flat
+
+
+def config_hash(cfg: Config) -> str:
+    """Eight hex digits that two runs share exactly when they are the same experiment.
+
+    Where it is stored, tracked or resumed, and on which device it runs, do not count.
+    """
+    counted = {
+        key: value
+        for key, value in flatten(cfg).items()
+        if not any(key == skip or key.startswith(skip + ".") for skip in NOT_IN_HASH)
+    }
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_name(cfg: Config) -> str:
+    """For people: ``kmclr-k400-cifar100-resnet18-seed0``."""
+    key = SUPPORT_KEYS.get(cfg.method.name)
+    size = f"-{key.split('_')[0]}{support_set_size(cfg)}" if key else ""
+    return f"{cfg.method.name}{size}-{cfg.data.name}-{cfg.backbone.name}-seed{cfg.seed}"

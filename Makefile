@@ -1,0 +1,48 @@
+# Everything a user runs. `make help` lists it.
+PYTHON ?= python3
+BIN := .venv/bin
+# One faiss, never both: the GPU build where a GPU answers.
+FAISS := $(shell nvidia-smi >/dev/null 2>&1 && echo faiss-gpu || echo faiss-cpu)
+STAMP := .venv/.installed-$(FAISS)
+DEMO := $(BIN)/python -m src.train +experiment=demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast check format ui clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv and install the pinned dependencies
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(FAISS),dev]'
+	rm -f .venv/.installed-*
+	touch $@
+
+demo: setup ## SimCLR, NNCLR and KMCLR on scikit-learn's digits: a table, a plot, an MLflow comparison
+	$(DEMO) method=simclr
+	$(DEMO) --multirun method=nnclr queue_size=64,1024
+	$(DEMO) --multirun method=kmclr k=10,50,200
+	$(BIN)/python -m src.report experiment=demo
+
+test: setup ## Run every test
+	$(BIN)/python -m pytest
+
+test-fast: setup ## Run the tests that take seconds
+	$(BIN)/python -m pytest -m 'not slow'
+
+check: setup ## Lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+ui: setup ## Compare the runs in a browser
+	$(BIN)/mlflow ui
+
+clean: ## Remove the virtual environment and the caches, never a result
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,59 @@
+"""Contrastive losses: pure functions.
+
+Shapes: B batch, D dimensions. Inputs may have any norm and precision; the arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def nt_xent(z1_BD: Tensor, z2_BD: Tensor, temperature: float) -> Tensor:
+    """Normalised temperature-scaled cross entropy over the 2B views of a batch.
+
+    For view i with other view j, and s = cosine similarity / temperature::
+
+        l(i, j) = -log( exp s(i, j) / sum over all views m except i of exp s(i, m) )
+
+    Returns:
+        The mean over all 2B ordered pairs, a scalar.
+
+    Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, equation 1.
+    """
+    z = F.normalize(torch.cat([z1_BD, z2_BD]).float(), dim=1)
+    logits = z @ z.T / temperature
+    logits.fill_diagonal_(float("-inf"))
+    batch = len(z1_BD)
+    other_view = torch.arange(2 * batch, device=z.device).roll(batch)
+    return F.cross_entropy(logits, other_view)
+
+
+def info_nce(positives_BD: Tensor, predictions_BD: Tensor, temperature: float, ids_B: Tensor | None = None) -> Tensor:
+    """Cross entropy of each positive against the predictions of the whole batch.
+
+    With q = positives and p = predictions, both normalised::
+
+        l(i) = -log( exp(q_i . p_i / temperature) / sum over k of exp(q_i . p_k / temperature) )
+
+    Args:
+        positives_BD: what the support set returned for view 1, say.
+        predictions_BD: the predictor's output for view 2.
+        temperature: above 0.
+        ids_B: where rows i and k have the same id they have the same positive, and k is left out of row i's sum, for
+            otherwise q_i would be asked to be near p_i and far from p_k, and the equal q_k the reverse.
+
+    Returns:
+        The mean over the rows, a scalar.
+
+    Source: Dwibedi et al., "With a Little Help from My Friends", ICCV 2021, equation 3. Deviation: ``ids_B``.
+    """
+    q = F.normalize(positives_BD.float(), dim=1)
+    p = F.normalize(predictions_BD.float(), dim=1)
+    logits = q @ p.T / temperature
+    rows = torch.arange(len(q), device=q.device)
+    if ids_B is not None:
+        same = (ids_B[:, None] == ids_B) & (rows[:, None] != rows)
+        logits = logits.masked_fill(same, float("-inf"))
+    return F.cross_entropy(logits, rows)

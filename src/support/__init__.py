@@ -1,0 +1,114 @@
+"""Support sets: where a view gets its positive from when it is not the other view.
+
+Shapes: B batch, D dimensions, N stored vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from src.timing import Stopwatch
+
+
+class Neighbors(NamedTuple):
+    """What a lookup found."""
+
+    embeddings: Tensor  # [B, D] float32, unit norm, detached
+    ids: Tensor  # [B] int64, queue slot or prototype
+
+
+# What a method that stores nothing logs: its positive is the same image's other view.
+NOTHING_STORED = {
+    "support/label_agreement": 1.0,
+    "support/self_hit": 1.0,
+    "support/perplexity": 0.0,
+    "support/dead": 0.0,
+    "support/age_steps": 0.0,
+}
+
+
+class SupportSet(nn.Module):
+    """The interface of a support set, and the book-keeping that all of them share.
+
+    Everything a resume needs is a persistent buffer (or in the extra state), so ``state_dict()`` carries it.
+    """
+
+    hits_N: Tensor
+    label_hits: Tensor
+    self_hits: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.stopwatch = Stopwatch()
+        self.register_buffer("hits_N", torch.zeros(size))
+        self.register_buffer("label_hits", torch.zeros(()))
+        self.register_buffer("self_hits", torch.zeros(()))
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has been filled. Until then the positive is the other view, never a random vector."""
+        raise NotImplementedError
+
+    @property
+    def stored_bytes(self) -> int:
+        """Memory of the stored vectors, in bytes (what a method pays for its positives; diagnostics not counted)."""
+        raise NotImplementedError
+
+    def lookup(self, embeddings_BD: Tensor) -> Neighbors:
+        """Find each embedding's nearest stored vector. Never changes the support set."""
+        raise NotImplementedError
+
+    def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
+        """Take in a batch: embeddings, the images they come from, and (for diagnostics only) their classes."""
+        raise NotImplementedError
+
+    def start_epoch(self, epoch: int) -> None:
+        """Called before each epoch, counted from 0."""
+
+    def record(self, ids_B: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
+        """Note which entries served as positives, for whom; `stats` sums it up."""
+        self.hits_N.index_add_(0, ids_B, torch.ones_like(ids_B, dtype=self.hits_N.dtype))
+        self.label_hits += (self.labels_of(ids_B) == labels_B).sum()
+        self.self_hits += (self.images_of(ids_B) == images_B).sum()
+
+    def labels_of(self, ids_B: Tensor) -> Tensor:
+        """The class each entry stands for; -1 where there is none."""
+        raise NotImplementedError
+
+    def images_of(self, ids_B: Tensor) -> Tensor:
+        """The one image that each entry is an embedding of; -1 where it is not of one image."""
+        raise NotImplementedError
+
+    def age_steps(self) -> float:
+        """Mean number of steps since the stored entries were last written."""
+        raise NotImplementedError
+
+    def stats(self) -> dict[str, float]:
+        """Figures over the lookups since `clear_stats`.
+
+        ``label_agreement``: share of positives of the anchor's class; ``self_hit``: share that are an old embedding
+        of the anchor's own image; ``perplexity``: exp of the entropy of which entries served (their effective number);
+        ``dead``: entries that never served; ``age_steps``: see `age_steps`. Before the first lookup only age is known.
+        """
+        total = float(self.hits_N.sum())
+        if total == 0:
+            return {"support/age_steps": self.age_steps()}
+        shares = self.hits_N[self.hits_N > 0].double() / total
+        return {
+            "support/label_agreement": float(self.label_hits) / total,
+            "support/self_hit": float(self.self_hits) / total,
+            "support/perplexity": math.exp(float(-(shares * shares.log()).sum())),
+            "support/dead": float((self.hits_N == 0).sum()),
+            "support/age_steps": self.age_steps(),
+        }
+
+    def clear_stats(self) -> None:
+        """Start the figures anew."""
+        self.hits_N.zero_()
+        self.label_hits.zero_()
+        self.self_hits.zero_()

@@ -1,0 +1,188 @@
+"""KMCLR's support set: k prototypes from online k-means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from src.support import Neighbors, SupportSet
+from src.support.ring import Ring
+from src.support.search import Search, cluster
+
+
+class KMeans(SupportSet):
+    """Running means of the embeddings nearest to each of k centroids.
+
+    A centroid is the mean of its members; each mini-batch moves it by the members it got, with the weight 1 / count, so
+    that the order of batches does not matter to the mean itself. The first k embeddings seed the centroids, again after
+    every reset.
+
+    Shapes: B batch, C classes, D dimensions, K centroids.
+
+    Source: Sculley, "Web-Scale K-Means Clustering", WWW 2010, algorithm 1 (the batch form of its per-sample step).
+    Spherical: Dhillon and Modha, "Concept Decompositions for Large Sparse Text Data Using Clustering", 2001.
+
+    Args:
+        size: k.
+        dim: D.
+        classes: C, for the diagnostics.
+        search: how to find the nearest centroid.
+        spherical: unit vectors and cosine; otherwise the embeddings as they come and Euclidean distance.
+        reset_every: discard all centroids every so many epochs; 0: never.
+        half_life: a member's weight halves in so many steps; 0: members weigh the same for ever.
+        revive_after: a centroid that got none of the last ``revive_after * k`` embeddings is seeded anew from the
+            batch, with its count and mean; 0: never.
+        refit_every: steps between re-clusterings of a window with FAISS, from the current centroids; 0: never.
+        refit_window: embeddings in that window.
+    """
+
+    means_KD: Tensor
+    counts_K: Tensor
+    passed_K: Tensor
+    written_K: Tensor
+    images_K: Tensor
+    classes_KC: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        classes: int,
+        search: Search,
+        *,
+        spherical: bool = True,
+        reset_every: int = 0,
+        half_life: float = 0,
+        revive_after: int = 0,
+        refit_every: int = 0,
+        refit_window: int = 0,
+    ) -> None:
+        super().__init__(size)
+        self.search = search
+        self.spherical = spherical
+        self.reset_every = reset_every
+        self.decay = 0.5 ** (1 / half_life) if half_life else 1.0
+        self.revive_after = revive_after
+        self.refit_every = refit_every
+        self.window = Ring(refit_window, dim) if refit_every else None
+        self.seeded = 0  # centroids that hold an embedding; below k only at the start and after a reset
+        self.step = 0
+        self.register_buffer("means_KD", torch.zeros(size, dim))
+        self.register_buffer("counts_K", torch.zeros(size))
+        self.register_buffer("passed_K", torch.zeros(size))  # embeddings since the last that came to this centroid
+        self.register_buffer("written_K", torch.zeros(size, dtype=torch.int64))
+        self.register_buffer("images_K", torch.full((size,), -1))  # whose embedding it is, while it is of one image
+        self.register_buffer("classes_KC", torch.zeros(size, classes))  # members by class, for diagnostics only
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seeded": self.seeded, "step": self.step}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seeded, self.step = state["seeded"], state["step"]
+
+    @property
+    def ready(self) -> bool:
+        return self.seeded == self.size
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.means_KD.nbytes + (self.window.rows_ND.nbytes if self.window else 0)
+
+    @property
+    def centroids_KD(self) -> Tensor:
+        return F.normalize(self.means_KD, dim=1) if self.spherical else self.means_KD
+
+    @torch.no_grad()
+    def lookup(self, embeddings_BD: Tensor) -> Neighbors:
+        """Find the nearest prototype of each embedding ([B, D]; unit norm is given to it where the metric wants it).
+
+        Raises:
+            ValueError: fewer than k embeddings have been seen since the start or the last reset.
+        """
+        if not self.ready:
+            raise ValueError(f"only {self.seeded} of {self.size} prototypes are seeded: update first")
+        ids_B = self._nearest(self._points(embeddings_BD))
+        return Neighbors(F.normalize(self.means_KD[ids_B], dim=1), ids_B)
+
+    @torch.no_grad()
+    def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
+        """Seed what is not seeded yet, then let the rest of the batch move the centroids."""
+        points_BD = self._points(embeddings_BD)
+        if self.window is not None:
+            self.window.write(points_BD)
+        fresh = min(self.size - self.seeded, len(points_BD))
+        if fresh:
+            slots = torch.arange(self.seeded, self.seeded + fresh, device=points_BD.device)
+            self._place(slots, points_BD[:fresh], images_B[:fresh], labels_B[:fresh])
+            self.seeded += fresh
+        if fresh < len(points_BD):
+            self._move(points_BD[fresh:], labels_B[fresh:])
+            if self.revive_after:
+                self._revive(points_BD, images_B, labels_B)
+        self.step += 1
+        if self.window is not None and self.window.full and self.step % self.refit_every == 0:
+            self._refit(self.window.rows_ND)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Forget everything, where the epoch is one to forget at."""
+        if self.reset_every and epoch > 0 and epoch % self.reset_every == 0:
+            self.seeded = 0
+
+    def labels_of(self, ids_B: Tensor) -> Tensor:
+        """The commonest class among the members."""
+        return self.classes_KC.argmax(1)[ids_B]
+
+    def images_of(self, ids_B: Tensor) -> Tensor:
+        return self.images_K[ids_B]
+
+    def age_steps(self) -> float:
+        return self.step - 1 - float(self.written_K[: self.seeded].double().mean()) if self.seeded else 0.0
+
+    def _points(self, embeddings_BD: Tensor) -> Tensor:
+        return F.normalize(embeddings_BD.float(), dim=1) if self.spherical else embeddings_BD.float()
+
+    def _nearest(self, points_BD: Tensor) -> Tensor:
+        _, ids_B1 = self.search(points_BD, self.centroids_KD, metric="cosine" if self.spherical else "euclidean")
+        return ids_B1[:, 0]
+
+    def _place(self, slots: Tensor, points: Tensor, images: Tensor, labels: Tensor) -> None:
+        """Make each point a centroid of its own: mean, count and all that is known of the old one go together."""
+        self.means_KD[slots] = points
+        self.counts_K[slots] = 1
+        self.passed_K[slots] = 0
+        self.written_K[slots] = self.step
+        self.images_K[slots] = images
+        self.classes_KC[slots] = F.one_hot(labels, self.classes_KC.shape[1]).float()
+
+    def _move(self, points_BD: Tensor, labels_B: Tensor) -> None:
+        ids_B = self._nearest(points_BD)
+        # A product with the membership matrix, where a scatter would add in no fixed order on a GPU.
+        member_KB = (ids_B == torch.arange(self.size, device=ids_B.device)[:, None]).float()
+        gained_K = member_KB.sum(1)
+        self.counts_K.mul_(self.decay).add_(gained_K)
+        shift_KD = member_KB @ points_BD - gained_K[:, None] * self.means_KD
+        self.means_KD += shift_KD / self.counts_K.clamp(min=1e-12)[:, None]
+        hit_K = gained_K > 0
+        self.passed_K.add_(len(points_BD)).masked_fill_(hit_K, 0)
+        self.written_K.masked_fill_(hit_K, self.step)
+        self.images_K.masked_fill_(hit_K, -1)
+        self.classes_KC.mul_(self.decay).index_put_((ids_B, labels_B), points_BD.new_ones(()), accumulate=True)
+
+    def _revive(self, points_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
+        dead = (self.passed_K >= self.revive_after * self.size).nonzero()[:, 0]
+        dead = dead[: len(points_BD)]
+        rows = torch.randperm(len(points_BD))[: len(dead)].to(dead.device)
+        self._place(dead, points_BD[rows], images_B[rows], labels_B[rows])
+
+    def _refit(self, window_ND: Tensor) -> None:
+        start_KD = self.centroids_KD if self.ready else None
+        self.means_KD[:], self.counts_K[:] = cluster(
+            window_ND, self.size, spherical=self.spherical, seed=self.step, initial_KD=start_KD
+        )
+        self.passed_K.zero_()
+        self.written_K.fill_(self.step)
+        self.images_K.fill_(-1)
+        self.seeded = self.size
