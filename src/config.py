@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -292,7 +293,7 @@ def support_set_size(cfg: Config) -> int:
     return cfg.k or cfg.queue_size or 0
 
 
-def flatten(cfg: Config) -> dict[str, Any]:
+def flatten(cfg: Config | dict[str, Any]) -> dict[str, Any]:
     """The config as one level of dotted keys, without those that do not apply (None)."""
     flat: dict[str, Any] = {}
 
@@ -303,8 +304,26 @@ def flatten(cfg: Config) -> dict[str, Any]:
         elif value is not None:
             flat[prefix] = value
 
-    visit("", asdict(cfg))
+    visit("", cfg if isinstance(cfg, dict) else asdict(cfg))
     return flat
+
+
+def _counts(key: str) -> bool:
+    return not any(key == skip or key.startswith(skip + ".") for skip in NOT_IN_HASH)
+
+
+def check_same(saved: dict[str, Any], cfg: Config, where: Path) -> None:
+    """Compare the config that a run was started with (nested, or flat and as text) with the present one.
+
+    Raises:
+        UsageError: they are not the same experiment; the line names the keys that differ.
+    """
+    before, now = flatten(saved), flatten(cfg)
+    keys = [key for key in now if _counts(key) and str(before.get(key)) != str(now[key])]
+    if keys:
+        differences = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in keys[:4])
+        more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+        raise UsageError(f"{where} is of another configuration ({differences}{more}): set another output_dir")
 
 
 def config_hash(cfg: Config) -> str:
@@ -312,11 +331,7 @@ def config_hash(cfg: Config) -> str:
 
     Where it is stored, tracked or resumed, and on which device it runs, do not count.
     """
-    counted = {
-        key: value
-        for key, value in flatten(cfg).items()
-        if not any(key == skip or key.startswith(skip + ".") for skip in NOT_IN_HASH)
-    }
+    counted = {key: value for key, value in flatten(cfg).items() if _counts(key)}
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:8]
 
 

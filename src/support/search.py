@@ -18,6 +18,16 @@ Metric = Literal["cosine", "euclidean"]
 BLOCK = 2**26
 
 
+def require_faiss(asked: str, instead: str) -> None:
+    """Check for faiss before any work starts.
+
+    Raises:
+        UsageError: it is not installed; the line repeats what was asked for and offers what works without.
+    """
+    if importlib.util.find_spec("faiss") is None:
+        raise UsageError(f"{asked}: faiss is not installed; run `make setup`, or choose {instead}")
+
+
 class Search(Protocol):
     """Finds neighbours. For ``cosine`` the caller gives unit vectors; the larger the score, the nearer."""
 
@@ -57,10 +67,16 @@ class FaissSearch:
         UsageError: faiss is not installed, or its build has no GPU support and the vectors are on one.
     """
 
-    def __init__(self) -> None:
-        if importlib.util.find_spec("faiss") is None:
-            raise UsageError("search=faiss: faiss is not installed; run `make setup`, or choose search=torch")
-        self._resources: dict[torch.device, Any] = {}
+    def __init__(self, device: torch.device) -> None:
+        require_faiss("search=faiss", "search=torch")
+        import faiss
+
+        self._resources: Any = None  # one an object: it reserves scratch memory on the GPU
+        if device.type == "cuda":
+            if not hasattr(faiss, "StandardGpuResources"):
+                raise UsageError("search=faiss: this faiss has no GPU support; install faiss-gpu, or choose search=torch")
+            with torch.cuda.device(device):
+                self._resources = faiss.StandardGpuResources()
 
     def __call__(
         self, queries_BD: Tensor, bank_ND: Tensor, k: int = 1, metric: Metric = "cosine"
@@ -72,23 +88,12 @@ class FaissSearch:
         if queries_BD.is_cuda:
             import faiss.contrib.torch_utils  # lets faiss take torch tensors where they lie
 
-            device = queries_BD.device
-            with torch.cuda.device(device):
-                scores, ids = faiss.knn_gpu(self._resource(device), queries_BD, bank_ND, k, metric=kind)
+            with torch.cuda.device(queries_BD.device):
+                scores, ids = faiss.knn_gpu(self._resources, queries_BD, bank_ND, k, metric=kind)
         else:
             found = faiss.knn(queries_BD.numpy(), bank_ND.numpy(), k, metric=kind)
             scores, ids = (torch.as_tensor(each) for each in found)
         return (scores if metric == "cosine" else -scores), ids
-
-    def _resource(self, device: torch.device) -> Any:
-        """One resource object a device: each reserves scratch memory on it."""
-        import faiss
-
-        if device not in self._resources:
-            if not hasattr(faiss, "StandardGpuResources"):
-                raise UsageError("search=faiss: this faiss has no GPU support; install faiss-gpu, or choose search=torch")
-            self._resources[device] = faiss.StandardGpuResources()
-        return self._resources[device]
 
 
 def cluster(
@@ -98,12 +103,7 @@ def cluster(
 
     Returns:
         centroids [K, D] and how many of the vectors belong to each [K] (int64).
-
-    Raises:
-        UsageError: faiss is not installed.
     """
-    if importlib.util.find_spec("faiss") is None:
-        raise UsageError("method.refit=faiss: faiss is not installed; run `make setup`, or choose method.refit=online")
     import faiss
 
     window = window_ND.float().cpu().numpy()

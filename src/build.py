@@ -1,0 +1,141 @@
+"""Where a config becomes objects; nothing else instantiates."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from src import config, models
+from src.config import Config
+from src.data import Dataset
+from src.errors import UsageError
+from src.methods.kmclr import KMCLR
+from src.methods.nnclr import NNCLR
+from src.methods.simclr import SimCLR
+from src.support.kmeans import KMeans
+from src.support.queue import Queue
+from src.support.search import FaissSearch, Search, TorchSearch, require_faiss
+from src.views import ViewMaker
+
+
+def device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one.
+
+    Raises:
+        UsageError: a GPU is asked for that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device={name}: write cuda:0, cuda:1, ...") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device={name}: torch sees {torch.cuda.device_count()} GPUs here; choose device=cpu or auto")
+    return chosen
+
+
+def precision(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the hardware multiplies in it, else float32."""
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def search(cfg: config.Search, device: torch.device) -> Search:
+    """The search back end.
+
+    Raises:
+        UsageError: faiss is asked for and not installed.
+    """
+    return FaissSearch(device) if cfg.name == "faiss" else TorchSearch()
+
+
+def views(cfg: Config, data: Dataset) -> tuple[ViewMaker, ViewMaker]:
+    """What makes view 1 and view 2."""
+    view1, view2 = (
+        ViewMaker(view, cfg.augment.interpolation, cfg.data.image_size, data.mean, data.std)
+        for view in (cfg.augment.view1, cfg.augment.view2)
+    )
+    return view1, view2
+
+
+def encoder(cfg: config.Backbone, image_size: int) -> tuple[nn.Module, int]:
+    """The backbone, and how many features it gives."""
+    match cfg.name:
+        case "resnet18" | "resnet34" | "resnet50":
+            model = models.resnet(cfg.name, cfg.stem)  # type: ignore[arg-type]
+        case "resnet_tiny":
+            model = models.ResNetTiny(cfg.stem)  # type: ignore[arg-type]
+        case name:
+            model = models.timm_model(name, cfg.options)
+    return model, models.feature_dim(model, image_size)
+
+
+def method(cfg: Config, classes: int, device: torch.device) -> SimCLR | NNCLR | KMCLR:
+    """The method with its networks and its support set, on the device.
+
+    Args:
+        classes: of the data set, for the support set's diagnostics.
+    """
+    settings = cfg.method
+    backbone, features = encoder(cfg.backbone, cfg.data.image_size)
+    out = settings.projector.out
+    projector = models.projector(features, settings.projector.hidden, out)
+    model: SimCLR | NNCLR | KMCLR
+    match settings:
+        case config.SimCLR():
+            model = SimCLR(backbone, projector, temperature=settings.temperature)
+        case config.NNCLR():
+            assert cfg.queue_size is not None
+            model = NNCLR(
+                backbone,
+                projector,
+                models.predictor(out, settings.predictor_hidden),
+                Queue(cfg.queue_size, out, search(cfg.search, device)),
+                temperature=settings.temperature,
+            )
+        case config.KMCLR():
+            assert cfg.k is not None
+            model = KMCLR(
+                backbone,
+                projector,
+                models.predictor(out, settings.predictor_hidden),
+                kmeans(settings, cfg.k, out, classes, search(cfg.search, device)),
+                temperature=settings.temperature,
+                mask_shared=settings.same_prototype == "mask",
+            )
+        case _:
+            raise AssertionError(settings)
+    model.to(device, memory_format=torch.channels_last)
+    if model.support is not None:
+        model.support.stopwatch.device = device
+    if cfg.compile:
+        model.encoder.compile()
+    return model
+
+
+def kmeans(settings: config.KMCLR, k: int, dim: int, classes: int, search: Search) -> KMeans:
+    """KMCLR's prototypes.
+
+    Raises:
+        UsageError: they are to be re-clustered with faiss, and it is not installed.
+    """
+    if settings.refit == "faiss":
+        require_faiss("method.refit=faiss", "method.refit=online")
+    return KMeans(
+        k,
+        dim,
+        classes,
+        search,
+        spherical=settings.metric == "spherical",
+        reset_every=settings.forget_every if settings.forget == "reset" else 0,
+        half_life=settings.half_life if settings.forget == "decay" else 0,
+        revive_after=settings.revive_after,
+        refit_every=settings.refit_every if settings.refit == "faiss" else 0,
+        refit_window=settings.refit_window,
+    )

@@ -1,0 +1,95 @@
+"""The command line: Hydra composes, and a user's mistake ends in one line and status 2."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import os
+import re
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from src import config
+from src.errors import UsageError
+
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+def run(module: str, config_name: str) -> None:
+    """Hand the composed config to ``main`` of a module, as ``hydra.main`` does, but explain mistakes to people.
+
+    The module is imported when the config has been composed, so that ``--help`` does not wait for torch. A user who
+    sets ``HYDRA_FULL_ERROR=1`` gets the tracebacks.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+
+    def task(composed: DictConfig) -> Any:
+        return importlib.import_module(module).main(composed)
+
+    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
+    if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
+        main()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own reporting would hide the exception from us
+    try:
+        main()
+    except UsageError as error:
+        fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(str(error)))
+
+
+def fail(message: str) -> None:
+    """Print one line and end with status 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def explain(message: str) -> str:
+    """One line that says what Hydra's several say, and what to do."""
+    if missing := re.search(r"Could not find '([\w./-]+)/([\w.-]+)'", message):
+        group, option = missing.groups()
+        options = re.findall(r"^\t(\S+)$", message, re.MULTILINE)
+        return f"{group}={option}: there is no such option; choose one of {', '.join(options)}"
+    if unknown := re.search(r"Could not (?:override|append to config)[^']*'([\w.@/-]+)'", message):
+        return _unknown_key(unknown.group(1))
+    if mandatory := re.search(r"Missing mandatory value: ([\w.]+)", message):
+        return f"{mandatory.group(1)}: has no default; set it on the command line"
+    return f"{message.splitlines()[0]} (--help shows what can be set)"
+
+
+def _unknown_key(key: str) -> str:
+    for method, root_key in config.SUPPORT_KEYS.items():
+        if key == root_key:
+            others = [f"method={name} has {other}" for name, other in config.SUPPORT_KEYS.items() if name != method]
+            return f"{key}: only method={method} has it ({', '.join(others)}; simclr stores nothing)"
+    near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{key}: unknown key, or one that the chosen options do not have; {hint}(--help shows what can be set)"
+
+
+def known_keys() -> list[str]:
+    """Every dotted key that some composition can have."""
+    keys: list[str] = []
+
+    def visit(prefix: str, schema: type) -> None:
+        hints = get_type_hints(schema)
+        for each in fields(schema):
+            key = f"{prefix}{each.name}"
+            keys.append(key)
+            kinds = config.METHODS.values() if key == "method" else [hints[each.name]]
+            for kind in kinds:
+                if is_dataclass(kind):
+                    visit(f"{key}.", kind)
+
+    visit("", config.Config)
+    return list(dict.fromkeys(keys))

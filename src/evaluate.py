@@ -1,0 +1,162 @@
+"""What a frozen encoder is worth: during training on validation, at the end, once, on test.
+
+``python -m src.evaluate checkpoint=PATH`` (or ``run_id=ID``) repeats the final evaluation of a run and writes it there.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # ahead of the imports: `--help` does not wait for torch
+    from src import cli
+
+    cli.run("src.evaluate", "evaluate")
+    raise SystemExit
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from src import build, checkpoint, config
+from src.data import Dataset, Split, load, stratified_split
+from src.errors import UsageError
+from src.probes import (
+    Features,
+    FrozenEncoder,
+    LinearHeads,
+    augmented_heads,
+    cached_heads,
+    knn_scores,
+    topk_percent,
+)
+from src.support.search import Search
+from src.tracking import RECORD, Tracker, find_run_directory
+
+
+def validation(
+    frozen: FrozenEncoder, classifier: nn.Module, data: Dataset, cfg: config.Evaluation, search: Search
+) -> dict[str, float]:
+    """kNN and the online classifier on the validation images, in percent; nothing where there are none."""
+    if data.val is None:
+        return {}
+    train, val = frozen.features(data.train), frozen.features(data.val)
+    with torch.no_grad():
+        logits = classifier(val.x_NF)
+    return {
+        "val/knn_top1": _knn_percent(train, val, len(data.classes), cfg, search),
+        "val/online_top1": topk_percent(logits, val.labels_N, 1),
+        "val/online_top5": topk_percent(logits, val.labels_N, 5),
+    }
+
+
+def final(
+    frozen: FrozenEncoder, data: Dataset, cfg: config.Evaluation, search: Search, seed: int
+) -> dict[str, float]:
+    """kNN and a linear probe on the test images, which are read here and nowhere else; in percent.
+
+    The probe's learning rate is chosen on the validation images. With ``data.final`` there are none: it is chosen on a
+    tenth of the training images, and the probe is then trained on all of them.
+    """
+    classes = len(data.classes)
+    train = frozen.features(data.train)
+    metrics = {}
+    if data.val is not None:
+        val = frozen.features(data.val)
+        heads = _probe(cfg, frozen, data.train, train, classes, cfg.lr, seed)
+        head = heads.best(val)
+        metrics["val/linear_top1"] = topk_percent(heads.scores(val.x_NF, head), val.labels_N, 1)
+    else:
+        rows, held_out = stratified_split(data.train.labels, 0.1, seed)
+        inner = _probe(cfg, frozen, data.train.take(rows), train.take(rows), classes, cfg.lr, seed)
+        best_lr = cfg.lr[inner.best(train.take(held_out))]
+        heads, head = _probe(cfg, frozen, data.train, train, classes, [best_lr], seed), 0
+
+    test = frozen.features(data.test)
+    logits = heads.scores(test.x_NF, head)
+    return metrics | {
+        "test/knn_top1": _knn_percent(train, test, classes, cfg, search),
+        "test/linear_top1": topk_percent(logits, test.labels_N, 1),
+        "test/linear_top5": topk_percent(logits, test.labels_N, 5),
+    }
+
+
+def _knn_percent(bank: Features, queries: Features, classes: int, cfg: config.Evaluation, search: Search) -> float:
+    votes = knn_scores(bank, queries.x_NF, classes, cfg.knn_k, cfg.knn_temperature, search)
+    return topk_percent(votes, queries.labels_N, 1)
+
+
+def _probe(
+    cfg: config.Evaluation,
+    frozen: FrozenEncoder,
+    split: Split,
+    features: Features,
+    classes: int,
+    lrs: list[float],
+    seed: int,
+) -> LinearHeads:
+    if cfg.name == "linear":
+        return cached_heads(features, classes, lrs, cfg.epochs, cfg.batch_size, seed)
+    return augmented_heads(frozen, split, classes, lrs, cfg.epochs, cfg.batch_size, seed)
+
+
+def main(composed: DictConfig) -> dict[str, float]:
+    """Evaluate the encoder of a checkpoint, on its own data or on another set, and log to its run.
+
+    The metrics are named as in training where protocol and data are the run's own; ``test_original/...`` where only the
+    protocol differs; ``transfer/NAME/...`` on another data set.
+
+    Raises:
+        UsageError: there is no such checkpoint, or the settings do not fit.
+    """
+    path = _checkpoint_path(composed)
+    saved = checkpoint.load(path)
+    cfg = config.parse(OmegaConf.create(saved["config"]))
+    own_protocol = cfg.evaluation.name == composed.evaluation.name
+    composed_run = OmegaConf.create(saved["config"])
+    composed_run.merge_with({key: composed[key] for key in ("evaluation", "search", "device", "precision")})
+    if composed.get("data"):
+        composed_run.data = composed.data
+    if composed.data_root:
+        composed_run.data.root = composed.data_root
+    cfg = config.parse(composed_run)
+
+    device = build.device(cfg.device)
+    data = load(cfg.data)
+    encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
+    prefix = "encoder."
+    weights = {key.removeprefix(prefix): v for key, v in saved["model"].items() if key.startswith(prefix)}
+    checkpoint.restore(encoder, weights, path)
+    encoder.to(device, memory_format=torch.channels_last)
+    frozen = FrozenEncoder(encoder, saved["mean"], saved["std"], device, build.precision(cfg.precision, device))
+
+    metrics = final(frozen, data, cfg.evaluation, build.search(cfg.search, device), cfg.seed)
+    if composed.get("data"):
+        metrics = {f"transfer/{cfg.data.name}/{key}": value for key, value in metrics.items()}
+    elif not own_protocol:
+        metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
+    for key, value in metrics.items():
+        print(f"{key:32} {value:6.2f}")
+    directory = path.parent.parent
+    if (directory / RECORD).exists():
+        tracker = Tracker(directory, cfg.tracking, config.run_name(cfg), {}, {})
+        tracker.log(metrics, saved["step"])
+        tracker.close("FINISHED")
+    return metrics
+
+
+def _checkpoint_path(composed: DictConfig) -> Path:
+    if (composed.checkpoint is None) == (composed.run_id is None):
+        raise UsageError("give one of checkpoint=PATH and run_id=ID")
+    if composed.checkpoint is not None:
+        path = Path(composed.checkpoint)
+        directory = path if path.name == "checkpoints" else path / "checkpoints"
+        if path.is_file():
+            return path
+    else:
+        directory = find_run_directory(composed.run_id) / "checkpoints"
+
+    found = checkpoint.latest(directory) if directory.is_dir() else None
+    if found is None:
+        raise UsageError(f"{directory}: there is no checkpoint; give a checkpoint's file or its run's folder")
+    return found
+

@@ -1,0 +1,132 @@
+"""Encoders and heads.
+
+An encoder maps images [B, 3, S, S] to features [B, F] and says F in ``num_features``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from src.errors import UsageError
+
+Stem = Literal["small", "small_padded", "large"]
+
+
+def _small_stem(width: int, padding: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(3, width, kernel_size=3, stride=1, padding=padding, bias=False)
+
+
+def resnet(name: Literal["resnet18", "resnet34", "resnet50"], stem: Stem) -> nn.Module:
+    """torchvision's ResNet without its classifier.
+
+    Args:
+        name: which.
+        stem: ``small`` for 32x32 images: 3x3, stride 1, no max-pool; ``small_padded``: the same with padding 2, as the
+            original study had it; ``large``: the ordinary 7x7, stride 2, and max-pool.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; the small stem as in Chen et al.,
+    "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, appendix B.9.
+    """
+    import torchvision
+
+    model = getattr(torchvision.models, name)(weights=None)
+    if stem != "large":
+        # torchvision initialises all convolutions in this way; ours comes later.
+        model.conv1 = _small_stem(64, padding=2 if stem == "small_padded" else 1)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    model.num_features = model.fc.in_features
+    model.fc = nn.Identity()
+    return model
+
+
+class ResNetTiny(nn.Module):
+    """A ResNet of torchvision's basic blocks, one a stage, 16 to 128 channels wide: 0.3 million weights."""
+
+    num_features = 128
+
+    def __init__(self, stem: Stem) -> None:
+        super().__init__()
+        from torchvision.models.resnet import BasicBlock, conv1x1
+
+        widths = (16, 16, 32, 64, 128)
+        first: list[nn.Module]
+        if stem == "large":
+            first = [nn.Conv2d(3, 16, kernel_size=7, stride=2, padding=3, bias=False)]
+        else:
+            first = [_small_stem(16, padding=2 if stem == "small_padded" else 1)]
+        first += [nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+        if stem == "large":
+            first += [nn.MaxPool2d(kernel_size=3, stride=2, padding=1)]
+        blocks: list[nn.Module] = [BasicBlock(16, 16)]
+        for before, width in itertools.pairwise(widths[1:]):
+            shortcut = nn.Sequential(conv1x1(before, width, stride=2), nn.BatchNorm2d(width))
+            blocks.append(BasicBlock(before, width, stride=2, downsample=shortcut))
+        self.layers = nn.Sequential(*first, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+def timm_model(name: str, options: dict[str, Any]) -> nn.Module:
+    """Any model of timm, untrained, without its classifier.
+
+    Raises:
+        UsageError: timm does not know the name, or the model refuses an option.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name}*")[:5]
+        hint = f"; near to it are {', '.join(near)}" if near else ""
+        raise UsageError(f"backbone.name={name}: timm has no such model{hint}")
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, **options)
+    except TypeError as error:
+        raise UsageError(f"backbone.options={options}: {name} does not take them ({error})") from error
+
+
+def projector(in_dim: int, hidden: list[int], out: int) -> nn.Sequential:
+    """Linear layers, each followed by batch norm; ReLU between them, none after the last.
+
+    Source: Dwibedi et al., ICCV 2021, section 4.1 ("all the fc layers are followed by batch normalization, all the
+    batch-norm layers except the last are followed by ReLU").
+    """
+    layers: list[nn.Module] = []
+    for before, width in itertools.pairwise([in_dim, *hidden, out]):
+        layers += [nn.Linear(before, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-1])
+
+
+def predictor(dim: int, hidden: int) -> nn.Sequential:
+    """Linear, batch norm, ReLU, linear; from and to ``dim``.
+
+    Source: Dwibedi et al., ICCV 2021, section 4.1.
+    """
+    return nn.Sequential(
+        nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim)
+    )
+
+
+@torch.no_grad()
+def feature_dim(encoder: nn.Module, image_size: int) -> int:
+    """F, measured: what some of timm's models say differs from what they return.
+
+    Raises:
+        UsageError: the encoder does not take images of this size.
+    """
+    training = encoder.training
+    try:
+        return encoder.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1]
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"backbone: does not take images of data.image_size={image_size} ({reason})") from error
+    finally:
+        encoder.train(training)

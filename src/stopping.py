@@ -1,0 +1,46 @@
+"""Stopping between two steps: on a signal, or when the time is up."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+# SIGUSR1 is what SLURM can be told to send ahead of its time limit.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+TIME_IS_UP = 75  # sysexits.h's EX_TEMPFAIL: the same command continues
+
+
+class Stopper:
+    """Notes the first signal, for the loop to look at; a second one ends the process at once.
+
+    Args:
+        max_minutes: also stop after so long; None: never.
+    """
+
+    def __init__(self, max_minutes: float | None) -> None:
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopper:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal:
+            sys.exit(128 + number)
+        self.signal = number
+
+    @property
+    def status(self) -> int:
+        """The exit status to stop with; 0 while there is no reason to stop."""
+        if self.signal:
+            return 128 + self.signal
+        return TIME_IS_UP if time.monotonic() >= self.deadline else 0

@@ -1,0 +1,204 @@
+"""Pre-train, evaluate the frozen features, log: ``python -m src.train method=kmclr k=400``.
+
+One configuration has one directory, ``multirun/NAME-HASH``. The same command again continues there, or says that the
+run is finished. Everything random is a pure function of the seed and the step (src/seeding.py), so on a CPU a resumed
+run ends with the very numbers of an unbroken one.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # ahead of the imports: `--help` does not wait for torch
+    from src import cli
+
+    cli.run("src.train", "train")
+    raise SystemExit
+
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
+
+from src import build, config, curves, evaluate, rundir
+from src.config import Config
+from src.data import Dataset, check_batch_size, epoch_batches, load
+from src.learner import Learner
+from src.progress import Progress
+from src.seeding import seed_everything
+from src.stopping import Stopper
+from src.support import NOTHING_STORED
+from src.tracking import RECORD, Record, Tracker, environment_tags
+
+logger = logging.getLogger(__name__)
+
+
+def main(composed: DictConfig) -> float:
+    """Take one configuration from its start, or from where it was stopped, to its result.
+
+    Returns:
+        The last ``val/knn_top1`` in percent, what a sweep may optimise; NaN with ``data.final``, which has no validation.
+
+    Raises:
+        UsageError: a mistake in the configuration or the data; nothing has been written then.
+        FloatingPointError: the loss stopped being finite.
+        SystemExit: stopped by a signal (128 + its number) or by ``max_minutes`` (75); the same command continues.
+    """
+    cfg = config.parse(composed)
+    build.device(cfg.device)  # refuses a GPU that is not there before images are decoded
+    data = load(cfg.data)
+    check_batch_size(cfg.batch_size, data.train)
+    learner = Learner(cfg, data)
+    warn_if_never_filled(cfg, len(data.train.labels))
+
+    directory = rundir.choose(cfg)
+    with rundir.exclusive(directory), Stopper(cfg.max_minutes) as stopper:
+        if is_finished(directory, cfg):
+            return report(directory)
+        resumed = learner.resume(directory / "checkpoints")
+        (directory / "config.yaml").write_text(OmegaConf.to_yaml(composed))
+        tracker = Tracker(
+            directory,
+            cfg.tracking,
+            config.run_name(cfg),
+            params=config.flatten(cfg) | learner.sizes(),
+            tags=environment_tags(str(learner.device)) | {"config_hash": config.config_hash(cfg)},
+        )
+        print(f"{directory}: {'continued at' if resumed else 'started at'} step {learner.step}", flush=True)
+        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+        try:
+            if pretrain(learner, data, tracker, stopper, directory):
+                finish(learner, data, tracker, directory)
+                status = "FINISHED"
+            else:
+                status = "KILLED"
+        except (KeyboardInterrupt, SystemExit):
+            status = "KILLED"
+            raise
+        finally:
+            tracker.close(status)
+        if status == "KILLED":
+            print(f"{directory}: stopped at step {learner.step}; the same command continues", flush=True)
+            sys.exit(stopper.status)
+        return report(directory)
+
+
+def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper, directory: Path) -> bool:
+    """The loop. Returns whether it came to its end; if not, there is a checkpoint of where it stopped."""
+    cfg, device, method = learner.cfg, learner.device, learner.method
+    support = method.support
+    view1, view2 = (view.to(device) for view in build.views(cfg, data))
+    train = data.train.to(device)
+    search = build.search(cfg.search, device)
+    steps_per_epoch = len(train.labels) // cfg.batch_size
+    progress = Progress(cfg.epochs, steps_per_epoch)
+
+    def validate() -> dict[str, float]:
+        return evaluate.validation(learner.frozen, learner.classifier, data, cfg.evaluation, search)
+
+    if learner.step == 0:
+        tracker.log(validate(), step=0)
+
+    for epoch in range(learner.step // steps_per_epoch, cfg.epochs):
+        start = learner.step % steps_per_epoch
+        if support is not None and start == 0:
+            support.start_epoch(epoch)
+            support.clear_stats()
+        clock = time.perf_counter()
+        for images, labels, ids in epoch_batches(train, cfg.batch_size, cfg.seed, epoch, device, start):
+            seed_everything(cfg.seed, learner.step)
+            lr = learner.set_lr(steps_per_epoch)
+
+            with torch.autocast(device.type, learner.dtype, enabled=learner.dtype != torch.float32):
+                outcome = method(view1(images), view2(images))
+            logits = learner.classifier(outcome.features.float())
+            online_loss = F.cross_entropy(logits, labels.repeat(2))
+            loss = float(outcome.loss)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {learner.step}, with learning rate {lr:.3g}")
+
+            learner.optimizer.zero_grad()
+            learner.classifier_optimizer.zero_grad()
+            (outcome.loss + online_loss).backward()
+            log_now = learner.step % cfg.tracking.log_every == 0
+            grad_norm = learner.grad_norm() if log_now else math.nan
+            learner.optimizer.step()
+            learner.classifier_optimizer.step()
+
+            if support is not None:
+                with support.stopwatch:
+                    support.update(outcome.embeddings, ids, labels)
+                if outcome.ids is not None:
+                    support.record(outcome.ids, ids.repeat(2), labels.repeat(2))
+            if log_now:
+                tracker.log({"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}, learner.step)
+            learner.step += 1
+            progress.step(learner.step, loss)
+            if stopper.status and learner.step % steps_per_epoch:
+                learner.seconds += time.perf_counter() - clock
+                learner.save(directory / "checkpoints")
+                return False
+
+        learner.seconds += time.perf_counter() - clock
+        metrics = learner.pop_times(steps_per_epoch)
+        metrics |= NOTHING_STORED if support is None else support.stats()
+        last = epoch + 1 == cfg.epochs
+        if last or (epoch + 1) % cfg.evaluation.every == 0:
+            metrics |= validate()
+        tracker.log(metrics, learner.step)
+        tracker.flush()
+        progress.epoch(epoch, loss, metrics)
+        if last or stopper.status or (epoch + 1) % cfg.checkpoint.every == 0:
+            learner.save(directory / "checkpoints")
+        if stopper.status and not last:
+            return False
+    return True
+
+
+def finish(learner: Learner, data: Dataset, tracker: Tracker, directory: Path) -> None:
+    """The final evaluation, and the files that stay."""
+    cfg = learner.cfg
+    print("evaluating on the test images", flush=True)
+    search = build.search(cfg.search, learner.device)
+    tracker.log(evaluate.final(learner.frozen, data, cfg.evaluation, search, cfg.seed), learner.step)
+    save_file(learner.encoder_weights(), directory / "encoder.safetensors")
+    curves.plot(directory)
+    for name in ("config.yaml", "encoder.safetensors", "curves.png"):
+        tracker.artifact(directory / name)
+
+
+def is_finished(directory: Path, cfg: Config) -> bool:
+    """Whether the directory holds this run's result.
+
+    Raises:
+        UsageError: it holds a run of another configuration.
+    """
+    if not (directory / RECORD).exists():
+        return False
+    record = Record.load(directory)
+    config.check_same(record.params, cfg, directory)
+    return record.status == "FINISHED"
+
+
+def report(directory: Path) -> float:
+    """Print a finished run's figures."""
+    metrics = Record.load(directory).metrics
+    figures = [f"{key} {metrics[key]:.2f}" for key in sorted(metrics) if key.startswith(("val/", "test/"))]
+    print(f"{directory}: finished; {', '.join(figures)}", flush=True)
+    return metrics.get("val/knn_top1", math.nan)
+
+
+def warn_if_never_filled(cfg: Config, images: int) -> None:
+    """Say so where the training set cannot fill the support set as its size promises."""
+    if cfg.queue_size is not None and cfg.queue_size > images * cfg.epochs:
+        logger.warning(
+            "queue_size=%d: %d images in %d epochs never fill it, so every positive will be the other view",
+            *(cfg.queue_size, images, cfg.epochs),
+        )
+    if cfg.k is not None and cfg.k > images:
+        logger.warning("k=%d: more prototypes than the %d training images; most will be single images", cfg.k, images)
