@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One faiss, never both: the GPU build where a GPU answers.
 FAISS := $(shell nvidia-smi >/dev/null 2>&1 && echo faiss-gpu || echo faiss-cpu)
 STAMP := .venv/.installed-$(FAISS)
-DEMO := $(BIN)/python -m src.train +experiment=demo
+DEMO := $(BIN)/python -m src.train experiment=demo
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast check format ui clean

@@ -10,7 +10,7 @@ import re
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import hydra
 from hydra.errors import HydraException
@@ -33,7 +33,10 @@ def run(module: str, config_name: str) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
 
     def task(composed: DictConfig) -> Any:
-        return importlib.import_module(module).main(composed)
+        try:
+            return importlib.import_module(module).main(composed)
+        except UsageError as error:  # here, because Hydra would print a line of its own first
+            fail(str(error))
 
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
     if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
@@ -42,13 +45,11 @@ def run(module: str, config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own reporting would hide the exception from us
     try:
         main()
-    except UsageError as error:
-        fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(str(error)))
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Print one line and end with status 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
@@ -62,8 +63,8 @@ def explain(message: str) -> str:
         return f"{group}={option}: there is no such option; choose one of {', '.join(options)}"
     if unknown := re.search(r"Could not (?:override|append to config)[^']*'([\w.@/-]+)'", message):
         return _unknown_key(unknown.group(1))
-    if mandatory := re.search(r"Missing mandatory value: ([\w.]+)", message):
-        return f"{mandatory.group(1)}: has no default; set it on the command line"
+    if several := re.search(r"Ambiguous value for argument '([^']+)'", message):
+        return f"{several.group(1)}: several values; add --multirun to run each of them"
     return f"{message.splitlines()[0]} (--help shows what can be set)"
 
 

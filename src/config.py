@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from src.errors import UsageError
 
@@ -202,6 +202,8 @@ def parse(composed: DictConfig) -> Config:
 
 def _explain(error: OmegaConfBaseException) -> str:
     key = str(error.full_key or error.key)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}: has no default; give it a value"
     reason = str(error.msg or error).splitlines()[0]
     return f"{key}={error.value}: {reason}" if error.value is not None else f"{key}: {reason}"
 

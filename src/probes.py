@@ -185,7 +185,6 @@ def augmented_heads(
     Source: the original study's linear evaluation (README.md, figures to compare with).
     """
     crop_and_flip = ViewMaker(CROP_AND_FLIP, "bilinear", train.images.shape[-1], frozen.mean, frozen.std)
-    crop_and_flip.to(frozen.device)
     batch_size = min(batch_size, len(train.labels))
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

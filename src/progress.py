@@ -28,8 +28,8 @@ class Progress:
     def step(self, step: int, loss: float) -> None:
         """Call after every step; prints only when nothing has been for ten seconds."""
         if time.monotonic() - self._last >= EVERY_SECONDS:
-            epoch, within = divmod(step, self.steps)
-            self._print(f"epoch {epoch + 1}/{self.epochs}  step {within}/{self.steps}  loss {loss:.3f}")
+            epoch, within = divmod(step - 1, self.steps)
+            self._print(f"epoch {epoch + 1}/{self.epochs}  step {within + 1}/{self.steps}  loss {loss:.3f}")
 
     def epoch(self, epoch: int, loss: float, metrics: dict[str, float]) -> None:
         """Call after every epoch, counted from 0, with what was measured."""

@@ -92,7 +92,7 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
     """The loop. Returns whether it came to its end; if not, there is a checkpoint of where it stopped."""
     cfg, device, method = learner.cfg, learner.device, learner.method
     support = method.support
-    view1, view2 = (view.to(device) for view in build.views(cfg, data))
+    view1, view2 = build.views(cfg, data)
     train = data.train.to(device)
     search = build.search(cfg.search, device)
     steps_per_epoch = len(train.labels) // cfg.batch_size
@@ -118,7 +118,7 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
                 outcome = method(view1(images), view2(images))
             logits = learner.classifier(outcome.features.float())
             online_loss = F.cross_entropy(logits, labels.repeat(2))
-            loss = float(outcome.loss)
+            loss = outcome.loss.item()
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {learner.step}, with learning rate {lr:.3g}")
 

@@ -1,0 +1,68 @@
+"""Fixtures that several tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROJECT = Path(__file__).parent.parent
+CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", PROJECT.parent / "shared" / "data" / "cifar100"))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("cifar") and not CIFAR100.is_dir():
+            item.add_marker(pytest.mark.skip(reason=f"no CIFAR-100 at {CIFAR100}; set CIFAR100_ROOT"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """Decoded images, shared by all tests of a session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def command(cache_dir, tmp_path):
+    """Run ``python -m MODULE ARGUMENTS`` as a user would, in the test's own folder; returns the finished process."""
+
+    def run(module, *arguments, **options):
+        environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture
+def small(cache_dir):
+    """Overrides that make a run take seconds: digits, the tiny ResNet, narrow heads."""
+    return [
+        "experiment=demo",
+        "epochs=2",
+        "batch_size=64",
+        "data.limit=200",
+        f"data.cache_dir={cache_dir}",
+        "method.projector.hidden=[32]",
+        "method.projector.out=16",
+        "evaluation.every=1",
+        "evaluation.epochs=5",
+        "tracking.log_every=1",
+        "precision=float32",
+    ]

@@ -1,0 +1,96 @@
+import math
+from collections import deque
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.support.queue import Queue
+from src.support.search import TorchSearch
+
+DIM = 6
+
+
+def make(size):
+    return Queue(size, DIM, TorchSearch())
+
+
+@settings(deadline=None, max_examples=50)
+@given(size=st.integers(1, 20), batches=st.lists(st.integers(1, 30), min_size=1, max_size=8), seed=st.integers(0, 999))
+def test_it_holds_what_a_bounded_deque_holds(size, batches, seed):
+    torch.manual_seed(seed)
+    queue, oracle, image = make(size), deque(maxlen=size), 0
+    for batch in batches:
+        rows, images = torch.randn(batch, DIM), torch.arange(image, image + batch)
+        image += batch
+        queue.update(rows, images, images % 3)
+        oracle.extend(zip(F.normalize(rows, dim=1), images.tolist(), strict=True))
+        stored = {int(i): row for i, row in zip(queue.images_N, queue.ring.rows_ND, strict=True) if i >= 0}
+        assert stored.keys() == {i for _, i in oracle}
+        for row, i in oracle:
+            torch.testing.assert_close(stored[i], row)
+        assert queue.ready == (image >= size)
+
+
+@settings(deadline=None, max_examples=30)
+@given(size=st.integers(1, 20), batch=st.integers(1, 30), seed=st.integers(0, 999))
+def test_lookup_is_the_highest_cosine_of_the_filled_part(size, batch, seed):
+    torch.manual_seed(seed)
+    queue, rows = make(size), torch.randn(batch, DIM) * 5
+    queue.update(rows, torch.arange(batch), torch.zeros(batch, dtype=torch.int64))
+    queries = torch.randn(4, DIM)
+    found = queue.lookup(queries)
+    kept = rows[-min(size, batch) :]
+    similarity = F.cosine_similarity(queries[:, None], kept[None], dim=2)
+    torch.testing.assert_close(found.embeddings, F.normalize(kept[similarity.argmax(1)], dim=1))
+    torch.testing.assert_close(found.embeddings.norm(dim=1), torch.ones(4))
+    assert torch.equal(queue.images_of(found.ids), (similarity.argmax(1) + batch - len(kept)))
+
+
+def test_lookup_changes_nothing_and_carries_no_gradient():
+    queue = make(8)
+    queue.update(torch.randn(8, DIM), torch.arange(8), torch.arange(8))
+    before = {key: value.clone() for key, value in queue.state_dict().items() if torch.is_tensor(value)}
+    found = queue.lookup(torch.randn(3, DIM, requires_grad=True))
+    assert not found.embeddings.requires_grad
+    after = queue.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_an_empty_queue_has_no_neighbours():
+    with pytest.raises(ValueError, match="empty queue"):
+        make(4).lookup(torch.randn(2, DIM))
+
+
+def test_state_dict_carries_everything():
+    queue, restored = make(10), make(10)
+    for step in range(3):
+        queue.update(torch.randn(7, DIM), torch.arange(7) + 7 * step, torch.arange(7))
+    restored.load_state_dict(queue.state_dict())
+    for each in (queue, restored):
+        torch.manual_seed(5)
+        each.update(torch.randn(4, DIM), torch.arange(4), torch.arange(4))
+    assert restored.ready
+    assert torch.equal(queue.ring.rows_ND, restored.ring.rows_ND)
+    assert torch.equal(queue.written_N, restored.written_N)
+    assert queue.age_steps() == restored.age_steps()
+
+
+def test_stats_by_hand():
+    queue = make(4)
+    queue.update(torch.eye(DIM)[:2], torch.tensor([10, 11]), torch.tensor([0, 1]))
+    queue.update(torch.eye(DIM)[2:4], torch.tensor([12, 13]), torch.tensor([0, 1]))
+    ids = torch.tensor([0, 0, 1, 2])
+    queue.record(ids, images_B=torch.tensor([10, 12, 13, 12]), labels_B=torch.tensor([0, 1, 1, 1]))
+    stats = queue.stats()
+    assert stats["support/label_agreement"] == 2 / 4
+    assert stats["support/self_hit"] == 2 / 4
+    assert stats["support/dead"] == 1
+    entropy = -(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25))
+    assert stats["support/perplexity"] == pytest.approx(math.exp(entropy))
+    assert stats["support/age_steps"] == 0.5
+    queue.clear_stats()
+    assert queue.stats() == {"support/age_steps": 0.5}
+    assert queue.stored_bytes == 4 * DIM * 4

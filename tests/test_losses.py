@@ -1,0 +1,94 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.losses import info_nce, nt_xent
+
+BATCHES = st.integers(2, 9)
+TEMPERATURES = st.floats(0.05, 2)
+
+
+def nt_xent_by_loops(z1, z2, temperature):
+    """Equation 1 of the SimCLR paper, term by term, in float64."""
+    z = [row / row.norm() for row in torch.cat([z1, z2]).double()]
+    batch, total = len(z1), 0.0
+    for i in range(2 * batch):
+        j = (i + batch) % (2 * batch)
+        others = sum(math.exp(float(z[i] @ z[m]) / temperature) for m in range(2 * batch) if m != i)
+        total -= math.log(math.exp(float(z[i] @ z[j]) / temperature) / others)
+    return total / (2 * batch)
+
+
+def info_nce_by_loops(positives, predictions, temperature, ids=None):
+    """Equation 3 of the NNCLR paper, term by term, in float64; equal ids leave a column out."""
+    q = [row / row.norm() for row in positives.double()]
+    p = [row / row.norm() for row in predictions.double()]
+    total = 0.0
+    for i in range(len(q)):
+        columns = [k for k in range(len(p)) if ids is None or k == i or ids[k] != ids[i]]
+        terms = {k: math.exp(float(q[i] @ p[k]) / temperature) for k in columns}
+        total -= math.log(terms[i] / sum(terms.values()))
+    return total / len(q)
+
+
+@settings(deadline=None, max_examples=30)
+@given(BATCHES, TEMPERATURES)
+def test_nt_xent_is_its_equation(batch, temperature):
+    z1, z2 = torch.randn(2, batch, 5)
+    assert nt_xent(z1, z2, temperature).item() == pytest.approx(nt_xent_by_loops(z1, z2, temperature), rel=1e-4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(BATCHES, TEMPERATURES, st.booleans())
+def test_info_nce_is_its_equation(batch, temperature, with_ids):
+    q, p = torch.randn(2, batch, 5)
+    ids = torch.randint(0, 3, (batch,)) if with_ids else None
+    expected = info_nce_by_loops(q, p, temperature, None if ids is None else ids.tolist())
+    assert info_nce(q, p, temperature, ids).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_closed_forms(temperature):
+    """Equal views, all rows orthogonal: the positive scores 1, every negative 0."""
+    z = torch.eye(4)
+    e = math.exp(1 / temperature)
+    assert nt_xent(z, z, temperature).item() == pytest.approx(-math.log(e / (e + 6)), rel=1e-5, abs=1e-6)
+    assert info_nce(z, z, temperature).item() == pytest.approx(-math.log(e / (e + 3)), rel=1e-5, abs=1e-6)
+
+
+def test_everything_alike_is_chance():
+    z = torch.ones(8, 3)
+    assert nt_xent(z, z, 0.3).item() == pytest.approx(math.log(15), rel=1e-5)
+    assert info_nce(z, z, 0.3).item() == pytest.approx(math.log(8), rel=1e-5)
+
+
+def test_one_shared_prototype_leaves_no_negatives():
+    q, p = torch.randn(2, 6, 4)
+    assert info_nce(q, p, 0.1, torch.zeros(6, dtype=torch.int64)).item() == 0
+
+
+def test_distinct_ids_change_nothing():
+    q, p = torch.randn(2, 6, 4)
+    assert torch.equal(info_nce(q, p, 0.1, torch.arange(6)), info_nce(q, p, 0.1))
+
+
+def test_norm_does_not_matter_and_bfloat16_is_computed_in_float32():
+    z1, z2 = torch.randn(2, 8, 16)
+    scaled = nt_xent(z1 * torch.rand(8, 1).add(0.1), z2 * 7, 0.2)
+    assert scaled.item() == pytest.approx(nt_xent(z1, z2, 0.2).item(), rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nt_xent(z1, z2, 0.2).dtype == torch.float32
+        assert info_nce(z1, z2, 0.2).dtype == torch.float32
+
+
+def test_gradient_pulls_the_pair_together():
+    z1 = torch.randn(8, 4, requires_grad=True)
+    z2 = torch.randn(8, 4)
+    info_nce(z2, z1, 0.5).backward()
+    closer = z1.detach() - 0.1 * z1.grad
+    assert info_nce(z2, closer, 0.5) < info_nce(z2, z1, 0.5)
+    assert F.cosine_similarity(closer, z2).mean() > F.cosine_similarity(z1, z2).mean()
