@@ -135,15 +135,20 @@ def restore(module: nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> 
         "missing": [key for key in own if key not in state_dict],
         "unexpected": [key for key in state_dict if key not in own],
         "of another shape": [
-            f"{key} {tuple(state_dict[key].shape)} for {tuple(own[key].shape)}"
+            f"{key} {_shape(state_dict[key])} for {_shape(own[key])}"
             for key in own
-            if key in state_dict and state_dict[key].shape != own[key].shape
+            if key in state_dict and _shape(state_dict[key]) != _shape(own[key])
         ],
     }
     if any(differences.values()):
         found = "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in differences.items() if keys)
         raise UsageError(f"{path} is of another method or shape: {found}. Give the config that it was trained with")
     module.load_state_dict(dict(state_dict))
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    """None for a module's extra state, which is no tensor."""
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _first(keys: list[str], count: int = 3) -> str:

@@ -1,0 +1,116 @@
+import pytest
+import torch
+from torch import nn
+
+from src import models
+from src.losses import info_nce, nt_xent
+from src.methods.kmclr import KMCLR
+from src.methods.nnclr import NNCLR
+from src.methods.simclr import SimCLR
+from src.support.kmeans import KMeans
+from src.support.queue import Queue
+from src.support.search import TorchSearch
+
+BATCH, DIM = 8, 6
+
+
+def parts():
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10), nn.ReLU())
+    return encoder, models.projector(10, [12], DIM), models.predictor(DIM, 12)
+
+
+def views():
+    return torch.randn(2, BATCH, 3, 4, 4)
+
+
+def nnclr(size=32):
+    return NNCLR(*parts(), Queue(size, DIM, TorchSearch()), temperature=0.2)
+
+
+def kmclr(k=3, mask_shared=True):
+    return KMCLR(*parts(), KMeans(k, DIM, 4, TorchSearch()), temperature=0.2, mask_shared=mask_shared)
+
+
+def fill(method, rows=64):
+    method.support.update(torch.randn(rows, DIM), torch.arange(rows), torch.arange(rows) % 4)
+
+
+def test_simclr_is_nt_xent_of_the_projections():
+    method = SimCLR(*parts()[:2], temperature=0.3)
+    view1, view2 = views()
+    outcome = method(view1, view2)
+    z1, z2 = (method.projector(method.encoder(view)) for view in (view1, view2))
+    assert torch.equal(outcome.loss, nt_xent(z1, z2, 0.3))
+    assert outcome.ids is None
+
+
+@pytest.mark.parametrize("make", [nnclr, kmclr])
+def test_the_other_view_is_the_positive_until_the_support_set_is_filled(make):
+    method = make()
+    view1, view2 = views()
+    outcome = method(view1, view2)
+    z1, z2 = (method.projector(method.encoder(view)) for view in (view1, view2))
+    p1, p2 = method.predictor(z1), method.predictor(z2)
+    assert torch.equal(outcome.loss, (info_nce(z1, p2, 0.2) + info_nce(z2, p1, 0.2)) / 2)
+    assert outcome.ids is None
+
+
+@pytest.mark.parametrize("make", [nnclr, lambda: kmclr(mask_shared=False), kmclr], ids=["nnclr", "kmclr", "masked"])
+def test_the_loss_is_symmetric_and_uses_each_views_nearest(make):
+    method = make()
+    fill(method)
+    view1, view2 = views()
+    outcome = method(view1, view2)
+    z1, z2 = (method.projector(method.encoder(view)) for view in (view1, view2))
+    (q1, ids1), (q2, ids2) = method.support.lookup(z1), method.support.lookup(z2)
+    masks = (ids1, ids2) if getattr(method, "mask_shared", False) else (None, None)
+    expected = (
+        info_nce(q1, method.predictor(z2), 0.2, masks[0]) + info_nce(q2, method.predictor(z1), 0.2, masks[1])
+    ) / 2
+    torch.testing.assert_close(outcome.loss, expected)
+    assert torch.equal(outcome.ids, torch.cat([ids1, ids2]))
+    torch.testing.assert_close(method(view2, view1).loss, outcome.loss)
+
+
+@pytest.mark.parametrize("make", [nnclr, kmclr])
+def test_forward_leaves_the_support_set_alone_and_sends_it_no_gradient(make):
+    method = make()
+    fill(method)
+    before = {k: v.clone() for k, v in method.support.state_dict().items() if torch.is_tensor(v)}
+    outcome = method(*views())
+    outcome.loss.backward()
+    after = method.support.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    assert not outcome.embeddings.requires_grad
+    assert not outcome.features.requires_grad
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
+    assert outcome.features.shape == (2 * BATCH, 10)
+    assert outcome.embeddings.shape == (BATCH, DIM)
+
+
+@pytest.mark.parametrize("make", [lambda: SimCLR(*parts()[:2], temperature=0.2), nnclr, kmclr])
+def test_a_few_steps_lower_the_loss(make):
+    method = make()
+    if method.support is not None:
+        fill(method)
+    view1 = torch.randn(BATCH, 3, 4, 4)
+    view2 = view1 + 0.1 * torch.randn_like(view1)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    losses = []
+    for _ in range(30):
+        loss = method(view1, view2).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_masking_keeps_equal_positives_from_being_negatives():
+    """With one prototype every row has the same positive: masked, nothing is left to tell apart; unmasked, all is."""
+    view1, view2 = views()
+    for mask_shared in (True, False):
+        method = kmclr(k=1, mask_shared=mask_shared)
+        fill(method)
+        loss = method(view1, view2).loss.item()
+        assert loss == 0 if mask_shared else loss > 0.1

@@ -1,0 +1,305 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from filelock import FileLock
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+
+from src import checkpoint, curves, train
+from src.errors import UsageError
+from src.tracking import Record
+from tests.conftest import CIFAR100, PROJECT
+
+METHODS = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=100"], "kmclr": ["method=kmclr", "k=7"]}
+# DESIGN's names: what every run logs.
+METRICS = {
+    "train/loss",
+    "train/grad_norm",
+    "train/lr",
+    "val/online_top1",
+    "val/online_top5",
+    "val/knn_top1",
+    "val/linear_top1",
+    "test/linear_top1",
+    "test/linear_top5",
+    "test/knn_top1",
+    "support/label_agreement",
+    "support/self_hit",
+    "support/perplexity",
+    "support/dead",
+    "support/age_steps",
+    "time/epoch_seconds",
+    "time/images_per_second",
+    "time/support_fraction",
+}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, small):
+    """Train in this process; returns the run's directory."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+    def run(*overrides, directory="run"):
+        with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+            cfg = compose("train", overrides=[*small, "tracking=jsonl", f"output_dir={directory}", *overrides])
+        train.main(cfg)
+        return tmp_path / directory
+
+    return run
+
+
+def history(directory):
+    """Everything logged except how long it took: {(metric, step): value}."""
+    return {
+        (key, step): value
+        for key, (steps, values) in curves.read(directory).items()
+        if not key.startswith("time/")
+        for step, value in zip(steps, values, strict=True)
+    }
+
+
+def assert_same_run(one, other):
+    assert history(one) == history(other)
+    for key, value in load_file(one / "encoder.safetensors").items():
+        assert torch.equal(value, load_file(other / "encoder.safetensors")[key]), key
+    ours, theirs = (checkpoint.load(checkpoint.latest(each / "checkpoints")) for each in (one, other))
+    for part in ("model", "classifier", "optimizer", "classifier_optimizer"):
+        assert_equal(ours[part], theirs[part], part)
+
+
+def assert_equal(one, other, where):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal(a, b, f"{where}[{index}]")
+    else:
+        assert torch.equal(one, other) if torch.is_tensor(one) else one == other, where
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_what_it_promises(run, method, capsys):
+    directory = run(*METHODS[method])
+    record = Record.load(directory)
+    assert record.status == "FINISHED"
+    assert record.metrics.keys() == METRICS
+    assert all(value == value for value in record.metrics.values())
+    size = {"simclr": 0, "nnclr": 100, "kmclr": 7}[method]
+    assert record.params["support_set_size"] == str(size)
+    assert record.params["support_bytes"] == str(size * 16 * 4)
+    assert record.tags["config_hash"]
+    for name in ("config.yaml", "encoder.safetensors", "curves.png", "metrics.jsonl"):
+        assert (directory / name).stat().st_size > 0
+    assert len(list((directory / "checkpoints").glob("*.pt"))) <= 2
+    steps, losses = curves.read(directory)["train/loss"]
+    assert steps == list(range(6))  # 2 epochs of 200 images in batches of 64
+    assert "finished" in capsys.readouterr().out
+
+
+def test_the_same_command_again_trains_nothing_and_reports(run, capsys):
+    directory = run("method=simclr")
+    before = (directory / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    run("method=simclr")
+    assert (directory / "metrics.jsonl").read_bytes() == before
+    out = capsys.readouterr().out
+    assert "finished" in out
+    assert "started" not in out
+
+
+class StopAfter:
+    """In place of the Stopper: asks to stop once so many steps were looked at."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    @property
+    def status(self):
+        self.left -= 1
+        return 75 if self.left < 0 else 0
+
+
+@pytest.mark.parametrize(
+    ("method", "extra"),
+    [
+        ("simclr", []),
+        ("nnclr", []),
+        ("kmclr", ["method.forget_every=1"]),
+        ("kmclr", ["method.forget=decay", "method.half_life=3", "method.revive_after=2"]),
+        ("kmclr", ["method.refit=faiss", "method.refit_every=2", "method.refit_window=100"]),
+    ],
+)
+def test_stopped_anywhere_and_continued_it_is_the_unbroken_run(run, monkeypatch, method, extra):
+    overrides = [*METHODS[method], *extra, "epochs=3"]
+    unbroken = run(*overrides, directory="unbroken")
+    stops = 0
+    for steps in (2, 1, 4, 1, 100):
+        monkeypatch.setattr(train, "Stopper", lambda _, steps=steps: StopAfter(steps))
+        try:
+            run(*overrides, directory="broken")
+        except SystemExit as stop:
+            assert stop.code in (0, 75)
+            stops += 1
+            assert Record.load(unbroken.parent / "broken").status == "KILLED"
+    assert stops >= 3
+    assert_same_run(unbroken, unbroken.parent / "broken")
+
+
+def test_a_crash_loses_at_most_the_steps_since_the_checkpoint(run, monkeypatch):
+    """The steps are computed again, and logged once."""
+    unbroken = run("method=kmclr", "k=7", "epochs=3", "checkpoint.every=1", directory="unbroken")
+    real, calls = train.seed_everything, []
+
+    def crash(*numbers):
+        calls.append(numbers)
+        if len(calls) == 5:
+            raise RuntimeError("power cut")
+        real(*numbers)
+
+    monkeypatch.setattr(train, "seed_everything", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run("method=kmclr", "k=7", "epochs=3", "checkpoint.every=1", directory="broken")
+    assert Record.load(unbroken.parent / "broken").status == "FAILED"
+    monkeypatch.setattr(train, "seed_everything", real)
+    assert_same_run(unbroken, run("method=kmclr", "k=7", "epochs=3", "checkpoint.every=1", directory="broken"))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(run, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+, with learning rate"):
+        run("method=simclr", "optimizer=sgd", "optimizer.lr=1e25", "schedule.warmup_epochs=0")
+    assert Record.load(tmp_path / "run").status == "FAILED"
+
+
+def test_final_trains_on_the_validation_images_too(run):
+    directory = run("method=simclr", "data.limit=null", "data.final=true", "epochs=1")
+    metrics = Record.load(directory).metrics
+    assert not [key for key in metrics if key.startswith("val/")]
+    assert metrics["test/linear_top1"] > 0
+    assert metrics["train/lr"] >= 0
+    assert max(step for _, step in history(directory)) == 1437 // 64
+
+
+def test_the_original_protocol_and_timm_run_too(run):
+    directory = run(
+        "method=simclr", "epochs=1", "evaluation=original", "evaluation.epochs=1", "data.limit=128",
+        "backbone=timm", "backbone.name=resnet10t",
+    )  # fmt: skip
+    assert Record.load(directory).metrics["test/linear_top1"] >= 0
+
+
+def test_another_configuration_in_the_same_directory_is_refused(run):
+    run("method=kmclr", "k=7")
+    with pytest.raises(UsageError, match="k was 7 and is 8"):
+        run("method=kmclr", "k=8")
+
+
+def test_resume_never_starts_beside_what_is_there(run, tmp_path):
+    run("method=simclr", "epochs=1")
+    run("method=simclr", "epochs=1", "resume=never")
+    assert Record.load(tmp_path / "run").run_id != Record.load(tmp_path / "run.2").run_id
+    assert history(tmp_path / "run") == history(tmp_path / "run.2")
+
+
+def test_a_directory_in_use_is_refused(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(UsageError, match="another process is using it"):
+        run("method=simclr")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_sizes_that_cannot_be_filled_are_warned_of(run, caplog):
+    run("method=nnclr", "queue_size=401", "epochs=2")
+    assert "queue_size=401: 200 images in 2 epochs never fill it" in caplog.text
+    run("method=kmclr", "k=201", "epochs=1", directory="other")
+    assert "k=201: more prototypes than the 200 training images" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_sigkill_at_any_moment_changes_nothing(command, small, tmp_path, method):
+    """The real command line, killed at growing delays after its start until it comes to its end."""
+    arguments = [*small, *METHODS[method], "tracking=jsonl", "epochs=6", "checkpoint.every=1"]
+    assert command("src.train", *arguments, "output_dir=unbroken").returncode == 0
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    broken, kills = [sys.executable, "-m", "src.train", *arguments, "output_dir=broken"], 0
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+    for rows in (1, 4, 9, 14, 10**9):
+        process = subprocess.Popen(broken, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+        while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < rows):
+            time.sleep(0.003)
+        kills += process.poll() is None
+        process.kill()
+        if process.wait() == 0:
+            break
+    assert kills >= 3
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_the_run_cleanly(small, tmp_path, number):
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    arguments = [*small, "method=kmclr", "k=7", "tracking=jsonl", "epochs=1000", "output_dir=run"]
+    process = subprocess.Popen([sys.executable, "-m", "src.train", *arguments], cwd=tmp_path, env=environment)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 5:
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert Record.load(tmp_path / "run").status == "KILLED"
+    last = [json.loads(line)["step"] for line in metrics.read_text().splitlines()][-1]
+    assert checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints"))["step"] >= last
+
+
+@pytest.mark.slow
+def test_max_minutes_stops_resumably(command, small, tmp_path):
+    arguments = [*small, "method=simclr", "tracking=jsonl", "output_dir=run", "epochs=1000", "max_minutes=0.05"]
+    first = command("src.train", *arguments)
+    assert (first.returncode, Record.load(tmp_path / "run").status) == (75, "KILLED")
+    assert "the same command continues" in first.stdout
+    assert "continued at step" in command("src.train", *arguments).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.cifar
+@pytest.mark.parametrize("method", METHODS)
+def test_real_images_and_mlflow(command, cache_dir, tmp_path, method):
+    """The issue's second demand, on fewer images: every metric is in MLflow."""
+    done = command(
+        "src.train",
+        *METHODS[method],
+        f"data.root={CIFAR100}",
+        f"data.cache_dir={cache_dir}",
+        "backbone=resnet_tiny",
+        "data.limit=500",
+        "batch_size=100",
+        "epochs=2",
+        "evaluation.epochs=5",
+        "tracking.experiment=cifar",
+    )
+    assert done.returncode == 0, done.stderr
+    listing = "import json; from src.tracking import read_runs; r, = read_runs('cifar', 'mlflow'); " \
+        "print(json.dumps([r.status, sorted(r.metrics), r.params['support_set_size']]))"  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    found = subprocess.run(
+        [sys.executable, "-c", listing], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    status, metrics, size = json.loads(found.stdout.splitlines()[-1])
+    assert status == "FINISHED"
+    assert set(metrics) == METRICS
+    assert size == {"simclr": "0", "nnclr": "100", "kmclr": "7"}[method]
