@@ -35,16 +35,15 @@ def cache_dir(tmp_path_factory):
 def command(cache_dir, tmp_path):
     """Run ``python -m MODULE ARGUMENTS`` as a user would, in the test's own folder; returns the finished process."""
 
-    def run(module, *arguments, **options):
-        environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    def run(module, *arguments, environment=None):
+        fixed = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         return subprocess.run(
             [sys.executable, "-m", module, *arguments],
             cwd=tmp_path,
-            env=environment,
+            env=os.environ | fixed | (environment or {}),
             capture_output=True,
             text=True,
             timeout=600,
-            **options,
         )
 
     return run

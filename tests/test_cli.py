@@ -1,0 +1,118 @@
+import re
+import subprocess
+import sys
+
+import pytest
+
+from src import cli
+from tests.conftest import PROJECT
+
+
+def test_help_is_complete(command):
+    done = command("src.train", "--help")
+    assert done.returncode == 0
+    for line in ("method: kmclr, nnclr, simclr", "search: faiss, torch", "tracking: jsonl, mlflow"):
+        assert line in done.stdout
+    assert "python -m src.train method=kmclr k=400" in done.stdout
+    assert "mlflow ui" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["src.train", "src.evaluate"])
+def test_help_does_not_wait_for_torch(module):
+    program = f"""
+import runpy, sys
+sys.argv = ["program", "--help"]
+try:
+    runpy.run_module("{module}", run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+print("heavy:", [name for name in ("torch", "mlflow", "faiss", "torchvision") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("heavy: []\n")
+
+
+def test_cfg_and_info_show_the_composition(command):
+    done = command("src.train", "method=nnclr", "queue_size=7", "--cfg", "job")
+    assert done.returncode == 0
+    assert re.search(r"^queue_size: 7$", done.stdout, re.MULTILINE)
+    assert not re.search(r"^k:", done.stdout, re.MULTILINE)
+    assert "Defaults List" in command("src.train", "--info", "defaults").stdout
+
+
+def test_shell_completion_offers_options(command):
+    installer = command("src.train", "--shell-completion", "install=bash")
+    assert installer.returncode == 0
+    assert "complete" in installer.stdout
+    query = {"COMP_LINE": "python -m src.train method=", "COMP_POINT": "100"}
+    done = command("src.train", "--shell-completion", "query=bash", **{"environment": query})
+    assert {"method=kmclr", "method=nnclr", "method=simclr"} <= set(done.stdout.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("k=0", "k=0: must be 1 or more"),
+        ("k=-3", "k=-3: must be 1 or more"),
+        ("k=abc", "k=abc: "),
+        ("method=nnclr k=200", "k: only method=kmclr has it (method=nnclr has queue_size; simclr stores nothing)"),
+        ("queue_size=64", "queue_size: only method=nnclr has it (method=kmclr has k; simclr stores nothing)"),
+        ("method=simclrr", "method=simclrr: there is no such option; choose one of kmclr, nnclr, simclr"),
+        ("metod=simclr", "did you mean method?"),
+        ("epocs=3", "did you mean epochs?"),
+        ("method.forgett=none", "did you mean method.forget?"),
+        ("epochs=0", "epochs=0: must be 1 or more"),
+        ("k==4", "k==4"),
+        ("seed=1,2", "seed=1,2: several values; add --multirun to run each of them"),
+        ("+sede=1", "sede"),
+        ("backbone=timm", "backbone.name: has no default; give it a value"),
+        ("device=cuda:99", "device=cuda:99: torch sees"),
+        ("data=digits batch_size=1e4", "batch_size=1"),
+        ("data=digits backbone=resnet_tiny batch_size=5000", "batch_size=5000 is larger than the 1294 training images"),
+        ("data=digits data.limit=3", "data.limit=3"),
+        ("data=image_folder data.root=nowhere", "data.root=nowhere"),
+        ("data=parquet data.root=.", "data.root=."),
+        ("data=image_folder", "data.root"),
+        ("output_dir=a_file data=digits backbone=resnet_tiny", "output_dir=a_file: is a file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(command, tmp_path, cache_dir, arguments, says):
+    (tmp_path / "a_file").touch()
+    cache = [f"data.cache_dir={cache_dir}"]
+    done = command("src.train", *arguments.split(), *cache)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("", "give one of checkpoint=PATH and run_id=ID"),
+        ("checkpoint=nowhere", "there is no checkpoint"),
+        ("run_id=nothing", "there is no MLflow store"),
+        ("checkpoint=a_file", "a_file is damaged, or not a checkpoint"),
+        ("method=kmclr", "method: unknown key"),
+    ],
+)
+def test_mistakes_in_evaluate(command, tmp_path, arguments, says):
+    (tmp_path / "a_file").touch()
+    done = command("src.evaluate", *arguments.split())
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
+
+
+def test_known_keys_reach_into_every_method():
+    keys = cli.known_keys()
+    assert {"k", "queue_size", "method.forget", "method.projector.hidden", "augment.view1.blur", "seed"} <= set(keys)
+
+
+def test_a_traceback_can_be_asked_for(command):
+    done = command("src.train", "epocs=3", environment={"HYDRA_FULL_ERROR": "1"})
+    assert "Traceback" in done.stderr

@@ -1,0 +1,73 @@
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from src import checkpoint, evaluate, train
+from src.errors import UsageError
+from src.tracking import Record
+from tests.conftest import PROJECT
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run's directory, and the digits' cache beside it."""
+    folder = tmp_path_factory.mktemp("finished")
+    torch.set_num_threads(1)
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides=[
+            "experiment=demo", "method=kmclr", "k=5", "epochs=1", "data.limit=200", "batch_size=64",
+            f"data.cache_dir={folder}/cache", f"output_dir={folder}/run", "tracking=jsonl", "precision=float32",
+            "method.projector.hidden=[32]", "method.projector.out=16", "evaluation.epochs=5",
+        ])  # fmt: skip
+    train.main(cfg)
+    return folder / "run"
+
+
+def run(*overrides):
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        composed = compose("evaluate", overrides=["precision=float32", *overrides])
+    return evaluate.main(composed)
+
+
+def test_a_finished_run_is_evaluated_to_the_same_figures(finished):
+    before = Record.load(finished).metrics
+    metrics = run(f"checkpoint={finished}", "evaluation.epochs=5")
+    assert metrics == {key: before[key] for key in metrics}
+    assert {"test/knn_top1", "test/linear_top1", "test/linear_top5"} <= metrics.keys()
+    assert Record.load(finished).status == "FINISHED"
+
+
+@pytest.mark.parametrize("where", ["", "checkpoints"])
+def test_folders_are_found_by_either_name(finished, where):
+    file = checkpoint.latest(finished / "checkpoints")
+    assert run(f"checkpoint={finished / where}", "evaluation.epochs=1") == run(
+        f"checkpoint={file}", "evaluation.epochs=1"
+    )
+
+
+def test_another_protocol_has_names_of_its_own(finished):
+    before = Record.load(finished).metrics["test/linear_top1"]
+    metrics = run(f"checkpoint={finished}", "evaluation=original", "evaluation.epochs=1")
+    assert {"test_original/linear_top1", "test_original/knn_top1"} <= metrics.keys()
+    record = Record.load(finished)
+    assert record.metrics["test/linear_top1"] == before
+    assert record.metrics["test_original/linear_top1"] == metrics["test_original/linear_top1"]
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert any("test_original/linear_top1" in row["metrics"] for row in rows)
+
+
+def test_transfer_has_the_data_sets_name(finished):
+    metrics = run(
+        f"checkpoint={finished}", "evaluation.epochs=1", "data=digits", f"data.cache_dir={finished.parent}/cache"
+    )
+    assert "transfer/digits/test/linear_top1" in metrics
+
+
+def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path):
+    state = checkpoint.load(checkpoint.latest(finished / "checkpoints"))
+    state["config"]["backbone"]["name"] = "resnet18"
+    path = checkpoint.save(tmp_path, 1, state)
+    with pytest.raises(UsageError, match=r"another method or shape: .*missing"):
+        run(f"checkpoint={path}")
