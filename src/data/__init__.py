@@ -52,22 +52,25 @@ def load(cfg: Data) -> Dataset:
         UsageError: If the source is missing or damaged, or the splits cannot be made.
     """
     cache = cached(cfg)
-    train, val = cache.part("train"), None
+    images = cache.part("train")
+    rows, val = torch.arange(len(images.labels)), None
     if not cfg.final:
-        rows, val_rows = stratified_split(train.labels, cfg.val_fraction, cfg.split_seed)
+        rows, val_rows = stratified_split(images.labels, cfg.val_fraction, cfg.split_seed)
         if not len(val_rows):
             raise UsageError(
-                f"data.val_fraction={cfg.val_fraction}: leaves no validation image; raise it, or set data.final"
+                f"data.val_fraction={cfg.val_fraction}: no image to validate on; raise it, or data.final=true"
             )
-        train, val = train.take(rows), train.take(val_rows)
+        val = images.take(val_rows)
     if cfg.limit is not None:
-        _check_limit(cfg.limit, train)
-        train = train.take(class_balanced_subset(train.labels, cfg.limit, cfg.split_seed))
+        labels = images.labels[rows]
+        _check_limit(cfg.limit, labels)
+        rows = rows[class_balanced_subset(labels, cfg.limit, cfg.split_seed)]
+    train = images if len(rows) == len(images.labels) else images.take(rows)
     return Dataset(cfg.name, cache.classes, cache.mean, cache.std, train, val, cache)
 
 
-def _check_limit(limit: int, train: Split) -> None:
-    images, classes = len(train.labels), len(torch.unique(train.labels))
+def _check_limit(limit: int, labels: torch.Tensor) -> None:
+    images, classes = len(labels), len(labels.unique())
     if not classes <= limit <= images:
         raise UsageError(
             f"data.limit={limit}: set it between {classes}, one image a class, and {images}, "

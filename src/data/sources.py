@@ -7,8 +7,9 @@ without reading a single image.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -58,20 +59,18 @@ def find(cfg: Data) -> Source:
 def digits() -> Source:
     """scikit-learn's 1,797 handwritten digits, 8x8 pixels of 17 grey levels: real images that need no download."""
     import sklearn
-    from PIL import Image
     from sklearn.datasets import load_digits
 
     def read() -> Contents:
         bunch = load_digits()
         grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-        pictures = [Picture(f"digit {i}", partial(Image.fromarray, image)) for i, image in enumerate(grey)]
-        return _hold_out_test([str(name) for name in bunch.target_names], bunch.target.tolist(), pictures)
+        return _hold_out_test([str(name) for name in bunch.target_names], Part(bunch.target, _arrays("digits", grey)))
 
     return Source(f"scikit-learn {sklearn.__version__}", read)
 
 
 def cifar(name: str, root: Path) -> Source:
-    """CIFAR-10 or CIFAR-100, from Hugging Face parquet shards in ``root`` (or ``root/name``) or as torchvision keeps it.
+    """CIFAR-10 or CIFAR-100, from Hugging Face shards in ``root`` (or ``root/name``), or as torchvision keeps it.
 
     torchvision downloads into ``root`` what is not there. It also checks MD5 sums of a fixed content, which therefore
     serve as the stamp.
@@ -85,22 +84,16 @@ def cifar(name: str, root: Path) -> Source:
     kind = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
 
     def read() -> Contents:
-        from PIL import Image
-
         try:
             train, test = kind(root, train=True, download=True), kind(root, train=False)
         except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
             raise UsageError(
-                f"data.root={root}: {name} is not there and its download failed ({_one_line(error)}); put {kind.filename}, "
-                "or Hugging Face shards train-*.parquet and test-*.parquet, into that folder; "
+                f"data.root={root}: {name} is not there and its download failed ({reason}); put "
+                f"{kind.filename}, or Hugging Face shards train-*.parquet and test-*.parquet, into that folder; "
                 "data=digits needs no download"
             ) from error
-
-        def part(dataset: datasets.CIFAR10) -> Part:
-            pictures = (Picture(f"{name} image {i}", partial(Image.fromarray, x)) for i, x in enumerate(dataset.data))
-            return Part(dataset.targets, pictures)
-
-        return Contents(train.classes, part(train), part(test))
+        return Contents(train.classes, *(Part(part.targets, _arrays(name, part.data)) for part in (train, test)))
 
     return Source(f"torchvision {kind.tgz_md5}", read)
 
@@ -110,33 +103,33 @@ def image_folder(root: Path) -> Source:
 
     Folders directly below ``root`` give a fixed, stratified fifth of their images to the test set.
     """
-    if (root / "train").is_dir():
-        test_folder = next((root / part for part in ("test", "val") if (root / part).is_dir()), None)
-        if test_folder is None:
-            raise UsageError(f"data.root={root}: no test split; add a folder test or val beside train")
-        train, test = _files_of_classes(root / "train"), _files_of_classes(test_folder)
-    else:
-        train, test = _files_of_classes(root), {}
-    if not train:
-        raise UsageError(f"data.root={root}: no class folders with images ({' '.join(SUFFIXES)}) in it")
-    classes = sorted(train)
-    if strangers := sorted(set(test) - set(train)):
-        raise UsageError(
-            f"{test_folder / strangers[0]}: a class without training images; remove the folder or add them"
+    if not (root / "train").is_dir():
+        everything = _files_of_classes(root)
+        classes = list(everything)
+        return Source(
+            stamp(chain(*everything.values())), lambda: _hold_out_test(classes, _folder_part(classes, everything))
         )
 
-    def read() -> Contents:
-        train_part = _folder_part(classes, train)
-        if test:
-            return Contents(classes, train_part, _folder_part(classes, test))
-        return _hold_out_test(classes, train_part.labels, list(train_part.pictures))
-
-    return Source(stamp(path for files in (train, test) for paths in files.values() for path in paths), read)
+    folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if folder is None:
+        raise UsageError(f"data.root={root}: no test split; add a folder test or val beside train")
+    train, test = _files_of_classes(root / "train"), _files_of_classes(folder)
+    classes = list(train)
+    if strangers := sorted(set(test) - set(train)):
+        raise UsageError(f"{folder / strangers[0]}: a class without training images; add some, or remove the folder")
+    return Source(
+        stamp(chain(*train.values(), *test.values())),
+        lambda: Contents(classes, _folder_part(classes, train), _folder_part(classes, test)),
+    )
 
 
 def _files_of_classes(folder: Path) -> dict[str, list[str]]:
-    classes = [entry for entry in sorted(os.listdir(folder)) if (folder / entry).is_dir() and not entry.startswith(".")]
-    return {name: files for name in classes if (files := list(_image_files(folder / name)))}
+    """Class names in order, each with its images. A folder without images is no class."""
+    names = [name for name in sorted(os.listdir(folder)) if (folder / name).is_dir() and not name.startswith(".")]
+    classes = {name: files for name in names if (files := list(_image_files(folder / name)))}
+    if not classes:
+        raise UsageError(f"{folder}: holds no class folders with images ({' '.join(SUFFIXES)}); set data.root")
+    return classes
 
 
 def _image_files(folder: Path) -> Iterator[str]:
@@ -152,16 +145,21 @@ def _folder_part(classes: list[str], files: dict[str, list[str]]) -> Part:
     from PIL import Image
 
     rows = [(label, path) for label, name in enumerate(classes) for path in files.get(name, [])]
-    return Part([label for label, _ in rows], (Picture(path, partial(Image.open, path)) for _, path in rows))
+    return Part([label for label, _ in rows], [Picture(path, partial(Image.open, path)) for _, path in rows])
 
 
-def _hold_out_test(classes: list[str], labels: Sequence[int], pictures: Sequence[Picture]) -> Contents:
-    rows = stratified_split(torch.tensor(labels), TEST_FRACTION, TEST_SEED)
-    train, test = (
-        Part([labels[i] for i in part], [pictures[i] for i in part]) for part in map(torch.Tensor.tolist, rows)
-    )
-    return Contents(classes, train, test)
+def _arrays(name: str, images: np.ndarray) -> list[Picture]:
+    """Pictures of [N, H, W] grey or [N, H, W, 3] colour images, uint8."""
+    from PIL import Image
+
+    return [Picture(f"{name} image {i}", partial(Image.fromarray, image)) for i, image in enumerate(images)]
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _hold_out_test(classes: list[str], everything: Part) -> Contents:
+    pictures = list(everything.pictures)
+    train_rows, test_rows = stratified_split(torch.as_tensor(everything.labels), TEST_FRACTION, TEST_SEED)
+
+    def part(rows: list[int]) -> Part:
+        return Part([everything.labels[i] for i in rows], [pictures[i] for i in rows])
+
+    return Contents(classes, part(train_rows.tolist()), part(test_rows.tolist()))

@@ -55,8 +55,8 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 def class_balanced_subset(labels: Tensor, limit: int, seed: int) -> Tensor:
     """Picks ``limit`` rows such that class counts differ by at most one.
 
-    Classes with too few rows give all they have, and the others share what is missing as evenly. With one seed a smaller
-    subset is contained in every larger one.
+    Classes with too few rows give all they have, and the others share what is missing as evenly. With one seed a
+    smaller subset is contained in every larger one.
 
     Args:
         labels: [N] int64.
