@@ -37,7 +37,7 @@ from src.errors import UsageError
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # part of the fingerprint: raise it with any change of decoding or of the layout
-CHUNK = 256  # images decoded before they are written, which bounds memory
+CHUNK = 64  # images decoded before they are written, which bounds memory
 
 
 class Cache:
@@ -69,7 +69,6 @@ def cached(cfg: Data) -> Cache:
     if cache := _open(path):
         return cache
 
-    _make_folder(folder)
     with _locked(folder / f"{identity}.lock"):
         if cache := _open(path):
             return cache
@@ -93,24 +92,18 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:12]
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"data.cache_dir={folder}: {error.strerror}; set data.cache_dir to a folder you may write"
-        ) from error
-
-
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Holds the lock, and says so if that means waiting for another process."""
     lock = FileLock(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=1)
     except Timeout:
         log.info("waiting for another process to decode the images (it holds %s)", path)
         lock.acquire()
+    except OSError as error:
+        raise UsageError(f"data.cache_dir={path.parent}: {error.strerror}; choose a folder you may write to") from error
     try:
         yield
     finally:

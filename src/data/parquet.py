@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,38 +71,26 @@ def _read(train: list[Path], test: list[Path], image_column: str, label_column: 
     import pyarrow.parquet as pq
 
     names = _class_names(pq.read_schema(train[0]), label_column)
-    train_rows, test_rows = list(_label_rows(train, label_column)), list(_label_rows(test, label_column))
-    values = range(len(names)) if names else sorted({value for _, value in train_rows if value is not None})
-    index = {value: label for label, value in enumerate(values)}
-    classes = names or [str(value) for value in values]
+    values = {shard: pq.read_table(shard, columns=[label_column])[label_column].to_pylist() for shard in train + test}
+    known = range(len(names)) if names else sorted({value for shard in train for value in values[shard]} - {None})
+    index = {value: label for label, value in enumerate(known)}
 
-    def labels(rows: Sequence[tuple[str, Any]]) -> list[int]:
-        for where, value in rows:
-            if value not in index:
+    def part(shards: list[Path]) -> Part:
+        for shard in shards:
+            if strange := [(row, value) for row, value in enumerate(values[shard]) if value not in index]:
+                row, value = strange[0]
                 raise UsageError(
-                    f"{where}: {label_column}={value} is not one of the {len(index)} classes of the training images"
+                    f"{shard} row {row}: {label_column}={value} is none of the {len(index)} training classes"
                 )
-        return [index[value] for _, value in rows]
+        return Part([index[value] for shard in shards for value in values[shard]], _pictures(shards, image_column))
 
-    return Contents(
-        classes,
-        Part(labels(train_rows), _pictures(train, image_column)),
-        Part(labels(test_rows), _pictures(test, image_column)),
-    )
+    return Contents(names or [str(value) for value in known], part(train), part(test))
 
 
 def _class_names(schema: pyarrow.Schema, label_column: str) -> list[str]:
     """Names that the hub's ``ClassLabel`` feature keeps in the schema's metadata; empty without it."""
     written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     return written.get("info", {}).get("features", {}).get(label_column, {}).get("names") or []
-
-
-def _label_rows(shards: list[Path], column: str) -> Iterator[tuple[str, Any]]:
-    import pyarrow.parquet as pq
-
-    for shard in shards:
-        values = pq.read_table(shard, columns=[column]).column(column).to_pylist()
-        yield from ((f"{shard} row {row}", value) for row, value in enumerate(values))
 
 
 def _pictures(shards: list[Path], column: str) -> Iterator[Picture]:

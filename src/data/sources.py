@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
@@ -58,15 +59,15 @@ def find(cfg: Data) -> Source:
 
 def digits() -> Source:
     """scikit-learn's 1,797 handwritten digits, 8x8 pixels of 17 grey levels: real images that need no download."""
-    import sklearn
-    from sklearn.datasets import load_digits
 
     def read() -> Contents:
+        from sklearn.datasets import load_digits
+
         bunch = load_digits()
         grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
         return _hold_out_test([str(name) for name in bunch.target_names], Part(bunch.target, _arrays("digits", grey)))
 
-    return Source(f"scikit-learn {sklearn.__version__}", read)
+    return Source(f"scikit-learn {version('scikit-learn')}", read)
 
 
 def cifar(name: str, root: Path) -> Source:
