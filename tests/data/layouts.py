@@ -24,7 +24,7 @@ def encoded(image: Image.Image, format: str = "png", **options) -> bytes:  # noq
 
 
 def write_folder(root: Path, counts: dict[str, int], suffix: str = ".png") -> Path:
-    """Class folders with lossless images; ``counts`` maps a class, or ``train/class``, to its number of images."""
+    """Class folders with images; ``counts`` maps a class, or ``train/class``, to its number of images."""
     seed = 0
     for name, count in counts.items():
         (root / name).mkdir(parents=True)

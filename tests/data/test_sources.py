@@ -144,8 +144,6 @@ class TestImageFolder:
         assert dataset.classes == ["cat", "dog"]
         assert train_labels == [0, 0, 0, 1, 1, 1, 1]
         assert test_labels == [0, 0, 1]
-        if suffix == ".webp":  # lossy, but decoded by the same library
-            assert read("train")[0].format == "WEBP"
         assert np.array_equal(train_images, pixels(read("train")))
         assert np.array_equal(test_images, pixels(read(part)))
 
@@ -358,13 +356,10 @@ class TestCifar:
         ("name", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz")]
     )
     def test_without_a_network_one_line_says_what_to_do(self, refusal, tmp_path, monkeypatch, name, archive):
-        from torchvision.datasets import utils
-
         def no_network(*args, **kwargs):
             raise URLError("Temporary failure\nin name resolution")
 
-        monkeypatch.setattr(utils, "_get_redirect_url", no_network)
-        monkeypatch.setattr(utils, "_urlretrieve", no_network)
+        monkeypatch.setattr("urllib.request.urlopen", no_network)
         message = refusal(name, tmp_path / "root")
         for part in (
             f"data.root={tmp_path / 'root'}",
