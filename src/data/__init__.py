@@ -1,0 +1,78 @@
+"""Images to train and evaluate on: sources, the cache of decoded uint8 images, splits and batches.
+
+dataset = load(cfg.data)
+train = dataset.train.to(device)
+for images, labels, ids in epoch_batches(train, cfg.batch_size, cfg.seed, epoch, device):
+    ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from src.config import Data
+from src.data.batches import Batch, check_batch_size, epoch_batches
+from src.data.cache import Cache, cached
+from src.data.splits import Split, class_balanced_subset, stratified_split
+from src.errors import UsageError
+
+__all__ = ["Batch", "Dataset", "Split", "check_batch_size", "epoch_batches", "load"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set as a run sees it.
+
+    ``mean`` and ``std`` are those of each channel over all training images, validation included, for pixels in [0, 1].
+    """
+
+    name: str
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+    train: Split
+    val: Split | None  # None with data.final
+    _cache: Cache = field(repr=False)
+
+    @property
+    def test(self) -> Split:
+        """The test split, for the final evaluation and nothing else. It is not read before it is asked for."""
+        return self._cache.part("test")
+
+
+def load(cfg: Data) -> Dataset:
+    """Decodes the images unless the cache has them, then splits them.
+
+    The validation images are cut off first and ``limit`` applies to the rest, so that every limit validates on the same
+    images. What is selected is copied; with ``final`` and no limit nothing is, and the images stay memory-mapped.
+
+    Raises:
+        UsageError: If the source is missing or damaged, or the splits cannot be made.
+    """
+    cache = cached(cfg)
+    images = cache.part("train")
+    rows, val = torch.arange(len(images.labels)), None
+    if not cfg.final:
+        rows, val_rows = stratified_split(images.labels, cfg.val_fraction, cfg.split_seed)
+        if not len(val_rows):
+            raise UsageError(
+                f"data.val_fraction={cfg.val_fraction}: no image to validate on; raise it, or data.final=true"
+            )
+        val = images.take(val_rows)
+    if cfg.limit is not None:
+        labels = images.labels[rows]
+        _check_limit(cfg.limit, labels)
+        rows = rows[class_balanced_subset(labels, cfg.limit, cfg.split_seed)]
+    train = images if len(rows) == len(images.labels) else images.take(rows)
+    return Dataset(cfg.name, cache.classes, cache.mean, cache.std, train, val, cache)
+
+
+def _check_limit(limit: int, labels: torch.Tensor) -> None:
+    images, classes = len(labels), len(labels.unique())
+    if not classes <= limit <= images:
+        raise UsageError(
+            f"data.limit={limit}: set it between {classes}, one image a class, and {images}, "
+            "all training images left after validation"
+        )

@@ -1,0 +1,212 @@
+"""Images decoded once into one memory-mapped safetensors file, which all processes on the machine share.
+
+The file is named ``{data set}-{identity}-{fingerprint}``: the identity says which source at which size, the fingerprint
+in which state its files were. A changed source therefore means a new file, and the old one of that identity goes.
+
+Shapes: N images, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import Progress
+from safetensors import SafetensorError, safe_open
+
+from src.config import Data
+from src.data.pictures import Contents, Part, Source, decode
+from src.data.sources import find, root_of
+from src.data.splits import Split
+from src.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # part of the fingerprint: raise it with any change of decoding or of the layout
+CHUNK = 64  # images decoded before they are written, which bounds memory
+
+
+class Cache:
+    """An open cache file. Its tensors are views of the mapping; pages are read when they are touched."""
+
+    def __init__(self, path: Path):
+        self._file = safe_open(path, framework="pt")
+        self.classes: list[str] = json.loads(self._file.metadata()["classes"])
+        self.mean: list[float] = self._file.get_tensor("mean").tolist()
+        self.std: list[float] = self._file.get_tensor("std").tolist()
+
+    def part(self, name: str) -> Split:
+        """The part ``train`` or ``test``."""
+        return Split(self._file.get_tensor(f"{name}_images"), self._file.get_tensor(f"{name}_labels"))
+
+
+def cached(cfg: Data) -> Cache:
+    """Opens the cache of the source that ``cfg`` names, after decoding it if there is none in its present state.
+
+    Processes that start together decode once: the others wait.
+
+    Raises:
+        UsageError: If the source is missing, incomplete or damaged, or the cache has no room.
+    """
+    source = find(cfg)
+    folder = Path(cfg.cache_dir).expanduser().resolve()
+    identity = f"{cfg.name}-{_digest(cfg.name, root_of(cfg), cfg.image_size, cfg.image_column, cfg.label_column)}"
+    path = folder / f"{identity}-{_digest(FORMAT, source.stamp)}.safetensors"
+    if cache := _open(path):
+        return cache
+
+    with _locked(folder / f"{identity}.lock"):
+        if cache := _open(path):
+            return cache
+        _write(path, source, cfg)
+        for outdated in set(folder.glob(f"{identity}-*")) - {path}:
+            outdated.unlink()
+        return Cache(path)
+
+
+def _open(path: Path) -> Cache | None:
+    try:
+        return Cache(path)
+    except FileNotFoundError:
+        return None
+    except SafetensorError as error:
+        log.warning("%s is damaged (%s): decoding again", path, error)
+        return None
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the lock, and says so if that means waiting for another process."""
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=1)
+    except Timeout:
+        log.info("waiting for another process to decode the images (it holds %s)", path)
+        lock.acquire()
+    except OSError as error:
+        raise UsageError(f"data.cache_dir={path.parent}: {error.strerror}; choose a folder you may write to") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _write(path: Path, source: Source, cfg: Data) -> None:
+    """Streams the file out under another name; it takes its own only when it is complete and on the disk."""
+    unfinished = path.with_suffix(".partial")
+    try:
+        contents = source.read()
+        _check(contents, cfg)
+        _check_room(path.parent, contents, cfg.image_size)
+        with unfinished.open("wb") as file:
+            _stream(file, contents, cfg)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _check(contents: Contents, cfg: Data) -> None:
+    present = set(contents.train.labels)
+    if len(present) < 2:
+        only = "".join(f" ({contents.classes[label]})" for label in present)
+        raise UsageError(
+            f"data.root={root_of(cfg)}: {len(present)} class{only} in the training images; at least 2 are needed"
+        )
+    if not contents.test.labels:
+        raise UsageError(
+            f"data.root={root_of(cfg)}: no test images; too few images to hold some out, or empty test shards"
+        )
+
+
+def _check_room(folder: Path, contents: Contents, size: int) -> None:
+    needed = (len(contents.train.labels) + len(contents.test.labels)) * 3 * size * size
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UsageError(
+            f"data.cache_dir={folder}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
+            "set data.cache_dir elsewhere, or a smaller data.image_size"
+        )
+
+
+def _stream(file: BinaryIO, contents: Contents, cfg: Data) -> None:
+    total = len(contents.train.labels) + len(contents.test.labels)
+    log.info("decoding %d images of %s into %s", total, cfg.name, file.name)
+    file.write(_header(contents, cfg.image_size))
+    statistics_at = file.tell()
+    file.write(bytes(2 * 3 * 8))  # mean and std, known at the end
+    for part in (contents.train, contents.test):
+        file.write(np.asarray(part.labels, np.int64).tobytes())
+
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"decoding {cfg.name}", total=total)
+        sums, squares = np.zeros(3, np.int64), np.zeros(3, np.int64)
+        for images in _decoded(contents.train, cfg.image_size):
+            file.write(images.tobytes())
+            sums += images.sum((0, 2, 3), dtype=np.int64)
+            squares += np.square(images, dtype=np.int64).sum((0, 2, 3))
+            progress.advance(task, len(images))
+        for images in _decoded(contents.test, cfg.image_size):
+            file.write(images.tobytes())
+            progress.advance(task, len(images))
+
+    pixels = len(contents.train.labels) * cfg.image_size**2
+    mean = sums / pixels
+    std = np.sqrt(squares / pixels - mean**2)
+    file.seek(statistics_at)
+    file.write((mean / 255).tobytes() + (std / 255).tobytes())
+
+
+def _decoded(part: Part, size: int) -> Iterator[np.ndarray]:
+    """The images of a part in chunks [n, 3, S, S] uint8, decoded in threads since Pillow releases the interpreter."""
+    pictures, count = iter(part.pictures), 0
+    with ThreadPoolExecutor() as pool:
+        while chunk := list(islice(pictures, CHUNK)):
+            yield np.stack(list(pool.map(partial(decode, size=size), chunk)))
+            count += len(chunk)
+    assert count == len(part.labels), f"{count} images for {len(part.labels)} labels"
+
+
+def _header(contents: Contents, size: int) -> bytes:
+    """The safetensors header. Types of 8 bytes come first, so that they are aligned whatever the number of pixels.
+
+    Source: the format's description, https://huggingface.co/docs/safetensors. The library itself writes only tensors
+    that are complete in memory.
+    """
+    train, test = len(contents.train.labels), len(contents.test.labels)
+    layout = {
+        "mean": ("F64", [3]),
+        "std": ("F64", [3]),
+        "train_labels": ("I64", [train]),
+        "test_labels": ("I64", [test]),
+        "train_images": ("U8", [train, 3, size, size]),
+        "test_images": ("U8", [test, 3, size, size]),
+    }
+    header: dict[str, Any] = {"__metadata__": {"classes": json.dumps(contents.classes)}}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + prod(shape) * (1 if dtype == "U8" else 8)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

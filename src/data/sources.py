@@ -1,0 +1,166 @@
+"""Where images come from: each source states what it rests on and, when asked, yields labelled pictures in fixed order.
+
+A source is cheap to find: it looks at names, sizes and times of files, so that a cache can be recognised as up to date
+without reading a single image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from src.config import Data
+from src.data.parquet import parquet
+from src.data.pictures import Contents, Part, Picture, Source, stamp
+from src.data.splits import stratified_split
+from src.errors import UsageError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+# Sources that ship without a test split get this one, which no option changes, so that results stay comparable.
+TEST_FRACTION = 0.2
+TEST_SEED = 0
+
+
+def root_of(cfg: Data) -> Path | None:
+    return None if cfg.root is None else Path(cfg.root).expanduser().resolve()
+
+
+def find(cfg: Data) -> Source:
+    """The source that ``cfg`` names.
+
+    Raises:
+        UsageError: If it is unknown, or its files are not where ``data.root`` says.
+    """
+    if cfg.name == "digits":
+        return digits()
+    root = root_of(cfg)
+    if root is None:
+        raise UsageError(f"data.root is not set: data={cfg.name} needs data.root=DIR, the folder of the images")
+    if cfg.name in ("cifar10", "cifar100"):
+        return cifar(cfg.name, root)
+    if not root.is_dir():
+        raise UsageError(
+            f"data.root={root}: {'not a folder' if root.exists() else 'no such folder'}; set data.root=DIR"
+        )
+    if cfg.name == "image_folder":
+        return image_folder(root)
+    if cfg.name == "parquet":
+        return parquet(root, cfg.image_column or "image", cfg.label_column or "label")
+    raise UsageError(f"data.name={cfg.name}: unknown; choose cifar100, cifar10, digits, image_folder or parquet")
+
+
+def digits() -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels of 17 grey levels: real images that need no download."""
+
+    def read() -> Contents:
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+        return _hold_out_test([str(name) for name in bunch.target_names], Part(bunch.target, _arrays("digits", grey)))
+
+    return Source(f"scikit-learn {version('scikit-learn')}", read)
+
+
+def cifar(name: str, root: Path) -> Source:
+    """CIFAR-10 or CIFAR-100, from Hugging Face shards in ``root`` (or ``root/name``), or as torchvision keeps it.
+
+    torchvision downloads into ``root`` what is not there. It also checks MD5 sums of a fixed content, which therefore
+    serve as the stamp.
+    """
+    for folder in (root, root / name):
+        if any(folder.glob("train-*.parquet")):
+            return parquet(folder, "img", "fine_label" if name == "cifar100" else "label")
+
+    from torchvision import datasets
+
+    kind = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
+
+    def read() -> Contents:
+        try:
+            train, test = kind(root, train=True, download=True), kind(root, train=False)
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(
+                f"data.root={root}: {name} is not there and its download failed ({reason}); put "
+                f"{kind.filename}, or Hugging Face shards train-*.parquet and test-*.parquet, into that folder; "
+                "data=digits needs no download"
+            ) from error
+        return Contents(train.classes, *(Part(part.targets, _arrays(name, part.data)) for part in (train, test)))
+
+    return Source(f"torchvision {kind.tgz_md5}", read)
+
+
+def image_folder(root: Path) -> Source:
+    """Class folders of JPEG, PNG or WebP files, below ``train`` and ``test`` (or ``val``), or directly below ``root``.
+
+    Folders directly below ``root`` give a fixed, stratified fifth of their images to the test set.
+    """
+    if not (root / "train").is_dir():
+        everything = _files_of_classes(root)
+        classes = list(everything)
+        return Source(
+            stamp(chain(*everything.values())), lambda: _hold_out_test(classes, _folder_part(classes, everything))
+        )
+
+    folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if folder is None:
+        raise UsageError(f"data.root={root}: no test split; add a folder test or val beside train")
+    train, test = _files_of_classes(root / "train"), _files_of_classes(folder)
+    classes = list(train)
+    if strangers := sorted(set(test) - set(train)):
+        raise UsageError(f"{folder / strangers[0]}: a class without training images; add some, or remove the folder")
+    return Source(
+        stamp(chain(*train.values(), *test.values())),
+        lambda: Contents(classes, _folder_part(classes, train), _folder_part(classes, test)),
+    )
+
+
+def _files_of_classes(folder: Path) -> dict[str, list[str]]:
+    """Class names in order, each with its images. A folder without images is no class."""
+    names = [name for name in sorted(os.listdir(folder)) if (folder / name).is_dir() and not name.startswith(".")]
+    classes = {name: files for name in names if (files := list(_image_files(folder / name)))}
+    if not classes:
+        raise UsageError(f"{folder}: holds no class folders with images ({' '.join(SUFFIXES)}); set data.root")
+    return classes
+
+
+def _image_files(folder: Path) -> Iterator[str]:
+    """All image files below ``folder``, in an order that does not depend on the file system."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield os.path.join(parent, name)
+
+
+def _folder_part(classes: list[str], files: dict[str, list[str]]) -> Part:
+    from PIL import Image
+
+    rows = [(label, path) for label, name in enumerate(classes) for path in files.get(name, [])]
+    return Part([label for label, _ in rows], [Picture(path, partial(Image.open, path)) for _, path in rows])
+
+
+def _arrays(name: str, images: np.ndarray) -> list[Picture]:
+    """Pictures of [N, H, W] grey or [N, H, W, 3] colour images, uint8."""
+    from PIL import Image
+
+    return [Picture(f"{name} image {i}", partial(Image.fromarray, image)) for i, image in enumerate(images)]
+
+
+def _hold_out_test(classes: list[str], everything: Part) -> Contents:
+    pictures = list(everything.pictures)
+    train_rows, test_rows = stratified_split(torch.as_tensor(everything.labels), TEST_FRACTION, TEST_SEED)
+
+    def part(rows: list[int]) -> Part:
+        return Part([everything.labels[i] for i in rows], [pictures[i] for i in rows])
+
+    return Contents(classes, part(train_rows.tolist()), part(test_rows.tolist()))

@@ -1,0 +1,94 @@
+"""Which images go where: the validation split and class-balanced subsets, each a pure function of labels and seed.
+
+Shapes: N images, C classes, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Split(NamedTuple):
+    """Labelled images. Being a tuple, its ``len`` is 2: count ``labels``."""
+
+    images: Tensor  # [N, 3, S, S] uint8
+    labels: Tensor  # [N] int64
+
+    def to(self, device: torch.device | str) -> Split:
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def take(self, rows: Tensor) -> Split:
+        """Copies ``rows``, so that a memory-mapped split is read there and nowhere else."""
+        return Split(self.images[rows], self.labels[rows])
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Holds out ``fraction`` of the rows, in the same proportion in every class.
+
+    Rows that do not divide go to the classes with the largest remainders. A class always keeps at least one row.
+
+    Args:
+        labels: [N] int64.
+        fraction: Of the rows to hold out, in [0, 1).
+        seed: Chooses which rows of a class are held out, and which classes win ties.
+
+    Returns:
+        The rows that remain and the rows held out, both ascending int64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    counts_C = labels.bincount()
+    exact_C = counts_C.double() * fraction
+    quota_C = exact_C.long()
+    by_remainder_C = _shuffled(exact_C - quota_C, generator)
+    can_spare_C = quota_C < counts_C - 1
+    left_over = round(len(labels) * fraction) - int(quota_C.sum())
+    quota_C[by_remainder_C[can_spare_C[by_remainder_C]][:left_over]] += 1
+
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    held_out[_draw(labels, quota_C, generator)] = True
+    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+
+
+def class_balanced_subset(labels: Tensor, limit: int, seed: int) -> Tensor:
+    """Picks ``limit`` rows such that class counts differ by at most one.
+
+    Classes with too few rows give all they have, and the others share what is missing as evenly. With one seed a
+    smaller subset is contained in every larger one.
+
+    Args:
+        labels: [N] int64.
+        limit: How many rows, at most N.
+        seed: Chooses the rows of a class, and the classes that get one more.
+
+    Returns:
+        [limit] int64 rows, ascending.
+    """
+    assert 0 <= limit <= len(labels)
+    generator = torch.Generator().manual_seed(seed)
+    counts_C = labels.bincount()
+    lowest, beyond = 0, int(counts_C.max()) + 1
+    while (
+        beyond - lowest > 1
+    ):  # the highest level at which min(count, level) over all classes does not exceed the limit
+        level = (lowest + beyond) // 2
+        lowest, beyond = (level, beyond) if counts_C.clamp(max=level).sum() <= limit else (lowest, level)
+    quota_C = counts_C.clamp(max=lowest)
+    order_C = torch.randperm(len(counts_C), generator=generator)
+    quota_C[order_C[(counts_C > quota_C)[order_C]][: limit - int(quota_C.sum())]] += 1
+    return _draw(labels, quota_C, generator)
+
+
+def _draw(labels: Tensor, quota_C: Tensor, generator: torch.Generator) -> Tensor:
+    """``quota_C[c]`` random rows of each class c, ascending."""
+    order = torch.randperm(len(labels), generator=generator)
+    by_class = order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
+    return torch.cat([rows[:quota] for rows, quota in zip(by_class, quota_C.tolist(), strict=True)]).sort().values
+
+
+def _shuffled(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Indices by falling score, ties in random order."""
+    order = torch.randperm(len(scores), generator=generator)
+    return order[scores[order].argsort(descending=True, stable=True)]

@@ -1,0 +1,25 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from layouts import SIZE
+
+from src.config import Data
+
+
+@pytest.fixture
+def config(tmp_path) -> Callable[..., Data]:
+    """A `Data` whose cache is in the test's own folder."""
+
+    def make(name: str, root: Path | None = None, **changes) -> Data:
+        defaults = {
+            "image_size": SIZE,
+            "cache_dir": str(tmp_path / "cache"),
+            "val_fraction": 0.25,
+            "split_seed": 0,
+            "limit": None,
+            "final": False,
+        }
+        return Data(name=name, root=root and str(root), **{**defaults, **changes})
+
+    return make

@@ -1,0 +1,256 @@
+import multiprocessing
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from filelock import FileLock
+from layouts import pixels, random_image, write_folder, write_shard
+from PIL import Image
+
+import src.data.cache as cache_module
+from src.data import load
+from src.data.cache import Cache, cached
+from src.errors import UsageError
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_folder(tmp_path / "images", {"train/a": 5, "train/b": 4, "test/a": 2, "test/b": 1})
+
+
+@pytest.fixture
+def decodings(monkeypatch) -> list[str]:
+    """What has been decoded so far."""
+    seen: list[str] = []
+    decode = cache_module.decode
+
+    def counting(picture, size):
+        seen.append(picture.where)
+        return decode(picture, size)
+
+    monkeypatch.setattr(cache_module, "decode", counting)
+    return seen
+
+
+def files(cfg) -> list[Path]:
+    return sorted(Path(cfg.cache_dir).glob("*.safetensors"))
+
+
+def leftovers(cfg) -> list[str]:
+    return [path.name for path in Path(cfg.cache_dir).iterdir() if path.suffix not in (".safetensors", ".lock")]
+
+
+def test_the_file_is_what_safetensors_itself_would_read_and_write(config, folder):
+    cfg = config("image_folder", folder, image_size=7)  # 7x7x3 bytes an image: sizes that are no multiple of 8
+    opened = cached(cfg)
+    tensors = safetensors.torch.load_file(files(cfg)[0])
+    assert set(tensors) == {"mean", "std", "train_labels", "test_labels", "train_images", "test_images"}
+    for part in ("train", "test"):
+        assert torch.equal(tensors[f"{part}_images"], opened.part(part).images)
+        assert torch.equal(tensors[f"{part}_labels"], opened.part(part).labels)
+    reread = safetensors.torch.load(safetensors.torch.save(tensors))
+    assert all(torch.equal(reread[name], tensor) for name, tensor in tensors.items())
+
+
+def test_mean_and_std_are_those_of_the_training_pixels(config, tmp_path):
+    images = write_shard(tmp_path / "train-0.parquet", [0, 1] * 50)
+    write_shard(tmp_path / "test-0.parquet", [0, 1], seed=1)
+    opened = cached(config("parquet", tmp_path))
+    unit = pixels(images) / 255
+    assert opened.mean == pytest.approx(unit.mean((0, 2, 3)), rel=1e-12)
+    assert opened.std == pytest.approx(unit.std((0, 2, 3)), rel=1e-12)
+
+
+def test_images_are_a_view_of_the_mapped_file(config, folder):
+    cfg = config("image_folder", folder)
+    images = cached(cfg).part("train").images
+    address = images.data_ptr()
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(files(cfg)[0]) in line]
+    spans = [tuple(int(end, 16) for end in fields[0].split("-")) for fields in maps]
+    assert any(low <= address < high for low, high in spans)
+
+
+def test_writing_into_the_images_does_not_reach_the_file(config, folder):
+    cfg = config("image_folder", folder)
+    before = cached(cfg).part("train").images.clone()
+    cached(cfg).part("train").images.fill_(7)
+    assert torch.equal(cached(cfg).part("train").images, before)
+
+
+def test_the_second_load_decodes_nothing(config, folder, decodings):
+    cfg = config("image_folder", folder)
+    first = load(cfg)
+    assert len(decodings) == 12
+    second = load(config("image_folder", folder, split_seed=3, limit=4))  # splitting is not part of the cache
+    assert len(decodings) == 12
+    assert torch.equal(first.test.images, second.test.images)
+    assert (first.classes, first.mean, first.std) == (second.classes, second.mean, second.std)
+
+
+def change_an_image(folder: Path) -> None:
+    random_image(99).save(folder / "train/a/0.png")
+
+
+def add_an_image(folder: Path) -> None:
+    random_image(99).save(folder / "train/b/new.png")
+
+
+def remove_an_image(folder: Path) -> None:
+    (folder / "test/a/0.png").unlink()
+
+
+def rename_an_image(folder: Path) -> None:
+    (folder / "train/a/0.png").rename(folder / "train/b/moved.png")
+
+
+def touch_an_image(folder: Path) -> None:
+    os.utime(folder / "train/a/0.png", (0, 0))
+
+
+@pytest.mark.parametrize("change", [change_an_image, add_an_image, remove_an_image, rename_an_image, touch_an_image])
+def test_a_changed_source_replaces_its_cache(config, folder, change):
+    cfg = config("image_folder", folder)
+    cached(cfg)
+    [before] = files(cfg)
+    change(folder)
+    images = cached(cfg).part("train").images
+    [after] = files(cfg)
+    assert after != before
+    on_disk = [path for name in ("a", "b") for path in sorted((folder / "train" / name).iterdir())]
+    assert np.array_equal(images, pixels([Image.open(path) for path in on_disk]))
+
+
+def test_other_sources_and_sizes_keep_their_caches(config, folder, tmp_path):
+    cfg = config("image_folder", folder)
+    cached(cfg)
+    other = write_folder(tmp_path / "other", {"a": 5, "b": 5})
+    for neighbour in (config("image_folder", folder, image_size=4), config("image_folder", other), config("digits")):
+        cached(neighbour)
+    assert len(files(cfg)) == 4
+    add_an_image(folder)
+    cached(cfg)
+    assert len(files(cfg)) == 4
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_truncated_cache_is_made_anew(config, folder, decodings, keep):
+    cfg = config("image_folder", folder)
+    whole = cached(cfg).part("train").images.clone()
+    [path] = files(cfg)
+    path.write_bytes(path.read_bytes()[:keep])
+    decodings.clear()
+    assert torch.equal(cached(cfg).part("train").images, whole)
+    assert len(decodings) == 12
+
+
+def test_a_garbled_header_is_made_anew(config, folder):
+    cfg = config("image_folder", folder)
+    whole = cached(cfg).part("train").images.clone()
+    [path] = files(cfg)
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    assert torch.equal(cached(cfg).part("train").images, whole)
+
+
+def test_a_failed_decoding_leaves_nothing_and_the_old_cache_alone(config, folder):
+    cfg = config("image_folder", folder)
+    cached(cfg)
+    before = files(cfg)
+    (folder / "test/b/broken.png").write_bytes((folder / "test/b/0.png").read_bytes()[:40])
+    with pytest.raises(UsageError, match=r"broken\.png"):
+        cached(cfg)
+    assert files(cfg) == before
+    assert leftovers(cfg) == []
+
+
+def test_an_interrupt_leaves_nothing(config, folder, monkeypatch):
+    def interrupted(picture, size):
+        raise KeyboardInterrupt
+
+    cfg = config("image_folder", folder)
+    monkeypatch.setattr(cache_module, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cached(cfg)
+    assert files(cfg) == leftovers(cfg) == []
+
+
+def test_what_a_killed_process_left_is_removed(config, folder):
+    cfg = config("image_folder", folder)
+    cached(cfg)
+    [path] = files(cfg)
+    path.rename(path.with_suffix(".partial"))
+    add_an_image(folder)
+    cached(cfg)
+    assert leftovers(cfg) == []
+
+
+def test_cache_dir_that_cannot_be(config, folder, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(UsageError, match=r"data\.cache_dir=.*choose a folder"):
+        cached(config("image_folder", folder))
+
+
+def test_no_room_is_said_before_decoding(config, folder, decodings, monkeypatch):
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    with pytest.raises(UsageError, match="GB needed"):
+        cached(config("image_folder", folder))
+    assert decodings == []
+
+
+def _load_counting(cfg, tally: Path, ready, results) -> None:
+    """Loads in its own process once all are ready, and adds a byte to ``tally`` for each picture it decodes."""
+    decode = cache_module.decode
+
+    def counting(picture, size):
+        with tally.open("ab", buffering=0) as file:
+            file.write(b".")
+        return decode(picture, size)
+
+    cache_module.decode = counting
+    ready.wait()
+    results.put(load(cfg).test.images.sum().item())
+
+
+@pytest.mark.slow
+def test_processes_that_start_together_decode_once(config, tmp_path):
+    folder = write_folder(tmp_path / "images", {"a": 60, "b": 60})
+    cfg, tally = config("image_folder", folder), tmp_path / "tally"
+    context = multiprocessing.get_context("spawn")
+    ready, results = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=_load_counting, args=(cfg, tally, ready, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    sums = {results.get(timeout=120) for _ in processes}
+    for process in processes:
+        process.join()
+
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert tally.stat().st_size == 120
+    assert len(sums) == 1
+    assert leftovers(cfg) == []
+
+
+def test_a_process_that_waited_finds_the_cache(config, folder, decodings, caplog):
+    """While another holds the lock, this one says that it waits; then it reads what the other has written."""
+    from threading import Thread
+
+    cfg = config("image_folder", folder)
+    cached(cfg)
+    [path] = files(cfg)
+    hidden = path.rename(path.with_name("hidden"))
+    decodings.clear()
+    lock = FileLock(next(Path(cfg.cache_dir).glob("*.lock")), thread_local=False)
+    opened: list[Cache] = []
+    with caplog.at_level("INFO"):
+        with lock:
+            waiter = Thread(target=lambda: opened.append(cached(cfg)))
+            waiter.start()
+            while "waiting for another process" not in caplog.text:
+                waiter.join(timeout=0.05)
+            hidden.rename(path)
+        waiter.join()
+    assert len(opened) == 1
+    assert decodings == []

@@ -1,0 +1,95 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src.data import load
+from src.data.cache import Cache
+from src.errors import UsageError
+
+CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", Path(__file__).parents[3] / "shared/data/cifar100"))
+
+
+def keys(split) -> list[bytes]:
+    return [image.tobytes() for image in split.images.numpy()]
+
+
+def test_validation_is_cut_off_the_training_images(config):
+    whole, parted = load(config("digits", final=True)), load(config("digits"))
+    assert whole.val is None
+    assert sorted(keys(parted.train) + keys(parted.val)) == sorted(keys(whole.train))
+    assert len(parted.val.labels) == round(0.25 * len(whole.train.labels))
+    assert keys(parted.test) == keys(whole.test)
+
+
+def test_validation_does_not_depend_on_the_limit(config):
+    whole, limited = load(config("digits")), load(config("digits", limit=55))
+    assert keys(limited.val) == keys(whole.val)
+    assert set(keys(limited.train)) <= set(keys(whole.train))
+    assert sorted(limited.train.labels.bincount().tolist()) == [5] * 5 + [6] * 5
+
+
+def test_the_seed_moves_the_validation_set(config):
+    assert keys(load(config("digits")).val) != keys(load(config("digits", split_seed=1)).val)
+
+
+def test_limit_applies_to_all_training_images_with_final(config):
+    dataset = load(config("digits", final=True, limit=100))
+    assert dataset.val is None
+    assert dataset.train.labels.bincount().tolist() == [10] * 10
+
+
+def test_final_without_limit_copies_nothing(config, monkeypatch):
+    monkeypatch.setattr("src.data.Split.take", lambda *args: pytest.fail("copied"))
+    load(config("digits", final=True))
+
+
+def test_the_test_split_is_not_read_before_it_is_asked_for(config, monkeypatch):
+    parts = []
+    part = Cache.part
+    monkeypatch.setattr(Cache, "part", lambda self, name: (parts.append(name), part(self, name))[1])
+    dataset = load(config("digits"))
+    assert parts == ["train"]
+    assert len(dataset.test.labels) == 359
+    assert parts == ["train", "test"]
+
+
+@pytest.mark.parametrize("limit", [9, 1079])
+def test_limit_out_of_range(config, limit):
+    with pytest.raises(UsageError, match=rf"data\.limit={limit}: set it between 10, one image a class, and 1078, all"):
+        load(config("digits", limit=limit))
+
+
+def test_limits_at_the_ends_of_the_range(config):
+    assert len(load(config("digits", limit=10)).train.labels) == 10
+    assert len(load(config("digits", limit=1078)).train.labels) == 1078
+
+
+def test_a_fraction_that_leaves_no_validation_image(config):
+    with pytest.raises(UsageError, match=r"data\.val_fraction=0\.0001"):
+        load(config("digits", val_fraction=0.0001))
+
+
+def test_importing_the_package_loads_no_image_library():
+    code = "import sys, src.data; print(*{'PIL', 'pyarrow', 'sklearn', 'torchvision'} & set(sys.modules))"
+    got = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert got.stdout.split() == []
+
+
+@pytest.mark.cifar
+@pytest.mark.slow
+@pytest.mark.skipif(not CIFAR100.is_dir(), reason="needs CIFAR-100 in the folder named by CIFAR100_ROOT")
+def test_cifar100_has_its_published_statistics(config):
+    dataset = load(config("cifar100", CIFAR100, image_size=32, val_fraction=0.1))
+    assert np.round(dataset.mean, 4).tolist() == [0.5071, 0.4865, 0.4409]  # as quoted in most CIFAR-100 code
+    assert np.round(dataset.std, 4).tolist() == [0.2673, 0.2564, 0.2762]
+    assert dataset.classes[:2] + dataset.classes[-2:] == ["apple", "aquarium_fish", "woman", "worm"]
+    assert torch.equal(dataset.train.labels.bincount(), torch.full((100,), 450))
+    assert torch.equal(dataset.val.labels.bincount(), torch.full((100,), 50))
+    assert torch.equal(dataset.test.labels.bincount(), torch.full((100,), 100))

@@ -1,0 +1,371 @@
+import pickle
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from layouts import SIZE, encoded, pixels, random_image, write_folder, write_shard
+from omegaconf import OmegaConf
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from src.config import Data
+from src.data import load
+from src.data.pictures import Picture, decode
+from src.errors import UsageError
+
+CONF = Path(__file__).parents[2] / "conf" / "data"
+
+
+@pytest.fixture
+def refusal(config):
+    """Loads and returns the message of the UsageError that must follow, which must be one line."""
+
+    def load_and_fail(*args, **kwargs) -> str:
+        with pytest.raises(UsageError) as caught:
+            load(config(*args, **kwargs))
+        message = str(caught.value)
+        assert "\n" not in message
+        return message
+
+    return load_and_fail
+
+
+def all_images(dataset) -> np.ndarray:
+    """Training images with labels, then test images with labels, of a data set loaded with ``final``."""
+    return (
+        dataset.train.images.numpy(),
+        dataset.train.labels.tolist(),
+        dataset.test.images.numpy(),
+        dataset.test.labels.tolist(),
+    )
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def test_config_files_fit_the_schema_and_share_their_defaults(path):
+    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Data), OmegaConf.load(path)))
+    assert cfg.name == path.stem
+    assert (cfg.image_size, cfg.cache_dir, cfg.val_fraction) == (32, "data/cache", 0.1)
+    assert (cfg.split_seed, cfg.limit, cfg.final) == (0, None, False)
+    assert ("root" in OmegaConf.load(path)) == (cfg.name != "digits")
+    assert ("image_column" in OmegaConf.load(path)) == (cfg.name == "parquet")
+
+
+def test_unknown_source(refusal):
+    assert "data.name=cifar1000" in refusal("cifar1000", Path("."))
+
+
+class TestDecode:
+    @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1"])
+    def test_any_mode_becomes_the_rgb_of_pillow(self, mode):
+        image = random_image(0).convert(mode)
+        got = decode(Picture("x", lambda: image.copy()), SIZE)
+        assert np.array_equal(got, pixels([image])[0])
+
+    @pytest.mark.parametrize("square", [13, 8, 5])
+    def test_a_square_is_resized_as_torchvision_does(self, square):
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.functional import resize
+
+        image = random_image(1, square, square)
+        want = resize(image, [SIZE, SIZE], InterpolationMode.BICUBIC, antialias=True)
+        assert np.array_equal(decode(Picture("x", lambda: image), SIZE), pixels([want])[0])
+
+    @pytest.mark.parametrize(("width", "height"), [(24, 8), (8, 24)])
+    def test_a_long_image_keeps_its_middle(self, width, height):
+        image = random_image(2, width, height)
+        left, top = (width - SIZE) // 2, (height - SIZE) // 2
+        want = image.crop((left, top, left + SIZE, top + SIZE))
+        assert np.array_equal(decode(Picture("x", lambda: image), SIZE), pixels([want])[0])
+
+    def test_a_long_image_is_shrunk_to_its_shorter_side_as_torchvision_does(self):
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.functional import center_crop, resize
+
+        smooth = random_image(3, 6, 4).resize((96, 64), Image.Resampling.BICUBIC)
+        want = center_crop(resize(smooth, 16, InterpolationMode.BICUBIC, antialias=True), [16, 16])
+        difference = decode(Picture("x", lambda: smooth), 16).astype(int) - pixels([want])[0]
+        assert np.abs(difference).max() <= 4  # the window keeps fractions of a pixel where torchvision rounds
+
+    def test_a_photo_stored_sideways_is_turned_upright(self, tmp_path):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+        stored = random_image(4)
+        stored.save(tmp_path / "photo.png", exif=exif)
+        got = decode(Picture("x", lambda: Image.open(tmp_path / "photo.png")), SIZE)
+        assert np.array_equal(got, np.rot90(pixels([stored])[0], k=-1, axes=(1, 2)))
+
+    def test_more_than_8_bits_are_refused_rather_than_clipped(self):
+        image = Image.fromarray(np.full((SIZE, SIZE), 40_000, np.uint16))
+        with pytest.raises(UsageError, match=r"scan\.png: pixels of 16 or 32 bits"):
+            decode(Picture("scan.png", lambda: image), SIZE)
+
+
+class TestDigits:
+    def test_they_are_those_of_scikit_learn(self, config):
+        train_images, train_labels, test_images, test_labels = all_images(load(config("digits", final=True)))
+        got = sorted(
+            (image.tobytes(), label)
+            for images, labels in ((train_images, train_labels), (test_images, test_labels))
+            for image, label in zip(images, labels, strict=True)
+        )
+        bunch = load_digits()
+        grey = [np.round(image * 255 / 16).astype(np.uint8) for image in bunch.images]
+        want = sorted((np.stack([image] * 3).tobytes(), label) for image, label in zip(grey, bunch.target, strict=True))
+        assert got == want
+
+    def test_a_fifth_of_each_digit_is_the_test_set_whatever_the_seed(self, config):
+        first, second = load(config("digits")), load(config("digits", split_seed=1))
+        counts = torch.as_tensor(load_digits().target).bincount()
+        assert len(first.test.labels) == round(0.2 * 1797)
+        assert (first.test.labels.bincount() - 0.2 * counts).abs().max() < 1
+        assert torch.equal(first.test.images, second.test.images)
+
+    def test_they_are_resized_bicubically(self, config):
+        dataset = load(config("digits", image_size=32, final=True))
+        small = load(config("digits", final=True))
+        want = Image.fromarray(small.train.images[0, 0].numpy()).resize((32, 32), Image.Resampling.BICUBIC)
+        assert np.array_equal(dataset.train.images[0, 0], np.asarray(want))
+
+
+class TestImageFolder:
+    @pytest.mark.parametrize("part", ["test", "val"])
+    @pytest.mark.parametrize("suffix", [".png", ".webp", ".PNG"])
+    def test_train_and_test_folders(self, config, tmp_path, part, suffix):
+        counts = {"train/dog": 4, "train/cat": 3, f"{part}/cat": 2, f"{part}/dog": 1}
+        root = write_folder(tmp_path / "Bilder für uns", counts, suffix)
+        dataset = load(config("image_folder", root, final=True))
+
+        def read(folder: str) -> list[Image.Image]:
+            return [Image.open(file) for name in ("cat", "dog") for file in sorted((root / folder / name).iterdir())]
+
+        train_images, train_labels, test_images, test_labels = all_images(dataset)
+        assert dataset.classes == ["cat", "dog"]
+        assert train_labels == [0, 0, 0, 1, 1, 1, 1]
+        assert test_labels == [0, 0, 1]
+        assert np.array_equal(train_images, pixels(read("train")))
+        assert np.array_equal(test_images, pixels(read(part)))
+
+    def test_folders_without_a_split_give_a_fifth_to_the_test(self, config, tmp_path):
+        root = write_folder(tmp_path / "all", {"a": 10, "b": 20, "c": 5})
+        dataset = load(config("image_folder", root, final=True))
+        assert dataset.train.labels.bincount().tolist() == [8, 16, 4]
+        assert dataset.test.labels.bincount().tolist() == [2, 4, 1]
+        everything = [Image.open(file) for file in root.rglob("*.png")]
+        got = np.concatenate([dataset.train.images, dataset.test.images])
+        assert sorted(x.tobytes() for x in got) == sorted(x.tobytes() for x in pixels(everything))
+
+    def test_jpegs_in_subfolders_count_and_other_files_do_not(self, config, tmp_path):
+        root = write_folder(tmp_path / "all", {"a": 5, "b/inner": 5, "notes": 0, ".hidden": 3})
+        (root / "b" / "inner" / "extra.jpeg").write_bytes(encoded(random_image(9), "jpeg"))
+        (root / "b" / "readme.txt").write_text("not an image")
+        (root / "b" / "._extra.jpeg").write_text("left behind by another system")
+        dataset = load(config("image_folder", root, final=True))
+        assert dataset.classes == ["a", "b"]
+        assert len(dataset.train.labels) + len(dataset.test.labels) == 11
+
+    def test_the_root_is_required(self, refusal):
+        assert "data=image_folder needs data.root=DIR" in refusal("image_folder")
+
+    def test_missing_folder(self, refusal, tmp_path):
+        assert f"data.root={tmp_path / 'nowhere'}: no such folder" in refusal("image_folder", tmp_path / "nowhere")
+
+    def test_a_file_instead_of_a_folder(self, refusal, tmp_path):
+        (tmp_path / "file").write_text("")
+        assert "not a folder" in refusal("image_folder", tmp_path / "file")
+
+    def test_empty_folder(self, refusal, tmp_path):
+        (tmp_path / "empty").mkdir()
+        assert f"{tmp_path / 'empty'}: holds no class folders with images" in refusal(
+            "image_folder", tmp_path / "empty"
+        )
+
+    @pytest.mark.parametrize("counts", [{"cat": 9}, {"train/cat": 9, "test/cat": 1}])
+    def test_one_class(self, refusal, tmp_path, counts):
+        assert "1 class (cat)" in refusal("image_folder", write_folder(tmp_path / "one", counts))
+
+    def test_no_test_split(self, refusal, tmp_path):
+        root = write_folder(tmp_path / "x", {"train/a": 2, "train/b": 2})
+        assert "no test split; add a folder test or val" in refusal("image_folder", root)
+
+    def test_too_few_images_to_hold_any_out(self, refusal, tmp_path):
+        assert "no test images" in refusal("image_folder", write_folder(tmp_path / "x", {"a": 1, "b": 1}))
+
+    def test_a_test_class_that_is_not_trained(self, refusal, tmp_path):
+        root = write_folder(tmp_path / "x", {"train/a": 2, "train/b": 2, "test/a": 1, "test/c": 1})
+        assert f"{root / 'test' / 'c'}: a class without training images" in refusal("image_folder", root)
+
+    @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+    def test_a_truncated_image_is_named(self, refusal, tmp_path, format):  # noqa: A002
+        root = write_folder(tmp_path / "x", {"a": 5, "b": 5})
+        broken = root / "b" / f"broken.{format}"
+        broken.write_bytes(encoded(random_image(0, 64, 64), format)[:-200])
+        assert f"{broken}: truncated, or not an image" in refusal("image_folder", root)
+
+    def test_a_file_that_is_no_image_is_named(self, refusal, tmp_path):
+        root = write_folder(tmp_path / "x", {"a": 5, "b": 5})
+        (root / "a" / "page.jpg").write_text("<html>404</html>")
+        assert f"{root / 'a' / 'page.jpg'}: truncated, or not an image" in refusal("image_folder", root)
+
+
+class TestParquet:
+    @pytest.mark.parametrize("struct", [True, False], ids=["struct", "binary"])
+    def test_shards_at_any_depth_are_read_in_order(self, config, tmp_path, struct):
+        root = tmp_path / "hub"
+        names = ["zebra", "ape"]
+        first = write_shard(root / "data/train-00000-of-00002.parquet", [0, 1, 0, 1], names=names, struct=struct)
+        second = write_shard(root / "data/train-00001-of-00002.parquet", [1, 1], names=names, struct=struct, seed=1)
+        third = write_shard(root / "data/test-00000-of-00001.parquet", [1, 0], names=names, struct=struct, seed=2)
+        dataset = load(config("parquet", root, final=True))
+        train_images, train_labels, test_images, test_labels = all_images(dataset)
+
+        assert dataset.classes == names
+        assert train_labels == [0, 1, 0, 1, 1, 1]
+        assert test_labels == [1, 0]
+        assert np.array_equal(train_images, pixels(first + second))
+        assert np.array_equal(test_images, pixels(third))
+
+    @pytest.mark.parametrize(
+        ("labels", "classes"), [(["b", "a", "c", "b"], ["a", "b", "c"]), ([30, 7, 100, 30], ["7", "30", "100"])]
+    )
+    def test_without_names_classes_are_the_sorted_values(self, config, tmp_path, labels, classes):
+        write_shard(tmp_path / "train-0.parquet", labels, "picture", "kind")
+        write_shard(tmp_path / "validation-0.parquet", labels[:1], "picture", "kind")
+        dataset = load(config("parquet", tmp_path, final=True, image_column="picture", label_column="kind"))
+        assert dataset.classes == classes
+        assert dataset.train.labels.tolist() == [1, 0, 2, 1]
+        assert dataset.test.labels.tolist() == [1]
+
+    def test_test_shards_come_before_validation_shards(self, config, tmp_path):
+        write_shard(tmp_path / "train-0.parquet", [0, 1])
+        write_shard(tmp_path / "validation-0.parquet", [0])
+        write_shard(tmp_path / "test-0.parquet", [1, 1])
+        assert load(config("parquet", tmp_path, final=True)).test.labels.tolist() == [1, 1]
+
+    def test_no_shards(self, refusal, tmp_path):
+        assert "no shards train-*.parquet" in refusal("parquet", tmp_path)
+
+    def test_no_test_split(self, refusal, tmp_path):
+        write_shard(tmp_path / "train-0.parquet", [0, 1])
+        assert "no test split" in refusal("parquet", tmp_path)
+
+    @pytest.mark.parametrize("part", ["train", "test"])
+    def test_missing_columns_list_those_there_are(self, refusal, tmp_path, part):
+        write_shard(tmp_path / "train-0.parquet", [0, 1])
+        write_shard(tmp_path / "test-0.parquet", [0, 1])
+        write_shard(tmp_path / f"{part}-1.parquet", [0, 1], "img", "fine_label")
+        message = refusal("parquet", tmp_path)
+        assert f"{part}-1.parquet: no column image; it has img, fine_label" in message
+        assert "data.image_column" in message
+
+    @pytest.mark.parametrize(
+        ("changes", "complaint"),
+        [({"image_column": "label"}, "column label holds int64, not encoded images"),
+         ({"label_column": "image"}, "column image holds struct")],
+    )  # fmt: skip
+    def test_columns_of_the_wrong_type(self, refusal, tmp_path, changes, complaint):
+        write_shard(tmp_path / "train-0.parquet", [0, 1])
+        write_shard(tmp_path / "test-0.parquet", [0, 1])
+        assert complaint in refusal("parquet", tmp_path, **changes)
+
+    def test_a_damaged_shard_is_named(self, refusal, tmp_path):
+        write_shard(tmp_path / "train-0.parquet", [0, 1])
+        whole = (tmp_path / "train-0.parquet").read_bytes()
+        (tmp_path / "test-0.parquet").write_bytes(whole[:-100])
+        assert "test-0.parquet: not a readable parquet file" in refusal("parquet", tmp_path)
+
+    @pytest.mark.parametrize("names", [["a", "b"], None])
+    @pytest.mark.parametrize("hidden", [-1, None])
+    def test_hidden_labels_are_named_by_row(self, refusal, tmp_path, names, hidden):
+        write_shard(tmp_path / "train-0.parquet", [0, 1], names=names)
+        write_shard(tmp_path / "test-0.parquet", [0, hidden], names=names)
+        assert f"test-0.parquet row 1: label={hidden} is none of the 2 training classes" in refusal("parquet", tmp_path)
+
+    def test_one_class(self, refusal, tmp_path):
+        write_shard(tmp_path / "train-0.parquet", [1, 1], names=["a", "b"])
+        write_shard(tmp_path / "test-0.parquet", [1], names=["a", "b"])
+        assert "1 class (b)" in refusal("parquet", tmp_path)
+
+    def test_empty_shards(self, refusal, tmp_path):
+        write_shard(tmp_path / "train-0.parquet", [])
+        write_shard(tmp_path / "test-0.parquet", [])
+        assert "0 class" in refusal("parquet", tmp_path)
+
+    @pytest.mark.parametrize("cell", [encoded(random_image(0, 64, 64))[:-2000], b"", None])
+    def test_a_truncated_image_is_named_by_shard_and_row(self, refusal, tmp_path, cell):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        write_shard(tmp_path / "test-0.parquet", [0, 1])
+        cells = [encoded(random_image(i)) for i in range(5)] + [cell]
+        pq.write_table(
+            pa.table({"image": pa.array(cells, pa.binary()), "label": [0, 1] * 3}), tmp_path / "train-0.parquet"
+        )
+        assert f"{tmp_path / 'train-0.parquet'} row 5: truncated, or not an image" in refusal("parquet", tmp_path)
+
+
+class TestCifar:
+    @pytest.mark.parametrize(("name", "label_column"), [("cifar10", "label"), ("cifar100", "fine_label")])
+    @pytest.mark.parametrize("folder", ["", "as on the hub"])
+    def test_parquet_shards(self, config, tmp_path, name, label_column, folder):
+        root = tmp_path / name if folder else tmp_path
+        images = write_shard(root / "train-00000-of-00001.parquet", [0, 1, 1], "img", label_column, names=["a", "b"])
+        write_shard(root / "test-00000-of-00001.parquet", [0], "img", label_column, names=["a", "b"])
+        dataset = load(config(name, tmp_path, final=True))
+        assert dataset.classes == ["a", "b"]
+        assert np.array_equal(dataset.train.images, pixels(images))
+
+    def test_shards_of_the_other_cifar(self, refusal, tmp_path):
+        write_shard(tmp_path / "train-0.parquet", [0, 1], "img", "fine_label")
+        write_shard(tmp_path / "test-0.parquet", [0, 1], "img", "fine_label")
+        assert "no column label; it has img, fine_label" in refusal("cifar10", tmp_path)
+
+    @pytest.mark.parametrize(("name", "key"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
+    def test_files_of_torchvision(self, config, tmp_path, monkeypatch, name, key):
+        """A folder in torchvision's layout, with the published checksums replaced by those of a few random images."""
+        from torchvision import datasets
+        from torchvision.datasets.utils import calculate_md5
+
+        kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+        folder = tmp_path / kind.base_folder
+        folder.mkdir()
+        images, labels = {}, {}
+
+        def checksums(files: list) -> list:
+            for file, _ in files:
+                images[file] = np.random.default_rng(len(images)).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
+                labels[file] = [len(images) % 3, 0, 1, 2]
+                (folder / file).write_bytes(pickle.dumps({"data": images[file].reshape(4, -1), key: labels[file]}))
+            return [[file, calculate_md5(folder / file)] for file, _ in files]
+
+        monkeypatch.setattr(kind, "train_list", checksums(kind.train_list))
+        monkeypatch.setattr(kind, "test_list", checksums(kind.test_list))
+        (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: ["x", "y", "z"]}))
+        monkeypatch.setattr(kind, "meta", kind.meta | {"md5": calculate_md5(folder / kind.meta["filename"])})
+
+        dataset = load(config(name, tmp_path, image_size=32, final=True))
+        train_images, train_labels, test_images, test_labels = all_images(dataset)
+        assert dataset.classes == ["x", "y", "z"]
+        assert np.array_equal(train_images, np.concatenate([images[file] for file, _ in kind.train_list]))
+        assert train_labels == [label for file, _ in kind.train_list for label in labels[file]]
+        assert np.array_equal(test_images, images[kind.test_list[0][0]])
+        assert test_labels == labels[kind.test_list[0][0]]
+
+    @pytest.mark.parametrize(
+        ("name", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz")]
+    )
+    def test_without_a_network_one_line_says_what_to_do(self, refusal, tmp_path, monkeypatch, name, archive):
+        def no_network(*args, **kwargs):
+            raise URLError("Temporary failure\nin name resolution")
+
+        monkeypatch.setattr("urllib.request.urlopen", no_network)
+        message = refusal(name, tmp_path / "root")
+        for part in (
+            f"data.root={tmp_path / 'root'}",
+            archive,
+            "train-*.parquet",
+            "Temporary failure in name",
+            "data=digits",
+        ):
+            assert part in message
