@@ -276,16 +276,16 @@ def prepare_store(experiment: str = "Default") -> Any:
     uri = mlflow.get_tracking_uri()
     path = _sqlite_path(uri)
     try:
-        client = mlflow.MlflowClient(uri)
         if path is None:
-            return client
+            return mlflow.MlflowClient(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if not path.exists():
                 aside = path.with_name(f"{path.name}.new")
                 aside.unlink(missing_ok=True)
-                mlflow.MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
+                mlflow.MlflowClient(f"sqlite:///{aside}")
                 os.replace(aside, path)
+            client = mlflow.MlflowClient(uri)
             found = client.get_experiment_by_name(experiment)
     except Exception as error:
         remedy = "move it away, set MLFLOW_TRACKING_URI, or use tracking=jsonl"
@@ -412,10 +412,10 @@ def find_run_directory(run_id: str, root: Path = Path("multirun")) -> Path:
         tags = client.get_run(run_id).data.tags
     except Exception as error:
         raise UsageError(f"run_id={run_id} is not in MLflow ({_one_line(error)}), nor under {root}/") from None
-    directory = Path(tags.get("output_dir", ""))
-    if "output_dir" not in tags or not directory.is_dir():
-        raise UsageError(f"run_id={run_id} left its files in {directory}, which is gone: pass checkpoint=PATH instead")
-    return directory
+    directory = tags.get("output_dir", "")
+    if not directory or not Path(directory).is_dir():
+        raise UsageError(f"run_id={run_id} has no folder here (output_dir={directory!r}): pass checkpoint=PATH instead")
+    return Path(directory)
 
 
 def environment_tags(device: str) -> dict[str, str]:
