@@ -17,6 +17,8 @@ from src.support.queue import Queue
 from src.support.search import FaissSearch, Search, TorchSearch, require_faiss
 from src.views import ViewMaker
 
+Method = SimCLR | NNCLR | KMCLR
+
 
 def device(name: str) -> torch.device:
     """``auto`` is the GPU where there is one.
@@ -76,17 +78,20 @@ def encoder(cfg: config.Backbone, image_size: int) -> tuple[nn.Module, int]:
     return model, models.feature_dim(model, image_size)
 
 
-def method(cfg: Config, classes: int, device: torch.device) -> SimCLR | NNCLR | KMCLR:
+def method(cfg: Config, backbone: nn.Module, features: int, classes: int, device: torch.device) -> Method:
     """The method with its networks and its support set, on the device.
 
     Args:
+        cfg: the run's config.
+        backbone: from `encoder`.
+        features: that it gives.
         classes: of the data set, for the support set's diagnostics.
+        device: where all of it goes.
     """
     settings = cfg.method
-    backbone, features = encoder(cfg.backbone, cfg.data.image_size)
     out = settings.projector.out
     projector = models.projector(features, settings.projector.hidden, out)
-    model: SimCLR | NNCLR | KMCLR
+    model: Method
     match settings:
         case config.SimCLR():
             model = SimCLR(backbone, projector, temperature=settings.temperature)
@@ -111,7 +116,7 @@ def method(cfg: Config, classes: int, device: torch.device) -> SimCLR | NNCLR | 
             )
         case _:
             raise AssertionError(settings)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     if model.support is not None:
         model.support.stopwatch.device = device
     if cfg.compile:

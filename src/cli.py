@@ -20,7 +20,6 @@ from omegaconf.errors import OmegaConfBaseException
 from src import config
 from src.errors import UsageError
 
-
 CONF = Path(__file__).parent.parent / "conf"
 
 

@@ -276,7 +276,9 @@ def check(cfg: Config) -> None:
         for name, most in (("crop_scale", 1.0), ("blur_sigma", float("inf"))):
             pair = getattr(view, name)
             if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
-                raise UsageError(f"augment.view{number}.{name}={pair}: give [low,high] with 0 < low <= high <= {most:g}")
+                raise UsageError(
+                    f"augment.view{number}.{name}={pair}: give [low,high] with 0 < low <= high <= {most:g}"
+                )
     at_least("evaluation.every", cfg.evaluation.every, 1)
     at_least("evaluation.knn_k", cfg.evaluation.knn_k, 1)
     at_least("evaluation.epochs", cfg.evaluation.epochs, 1)

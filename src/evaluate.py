@@ -49,9 +49,7 @@ def validation(
     }
 
 
-def final(
-    frozen: FrozenEncoder, data: Dataset, cfg: config.Evaluation, search: Search, seed: int
-) -> dict[str, float]:
+def final(frozen: FrozenEncoder, data: Dataset, cfg: config.Evaluation, search: Search, seed: int) -> dict[str, float]:
     """kNN and a linear probe on the test images, which are read here and nowhere else; in percent.
 
     The probe's learning rate is chosen on the validation images. With ``data.final`` there are none: it is chosen on a
@@ -126,7 +124,7 @@ def main(composed: DictConfig) -> dict[str, float]:
     prefix = "encoder."
     weights = {key.removeprefix(prefix): v for key, v in saved["model"].items() if key.startswith(prefix)}
     checkpoint.restore(encoder, weights, path)
-    encoder.to(device, memory_format=torch.channels_last)
+    encoder.to(device).to(memory_format=torch.channels_last)
     frozen = FrozenEncoder(encoder, saved["mean"], saved["std"], device, build.precision(cfg.precision, device))
 
     metrics = final(frozen, data, cfg.evaluation, build.search(cfg.search, device), cfg.seed)
@@ -159,4 +157,3 @@ def _checkpoint_path(composed: DictConfig) -> Path:
     if found is None:
         raise UsageError(f"{directory}: there is no checkpoint; give a checkpoint's file or its run's folder")
     return found
-

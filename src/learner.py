@@ -28,8 +28,9 @@ class Learner:
         self.device = build.device(cfg.device)
         self.dtype = build.precision(cfg.precision, self.device)
         seed_everything(cfg.seed)
-        self.method = build.method(cfg, len(data.classes), self.device)
-        self.classifier = nn.Linear(self.method.encoder.num_features, len(data.classes)).to(self.device)
+        backbone, features = build.encoder(cfg.backbone, cfg.data.image_size)
+        self.method = build.method(cfg, backbone, features, len(data.classes), self.device)
+        self.classifier = nn.Linear(features, len(data.classes)).to(self.device)
         self.optimizer = optim.build(cfg.optimizer, self.method, cfg.batch_size)
         # Apart from the method's optimizer: no decay, no adaptation, a learning rate of its own.
         self.classifier_optimizer = torch.optim.SGD(
@@ -121,4 +122,3 @@ class Learner:
         self.step = state["step"]
         self.seconds, self.support_seconds = state["seconds"]
         return True
-

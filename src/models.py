@@ -1,6 +1,6 @@
 """Encoders and heads.
 
-An encoder maps images [B, 3, S, S] to features [B, F] and says F in ``num_features``.
+An encoder maps images [B, 3, S, S] to features [B, F].
 """
 
 from __future__ import annotations
@@ -39,15 +39,12 @@ def resnet(name: Literal["resnet18", "resnet34", "resnet50"], stem: Stem) -> nn.
         model.conv1 = _small_stem(64, padding=2 if stem == "small_padded" else 1)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
-    model.num_features = model.fc.in_features
     model.fc = nn.Identity()
     return model
 
 
 class ResNetTiny(nn.Module):
     """A ResNet of torchvision's basic blocks, one a stage, 16 to 128 channels wide: 0.3 million weights."""
-
-    num_features = 128
 
     def __init__(self, stem: Stem) -> None:
         super().__init__()
@@ -117,7 +114,7 @@ def predictor(dim: int, hidden: int) -> nn.Sequential:
 
 @torch.no_grad()
 def feature_dim(encoder: nn.Module, image_size: int) -> int:
-    """F, measured: what some of timm's models say differs from what they return.
+    """F, measured, since not every model of timm returns what it says.
 
     Raises:
         UsageError: the encoder does not take images of this size.

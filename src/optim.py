@@ -62,4 +62,3 @@ def schedule(cfg: config.Schedule, step: int, total_steps: int, warmup_steps: in
             return cfg.gamma ** sum(step >= share * total_steps for share in cfg.milestones)
         case name:
             raise AssertionError(f"no schedule {name}")
-

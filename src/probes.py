@@ -91,7 +91,7 @@ def knn_scores(bank: Features, queries_NF: Tensor, classes: int, k: int, tempera
 
     ``k`` larger than the bank means all of it.
 
-    Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, section 3.4.
+    Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, sec. 3.4.
     """
     k = min(k, len(bank.x_NF))
     cosine_NK, ids_NK = search(F.normalize(queries_NF, dim=1), F.normalize(bank.x_NF, dim=1), k)

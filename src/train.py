@@ -42,7 +42,7 @@ def main(composed: DictConfig) -> float:
     """Take one configuration from its start, or from where it was stopped, to its result.
 
     Returns:
-        The last ``val/knn_top1`` in percent, what a sweep may optimise; NaN with ``data.final``, which has no validation.
+        The last ``val/knn_top1`` in percent, what a sweep may optimise; NaN with ``data.final``: no validation.
 
     Raises:
         UsageError: a mistake in the configuration or the data; nothing has been written then.

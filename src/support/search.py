@@ -52,7 +52,7 @@ class TorchSearch:
         if metric == "cosine":
             scores_BN = queries_BD @ bank_ND.T
         else:
-            # -|q-b|^2; the queries' own norms are added after the selection, where they cost B numbers instead of B x N.
+            # -|q-b|^2; the queries' own norms come after the selection, where they cost B numbers instead of B x N.
             scores_BN = torch.addmm(bank_ND.square().sum(1), queries_BD, bank_ND.T, beta=-1, alpha=2)
         scores_BK, ids_BK = scores_BN.max(1, keepdim=True) if k == 1 else scores_BN.topk(k, dim=1)
         if metric == "euclidean":
@@ -74,7 +74,9 @@ class FaissSearch:
         self._resources: Any = None  # one an object: it reserves scratch memory on the GPU
         if device.type == "cuda":
             if not hasattr(faiss, "StandardGpuResources"):
-                raise UsageError("search=faiss: this faiss has no GPU support; install faiss-gpu, or choose search=torch")
+                raise UsageError(
+                    "search=faiss: this faiss has no GPU support; install faiss-gpu, or choose search=torch"
+                )
             with torch.cuda.device(device):
                 self._resources = faiss.StandardGpuResources()
 

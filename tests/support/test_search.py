@@ -49,7 +49,7 @@ def test_blocks_do_not_change_the_answer(monkeypatch):
 
 def test_faiss_missing_is_one_line_with_the_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="search=faiss: faiss is not installed.*search=torch"):
+    with pytest.raises(UsageError, match=r"search=faiss: faiss is not installed.*search=torch"):
         FaissSearch(CPU)
 
 
