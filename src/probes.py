@@ -19,6 +19,7 @@ from src.seeding import mix, seed_everything
 from src.support.search import Search
 from src.views import ViewMaker, normalise
 
+PROBE = 1  # keeps the probe's random numbers apart from those of the training steps
 CROP_AND_FLIP = View(
     crop_scale=[0.08, 1.0],
     flip=0.5,
@@ -188,7 +189,7 @@ def augmented_heads(
     batch_size = min(batch_size, len(train.labels))
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        seed_everything(seed, epoch)
+        seed_everything(seed, epoch, PROBE)
         for batch in epoch_batches(train, batch_size, seed, epoch, frozen.device):
             yield frozen.encode(crop_and_flip(batch.images)), batch.labels
 

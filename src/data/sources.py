@@ -85,9 +85,12 @@ def cifar(name: str, root: Path) -> Source:
     kind = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
 
     def read() -> Contents:
+        existed = root.exists()
         try:
             train, test = kind(root, train=True, download=True), kind(root, train=False)
         except (OSError, RuntimeError) as error:
+            if not existed and root.is_dir() and not any(root.iterdir()):
+                root.rmdir()  # torchvision makes it before it tries
             reason = " ".join(str(error).split())
             raise UsageError(
                 f"data.root={root}: {name} is not there and its download failed ({reason}); put "
