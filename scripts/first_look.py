@@ -1,6 +1,6 @@
 """Does everything learn? Trains the three methods on 20,000 CIFAR-100 images for 20 epochs and draws their curves.
 
-    python scripts/first_look.py data.root=DIR
+    python -m scripts.first_look data.root=DIR
 
 Arguments go to every run. Finished runs are not repeated, so the picture can be drawn again at no cost. Writes
 results/first_look/{curves.png,curves.json,README.md}.
@@ -18,7 +18,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from src import curves
-from src.tracking import RECORD, Record
+from src.tracking import Record
 
 METHODS = {
     "SimCLR": ["method=simclr"],
@@ -104,16 +104,16 @@ def summary(records: dict[str, Record]) -> str:
     lines = [
         "# Does everything learn?",
         "",
-        "20,000 real CIFAR-100 images, 20 epochs, a 16-wide ResNet, one seed. `untrained kNN` is the encoder before its",
-        "first step, `gain` the ratio of the two. One seed at this budget ranks nothing.",
+        "20,000 real CIFAR-100 images, 20 epochs, a 16-wide ResNet, one seed; top-1 in percent. `untrained kNN` is the",
+        "encoder's before its first step, `gain` the ratio of `val kNN` to it. One seed at this budget ranks nothing.",
         "",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
         "![curves](curves.png)",
         "",
-        f"Commit {tags.get('git_commit', 'unknown')[:10]}, {versions}; the machine was shared, so the times say little.",
+        f"Commit {tags.get('git_commit', 'unknown')[:10]}, {versions}. The machine was shared: the times say little.",
         "",
-        "    python scripts/first_look.py data.root=DIR",
+        "    python -m scripts.first_look data.root=DIR",
         "",
         *(f"    python {shlex.join(command(method))} data.root=DIR" for method in METHODS.values()),
         "",

@@ -79,7 +79,9 @@ def final(frozen: FrozenEncoder, data: Dataset, cfg: config.Evaluation, search: 
 
 
 def _knn_percent(bank: Features, queries: Features, classes: int, cfg: config.Evaluation, search: Search) -> float:
-    votes = knn_scores(bank, queries.x_NF, classes, cfg.knn_k, cfg.knn_temperature, search)
+    # With more neighbours than a class has images, most of the votes would have to come from other classes.
+    k = max(1, min(cfg.knn_k, len(bank.labels_N) // classes))
+    votes = knn_scores(bank, queries.x_NF, classes, k, cfg.knn_temperature, search)
     return topk_percent(votes, queries.labels_N, 1)
 
 

@@ -1,0 +1,13 @@
+# Tab completion of groups, options and keys for `python -m src.train` and `python -m src.evaluate` in bash:
+#
+#     source scripts/completion.bash
+#
+# Hydra answers the queries; its own installer knows `python FILE.py` but not `python -m MODULE`.
+_src_completion() {
+    [[ $COMP_LINE =~ ^[[:space:]]*([^ ]*python[0-9.]*)[[:space:]]+-m[[:space:]]+(src\.(train|evaluate))[[:space:]]+(.*)$ ]] || return
+    local python=${BASH_REMATCH[1]} module=${BASH_REMATCH[2]} line="${BASH_REMATCH[2]} ${BASH_REMATCH[4]}" choices
+    choices=$(COMP_LINE=$line "$python" -m "$module" --shell-completion query=bash 2>/dev/null)
+    mapfile -t COMPREPLY < <(compgen -W "$choices" -- "${COMP_WORDS[COMP_CWORD]}")
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -o nospace -o default -F _src_completion python python3
