@@ -312,7 +312,8 @@ def flatten(cfg: Config | dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _counts(key: str) -> bool:
+def is_setting(key: str) -> bool:
+    """Whether a dotted key belongs to what makes two runs the same experiment."""
     return not any(key == skip or key.startswith(skip + ".") for skip in NOT_IN_HASH)
 
 
@@ -323,7 +324,7 @@ def check_same(saved: dict[str, Any], cfg: Config, where: Path) -> None:
         UsageError: they are not the same experiment; the line names the keys that differ.
     """
     before, now = flatten(saved), flatten(cfg)
-    keys = [key for key in now if _counts(key) and str(before.get(key)) != str(now[key])]
+    keys = [key for key in now if is_setting(key) and str(before.get(key)) != str(now[key])]
     if keys:
         differences = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in keys[:4])
         more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
@@ -335,7 +336,7 @@ def config_hash(cfg: Config) -> str:
 
     Where it is stored, tracked or resumed, and on which device it runs, do not count.
     """
-    counted = {key: value for key, value in flatten(cfg).items() if _counts(key)}
+    counted = {key: value for key, value in flatten(cfg).items() if is_setting(key)}
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:8]
 
 

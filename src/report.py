@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from src.config import METHODS, NOT_IN_HASH
+from src.config import METHODS, is_setting
 from src.errors import UsageError
 from src.tracking import Run, read_runs
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 FIGURES = {"val/knn_top1": "val kNN", "test/linear_top1": "test linear top-1", "test/linear_top5": "test linear top-5"}
 PLOTTED = {"test/linear_top1": "Linear top-1 accuracy (%)", "test/linear_top5": "Linear top-5 accuracy (%)"}
-NOT_SETTINGS = ("support_set_size", "support_bytes", "encoder_parameters", *NOT_IN_HASH)
+DERIVED = ("support_set_size", "support_bytes", "encoder_parameters")  # params that follow from the settings
 NAMES = {"simclr": "SimCLR", "nnclr": "NNCLR", "kmclr": "KMCLR"}
 COLOURS = {"simclr": "#404040", "nnclr": "#d55e00", "kmclr": "#0072b2"}  # Okabe and Ito: safe for the colour-blind
 MARKERS, LINES = "Dsov^PX*", ("--", "-.", "-", ":")
@@ -123,11 +123,7 @@ def select(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
 
 def settings(run: Run) -> dict[str, str]:
     """The params that make two runs the same experiment."""
-
-    def counts(key: str) -> bool:
-        return not any(key == skipped or key.startswith(f"{skipped}.") for skipped in NOT_SETTINGS)
-
-    return {key: value for key, value in run.params.items() if counts(key)}
+    return {key: value for key, value in run.params.items() if is_setting(key) and key not in DERIVED}
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
