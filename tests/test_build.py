@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from src import build, config
+from src.errors import UsageError
+from src.support.kmeans import KMeans
+from src.support.queue import Queue
+from src.support.search import FaissSearch, TorchSearch
+from tests.test_config import parsed
+
+CPU = torch.device("cpu")
+TINY = ["backbone=resnet_tiny", "method.projector.hidden=[16]", "method.projector.out=8"]
+
+
+def method(*overrides):
+    cfg = parsed(*TINY, *overrides)
+    backbone, features = build.encoder(cfg.backbone, cfg.data.image_size)
+    return build.method(cfg, backbone, features, 10, CPU)
+
+
+def test_devices():
+    assert build.device("cpu") == CPU
+    assert build.device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(UsageError, match=r"device=cuda:99: torch sees \d+ GPUs here; choose device=cpu or auto"):
+        build.device("cuda:99")
+    with pytest.raises(UsageError, match="device=cuda:x: write cuda:0"):
+        build.device("cuda:x")
+
+
+def test_precision():
+    assert build.precision("float32", CPU) == torch.float32
+    assert build.precision("bfloat16", CPU) == torch.bfloat16
+    assert build.precision("auto", CPU) in (torch.float32, torch.bfloat16)
+
+
+def test_search():
+    assert isinstance(build.search(config.Search("faiss"), CPU), FaissSearch)
+    assert isinstance(build.search(config.Search("torch"), CPU), TorchSearch)
+
+
+def test_simclr_stores_nothing():
+    assert method("method=simclr").support is None
+
+
+def test_nnclr_gets_its_queue():
+    support = method("method=nnclr", "queue_size=33", "search=torch").support
+    assert isinstance(support, Queue)
+    assert support.ring.rows_ND.shape == (33, 8)
+    assert isinstance(support.search, TorchSearch)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "attributes"),
+    [
+        (["method.forget=none"], {"reset_every": 0, "decay": 1.0}),
+        (["method.forget=reset", "method.forget_every=7"], {"reset_every": 7, "decay": 1.0}),
+        (["method.forget=decay", "method.half_life=1"], {"reset_every": 0, "decay": 0.5}),
+        (["method.metric=euclidean"], {"spherical": False}),
+        (["method.refit=faiss", "method.refit_every=9", "method.refit_window=64"], {"refit_every": 9}),
+        (["method.revive_after=3"], {"revive_after": 3, "window": None}),
+    ],
+)
+def test_kmclr_gets_the_prototypes_it_was_told(overrides, attributes):
+    support = method("method=kmclr", "k=12", *overrides).support
+    assert isinstance(support, KMeans)
+    assert support.means_KD.shape == (12, 8)
+    assert {name: getattr(support, name) for name in attributes} == attributes
+
+
+def test_masking_is_the_methods_choice():
+    assert method("method=kmclr").mask_shared
+    assert not method("method=kmclr", "method.same_prototype=negative").mask_shared
+
+
+def test_refit_without_faiss_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"method.refit=faiss: faiss is not installed; .*method.refit=online"):
+        method("method=kmclr", "search=torch", "method.refit=faiss")
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_computes_the_same_and_keeps_its_keys():
+    torch.manual_seed(1)
+    plain = method("method=simclr")
+    torch.manual_seed(1)
+    compiled = method("method=simclr", "compile=true")
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(compiled.encoder(images), plain.encoder(images), atol=1e-4, rtol=1e-3)
