@@ -12,12 +12,13 @@ if __name__ == "__main__":  # ahead of the imports: `--help` does not wait for t
     raise SystemExit
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from src import build, checkpoint, config
+from src import build, checkpoint, config, rundir
 from src.data import Dataset, Split, load, stratified_split
 from src.errors import UsageError
 from src.probes import (
@@ -30,7 +31,7 @@ from src.probes import (
     topk_percent,
 )
 from src.support.search import Search
-from src.tracking import RECORD, Tracker, find_run_directory
+from src.tracking import RECORD, Record, Tracker, find_run_directory
 
 
 def validation(
@@ -100,26 +101,25 @@ def _probe(
 
 
 def main(composed: DictConfig) -> dict[str, float]:
-    """Evaluate the encoder of a checkpoint, on its own data or on another set, and log to its run.
+    """Evaluate the encoder of a finished run, on its own data or on another set, and log to the run.
 
     The metrics are named as in training where protocol and data are the run's own; ``test_original/...`` where only the
-    protocol differs; ``transfer/NAME/...`` on another data set.
+    protocol differs; ``transfer/NAME/...`` on another data set. A checkpoint away from its run's directory is evaluated
+    too; its figures are only printed.
 
     Raises:
-        UsageError: there is no such checkpoint, or the settings do not fit.
+        UsageError: there is no such checkpoint, its run is not finished, or the settings do not fit.
     """
     path = _checkpoint_path(composed)
-    saved = checkpoint.load(path)
-    cfg = config.parse(OmegaConf.create(saved["config"]))
-    own_protocol = cfg.evaluation.name == composed.evaluation.name
-    composed_run = OmegaConf.create(saved["config"])
-    composed_run.merge_with({key: composed[key] for key in ("evaluation", "search", "device", "precision")})
-    if composed.get("data"):
-        composed_run.data = composed.data
-    if composed.data_root:
-        composed_run.data.root = composed.data_root
-    cfg = config.parse(composed_run)
+    directory = path.parent.parent
+    own_run = (directory / RECORD).exists()
+    if own_run and (status := Record.load(directory).status) != "FINISHED":
+        # Test figures of a run in progress could guide its choices; and its status must stay what it is.
+        raise UsageError(f"{directory}: the run is {status}, not FINISHED; run its training command again first")
 
+    saved = checkpoint.load(path)
+    before = config.parse(OmegaConf.create(saved["config"]))
+    cfg = _merged(saved["config"], composed)
     device = build.device(cfg.device)
     data = load(cfg.data)
     encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
@@ -132,16 +132,28 @@ def main(composed: DictConfig) -> dict[str, float]:
     metrics = final(frozen, data, cfg.evaluation, build.search(cfg.search, device), cfg.seed)
     if composed.get("data"):
         metrics = {f"transfer/{cfg.data.name}/{key}": value for key, value in metrics.items()}
-    elif not own_protocol:
+    elif cfg.evaluation.name != before.evaluation.name:
         metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
     for key, value in metrics.items():
         print(f"{key:32} {value:6.2f}")
-    directory = path.parent.parent
-    if (directory / RECORD).exists():
-        tracker = Tracker(directory, cfg.tracking, config.run_name(cfg), {}, {})
-        tracker.log(metrics, saved["step"])
-        tracker.close("FINISHED")
+    if own_run:
+        with rundir.exclusive(directory):
+            tracker = Tracker(directory, cfg.tracking, config.run_name(before), {}, {})
+            tracker.log(metrics, saved["step"])
+            tracker.close("FINISHED")
     return metrics
+
+
+def _merged(saved: dict[str, Any], composed: DictConfig) -> config.Config:
+    """The run's config with what this command line chose."""
+    cfg = OmegaConf.create(saved)
+    for key in ("evaluation", "search", "device", "precision"):
+        cfg[key] = composed[key]
+    if composed.get("data"):
+        cfg.data = composed.data
+    if composed.data_root:
+        cfg.data.root = composed.data_root
+    return config.parse(cfg)
 
 
 def _checkpoint_path(composed: DictConfig) -> Path:

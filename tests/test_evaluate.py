@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -71,3 +72,19 @@ def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path):
     path = checkpoint.save(tmp_path, 1, state)
     with pytest.raises(UsageError, match=r"another method or shape: .*missing"):
         run(f"checkpoint={path}")
+
+
+def test_a_run_that_is_not_finished_is_refused(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    record = Record.load(tmp_path / "run")
+    record.status = "KILLED"
+    record.save(tmp_path / "run")
+    with pytest.raises(UsageError, match="the run is KILLED, not FINISHED"):
+        run(f"checkpoint={tmp_path / 'run'}")
+
+
+def test_a_checkpoint_alone_is_evaluated_and_nothing_is_written(finished, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    path = shutil.copy(checkpoint.latest(finished / "checkpoints"), tmp_path / "elsewhere")
+    assert "test/linear_top1" in run(f"checkpoint={path}", "evaluation.epochs=1")
+    assert [each.name for each in tmp_path.iterdir()] == ["elsewhere"]
