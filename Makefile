@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One faiss, never both: the GPU build where a GPU answers.
 FAISS := $(shell nvidia-smi >/dev/null 2>&1 && echo faiss-gpu || echo faiss-cpu)
 STAMP := .venv/.installed-$(FAISS)
-DEMO := $(BIN)/python -m src.train experiment=demo
+TRAIN := $(BIN)/python -m src.train
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast check format ui clean
@@ -21,9 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup ## SimCLR, NNCLR and KMCLR on scikit-learn's digits: a table, a plot, an MLflow comparison
-	$(DEMO) method=simclr
-	$(DEMO) --multirun method=nnclr queue_size=64,1024
-	$(DEMO) --multirun method=kmclr k=10,50,200
+	$(TRAIN) experiment=demo method=simclr
+	$(TRAIN) --multirun experiment=demo method=nnclr queue_size=64,1024
+	$(TRAIN) --multirun experiment=demo method=kmclr k=10,50,200
 	$(BIN)/python -m src.report experiment=demo
 
 test: setup ## Run every test
