@@ -436,8 +436,9 @@ def environment_tags(device: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     commit = _git("rev-parse", "HEAD")
+    tags |= {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}  # a column of MLflow's
     if commit:
-        tags["git_commit"] = commit
+        tags["git_commit"] = tags["mlflow.source.git.commit"] = commit
         tags["git_dirty"] = str(bool(_git("status", "--porcelain", "--", "src", "conf"))).lower()
     return tags
 

@@ -33,7 +33,7 @@ from src.progress import Progress
 from src.seeding import seed_everything
 from src.stopping import Stopper
 from src.support import NOTHING_STORED
-from src.tracking import RECORD, Record, Tracker, environment_tags
+from src.tracking import RECORD, Record, Tracker, environment_tags, prepare_store
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ def main(composed: DictConfig) -> float:
     check_batch_size(cfg.batch_size, data.train)
     learner = Learner(cfg, data)
     warn_if_never_filled(cfg, len(data.train.labels))
+    if cfg.tracking.name == "mlflow":
+        prepare_store(cfg.tracking.experiment)  # refuses a store that does not open before the directory is made
 
     directory = rundir.choose(cfg)
     with rundir.exclusive(directory), Stopper(cfg.max_minutes) as stopper:

@@ -275,6 +275,22 @@ def test_max_minutes_stops_resumably(command, small, tmp_path):
 
 
 @pytest.mark.slow
+def test_neither_mlflow_nor_faiss_is_needed(command, small, tmp_path):
+    """As on a machine where importing either fails."""
+    for name in ("mlflow", "faiss"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')")
+    shadowed = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}"}
+    run = [*small, "method=kmclr", "k=7", "epochs=1", "output_dir=run"]
+    done = command("src.train", *run, "tracking=jsonl", "search=torch", environment=shadowed)
+    assert done.returncode == 0, done.stderr
+    assert Record.load(tmp_path / "run").metrics.keys() == METRICS
+    done = command("src.train", *run, "output_dir=other", "search=torch", environment=shadowed)
+    assert done.returncode == 2
+    assert "tracking=jsonl" in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.cifar
 @pytest.mark.parametrize("method", METHODS)
 def test_real_images_and_mlflow(command, cache_dir, tmp_path, method):
