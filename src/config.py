@@ -286,8 +286,9 @@ def check(cfg: Config) -> None:
     positive("evaluation.knn_temperature", cfg.evaluation.knn_temperature)
     if not cfg.evaluation.lr:
         raise UsageError("evaluation.lr=[]: give one learning rate or more")
-    for lr in (*cfg.evaluation.lr, cfg.evaluation.online_lr):
+    for lr in cfg.evaluation.lr:
         positive("evaluation.lr", lr)
+    positive("evaluation.online_lr", cfg.evaluation.online_lr)
     at_least("tracking.log_every", cfg.tracking.log_every, 1)
     at_least("checkpoint.every", cfg.checkpoint.every, 1)
 

@@ -54,7 +54,7 @@ def main(composed: DictConfig) -> float:
     data = load(cfg.data)
     check_batch_size(cfg.batch_size, data.train)
     learner = Learner(cfg, data)
-    warn_if_never_filled(cfg, len(data.train.labels))
+    warn_of_doubtful(cfg, len(data.train.labels))
     if cfg.tracking.name == "mlflow":
         prepare_store(cfg.tracking.experiment)  # refuses a store that does not open before the directory is made
 
@@ -195,8 +195,13 @@ def report(directory: Path) -> float:
     return metrics.get("val/knn_top1", math.nan)
 
 
-def warn_if_never_filled(cfg: Config, images: int) -> None:
-    """Say so where the training set cannot fill the support set as its size promises."""
+def warn_of_doubtful(cfg: Config, images: int) -> None:
+    """Say so where a legal setting can hardly be meant, such as a support set that the images cannot fill."""
+    if cfg.schedule.warmup_epochs >= cfg.epochs:
+        logger.warning(
+            "schedule.warmup_epochs=%g: not shorter than epochs=%d, so the learning rate does not get beyond its warm-up",
+            *(cfg.schedule.warmup_epochs, cfg.epochs),
+        )
     if cfg.queue_size is not None and cfg.queue_size > images * cfg.epochs:
         logger.warning(
             "queue_size=%d: %d images in %d epochs never fill it, so every positive will be the other view",

@@ -221,11 +221,12 @@ def test_a_directory_in_use_is_refused(run, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
-def test_sizes_that_cannot_be_filled_are_warned_of(run, caplog):
+def test_doubtful_settings_are_warned_of(run, caplog):
     run("method=nnclr", "queue_size=401", "epochs=2")
     assert "queue_size=401: 200 images in 2 epochs never fill it" in caplog.text
     run("method=kmclr", "k=201", "epochs=1", directory="other")
     assert "k=201: more prototypes than the 200 training images" in caplog.text
+    assert "schedule.warmup_epochs=2: not shorter than epochs=1" in caplog.text
 
 
 @pytest.mark.slow
