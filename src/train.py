@@ -199,7 +199,7 @@ def warn_of_doubtful(cfg: Config, images: int) -> None:
     """Say so where a legal setting can hardly be meant, such as a support set that the images cannot fill."""
     if cfg.schedule.warmup_epochs >= cfg.epochs:
         logger.warning(
-            "schedule.warmup_epochs=%g: not shorter than epochs=%d, so the learning rate does not get beyond its warm-up",
+            "schedule.warmup_epochs=%g: not shorter than epochs=%d, so the learning rate only ever warms up",
             *(cfg.schedule.warmup_epochs, cfg.epochs),
         )
     if cfg.queue_size is not None and cfg.queue_size > images * cfg.epochs:
