@@ -55,10 +55,10 @@ def main(composed: DictConfig) -> float:
     check_batch_size(cfg.batch_size, data.train)
     learner = Learner(cfg, data)
     warn_of_doubtful(cfg, len(data.train.labels))
-    if cfg.tracking.name == "mlflow":
-        prepare_store(cfg.tracking.experiment)  # refuses a store that does not open before the directory is made
 
     directory = rundir.choose(cfg)
+    if cfg.tracking.name == "mlflow":
+        prepare_store(cfg.tracking.experiment)  # refuses a store that does not open before the directory is made
     with rundir.exclusive(directory), Stopper(cfg.max_minutes) as stopper:
         if is_finished(directory, cfg):
             return report(directory)
