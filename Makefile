@@ -26,11 +26,14 @@ demo: setup ## SimCLR, NNCLR and KMCLR on scikit-learn's digits: a table, a plot
 	$(TRAIN) --multirun experiment=demo method=kmclr k=10,50,200
 	$(BIN)/python -m src.report experiment=demo
 
+# A process a core, and a thread a process: threads of several processes would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+
 test: setup ## Run every test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: setup ## Run the tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 check: setup ## Lint, formatting and types
 	$(BIN)/ruff check .
