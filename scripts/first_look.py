@@ -67,12 +67,12 @@ def figure(read: dict[str, dict[str, Any]]) -> Figure:
     """One panel a metric, one line a method."""
     picture = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, (title, key) in zip(picture.subplots(1, len(SHOWN)), SHOWN.items(), strict=True):
-        for (label, each), style in zip(read.items(), ("--", "-.", "-"), strict=True):
+        for (label, each), style, colour in zip(read.items(), ("--", "-.", "-"), ("C7", "C1", "C0"), strict=True):
             if label == "SimCLR" and key.startswith("support/"):
                 continue  # its positive is the same image
             steps, values = each[key]
             scale = 100 if key.startswith("support/") else 1
-            axes.plot(steps, [scale * value for value in values], style, label=label)
+            axes.plot(steps, [scale * value for value in values], style, color=colour, label=label)
         axes.set(xlabel="step", title=title)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
