@@ -118,6 +118,8 @@ class Tracker:
         continued = (directory / RECORD).exists()
         self.record = record = Record.load(directory) if continued else Record.new(run_name, tracking.experiment)
         rows, end = _cut_and_read(directory / METRICS)
+        for row in rows:  # a kill may have come between a row and the record
+            record.metrics |= {key: float(value) for key, value in row["metrics"].items()}
         finished = record.status == "FINISHED"
         self._last_step = {} if finished else {key: row["step"] for row in rows for key in row["metrics"]}
         record.delivered_bytes = min(record.delivered_bytes, end)

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from src import tracking
 from src.config import Tracking
 from src.errors import UsageError
-from src.tracking import Tracker
+from src.tracking import Record, Tracker
 
 ROOT = Path(__file__).parent.parent
 JSONL = Tracking("jsonl", "exp", 10)
@@ -639,3 +639,15 @@ def test_the_commit_and_whether_the_code_differs_from_it(tmp_path, monkeypatch):
     assert (tags["git_commit"], tags["git_dirty"]) == (git("rev-parse", "HEAD"), "false")
     (tmp_path / "src/a.py").write_text("b")
     assert tracking.environment_tags("cpu")["git_dirty"] == "true"
+
+
+def test_values_logged_just_before_a_kill_are_in_the_record_of_the_continued_run(tmp_path):
+    killed = Tracker(tmp_path, JSONL, "run", {}, {})
+    killed.log({"test/linear_top1": 12.5, "val/knn_top1": math.nan}, 7)  # in the file, not in run.json yet
+    assert "test/linear_top1" not in Record.load(tmp_path).metrics
+    continued = Tracker(tmp_path, JSONL, "run", {}, {})
+    continued.log({"test/linear_top1": 12.5}, 7)  # computed again
+    continued.close("FINISHED")
+    assert Record.load(tmp_path).metrics["test/linear_top1"] == 12.5
+    assert math.isnan(Record.load(tmp_path).metrics["val/knn_top1"])
+    assert len(rows(tmp_path)) == 1
