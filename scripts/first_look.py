@@ -38,7 +38,7 @@ OUT = Path("results/first_look")
 SHOWN = {
     "loss": "train/loss",
     "validation kNN top-1 (%)": "val/knn_top1",
-    "positives of the anchor's class (%)": "support/label_agreement",
+    "online linear top-1 (%)": "val/online_top1",
 }
 
 
@@ -68,11 +68,7 @@ def figure(read: dict[str, dict[str, Any]]) -> Figure:
     picture = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, (title, key) in zip(picture.subplots(1, len(SHOWN)), SHOWN.items(), strict=True):
         for (label, each), style, colour in zip(read.items(), ("--", "-.", "-"), ("C7", "C1", "C0"), strict=True):
-            if label == "SimCLR" and key.startswith("support/"):
-                continue  # its positive is the same image
-            steps, values = each[key]
-            scale = 100 if key.startswith("support/") else 1
-            axes.plot(steps, [scale * value for value in values], style, color=colour, label=label)
+            axes.plot(*each[key], style, color=colour, label=label)
         axes.set(xlabel="step", title=title)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

@@ -133,10 +133,10 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
             learner.classifier_optimizer.step()
 
             if support is not None:
-                with support.stopwatch:
-                    support.update(outcome.embeddings, ids, labels)
                 if outcome.ids is not None:
                     support.record(outcome.ids, ids.repeat(2), labels.repeat(2))
+                with support.stopwatch:
+                    support.update(outcome.embeddings, ids, labels)
             if log_now:
                 tracker.log({"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}, learner.step)
             learner.step += 1

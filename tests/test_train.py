@@ -105,6 +105,12 @@ def test_a_run_leaves_what_it_promises(run, method, capsys):
     assert "finished" in capsys.readouterr().out
 
 
+def test_positives_are_described_as_they_were_when_they_served(run):
+    """The queue holds exactly the batch before; within an epoch none of its images can be the anchor's own."""
+    directory = run("method=nnclr", "queue_size=64", "epochs=1", "data.limit=640")
+    assert curves.read(directory)["support/self_hit"][1] == [0.0]
+
+
 def test_the_same_command_again_trains_nothing_and_reports(run, capsys):
     directory = run("method=simclr")
     before = (directory / "metrics.jsonl").read_bytes()

@@ -6,6 +6,7 @@ Shapes: B batch, D dimensions, N stored vectors.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ NOTHING_STORED = {
 }
 
 
-class SupportSet(nn.Module):
+class SupportSet(nn.Module, ABC):
     """The interface of a support set, and the book-keeping that all of them share.
 
     Everything a resume needs is a persistent buffer (or in the extra state), so ``state_dict()`` carries it.
@@ -50,43 +51,46 @@ class SupportSet(nn.Module):
         self.register_buffer("self_hits", torch.zeros(()))
 
     @property
+    @abstractmethod
     def ready(self) -> bool:
         """Whether it has been filled. Until then the positive is the other view, never a random vector."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def stored_bytes(self) -> int:
         """Memory of the stored vectors, in bytes (what a method pays for its positives; diagnostics not counted)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lookup(self, embeddings_BD: Tensor) -> Neighbors:
         """Find each embedding's nearest stored vector. Never changes the support set."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
         """Take in a batch: embeddings, the images they come from, and (for diagnostics only) their classes."""
-        raise NotImplementedError
 
     def start_epoch(self, epoch: int) -> None:
         """Called before each epoch, counted from 0."""
 
     def record(self, ids_B: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
-        """Note which entries served as positives, for whom; `stats` sums it up."""
+        """Note which entries served as positives, for whom; `stats` sums it up.
+
+        To be called before `update`, which lets the anchors themselves into the entries.
+        """
         self.hits_N.index_add_(0, ids_B, torch.ones_like(ids_B, dtype=self.hits_N.dtype))
         self.label_hits += (self.labels_of(ids_B) == labels_B).sum()
         self.self_hits += (self.images_of(ids_B) == images_B).sum()
 
+    @abstractmethod
     def labels_of(self, ids_B: Tensor) -> Tensor:
         """The class each entry stands for; -1 where there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def images_of(self, ids_B: Tensor) -> Tensor:
         """The one image that each entry is an embedding of; -1 where it is not of one image."""
-        raise NotImplementedError
 
+    @abstractmethod
     def age_steps(self) -> float:
         """Mean number of steps since the stored entries were last written."""
-        raise NotImplementedError
 
     def stats(self) -> dict[str, float]:
         """Figures over the lookups since `clear_stats`.
