@@ -78,7 +78,9 @@ def encoder(cfg: config.Backbone, image_size: int) -> tuple[nn.Module, int]:
     return model, models.feature_dim(model, image_size)
 
 
-def method(cfg: Config, backbone: nn.Module, features: int, classes: int, device: torch.device) -> Method:
+def method(
+    cfg: Config, backbone: nn.Module, features: int, classes: int, search: Search, device: torch.device
+) -> Method:
     """The method with its networks and its support set, on the device.
 
     Args:
@@ -86,6 +88,7 @@ def method(cfg: Config, backbone: nn.Module, features: int, classes: int, device
         backbone: from `encoder`.
         features: that it gives.
         classes: of the data set, for the support set's diagnostics.
+        search: the back end, which the evaluation uses too: on a GPU each one reserves memory.
         device: where all of it goes.
     """
     settings = cfg.method
@@ -101,7 +104,7 @@ def method(cfg: Config, backbone: nn.Module, features: int, classes: int, device
                 backbone,
                 projector,
                 models.predictor(out, settings.predictor_hidden),
-                Queue(cfg.queue_size, out, search(cfg.search, device)),
+                Queue(cfg.queue_size, out, search),
                 temperature=settings.temperature,
             )
         case config.KMCLR():
@@ -110,7 +113,7 @@ def method(cfg: Config, backbone: nn.Module, features: int, classes: int, device
                 backbone,
                 projector,
                 models.predictor(out, settings.predictor_hidden),
-                kmeans(settings, cfg.k, out, classes, search(cfg.search, device)),
+                kmeans(settings, cfg.k, out, classes, search),
                 temperature=settings.temperature,
                 mask_shared=settings.same_prototype == "mask",
             )

@@ -27,9 +27,10 @@ class Learner:
         self.cfg = cfg
         self.device = build.device(cfg.device)
         self.dtype = build.precision(cfg.precision, self.device)
+        self.search = build.search(cfg.search, self.device)
         seed_everything(cfg.seed)
         backbone, features = build.encoder(cfg.backbone, cfg.data.image_size)
-        self.method = build.method(cfg, backbone, features, len(data.classes), self.device)
+        self.method = build.method(cfg, backbone, features, len(data.classes), self.search, self.device)
         self.classifier = nn.Linear(features, len(data.classes)).to(self.device)
         self.optimizer = optim.build(cfg.optimizer, self.method, cfg.batch_size)
         # Apart from the method's optimizer: no decay, no adaptation, a learning rate of its own.

@@ -96,12 +96,11 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
     support = method.support
     view1, view2 = build.views(cfg, data)
     train = data.train.to(device)
-    search = build.search(cfg.search, device)
     steps_per_epoch = len(train.labels) // cfg.batch_size
     progress = Progress(cfg.epochs, steps_per_epoch)
 
     def validate() -> dict[str, float]:
-        return evaluate.validation(learner.frozen, learner.classifier, data, cfg.evaluation, search)
+        return evaluate.validation(learner.frozen, learner.classifier, data, cfg.evaluation, learner.search)
 
     if learner.step == 0:
         tracker.log(validate(), step=0)
@@ -166,8 +165,7 @@ def finish(learner: Learner, data: Dataset, tracker: Tracker, directory: Path) -
     """The final evaluation, and the files that stay."""
     cfg = learner.cfg
     print("evaluating on the test images", flush=True)
-    search = build.search(cfg.search, learner.device)
-    tracker.log(evaluate.final(learner.frozen, data, cfg.evaluation, search, cfg.seed), learner.step)
+    tracker.log(evaluate.final(learner.frozen, data, cfg.evaluation, learner.search, cfg.seed), learner.step)
     save_file(learner.encoder_weights(), directory / "encoder.safetensors")
     curves.plot(directory)
     for name in ("config.yaml", "encoder.safetensors", "curves.png"):

@@ -15,7 +15,7 @@ TINY = ["backbone=resnet_tiny", "method.projector.hidden=[16]", "method.projecto
 def method(*overrides):
     cfg = parsed(*TINY, *overrides)
     backbone, features = build.encoder(cfg.backbone, cfg.data.image_size)
-    return build.method(cfg, backbone, features, 10, CPU)
+    return build.method(cfg, backbone, features, 10, build.search(cfg.search, CPU), CPU)
 
 
 def test_devices():
