@@ -21,13 +21,11 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup ## SimCLR, NNCLR and KMCLR on scikit-learn's digits: a table, a plot, an MLflow comparison
-	$(TRAIN) experiment=demo method=simclr
-	$(TRAIN) --multirun experiment=demo method=nnclr queue_size=64,1024
-	$(TRAIN) --multirun experiment=demo method=kmclr k=10,50,200
+	$(TRAIN) --multirun +sweep=support_size experiment=demo queue_size=64,1024 k=10,50,200 seed=0 jobs=2
 	$(BIN)/python -m src.report experiment=demo
 
 # A process a core, and a thread a process: threads of several processes would wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
 
 test: setup ## Run every test
 	$(PYTEST)

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from src import config
+from src import config, sweep
 from src.errors import UsageError
+from src.launcher import JobFailed
+from src.stopping import Stopped
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -29,9 +33,17 @@ def run(module: str, config_name: str) -> None:
     The module is imported when the config has been composed, so that ``--help`` does not wait for torch. A user who
     sets ``HYDRA_FULL_ERROR=1`` gets the tracebacks.
     """
+    sweep.register()
+    if {"--multirun", "-m"} & set(sys.argv):
+        # A choice of one. As a plain value Hydra would also give it to the default method, which may not have it.
+        sys.argv[1:] = [
+            re.sub(rf"^({'|'.join(config.SUPPORT_KEYS.values())})=(\w+)$", r"\1=choice(\2)", a) for a in sys.argv[1:]
+        ]
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
 
     def task(composed: DictConfig) -> Any:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper collects how its jobs end
+            return _job(module, composed)
         try:
             return importlib.import_module(module).main(composed)
         except UsageError as error:  # here, because Hydra would print a line of its own first
@@ -44,8 +56,21 @@ def run(module: str, config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own reporting would hide the exception from us
     try:
         main()
+    except UsageError as error:
+        fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(str(error)))
+    except RuntimeError as error:  # all that Hydra raises for a launcher that is not installed
+        if "Unknown plugin class" not in str(error):
+            raise
+        fail(explain(str(error)))
+
+
+def _job(module: str, composed: DictConfig) -> Any:
+    try:
+        return importlib.import_module(module).main(composed)
+    except Stopped as end:  # launchers carry exceptions, but would end with this one
+        raise JobFailed("stopped; the same command continues", int(end.code or 0)) from None
 
 
 def fail(message: str) -> NoReturn:
@@ -56,6 +81,13 @@ def fail(message: str) -> NoReturn:
 
 def explain(message: str) -> str:
     """One line that says what Hydra's several say, and what to do."""
+    if re.search(r"Could not (find|load) 'hydra/launcher/submitit_(slurm|local)'", message):
+        return "hydra/launcher: SLURM needs submitit: pip install --constraint constraints.txt '.[slurm]'"
+    if "hydra_plugins.hydra_ray_launcher" in message:
+        return (
+            "hydra/launcher=ray: needs Ray and its launcher: pip install --constraint constraints.txt '.[ray]' && "
+            "pip install --no-deps hydra-ray-launcher==1.2.2"
+        )
     if missing := re.search(r"Could not find '([\w./-]+)/([\w.-]+)'", message):
         group, option = missing.groups()
         options = re.findall(r"^\t(\S+)$", message, re.MULTILINE)

@@ -143,6 +143,8 @@ class Tracking:
     name: str
     experiment: str
     log_every: int
+    parent: str | None = None  # the folder of the sweep that the run is a job of
+    trial: int | None = None  # its number in the sweep's Optuna study
 
 
 @dataclass
@@ -173,6 +175,8 @@ class Config:
     resume: str
     output_dir: str | None
     max_minutes: float | None
+    jobs: int
+    dry_run: bool
     k: int | None = None
     queue_size: int | None = None
 
@@ -180,7 +184,10 @@ class Config:
 METHODS: dict[str, type] = {"simclr": SimCLR, "nnclr": NNCLR, "kmclr": KMCLR}
 SUPPORT_KEYS = {"kmclr": "k", "nnclr": "queue_size"}
 # What may differ between two runs that are the same experiment.
-NOT_IN_HASH = ("output_dir", "resume", "max_minutes", "device", "tracking", "checkpoint", "data.root", "data.cache_dir")
+NOT_IN_HASH = (
+    *("output_dir", "resume", "max_minutes", "jobs", "dry_run", "device", "tracking", "checkpoint"),
+    *("data.root", "data.cache_dir"),
+)
 
 
 def parse(composed: DictConfig) -> Config:
@@ -237,6 +244,7 @@ def check(cfg: Config) -> None:
     at_least("seed", cfg.seed, 0)
     at_least("epochs", cfg.epochs, 1)
     at_least("batch_size", cfg.batch_size, 2)
+    at_least("jobs", cfg.jobs, 1)
     if cfg.max_minutes is not None:
         positive("max_minutes", cfg.max_minutes)
     one_of("device", cfg.device.split(":")[0], "auto", "cpu", "cuda")

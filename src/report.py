@@ -1,6 +1,7 @@
 """Support-set size against accuracy: a table and a plot of an experiment's runs.
 
     python -m src.report experiment=NAME
+    python -m src.report sweep=ID
     python -m src.report experiment=NAME out=DIR tracking=jsonl
 
 Writes table.md, table.csv, table.json, plot.png and plot.svg to DIR (results/NAME unless set). The runs are read from
@@ -28,7 +29,7 @@ from rich.table import Table
 
 from src.config import METHODS, is_setting
 from src.errors import UsageError
-from src.tracking import Run, read_runs
+from src.tracking import Run, read_runs, read_sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,7 +111,9 @@ def select(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
             repeats[frozenset(settings(run).items())].append(run)
         else:
             unfinished.append(
-                f"{run.name} ({run.status.lower()})" if run.status != "FINISHED" else f"{run.name} (not a training run)"
+                f"{run.name} ({'pruned' if 'pruned' in run.tags else run.status.lower()})"
+                if run.status != "FINISHED"
+                else f"{run.name} (not a training run)"
             )
     notes = [f"left out: {', '.join(unfinished)}"] if unfinished else []
     notes += [
@@ -262,8 +265,8 @@ def _series(axes: Axes, label: str, rows: Sequence[Row], figure: str, zero: floa
             axes.axhspan(means[0] - stds[0], means[0] + stds[0], color=colour, alpha=0.12, linewidth=0)
 
 
-def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path) -> None:
-    """Writes table.md, table.csv, table.json, plot.png and plot.svg."""
+def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path) -> list[Path]:
+    """Writes table.md, table.csv, table.json, plot.png and plot.svg; returns their paths."""
     from matplotlib import rc_context
 
     out.mkdir(parents=True, exist_ok=True)
@@ -289,26 +292,47 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
         figure = plot(rows)
         figure.savefig(out / "plot.png", dpi=200)
         figure.savefig(out / "plot.svg", metadata={"Date": None})
+    return [out / name for name in ("table.md", "table.csv", "table.json", "plot.png", "plot.svg")]
 
 
-def parse(arguments: Sequence[str]) -> tuple[str, Path, str]:
-    """Reads ``key=value`` arguments.
+def show(rows: Sequence[Row], notes: Sequence[str], title: str) -> None:
+    """Prints the table."""
+    header, *body = table(rows)
+    shown = Table(title=title, caption=caption(rows), box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column(header[0], overflow="fold")
+    for name in header[1:]:
+        shown.add_column(name, justify="right")
+    for line in body:
+        shown.add_row(*line)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(shown)
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
 
-    Returns:
-        The experiment, the output folder, and where the runs are: ``mlflow`` or ``jsonl``.
+
+@dataclass(frozen=True)
+class Arguments:
+    experiment: str
+    sweep: str
+    out: str
+    tracking: str
+
+
+def parse(arguments: Sequence[str]) -> Arguments:
+    """Reads ``key=value`` arguments; exactly one of ``experiment`` and ``sweep`` is not empty.
 
     Raises:
-        UsageError: a key is unknown, a value impossible, or the experiment missing.
+        UsageError: a key is unknown, a value impossible, or it is not said what to report on.
     """
     given: dict[str, str] = dict(argument.partition("=")[::2] for argument in arguments)
-    for key in given.keys() - {"experiment", "out", "tracking"}:
-        raise UsageError(f"{key}: unknown key; there are experiment=NAME, out=DIR and tracking=mlflow|jsonl")
-    if not given.get("experiment"):
-        raise UsageError("experiment=NAME is missing: name the experiment to report on")
-    tracking = given.get("tracking", "mlflow")
-    if tracking not in ("mlflow", "jsonl"):
-        raise UsageError(f"tracking={tracking}: choose one of mlflow, jsonl")
-    return given["experiment"], Path(given.get("out") or f"results/{given['experiment']}"), tracking
+    for key in given.keys() - {"experiment", "sweep", "out", "tracking"}:
+        raise UsageError(f"{key}: unknown key; there are experiment=NAME, sweep=ID, out=DIR and tracking=mlflow|jsonl")
+    parsed = Arguments(**{"experiment": "", "sweep": "", "out": "", "tracking": "mlflow"} | given)
+    if bool(parsed.experiment) == bool(parsed.sweep):
+        raise UsageError("name one of experiment=NAME and sweep=ID to report on")
+    if parsed.tracking not in ("mlflow", "jsonl"):
+        raise UsageError(f"tracking={parsed.tracking}: choose one of mlflow, jsonl")
+    return parsed
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -320,27 +344,22 @@ def main(arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return
-    experiment, out, tracking = parse(arguments)
-    rows, notes = summarise(read_runs(experiment, tracking))
+    asked = parse(arguments)
+    if asked.sweep:
+        name, runs = read_sweep(asked.sweep, asked.tracking)
+    else:
+        name, runs = asked.experiment, read_runs(asked.experiment, asked.tracking)
+    rows, notes = summarise(runs)
     if not rows:
-        raise UsageError(f"experiment={experiment}: no run has finished ({'; '.join(notes)}); train one first")
-    write(rows, notes, experiment, out)
+        raise UsageError(f"{name}: no run has finished ({'; '.join(notes)}); train one first")
+    out = Path(asked.out or f"results/{name}")
+    write(rows, notes, name, out)
 
-    header, *body = table(rows)
-    shown = Table(title=experiment, caption=caption(rows), box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column(header[0], overflow="fold")
-    for title in header[1:]:
-        shown.add_column(title, justify="right")
-    for line in body:
-        shown.add_row(*line)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(shown)
-    for note in notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+    show(rows, notes, name)
     print(f"table: {out / 'table.md'} (also .csv, .json)")
     print(f"plot: {out / 'plot.png'} (also .svg)")
-    if tracking == "mlflow":
-        print(f"compare the runs in a browser: mlflow ui    (experiment {experiment} at http://127.0.0.1:5000)")
+    if asked.tracking == "mlflow":
+        print(f"compare the runs in a browser: mlflow ui    ({name} at http://127.0.0.1:5000)")
 
 
 if __name__ == "__main__":

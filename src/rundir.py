@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from src import config
 from src.errors import UsageError
+from src.tracking import RECORD, Record
 
 ROOT = Path("multirun")
 
@@ -28,6 +29,19 @@ def choose(cfg: config.Config) -> Path:
     while directory.with_name(f"{directory.name}.{number}").exists():
         number += 1
     return directory.with_name(f"{directory.name}.{number}")
+
+
+def is_finished(directory: Path, cfg: config.Config) -> bool:
+    """Whether the directory holds this run's result.
+
+    Raises:
+        UsageError: it holds a run of another configuration.
+    """
+    if not (directory / RECORD).exists():
+        return False
+    record = Record.load(directory)
+    config.check_same(record.params, cfg, directory)
+    return record.status == "FINISHED"
 
 
 @contextmanager

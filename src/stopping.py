@@ -10,7 +10,16 @@ from typing import Any
 
 # SIGUSR1 is what SLURM can be told to send ahead of its time limit.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ECHO_SECONDS = 0.5  # `timeout` and some schedulers signal a process and then its group: that is one signal
 TIME_IS_UP = 75  # sysexits.h's EX_TEMPFAIL: the same command continues
+PRUNED = 76  # a trial of a study that others have left behind
+
+
+class Stopped(SystemExit):
+    """A run was told to stop, has saved, and can continue. Its code is the exit status.
+
+    A type of its own, because a scheduler's own exit, by which submitit puts a job back into the queue, must pass.
+    """
 
 
 class Stopper:
@@ -23,6 +32,7 @@ class Stopper:
     def __init__(self, max_minutes: float | None) -> None:
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
         self.signal = 0
+        self.pruned = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopper:
@@ -34,13 +44,16 @@ class Stopper:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.signal:
+        if not self.signal:
+            self.signal, self._noted = number, time.monotonic()
+        elif time.monotonic() > self._noted + ECHO_SECONDS:
             sys.exit(128 + number)
-        self.signal = number
 
     @property
     def status(self) -> int:
         """The exit status to stop with; 0 while there is no reason to stop."""
         if self.signal:
             return 128 + self.signal
+        if self.pruned:
+            return PRUNED
         return TIME_IS_UP if time.monotonic() >= self.deadline else 0

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,7 @@ class Record:
     experiment: str
     start_time: int
     end_time: int | None = None
+    seconds: float = 0.0  # worked on it, in all its sessions
     status: str = "RUNNING"
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -120,6 +121,7 @@ class Tracker:
         rows, end = _cut_and_read(directory / METRICS)
         for row in rows:  # a kill may have come between a row and the record
             record.metrics |= {key: float(value) for key, value in row["metrics"].items()}
+        self._opened = time.monotonic() - record.seconds
         finished = record.status == "FINISHED"
         self._last_step = {} if finished else {key: row["step"] for row in rows for key in row["metrics"]}
         record.delivered_bytes = min(record.delivered_bytes, end)
@@ -181,6 +183,7 @@ class Tracker:
             self._warned = True
             return False
         finally:
+            self.record.seconds = time.monotonic() - self._opened
             self.record.save(self.directory)
         return True
 
@@ -201,6 +204,71 @@ def deliver(directory: Path) -> str:
         raise UsageError(f"MLflow does not take {directory} ({_one_line(error)}): try again later") from None
     record.save(directory)
     return record.run_id
+
+
+def parent_tags(parent: str | None) -> dict[str, str]:
+    """The tags that nest a run under a sweep's, whose folder is given; none without one."""
+    if parent is None:
+        return {}
+    record = Record.load(Path(parent))
+    tags = {f"sweep.{record.tags['sweep_id']}": "true"}
+    if record.run_id != record.uuid:  # else MLflow does not have the sweep so far, and `nest` does it in the end
+        tags["mlflow.parentRunId"] = record.run_id
+    return tags
+
+
+def nest(parent: Tracker, children: Sequence[Path]) -> None:
+    """Puts runs that have ended under a sweep's, and delivers what MLflow lacks of them; a failing store is only noted.
+
+    A run of several sweeps is shown under the last of them; its tags ``sweep.ID`` name all.
+    """
+    for directory in children:
+        record = Record.load(directory)
+        record.tags |= parent_tags(str(parent.directory))
+        record.save(directory)
+    if not parent._client:
+        return
+    try:
+        for directory in children:
+            record = Record.load(directory)
+            found = parent._client.search_runs(
+                [_experiment_id(parent._client, record.experiment)], f"tags.uuid = '{record.uuid}'", max_results=1
+            )
+            if not found or found[0].info.status != record.status:
+                deliver(directory)
+                continue
+            for key, value in record.tags.items():
+                if found[0].data.tags.get(key) != value:
+                    parent._client.set_tag(found[0].info.run_id, key, value)
+    except Exception as error:
+        logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, _one_line(error))
+
+
+def share(parent: Tracker, view: Callable[[str, str, str, int], tuple[str, str, str]]) -> str:
+    """Tags the experiment with a view of a sweep's jobs; returns where MLflow shows it, empty where there is no MLflow.
+
+    Args:
+        view: `src.charts.sweep_view`.
+    """
+    if not parent._client:
+        return ""
+    record = parent.record
+    try:
+        experiment_id = _experiment_id(parent._client, record.experiment)
+        key, value, path = view(experiment_id, record.run_id, parent.directory.name, record.start_time)
+        parent._client.set_experiment_tag(experiment_id, key, value)
+    except Exception as error:
+        logger.warning("MLflow does not take the view of %s: %s", parent.directory, _one_line(error))
+        return ""
+    return path
+
+
+def abandon(directory: Path, reason: str) -> None:
+    """Closes a run, as failed, whose process ended without doing so."""
+    record = Record.load(directory)
+    record.status, record.end_time = "FAILED", _now()
+    record.tags["error"] = reason
+    record.save(directory)
 
 
 def _connect(client: Any, directory: Path, record: Record) -> None:
@@ -343,19 +411,54 @@ def read_runs(experiment: str, backend: str, root: Path = Path("multirun")) -> l
         UsageError: there is no such experiment; the message lists those that there are.
     """
     runs = _runs_in_store(experiment) if backend == "mlflow" else _runs_under(root, experiment)
-    return sorted(runs, key=lambda run: run.start_time)
+    return sorted((run for run in runs if "sweep_id" not in run.tags), key=lambda run: run.start_time)
+
+
+def read_sweep(sweep: str, backend: str, root: Path = Path("multirun")) -> tuple[str, list[Run]]:
+    """Lists a sweep's jobs, oldest first.
+
+    Args:
+        sweep: its eight hex digits, or the id of its run in MLflow.
+
+    Returns:
+        The sweep's name, and the runs.
+
+    Raises:
+        UsageError: there is no such sweep; the message lists those that there are.
+    """
+    if backend == "mlflow":
+        names = [experiment.name for experiment in _existing_store().search_experiments()]
+        runs = [run for name in names for run in _runs_in_store(name)]
+    else:
+        runs = [_as_run(Record.load(path.parent)) for path in root.rglob(RECORD)]
+    sweeps = {run.tags["sweep_id"]: run for run in runs if "sweep_id" in run.tags}
+    for identity, run in sweeps.items():
+        if sweep in (identity, run.run_id):
+            jobs = [each for each in runs if f"sweep.{identity}" in each.tags]
+            return run.params["sweep"], sorted(jobs, key=lambda each: each.start_time)
+    known = ", ".join(f"{identity} ({run.params['sweep']})" for identity, run in sweeps.items())
+    raise UsageError(f"sweep={sweep}: there is no such sweep; choose from {known or 'none'}")
 
 
 def _runs_under(root: Path, experiment: str) -> list[Run]:
     records = [Record.load(path.parent) for path in root.rglob(RECORD)]
-    runs = [
-        Run(r.run_id, r.name, r.status, r.params, r.metrics, r.tags["output_dir"], r.tags, r.start_time / 1000)
-        for r in records
-        if r.experiment == experiment
-    ]
+    runs = [_as_run(record) for record in records if record.experiment == experiment]
     if not runs:
         raise _unknown(experiment, f"the run.json files under {root}/", {record.experiment for record in records})
     return runs
+
+
+def _as_run(r: Record) -> Run:
+    return Run(r.run_id, r.name, r.status, r.params, r.metrics, r.tags["output_dir"], r.tags, r.start_time / 1000)
+
+
+def run_in(directory: Path) -> Run:
+    """The run in an output directory.
+
+    Raises:
+        UsageError: there is none.
+    """
+    return _as_run(Record.load(directory))
 
 
 def _runs_in_store(experiment: str) -> list[Run]:

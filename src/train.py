@@ -15,7 +15,6 @@ if __name__ == "__main__":  # ahead of the imports: `--help` does not wait for t
 
 import logging
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -25,15 +24,17 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
-from src import build, config, curves, evaluate, rundir
+from src import build, config, curves, evaluate, rundir, study, sweep
+from src.charts import COLOUR_TAG
 from src.config import Config
 from src.data import Dataset, check_batch_size, epoch_batches, load
 from src.learner import Learner
 from src.progress import Progress
+from src.report import COLOURS
 from src.seeding import seed_everything
-from src.stopping import Stopper
+from src.stopping import PRUNED, Stopped, Stopper
 from src.support import NOTHING_STORED
-from src.tracking import RECORD, Record, Tracker, environment_tags, prepare_store
+from src.tracking import Record, Tracker, environment_tags, parent_tags, prepare_store
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,12 @@ def main(composed: DictConfig) -> float:
     Raises:
         UsageError: a mistake in the configuration or the data; nothing has been written then.
         FloatingPointError: the loss stopped being finite.
-        SystemExit: stopped by a signal (128 + its number) or by ``max_minutes`` (75); the same command continues.
+        Stopped: by a signal (128 + its number) or by ``max_minutes`` (75); the same command continues.
     """
     cfg = config.parse(composed)
+    if cfg.dry_run:
+        print(sweep.preview([cfg], at_a_time=1))
+        return math.nan
     build.device(cfg.device)  # refuses a GPU that is not there before images are decoded
     data = load(cfg.data)
     check_batch_size(cfg.batch_size, data.train)
@@ -60,7 +64,7 @@ def main(composed: DictConfig) -> float:
     if cfg.tracking.name == "mlflow":
         prepare_store(cfg.tracking.experiment)  # refuses a store that does not open before the directory is made
     with rundir.exclusive(directory), Stopper(cfg.max_minutes) as stopper:
-        if is_finished(directory, cfg):
+        if rundir.is_finished(directory, cfg):
             return report(directory)
         resumed = learner.resume(directory / "checkpoints")
         (directory / "config.yaml").write_text(OmegaConf.to_yaml(composed))
@@ -69,7 +73,9 @@ def main(composed: DictConfig) -> float:
             cfg.tracking,
             config.run_name(cfg),
             params=config.flatten(cfg) | learner.sizes(),
-            tags=environment_tags(str(learner.device)) | {"config_hash": config.config_hash(cfg)},
+            tags=environment_tags(str(learner.device))
+            | {"config_hash": config.config_hash(cfg), COLOUR_TAG: COLOURS[cfg.method.name]}
+            | parent_tags(cfg.tracking.parent),
         )
         print(f"{directory}: {'continued at' if resumed else 'started at'} step {learner.step}", flush=True)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
@@ -79,14 +85,22 @@ def main(composed: DictConfig) -> float:
                 status = "FINISHED"
             else:
                 status = "KILLED"
+                if stopper.pruned:
+                    tracker.record.tags["pruned"] = "true"
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
             raise
+        except Exception as error:
+            tracker.record.tags["error"] = f"{type(error).__name__}: {error}"
+            raise
         finally:
             tracker.close(status)
+        if stopper.pruned:
+            print(f"{directory}: pruned at step {learner.step}, as other trials are far better by then", flush=True)
+            raise Stopped(PRUNED)
         if status == "KILLED":
             print(f"{directory}: stopped at step {learner.step}; the same command continues", flush=True)
-            sys.exit(stopper.status)
+            raise Stopped(stopper.status)
         return report(directory)
 
 
@@ -151,6 +165,8 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
         last = epoch + 1 == cfg.epochs
         if last or (epoch + 1) % cfg.evaluation.every == 0:
             metrics |= validate()
+        if not last:
+            stopper.pruned = study.is_hopeless(cfg.tracking.parent, cfg.tracking.trial, epoch + 1, metrics)
         tracker.log(metrics, learner.step)
         tracker.flush()
         progress.epoch(epoch, loss, metrics)
@@ -170,19 +186,6 @@ def finish(learner: Learner, data: Dataset, tracker: Tracker, directory: Path) -
     curves.plot(directory)
     for name in ("config.yaml", "encoder.safetensors", "curves.png"):
         tracker.artifact(directory / name)
-
-
-def is_finished(directory: Path, cfg: Config) -> bool:
-    """Whether the directory holds this run's result.
-
-    Raises:
-        UsageError: it holds a run of another configuration.
-    """
-    if not (directory / RECORD).exists():
-        return False
-    record = Record.load(directory)
-    config.check_same(record.params, cfg, directory)
-    return record.status == "FINISHED"
 
 
 def report(directory: Path) -> float:

@@ -119,6 +119,27 @@ def test_mistakes_in_evaluate(command, tmp_path, arguments, says):
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "package", "remedy"),
+    [
+        ("slurm", "hydra_submitit_launcher", "pip install --constraint constraints.txt '.[slurm]'"),
+        ("ray", "hydra_ray_launcher", "pip install --constraint constraints.txt '.[ray]'"),
+    ],
+)
+def test_a_launcher_that_is_not_installed_is_one_line(command, tmp_path, small, launcher, package, remedy):
+    # A module that is None cannot be imported, whether the package is installed or not.
+    hidden = f"import sys; sys.modules['hydra_plugins.{package}'] = None"
+    (tmp_path / "sitecustomize.py").write_text(hidden)
+    search = {"PYTHONPATH": f"{tmp_path}:{PROJECT}"}
+    done = command("src.train", "--multirun", *small, f"hydra/launcher={launcher}", environment=search)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: hydra/launcher")
+    assert remedy in done.stderr
+    assert not list(tmp_path.glob("multirun/*/"))
+
+
 def test_known_keys_reach_into_every_method():
     keys = cli.known_keys()
     assert {"k", "queue_size", "method.forget", "method.projector.hidden", "augment.view1.blur", "seed"} <= set(keys)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from src import report
 from src.errors import UsageError
-from src.report import caption, parse, plot, records, select, summarise, table, write
+from src.report import Arguments, caption, parse, plot, records, select, summarise, table, write
 from src.tracking import Record, Run
 
 ROOT = Path(__file__).parents[1]
@@ -230,8 +230,8 @@ def test_the_files_hold_the_same_table_and_do_not_change_when_written_again(tmp_
 
 
 def test_arguments():
-    assert parse(["experiment=2026_11"]) == ("2026_11", Path("results/2026_11"), "mlflow")
-    assert parse(["out=a=b", "tracking=jsonl", "experiment=x"]) == ("x", Path("a=b"), "jsonl")
+    assert parse(["experiment=2026_11"]) == Arguments("2026_11", "", "", "mlflow")
+    assert parse(["out=a=b", "tracking=jsonl", "sweep=x"]) == Arguments("", "x", "a=b", "jsonl")
 
 
 @pytest.mark.parametrize(
@@ -239,8 +239,9 @@ def test_arguments():
     [
         (["experimnt=x"], "experimnt: unknown key"),
         (["experiment=x", "verbose"], "verbose: unknown key"),
-        ([], "experiment=NAME is missing"),
-        (["experiment="], "experiment=NAME is missing"),
+        ([], "name one of experiment=NAME and sweep=ID"),
+        (["experiment="], "name one of experiment=NAME and sweep=ID"),
+        (["experiment=x", "sweep=y"], "name one of experiment=NAME and sweep=ID"),
         (["experiment=x", "tracking=wandb"], "tracking=wandb: choose one of mlflow, jsonl"),
     ],
 )

@@ -125,6 +125,8 @@ def test_the_same_command_again_trains_nothing_and_reports(run, capsys):
 class StopAfter:
     """In place of the Stopper: asks to stop once so many steps were looked at."""
 
+    pruned = False
+
     def __init__(self, steps):
         self.left = steps
 

@@ -1,0 +1,302 @@
+"""MLflow's own pages, in Chromium: what a person sees who opens a sweep's link.
+
+The pages are read through the marks that they carry for tests (``data-testid``, ``data-component-id``) and through
+Plotly's data, so another version of MLflow may need other names here.
+
+With SWEEP_STORE=DIR the sweep is the newest one in DIR/mlflow.db, and with SWEEP_PICTURE=FILE a picture of its page is
+written. Both together make the one in the documentation:
+
+    SWEEP_STORE=. SWEEP_PICTURE=results/sweep.png .venv/bin/python -m pytest tests/test_browser.py
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from src.charts import COLOUR_TAG, COURSE, SIZE, View, sweep_view
+from src.config import Tracking
+from src.report import COLOURS, PLOTTED
+from src.tracking import Tracker, prepare_store
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]  # one server, one browser
+
+SIZES = {"simclr": [0], "nnclr": [1024, 98304], "kmclr": [50, 200, 400]}
+SEEDS = (0, 1)
+WIDTH, HEIGHT = 1600, 900
+PICTURE = os.path.abspath(os.environ["SWEEP_PICTURE"]) if "SWEEP_PICTURE" in os.environ else None
+PATIENCE = 60  # seconds until a page that does not show what it should is a failure
+
+# Each chart with its title, the titles of its axes, what Plotly was given, and the points that it drew.
+CHARTS = """
+return [...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"]')].map(card => ({
+    title: card.querySelector('h4').textContent,
+    x: card.querySelector('.xtitle')?.textContent,
+    y: card.querySelector('.ytitle')?.textContent,
+    traces: card.querySelector('.js-plotly-plot')?.data ?? [],
+    drawn: card.querySelectorAll('.points path').length,
+    axes: [...card.querySelectorAll('.dimension .label')].map(label => label.textContent),
+}))
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    size: int
+    accuracy: float
+    colour: str | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    run_id: str
+    name: str
+    children: set[str]
+    jobs: dict[str, Job]  # by run id, the children that have an accuracy
+    view: View
+
+
+def make_sweep(folder: Path) -> None:
+    """A sweep as it is logged: made-up figures, three methods, two seeds; and a run that is none of its jobs."""
+    config = Tracking("mlflow", "support-sets", 10)
+    sweep = Tracker(folder / "sweep", config, "support_size", {}, {})
+    Tracker(folder / "stranger", config, "stranger", {SIZE: 7}, {}).close("FINISHED")
+    for method, sizes in SIZES.items():
+        for size, seed in ((size, seed) for size in sizes for seed in SEEDS):
+            name = f"{method}-{size}-{seed}"
+            tags = {"mlflow.parentRunId": sweep.run_id, COLOUR_TAG: COLOURS[method]}
+            job = Tracker(folder / name, config, name, {"method.name": method, SIZE: size, "seed": seed}, tags)
+            top1 = 50 + math.log10(1 + size) + seed / 3
+            for epoch in range(10):
+                job.log({COURSE: (top1 - 5) * (1 - math.exp(-1 - epoch / 3))}, epoch)
+            job.log({"test/linear_top1": top1, "test/linear_top5": top1 + 25}, 10)
+            job.close("FINISHED")
+    sweep.close("FINISHED")
+
+    client = prepare_store()
+    experiment = client.get_experiment_by_name("support-sets").experiment_id
+    view = sweep_view(experiment, sweep.run_id, "support_size", sweep.record.start_time)
+    client.set_experiment_tag(experiment, view.key, view.value)
+
+
+def newest_sweep() -> Sweep:
+    """What the store in the current folder holds, without the pages' help."""
+    client = prepare_store()
+    tagged = [
+        (json.loads(value)["createdAt"], key.removeprefix("mlflow.sharedViewState."), experiment.experiment_id)
+        for experiment in client.search_experiments()
+        for key, value in experiment.tags.items()
+        if key.startswith("mlflow.sharedViewState.")
+    ]
+    created, run_id, experiment = max(tagged)
+    name = client.get_run(run_id).info.run_name
+    children = [run for run in client.search_runs([experiment]) if run.data.tags.get("mlflow.parentRunId") == run_id]
+    jobs = {
+        run.info.run_id: Job(
+            run.info.run_name,
+            int(run.data.params[SIZE]),
+            run.data.metrics["test/linear_top1"],
+            run.data.tags.get(COLOUR_TAG),
+        )
+        for run in children
+        if "test/linear_top1" in run.data.metrics
+    }
+    view = sweep_view(experiment, run_id, name, created)
+    return Sweep(run_id, name, {run.info.run_id for run in children}, jobs, view)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The current folder holds a store with a sweep."""
+    given = os.environ.get("SWEEP_STORE")
+    place = Path(given).resolve() if given else tmp_path_factory.mktemp("sweep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        if not given:
+            make_sweep(place)
+        yield place
+
+
+@pytest.fixture(scope="module")
+def address(folder, tmp_path_factory):
+    """``mlflow ui``, started as a user starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("ui") / "log"
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "mlflow", "ui", "--port", str(port)]
+        server = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for_server(server, f"{address}/health", log)
+        yield address
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)  # its workers too
+        server.wait(60)
+
+
+def wait_for_server(server: subprocess.Popen, url: str, log: Path) -> None:
+    for _ in range(2 * PATIENCE):
+        if server.poll() is not None:
+            pytest.fail(f"mlflow ui ended with status {server.returncode}: {log.read_text()[-2000:]}")
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError):
+            time.sleep(0.5)
+    pytest.fail(f"mlflow ui does not answer: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: run `make setup`")
+    browser, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (browser and chromedriver):
+        pytest.skip("no Chromium with its driver: on Debian, apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    profile = tmp_path_factory.mktemp("profile")
+    quiet = ("disable-background-networking", "disable-component-update", "disable-sync", "no-first-run")
+    bare = ("headless", "hide-scrollbars", "no-sandbox", "disable-gpu", "disable-quic")
+    mouse = "blink-settings=primaryHoverType=2,availableHoverTypes=2"  # without one, Plotly's buttons cover its points
+    for flag in (*bare, *quiet, mouse, f"user-data-dir={profile}"):
+        options.add_argument(f"--{flag}")
+    driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
+    screen = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def sweep(folder):
+    return newest_sweep()
+
+
+@pytest.fixture(scope="module")
+def browser(driver, address):
+    """Opened once before: MLflow greets a new browser with a panel over a quarter of the page."""
+    driver.get(address)
+    click(driver, "[data-component-id='mlflow.assistant.chat_panel.close']")
+    return driver
+
+
+@pytest.fixture
+def page(browser, address, sweep):
+    """The sweep's link, opened afresh."""
+    browser.get("about:blank")
+    browser.get(f"{address}/{sweep.view.path}")
+    click(browser, "[data-component-id='mlflow.experiment_page.shared_view.dismiss']")  # makes room in the picture
+    return browser
+
+
+def wait_until(driver, condition, message):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(driver, PATIENCE).until(condition, message)
+
+
+def click(driver, selector: str) -> None:
+    """Clicks without a pointer, which would hover over what is below it in the picture. Menus open on the press."""
+    press = """
+        const target = document.querySelector(arguments[0]);
+        const tell = type => target.dispatchEvent(new PointerEvent(type, {bubbles: true, cancelable: true}));
+        return target !== null && ['pointerdown', 'click'].map(tell).length > 0;
+    """
+    wait_until(driver, lambda driver: driver.execute_script(press, selector), f"the page has no {selector}")
+
+
+def rows(driver) -> list[str]:
+    """The run ids in the list, from top to bottom."""
+    found = driver.execute_script(
+        "return [...document.querySelectorAll('.ag-pinned-left-cols-container [row-id]')]"
+        ".map(row => [Number(row.getAttribute('row-index')), row.getAttribute('row-id')])"
+    )
+    return [run_id for _, run_id in sorted(found)]
+
+
+def charts(driver) -> dict[str, dict]:
+    return {chart["title"]: chart for chart in driver.execute_script(CHARTS)}
+
+
+def scatter(driver, jobs: int) -> dict:
+    """The chart of size against accuracy, once it shows as many points as there are jobs."""
+    title = f"{SIZE} vs. test/linear_top1"
+    wait_until(
+        driver,
+        lambda driver: charts(driver).get(title, {}).get("drawn") == jobs,
+        f"the chart {title!r} does not show {jobs} points",
+    )
+    return charts(driver)[title]
+
+
+def test_the_link_opens_on_charts_of_every_job(page, sweep):
+    chart = scatter(page, len(sweep.jobs))
+    assert (chart["x"], chart["y"]) == (SIZE, "test/linear_top1")
+    (trace,) = chart["traces"]
+    points = zip(trace["customdata"], trace["x"], trace["y"], trace["marker"]["color"], strict=True)
+    found = {run_id: (name, float(x), y, colour) for (run_id, name), x, y, colour in points}
+    assert found.keys() == sweep.jobs.keys()
+    for run_id, job in sweep.jobs.items():
+        assert found[run_id][:3] == (job.name, job.size, job.accuracy)
+        assert job.colour in (None, found[run_id][3])
+
+    wait_until(page, rows, "the list is empty")
+    listed = [sweep.jobs[run_id].accuracy for run_id in rows(page) if run_id in sweep.jobs]
+    best_first = sorted((job.accuracy for job in sweep.jobs.values()), reverse=True)
+    assert listed
+    assert listed == best_first[: len(listed)], "as much of the list as fits"
+    assert sweep.run_id not in rows(page)
+
+
+def test_the_other_charts_show_too(page, sweep):
+    scatter(page, len(sweep.jobs))
+    second, course = f"{SIZE} vs. test/linear_top5", COURSE
+    wait_until(page, lambda page: charts(page)["Parallel Coordinates"]["axes"], "no parallel coordinates")
+    wait_until(page, lambda page: charts(page)[course]["drawn"], "no curves")
+    sections = "return [...document.querySelectorAll('[data-testid$=section-header]')].map(each => each.textContent)"
+    assert page.execute_script(sections)[0].startswith("Support-set size and accuracy")
+    shown = charts(page)
+    assert list(shown) == [f"{SIZE} vs. {figure}" for figure in PLOTTED] + ["Parallel Coordinates", course]
+    assert shown["Parallel Coordinates"]["axes"] == [SIZE, COURSE, "test/linear_top5", "test/linear_top1"]
+    assert shown[second]["drawn"] == len(sweep.jobs)
+    assert {trace["name"] for trace in shown[course]["traces"]} == {job.name for job in sweep.jobs.values()}
+
+
+def test_the_view_is_listed_by_name(page, sweep):
+    trigger = "return document.querySelector('[data-testid=saved-views-trigger]').textContent"
+    assert page.execute_script(trigger) == sweep.name
+
+
+def test_the_jobs_nest_under_their_sweep(page, sweep):
+    scatter(page, len(sweep.jobs))
+    click(page, "[data-testid='sort-select-dropdown']")
+    click(page, "[data-testid='sort-select-Created']")
+    wait_until(page, lambda page: rows(page) == [sweep.run_id], "the list is not the sweep's run alone, collapsed")
+
+    click(page, f"[row-id='{sweep.run_id}'] button[data-component-id*='runnamecellrenderer']")
+    fit = min(len(sweep.children), 12)
+    wait_until(page, lambda page: len(rows(page)) > fit, f"the sweep's run does not expand to {fit} jobs or more")
+    first, *others = rows(page)
+    assert first == sweep.run_id
+    assert set(others) <= sweep.children
+    scatter(page, len(sweep.jobs))
+
+    if PICTURE:
+        wait_until(page, lambda page: charts(page)[COURSE]["drawn"], "no curves")
+        page.execute_script("document.activeElement.blur()")
+        assert page.save_screenshot(PICTURE), f"{PICTURE} cannot be written"
