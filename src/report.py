@@ -13,12 +13,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ DERIVED = ("support_set_size", "support_bytes", "encoder_parameters")  # params 
 NAMES = {"simclr": "SimCLR", "nnclr": "NNCLR", "kmclr": "KMCLR"}
 COLOURS = {"simclr": "#404040", "nnclr": "#d55e00", "kmclr": "#0072b2"}  # Okabe and Ito: safe for the colour-blind
 MARKERS, LINES = "Dsov^PX*", ("--", "-.", "-", ":")
+LEGEND_WIDTH = 96  # characters that fit beside each other below the plot
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Row:
     @property
     def label(self) -> str:
         name = NAMES.get(self.method, self.method)
-        return f"{name}, {self.variant}" if self.variant else name
+        short = re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", self.variant)
+        return f"{name}, {short}" if short else name
 
     def values(self, figure: str) -> list[float]:
         """The figure of every run that has it, in percent."""
@@ -210,10 +212,18 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row]) -> Figure:
-    """Accuracy against support-set size: a panel a figure, a line a method, a level across for one that stores none."""
+    """Accuracy against support-set size: a panel a figure, a line a method, a level across for one that stores none.
+
+    Each variant has a line of its own; more of them than there are markers, as in a search, are one cloud a method.
+    """
     from matplotlib.figure import Figure
 
-    canvas = Figure(figsize=(7.2, 3.5), layout="constrained")
+    is_cloud = len({row.label for row in rows}) > len(MARKERS)
+    series: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        series[NAMES[row.method] if is_cloud else row.label].append(row)
+    columns = max(1, min(3, LEGEND_WIDTH // (max(map(len, series), default=1) + 8)))
+    canvas = Figure(figsize=(7.2, 3.3 + 0.2 * math.ceil(len(series) / columns)), layout="constrained")
     panels = canvas.subplots(1, len(PLOTTED))
     for axes, (figure, title) in zip(panels, PLOTTED.items(), strict=True):
         zero = _size_axis(axes, sorted({row.size for row in rows} - {0}))
@@ -221,14 +231,15 @@ def plot(rows: Sequence[Row]) -> Figure:
         axes.grid(axis="y", color="0.9", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        for place, (label, group) in enumerate(groupby(rows, key=lambda row: row.label)):
+        for place, (label, group) in enumerate(series.items()):
             points = [row for row in group if row.values(figure)]
+            line = "" if is_cloud else LINES[place % len(LINES)]
             if points:
-                _series(axes, label, points, figure, zero, MARKERS[place % len(MARKERS)], LINES[place % len(LINES)])
+                _series(axes, label, points, figure, zero, MARKERS[place], line)
     canvas.suptitle(caption(rows), fontsize=9)
     handles, labels = max((axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[0]))
     if handles:
-        canvas.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, handlelength=3.5)
+        canvas.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
     return canvas
 
 
@@ -260,7 +271,7 @@ def _series(axes: Axes, label: str, rows: Sequence[Row], figure: str, zero: floa
     style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "capsize": 3, "linewidth": 1.3}
     axes.errorbar([row.size or zero for row in rows], means, stds, label=label, linestyle=line, **style)
     if rows[0].size == 0:
-        axes.axhline(means[0], color=colour, linestyle=line, linewidth=1)
+        axes.axhline(means[0], color=colour, linestyle=line or ":", linewidth=1)
         if not math.isnan(stds[0]):
             axes.axhspan(means[0] - stds[0], means[0] + stds[0], color=colour, alpha=0.12, linewidth=0)
 

@@ -120,6 +120,8 @@ class GridSweeper(Sweeper):
         name = self.config.hydra.runtime.choices.get("sweep") or "grid"
         hashes = sorted(config.config_hash(job.cfg) for job in jobs if job.cfg)
         with self.prepare(Sweep(name, hashes, jobs, legal[0].tracking)) as sweep:
+            done = sum(job.is_finished for job in jobs)
+            print(f"{sweep.directory}: {len(jobs)} jobs, {done} finished already", flush=True)
             self.launch(sweep, [job for job in jobs if job.cfg and not job.is_finished])
         sys.exit(sweep.status)
 
@@ -303,10 +305,8 @@ class Sweep:
         self.lock.__enter__()
         self.handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # closes what is open
         tags = {"sweep_id": self.id, "command": _command()}
-        params = {"sweep": self.name, "jobs": len(self.jobs)}
+        params = {"sweep": self.name}
         self.tracker = tracking.Tracker(self.directory, self.cfg, self.directory.name, params, tags)
-        done = sum(job.is_finished for job in self.jobs)
-        print(f"{self.directory}: {len(self.jobs)} jobs, {done} finished already", flush=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -382,13 +382,14 @@ def alternatives(union: Sequence[Grid], params: Grid, given: Grid) -> Iterator[G
 
 def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
     """The list of jobs, which of them are done, and how long the rest may take, judged by those that are finished."""
-    lines, seconds, unknown = [], 0.0, 0
+    lines, seconds, todo, unknown = [], 0.0, 0, 0
     finished = _seconds_an_epoch()
     for number, cfg in enumerate(cfgs):
         directory = rundir.choose(cfg)
         record = tracking.Record.load(directory) if (directory / tracking.RECORD).exists() else None
         state, estimate = record.status.lower() if record else "to do", ""
         if not (record and record.status == "FINISHED"):
+            todo += 1
             rate = finished.get((cfg.method.name, cfg.backbone.name)) or finished.get(("", cfg.backbone.name))
             if rate is None:
                 unknown += 1
@@ -397,7 +398,6 @@ def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
                 seconds += left
                 estimate = f"about {_duration(left)}"
         lines.append(f"{number:4}  {state:9} {config.support_set_size(cfg):7,}  {directory.name}  {estimate}".rstrip())
-    todo = sum("finished" not in line[:16] for line in lines)
     total = f"{len(cfgs)} jobs, {todo} to run"
     if todo > unknown:
         total += f", about {_duration(seconds / at_a_time)} with jobs={at_a_time}"

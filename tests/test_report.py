@@ -199,6 +199,14 @@ def test_each_variant_is_one_line_of_the_plot():
     }
 
 
+def test_more_variants_than_markers_are_one_cloud_and_lose_no_point():
+    rows, _ = summarise([run("kmclr", k, **{"optimizer.lr": f"0.1{k}234567"}) for k in range(50, 70)])
+    assert rows[0].label == "KMCLR, optimizer.lr=0.15"
+    axes = plot(rows).axes[0]
+    assert {label: len(points) for label, points in drawn(axes).items()} == {"KMCLR": 20}
+    assert axes.containers[0].lines[0].get_linestyle() == "None"
+
+
 @pytest.mark.parametrize("runs", [[run("simclr")], [run("kmclr", 50)], [without(run("simclr"), "test/linear_top1")]])
 def test_small_experiments_are_drawn_and_written_too(runs, tmp_path):
     write(*summarise(runs), "small", tmp_path)
