@@ -1,0 +1,67 @@
+"""Figures that explain an accuracy: how features are spread, and what prototypes have to do with classes.
+
+Shapes: B batch, C classes, F features, K prototypes, N images. All arithmetic is float32 or better.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def alignment(x_BF: Tensor, y_BF: Tensor) -> float:
+    """Mean squared distance between the unit features of two views of the same images: 0 (identical) to 4.
+
+    Source: Wang and Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
+    Hypersphere", ICML 2020, equation 7 with alpha = 2.
+    """
+    x_BF, y_BF = F.normalize(x_BF.float(), dim=1), F.normalize(y_BF.float(), dim=1)
+    return float((x_BF - y_BF).square().sum(1).mean())
+
+
+def uniformity(x_BF: Tensor) -> float:
+    """Log of the mean Gaussian potential of all pairs of unit features: 0 (one point) down to about -4 (spread evenly).
+
+    Source: Wang and Isola, ICML 2020, equation 8 with t = 2.
+
+    Args:
+        x_BF: at least two rows.
+    """
+    x_BF = F.normalize(x_BF.float(), dim=1)
+    squared_distances = torch.pdist(x_BF).square()
+    return float((-2 * squared_distances).exp().mean().log())
+
+
+def effective_rank(x_NF: Tensor) -> float:
+    """Exponential of the entropy of the features' singular values: 1 (a line) to min(N, F) (all directions alike).
+
+    Source: Roy and Vetterli, "The Effective Rank: A Measure of Effective Dimensionality", EUSIPCO 2007. Deviation: the
+    features' mean is taken off first, since a common offset tells no two images apart.
+    """
+    singular = torch.linalg.svdvals((x_NF - x_NF.mean(0)).double())
+    return float(_entropy(singular).exp())
+
+
+def purity(counts_KC: Tensor) -> float:
+    """Share of the members whose class is the commonest of their prototype: 1 if no prototype mixes classes.
+
+    Source: Manning, Raghavan and Schütze, "Introduction to Information Retrieval", 2008, section 16.3.
+    """
+    return float(counts_KC.amax(1).sum() / counts_KC.sum())
+
+
+def normalised_mutual_information(counts_KC: Tensor) -> float:
+    """What prototype and class tell of each other: 0 (nothing) to 1 (everything), over the mean of their entropies.
+
+    Source: Manning, Raghavan and Schütze, 2008, section 16.3.
+    """
+    apart = _entropy(counts_KC.sum(1)) + _entropy(counts_KC.sum(0))
+    together = _entropy(counts_KC.flatten())
+    return float(2 * (apart - together) / apart) if apart > 0 else 1.0
+
+
+def _entropy(weights: Tensor) -> Tensor:
+    """In nats, of weights that need not sum to 1."""
+    shares = weights[weights > 0].double() / weights.sum().double()
+    return -(shares * shares.log()).sum()
