@@ -121,7 +121,7 @@ def main(composed: DictConfig) -> dict[str, float]:
     before = config.parse(OmegaConf.create(saved["config"]))
     cfg = _merged(saved["config"], composed)
     device = build.device(cfg.device)
-    data = load(cfg.data)
+    data = load(cfg.data).on(device)
     encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
     prefix = "encoder."
     weights = {key.removeprefix(prefix): v for key, v in saved["model"].items() if key.startswith(prefix)}

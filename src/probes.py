@@ -75,8 +75,8 @@ class FrozenEncoder:
     def features(self, split: Split, batch_size: int = 512) -> Features:
         """Features of all images of a split, as they are, in order."""
         blocks = [
-            self.encode(normalise(images.to(self.device), self.mean, self.std))
-            for images in split.images.split(batch_size)
+            self.encode(normalise(block.images.to(self.device), self.mean, self.std))
+            for block in split.blocks(batch_size)
         ]
         return Features(torch.cat(blocks), split.labels.to(self.device))
 
@@ -185,8 +185,8 @@ def augmented_heads(
 
     Source: the original study's linear evaluation (README.md, figures to compare with).
     """
-    crop_and_flip = ViewMaker(CROP_AND_FLIP, "bilinear", train.images.shape[-1], frozen.mean, frozen.std)
-    batch_size = min(batch_size, len(train.labels))
+    crop_and_flip = ViewMaker(CROP_AND_FLIP, "bilinear", train.store.shape[-1], frozen.mean, frozen.std)
+    batch_size = min(batch_size, len(train))
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         seed_everything(seed, epoch, PROBE)
@@ -197,5 +197,5 @@ def augmented_heads(
     heads = LinearHeads(
         classes, lrs, torch.zeros(features, device=frozen.device), torch.ones(features, device=frozen.device)
     )
-    heads.fit(batches, epochs, len(train.labels) // batch_size)
+    heads.fit(batches, epochs, len(train) // batch_size)
     return heads

@@ -54,11 +54,11 @@ def main(composed: DictConfig) -> float:
     if cfg.dry_run:
         print(sweep.preview([cfg], at_a_time=1))
         return math.nan
-    build.device(cfg.device)  # refuses a GPU that is not there before images are decoded
-    data = load(cfg.data)
+    device = build.device(cfg.device)  # refuses a GPU that is not there before images are decoded
+    data = load(cfg.data).on(device)
     check_batch_size(cfg.batch_size, data.train)
     learner = Learner(cfg, data)
-    warn_of_doubtful(cfg, len(data.train.labels))
+    warn_of_doubtful(cfg, len(data.train))
 
     directory = rundir.choose(cfg)
     if cfg.tracking.name == "mlflow":
@@ -109,8 +109,7 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
     cfg, device, method = learner.cfg, learner.device, learner.method
     support = method.support
     view1, view2 = build.views(cfg, data)
-    train = data.train.to(device)
-    steps_per_epoch = len(train.labels) // cfg.batch_size
+    steps_per_epoch = len(data.train) // cfg.batch_size
     progress = Progress(cfg.epochs, steps_per_epoch)
 
     def validate() -> dict[str, float]:
@@ -125,7 +124,7 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
             support.start_epoch(epoch)
             support.clear_stats()
         clock = time.perf_counter()
-        for images, labels, ids in epoch_batches(train, cfg.batch_size, cfg.seed, epoch, device, start):
+        for images, labels, ids in epoch_batches(data.train, cfg.batch_size, cfg.seed, epoch, device, start):
             seed_everything(cfg.seed, learner.step)
             lr = learner.set_lr(steps_per_epoch)
 

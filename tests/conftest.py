@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine fails no test
+settings.load_profile("no deadline")
 
 PROJECT = Path(__file__).parent.parent
 CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", PROJECT.parent / "shared" / "data" / "cifar100"))

@@ -41,14 +41,14 @@ def members(counts):
     return np.repeat(prototypes.ravel(), counts.ravel()), np.repeat(classes.ravel(), counts.ravel())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(COUNTS.filter(lambda counts: counts.sum() > 0))
 def test_mutual_information_is_that_of_scikit_learn(counts):
     expected = normalized_mutual_info_score(*members(counts))
     assert normalised_mutual_information(torch.tensor(counts)) == pytest.approx(expected, abs=1e-9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(COUNTS.filter(lambda counts: counts.sum() > 0))
 def test_purity_by_counting(counts):
     prototypes, classes = members(counts)

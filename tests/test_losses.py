@@ -35,14 +35,14 @@ def info_nce_by_loops(positives, predictions, temperature, ids=None):
     return total / len(q)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(BATCHES, TEMPERATURES)
 def test_nt_xent_is_its_equation(batch, temperature):
     z1, z2 = torch.randn(2, batch, 5)
     assert nt_xent(z1, z2, temperature).item() == pytest.approx(nt_xent_by_loops(z1, z2, temperature), rel=1e-4)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(BATCHES, TEMPERATURES, st.booleans())
 def test_info_nce_is_its_equation(batch, temperature, with_ids):
     q, p = torch.randn(2, batch, 5)

@@ -61,7 +61,7 @@ def test_rows_are_in_the_order_of_methods_then_sizes_whatever_the_order_of_runs(
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_mean_and_sample_deviation_over_seeds(accuracies):
     (row,), _ = summarise([run("simclr", seed=seed, top1=top1) for seed, top1 in enumerate(accuracies)])
     assert row.mean("test/linear_top1") == pytest.approx(np.mean(accuracies))

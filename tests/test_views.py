@@ -109,7 +109,7 @@ def test_crop_resize_flip_equal_torchvision_before_the_clamp(mode, flip):
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(sorted(KERNELS)), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_resampling_keeps_constants_and_never_looks_outside_the_crop(pixels, size, mode, data):
     start = data.draw(st.integers(0, pixels - 1))
     length = data.draw(st.integers(1, pixels - start))

@@ -1,19 +1,18 @@
 """Images to train and evaluate on: sources, the cache of decoded uint8 images, splits and batches.
 
 dataset = load(cfg.data)
-train = dataset.train.to(device)
-for images, labels, ids in epoch_batches(train, cfg.batch_size, cfg.seed, epoch, device):
+for images, labels, ids in epoch_batches(dataset.on(device).train, cfg.batch_size, cfg.seed, epoch, device):
     ...
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from src.config import Data
-from src.data.batches import Batch, check_batch_size, epoch_batches
+from src.data.batches import Batch, check_batch_size, epoch_batches, room
 from src.data.cache import Cache, cached
 from src.data.splits import Split, class_balanced_subset, stratified_split
 from src.errors import UsageError
@@ -41,19 +40,28 @@ class Dataset:
         """The test split, for the final evaluation and nothing else. It is not read before it is asked for."""
         return self._cache.part("test")
 
+    def on(self, device: torch.device) -> Dataset:
+        """The data set with its training and validation images on a GPU, if they take little of its free memory.
+
+        Otherwise they stay where they are, and `epoch_batches` streams them.
+        """
+        if device.type == "cpu" or self.train.nbytes + (self.val.nbytes if self.val else 0) > room(device):
+            return self
+        return replace(self, train=self.train.to(device), val=self.val.to(device) if self.val else None)
+
 
 def load(cfg: Data) -> Dataset:
     """Decodes the images unless the cache has them, then splits them.
 
     The validation images are cut off first and ``limit`` applies to the rest, so that every limit validates on the same
-    images. What is selected is copied; with ``final`` and no limit nothing is, and the images stay memory-mapped.
+    images. No image is copied: all splits, and all processes that use the cache, share its memory-mapped pages.
 
     Raises:
         UsageError: If the source is missing or damaged, or the splits cannot be made.
     """
     cache = cached(cfg)
     images = cache.part("train")
-    rows, val = torch.arange(len(images.labels)), None
+    rows, val = torch.arange(len(images)), None
     if not cfg.final:
         rows, val_rows = stratified_split(images.labels, cfg.val_fraction, cfg.split_seed)
         if not len(val_rows):
@@ -65,8 +73,7 @@ def load(cfg: Data) -> Dataset:
         labels = images.labels[rows]
         _check_limit(cfg.limit, labels)
         rows = rows[class_balanced_subset(labels, cfg.limit, cfg.split_seed)]
-    train = images if len(rows) == len(images.labels) else images.take(rows)
-    return Dataset(cfg.name, cache.classes, cache.mean, cache.std, train, val, cache)
+    return Dataset(cfg.name, cache.classes, cache.mean, cache.std, images.take(rows), val, cache)
 
 
 def _check_limit(limit: int, labels: torch.Tensor) -> None:

@@ -5,7 +5,10 @@ Shapes: B images a batch, S pixels a side, N images in the split.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -14,6 +17,9 @@ from torch import Tensor
 from src.data.splits import Split
 from src.errors import UsageError
 from src.seeding import mix
+
+AHEAD = 3  # batches that wait for their step
+SHARE = 0.25
 
 
 class Batch(NamedTuple):
@@ -28,11 +34,18 @@ def check_batch_size(batch_size: int, split: Split) -> None:
     Raises:
         UsageError: If ``batch_size`` exceeds the number of images.
     """
-    if batch_size > len(split.labels):
+    if batch_size > len(split):
         raise UsageError(
-            f"batch_size={batch_size} is larger than the {len(split.labels)} training images: "
+            f"batch_size={batch_size} is larger than the {len(split)} training images: "
             "lower batch_size, or raise data.limit if it is set"
         )
+
+
+def room(device: torch.device) -> float:
+    """Bytes of a device's memory that images may take; the rest is for networks and activations."""
+    if device.type == "cuda":
+        return SHARE * torch.cuda.mem_get_info(device)[0]
+    return SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
@@ -46,10 +59,11 @@ def epoch_batches(
 ) -> Iterator[Batch]:
     """All full batches of one epoch in random order; the images left over at its end are dropped.
 
-    Images are gathered where the split lives: with `Split.to` on the device no batch crosses the bus.
+    Images are gathered where the split lives: on the device no batch crosses the bus. Those that have to be moved, and
+    those of which memory cannot hold all, are read ahead of the step that wants them.
 
     Args:
-        split: Images and labels, on one device.
+        split: On the device, or in the host's memory.
         batch_size: B.
         seed: Of the run.
         epoch: Which epoch; each has its own order.
@@ -60,7 +74,25 @@ def epoch_batches(
         UsageError: If ``batch_size`` exceeds the number of images.
     """
     check_batch_size(batch_size, split)
-    count = len(split.labels)
-    order = epoch_order(count, seed, epoch).to(split.labels.device)
-    ids_of_batches = order[: count // batch_size * batch_size].view(-1, batch_size)[start:]
-    return (Batch(*split.take(ids_B).to(device), ids_B.to(device)) for ids_B in ids_of_batches)
+    device = torch.device(device)
+    order = epoch_order(len(split), seed, epoch).to(split.labels.device)
+    ids_of_batches = order[: len(split) // batch_size * batch_size].view(-1, batch_size)[start:]
+
+    def batch(ids_B: Tensor) -> Batch:
+        part = split.take(ids_B)
+        return Batch(*(each.to(device, non_blocking=True) for each in (part.images, part.labels, ids_B)))
+
+    is_there = split.store.device.type == device.type and (device.type != "cpu" or split.nbytes <= room(device))
+    return map(batch, ids_of_batches) if is_there else _ahead(batch, ids_of_batches)
+
+
+def _ahead(batch: Callable[[Tensor], Batch], ids_of_batches: Iterable[Tensor]) -> Iterator[Batch]:
+    """The batches in order, each made by another thread while those before it are used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        waiting: deque[Future[Batch]] = deque()
+        for ids_B in ids_of_batches:
+            waiting.append(thread.submit(batch, ids_B))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

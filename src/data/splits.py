@@ -5,24 +5,45 @@ Shapes: N images, C classes, S pixels a side.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Split(NamedTuple):
-    """Labelled images. Being a tuple, its ``len`` is 2: count ``labels``."""
+@dataclass(frozen=True)
+class Split:
+    """Labelled images: rows of a store that other splits share, and with a memory-mapped store other processes too."""
 
-    images: Tensor  # [N, 3, S, S] uint8
+    store: Tensor  # [M, 3, S, S] uint8
     labels: Tensor  # [N] int64
+    rows: Tensor | None = None  # [N] int64, where in the store the images are; None: all of it, in order
 
-    def to(self, device: torch.device | str) -> Split:
-        return Split(self.images.to(device), self.labels.to(device))
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def images(self) -> Tensor:
+        """[N, 3, S, S] uint8, gathered; the store itself where the split is all of it."""
+        return self.store if self.rows is None else self.store[self.rows]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self) * self.store[:1].nbytes
 
     def take(self, rows: Tensor) -> Split:
-        """Copies ``rows``, so that a memory-mapped split is read there and nowhere else."""
-        return Split(self.images[rows], self.labels[rows])
+        """A part of it, in the given order. Copies no image."""
+        return Split(self.store, self.labels[rows], rows if self.rows is None else self.rows[rows])
+
+    def blocks(self, size: int) -> Iterator[Split]:
+        """All of it, in order, ``size`` images at a time."""
+        return (self.take(rows) for rows in torch.arange(len(self), device=self.labels.device).split(size))
+
+    def to(self, device: torch.device | str) -> Split:
+        """The split with its images on a device; itself where they are there already."""
+        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        return self if self.store.device == device else Split(self.images.to(device), self.labels.to(device))
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

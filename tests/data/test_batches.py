@@ -1,9 +1,11 @@
+import threading
+
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from src.data import Split, check_batch_size, epoch_batches
+from src.data import Split, batches, check_batch_size, epoch_batches
 from src.data.batches import epoch_order
 from src.errors import UsageError
 
@@ -58,6 +60,32 @@ def test_start_resumes_inside_an_epoch(start):
     assert len(rest) == len(whole) - start
     for resumed, original in zip(rest, whole[start:], strict=True):
         assert all(map(torch.equal, resumed, original))
+
+
+def test_streamed_batches_are_the_same(monkeypatch):
+    split = split_of(50)
+    direct = list(epoch_batches(split, 8, 3, 5, "cpu", start=1))
+    monkeypatch.setattr(batches, "room", lambda device: 0)
+    streamed = list(epoch_batches(split, 8, 3, 5, "cpu", start=1))
+    assert len(streamed) == len(direct) == 5
+    for one, other in zip(streamed, direct, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_a_stream_that_is_left_early_leaves_no_thread(monkeypatch):
+    monkeypatch.setattr(batches, "room", lambda device: 0)
+    stream = epoch_batches(split_of(50), 8, 0, 0, "cpu")
+    next(stream)
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
+    stream.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_to_the_reader(monkeypatch):
+    monkeypatch.setattr(batches, "room", lambda device: 0)
+    split = split_of(50)
+    with pytest.raises(IndexError):
+        list(epoch_batches(Split(split.store[:40], split.labels), 8, 0, 0, "cpu"))
 
 
 def test_a_batch_larger_than_the_split_is_refused_at_once():

@@ -43,9 +43,20 @@ def test_limit_applies_to_all_training_images_with_final(config):
     assert dataset.train.labels.bincount().tolist() == [10] * 10
 
 
-def test_final_without_limit_copies_nothing(config, monkeypatch):
-    monkeypatch.setattr("src.data.Split.take", lambda *args: pytest.fail("copied"))
-    load(config("digits", final=True))
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("options", [{}, {"limit": 100}, {"final": True}])
+def test_images_stay_in_the_file_that_processes_share(config, options):
+    dataset = load(config("digits", **options))
+    address = dataset.train.store.data_ptr()
+    assert dataset.val is None or dataset.val.store.data_ptr() == address
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    (file,) = [line[-1] for line in maps if covers(line[0], address)]
+    assert Path(file).match("digits-*.safetensors")
+
+
+def covers(addresses: str, address: int) -> bool:
+    first, end = (int(each, 16) for each in addresses.split("-"))
+    return first <= address < end
 
 
 def test_the_test_split_is_not_read_before_it_is_asked_for(config, monkeypatch):

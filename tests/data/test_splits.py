@@ -79,7 +79,19 @@ def test_selection_leaves_the_global_generator_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_take_and_to_keep_images_and_labels_together():
-    split = Split(torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1), torch.arange(4))
-    taken = split.take(torch.tensor([2, 0])).to("cpu")
-    assert taken.images.flatten().tolist() == taken.labels.tolist() == [2, 0]
+def test_parts_keep_images_and_labels_together_and_copy_nothing():
+    split = Split(torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1), torch.arange(6))
+    part = split.take(torch.tensor([5, 2, 0])).take(torch.tensor([2, 0]))
+    assert part.images.flatten().tolist() == part.labels.tolist() == [0, 5]
+    assert part.store is split.store
+    assert part.to("cpu") is part
+    assert (len(part), part.nbytes) == (2, 2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 9])
+def test_blocks_are_the_whole_in_order(size):
+    split = Split(torch.arange(9, dtype=torch.uint8).view(9, 1, 1, 1), torch.arange(9)).take(torch.arange(1, 6))
+    blocks = list(split.blocks(size))
+    assert [len(block) for block in blocks[:-1]] == [size] * (len(blocks) - 1)
+    assert torch.cat([block.images for block in blocks]).flatten().tolist() == [1, 2, 3, 4, 5]
+    assert torch.cat([block.labels for block in blocks]).tolist() == [1, 2, 3, 4, 5]

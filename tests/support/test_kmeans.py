@@ -34,7 +34,7 @@ def sculley(seeds, batches, normalised=False):
     return means, counts
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(k=st.integers(1, 6), sizes=st.lists(st.integers(1, 20), min_size=1, max_size=6), seed=st.integers(0, 999))
 def test_euclidean_is_sculleys_algorithm(k, sizes, seed):
     torch.manual_seed(seed)

@@ -17,7 +17,7 @@ def make(size):
     return Queue(size, DIM, TorchSearch())
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(size=st.integers(1, 20), batches=st.lists(st.integers(1, 30), min_size=1, max_size=8), seed=st.integers(0, 999))
 def test_it_holds_what_a_bounded_deque_holds(size, batches, seed):
     torch.manual_seed(seed)
@@ -34,7 +34,7 @@ def test_it_holds_what_a_bounded_deque_holds(size, batches, seed):
         assert queue.ready == (image >= size)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(size=st.integers(1, 20), batch=st.integers(1, 30), seed=st.integers(0, 999))
 def test_lookup_is_the_highest_cosine_of_the_filled_part(size, batch, seed):
     torch.manual_seed(seed)

@@ -23,7 +23,7 @@ def brute_force(queries, bank, k, metric):
 
 @pytest.mark.parametrize("make", [TorchSearch, lambda: FaissSearch(CPU)], ids=["torch", "faiss"])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(batch=st.integers(1, 7), size=st.integers(1, 20), k=st.integers(1, 5), seed=st.integers(0, 2**31))
 def test_both_back_ends_agree_with_loops(make, metric, batch, size, k, seed):
     k = min(k, size)
