@@ -1,0 +1,167 @@
+"""How near training comes to what a device can do: images a second, seconds an epoch, share of the matrix ceiling.
+
+    python -m scripts.gpu_speed --out results/gpu --batches 256 512 1024 --minutes 9 -- data.root=DIR
+
+Every figure is of real runs of ``src.train``, data and all, whose epochs are timed by themselves; what comes after
+``--`` goes to them. A run that is there already is not repeated. Writes speed.json and speed.md. Status 75: the time
+is up, and the same command continues.
+
+The ceiling is the best rate of a large matrix product in the precision of the runs. A run's share of it counts the
+arithmetic of encoder and heads, forward and backward, as torch counts it; views, lookups and optimizer are overhead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch.utils.flop_counter import FlopCounterMode
+
+from src import build, config, curves, rundir
+from src.cli import CONF
+from src.config import Config
+from src.stopping import TIME_IS_UP
+from src.tracking import Record
+
+METHODS = (["method=kmclr", "k=400"], ["method=nnclr", "queue_size=98304"], ["method=simclr"])
+# Long enough for a queue of 98,304 to fill; the last two epochs count. Evaluation is cut short: it is not timed.
+TIMED = ["epochs=5", "schedule.warmup_epochs=1", "evaluation.every=5", "evaluation.epochs=1", "checkpoint.every=5"]
+COUNTED = 2
+EPOCH = 50_000  # images, the whole of CIFAR's training split
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a square matrix product: the best of 20."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(20):
+        _wait(device)
+        clock = time.perf_counter()
+        a @ a
+        _wait(device)
+        seconds.append(time.perf_counter() - clock)
+    return 2 * size**3 / min(seconds) / 1e12
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def flop_an_image(cfg: Config, classes: int) -> float:
+    """Floating-point operations of one image's two views, forward and backward."""
+    cpu, batch = torch.device("cpu"), 8
+    backbone, features = build.encoder(cfg.backbone, cfg.data.image_size)
+    method = build.method(cfg, backbone, features, classes, build.search(config.Search("torch"), cpu), cpu)
+    views = torch.randn(2, batch, 3, cfg.data.image_size, cfg.data.image_size)
+    with FlopCounterMode(display=False) as counter:
+        method(*views).loss.backward()
+    return counter.get_total_flops() / batch
+
+
+def compose_config(overrides: list[str]) -> Config:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("train", overrides)
+    return config.parse(composed)
+
+
+def timed_run(overrides: list[str], minutes: float) -> tuple[Path, int]:
+    """Train, or find that it is done; the run's folder, and the exit status."""
+    cfg = compose_config(overrides)
+    directory = rundir.ROOT / f"speed-{config.run_name(cfg)}-b{cfg.batch_size}-{config.config_hash(cfg)}"
+    if rundir.is_finished(directory, cfg):
+        return directory, 0
+    command = ["-m", "src.train", *overrides, f"output_dir={directory}", f"max_minutes={minutes:.3f}"]
+    return directory, subprocess.run([sys.executable, *command]).returncode
+
+
+def row(directory: Path, overrides: list[str], peak: float) -> dict[str, Any]:
+    cfg = compose_config(overrides)
+    record, history = Record.load(directory), curves.read(directory)
+    seconds = statistics.median(history["time/epoch_seconds"][1][-COUNTED:])
+    rate = statistics.median(history["time/images_per_second"][1][-COUNTED:])
+    return {
+        "method": cfg.method.name,
+        "vectors": config.support_set_size(cfg),
+        "backbone": cfg.backbone.name,
+        "batch": cfg.batch_size,
+        "images_per_second": rate,
+        "seconds_an_epoch": EPOCH / rate,
+        "timed_epoch_seconds": seconds,
+        "share_of_ceiling": rate * flop_an_image(cfg, 100) / (peak * 1e12),
+        "support_fraction": history["time/support_fraction"][1][-1],
+        "run": record.name,
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['device']}, torch {result['torch']}, Python {result['python']}, {result['precision']}; matrix "
+        f"ceiling {result['ceiling_tflops']:.1f} TFLOP/s. An epoch is {EPOCH:,} images, two views each.",
+        "",
+        f"    {result['command']}",
+        "",
+        "| method | vectors | backbone | batch | images/s | s an epoch | of the ceiling | support set's share |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {each['method']} | {each['vectors']:,} | {each['backbone']} | {each['batch']} "
+        f"| {each['images_per_second']:,.0f} | {each['seconds_an_epoch']:.2f} | {each['share_of_ceiling']:.1%} "
+        f"| {each['support_fraction']:.1%} |"
+        for each in result["rows"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.gpu_speed", description="Speed table of a device.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--batches", type=int, nargs="+", required=True)
+    parser.add_argument("--minutes", type=float, required=True, help="stop cleanly after so long")
+    parser.add_argument("overrides", nargs="*", help="for every run")
+    arguments = parser.parse_args()
+    end = time.monotonic() + 60 * arguments.minutes
+
+    cfg = compose_config(arguments.overrides)
+    device = build.device(cfg.device)
+    dtype = build.precision(cfg.precision, device)
+    peak = ceiling(device, dtype)
+    rows: list[dict[str, Any]] = []
+    result = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "precision": str(dtype).removeprefix("torch."),
+        "ceiling_tflops": peak,
+        "command": shlex.join(["python", "-m", "scripts.gpu_speed", *sys.argv[1:]]),
+        "rows": rows,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for batch in arguments.batches:
+        for method in METHODS:
+            overrides = [*TIMED, *method, f"batch_size={batch}", *arguments.overrides]
+            directory, status = timed_run(overrides, (end - time.monotonic()) / 60)
+            if status:
+                return status
+            rows.append(row(directory, overrides, peak))
+            (arguments.out / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
+            (arguments.out / "speed.md").write_text(markdown(result))
+            if time.monotonic() > end:
+                return TIME_IS_UP
+    print(markdown(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# What a GPU makes of it: a table of speeds, then the long runs, as far as the time allows. The same command continues.
+#
+#   MINUTES=9 scripts/gpu_suite.sh data.root=DIR         arguments go to every run
+#
+# BATCHES="256 512 1024"   batch sizes of the table
+# EPOCHS="200 500"         lengths of the long runs
+# OUT=results/gpu          where the table goes; the runs go to multirun/
+# PYTHON=.venv/bin/python
+#
+# Without faiss it searches with torch, without mlflow it logs to metrics.jsonl. Status 75: the time is up.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+minutes=${MINUTES:-60}
+out=${OUT:-results/gpu}
+started=$SECONDS
+
+has() { "$python" -c "import $1" 2>/dev/null; }
+has faiss || set -- search=torch "$@"
+has mlflow || set -- tracking=jsonl "$@"
+
+left() { # minutes until the time is up; ends the suite when too few are left to begin anything
+    local seconds=$((minutes * 60 - (SECONDS - started)))
+    [ "$seconds" -gt 20 ] || { echo "the time is up; the same command continues" >&2; exit 75; }
+    awk "BEGIN { print $seconds / 60 }"
+}
+
+status=0
+time_left=$(left)
+"$python" -m scripts.gpu_speed --out "$out" --batches ${BATCHES:-256 512 1024} --minutes "$time_left" -- "$@" || status=$?
+[ "$status" = 0 ] || exit "$status"
+
+for epochs in ${EPOCHS-200 500}; do
+    for method in "method=kmclr k=400" "method=nnclr queue_size=98304" method=simclr; do
+        time_left=$(left)
+        # shellcheck disable=SC2086  # a method and its size are two words
+        "$python" -m src.train $method epochs="$epochs" "$@" max_minutes="$time_left"
+    done
+done

@@ -1,0 +1,59 @@
+"""scripts/gpu_suite.sh up to the GPU's edge: the same script on a CPU, with networks that take seconds."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from scripts.gpu_speed import compose_config, flop_an_image
+from tests.conftest import PROJECT
+
+
+def test_operations_are_counted_by_hand():
+    widths = ["method.projector.hidden=[32]", "method.projector.out=16", "method.predictor_hidden=64"]
+    cfg = compose_config(["method=nnclr", "queue_size=64", "backbone=resnet_tiny", "data.image_size=32", *widths])
+    convolutions = 3 * 16 * 9 * 32**2 + 2 * 16 * 16 * 9 * 32**2
+    side, before = 32, 16
+    for width in (32, 64, 128):
+        side //= 2
+        convolutions += (before * width * 9 + width * width * 9 + before * width) * side**2
+        before = width
+    heads = 128 * 32 + 32 * 16 + 16 * 64 + 64 * 16
+    forward = 2 * (convolutions + heads)  # a multiplication and an addition
+    # Backward is twice forward, but the images need no gradient.
+    expected = 2 * (3 * forward - 2 * 3 * 16 * 9 * 32**2)
+    loss = 3 * 2 * 2 * 8 * 16  # a similarity matrix for each view, 8 images
+    assert flop_an_image(cfg, 10) == pytest.approx(expected + loss, rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_suite_stops_in_time_and_continues(tmp_path, small):
+    for name in ("conf", "src", "scripts"):
+        shutil.copytree(PROJECT / name, tmp_path / name)
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OUT": "out"}
+    environment |= {"BATCHES": "64", "EPOCHS": ""}
+
+    def suite(minutes):
+        command = [str(tmp_path / "scripts/gpu_suite.sh"), *small, "tracking=jsonl", "search=torch"]
+        return subprocess.run(command, env=environment | {"MINUTES": minutes}, capture_output=True, text=True)
+
+    stopped = suite("0")
+    assert (stopped.returncode, stopped.stderr) == (75, "the time is up; the same command continues\n")
+    done = suite("10")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out/speed.json").read_text())
+    assert [(row["method"], row["vectors"]) for row in result["rows"]] == [
+        ("kmclr", 400),
+        ("nnclr", 98304),
+        ("simclr", 0),
+    ]
+    for row in result["rows"]:
+        assert row["seconds_an_epoch"] * row["images_per_second"] == pytest.approx(50_000)
+        assert 0 < row["share_of_ceiling"] < 1
+    assert "| kmclr | 400 | resnet_tiny | 64 |" in (tmp_path / "out/speed.md").read_text()
+    again = suite("10")
+    assert again.returncode == 0
+    assert "epoch 1/" not in again.stdout
