@@ -33,7 +33,7 @@ CONTENDERS = (
     ("the original's algorithm, NNCLR 98,304", "original", "nnclr", 98_304),
     ("lightly, NNCLR 4,096", "lightly_nnclr", "nnclr", 4_096),
 )
-OUT = Path("results/benchmarks/README.md")
+OUT = Path("results/benchmarks/speed.md")
 WARM_UP = 2  # turns that do not count
 
 
