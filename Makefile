@@ -7,7 +7,7 @@ STAMP := .venv/.installed-$(FAISS)
 TRAIN := $(BIN)/python -m src.train
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format ui clean
+.PHONY: help setup demo test test-fast bench check format ui clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ test: setup ## Run every test
 
 test-fast: setup ## Run the tests that take seconds
 	$(PYTEST) -m 'not slow'
+
+bench: setup ## Images a second beside the original's algorithm and lightly; set CIFAR100_ROOT for real images
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[bench]'
+	$(BIN)/python -m scripts.benchmark
 
 check: setup ## Lint, formatting and types
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ from src.charts import COLOUR_TAG
 from src.config import Config
 from src.data import Dataset, check_batch_size, epoch_batches, load
 from src.learner import Learner
+from src.memory import peak_gib
 from src.progress import Progress
 from src.report import COLOURS
 from src.seeding import seed_everything
@@ -111,6 +112,7 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
     view1, view2 = build.views(cfg, data)
     steps_per_epoch = len(data.train) // cfg.batch_size
     progress = Progress(cfg.epochs, steps_per_epoch)
+    loss = math.nan
 
     def validate() -> dict[str, float]:
         return evaluate.validation(learner.frozen, learner.classifier, data, cfg.evaluation, learner.search)
@@ -132,14 +134,15 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
                 outcome = method(view1(images), view2(images))
             logits = learner.classifier(outcome.features.float())
             online_loss = F.cross_entropy(logits, labels.repeat(2))
-            loss = outcome.loss.item()
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {learner.step}, with learning rate {lr:.3g}")
+            log_now = learner.step % cfg.tracking.log_every == 0
+            if log_now or device.type == "cpu":  # reading a loss makes the host wait for a GPU
+                loss = outcome.loss.item()
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss is {loss} at step {learner.step}, with learning rate {lr:.3g}")
 
             learner.optimizer.zero_grad()
             learner.classifier_optimizer.zero_grad()
             (outcome.loss + online_loss).backward()
-            log_now = learner.step % cfg.tracking.log_every == 0
             grad_norm = learner.grad_norm() if log_now else math.nan
             learner.optimizer.step()
             learner.classifier_optimizer.step()
@@ -159,7 +162,7 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
                 return False
 
         learner.seconds += time.perf_counter() - clock
-        metrics = learner.pop_times(steps_per_epoch)
+        metrics = learner.pop_times(steps_per_epoch) | {"memory/peak_gib": peak_gib(device)}
         metrics |= NOTHING_STORED if support is None else support.stats()
         last = epoch + 1 == cfg.epochs
         if last or (epoch + 1) % cfg.evaluation.every == 0:

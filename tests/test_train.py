@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from src import checkpoint, curves, train
 from src.errors import UsageError
+from src.support.kmeans import KMeans
 from src.tracking import Record
 from tests.conftest import CIFAR100, PROJECT
 
@@ -37,6 +38,7 @@ METRICS = {
     "time/epoch_seconds",
     "time/images_per_second",
     "time/support_fraction",
+    "memory/peak_gib",
 }
 
 
@@ -56,11 +58,11 @@ def run(tmp_path, monkeypatch, small):
 
 
 def history(directory):
-    """Everything logged except how long it took: {(metric, step): value}."""
+    """Everything logged except what it took: {(metric, step): value}."""
     return {
         (key, step): value
         for key, (steps, values) in curves.read(directory).items()
-        if not key.startswith("time/")
+        if not key.startswith(("time/", "memory/"))
         for step, value in zip(steps, values, strict=True)
     }
 
@@ -103,6 +105,43 @@ def test_a_run_leaves_what_it_promises(run, method, capsys):
     steps, _ = curves.read(directory)["train/loss"]
     assert steps == list(range(6))  # 2 epochs of 200 images in batches of 64
     assert "finished" in capsys.readouterr().out
+
+
+def losses(directory):
+    return curves.read(directory)["train/loss"][1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("plain", ["search", "layout", "precision"])
+def test_what_makes_a_step_fast_leaves_the_loss_curve(run, monkeypatch, method, plain):
+    """Against the run without it: search bit for bit, memory layout to float32's rounding, bfloat16 to its own.
+
+    At a small learning rate: at a large one, rounding grows tenfold a step.
+    """
+    overrides = [*METHODS[method], "optimizer.lr=0.001"]
+    fast = losses(run(*overrides, *(["precision=bfloat16"] if plain == "precision" else []), directory="fast"))
+    if plain == "layout":
+        monkeypatch.setattr(torch, "channels_last", torch.contiguous_format)
+    slow = losses(run(*overrides, "search=faiss" if plain == "search" else "search=torch", directory="slow"))
+    assert len(set(slow)) == len(slow)
+    tolerance = {"search": 0, "layout": 1e-3, "precision": 0.05}[plain]
+    assert fast == pytest.approx(slow, abs=0, rel=tolerance)
+
+
+def test_reviving_without_asking_the_device_leaves_the_loss_curve(run, monkeypatch):
+    overrides = ["method=kmclr", "k=40", "method.revive_after=1", "method.forget=none", "epochs=4"]
+    fast = run(*overrides, directory="fast")
+    revived = []
+
+    def revive(self, points, images, labels):
+        dead = (self.passed_K >= self.revive_after * self.size).nonzero()[:, 0][: len(points)]
+        rows = torch.randperm(len(points))[: len(dead)]
+        self._place(dead, points[rows], images[rows], labels[rows])
+        revived.append(len(dead))
+
+    monkeypatch.setattr(KMeans, "_revive", revive)
+    assert_same_run(fast, run(*overrides, directory="slow"))
+    assert sum(revived) > 0
 
 
 def test_positives_are_described_as_they_were_when_they_served(run):

@@ -172,10 +172,20 @@ class KMeans(SupportSet):
         self.classes_KC.mul_(self.decay).index_put_((ids_B, labels_B), points_BD.new_ones(()), accumulate=True)
 
     def _revive(self, points_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
-        dead = (self.passed_K >= self.revive_after * self.size).nonzero()[:, 0]
-        dead = dead[: len(points_BD)]
-        rows = torch.randperm(len(points_BD))[: len(dead)].to(dead.device)
-        self._place(dead, points_BD[rows], images_B[rows], labels_B[rows])
+        # The j-th dead centroid takes the j-th of the shuffled points. Every slot is written, the living with what they
+        # hold: a GPU's host would have to wait to learn which are dead.
+        batch = len(points_BD)
+        dead_K = self.passed_K >= self.revive_after * self.size
+        turn_K = dead_K.cumsum(0) - 1
+        dead_K &= turn_K < batch
+        rows_K = torch.randperm(batch).to(points_BD.device)[turn_K.clamp(0, batch - 1)]
+        ones_KC = F.one_hot(labels_B, self.classes_KC.shape[1]).float()[rows_K]
+        self.means_KD[:] = torch.where(dead_K[:, None], points_BD[rows_K], self.means_KD)
+        self.classes_KC[:] = torch.where(dead_K[:, None], ones_KC, self.classes_KC)
+        self.images_K[:] = torch.where(dead_K, images_B[rows_K], self.images_K)
+        self.counts_K.masked_fill_(dead_K, 1)
+        self.passed_K.masked_fill_(dead_K, 0)
+        self.written_K.masked_fill_(dead_K, self.step)
 
     def _refit(self, window_ND: Tensor) -> None:
         start_KD = self.centroids_KD if self.ready else None

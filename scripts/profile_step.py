@@ -1,0 +1,120 @@
+"""Where a step's time goes: the real loop, its parts timed.
+
+    python -m scripts.profile_step [--steps N] [OVERRIDE ...]        (batch_size=64 method=nnclr ...)
+
+Prints a Markdown table of medians over N steps. A GPU is waited for after each part, so that its shares are right and
+its sum is above the real step. Support sets are filled before the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import torch
+
+from scripts.rivals.ours import Paced, Unlogged, fill
+from scripts.workbench import compose, dataset, images, machine
+from src import train
+from src.learner import Learner
+from src.stopping import Stopper
+from src.tracking import Tracker
+from src.views import ViewMaker
+
+SKIPPED = 2  # steps in which caches and allocators fill
+
+
+class EnoughError(Exception):
+    """All steps have been seen."""
+
+
+class Parts:
+    """Seconds of each part in the present step, and of the steps before."""
+
+    def __init__(self, device: torch.device, steps: int) -> None:
+        self.device, self.left = device, steps + SKIPPED
+        self.now: dict[str, float] = defaultdict(float)
+        self.steps: list[dict[str, float]] = []
+        self.started = time.perf_counter()
+
+    def time(self, name: str, owner: Any, method: str) -> None:
+        """Replace a method by one that is timed."""
+        call: Callable[..., Any] = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = self.clock()
+            result = call(*args, **kwargs)
+            self.now[name] += self.clock() - started
+            return result
+
+        setattr(owner, method, timed)
+
+    def clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def step(self) -> None:
+        """Call after each step."""
+        ended = self.clock()
+        self.now["the rest"] = ended - self.started - sum(self.now.values())
+        self.now["step"] = ended - self.started
+        self.steps.append(dict(self.now))
+        self.now.clear()
+        self.left -= 1
+        if not self.left:
+            raise EnoughError
+        self.started = self.clock()
+
+
+def profile(overrides: list[str], steps: int) -> list[dict[str, float]]:
+    """Seconds by part, for each of the steps."""
+    measured_on = images()
+    learner = Learner(compose(*overrides), dataset(measured_on))
+    fill(learner)
+    method = learner.method
+    parts = Parts(learner.device, steps)
+    parts.time("views", ViewMaker, "__call__")
+    parts.time("encoder", method.encoder, "forward")
+    parts.time("heads", method.projector, "forward")
+    if method.support is not None:
+        parts.time("heads", method.predictor, "forward")
+        parts.time("lookup", method.support, "lookup")
+        parts.time("support update", method.support, "update")
+    parts.time("backward", torch.Tensor, "backward")
+    parts.time("optimizer", learner.optimizer, "step")
+    with contextlib.suppress(EnoughError):
+        train.pretrain(
+            learner,
+            dataset(measured_on),
+            cast(Tracker, Unlogged()),
+            cast(Stopper, Paced(parts.step)),
+            Path(os.devnull),
+        )
+    return parts.steps[SKIPPED:]
+
+
+def main() -> None:
+    """Profile and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10)
+    args, overrides = parser.parse_known_args()
+    steps = profile(overrides, args.steps)
+    whole = median(each["step"] for each in steps)
+    print("| part | ms | share |", "| --- | --- | --- |", sep="\n")
+    for name in steps[0]:
+        part = median(each[name] for each in steps)
+        print(f"| {name} | {1000 * part:.1f} | {part / whole:.1%} |")
+    print(f"\n{machine()}; `python -m scripts.profile_step {shlex.join(overrides)}`")
+
+
+if __name__ == "__main__":
+    main()

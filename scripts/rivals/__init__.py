@@ -1,0 +1,41 @@
+"""Contenders of the benchmark: this project and, written anew from how they work, what it is compared with.
+
+A contender is a module with ``run(setting, pace)``, which trains for ever and calls ``pace()`` after each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from src.data import Split
+
+Pace = Callable[[], None]
+TEMPERATURE, EMBEDDING, PROJECTOR, PREDICTOR = 0.2, 256, 2048, 4096  # the defaults of conf/method
+
+
+class Setting(NamedTuple):
+    """What all contenders of one comparison share."""
+
+    backbone: str  # resnet18 or resnet_tiny, with the stem for small images
+    batch_size: int
+    support: int  # stored vectors: k, or the queue's size
+    workers: int  # of a DataLoader, where the contender has one
+
+
+class Images(NamedTuple):
+    """Training images, and where they come from."""
+
+    split: Split
+    classes: int
+    source: str
+
+
+def encoder(name: str) -> tuple[torch.nn.Module, int]:
+    """The same network for everybody, as `src.models` builds it, and how many features it gives."""
+    from src import models
+
+    model = models.ResNetTiny("small") if name == "resnet_tiny" else models.resnet("resnet18", "small")
+    return model, models.feature_dim(model, 32)

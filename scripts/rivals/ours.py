@@ -1,0 +1,64 @@
+"""This project: `src.train.pretrain` itself, with the settings that a user gets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from scripts.rivals import Images, Pace, Setting
+from scripts.workbench import compose, dataset
+from src import train
+from src.learner import Learner
+from src.stopping import Stopper
+from src.tracking import Tracker
+
+
+class Paced:
+    """In place of the `Stopper`, which the loop asks once a step whether to go on."""
+
+    pruned = False
+
+    def __init__(self, pace: Pace) -> None:
+        self.pace = pace
+
+    @property
+    def status(self) -> int:
+        self.pace()
+        return 0
+
+
+class Unlogged:
+    """In place of the `Tracker`."""
+
+    def log(self, *_: Any, **__: Any) -> None:
+        pass
+
+    flush = log
+
+
+def run(method: str, setting: Setting, images: Images, pace: Pace) -> None:
+    """Train ``simclr``, ``nnclr`` or ``kmclr``."""
+    size = {"kmclr": f"k={setting.support}", "nnclr": f"queue_size={setting.support}"}
+    cfg = compose(
+        f"method={method}",
+        *([size[method]] if method in size else []),
+        f"backbone={setting.backbone}",
+        f"batch_size={setting.batch_size}",
+    )
+    learner = Learner(cfg, dataset(images))
+    fill(learner)
+    train.pretrain(learner, dataset(images), cast(Tracker, Unlogged()), cast(Stopper, Paced(pace)), Path(os.devnull))
+
+
+def fill(learner: Learner) -> None:
+    """Fill the support set, so that its search costs from the first step what it costs from some epoch on."""
+    support = learner.method.support
+    if support is None:
+        return
+    size, dim = support.size, learner.cfg.method.projector.out
+    vectors = torch.randn(size, dim, device=learner.device)
+    rows = torch.arange(size, device=learner.device)
+    support.update(vectors, rows, rows % 100)

@@ -1,0 +1,64 @@
+"""What the measuring scripts share: a run's config, images to measure on, and a line on the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from datetime import date
+from pathlib import Path
+from typing import cast
+
+import hydra
+import torch
+
+from scripts.rivals import Images
+from src import cli, config
+from src.data import Dataset, Split, load
+from src.data.cache import Cache
+
+CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", "../shared/data/cifar100"))
+MEAN, STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]  # CIFAR-100's
+
+
+def compose(*overrides: str) -> config.Config:
+    """The config of ``python -m src.train OVERRIDES``."""
+    with hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        return config.parse(hydra.compose("train", overrides=["data.final=true", *overrides]))
+
+
+def images(count: int = 50_000) -> Images:
+    """CIFAR-100's training images where ``CIFAR100_ROOT`` has them, else uniform noise of the same shape."""
+    if CIFAR100.is_dir():
+        split = load(compose(f"data.root={CIFAR100}").data).train
+        return Images(split, 100, f"CIFAR-100, {len(split.labels):,} images")
+    noise = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+    return Images(Split(noise, torch.arange(count) % 100), 100, f"uniform noise, {count:,} images of 32 x 32")
+
+
+def dataset(measured_on: Images) -> Dataset:
+    """The images as a run sees them, without validation and test."""
+    names = [str(label) for label in range(measured_on.classes)]
+    return Dataset("benchmark", names, MEAN, STD, measured_on.split, None, cast(Cache, None))
+
+
+def machine() -> str:
+    """Processor or GPU, cores, versions and the day, for the foot of a table."""
+    names = ("torch", "torchvision", "lightly", "scikit-learn", "faiss-cpu", "faiss-gpu", "timm")
+    versions = []
+    for name in names:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    python = f"Python {platform.python_version()}"
+    return f"{device}, {os.cpu_count()} cores, {python}, {', '.join(versions)}; {date.today()}"
+
+
+def processor() -> str:
+    """What the processor is called, and whether it multiplies in bfloat16."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    bfloat16 = any(feature in line for line in lines for feature in ("avx512_bf16", "amx_bf16"))
+    return (named[0] if named else platform.processor()) + (" with bfloat16" if bfloat16 else "")
