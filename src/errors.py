@@ -1,4 +1,4 @@
-"""The one exception that means: the user asked for something that cannot be done."""
+"""What is said of errors to people."""
 
 
 class UsageError(ValueError):
@@ -6,3 +6,8 @@ class UsageError(ValueError):
 
     The command line prints the line, without a traceback, and exits with status 2.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of a library says, in a line of reasonable length."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -30,8 +30,10 @@ from src.probes import (
     knn_scores,
     topk_percent,
 )
+from src.record import RECORD, Record
+from src.runs import find_run_directory
 from src.support.search import Search
-from src.tracking import RECORD, Record, Tracker, find_run_directory
+from src.tracking import Tracker
 
 
 def validation(

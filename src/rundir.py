@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from src import config
 from src.errors import UsageError
-from src.tracking import RECORD, Record
+from src.record import RECORD, Record
 
 ROOT = Path("multirun")
 

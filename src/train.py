@@ -24,17 +24,19 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
-from src import build, config, curves, evaluate, rundir, study, sweep
+from src import build, config, curves, evaluate, rundir, store, study, sweep
 from src.charts import COLOUR_TAG
 from src.config import Config
 from src.data import Dataset, check_batch_size, epoch_batches, load
+from src.environment import environment_tags
 from src.learner import Learner
 from src.progress import Progress
+from src.record import Record
 from src.report import COLOURS
 from src.seeding import seed_everything
 from src.stopping import PRUNED, Stopped, Stopper
 from src.support import NOTHING_STORED
-from src.tracking import Record, Tracker, environment_tags, parent_tags, prepare_store
+from src.tracking import Tracker, parent_tags
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ def main(composed: DictConfig) -> float:
 
     directory = rundir.choose(cfg)
     if cfg.tracking.name == "mlflow":
-        prepare_store(cfg.tracking.experiment)  # refuses a store that does not open before the directory is made
+        store.prepare(cfg.tracking.experiment)  # refuses a store that does not open before the directory is made
     with rundir.exclusive(directory), Stopper(cfg.max_minutes) as stopper:
         if rundir.is_finished(directory, cfg):
             return report(directory)

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 
 from src import checkpoint, evaluate, train
 from src.errors import UsageError
-from src.tracking import Record
+from src.record import Record
 from tests.conftest import PROJECT
 
 

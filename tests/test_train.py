@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from src import checkpoint, curves, train
 from src.errors import UsageError
-from src.tracking import Record
+from src.record import Record
 from tests.conftest import CIFAR100, PROJECT
 
 METHODS = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=100"], "kmclr": ["method=kmclr", "k=7"]}
@@ -317,7 +317,7 @@ def test_real_images_and_mlflow(command, cache_dir, tmp_path, method):
         "tracking.experiment=cifar",
     )
     assert done.returncode == 0, done.stderr
-    listing = "import json; from src.tracking import read_runs; r, = read_runs('cifar', 'mlflow'); " \
+    listing = "import json; from src.runs import read_runs; r, = read_runs('cifar', 'mlflow'); " \
         "print(json.dumps([r.status, sorted(r.metrics), r.params['support_set_size']]))"  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     found = subprocess.run(
