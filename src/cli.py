@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import re
+import signal
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from src import config, sweep
-from src.errors import UsageError
+from src.errors import RunFailed, UsageError
 from src.launcher import JobFailed
+from src.redact import redact
 from src.stopping import Stopped
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -48,6 +50,8 @@ def run(module: str, config_name: str) -> None:
             return importlib.import_module(module).main(composed)
         except UsageError as error:  # here, because Hydra would print a line of its own first
             fail(str(error))
+        except RunFailed as failure:
+            fail(str(failure), failure.status)
 
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
     if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
@@ -56,8 +60,12 @@ def run(module: str, config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own reporting would hide the exception from us
     try:
         main()
+    except KeyboardInterrupt:  # before a run could take it for a request to stop
+        sys.exit(128 + signal.SIGINT)
     except UsageError as error:
         fail(str(error))
+    except RunFailed as failure:
+        fail(str(failure), failure.status)
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(str(error)))
     except RuntimeError as error:  # all that Hydra raises for a launcher that is not installed
@@ -71,12 +79,14 @@ def _job(module: str, composed: DictConfig) -> Any:
         return importlib.import_module(module).main(composed)
     except Stopped as end:  # launchers carry exceptions, but would end with this one
         raise JobFailed("stopped; the same command continues", int(end.code or 0)) from None
+    except RunFailed as failure:
+        raise JobFailed(str(failure), failure.status) from None
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line and end with status 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Print one line, without secrets, and end with the status."""
+    print(f"error: {redact(' '.join(message.split()))}", file=sys.stderr)
+    sys.exit(status)
 
 
 def explain(message: str) -> str:

@@ -93,6 +93,7 @@ class Data:
     split_seed: int
     limit: int | None
     final: bool
+    on_error: str
     root: str | None = None
     image_column: str | None = None
     label_column: str | None = None
@@ -150,6 +151,7 @@ class Tracking:
 @dataclass
 class Checkpoint:
     every: int
+    minutes: float
 
 
 @dataclass
@@ -271,6 +273,7 @@ def check(cfg: Config) -> None:
     at_least("schedule.warmup_epochs", cfg.schedule.warmup_epochs, 0)
     at_least("data.image_size", cfg.data.image_size, 8)
     at_least("data.limit", cfg.data.limit, 1)
+    one_of("data.on_error", cfg.data.on_error, "raise", "skip")
     if not 0 < cfg.data.val_fraction < 1:
         raise UsageError(f"data.val_fraction={cfg.data.val_fraction}: must lie between 0 and 1, both excluded")
     one_of("augment.interpolation", cfg.augment.interpolation, "bicubic", "bilinear")
@@ -299,6 +302,7 @@ def check(cfg: Config) -> None:
     positive("evaluation.online_lr", cfg.evaluation.online_lr)
     at_least("tracking.log_every", cfg.tracking.log_every, 1)
     at_least("checkpoint.every", cfg.checkpoint.every, 1)
+    at_least("checkpoint.minutes", cfg.checkpoint.minutes, 0)
 
 
 def support_set_size(cfg: Config) -> int:

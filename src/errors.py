@@ -1,4 +1,8 @@
-"""What is said of errors to people."""
+"""What goes wrong, said to people: one line, no traceback, and an exit status that says which kind it was."""
+
+from __future__ import annotations
+
+from src.redact import redact
 
 
 class UsageError(ValueError):
@@ -8,6 +12,27 @@ class UsageError(ValueError):
     """
 
 
+class RunFailed(Exception):  # noqa: N818
+    """A run that cannot go on, through no mistake in the command. Its last good checkpoint stays.
+
+    The command line prints the message, one line, and exits with `status`.
+    """
+
+    status = 1
+
+
+class Diverged(RunFailed):
+    """The loss, the gradient or the weights are not finite."""
+
+    status = 65  # sysexits.h's EX_DATAERR: the same command ends the same way
+
+
+class CannotWrite(RunFailed):
+    """The disk is full, read-only or broken."""
+
+    status = 74  # sysexits.h's EX_IOERR: when there is room, the same command continues
+
+
 def one_line(error: BaseException) -> str:
-    """What an exception of a library says, in a line of reasonable length."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """What an exception of a library says, without secrets, in a line of reasonable length."""
+    return redact((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import UsageError, one_line
+from src.files import write_whole
+from src.redact import redact
 
 METRICS = "metrics.jsonl"
 RECORD = "run.json"
@@ -39,6 +41,8 @@ class Record:
     artifacts: list[str] = field(default_factory=list)  # relative to the output directory
     delivered_bytes: int = 0  # how much of metrics.jsonl MLflow has
     delivered_artifacts: int = 0
+    delivered_status: str = ""  # what MLflow was told with the last of it
+    for_mlflow: bool = True  # False with tracking=jsonl
 
     @classmethod
     def new(cls, name: str, experiment: str) -> Record:
@@ -55,11 +59,25 @@ class Record:
             raise UsageError(f"{path} is not the record of a run ({one_line(error)}): name another folder") from None
         return record
 
+    def close(self, status: str, error: str = "") -> None:
+        """Notes how the run ended, and why if it did not finish."""
+        self.status, self.end_time = status, now()
+        if error:
+            self.tags["error"] = error
+
+    def is_delivered(self, directory: Path) -> bool:
+        """Whether MLflow has all of it, or is not meant to."""
+        rows = (directory / METRICS).stat().st_size if (directory / METRICS).exists() else 0
+        told = (self.delivered_status, self.delivered_bytes, self.delivered_artifacts)
+        return not self.for_mlflow or told == (self.status, rows, len(self.artifacts))
+
     def save(self, directory: Path) -> None:
+        """Writes ``run.json``; params and tags lose what is secret in them."""
+        self.params, self.tags = (
+            {key: redact(value) for key, value in each.items()} for each in (self.params, self.tags)
+        )
         values = asdict(self) | {"metrics": encode(self.metrics)}
-        aside = directory / f"{RECORD}.tmp"
-        aside.write_text(json.dumps(values, indent=1, allow_nan=False))
-        os.replace(aside, directory / RECORD)
+        write_whole(directory / RECORD, json.dumps(values, indent=1, allow_nan=False).encode())
 
 
 def cut_and_read(path: Path) -> tuple[list[dict[str, Any]], int]:

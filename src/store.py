@@ -7,6 +7,8 @@ This is the only file that imports mlflow, and it does so late: the import takes
 from __future__ import annotations
 
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,23 @@ from filelock import FileLock
 
 from src.errors import UsageError, one_line
 from src.record import METRICS, Record, read_rows
+from src.redact import redact
+
+_AWAY = re.compile("database is locked|connection to server|could not connect|can't connect", re.IGNORECASE)
+
+
+class Busy(UsageError):  # noqa: N818
+    """The store is there, or may be, but does not answer now."""
+
+
+def check(experiment: str) -> None:
+    """Refuses what is no store, before a run writes anything; one that is only busy gets the run later.
+
+    Raises:
+        UsageError: as `prepare`.
+    """
+    with suppress(Busy):
+        prepare(experiment)
 
 
 def prepare(experiment: str = "Default") -> Any:
@@ -23,9 +42,10 @@ def prepare(experiment: str = "Default") -> Any:
     shows. MLflow creates a SQLite store in dozens of migrations, and two processes that do it at once, or one that is
     killed meanwhile, leave a file that never opens again. So it is created under a lock, aside, and renamed.
 
-    Only a local store is opened here, and must open. A server that does not answer yet may do so later in the run.
+    Only a database is opened here, and must open. A server that does not answer yet may do so later in the run.
 
     Raises:
+        Busy: the database is locked or away.
         UsageError: MLflow is not installed, the store does not open, or the experiment has been deleted in it.
     """
     mlflow = _import_mlflow()
@@ -44,11 +64,13 @@ def prepare(experiment: str = "Default") -> Any:
             client = mlflow.MlflowClient(uri)
             found = client.get_experiment_by_name(experiment)
     except Exception as error:
+        if _AWAY.search(str(error)):
+            raise Busy(f"the MLflow store {redact(uri)} does not open now ({one_line(error)}): try again") from None
         remedy = "move it away, set MLFLOW_TRACKING_URI, or use tracking=jsonl"
-        raise UsageError(f"the MLflow store {uri} does not open ({one_line(error)}): {remedy}") from None
+        raise UsageError(f"the MLflow store {redact(uri)} does not open ({one_line(error)}): {remedy}") from None
     if found and found.lifecycle_stage == "deleted":
         remedy = f"run `mlflow experiments restore -x {found.experiment_id}`, or choose another tracking.experiment"
-        raise UsageError(f"the experiment {experiment!r} has been deleted in {uri}: {remedy}")
+        raise UsageError(f"the experiment {experiment!r} has been deleted in {redact(uri)}: {remedy}")
     return client
 
 
@@ -57,8 +79,8 @@ def _import_mlflow() -> Any:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # it logs a traceback of each failure that is handled here
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the next flush is the retry: do not stop training for minutes
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the next flush is the retry: do not stop training for minutes
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
@@ -100,30 +122,33 @@ def experiment_id(client: Any, name: str) -> str:
         return experiment.experiment_id
 
 
-def connect(client: Any, directory: Path, record: Record) -> None:
-    """Finds the record's run in the store or creates it, and hands over its params and tags.
+def find(client: Any, record: Record) -> Any:
+    """The record's run in the store, or None.
 
     It is found by the uuid that it is tagged with, not by its id: a run whose creator was killed before it could write
-    the id down is found too, and one that the store no longer has, or never had, is created and delivered whole.
+    the id down is found too.
     """
+    experiment = experiment_id(client, record.experiment)
+    return next(iter(client.search_runs([experiment], f"tags.uuid = '{record.uuid}'", max_results=1)), None)
+
+
+def connect(client: Any, record: Record) -> None:
+    """Finds the run or creates it, also one that the store has lost, and hands over its params and tags."""
     from mlflow.entities import Param, RunTag
 
-    experiment = experiment_id(client, record.experiment)
-    found = client.search_runs([experiment], f"tags.uuid = '{record.uuid}'", max_results=1)
-    if found:
-        run = found[0]
-    else:
-        tags = {"uuid": record.uuid}
+    run = find(client, record)
+    if run is None:
+        experiment, tags = experiment_id(client, record.experiment), {"uuid": record.uuid}
         run = client.create_run(experiment, start_time=record.start_time, tags=tags, run_name=record.name)
         record.delivered_bytes = record.delivered_artifacts = 0
-    record.run_id = run.info.run_id
-    record.save(directory)
+    record.run_id, record.delivered_status = run.info.run_id, ""
     client.log_batch(
         record.run_id,
         params=[Param(key, value) for key, value in record.params.items()],
         tags=[RunTag(key, value) for key, value in record.tags.items()],
     )
-    client.update_run(record.run_id, status="RUNNING")
+    if record.status == "RUNNING":
+        client.update_run(record.run_id, status="RUNNING")
 
 
 def push(client: Any, directory: Path, record: Record) -> None:
@@ -142,3 +167,4 @@ def push(client: Any, directory: Path, record: Record) -> None:
         record.delivered_artifacts += 1
     if record.status != "RUNNING":
         client.set_terminated(record.run_id, record.status, record.end_time)
+    record.delivered_status = record.status

@@ -37,6 +37,7 @@ from src.config import Config
 from src.errors import UsageError
 from src.launcher import JobFailed, LocalLauncher
 from src.record import RECORD, Record
+from src.redact import redact
 from src.runs import run_in
 from src.stopping import PRUNED, TIME_IS_UP
 
@@ -300,7 +301,7 @@ class Sweep:
 
     def __enter__(self) -> Sweep:
         if self.cfg.name == "mlflow":
-            store.prepare(self.cfg.experiment)  # once, ahead of the jobs
+            store.check(self.cfg.experiment)  # once, ahead of the jobs
         self.lock = rundir.exclusive(self.directory)
         self.lock.__enter__()
         self.handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # closes what is open
@@ -433,7 +434,7 @@ def is_stop(status: int) -> bool:
 def _command() -> str:
     """What the user typed; src/cli.py marks a single value as a choice of one."""
     typed = [re.sub(r"=choice\((\w+)\)$", r"=\1", argument) for argument in sys.argv[1:]]
-    return shlex.join(["python", "-m", "src.train", *typed])
+    return redact(shlex.join(["python", "-m", "src.train", *typed]))
 
 
 def register() -> None:

@@ -8,19 +8,22 @@ whatever a kill or an outage cut off is simply delivered again: at the next flus
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from src import store
+from src import rundir, store
 from src.config import Tracking
 from src.errors import UsageError, one_line
 from src.record import METRICS, RECORD, Record, cut_and_read, encode, now
+from src.redact import redact
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,10 @@ class Tracker:
         params: Mapping[str, object],
         tags: Mapping[str, str],
     ) -> None:
-        self._client = store.prepare(tracking.experiment) if tracking.name == "mlflow" else None
+        self._client: Any = None
+        if tracking.name == "mlflow":
+            with suppress(store.Busy):
+                self._client = store.prepare(tracking.experiment)
         self._connected = self._warned = False
         self._retry_at = 0.0
 
@@ -71,10 +77,12 @@ class Tracker:
         record.delivered_bytes = min(record.delivered_bytes, end)
 
         record.status, record.end_time = "RUNNING", None
+        record.for_mlflow = tracking.name == "mlflow"
         record.params = {key: str(value) for key, value in params.items()} | record.params
         record.tags |= dict(tags) | {"output_dir": str(directory.resolve())}
+        record.tags.pop("error", None)  # of the session before
         record.save(directory)
-        self._rows = (directory / METRICS).open("a", buffering=1)
+        self._rows = (directory / METRICS).open("ab", buffering=0)
         self.flush()
 
     @property
@@ -83,18 +91,29 @@ class Tracker:
         return self.record.run_id
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Appends a row to ``metrics.jsonl``; `flush` delivers it."""
+        """Appends a row to ``metrics.jsonl``; `flush` delivers it.
+
+        Raises:
+            OSError: there is no room for it.
+        """
         new = {key: float(value) for key, value in metrics.items() if step > self._last_step.get(key, -1)}
         if not new:
             return
-        row = {"step": step, "time": now(), "metrics": encode(new)}
-        self._rows.write(json.dumps(row, allow_nan=False) + "\n")
+        row = json.dumps({"step": step, "time": now(), "metrics": encode(new)}, allow_nan=False).encode() + b"\n"
+        if self._rows.write(row) < len(row):  # a disk that is full takes a part, and refuses the next
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory / METRICS))
         self.record.metrics |= new
+
+    def sync(self) -> None:
+        """Puts all rows on the disk, so that not even a power cut loses one."""
+        os.fsync(self._rows.fileno())
 
     def flush(self) -> None:
         """Delivers what has not been. Costs a failing store at most a tenth of the training time."""
+        self.sync()  # the store is never told of a row which the file could still lose
         if time.monotonic() >= self._retry_at:
             self._deliver()
+        self._save()
 
     def artifact(self, path: Path) -> None:
         """Uploads a file of the output directory."""
@@ -102,52 +121,95 @@ class Tracker:
         self.flush()
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """Ends the run, here and in MLflow."""
-        self.record.status, self.record.end_time = status, now()
-        self.record.save(self.directory)
-        if not self._deliver():
+        """Ends the run, here and in MLflow; a run that was told to stop does not wait for a store that fails.
+
+        Raises:
+            OSError: there is no room to write that the run is finished. Another status is then told to MLflow only.
+        """
+        self.record.close(status)
+        try:
+            self._save()
+        except OSError:
+            if status == "FINISHED":
+                raise
+        waits = status == "KILLED" and time.monotonic() < self._retry_at
+        if self.record.for_mlflow and (waits or not self._deliver()):
             logger.warning(
                 "MLflow lacks a part of this run; deliver it with: python -m src.tracking %s", self.directory
             )
+        with suppress(OSError):
+            self._save()
         self._rows.close()
 
+    def _save(self) -> None:
+        self.record.seconds = time.monotonic() - self._opened
+        self.record.save(self.directory)
+
     def _deliver(self) -> bool:
-        os.fsync(self._rows.fileno())  # the store is never told of a row which the file could still lose
+        if not self.record.for_mlflow:
+            return True
         started = time.monotonic()
         try:
-            if self._client and not self._connected:
-                store.connect(self._client, self.directory, self.record)
+            client = self.client()
+            if not self._connected:
+                store.connect(client, self.record)
                 self._connected = True
-            if self._client:
-                store.push(self._client, self.directory, self.record)
+            store.push(client, self.directory, self.record)
         except Exception as error:  # whatever it is, training matters more
             self._retry_at = time.monotonic() + 10 * (time.monotonic() - started)
             if not self._warned:
                 logger.warning("MLflow does not take rows, they are kept in %s: %s", METRICS, one_line(error))
             self._warned = True
             return False
-        finally:
-            self.record.seconds = time.monotonic() - self._opened
-            self.record.save(self.directory)
         return True
+
+    def client(self) -> Any:
+        """MLflow's client. None with ``tracking=jsonl``.
+
+        Raises:
+            UsageError: the store does not open, or not now.
+        """
+        if self._client is None and self.record.for_mlflow:
+            self._client = store.prepare(self.record.experiment)
+        return self._client
 
 
 def deliver(directory: Path) -> str:
     """Delivers the whole of a run that is not being trained, from its files, and returns its MLflow run id.
 
+    A run whose process ended without closing it, by a SIGKILL say, is closed as killed.
+
     Raises:
-        UsageError: the folder holds no run, or the store does not take it.
+        UsageError: the folder holds no run, a process works on it, or the store does not take it.
     """
-    record = Record.load(directory)
-    client = store.prepare(record.experiment)
-    record.delivered_bytes = record.delivered_artifacts = 0
-    try:
-        store.connect(client, directory, record)
-        store.push(client, directory, record)
-    except Exception as error:
-        raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
-    record.save(directory)
+    Record.load(directory)
+    with rundir.exclusive(directory):
+        record = Record.load(directory)
+        if record.status == "RUNNING":
+            record.close("KILLED", "its process is gone; the same command continues")
+        client = store.prepare(record.experiment)
+        record.delivered_bytes = record.delivered_artifacts = 0
+        try:
+            store.connect(client, record)
+            store.push(client, directory, record)
+        except Exception as error:
+            raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
+        finally:
+            record.save(directory)
     return record.run_id
+
+
+def waiting(root: Path) -> list[Path]:
+    """The folders below ``root`` of runs that MLflow lacks a part of, or believes to be running, oldest first.
+
+    A run that a process works on is not waiting.
+    """
+    folders = []
+    for path in root.rglob(RECORD):
+        record = Record.load(path.parent)
+        if record.status == "RUNNING" or not record.is_delivered(path.parent):
+            folders.append((record.start_time, path.parent))
+    return [folder for _, folder in sorted(folders) if not rundir.is_held(folder)]
 
 
 def parent_tags(parent: str | None) -> dict[str, str]:
@@ -166,26 +228,34 @@ def nest(parent: Tracker, children: Sequence[Path]) -> None:
 
     A run of several sweeps is shown under the last of them; its tags ``sweep.ID`` name all.
     """
+    tags = parent_tags(str(parent.directory))
     for directory in children:
         record = Record.load(directory)
-        record.tags |= parent_tags(str(parent.directory))
-        record.save(directory)
-    if not parent._client:
-        return
+        if not tags.items() <= record.tags.items():
+            record.tags |= tags
+            record.delivered_status = ""
+            record.save(directory)
     try:
-        for directory in children:
-            record = Record.load(directory)
-            found = parent._client.search_runs(
-                [store.experiment_id(parent._client, record.experiment)], f"tags.uuid = '{record.uuid}'", max_results=1
-            )
-            if not found or found[0].info.status != record.status:
-                deliver(directory)
-                continue
-            for key, value in record.tags.items():
-                if found[0].data.tags.get(key) != value:
-                    parent._client.set_tag(found[0].info.run_id, key, value)
+        client = parent.client()
+        for directory in children if client else []:
+            if not rundir.is_held(directory):
+                _deliver_changes(client, directory)
     except Exception as error:
         logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, one_line(error))
+
+
+def _deliver_changes(client: Any, directory: Path) -> None:
+    """Delivers a run that MLflow lacks, and otherwise only the tags that are new."""
+    record = Record.load(directory)
+    found = store.find(client, record)
+    if not found or found.info.status != record.status:
+        deliver(directory)
+        return
+    for key, value in record.tags.items():
+        if found.data.tags.get(key) != value:
+            client.set_tag(found.info.run_id, key, value)
+    record.delivered_status = record.status
+    record.save(directory)
 
 
 def share(parent: Tracker, view: Callable[[str, str, str, int], tuple[str, str, str]]) -> str:
@@ -194,13 +264,14 @@ def share(parent: Tracker, view: Callable[[str, str, str, int], tuple[str, str, 
     Args:
         view: `src.charts.sweep_view`.
     """
-    if not parent._client:
-        return ""
     record = parent.record
     try:
-        experiment_id = store.experiment_id(parent._client, record.experiment)
+        client = parent.client()
+        if client is None:
+            return ""
+        experiment_id = store.experiment_id(client, record.experiment)
         key, value, path = view(experiment_id, record.run_id, parent.directory.name, record.start_time)
-        parent._client.set_experiment_tag(experiment_id, key, value)
+        client.set_experiment_tag(experiment_id, key, value)
     except Exception as error:
         logger.warning("MLflow does not take the view of %s: %s", parent.directory, one_line(error))
         return ""
@@ -210,22 +281,22 @@ def share(parent: Tracker, view: Callable[[str, str, str, int], tuple[str, str, 
 def abandon(directory: Path, reason: str) -> None:
     """Closes a run, as failed, whose process ended without doing so."""
     record = Record.load(directory)
-    record.status, record.end_time = "FAILED", now()
-    record.tags["error"] = reason
+    record.close("FAILED", reason)
     record.save(directory)
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    """Delivers the runs in the folders that are named."""
-    parser = argparse.ArgumentParser(prog="python -m src.tracking", description="Deliver finished runs to MLflow.")
-    parser.add_argument("output_dir", type=Path, nargs="+", help="a run's output directory")
-    for directory in parser.parse_args(arguments).output_dir:
-        print(f"{directory}: delivered as run {deliver(directory)}")
+    """Delivers the runs in the folders that are named, else all below ``multirun/`` that MLflow lacks a part of."""
+    parser = argparse.ArgumentParser(prog="python -m src.tracking", description=main.__doc__)
+    parser.add_argument("output_dir", type=Path, nargs="*", help="a run's output directory")
+    named = parser.parse_args(arguments).output_dir
+    for directory in named or waiting(rundir.ROOT):
+        print(f"{directory}: delivered as run {deliver(directory)}", flush=True)
 
 
 if __name__ == "__main__":
     try:
         main()
     except UsageError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
+        print(f"error: {redact(str(mistake))}", file=sys.stderr)
         sys.exit(2)

@@ -69,7 +69,7 @@ def assert_same_run(one, other):
     assert history(one) == history(other)
     for key, value in load_file(one / "encoder.safetensors").items():
         assert torch.equal(value, load_file(other / "encoder.safetensors")[key]), key
-    ours, theirs = (checkpoint.load(checkpoint.latest(each / "checkpoints")) for each in (one, other))
+    ours, theirs = (checkpoint.load_latest(each / "checkpoints")[1] for each in (one, other))
     for part in ("model", "classifier", "optimizer", "classifier_optimizer"):
         assert_equal(ours[part], theirs[part], part)
 
@@ -271,7 +271,7 @@ def test_a_signal_stops_the_run_cleanly(small, tmp_path, number):
     assert process.wait(60) == 128 + number
     assert Record.load(tmp_path / "run").status == "KILLED"
     last = [json.loads(line)["step"] for line in metrics.read_text().splitlines()][-1]
-    assert checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints"))["step"] >= last
+    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints")[1]["step"] >= last
 
 
 @pytest.mark.slow

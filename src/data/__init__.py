@@ -34,6 +34,7 @@ class Dataset:
     std: list[float]
     train: Split
     val: Split | None  # None with data.final
+    skipped: int  # images that could not be read, with data.on_error=skip
     _cache: Cache = field(repr=False)
 
     @property
@@ -66,7 +67,7 @@ def load(cfg: Data) -> Dataset:
         _check_limit(cfg.limit, labels)
         rows = rows[class_balanced_subset(labels, cfg.limit, cfg.split_seed)]
     train = images if len(rows) == len(images.labels) else images.take(rows)
-    return Dataset(cfg.name, cache.classes, cache.mean, cache.std, train, val, cache)
+    return Dataset(cfg.name, cache.classes, cache.mean, cache.std, train, val, len(cache.skipped), cache)
 
 
 def _check_limit(limit: int, labels: torch.Tensor) -> None:
