@@ -93,7 +93,7 @@ class Data:
     split_seed: int
     limit: int | None
     final: bool
-    on_error: str
+    on_error: str = "raise"
     root: str | None = None
     image_column: str | None = None
     label_column: str | None = None
@@ -151,7 +151,7 @@ class Tracking:
 @dataclass
 class Checkpoint:
     every: int
-    minutes: float
+    minutes: float = 10
 
 
 @dataclass
@@ -188,7 +188,7 @@ SUPPORT_KEYS = {"kmclr": "k", "nnclr": "queue_size"}
 # What may differ between two runs that are the same experiment.
 NOT_IN_HASH = (
     *("output_dir", "resume", "max_minutes", "jobs", "dry_run", "device", "tracking", "checkpoint"),
-    *("data.root", "data.cache_dir"),
+    *("data.root", "data.cache_dir", "data.on_error"),
 )
 
 

@@ -35,4 +35,4 @@ class CannotWrite(RunFailed):
 
 def one_line(error: BaseException) -> str:
     """What an exception of a library says, without secrets, in a line of reasonable length."""
-    return redact((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
+    return redact((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]

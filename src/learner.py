@@ -69,10 +69,11 @@ class Learner:
 
     def diverged(self, loss: float, grad_norm: float) -> Diverged:
         """What blew up at the current step, and what to do about it."""
+        lr = self.optimizer.param_groups[0]["lr"]
         return Diverged(
-            f"diverged at step {self.step}: loss {loss:.4g}, norm of the gradient {grad_norm:.4g}, of the "
-            f"weights {self.weight_norm():.4g}, learning rate {self.optimizer.param_groups[0]['lr']:.4g}; lower optimizer.lr or "
-            "raise schedule.warmup_epochs (the same settings end the same way; resume=never tries them again)"
+            f"diverged at step {self.step}: loss {loss:.4g}, norm of the gradient {grad_norm:.4g}, of the weights "
+            f"{self.weight_norm():.4g}, learning rate {lr:.4g}; lower optimizer.lr or raise "
+            "schedule.warmup_epochs (the same settings end the same way; resume=never tries them again)"
         )
 
     def pop_times(self, steps: int) -> dict[str, float]:

@@ -254,7 +254,9 @@ def _decoded(part: Part, size: int) -> Iterator[np.ndarray]:
 
 
 def _header(contents: Contents, skipped: list[str], size: int, checksum: str = "0" * 64) -> bytes:
-    """The safetensors header, of one length whatever the checksum. Types of 8 bytes come first, so that they are aligned whatever the number of pixels.
+    """The safetensors header, of one length whatever the checksum.
+
+    Types of 8 bytes come first, so that they are aligned whatever the number of pixels.
 
     Source: the format's description, https://huggingface.co/docs/safetensors. The library itself writes only tensors
     that are complete in memory.
