@@ -112,14 +112,13 @@ def locked_store(folder: Path, unbroken: Path, cache: str, seconds: float, *, fr
     holder.rollback()
     holder.close()
     status = process.wait(300)
-    start(folder, [], module="src.tracking").wait(120)  # nothing waits below multirun/
-    delivered = start(folder, ["run"], module="src.tracking").wait(120) if ended_before else "not needed"
+    delivered = start(folder, ["run"] if ended_before else [], module="src.tracking").wait(120)
     history = stored(folder)[str(folder / "run")]
     missing, extra = lost_and_doubled(rows(unbroken / "run"), history)
     when = "from the start" if from_the_start else "during the run"
     print(
-        f"store locked for {seconds:.0f} s {when}: status {status}, ended before: {ended_before}, delivery {delivered}, "
-        f"{missing} rows lost, {extra} doubled",
+        f"store locked for {seconds:.0f} s {when}: status {status}, ended before: {ended_before}, "
+        f"delivery {delivered}, {missing} rows lost, {extra} doubled",
         flush=True,
     )
 
@@ -137,9 +136,8 @@ def server_away(folder: Path, cache: str, seconds: float, epochs: int) -> None:
         time.sleep(max(0.0, since + seconds - time.monotonic()))
         server.start()
         status = process.wait(600)
-        command = start(folder, ["run"], module="src.tracking", MLFLOW_TRACKING_URI=server.uri)
-        delivered = command.wait(120) if ended_before else command.kill() or "not needed"
-        command.wait()
+        command = ["run"] if ended_before else []
+        delivered = start(folder, command, module="src.tracking", MLFLOW_TRACKING_URI=server.uri).wait(120)
         (history,) = histories(server.uri).values()
         missing, extra = lost_and_doubled(rows(folder / "run"), history)
     print(

@@ -12,6 +12,7 @@ import random
 import re
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from scripts.reliability.runs import (
@@ -65,8 +66,7 @@ def broken_run(folder: Path, method: str, seed: int) -> Counter[str]:
             reached = wait_for(lambda: has_said("evaluating on the test"), process)
             delay = rng.uniform(0, 0.6)
         else:
-            wildcard = MOMENTS[moment]
-            reached = wait_for(lambda wildcard=wildcard: list(folder.glob(wildcard)), process)
+            reached = wait_for(partial(has_file, folder, MOMENTS[moment]), process)
             delay = rng.choice([0, rng.uniform(0, 0.01)])
         if reached:
             try:
@@ -76,6 +76,10 @@ def broken_run(folder: Path, method: str, seed: int) -> Counter[str]:
         if process.wait() == 0:
             return kills
         kills[moment] += process.returncode == -9
+
+
+def has_file(folder: Path, pattern: str) -> bool:
+    return any(folder.glob(pattern))
 
 
 def main(folder: Path, kills: int) -> None:

@@ -59,7 +59,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], 
             return False
         if time.monotonic() > deadline:
             process.kill()
-            raise TimeoutError(f"{process.args} after {seconds:.0f} s")
+            raise TimeoutError(f"{process.args!r} after {seconds:.0f} s")
         time.sleep(0.001)
     return True
 

@@ -2,8 +2,8 @@
 
     python -m scripts.reliability.servers FOLDER
 
-PostgreSQL is Debian's (package postgresql), run as the user ``nobody`` where this one is root. psycopg2 must be importable
-by the server: ``pip install psycopg2-binary``.
+PostgreSQL is Debian's (package postgresql), run as the user ``nobody`` where this one is root; the server needs
+psycopg2 (``pip install psycopg2-binary``).
 """
 
 from __future__ import annotations
@@ -143,15 +143,13 @@ def four_jobs(folder: Path, name: str, backend: str | None, stops: int = 2, away
         arguments = ["--multirun", *SMALL, "method=kmclr", "k=5,7,9,11", "epochs=20", "jobs=4"]
         sweep = start(folder, [*arguments, "data.cache_dir=cache"], MLFLOW_TRACKING_URI=server.uri)
         for stop in range(stops):
-            epochs = 2 + 8 * stop
-            assert wait_for(
-                lambda epochs=epochs: (
-                    sum(path.read_bytes().count(b"val/knn") for path in folder.glob("multirun/kmclr*/metrics.jsonl"))
-                    >= 4 * epochs
-                ),
-                sweep,
-                600,
-            ), output(folder)
+            validations = 4 * (2 + 8 * stop)
+
+            def far_enough(validations: int = validations) -> bool:
+                logs = folder.glob("multirun/kmclr*/metrics.jsonl")
+                return sum(path.read_bytes().count(b"val/knn") for path in logs) >= validations
+
+            assert wait_for(far_enough, sweep, 600), output(folder)
             server.stop()
             time.sleep(away)
             server.start()
