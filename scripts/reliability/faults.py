@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from scripts.reliability.runs import (
@@ -48,8 +48,8 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
 def fill(disk: Path, leave: int) -> Path:
     """Takes all room of a disk but so many bytes."""
     ballast = disk / "ballast"
-    with ballast.open("wb") as file:
-        file.write(bytes(shutil.disk_usage(disk).free - leave))
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:  # the run may be taking the rest meanwhile
+        file.write(bytes(max(0, shutil.disk_usage(disk).free - leave)))
     return ballast
 
 
