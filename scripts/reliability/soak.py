@@ -1,6 +1,9 @@
 """A sweep of many short jobs: do memory and open files of the process that runs it level off, are all runs closed?
 
-python -m scripts.reliability.soak FOLDER [JOBS]
+    python -m scripts.reliability.soak FOLDER [LAUNCHER] [JOBS]
+
+With Hydra's launcher ``basic`` all jobs run in the process of the sweep itself: what any of them leaves open shows. With
+ours, ``local``, each is a process of its own.
 """
 
 from __future__ import annotations
@@ -15,22 +18,22 @@ from pathlib import Path
 from scripts.reliability.runs import SMALL, output, start, statuses
 
 
-def main(folder: Path, jobs: int) -> None:
+def main(folder: Path, launcher: str, jobs: int) -> None:
     """Runs the sweep, looks at its process once a second, and prints what came out."""
     arguments = [
         *("--multirun", *SMALL, "method=simclr", f"seed=range(0,{jobs})", "epochs=1", "data.limit=100", "jobs=2"),
-        *("evaluation.epochs=1", f"data.cache_dir={folder / 'cache'}"),
+        *("evaluation.epochs=1", f"data.cache_dir={folder / 'cache'}", f"hydra/launcher={launcher}"),
     ]
-    sweep = start(folder, arguments, OMP_NUM_THREADS="2")  # a thread a job
+    sweep = start(folder, arguments)
     samples: list[tuple[int, float, int]] = []  # jobs finished, MB, open files
     while sweep.poll() is None:
         try:
             status = Path(f"/proc/{sweep.pid}/status").read_text()
             files = len(os.listdir(f"/proc/{sweep.pid}/fd"))
         except OSError:
-            break
+            continue
         kilobytes = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")), 0)
-        done = output(folder).count(" finished after ")
+        done = len(list(folder.glob("multirun/simclr*/curves.png")))
         if kilobytes:
             samples.append((done, kilobytes / 1024, files))
         time.sleep(1)
@@ -46,4 +49,5 @@ def main(folder: Path, jobs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 200)
+    launcher = sys.argv[2] if len(sys.argv) > 2 else "basic"
+    main(Path(sys.argv[1]).resolve(), launcher, int(sys.argv[3]) if len(sys.argv) > 3 else 200)
