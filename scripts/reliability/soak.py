@@ -2,7 +2,7 @@
 
     python -m scripts.reliability.soak FOLDER [LAUNCHER] [JOBS]
 
-With Hydra's launcher ``basic`` all jobs run in the process of the sweep itself: what any of them leaves open shows. With
+With Hydra's launcher ``basic`` all jobs run in the process of the sweep: what any of them leaves open shows. With
 ours, ``local``, each is a process of its own.
 """
 

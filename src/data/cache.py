@@ -37,6 +37,7 @@ from src.errors import UsageError
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # part of the fingerprint: raise it with any change of decoding or of the layout
+NO_CHECKSUM = "0" * 64
 CHUNK = 64  # images decoded before they are written, which bounds memory
 
 T = TypeVar("T")
@@ -51,10 +52,11 @@ class Cache:
 
     def __init__(self, path: Path):
         self._file = safe_open(path, framework="pt")
-        if self._file.metadata().get("sha256") != _checksum(path):
+        notes = self._file.metadata() or {}
+        if not (stated := notes.get("sha256")) or stated != _checksum(path, stated):
             raise SafetensorError("its checksum differs")
-        self.classes: list[str] = json.loads(self._file.metadata()["classes"])
-        self.skipped: list[str] = json.loads(self._file.metadata()["skipped"])  # why, for each image left out
+        self.classes: list[str] = json.loads(notes["classes"])
+        self.skipped: list[str] = json.loads(notes["skipped"])  # why, for each image left out
         self.mean: list[float] = self._file.get_tensor("mean").tolist()
         self.std: list[float] = self._file.get_tensor("std").tolist()
 
@@ -75,10 +77,10 @@ def cached(cfg: Data) -> Cache:
     folder = Path(cfg.cache_dir).expanduser().resolve()
     identity = f"{cfg.name}-{_digest(cfg.name, root_of(cfg), cfg.image_size, cfg.image_column, cfg.label_column)}"
     path = folder / f"{identity}-{_digest(FORMAT, source.stamp)}.safetensors"
-    cache = _open(path)
+    cache = _open(path, logging.DEBUG)  # or the warning would come again in a moment
     if cache is None:
         with _locked(folder / f"{identity}.lock"):
-            cache = _open(path)
+            cache = _open(path, logging.WARNING)
             if cache is None:
                 _write(path, source, cfg)
                 for outdated in set(folder.glob(f"{identity}-*")) - {path}:
@@ -91,21 +93,23 @@ def cached(cfg: Data) -> Cache:
     return cache
 
 
-def _open(path: Path) -> Cache | None:
+def _open(path: Path, level: int) -> Cache | None:
     try:
         return Cache(path)
     except FileNotFoundError:
         return None
     except SafetensorError as error:
-        log.warning("%s is damaged (%s): decoding again", path, error)
+        log.log(level, "%s is damaged (%s): decoding again", path, error)
         return None
 
 
-def _checksum(path: Path) -> str:
-    """SHA-256 of all that follows the header, in which it stands itself."""
+def _checksum(path: Path, stated: str) -> str:
+    """SHA-256 of the file, as it is when the checksum that its header states is zeros."""
     with path.open("rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        start = file.read(8)
+        header = file.read(int.from_bytes(start, "little"))
+        digest = hashlib.sha256(start + header.replace(stated.encode(), NO_CHECKSUM.encode()))
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 def _digest(*parts: object) -> str:
@@ -139,7 +143,7 @@ def _write(path: Path, source: Source, cfg: Data) -> None:
         _check_room(path.parent, contents, cfg.image_size)
         with unfinished.open("wb") as file:
             _stream(file, contents, skipped, cfg)
-        checksum = _checksum(unfinished)
+        checksum = _checksum(unfinished, NO_CHECKSUM)
         with unfinished.open("r+b") as file:
             file.write(_header(contents, skipped, cfg.image_size, checksum))
             file.flush()
@@ -253,7 +257,7 @@ def _decoded(part: Part, size: int) -> Iterator[np.ndarray]:
         raise UsageError(f"{count} images for {len(part.labels)} labels: the source is damaged; fetch it again")
 
 
-def _header(contents: Contents, skipped: list[str], size: int, checksum: str = "0" * 64) -> bytes:
+def _header(contents: Contents, skipped: list[str], size: int, checksum: str = NO_CHECKSUM) -> bytes:
     """The safetensors header, of one length whatever the checksum.
 
     Types of 8 bytes come first, so that they are aligned whatever the number of pixels.
