@@ -17,7 +17,7 @@ from src.config import Tracking
 from src.errors import UsageError
 from src.tracking import Tracker
 from tests.conftest import PROJECT
-from tests.stores import JSONL, MLFLOW, break_store, history, rows, start, train, warnings
+from tests.stores import JSONL, MLFLOW, RUN, break_store, history, rows, start, train, warnings
 
 
 @pytest.mark.parametrize("name", ["mlflow", "jsonl"])
@@ -320,3 +320,53 @@ def test_mlflow_ui_without_options_shows_the_runs(client, tmp_path, monkeypatch)
         if ui.poll() is None:
             os.killpg(ui.pid, signal.SIGTERM)  # it has workers
         ui.wait()
+
+
+def test_all_that_waits_is_delivered_by_one_command_and_no_dead_run_stays_running(
+    client, tmp_path, monkeypatch, capsys
+):
+    root = tmp_path / "multirun"
+    with monkeypatch.context() as patch:
+        break_store(client, patch, "search_runs", "create_run", "log_batch")
+        for name in ("late", "later"):
+            train(tracker := Tracker(root / name, MLFLOW, name, {}, {}), range(10))
+            tracker.close("FINISHED")
+    train(Tracker(root / "killed", MLFLOW, "killed", {}, {}), range(10))  # by SIGKILL: nobody closes it
+    Tracker(root / "here", MLFLOW, "here", {}, {}).close("FINISHED")
+    Tracker(root / "not meant", JSONL, "not meant", {}, {}).close("FINISHED")
+    train(Tracker(root / "at work", MLFLOW, "at work", {}, {}), range(10))
+    with rundir.exclusive(root / "at work"):
+        assert [path.name for path in tracking.waiting(root)] == ["late", "later", "killed"]
+        tracking.main([])
+    assert capsys.readouterr().out.count("delivered as run") == 3
+    status = {run.name: run.status for run in runs.read_runs("exp", "mlflow")}
+    assert status == {
+        "late": "FINISHED",
+        "later": "FINISHED",
+        "killed": "KILLED",
+        "here": "FINISHED",
+        "at work": "RUNNING",
+    }
+    for name in ("late", "killed"):
+        run_id = Record.load(root / name).run_id
+        assert [step for step, _ in history(client, run_id, "train/loss")] == [0, 3, 6, 9]
+
+
+def test_a_run_that_is_worked_on_is_not_delivered(client, tmp_path):
+    Tracker(tmp_path / "run", MLFLOW, "run", {}, {})
+    with rundir.exclusive(tmp_path / "run"), pytest.raises(UsageError, match="another process is using it"):
+        tracking.deliver(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_store_that_is_locked_at_the_start_gets_the_run_later(client, tmp_path):
+    other = sqlite3.connect(tmp_path / "mlflow.db")
+    other.execute("BEGIN EXCLUSIVE")
+    code = RUN.replace("for step in range(50)", "for step in range(5)")
+    process = start(code, tmp_path, NAME="run")
+    assert process.communicate()[1].count("database is locked") == 1
+    assert process.returncode == 0
+    other.rollback()
+    tracking.deliver(tmp_path / "run")
+    (run,) = runs.read_runs("exp", "mlflow")
+    assert [step for step, _ in history(client, run.run_id, "train/loss")] == list(range(5))
