@@ -7,7 +7,7 @@ STAMP := .venv/.installed-$(FAISS)
 TRAIN := $(BIN)/python -m src.train
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast bench check format ui clean
+.PHONY: help setup demo test test-fast bench reliability check format ui clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,12 @@ bench: setup ## Images a second beside the original's algorithm and lightly; set
 	$(BIN)/pip install --quiet --constraint constraints.txt '.[bench]'
 	$(BIN)/python -m scripts.benchmark
 
+CAMPAIGNS := kills signals faults servers together soak
+
+reliability: setup ## Kills, signals, full disks, lost servers, a soak: an hour; figures in results/reliability.md
+	dir=$$(mktemp -d) && for each in $(CAMPAIGNS); do $(BIN)/python -m scripts.reliability.$$each $$dir/$$each || exit; done
+	CASES=600 $(PYTEST) tests/test_cli.py tests/data/test_damage.py
+
 check: setup ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,7 +53,7 @@ format: setup ## Format the code
 	$(BIN)/ruff check --fix .
 
 ui: setup ## Compare the runs in a browser
-	$(BIN)/mlflow ui
+	$(BIN)/mlflow ui --host 127.0.0.1
 
 clean: ## Remove the virtual environment and the caches, never a result
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

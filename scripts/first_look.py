@@ -18,7 +18,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from src import curves
-from src.tracking import Record
+from src.record import Record
 
 METHODS = {
     "SimCLR": ["method=simclr"],

@@ -39,7 +39,7 @@ def images(count: int = 50_000) -> Images:
 def dataset(measured_on: Images) -> Dataset:
     """The images as a run sees them, without validation and test."""
     names = [str(label) for label in range(measured_on.classes)]
-    return Dataset("benchmark", names, MEAN, STD, measured_on.split, None, cast(Cache, None))
+    return Dataset("benchmark", names, MEAN, STD, measured_on.split, None, 0, cast(Cache, None))
 
 
 def machine() -> str:

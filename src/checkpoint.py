@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import UsageError
+from src.files import write_whole
 
 FORMAT = 1
 """What the keys of the state mean. To be raised when they change."""
@@ -59,14 +59,7 @@ def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 2) ->
     for left_by_a_killed_writer in directory.glob("step-*.tmp"):
         left_by_a_killed_writer.unlink()
     path = directory / f"step-{step:08d}.pt"
-    aside = path.with_suffix(".tmp")
-    with aside.open("wb") as file:
-        file.write(payload)
-        file.write(hashlib.sha256(payload).digest())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    _sync(directory)  # or the new name could be lost after the old checkpoints are gone
+    write_whole(path, payload, hashlib.sha256(payload).digest())
 
     saved = _by_step(directory)
     kept = sorted(other for other in saved if other <= step)[-keep:]
@@ -103,19 +96,17 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def latest(directory: Path) -> Path | None:
-    """The newest checkpoint that is whole, or None. Damaged ones are passed over with a warning.
+def load_latest(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, and where it is, or None. Damaged ones are passed over, with a warning.
 
     Raises:
         UsageError: the newest whole one cannot be used, say because it is of another format.
     """
     for _, path in sorted(_by_step(directory).items(), reverse=True):
         try:
-            load(path)
+            return path, load(path)
         except DamagedCheckpointError as error:
             logger.warning("%s; trying the one before", error)
-        else:
-            return path
     return None
 
 
@@ -171,11 +162,3 @@ def _check_plain(value: object, where: str) -> None:
             _check_plain(item, f"{where}[{index}]")
     elif not isinstance(value, Tensor) and type(value) not in (int, float, bool, str, bytes, type(None)):
         raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint takes tensors and plain values")
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,12 +7,17 @@ import importlib
 import logging
 import os
 import re
+import signal
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import hydra
+import omegaconf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -20,10 +25,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from src import config, sweep
-from src.errors import UsageError
+from src.errors import RunFailed, UsageError
 from src.launcher import JobFailed
+from src.redact import redact
 from src.stopping import Stopped
 
+LONGEST = 600  # characters of a line for people
 CONF = Path(__file__).parent.parent / "conf"
 
 
@@ -44,10 +51,8 @@ def run(module: str, config_name: str) -> None:
     def task(composed: DictConfig) -> Any:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper collects how its jobs end
             return _job(module, composed)
-        try:
+        with _explained():  # here, because Hydra would print a line of its own first
             return importlib.import_module(module).main(composed)
-        except UsageError as error:  # here, because Hydra would print a line of its own first
-            fail(str(error))
 
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
     if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
@@ -55,15 +60,35 @@ def run(module: str, config_name: str) -> None:
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own reporting would hide the exception from us
     try:
-        main()
-    except UsageError as error:
-        fail(str(error))
+        with _explained():
+            main()
+    except KeyboardInterrupt:  # before a run could take it for a request to stop
+        sys.exit(128 + signal.SIGINT)
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(str(error)))
-    except RuntimeError as error:  # all that Hydra raises for a launcher that is not installed
-        if "Unknown plugin class" not in str(error):
+    except Exception as error:
+        if not _is_from_hydra(error):
             raise
         fail(explain(str(error)))
+
+
+def _is_from_hydra(error: Exception) -> bool:
+    """Of a line that Hydra cannot compose it may raise anything: a TypeError for ``tracking=[1]``."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return any(raised_in.is_relative_to(Path(package.__file__).parent) for package in (hydra, omegaconf))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Ends with one line and a status where the fault is not in the program."""
+    try:
+        yield
+    except UsageError as error:
+        fail(str(error))
+    except RunFailed as failure:
+        fail(str(failure), failure.status)
+    except OSError as error:  # before a run had its directory: nothing has been written
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
 
 
 def _job(module: str, composed: DictConfig) -> Any:
@@ -71,12 +96,14 @@ def _job(module: str, composed: DictConfig) -> Any:
         return importlib.import_module(module).main(composed)
     except Stopped as end:  # launchers carry exceptions, but would end with this one
         raise JobFailed("stopped; the same command continues", int(end.code or 0)) from None
+    except RunFailed as failure:
+        raise JobFailed(str(failure), failure.status) from None
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line and end with status 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Print one line, without secrets, and end with the status."""
+    print(f"error: {redact(' '.join(message.split()))[:LONGEST]}", file=sys.stderr)
+    sys.exit(status)
 
 
 def explain(message: str) -> str:

@@ -93,6 +93,7 @@ class Data:
     split_seed: int
     limit: int | None
     final: bool
+    on_error: str = "raise"
     root: str | None = None
     image_column: str | None = None
     label_column: str | None = None
@@ -150,6 +151,7 @@ class Tracking:
 @dataclass
 class Checkpoint:
     every: int
+    minutes: float = 10
 
 
 @dataclass
@@ -186,7 +188,7 @@ SUPPORT_KEYS = {"kmclr": "k", "nnclr": "queue_size"}
 # What may differ between two runs that are the same experiment.
 NOT_IN_HASH = (
     *("output_dir", "resume", "max_minutes", "jobs", "dry_run", "device", "tracking", "checkpoint"),
-    *("data.root", "data.cache_dir"),
+    *("data.root", "data.cache_dir", "data.on_error"),
 )
 
 
@@ -197,7 +199,9 @@ def parse(composed: DictConfig) -> Config:
         UsageError: a value has the wrong type or is out of range; the line names the key and the remedy.
     """
     try:
-        method = composed.method.name
+        method = OmegaConf.select(composed, "method.name")
+        if method not in METHODS:
+            raise UsageError(f"method.name={method}: choose one of {', '.join(METHODS)}")
         schema = OmegaConf.structured(Config)
         schema.method = OmegaConf.structured(METHODS[method])
         config: Config = OmegaConf.to_object(OmegaConf.merge(schema, composed))  # type: ignore[assignment]
@@ -228,8 +232,12 @@ def check(cfg: Config) -> None:
             raise UsageError(f"{key}={value}: choose one of {', '.join(choices)}")
 
     def at_least(key: str, value: float | None, least: float) -> None:
-        if value is not None and not value >= least:
-            raise UsageError(f"{key}={value}: must be {least} or more")
+        if value is not None and not least <= value < 2**63:  # what torch and JSON hold of an integer
+            raise UsageError(f"{key}={value}: must be {least} or more{', and finite' if value > least else ''}")
+
+    def below_one(key: str, value: float) -> None:
+        if not 0 <= value < 1:
+            raise UsageError(f"{key}={value}: must lie between 0 and 1, 1 excluded")
 
     def positive(key: str, value: float) -> None:
         if not 0 < value < float("inf"):
@@ -266,11 +274,25 @@ def check(cfg: Config) -> None:
             raise UsageError(f"method.refit_window={method.refit_window}: must hold k={cfg.k} embeddings or more")
     if cfg.backbone.stem is not None:
         one_of("backbone.stem", cfg.backbone.stem, "small", "small_padded", "large")
+    one_of("optimizer.name", cfg.optimizer.name, "lars", "sgd", "adamw")
     positive("optimizer.lr", cfg.optimizer.lr)
+    below_one("optimizer.momentum", cfg.optimizer.momentum)
+    if len(cfg.optimizer.betas) != 2:
+        raise UsageError(f"optimizer.betas={cfg.optimizer.betas}: give two numbers")
+    for beta in cfg.optimizer.betas:
+        below_one("optimizer.betas", beta)
+    positive("optimizer.trust_coefficient", cfg.optimizer.trust_coefficient)
     at_least("optimizer.weight_decay", cfg.optimizer.weight_decay, 0)
+    one_of("schedule.name", cfg.schedule.name, "cosine", "step", "constant")
     at_least("schedule.warmup_epochs", cfg.schedule.warmup_epochs, 0)
+    positive("schedule.gamma", cfg.schedule.gamma)
+    for milestone in cfg.schedule.milestones:
+        fraction("schedule.milestones", milestone)
+    one_of("search.name", cfg.search.name, "faiss", "torch")
     at_least("data.image_size", cfg.data.image_size, 8)
     at_least("data.limit", cfg.data.limit, 1)
+    at_least("data.split_seed", cfg.data.split_seed, 0)
+    one_of("data.on_error", cfg.data.on_error, "raise", "skip")
     if not 0 < cfg.data.val_fraction < 1:
         raise UsageError(f"data.val_fraction={cfg.data.val_fraction}: must lie between 0 and 1, both excluded")
     one_of("augment.interpolation", cfg.augment.interpolation, "bicubic", "bilinear")
@@ -283,10 +305,11 @@ def check(cfg: Config) -> None:
             raise UsageError(f"augment.view{number}.hue={view.hue}: must lie between 0 and 0.5")
         for name, most in (("crop_scale", 1.0), ("blur_sigma", float("inf"))):
             pair = getattr(view, name)
-            if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
+            if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most or pair[1] == float("inf"):
                 raise UsageError(
                     f"augment.view{number}.{name}={pair}: give [low,high] with 0 < low <= high <= {most:g}"
                 )
+    one_of("evaluation.name", cfg.evaluation.name, "linear", "original")
     at_least("evaluation.every", cfg.evaluation.every, 1)
     at_least("evaluation.knn_k", cfg.evaluation.knn_k, 1)
     at_least("evaluation.epochs", cfg.evaluation.epochs, 1)
@@ -297,8 +320,12 @@ def check(cfg: Config) -> None:
     for lr in cfg.evaluation.lr:
         positive("evaluation.lr", lr)
     positive("evaluation.online_lr", cfg.evaluation.online_lr)
+    one_of("tracking.name", cfg.tracking.name, "mlflow", "jsonl")
+    if not cfg.tracking.experiment.strip():
+        raise UsageError("tracking.experiment: is empty; give it a name")
     at_least("tracking.log_every", cfg.tracking.log_every, 1)
     at_least("checkpoint.every", cfg.checkpoint.every, 1)
+    at_least("checkpoint.minutes", cfg.checkpoint.minutes, 0)
 
 
 def support_set_size(cfg: Config) -> int:

@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from src.tracking import METRICS
+from src.record import METRICS
 
 # A panel's title, and what it shows.
 PANELS = {

@@ -1,4 +1,8 @@
-"""The one exception that means: the user asked for something that cannot be done."""
+"""What goes wrong, said to people: one line, no traceback, and an exit status that says which kind it was."""
+
+from __future__ import annotations
+
+from src.redact import redact
 
 
 class UsageError(ValueError):
@@ -6,3 +10,29 @@ class UsageError(ValueError):
 
     The command line prints the line, without a traceback, and exits with status 2.
     """
+
+
+class RunFailed(Exception):  # noqa: N818
+    """A run that cannot go on, through no mistake in the command. Its last good checkpoint stays.
+
+    The command line prints the message, one line, and exits with `status`.
+    """
+
+    status = 1
+
+
+class Diverged(RunFailed):
+    """The loss, the gradient or the weights are not finite."""
+
+    status = 65  # sysexits.h's EX_DATAERR: the same command ends the same way
+
+
+class CannotWrite(RunFailed):
+    """The disk is full, read-only or broken."""
+
+    status = 74  # sysexits.h's EX_IOERR: when there is room, the same command continues
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of a library says, without secrets, in a line of reasonable length."""
+    return redact((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]

@@ -30,8 +30,10 @@ from src.probes import (
     knn_scores,
     topk_percent,
 )
+from src.record import RECORD, Record
+from src.runs import find_run_directory
 from src.support.search import Search
-from src.tracking import RECORD, Record, Tracker, find_run_directory
+from src.tracking import Tracker
 
 
 def validation(
@@ -110,14 +112,13 @@ def main(composed: DictConfig) -> dict[str, float]:
     Raises:
         UsageError: there is no such checkpoint, its run is not finished, or the settings do not fit.
     """
-    path = _checkpoint_path(composed)
+    path, saved = _checkpoint(composed)
     directory = path.parent.parent
     own_run = (directory / RECORD).exists()
     if own_run and (status := Record.load(directory).status) != "FINISHED":
         # Test figures of a run in progress could guide its choices; and its status must stay what it is.
         raise UsageError(f"{directory}: the run is {status}, not FINISHED; run its training command again first")
 
-    saved = checkpoint.load(path)
     before = config.parse(OmegaConf.create(saved["config"]))
     cfg = _merged(saved["config"], composed)
     device = build.device(cfg.device)
@@ -156,18 +157,18 @@ def _merged(saved: dict[str, Any], composed: DictConfig) -> config.Config:
     return config.parse(cfg)
 
 
-def _checkpoint_path(composed: DictConfig) -> Path:
+def _checkpoint(composed: DictConfig) -> tuple[Path, dict[str, Any]]:
     if (composed.checkpoint is None) == (composed.run_id is None):
         raise UsageError("give one of checkpoint=PATH and run_id=ID")
     if composed.checkpoint is not None:
         path = Path(composed.checkpoint)
         directory = path if path.name == "checkpoints" else path / "checkpoints"
         if path.is_file():
-            return path
+            return path, checkpoint.load(path)
     else:
         directory = find_run_directory(composed.run_id) / "checkpoints"
 
-    found = checkpoint.latest(directory) if directory.is_dir() else None
+    found = checkpoint.load_latest(directory) if directory.is_dir() else None
     if found is None:
         raise UsageError(f"{directory}: there is no checkpoint; give a checkpoint's file or its run's folder")
     return found

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from src import build, checkpoint, config, optim
 from src.config import Config
 from src.data import Dataset
+from src.errors import Diverged, UsageError, one_line
 from src.probes import FrozenEncoder
 from src.seeding import seed_everything
 
@@ -58,10 +59,22 @@ class Learner:
                 group["lr"] = base * factor
         return self.optimizer.param_groups[0]["lr"]
 
-    def grad_norm(self) -> float:
-        """Euclidean norm of the method's whole gradient."""
-        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+    def grad_norm(self) -> Tensor:
+        """Euclidean norm of the method's whole gradient; a scalar on the device."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
+
+    def weight_norm(self) -> float:
+        """Euclidean norm of all that the method's optimizer changes."""
+        return float(torch.nn.utils.get_total_norm([p.detach() for p in self.method.parameters()]))
+
+    def diverged(self, loss: float, grad_norm: float) -> Diverged:
+        """What blew up at the current step, and what to do about it."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        return Diverged(
+            f"diverged at step {self.step}: loss {loss:.4g}, norm of the gradient {grad_norm:.4g}, of the weights "
+            f"{self.weight_norm():.4g}, learning rate {lr:.4g}; lower optimizer.lr or raise "
+            "schedule.warmup_epochs (the same settings end the same way; resume=never tries them again)"
+        )
 
     def pop_times(self, steps: int) -> dict[str, float]:
         """What the epoch's steps took, evaluation and checkpoints not counted; starts the clocks anew."""
@@ -109,17 +122,22 @@ class Learner:
         """Continue from the newest good checkpoint, if there is one.
 
         Raises:
-            UsageError: it is of another configuration, or of another method or shape.
+            UsageError: it is of another configuration, of another method or shape, or of something else.
         """
-        path = checkpoint.latest(directory)
-        if path is None:
+        found = checkpoint.load_latest(directory)
+        if found is None:
             return False
-        state = checkpoint.load(path)
-        config.check_same(state["config"], self.cfg, path)
-        checkpoint.restore(self.method, state["model"], path)
-        checkpoint.restore(self.classifier, state["classifier"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.classifier_optimizer.load_state_dict(state["classifier_optimizer"])
-        self.step = state["step"]
-        self.seconds, self.support_seconds = state["seconds"]
+        path, state = found
+        try:
+            config.check_same(state["config"], self.cfg, path)
+            checkpoint.restore(self.method, state["model"], path)
+            checkpoint.restore(self.classifier, state["classifier"], path)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.classifier_optimizer.load_state_dict(state["classifier_optimizer"])
+            self.step = state["step"]
+            self.seconds, self.support_seconds = state["seconds"]
+        except UsageError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # whole, but not what `save` makes
+            raise UsageError(f"{path} is not the checkpoint of a run ({one_line(error)}): remove it") from None
         return True

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from src.config import METHODS, is_setting
 from src.errors import UsageError
-from src.tracking import Run, read_runs, read_sweep
+from src.runs import Run, read_runs, read_sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,10 +9,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from src import config
-from src.errors import UsageError
-from src.tracking import RECORD, Record
+from src.errors import Diverged, UsageError
+from src.files import cannot_write
+from src.record import RECORD, Record
 
 ROOT = Path("multirun")
+DIVERGED = "diverged"  # a tag: the run is not worth continuing
 
 
 def choose(cfg: config.Config) -> Path:
@@ -44,12 +46,32 @@ def is_finished(directory: Path, cfg: config.Config) -> bool:
     return record.status == "FINISHED"
 
 
+def refuse_diverged(directory: Path) -> None:
+    """Keeps a run that has diverged from doing so again and again.
+
+    Raises:
+        Diverged: as it was said then.
+    """
+    if (directory / RECORD).exists() and DIVERGED in (tags := Record.load(directory).tags):
+        raise Diverged(tags["error"])
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process works on the run."""
+    try:
+        with FileLock(directory / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
     """Make the directory and hold it against other processes; the lock goes with the process, however it ends.
 
     Raises:
-        UsageError: another process holds it, or it cannot be written.
+        UsageError: another process holds it, or it cannot be made.
+        CannotWrite: what was done there met a disk that is full, read-only or broken.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -61,5 +83,7 @@ def exclusive(directory: Path) -> Iterator[None]:
         raise UsageError(f"output_dir={directory}: cannot be written ({error.strerror}); set another") from error
     try:
         yield
+    except OSError as error:
+        raise cannot_write(directory, error) from error
     finally:
         lock.release()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import signal
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 # SIGUSR1 is what SLURM can be told to send ahead of its time limit.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# What submitit takes for it: its handler puts the job back into the queue, and ends the process.
+REQUEUING = (signal.SIGUSR1, signal.SIGUSR2)
 ECHO_SECONDS = 0.5  # `timeout` and some schedulers signal a process and then its group: that is one signal
 TIME_IS_UP = 75  # sysexits.h's EX_TEMPFAIL: the same command continues
 PRUNED = 76  # a trial of a study that others have left behind
@@ -25,6 +28,8 @@ class Stopped(SystemExit):
 class Stopper:
     """Notes the first signal, for the loop to look at; a second one ends the process at once.
 
+    A signal for which a scheduler's library had its own handler is handed on to it when the run has been closed.
+
     Args:
         max_minutes: also stop after so long; None: never.
     """
@@ -33,21 +38,39 @@ class Stopper:
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
         self.signal = 0
         self.pruned = False
+        self._at_once = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopper:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        taken_over = [number for number in REQUEUING if callable(signal.getsignal(number))]
+        self._before = {number: signal.signal(number, self._note) for number in {*SIGNALS, *taken_over}}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        handler = self._before.get(self.signal)
+        if kind is Stopped and self.signal in REQUEUING and callable(handler):
+            handler(self.signal, None)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if not self.signal:
             self.signal, self._noted = number, time.monotonic()
+            if self._at_once:
+                raise Stopped(self.status)
         elif time.monotonic() > self._noted + ECHO_SECONDS:
-            sys.exit(128 + number)
+            raise SystemExit(128 + number)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Meanwhile a reason to stop does not wait for a step to end: all that would be lost is done again."""
+        self._at_once = True
+        try:
+            if self.status:
+                raise Stopped(self.status)
+            yield
+        finally:
+            self._at_once = False
 
     @property
     def status(self) -> int:

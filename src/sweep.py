@@ -32,10 +32,13 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from src import charts, config, report, rundir, tracking
+from src import charts, config, report, rundir, store, tracking
 from src.config import Config
 from src.errors import UsageError
 from src.launcher import JobFailed, LocalLauncher
+from src.record import RECORD, Record
+from src.redact import redact
+from src.runs import run_in
 from src.stopping import PRUNED, TIME_IS_UP
 
 if TYPE_CHECKING:
@@ -64,10 +67,10 @@ class Job:
         return self.directory.name if self.cfg else self.overrides[-1]
 
     @property
-    def record(self) -> tracking.Record | None:
+    def record(self) -> Record | None:
         """What its folder says of it; None before its start."""
-        present = self.cfg is not None and (self.directory / tracking.RECORD).exists()
-        return tracking.Record.load(self.directory) if present else None
+        present = self.cfg is not None and (self.directory / RECORD).exists()
+        return Record.load(self.directory) if present else None
 
     @property
     def reason(self) -> str:
@@ -300,7 +303,7 @@ class Sweep:
 
     def __enter__(self) -> Sweep:
         if self.cfg.name == "mlflow":
-            tracking.prepare_store(self.cfg.experiment)  # once, ahead of the jobs
+            store.check(self.cfg.experiment)  # once, ahead of the jobs
         self.lock = rundir.exclusive(self.directory)
         self.lock.__enter__()
         self.handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # closes what is open
@@ -336,7 +339,7 @@ class Sweep:
             f"no result: {f'{job.label}: ' if job.cfg else ''}{job.reason}" for job in lacking
         ]  # a mistake in a setting names the setting
         notes += [f"pruned: {job.label}" for job in pruned]
-        rows, more = report.summarise([tracking.run_in(job.directory) for job in finished])
+        rows, more = report.summarise([run_in(job.directory) for job in finished])
         if rows:
             for path in report.write(rows, [*notes, *more], f"{self.name} ({self.id})", self.directory):
                 self.tracker.artifact(path)
@@ -386,7 +389,7 @@ def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
     finished = _seconds_an_epoch()
     for number, cfg in enumerate(cfgs):
         directory = rundir.choose(cfg)
-        record = tracking.Record.load(directory) if (directory / tracking.RECORD).exists() else None
+        record = Record.load(directory) if (directory / RECORD).exists() else None
         state, estimate = record.status.lower() if record else "to do", ""
         if not (record and record.status == "FINISHED"):
             todo += 1
@@ -409,8 +412,8 @@ def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
 def _seconds_an_epoch() -> dict[tuple[str, str], float]:
     """Mean wall time of finished runs an epoch, by (method, backbone), and by backbone alone with method ''."""
     samples: dict[tuple[str, str], list[float]] = {}
-    for path in rundir.ROOT.glob(f"*/{tracking.RECORD}"):
-        record = tracking.Record.load(path.parent)
+    for path in rundir.ROOT.glob(f"*/{RECORD}"):
+        record = Record.load(path.parent)
         if record.status == "FINISHED" and "epochs" in record.params and record.seconds:
             for method in ("", record.params["method.name"]):
                 rates = samples.setdefault((method, record.params["backbone.name"]), [])
@@ -431,7 +434,7 @@ def is_stop(status: int) -> bool:
 def _command() -> str:
     """What the user typed; src/cli.py marks a single value as a choice of one."""
     typed = [re.sub(r"=choice\((\w+)\)$", r"=\1", argument) for argument in sys.argv[1:]]
-    return shlex.join(["python", "-m", "src.train", *typed])
+    return redact(shlex.join(["python", "-m", "src.train", *typed]))
 
 
 def register() -> None:

@@ -24,18 +24,22 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
-from src import build, config, curves, evaluate, rundir, study, sweep
+from src import build, config, curves, evaluate, rundir, store, study, sweep
 from src.charts import COLOUR_TAG
 from src.config import Config
 from src.data import Dataset, check_batch_size, epoch_batches, load
+from src.environment import environment_tags
+from src.errors import Diverged, one_line
 from src.learner import Learner
 from src.memory import peak_gib
 from src.progress import Progress
+from src.record import Record
+from src.redact import redact
 from src.report import COLOURS
 from src.seeding import seed_everything
-from src.stopping import PRUNED, Stopped, Stopper
+from src.stopping import Stopped, Stopper
 from src.support import NOTHING_STORED
-from src.tracking import Record, Tracker, environment_tags, parent_tags, prepare_store
+from src.tracking import Tracker, parent_tags
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +52,8 @@ def main(composed: DictConfig) -> float:
 
     Raises:
         UsageError: a mistake in the configuration or the data; nothing has been written then.
-        FloatingPointError: the loss stopped being finite.
+        Diverged: the loss, the gradient or the weights stopped being finite, now or when it was last run.
+        CannotWrite: the disk is full or broken; the last checkpoint is kept.
         Stopped: by a signal (128 + its number) or by ``max_minutes`` (75); the same command continues.
     """
     cfg = config.parse(composed)
@@ -63,17 +68,18 @@ def main(composed: DictConfig) -> float:
 
     directory = rundir.choose(cfg)
     if cfg.tracking.name == "mlflow":
-        prepare_store(cfg.tracking.experiment)  # refuses a store that does not open before the directory is made
+        store.check(cfg.tracking.experiment)  # refuses what is no store before the directory is made
     with rundir.exclusive(directory), Stopper(cfg.max_minutes) as stopper:
         if rundir.is_finished(directory, cfg):
             return report(directory)
+        rundir.refuse_diverged(directory)
         resumed = learner.resume(directory / "checkpoints")
-        (directory / "config.yaml").write_text(OmegaConf.to_yaml(composed))
+        (directory / "config.yaml").write_text(redact(OmegaConf.to_yaml(composed)))
         tracker = Tracker(
             directory,
             cfg.tracking,
             config.run_name(cfg),
-            params=config.flatten(cfg) | learner.sizes(),
+            params=config.flatten(cfg) | learner.sizes() | {"skipped_images": data.skipped},
             tags=environment_tags(str(learner.device))
             | {"config_hash": config.config_hash(cfg), COLOUR_TAG: COLOURS[cfg.method.name]}
             | parent_tags(cfg.tracking.parent),
@@ -81,41 +87,56 @@ def main(composed: DictConfig) -> float:
         print(f"{directory}: {'continued at' if resumed else 'started at'} step {learner.step}", flush=True)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
-            if pretrain(learner, data, tracker, stopper, directory):
+            pretrain(learner, data, tracker, stopper, directory)
+            with stopper.at_once():
                 finish(learner, data, tracker, directory)
-                status = "FINISHED"
-            else:
-                status = "KILLED"
-                if stopper.pruned:
-                    tracker.record.tags["pruned"] = "true"
+            status = "FINISHED"
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
+            if stopper.pruned:
+                tracker.record.tags["pruned"] = "true"
             raise
         except Exception as error:
-            tracker.record.tags["error"] = f"{type(error).__name__}: {error}"
+            tracker.record.tags["error"] = one_line(error)
+            if isinstance(error, Diverged):
+                tracker.record.tags[rundir.DIVERGED] = "true"
             raise
         finally:
             tracker.close(status)
-        if stopper.pruned:
-            print(f"{directory}: pruned at step {learner.step}, as other trials are far better by then", flush=True)
-            raise Stopped(PRUNED)
-        if status == "KILLED":
-            print(f"{directory}: stopped at step {learner.step}; the same command continues", flush=True)
-            raise Stopped(stopper.status)
+            if status == "KILLED":
+                then = "pruned: other trials are far better" if stopper.pruned else "the same command continues"
+                print(f"{directory}: stopped at step {learner.step}; {then}", flush=True)
         return report(directory)
 
 
-def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper, directory: Path) -> bool:
-    """The loop. Returns whether it came to its end; if not, there is a checkpoint of where it stopped."""
+def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper, directory: Path) -> None:
+    """The loop.
+
+    Raises:
+        Stopped: before its end; there is a checkpoint of where it stopped.
+    """
     cfg, device, method = learner.cfg, learner.device, learner.method
     support = method.support
     view1, view2 = build.views(cfg, data)
     steps_per_epoch = len(data.train) // cfg.batch_size
     progress = Progress(cfg.epochs, steps_per_epoch)
-    loss = math.nan
+    saved = time.monotonic()
+    loss = grad_norm = math.nan
+
+    def check_weights() -> None:
+        if not math.isfinite(learner.weight_norm()):
+            raise learner.diverged(loss, grad_norm)
 
     def validate() -> dict[str, float]:
+        check_weights()
         return evaluate.validation(learner.frozen, learner.classifier, data, cfg.evaluation, learner.search)
+
+    def save() -> None:
+        nonlocal saved
+        check_weights()
+        tracker.sync()  # no checkpoint is ahead of the rows
+        learner.save(directory / "checkpoints")
+        saved = time.monotonic()
 
     if learner.step == 0:
         tracker.log(validate(), step=0)
@@ -134,16 +155,15 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
                 outcome = method(view1(images), view2(images))
             logits = learner.classifier(outcome.features.float())
             online_loss = F.cross_entropy(logits, labels.repeat(2))
-            log_now = learner.step % cfg.tracking.log_every == 0
-            if log_now or device.type == "cpu":  # reading a loss makes the host wait for a GPU
-                loss = outcome.loss.item()
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss} at step {learner.step}, with learning rate {lr:.3g}")
 
             learner.optimizer.zero_grad()
             learner.classifier_optimizer.zero_grad()
             (outcome.loss + online_loss).backward()
-            grad_norm = learner.grad_norm() if log_now else math.nan
+            log_now = learner.step % cfg.tracking.log_every == 0
+            if log_now or device.type == "cpu":  # reading makes the host wait for a GPU; `save` never keeps a bad step
+                loss, grad_norm = torch.stack([outcome.loss.detach(), learner.grad_norm()]).tolist()
+                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                    raise learner.diverged(loss, grad_norm)
             learner.optimizer.step()
             learner.classifier_optimizer.step()
 
@@ -156,10 +176,13 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
                 tracker.log({"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}, learner.step)
             learner.step += 1
             progress.step(learner.step, loss)
-            if stopper.status and learner.step % steps_per_epoch:
+            stopping, overdue = stopper.status, time.monotonic() >= saved + 60 * cfg.checkpoint.minutes
+            if learner.step % steps_per_epoch and (stopping or overdue):
                 learner.seconds += time.perf_counter() - clock
-                learner.save(directory / "checkpoints")
-                return False
+                save()
+                if stopping:
+                    raise Stopped(stopping)
+                clock = time.perf_counter()
 
         learner.seconds += time.perf_counter() - clock
         metrics = learner.pop_times(steps_per_epoch) | {"memory/peak_gib": peak_gib(device)}
@@ -170,13 +193,13 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
         if not last:
             stopper.pruned = study.is_hopeless(cfg.tracking.parent, cfg.tracking.trial, epoch + 1, metrics)
         tracker.log(metrics, learner.step)
-        tracker.flush()
         progress.epoch(epoch, loss, metrics)
-        if last or stopper.status or (epoch + 1) % cfg.checkpoint.every == 0:
-            learner.save(directory / "checkpoints")
-        if stopper.status and not last:
-            return False
-    return True
+        stopping, overdue = stopper.status, time.monotonic() >= saved + 60 * cfg.checkpoint.minutes
+        if last or stopping or overdue or (epoch + 1) % cfg.checkpoint.every == 0:
+            save()
+        if stopping:
+            raise Stopped(stopping)
+        tracker.flush()
 
 
 def finish(learner: Learner, data: Dataset, tracker: Tracker, directory: Path) -> None:

@@ -1,6 +1,7 @@
 """Fixtures that several tests share."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+
+from src import store
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine fails no test
 settings.load_profile("no deadline")
@@ -69,3 +72,24 @@ def small(cache_dir):
         "tracking.log_every=1",
         "precision=float32",
     ]
+
+
+@pytest.fixture(scope="session")
+def fresh_store(tmp_path_factory):
+    """A store as `store.prepare` creates it. The migrations take seconds: tests copy the result."""
+    pytest.importorskip("mlflow")
+    directory = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        store.prepare()
+    return directory / "mlflow.db"
+
+
+@pytest.fixture
+def client(fresh_store, tmp_path, monkeypatch):
+    """The current folder is an empty one with a store."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(fresh_store, tmp_path / "mlflow.db")
+    return store.prepare()

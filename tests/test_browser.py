@@ -28,7 +28,8 @@ import pytest
 from src.charts import COLOUR_TAG, COURSE, SIZE, View, sweep_view
 from src.config import Tracking
 from src.report import COLOURS, PLOTTED
-from src.tracking import Tracker, prepare_store
+from src.store import prepare
+from src.tracking import Tracker
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]  # one server, one browser
 
@@ -85,7 +86,7 @@ def make_sweep(folder: Path) -> None:
             job.close("FINISHED")
     sweep.close("FINISHED")
 
-    client = prepare_store()
+    client = prepare()
     experiment = client.get_experiment_by_name("support-sets").experiment_id
     view = sweep_view(experiment, sweep.run_id, "support_size", sweep.record.start_time)
     client.set_experiment_tag(experiment, view.key, view.value)
@@ -93,7 +94,7 @@ def make_sweep(folder: Path) -> None:
 
 def newest_sweep() -> Sweep:
     """What the store in the current folder holds, without the pages' help."""
-    client = prepare_store()
+    client = prepare()
     tagged = [
         (json.loads(value)["createdAt"], key.removeprefix("mlflow.sharedViewState."), experiment.experiment_id)
         for experiment in client.search_experiments()

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from src.charts import sweep_view
 from src.config import Tracking
-from src.tracking import Tracker, prepare_store
+from src.store import prepare
+from src.tracking import Tracker
 
 
 def decode(view) -> tuple[dict, dict]:
@@ -56,7 +57,7 @@ def test_mlflow_takes_the_tag_and_its_filter_finds_the_jobs_best_first(tmp_path,
     jobs = [log(f"job-{accuracy}", {"mlflow.parentRunId": sweep}, accuracy) for accuracy in (50, 60, 40)]
     log("stranger", {"mlflow.parentRunId": other}, 70)
 
-    client = prepare_store()
+    client = prepare()
     experiment = client.get_experiment_by_name("exp")
     view = sweep_view(experiment.experiment_id, sweep, "sweep", 0)
     client.set_experiment_tag(experiment.experiment_id, view.key, view.value)

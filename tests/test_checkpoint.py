@@ -142,7 +142,7 @@ def test_another_format_is_named(tmp_path, state):
     assert str(path) in message(error)
     assert not isinstance(error.value, checkpoint.DamagedCheckpointError)
     with pytest.raises(UsageError, match="format"):
-        checkpoint.latest(tmp_path)  # a run that could be continued by another version is not started over
+        checkpoint.load_latest(tmp_path)  # a run that could be continued by another version is not started over
 
 
 @pytest.mark.parametrize("value", [np.float64(1), np.zeros(2), Path("x"), {1, 2}, torch.__version__, nn.Linear(1, 1)])
@@ -159,7 +159,7 @@ def test_the_newest_are_kept_and_nothing_else_is_touched(tmp_path):
         checkpoint.save(tmp_path, step, {}, keep=3)
     kept = {"step-00000010.pt", "step-100000000.pt", "step-100000001.pt"}
     assert {path.name for path in tmp_path.iterdir()} == kept | {"step-best.pt"}
-    assert checkpoint.latest(tmp_path) == tmp_path / "step-100000001.pt"
+    assert checkpoint.load_latest(tmp_path)[0] == tmp_path / "step-100000001.pt"
 
 
 def test_later_steps_are_of_an_abandoned_run(tmp_path):
@@ -170,16 +170,16 @@ def test_later_steps_are_of_an_abandoned_run(tmp_path):
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, caplog):
-    assert checkpoint.latest(tmp_path / "absent") is None
+    assert checkpoint.load_latest(tmp_path / "absent") is None
     first, second = (checkpoint.save(tmp_path, step, {"x": torch.ones(3)}) for step in (1, 2))
     second.write_bytes(second.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
-        assert checkpoint.latest(tmp_path) == first
+        assert checkpoint.load_latest(tmp_path)[0] == first
     (warning,) = caplog.messages
     assert str(second) in warning
     assert "\n" not in warning
     first.write_bytes(b"")
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.load_latest(tmp_path) is None
 
 
 def save_forever(directory: Path, step: int) -> None:
@@ -203,9 +203,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)
 
-        path = checkpoint.latest(tmp_path)
-        assert path is not None
-        state = checkpoint.load(path)
+        _, state = checkpoint.load_latest(tmp_path)
         assert state["step"] >= seen > step, "nothing that was there before the kill is lost"
         assert (state["w"] == state["step"]).all()
         step = state["step"]

@@ -1,10 +1,18 @@
+import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf.errors import OmegaConfBaseException
 
-from src import cli
+from src import cli, config, optim
+from src.views import ViewMaker
 from tests.conftest import PROJECT
 
 
@@ -148,3 +156,75 @@ def test_known_keys_reach_into_every_method():
 def test_a_traceback_can_be_asked_for(command):
     done = command("src.train", "epocs=3", environment={"HYDRA_FULL_ERROR": "1"})
     assert "Traceback" in done.stderr
+
+
+VALUES = [
+    *("0", "1", "-1", "1.5", "nan", "inf", "-inf", "1e400", "9" * 20, "true", "null", "", "abc", "a b", "[1,2]", "[]"),
+    *(
+        "[nan]",
+        "[-1,2]",
+        "[1e400]",
+        "{a:1}",
+        "{}",
+        "${seed}",
+        "${nope}",
+        "${",
+        "???",
+        "\u00e9",
+        "a=b",
+        "1,2",
+        "a" * 3000,
+    ),
+    *("choice(1,2)", "interval(0,1)", "-", "\\", "'", "[", "cuda:x", "../x", "~", "a\nb", "[null]", "0x10", "1_000"),
+]
+GROUPS = {
+    folder.name: ["", "nope", *(path.stem for path in folder.glob("*.yaml"))]
+    for folder in cli.CONF.iterdir()
+    if folder.is_dir() and folder.name not in ("hydra", "sweep")
+}
+STRANGE_KEYS = ["", "nope", "a.b", "hydra.run.dir", "data@x", "k.k", "=", "_target_"]
+override = st.builds(
+    "".join,
+    st.tuples(
+        st.sampled_from(["", "", "", "+", "++", "~"]),
+        st.sampled_from(cli.known_keys() + STRANGE_KEYS),
+        st.sampled_from(["=", "=", "="] + [""]),
+        st.sampled_from(VALUES),
+    ),
+)
+choice = st.sampled_from([f"{group}={option}" for group, options in GROUPS.items() for option in options])
+line = st.lists(st.one_of(override, override, choice), min_size=1, max_size=5)
+CASES = int(os.environ.get("CASES", "60"))
+
+
+@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(overrides=line)
+def test_any_line_composes_to_what_can_be_built_or_is_explained(overrides):
+    try:
+        with cli._explained(), initialize_config_dir(str(cli.CONF), version_base="1.3"):
+            cfg = config.parse(compose("train", overrides=overrides))
+    except SystemExit as end:
+        assert end.code == 2
+        return
+    except Exception as error:
+        assert isinstance(error, HydraException | OmegaConfBaseException) or cli._is_from_hydra(error)
+        assert "\n" not in cli.explain(str(error))
+        return
+    module = torch.nn.Linear(2, 2)
+    module(torch.ones(1, 2)).sum().backward()
+    optim.build(cfg.optimizer, module, cfg.batch_size).step()
+    assert optim.schedule(cfg.schedule, 3, total_steps=10, warmup_steps=2) >= 0
+    for view in (cfg.augment.view1, cfg.augment.view2):
+        maker = ViewMaker(view, cfg.augment.interpolation, 16, [0.5] * 3, [0.5] * 3)
+        assert maker(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).isfinite().all()
+
+
+@pytest.mark.slow
+@settings(max_examples=max(3, CASES // 15), deadline=None, suppress_health_check=list(HealthCheck))
+@given(overrides=line)
+def test_any_line_of_the_real_command_is_listed_or_one_line_and_status_2(command, tmp_path, overrides):
+    done = command("src.train", *overrides, "dry_run=true")
+    assert done.returncode in (0, 2), done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0 or done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 
 from src import checkpoint, evaluate, train
 from src.errors import UsageError
-from src.tracking import Record
+from src.record import Record
 from tests.conftest import PROJECT
 
 
@@ -42,7 +42,7 @@ def test_a_finished_run_is_evaluated_to_the_same_figures(finished):
 
 @pytest.mark.parametrize("where", ["", "checkpoints"])
 def test_folders_are_found_by_either_name(finished, where):
-    file = checkpoint.latest(finished / "checkpoints")
+    file, _ = checkpoint.load_latest(finished / "checkpoints")
     assert run(f"checkpoint={finished / where}", "evaluation.epochs=1") == run(
         f"checkpoint={file}", "evaluation.epochs=1"
     )
@@ -67,7 +67,7 @@ def test_transfer_has_the_data_sets_name(finished):
 
 
 def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path):
-    state = checkpoint.load(checkpoint.latest(finished / "checkpoints"))
+    _, state = checkpoint.load_latest(finished / "checkpoints")
     state["config"]["backbone"]["name"] = "resnet18"
     path = checkpoint.save(tmp_path, 1, state)
     with pytest.raises(UsageError, match=r"another method or shape: .*missing"):
@@ -85,6 +85,6 @@ def test_a_run_that_is_not_finished_is_refused(finished, tmp_path):
 
 def test_a_checkpoint_alone_is_evaluated_and_nothing_is_written(finished, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    path = shutil.copy(checkpoint.latest(finished / "checkpoints"), tmp_path / "elsewhere")
+    path = shutil.copy(checkpoint.load_latest(finished / "checkpoints")[0], tmp_path / "elsewhere")
     assert "test/linear_top1" in run(f"checkpoint={path}", "evaluation.epochs=1")
     assert [each.name for each in tmp_path.iterdir()] == ["elsewhere"]

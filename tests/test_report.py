@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from src import report
 from src.errors import UsageError
+from src.record import Record
 from src.report import Arguments, caption, parse, plot, records, select, summarise, table, write
-from src.tracking import Record, Run
+from src.runs import Run
 
 ROOT = Path(__file__).parents[1]
 

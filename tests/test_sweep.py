@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from src.record import Record
 from src.sweep import alternatives, is_stop
-from src.tracking import Record
 from tests.conftest import PROJECT
 
 UNION = [

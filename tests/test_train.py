@@ -1,9 +1,13 @@
+import errno
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +16,11 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 from src import checkpoint, curves, train
-from src.errors import UsageError
+from src.errors import CannotWrite, Diverged, UsageError
+from src.record import Record
+from src.stopping import Stopper
 from src.support.kmeans import KMeans
-from src.tracking import Record
+from src.tracking import Tracker
 from tests.conftest import CIFAR100, PROJECT
 
 METHODS = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=100"], "kmclr": ["method=kmclr", "k=7"]}
@@ -71,7 +77,7 @@ def assert_same_run(one, other):
     assert history(one) == history(other)
     for key, value in load_file(one / "encoder.safetensors").items():
         assert torch.equal(value, load_file(other / "encoder.safetensors")[key]), key
-    ours, theirs = (checkpoint.load(checkpoint.latest(each / "checkpoints")) for each in (one, other))
+    ours, theirs = (checkpoint.load_latest(each / "checkpoints")[1] for each in (one, other))
     for part in ("model", "classifier", "optimizer", "classifier_optimizer"):
         assert_equal(ours[part], theirs[part], part)
 
@@ -161,19 +167,12 @@ def test_the_same_command_again_trains_nothing_and_reports(run, capsys):
     assert "started" not in out
 
 
-class StopAfter:
-    """In place of the Stopper: asks to stop once so many steps were looked at."""
-
-    pruned = False
+class StopAfter(Stopper):
+    """Asks to stop once so many steps were looked at."""
 
     def __init__(self, steps):
+        super().__init__(None)
         self.left = steps
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
     @property
     def status(self):
@@ -225,10 +224,136 @@ def test_a_crash_loses_at_most_the_steps_since_the_checkpoint(run, monkeypatch):
     assert_same_run(unbroken, run("method=kmclr", "k=7", "epochs=3", "checkpoint.every=1", directory="broken"))
 
 
+DIVERGES = ["method=simclr", "optimizer=sgd", "schedule.warmup_epochs=0"]
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(run, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+, with learning rate"):
-        run("method=simclr", "optimizer=sgd", "optimizer.lr=1e25", "schedule.warmup_epochs=0")
-    assert Record.load(tmp_path / "run").status == "FAILED"
+    with pytest.raises(Diverged) as first:
+        run(*DIVERGES, "optimizer.lr=1e25")
+    pattern = (
+        r"diverged at step 1: loss nan, norm of the gradient nan, of the weights \S+, learning rate \S+e\+24; lower"
+    )
+    assert re.match(pattern, str(first.value))
+    record = Record.load(tmp_path / "run")
+    assert (record.status, record.tags["error"]) == ("FAILED", str(first.value))
+    assert [step for key, step in history(tmp_path / "run") if key == "train/loss"] == [0]
+
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(Diverged) as second:  # the same command does not train to the same end
+        run(*DIVERGES, "optimizer.lr=1e25")
+    assert str(second.value) == str(first.value)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(run, tmp_path, monkeypatch):
+    """The loss alone would not show it before the next step, and the last step of an epoch is saved."""
+    real, calls = train.Learner.grad_norm, []
+
+    def poisoned(learner):
+        calls.append(learner.step)
+        if learner.step == 5:  # the last of the second epoch
+            next(learner.method.parameters()).grad[0] = math.inf
+        return real(learner)
+
+    monkeypatch.setattr(train.Learner, "grad_norm", poisoned)
+    with pytest.raises(Diverged, match=r"at step 5: loss [0-9.]+, norm of the gradient inf, of the weights [0-9.]+,"):
+        run("method=simclr", "checkpoint.every=1")
+    state = checkpoint.load_latest(tmp_path / "run/checkpoints")[1]
+    assert state["step"] == 3
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
+    real = train.Learner.set_lr
+    rates = {5: 1e38}  # a finite gradient, and a step into nowhere
+
+    def rate(learner, steps):
+        lr = real(learner, steps)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = rates.get(learner.step, group["lr"])
+        return lr
+
+    monkeypatch.setattr(train.Learner, "set_lr", rate)
+    with pytest.raises(Diverged, match="of the weights inf"):
+        run("method=simclr", "optimizer=sgd", "checkpoint.every=1")
+    assert checkpoint.load_latest(tmp_path / "run/checkpoints")[1]["step"] == 3
+
+
+@pytest.mark.parametrize("where", ["rows", "checkpoint", "record"])
+def test_a_full_disk_stops_the_run_and_when_there_is_room_it_is_the_unbroken_one(run, tmp_path, monkeypatch, where):
+    overrides = ["method=kmclr", "k=7", "epochs=3", "checkpoint.every=1"]
+    unbroken = run(*overrides, directory="unbroken")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patch:
+        if where == "rows":
+            patch.setattr(train, "Tracker", FullAtStep5)
+        else:
+            patch.setattr(f"src.{where}.write_whole", failing(checkpoint.write_whole, full, after=2))
+        with pytest.raises(CannotWrite, match=r"run(/metrics\.jsonl)?: No space left on device; mend that, and"):
+            run(*overrides)
+    assert Record.load(tmp_path / "run").status in ("FAILED", "RUNNING")  # the latter where not even that could be said
+    assert_same_run(unbroken, run(*overrides))
+
+
+def failing(function, error, after):
+    calls = []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) > after:
+            raise error
+        return function(*arguments)
+
+    return fail
+
+
+class FullAtStep5(Tracker):
+    """Takes a part of the row, as a disk does that is full."""
+
+    def log(self, metrics, step):
+        if step == 5:
+            rows = self._rows
+            self._rows = SimpleNamespace(write=lambda row: rows.write(row[:10]), fileno=rows.fileno, close=rows.close)
+        super().log(metrics, step)
+
+
+def test_time_makes_checkpoints_too_also_within_an_epoch(run, tmp_path, monkeypatch):
+    steps, save = [], train.Learner.save
+    monkeypatch.setattr(
+        train.Learner, "save", lambda learner, folder: (steps.append(learner.step), save(learner, folder))
+    )
+    unbroken = run("method=kmclr", "k=7", "checkpoint.minutes=0", directory="often")
+    assert steps == [1, 2, 3, 4, 5, 6]
+    steps.clear()
+    assert_same_run(unbroken, run("method=kmclr", "k=7", directory="seldom"))
+    assert steps == [6]
+
+
+def test_a_signal_in_the_final_evaluation_is_not_kept_waiting(run, tmp_path, monkeypatch):
+    unbroken = run("method=simclr", directory="unbroken")
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.evaluate, "final", interrupted)
+        with pytest.raises(SystemExit) as end:
+            run("method=simclr")
+    assert end.value.code == 128 + signal.SIGTERM
+    assert Record.load(tmp_path / "run").status == "KILLED"
+    assert_same_run(unbroken, run("method=simclr"))
+
+
+def test_a_whole_checkpoint_that_no_run_wrote_is_refused(run, tmp_path):
+    run("method=simclr", "epochs=1")
+    (tmp_path / "run/run.json").unlink()
+    _, state = checkpoint.load_latest(tmp_path / "run/checkpoints")
+    for broken in ({}, state | {"config": "none"}, state | {"optimizer": {}}, state | {"seconds": 1}):
+        checkpoint.save(tmp_path / "run/checkpoints", state["step"], broken)
+        with pytest.raises(UsageError, match=r"is not the checkpoint of a run|is of another") as error:
+            run("method=simclr", "epochs=1")
+        assert "\n" not in str(error.value)
 
 
 def test_final_trains_on_the_validation_images_too(run):
@@ -310,7 +435,7 @@ def test_a_signal_stops_the_run_cleanly(small, tmp_path, number):
     assert process.wait(60) == 128 + number
     assert Record.load(tmp_path / "run").status == "KILLED"
     last = [json.loads(line)["step"] for line in metrics.read_text().splitlines()][-1]
-    assert checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints"))["step"] >= last
+    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints")[1]["step"] >= last
 
 
 @pytest.mark.slow
@@ -356,7 +481,7 @@ def test_real_images_and_mlflow(command, cache_dir, tmp_path, method):
         "tracking.experiment=cifar",
     )
     assert done.returncode == 0, done.stderr
-    listing = "import json; from src.tracking import read_runs; r, = read_runs('cifar', 'mlflow'); " \
+    listing = "import json; from src.runs import read_runs; r, = read_runs('cifar', 'mlflow'); " \
         "print(json.dumps([r.status, sorted(r.metrics), r.params['support_set_size']]))"  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     found = subprocess.run(

@@ -33,6 +33,7 @@ class Dataset:
     std: list[float]
     train: Split
     val: Split | None  # None with data.final
+    skipped: int  # images that could not be read, with data.on_error=skip
     _cache: Cache = field(repr=False)
 
     @property
@@ -73,7 +74,7 @@ def load(cfg: Data) -> Dataset:
         labels = images.labels[rows]
         _check_limit(cfg.limit, labels)
         rows = rows[class_balanced_subset(labels, cfg.limit, cfg.split_seed)]
-    return Dataset(cfg.name, cache.classes, cache.mean, cache.std, images.take(rows), val, cache)
+    return Dataset(cfg.name, cache.classes, cache.mean, cache.std, images.take(rows), val, len(cache.skipped), cache)
 
 
 def _check_limit(limit: int, labels: torch.Tensor) -> None:

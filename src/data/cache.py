@@ -13,14 +13,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -29,23 +29,34 @@ from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 
 from src.config import Data
-from src.data.pictures import Contents, Part, Source, decode
+from src.data.pictures import Contents, Part, Picture, Source, decode
 from src.data.sources import find, root_of
 from src.data.splits import Split
 from src.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # part of the fingerprint: raise it with any change of decoding or of the layout
+FORMAT = 2  # part of the fingerprint: raise it with any change of decoding or of the layout
+NO_CHECKSUM = "0" * 64
 CHUNK = 64  # images decoded before they are written, which bounds memory
+
+T = TypeVar("T")
 
 
 class Cache:
-    """An open cache file. Its tensors are views of the mapping; pages are read when they are touched."""
+    """An open cache file. Its tensors are views of the mapping; pages are read when they are touched.
+
+    Raises:
+        SafetensorError: it is cut short, or not what was written.
+    """
 
     def __init__(self, path: Path):
         self._file = safe_open(path, framework="pt")
-        self.classes: list[str] = json.loads(self._file.metadata()["classes"])
+        notes = self._file.metadata() or {}
+        if not (stated := notes.get("sha256")) or stated != _checksum(path, stated):
+            raise SafetensorError("its checksum differs")
+        self.classes: list[str] = json.loads(notes["classes"])
+        self.skipped: list[str] = json.loads(notes["skipped"])  # why, for each image left out
         self.mean: list[float] = self._file.get_tensor("mean").tolist()
         self.std: list[float] = self._file.get_tensor("std").tolist()
 
@@ -66,26 +77,39 @@ def cached(cfg: Data) -> Cache:
     folder = Path(cfg.cache_dir).expanduser().resolve()
     identity = f"{cfg.name}-{_digest(cfg.name, root_of(cfg), cfg.image_size, cfg.image_column, cfg.label_column)}"
     path = folder / f"{identity}-{_digest(FORMAT, source.stamp)}.safetensors"
-    if cache := _open(path):
-        return cache
+    cache = _open(path, logging.DEBUG)  # or the warning would come again in a moment
+    if cache is None:
+        with _locked(folder / f"{identity}.lock"):
+            cache = _open(path, logging.WARNING)
+            if cache is None:
+                _write(path, source, cfg)
+                for outdated in set(folder.glob(f"{identity}-*")) - {path}:
+                    outdated.unlink()
+                cache = Cache(path)
+    if cache.skipped and cfg.on_error == "raise":
+        raise UsageError(f"{cache.skipped[0]} ({len(cache.skipped)} such images; data.on_error=skip leaves them out)")
+    if cache.skipped:
+        log.warning("%d images are left out, first %s", len(cache.skipped), cache.skipped[0])
+    return cache
 
-    with _locked(folder / f"{identity}.lock"):
-        if cache := _open(path):
-            return cache
-        _write(path, source, cfg)
-        for outdated in set(folder.glob(f"{identity}-*")) - {path}:
-            outdated.unlink()
-        return Cache(path)
 
-
-def _open(path: Path) -> Cache | None:
+def _open(path: Path, level: int) -> Cache | None:
     try:
         return Cache(path)
     except FileNotFoundError:
         return None
     except SafetensorError as error:
-        log.warning("%s is damaged (%s): decoding again", path, error)
+        log.log(level, "%s is damaged (%s): decoding again", path, error)
         return None
+
+
+def _checksum(path: Path, stated: str) -> str:
+    """SHA-256 of the file, as it is when the checksum that its header states is zeros."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        header = file.read(int.from_bytes(start, "little"))
+        digest = hashlib.sha256(start + header.replace(stated.encode(), NO_CHECKSUM.encode()))
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 def _digest(*parts: object) -> str:
@@ -114,16 +138,62 @@ def _write(path: Path, source: Source, cfg: Data) -> None:
     """Streams the file out under another name; it takes its own only when it is complete and on the disk."""
     unfinished = path.with_suffix(".partial")
     try:
-        contents = source.read()
+        contents, skipped = (source.read(), []) if cfg.on_error == "raise" else _readable(source, cfg)
         _check(contents, cfg)
         _check_room(path.parent, contents, cfg.image_size)
         with unfinished.open("wb") as file:
-            _stream(file, contents, cfg)
+            _stream(file, contents, skipped, cfg)
+        checksum = _checksum(unfinished, NO_CHECKSUM)
+        with unfinished.open("r+b") as file:
+            file.write(_header(contents, skipped, cfg.image_size, checksum))
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+    except OSError as error:
+        raise UsageError(
+            f"data.cache_dir={path.parent}: {error.strerror or error}; make room, or choose another folder"
+        ) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
+    """What can be decoded, and a line on each picture that cannot: all of them are decoded once to find out.
+
+    Raises:
+        UsageError: If a class loses its last training image.
+    """
+    skipped: list[str] = []
+
+    def problem(picture: Picture) -> str:
+        try:
+            decode(picture, cfg.image_size)
+        except UsageError as error:
+            return str(error)
+        return ""
+
+    def rows(part: Part) -> list[bool]:
+        problems = list(_mapped(problem, part.pictures))
+        skipped.extend(filter(None, problems))
+        return [not each for each in problems]
+
+    def without(part: Part, kept: list[bool]) -> Part:
+        return Part(list(compress(part.labels, kept)), compress(part.pictures, kept))
+
+    tried, again = source.read(), source.read()
+    contents = Contents(again.classes, without(again.train, rows(tried.train)), without(again.test, rows(tried.test)))
+    if lost := set(tried.train.labels) - set(contents.train.labels):
+        names = ", ".join(contents.classes[label] for label in sorted(lost))
+        raise UsageError(f"data.on_error=skip: no training image of {names} can be read, first {skipped[0]}")
+    return contents, skipped
+
+
+def _mapped(function: Callable[[Picture], T], pictures: Iterable[Picture]) -> Iterator[T]:
+    """In threads, since Pillow releases the interpreter; `CHUNK` pictures are in memory at once."""
+    remaining = iter(pictures)
+    with ThreadPoolExecutor() as pool:
+        while chunk := list(islice(remaining, CHUNK)):
+            yield from pool.map(function, chunk)
 
 
 def _check(contents: Contents, cfg: Data) -> None:
@@ -149,10 +219,10 @@ def _check_room(folder: Path, contents: Contents, size: int) -> None:
         )
 
 
-def _stream(file: BinaryIO, contents: Contents, cfg: Data) -> None:
+def _stream(file: BinaryIO, contents: Contents, skipped: list[str], cfg: Data) -> None:
     total = len(contents.train.labels) + len(contents.test.labels)
     log.info("decoding %d images of %s into %s", total, cfg.name, file.name)
-    file.write(_header(contents, cfg.image_size))
+    file.write(_header(contents, skipped, cfg.image_size))
     statistics_at = file.tell()
     file.write(bytes(2 * 3 * 8))  # mean and std, known at the end
     for part in (contents.train, contents.test):
@@ -178,17 +248,19 @@ def _stream(file: BinaryIO, contents: Contents, cfg: Data) -> None:
 
 
 def _decoded(part: Part, size: int) -> Iterator[np.ndarray]:
-    """The images of a part in chunks [n, 3, S, S] uint8, decoded in threads since Pillow releases the interpreter."""
-    pictures, count = iter(part.pictures), 0
-    with ThreadPoolExecutor() as pool:
-        while chunk := list(islice(pictures, CHUNK)):
-            yield np.stack(list(pool.map(partial(decode, size=size), chunk)))
-            count += len(chunk)
-    assert count == len(part.labels), f"{count} images for {len(part.labels)} labels"
+    """The images of a part in chunks [n, 3, S, S] uint8."""
+    images, count = _mapped(partial(decode, size=size), part.pictures), 0
+    while chunk := list(islice(images, CHUNK)):
+        yield np.stack(chunk)
+        count += len(chunk)
+    if count != len(part.labels):
+        raise UsageError(f"{count} images for {len(part.labels)} labels: the source is damaged; fetch it again")
 
 
-def _header(contents: Contents, size: int) -> bytes:
-    """The safetensors header. Types of 8 bytes come first, so that they are aligned whatever the number of pixels.
+def _header(contents: Contents, skipped: list[str], size: int, checksum: str = NO_CHECKSUM) -> bytes:
+    """The safetensors header, of one length whatever the checksum.
+
+    Types of 8 bytes come first, so that they are aligned whatever the number of pixels.
 
     Source: the format's description, https://huggingface.co/docs/safetensors. The library itself writes only tensors
     that are complete in memory.
@@ -202,7 +274,8 @@ def _header(contents: Contents, size: int) -> bytes:
         "train_images": ("U8", [train, 3, size, size]),
         "test_images": ("U8", [test, 3, size, size]),
     }
-    header: dict[str, Any] = {"__metadata__": {"classes": json.dumps(contents.classes)}}
+    notes = {"classes": json.dumps(contents.classes), "skipped": json.dumps(skipped), "sha256": checksum}
+    header: dict[str, Any] = {"__metadata__": notes}
     end = 0
     for name, (dtype, shape) in layout.items():
         start, end = end, end + prod(shape) * (1 if dtype == "U8" else 8)

@@ -5,14 +5,15 @@ An image is an encoded file, either a binary cell or a struct with a field ``byt
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from src.data.pictures import Contents, Part, Picture, Source, stamp
+from src.data.folders import files_below
+from src.data.pictures import Contents, Part, Picture, Source, open_bytes, stamp
 from src.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,8 +28,11 @@ def parquet(root: Path, image_column: str, label_column: str) -> Source:
     Raises:
         UsageError: If a split has no shards, a shard cannot be read, or a column is absent or of another type.
     """
-    train = sorted(root.rglob("train-*.parquet"))
-    tests = [sorted(root.rglob(f"{prefix}-*.parquet")) for prefix in ("test", "validation", "valid")]
+    shards = [Path(path) for path in files_below(root, set()) if path.endswith(".parquet")]
+    train, *tests = (
+        sorted(shard for shard in shards if shard.name.startswith(f"{split}-"))
+        for split in ("train", "test", "validation", "valid")
+    )
     test = next(filter(None, tests), [])
     if not train:
         raise UsageError(f"data.root={root}: no shards train-*.parquet in or below that folder")
@@ -40,16 +44,27 @@ def parquet(root: Path, image_column: str, label_column: str) -> Source:
     return Source(f"{image_column} {label_column}\n{stamp(train + test)}", read)
 
 
+@contextmanager
+def _readable(shard: Path) -> Iterator[None]:
+    """Turns whatever pyarrow raises on a damaged file, which is many things, into one line."""
+    try:
+        if not shard.is_file():  # a pipe would be waited for
+            raise UsageError(f"{shard}: not a regular file; remove it")
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"{shard}: not a readable parquet file (cut short, or a pointer to one?); fetch it again"
+        ) from error
+
+
 def _check_columns(shard: Path, image_column: str, label_column: str) -> None:
     import pyarrow.parquet as pq
     import pyarrow.types as types
 
-    try:
+    with _readable(shard):
         schema = pq.read_schema(shard)
-    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise UsageError(
-            f"{shard}: not a readable parquet file (cut short, or a pointer to one?); fetch it again"
-        ) from error
     for column in (image_column, label_column):
         if column not in schema.names:
             raise UsageError(
@@ -70,8 +85,14 @@ def _check_columns(shard: Path, image_column: str, label_column: str) -> None:
 def _read(train: list[Path], test: list[Path], image_column: str, label_column: str) -> Contents:
     import pyarrow.parquet as pq
 
-    names = _class_names(pq.read_schema(train[0]), label_column)
-    values = {shard: pq.read_table(shard, columns=[label_column])[label_column].to_pylist() for shard in train + test}
+    with _readable(train[0]):
+        names = _class_names(pq.read_schema(train[0]), label_column)
+    if doubles := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"{train[0]}: two classes are called {doubles[0]!r}; rename one")
+    values = {}
+    for shard in train + test:
+        with _readable(shard):
+            values[shard] = pq.read_table(shard, columns=[label_column])[label_column].to_pylist()
     known = range(len(names)) if names else sorted({value for shard in train for value in values[shard]} - {None})
     index = {value: label for label, value in enumerate(known)}
 
@@ -98,14 +119,9 @@ def _pictures(shards: list[Path], column: str) -> Iterator[Picture]:
 
     for shard in shards:
         row = 0
-        for batch in pq.ParquetFile(shard).iter_batches(ROWS_AT_ONCE, columns=[column]):
-            for cell in batch.column(0).to_pylist():
-                encoded = cell["bytes"] if isinstance(cell, dict) else cell
-                yield Picture(f"{shard} row {row}", partial(_open, encoded or b""))
-                row += 1
-
-
-def _open(encoded: bytes) -> Any:
-    from PIL import Image
-
-    return Image.open(io.BytesIO(encoded))
+        with _readable(shard):
+            for batch in pq.ParquetFile(shard).iter_batches(ROWS_AT_ONCE, columns=[column]):
+                for cell in batch.column(0).to_pylist():
+                    encoded = cell["bytes"] if isinstance(cell, dict) else cell
+                    yield Picture(f"{shard} row {row}", partial(open_bytes, encoded or b""))
+                    row += 1

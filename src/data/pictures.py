@@ -5,7 +5,10 @@ Shapes: S pixels a side.
 
 from __future__ import annotations
 
+import io
 import os
+import stat
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,6 +19,9 @@ from src.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow would hand PostScript to an interpreter
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb: a quarter of a gigabyte of RGB
 
 
 class Picture(NamedTuple):
@@ -41,23 +47,63 @@ class Source(NamedTuple):
 
 def stamp(paths: Iterable[str | Path]) -> str:
     """Names, sizes and modification times of files, by which a change shows."""
-    return "\n".join(f"{path} {status.st_size} {status.st_mtime_ns}" for path in paths for status in [os.stat(path)])
+
+    def state(path: str | Path) -> str:
+        try:
+            status = os.stat(path)
+        except OSError as error:  # a link to nothing, say; decoding will list it
+            return str(error.strerror)
+        return f"{status.st_size} {status.st_mtime_ns}"
+
+    return "\n".join(f"{path} {state(path)}" for path in paths)
+
+
+def open_file(path: str) -> Image.Image:
+    from PIL import Image
+
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+        raise UsageError(f"{path}: not a regular file; remove it")
+    return Image.open(path, formats=FORMATS)
+
+
+def open_bytes(encoded: bytes) -> Image.Image:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(encoded), formats=FORMATS)
 
 
 def decode(picture: Picture, size: int) -> np.ndarray:
     """[3, S, S] uint8 RGB: upright, the shorter side resized to ``size`` (bicubic, antialiased), cropped at the centre.
 
+    Grey, palette and CMYK become the RGB of Pillow.
+
     Raises:
-        UsageError: If the picture is damaged or has more than 8 bits a channel.
+        UsageError: If the picture is damaged, animated, too large, or has more than 8 bits a channel.
     """
     from PIL import Image, ImageOps
 
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such an image is refused here
     try:
         with picture.open() as image:
-            upright = ImageOps.exif_transpose(image)
-            rgb = upright.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            _check(picture.where, image)
+            rgb = ImageOps.exif_transpose(image).convert("RGB")
+            fitted = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
+    except UsageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UsageError(f"{picture.where}: more than {MAX_PIXELS:,} pixels; make it smaller") from error
+    except OSError as error:
+        reason = error.strerror if error.errno else "truncated, or not an image"
+        raise UsageError(f"{picture.where}: {reason}; mend or remove it") from error
+    except Exception as error:  # what Pillow raises depends on what it is fed
         raise UsageError(f"{picture.where}: truncated, or not an image; mend or remove it") from error
-    if upright.mode.startswith(("I", "F")):  # Pillow would clip them to 255
-        raise UsageError(f"{picture.where}: pixels of 16 or 32 bits ({upright.mode}); convert the images to 8 bits")
-    return np.asarray(ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    return np.asarray(fitted).transpose(2, 0, 1)
+
+
+def _check(where: str, image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise UsageError(f"{where}: {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}; make it smaller")
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # a photo with a preview beside it
+        raise UsageError(f"{where}: has several frames; keep the one that is meant")
+    if image.mode.startswith(("I", "F")):  # Pillow would clip them to 255
+        raise UsageError(f"{where}: pixels of 16 or 32 bits ({image.mode}); convert the images to 8 bits")

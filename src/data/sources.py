@@ -6,8 +6,9 @@ without reading a single image.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+import unicodedata
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
@@ -17,10 +18,13 @@ import numpy as np
 import torch
 
 from src.config import Data
+from src.data.folders import files_below
 from src.data.parquet import parquet
-from src.data.pictures import Contents, Part, Picture, Source, stamp
+from src.data.pictures import Contents, Part, Picture, Source, open_file, stamp
 from src.data.splits import stratified_split
 from src.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -107,8 +111,9 @@ def image_folder(root: Path) -> Source:
 
     Folders directly below ``root`` give a fixed, stratified fifth of their images to the test set.
     """
+    seen: set[str] = set()
     if not (root / "train").is_dir():
-        everything = _files_of_classes(root)
+        everything = _files_of_classes(root, seen)
         classes = list(everything)
         return Source(
             stamp(chain(*everything.values())), lambda: _hold_out_test(classes, _folder_part(classes, everything))
@@ -117,7 +122,7 @@ def image_folder(root: Path) -> Source:
     folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if folder is None:
         raise UsageError(f"data.root={root}: no test split; add a folder test or val beside train")
-    train, test = _files_of_classes(root / "train"), _files_of_classes(folder)
+    train, test = _files_of_classes(root / "train", seen), _files_of_classes(folder, seen)
     classes = list(train)
     if strangers := sorted(set(test) - set(train)):
         raise UsageError(f"{folder / strangers[0]}: a class without training images; add some, or remove the folder")
@@ -127,29 +132,33 @@ def image_folder(root: Path) -> Source:
     )
 
 
-def _files_of_classes(folder: Path) -> dict[str, list[str]]:
+def _files_of_classes(folder: Path, seen: set[str]) -> dict[str, list[str]]:
     """Class names in order, each with its images. A folder without images is no class."""
-    names = [name for name in sorted(os.listdir(folder)) if (folder / name).is_dir() and not name.startswith(".")]
-    classes = {name: files for name in names if (files := list(_image_files(folder / name)))}
+    try:
+        names = [name for name in sorted(os.listdir(folder)) if (folder / name).is_dir() and not name.startswith(".")]
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be read ({error.strerror}); make it readable") from error
+    spellings: dict[str, str] = {}
+    for name in names:  # "é" may be one character or two
+        if (other := spellings.setdefault(unicodedata.normalize("NFC", name), name)) != name:
+            raise UsageError(f"{folder / name}: looks the same as the class {other!r} beside it; rename one")
+
+    files = {name: list(files_below(folder / name, seen)) for name in names}
+    classes = {name: images for name in names if (images := [path for path in files[name] if _is_image(path)])}
     if not classes:
         raise UsageError(f"{folder}: holds no class folders with images ({' '.join(SUFFIXES)}); set data.root")
+    if others := [path for name in names for path in files[name] if not _is_image(path)]:
+        log.warning("%s: %d files that are not images are left out, first %s", folder, len(others), others[0])
     return classes
 
 
-def _image_files(folder: Path) -> Iterator[str]:
-    """All image files below ``folder``, in an order that does not depend on the file system."""
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        for name in sorted(names):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield os.path.join(parent, name)
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES)
 
 
 def _folder_part(classes: list[str], files: dict[str, list[str]]) -> Part:
-    from PIL import Image
-
     rows = [(label, path) for label, name in enumerate(classes) for path in files.get(name, [])]
-    return Part([label for label, _ in rows], [Picture(path, partial(Image.open, path)) for _, path in rows])
+    return Part([label for label, _ in rows], [Picture(path, partial(open_file, path)) for _, path in rows])
 
 
 def _arrays(name: str, images: np.ndarray) -> list[Picture]:

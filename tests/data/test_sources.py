@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from src.config import Data
 from src.data import load
-from src.data.pictures import Picture, decode
+from src.data.pictures import Picture, decode, open_bytes
 from src.errors import UsageError
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
@@ -95,6 +95,39 @@ class TestDecode:
         stored.save(tmp_path / "photo.png", exif=exif)
         got = decode(Picture("x", lambda: Image.open(tmp_path / "photo.png")), SIZE)
         assert np.array_equal(got, np.rot90(pixels([stored])[0], k=-1, axes=(1, 2)))
+
+    @pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
+    def test_of_several_frames_none_is_picked(self, kind):
+        frames = [random_image(i) for i in range(2)]
+        content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        with pytest.raises(UsageError, match="x: has several frames; keep the one that is meant"):
+            decode(Picture("x", lambda: open_bytes(content)), SIZE)
+
+    def test_a_photo_with_a_preview_beside_it_is_one_image(self):
+        content = encoded(random_image(0, 64, 64), "mpo", save_all=True, append_images=[random_image(1)])
+        assert decode(Picture("x", lambda: open_bytes(content)), SIZE).shape == (3, SIZE, SIZE)
+
+    @pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (10_000, 10_000)])  # Pillow refuses, and warns
+    def test_a_decompression_bomb_is_refused_before_it_goes_off(self, width, height):
+        content = encoded(Image.new("1", (width, height)))
+        assert len(content) < 100_000
+        with pytest.raises(UsageError, match=r"x: .*89,478,485"):
+            decode(Picture("x", lambda: open_bytes(content)), SIZE)
+
+    @pytest.mark.parametrize(("width", "height"), [(1, 1), (20_000, 1), (1, 20_000)])
+    def test_any_other_size_will_do(self, width, height):
+        content = encoded(Image.new("RGB", (width, height), (10, 20, 30)))
+        got = decode(Picture("x", lambda: open_bytes(content)), SIZE)
+        assert got.reshape(3, -1).tolist() == [[value] * SIZE**2 for value in (10, 20, 30)]
+
+    def test_postscript_is_not_handed_to_an_interpreter(self, monkeypatch):
+        def run(*args, **kwargs):
+            pytest.fail("a program was started")
+
+        monkeypatch.setattr("subprocess.check_call", run)
+        content = encoded(random_image(0), "eps")
+        with pytest.raises(UsageError, match="not an image"):
+            decode(Picture("x.png", lambda: open_bytes(content)), SIZE)
 
     def test_more_than_8_bits_are_refused_rather_than_clipped(self):
         image = Image.fromarray(np.full((SIZE, SIZE), 40_000, np.uint16))

@@ -1,0 +1,178 @@
+"""Faults that a long run meets: a full disk, a store that is locked, a tracking server that is away.
+
+    python -m scripts.reliability.faults FOLDER
+
+A full disk is a small tmpfs, which takes the right to mount one; it is skipped without.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from scripts.reliability.runs import (
+    METHODS,
+    SMALL,
+    differences,
+    lost_and_doubled,
+    output,
+    rows,
+    start,
+    statuses,
+    stored,
+    wait_for,
+)
+from scripts.reliability.servers import Server, histories
+
+KMCLR = [*SMALL, *METHODS["kmclr"], "output_dir=run"]
+CANNOT_WRITE = 74
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """Takes all room of a disk but so many bytes."""
+    ballast = disk / "ballast"
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:  # the run may be taking the rest meanwhile
+        file.write(bytes(max(0, shutil.disk_usage(disk).free - leave)))
+    return ballast
+
+
+def run_on_a_full_disk(folder: Path, unbroken: Path, cache: str, leave: int) -> None:
+    """The disk fills up after the first checkpoint; when there is room again, the same command continues."""
+    arguments = [*KMCLR, "epochs=8", cache]
+    with small_disk(folder, 32) as disk:
+        process = start(disk, arguments, MLFLOW_TRACKING_URI=f"sqlite:///{folder}.db")
+        assert wait_for(lambda: list(disk.glob("run/checkpoints/*.pt")), process)
+        ballast = fill(disk, leave)
+        status = process.wait(300)
+        ballast.unlink()
+        (told,) = _statuses(Path(f"{folder}.db"))
+        lines = [line for line in output(disk).splitlines() if line.startswith("error") or "Traceback" in line]
+        assert start(disk, arguments, MLFLOW_TRACKING_URI=f"sqlite:///{folder}.db").wait(300) == 0, output(disk)
+        missing, extra = lost_and_doubled(rows(unbroken / "run"), rows(disk / "run"))
+        bits = differences(disk / "run", unbroken / "run")
+    print(f"disk full but for {leave} bytes: status {status}, MLflow told {told}, said {lines}")
+    print(f"  continued: {missing} rows lost, {extra} doubled; different bits: {bits or 'none'}", flush=True)
+
+
+def store_on_a_full_disk(folder: Path, unbroken: Path, cache: str) -> None:
+    """The disk of the store fills up; the run goes on, and a command delivers it when there is room."""
+    with small_disk(folder / "disk", 32) as disk:
+        uri = f"sqlite:///{disk}/mlflow.db"
+        process = start(folder, [*KMCLR, "epochs=8", cache], MLFLOW_TRACKING_URI=uri)
+        assert wait_for(lambda: list(folder.glob("run/checkpoints/*.pt")), process)
+        ballast = fill(disk, 0)
+        status = process.wait(300)
+        ballast.unlink()
+        delivered = start(folder, ["run"], module="src.tracking", MLFLOW_TRACKING_URI=uri).wait(120)
+        (history,) = stored(disk).values()
+        missing, extra = lost_and_doubled(rows(unbroken / "run"), history)
+    print(f"store's disk full: status {status}, delivery {delivered}, {missing} rows lost, {extra} doubled", flush=True)
+
+
+def locked_store(folder: Path, unbroken: Path, cache: str, seconds: float, *, from_the_start: bool) -> None:
+    """Another process holds the store's lock for a minute."""
+    arguments = [*KMCLR, "epochs=8", cache]
+    database = folder / "mlflow.db"
+    folder.mkdir(parents=True)
+    if from_the_start:
+        shutil.copy(unbroken / "mlflow.db", database)
+        with sqlite3.connect(database) as store:
+            store.execute(
+                "UPDATE tags SET value = value || ' (of the unbroken run)' WHERE key IN ('uuid', 'output_dir')"
+            )
+    else:
+        process = start(folder, arguments)
+        assert wait_for(lambda: list(folder.glob("run/checkpoints/*.pt")), process)
+    holder = sqlite3.connect(database, timeout=60)
+    holder.execute("BEGIN EXCLUSIVE")
+    since = time.monotonic()
+    if from_the_start:
+        process = start(folder, arguments)
+    while process.poll() is None and time.monotonic() < since + seconds:
+        time.sleep(0.1)
+    ended_before = process.poll() is not None
+    time.sleep(max(0.0, since + seconds - time.monotonic()))
+    holder.rollback()
+    holder.close()
+    status = process.wait(300)
+    delivered = start(folder, ["run"] if ended_before else [], module="src.tracking").wait(120)
+    history = stored(folder)[str(folder / "run")]
+    missing, extra = lost_and_doubled(rows(unbroken / "run"), history)
+    when = "from the start" if from_the_start else "during the run"
+    print(
+        f"store locked for {seconds:.0f} s {when}: status {status}, ended before: {ended_before}, "
+        f"delivery {delivered}, {missing} rows lost, {extra} doubled",
+        flush=True,
+    )
+
+
+def server_away(folder: Path, cache: str, seconds: float, epochs: int) -> None:
+    """A tracking server goes away during the run and comes back."""
+    with Server(folder / "server") as server:
+        process = start(folder, [*KMCLR, f"epochs={epochs}", cache], MLFLOW_TRACKING_URI=server.uri)
+        assert wait_for(lambda: list(folder.glob("run/checkpoints/*.pt")), process)
+        server.stop()
+        since = time.monotonic()
+        while process.poll() is None and time.monotonic() < since + seconds:
+            time.sleep(0.1)
+        ended_before = process.poll() is not None
+        time.sleep(max(0.0, since + seconds - time.monotonic()))
+        server.start()
+        status = process.wait(600)
+        command = ["run"] if ended_before else []
+        delivered = start(folder, command, module="src.tracking", MLFLOW_TRACKING_URI=server.uri).wait(120)
+        (history,) = histories(server.uri).values()
+        missing, extra = lost_and_doubled(rows(folder / "run"), history)
+    print(
+        f"server away for {seconds:.0f} s: status {status}, ended before: {ended_before}, delivery {delivered}, "
+        f"{len(history)} rows, {missing} lost, {extra} doubled",
+        flush=True,
+    )
+
+
+def _statuses(database: Path) -> list[str]:
+    alias = database.parent / f"{database.stem}-store"
+    alias.mkdir(exist_ok=True)
+    (alias / "mlflow.db").unlink(missing_ok=True)
+    (alias / "mlflow.db").symlink_to(database)
+    return list(statuses(alias))
+
+
+def main(folder: Path) -> None:
+    """All of them, one after the other."""
+    cache = f"data.cache_dir={folder / 'cache'}"
+    unbroken = folder / "unbroken"
+    assert start(unbroken, [*KMCLR, "epochs=8", cache]).wait(300) == 0, output(unbroken)
+    record = json.loads((unbroken / "run/run.json").read_text())
+    print(f"unbroken: {record['seconds']:.0f} s, {len(rows(unbroken / 'run'))} values")
+    try:
+        for leave in (0, 1000, 100_000):
+            run_on_a_full_disk(folder / f"full-{leave}", unbroken, cache, leave)
+        store_on_a_full_disk(folder / "full-store", unbroken, cache)
+    except subprocess.CalledProcessError as error:
+        print(f"no full disk: {error}")
+    locked_store(folder / "locked", unbroken, cache, 60, from_the_start=False)
+    locked_store(folder / "locked-first", unbroken, cache, 60, from_the_start=True)
+    server_away(folder / "away", cache, 120, epochs=8)
+    server_away(folder / "away-long", cache, 120, epochs=300)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())

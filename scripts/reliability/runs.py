@@ -1,0 +1,137 @@
+"""Short runs of the real command on scikit-learn's digits, and whether two of them came to the same end."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = sys.executable
+METHODS = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=100"], "kmclr": ["method=kmclr", "k=7"]}
+SMALL = [
+    *("experiment=demo", "batch_size=64", "data.limit=200", "precision=float32", "evaluation.every=1"),
+    *("method.projector.hidden=[32]", "method.projector.out=16", "evaluation.epochs=5", "tracking.log_every=1"),
+    *("checkpoint.every=1", "schedule.warmup_epochs=0"),
+]
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def start(
+    folder: Path, overrides: Sequence[str], module: str = "src.train", **environment: str
+) -> subprocess.Popen[bytes]:
+    """The real command, one thread, its output appended to ``FOLDER/output.txt``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    fixed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+    with (folder / "output.txt").open("ab") as output:
+        return subprocess.Popen(
+            [PYTHON, "-m", module, *overrides],
+            cwd=folder,
+            env=clean | fixed | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def output(folder: Path) -> str:
+    return (folder / "output.txt").read_text(errors="replace")
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 300) -> bool:
+    """Waits until the condition holds, looking every millisecond; False if the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            return False
+        if time.monotonic() > deadline:
+            process.kill()
+            raise TimeoutError(f"{process.args!r} after {seconds:.0f} s")
+        time.sleep(0.001)
+    return True
+
+
+def rows(run: Path) -> list[tuple[str, int, float]]:
+    """Every value in ``metrics.jsonl`` but times, which differ from run to run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (key, line["step"], float(value))
+        for line in lines
+        for key, value in line["metrics"].items()
+        if not key.startswith("time/")
+    ]
+
+
+def stored(folder: Path) -> dict[str, list[tuple[str, int, float]]]:
+    """Every value that ``FOLDER/mlflow.db`` holds but times, by the run's output directory."""
+    with sqlite3.connect(f"file:{folder / 'mlflow.db'}?mode=ro", uri=True) as store:
+        found: dict[str, list[tuple[str, int, float]]] = {}
+        query = "SELECT t.value, m.key, m.step, m.value FROM metrics m JOIN tags t ON t.run_uuid = m.run_uuid"
+        for directory, key, step, value in store.execute(f"{query} WHERE t.key = 'output_dir'"):
+            if not key.startswith("time/"):
+                found.setdefault(directory, []).append((key, step, value))
+    return found
+
+
+def statuses(folder: Path) -> Counter[str]:
+    """How many runs of ``FOLDER/mlflow.db`` have which status."""
+    with sqlite3.connect(f"file:{folder / 'mlflow.db'}?mode=ro", uri=True) as store:
+        return Counter(status for (status,) in store.execute("SELECT status FROM runs"))
+
+
+def lost_and_doubled(expected: Iterable[T], found: Iterable[T]) -> tuple[int, int]:
+    """How many of the expected values are not there, and how many are there too often or are not expected."""
+    want, have = Counter(expected), Counter(found)
+    return (want - have).total(), (have - want).total()
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Where two finished runs differ, compared bit for bit: weights, support set, optimizers, encoder file."""
+    states = [_final_state(run) for run in (one, other)]
+    found = [key for key in sorted(states[0].keys() | states[1].keys()) if not _same(states[0], states[1], key)]
+    if (one / "encoder.safetensors").read_bytes() != (other / "encoder.safetensors").read_bytes():
+        found.append("encoder.safetensors")
+    return found
+
+
+def _final_state(run: Path) -> dict[str, Any]:
+    newest = max((run / "checkpoints").glob("step-*.pt"))
+    state = torch.load(newest, weights_only=True)
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, dict | list):
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                visit(f"{prefix}/{key}", inner)
+        else:
+            flat[prefix] = value
+
+    for part in ("model", "classifier", "optimizer", "classifier_optimizer", "step"):
+        visit(part, state[part])
+    return flat
+
+
+def _same(one: dict[str, Any], other: dict[str, Any], key: str) -> bool:
+    if key not in one or key not in other:
+        return False
+    a, b = one[key], other[key]
+    return bool(torch.equal(a, b)) if isinstance(a, torch.Tensor) else a == b
+
+
+def two_at_a_time(function: Callable[[U], T], items: Iterable[U]) -> list[T]:
+    """Maps in two threads, each of which waits for processes of its own."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(function, items))

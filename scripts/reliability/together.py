@@ -1,0 +1,83 @@
+"""Four processes at once in an empty folder, over and over: is the store whole, is the cache, is every run in it?
+
+    python -m scripts.reliability.together FOLDER [TIMES]
+
+The processes are forks of one that has loaded the libraries, so that they meet within milliseconds. Each opens the
+data, makes or finds store and cache, and logs a run.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from scripts.reliability.runs import ROOT, statuses, stored
+from src import store
+from src.config import Data, Tracking
+from src.data import load
+from src.tracking import Tracker
+
+PROCESSES, STEPS = 4, 20
+
+
+def one_process(name: str) -> None:
+    """What a run does around its training."""
+    data = Data("digits", 16, "cache", 0.1, 0, None, False)
+    images = load(data).train.images
+    tracker = Tracker(Path(name), Tracking("mlflow", "together", 1), name, {"images": len(images)}, {})
+    for step in range(STEPS):
+        tracker.log({"train/loss": 1 / (1 + step)}, step)
+        tracker.flush()
+    tracker.close("FINISHED")
+
+
+def main(folder: Path, times: int) -> None:
+    """Repeats it, and prints what came out."""
+    sys.path.insert(0, str(ROOT))
+    torch.set_num_threads(1)
+    store._import_mlflow()
+    import sklearn.datasets  # noqa: F401
+
+    wrong: list[str] = []
+    caches = set()
+    for number in range(times):
+        place = folder / str(number)
+        place.mkdir(parents=True)
+        os.chdir(place)
+        children = []
+        for each in range(PROCESSES):
+            child = os.fork()
+            if child == 0:
+                try:
+                    one_process(f"run{each}")
+                except BaseException as error:
+                    print(f"{place}: {type(error).__name__}: {error}", flush=True)
+                    os._exit(1)
+                os._exit(0)
+            children.append(child)
+        if any(os.waitpid(child, 0)[1] for child in children):
+            wrong.append(f"{number}: a process failed")
+            continue
+        with sqlite3.connect("mlflow.db") as database:
+            if database.execute("PRAGMA integrity_check").fetchone() != ("ok",):
+                wrong.append(f"{number}: the store is damaged")
+        (cache,) = (place / "cache").glob("*.safetensors")
+        caches.add(tuple((key, tensor.sum().item()) for key, tensor in sorted(load_file(cache).items())))
+        histories = stored(place).values()
+        if len(histories) != PROCESSES or any(len(each) != STEPS for each in histories):
+            wrong.append(f"{number}: {[len(each) for each in histories]} rows")
+        if statuses(place) != {"FINISHED": PROCESSES}:
+            wrong.append(f"{number}: {statuses(place)}")
+        if left := [path.name for path in place.rglob("*") if path.suffix in (".tmp", ".partial", ".new")]:
+            wrong.append(f"{number}: left {left}")
+        print(f"{number + 1} times", flush=True)
+    print(f"{times} times {PROCESSES} processes: {len(caches)} content of the cache; wrong: {wrong or 'nothing'}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 50)

@@ -1,0 +1,43 @@
+"""Files that are whole or not there, whatever moment a kill or a power cut comes at."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from src.errors import CannotWrite
+
+
+def write_whole(path: Path, *parts: bytes | memoryview) -> None:
+    """Writes the file aside and renames it when it is complete and on the disk.
+
+    Raises:
+        OSError: there is no room; what was there before is untouched.
+    """
+    aside = path.with_name(f"{path.name}.tmp")
+    try:
+        with aside.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)  # what there is of it may be the room that is lacking
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts a new name on the disk, which syncing the file alone does not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cannot_write(folder: Path, error: OSError) -> CannotWrite:
+    """The line for an error that a disk gave while a run wrote to its folder."""
+    where = error.filename or folder
+    return CannotWrite(f"{where}: {error.strerror or error}; mend that, and the same command continues")

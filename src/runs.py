@@ -1,0 +1,135 @@
+"""Reading runs back, from their files or from MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from src import store
+from src.errors import UsageError, one_line
+from src.record import RECORD, Record
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it is listed: params as text, the last value of each metric, the start in seconds since the epoch."""
+
+    run_id: str
+    name: str
+    status: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+    directory: str | None
+    tags: dict[str, str]
+    start_time: float
+
+
+def read_runs(experiment: str, backend: str, root: Path = Path("multirun")) -> list[Run]:
+    """Lists an experiment's runs, oldest first, from MLflow or from the ``run.json`` files under ``root``.
+
+    Raises:
+        UsageError: there is no such experiment; the message lists those that there are.
+    """
+    runs = _runs_in_store(experiment) if backend == "mlflow" else _runs_under(root, experiment)
+    return sorted((run for run in runs if "sweep_id" not in run.tags), key=lambda run: run.start_time)
+
+
+def read_sweep(sweep: str, backend: str, root: Path = Path("multirun")) -> tuple[str, list[Run]]:
+    """Lists a sweep's jobs, oldest first.
+
+    Args:
+        sweep: its eight hex digits, or the id of its run in MLflow.
+
+    Returns:
+        The sweep's name, and the runs.
+
+    Raises:
+        UsageError: there is no such sweep; the message lists those that there are.
+    """
+    if backend == "mlflow":
+        names = [experiment.name for experiment in store.existing().search_experiments()]
+        runs = [run for name in names for run in _runs_in_store(name)]
+    else:
+        runs = [_as_run(Record.load(path.parent)) for path in root.rglob(RECORD)]
+    sweeps = {run.tags["sweep_id"]: run for run in runs if "sweep_id" in run.tags}
+    for identity, run in sweeps.items():
+        if sweep in (identity, run.run_id):
+            jobs = [each for each in runs if f"sweep.{identity}" in each.tags]
+            return run.params["sweep"], sorted(jobs, key=lambda each: each.start_time)
+    known = ", ".join(f"{identity} ({run.params['sweep']})" for identity, run in sweeps.items())
+    raise UsageError(f"sweep={sweep}: there is no such sweep; choose from {known or 'none'}")
+
+
+def _runs_under(root: Path, experiment: str) -> list[Run]:
+    records = [Record.load(path.parent) for path in root.rglob(RECORD)]
+    runs = [_as_run(record) for record in records if record.experiment == experiment]
+    if not runs:
+        raise _unknown(experiment, f"the run.json files under {root}/", {record.experiment for record in records})
+    return runs
+
+
+def _as_run(r: Record) -> Run:
+    return Run(r.run_id, r.name, r.status, r.params, r.metrics, r.tags["output_dir"], r.tags, r.start_time / 1000)
+
+
+def run_in(directory: Path) -> Run:
+    """The run in an output directory.
+
+    Raises:
+        UsageError: there is none.
+    """
+    return _as_run(Record.load(directory))
+
+
+def _runs_in_store(experiment: str) -> list[Run]:
+    client = store.existing()
+    try:
+        found = client.get_experiment_by_name(experiment)
+        names = {} if found else {other.name for other in client.search_experiments()}
+        pages = [client.search_runs([found.experiment_id])] if found else []
+        while pages and pages[-1].token:
+            pages.append(client.search_runs([found.experiment_id], page_token=pages[-1].token))
+    except Exception as error:
+        raise UsageError(f"the MLflow store does not answer ({one_line(error)}): see MLFLOW_TRACKING_URI") from None
+    if not found:
+        raise _unknown(experiment, "MLflow", names)
+    return [
+        Run(
+            run.info.run_id,
+            run.info.run_name,
+            run.info.status,
+            run.data.params,
+            run.data.metrics,
+            run.data.tags.get("output_dir"),
+            run.data.tags,
+            run.info.start_time / 1000,
+        )
+        for page in pages
+        for run in page
+    ]
+
+
+def _unknown(experiment: str, where: str, known: Iterable[str]) -> UsageError:
+    return UsageError(f"experiment={experiment} is not in {where}: choose from {', '.join(sorted(known)) or 'none'}")
+
+
+def find_run_directory(run_id: str, root: Path = Path("multirun")) -> Path:
+    """The output directory of a run, by the ``run.json`` files under ``root``, else by the run's tag in MLflow.
+
+    Raises:
+        UsageError: no run has the id, or its folder is gone.
+    """
+    for path in root.rglob(RECORD):
+        record = Record.load(path.parent)
+        if run_id in (record.run_id, record.uuid):
+            return path.parent
+    client = store.existing()
+    try:
+        tags = client.get_run(run_id).data.tags
+    except Exception as error:
+        raise UsageError(f"run_id={run_id} is not in MLflow ({one_line(error)}), nor under {root}/") from None
+    directory = tags.get("output_dir", "")
+    if not directory or not Path(directory).is_dir():
+        raise UsageError(f"run_id={run_id} has no folder here (output_dir={directory!r}): pass checkpoint=PATH instead")
+    return Path(directory)

@@ -1,0 +1,154 @@
+"""Folders as people leave them: each oddity is a line or a listed skip; nothing is doubled, or lost in silence."""
+
+import logging
+import os
+
+import numpy as np
+import pytest
+from layouts import encoded, pixels, random_image, write_folder, write_shard
+from PIL import Image
+
+from src.data import load
+from src.errors import UsageError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "images", {"train/a": 4, "train/b": 4, "test/a": 1, "test/b": 1})
+
+
+def refusal(cfg) -> str:
+    with pytest.raises(UsageError) as caught:
+        load(cfg)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+BROKEN = {
+    "zero.png": lambda path: path.touch(),
+    "cut.png": lambda path: path.write_bytes(encoded(random_image(0, 64, 64))[:500]),
+    "text.png": lambda path: path.write_text("not an image"),
+    "deep.png": lambda path: Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(path),
+    "nowhere.png": lambda path: path.symlink_to(path.parent / "gone"),
+    "pipe.png": os.mkfifo,  # which a reader would wait for
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_be_read_is_refused_or_skipped_and_counted(config, folder, caplog, name):
+    BROKEN[name](folder / "train/a" / name)
+    assert name in refusal(config("image_folder", folder))
+    with caplog.at_level(logging.WARNING):
+        dataset = load(config("image_folder", folder, final=True, on_error="skip"))
+    assert dataset.skipped == 1
+    assert f"1 images are left out, first {folder / 'train/a' / name}: " in caplog.text
+    assert len(dataset.train.labels) == 8
+    caplog.clear()
+    assert load(config("image_folder", folder, final=True, on_error="skip")).skipped == 1, "from the cache too"
+    assert name in refusal(config("image_folder", folder)), "a cache that lacks images is not taken for a whole one"
+
+
+def test_the_others_are_what_they_would_be_alone(config, folder, tmp_path):
+    whole = load(config("image_folder", folder, final=True, cache_dir=str(tmp_path / "whole")))
+    for part in ("train/a", "train/b", "test/b"):
+        (folder / part / "0a.png").write_text("between two images")
+    mended = load(config("image_folder", folder, final=True, on_error="skip"))
+    assert mended.skipped == 3
+    assert (mended.mean, mended.std) == (whole.mean, whole.std)
+    for one, other in ((mended.train, whole.train), (mended.test, whole.test)):
+        assert np.array_equal(one.images, other.images)
+        assert np.array_equal(one.labels, other.labels)
+
+
+def test_images_in_shards_are_skipped_by_row(config, tmp_path, caplog):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = write_shard(tmp_path / "train-0.parquet", [0, 1, 0, 1], struct=False)
+    table = pq.read_table(tmp_path / "train-0.parquet")
+    cells = table["image"].to_pylist()
+    cells[2] = cells[2][:40]
+    pq.write_table(table.set_column(0, "image", pa.array(cells, pa.binary())), tmp_path / "train-0.parquet")
+    write_shard(tmp_path / "test-0.parquet", [0, 1])
+    dataset = load(config("parquet", tmp_path, final=True, on_error="skip"))
+    assert dataset.skipped == 1
+    assert dataset.train.labels.tolist() == [0, 1, 1]
+    assert np.array_equal(dataset.train.images, pixels([images[i] for i in (0, 1, 3)]))
+    assert "train-0.parquet row 2" in caplog.text
+
+
+def test_a_class_may_not_be_skipped_away(config, folder):
+    for path in (folder / "train/b").iterdir():
+        path.write_text("")
+    assert "no training image of b can be read" in refusal(config("image_folder", folder, on_error="skip"))
+
+
+def test_a_link_that_leads_round_is_named(config, folder):
+    (folder / "train/a/again").symlink_to(folder / "train")
+    assert "train/a/again" in refusal(config("image_folder", folder))
+
+
+@pytest.mark.parametrize("link", ["train/c", "train/a/more", "test/c"])
+def test_no_image_is_counted_twice(config, folder, link):
+    (folder / link).symlink_to(folder / "train/b")
+    assert "has been read already; remove the link" in refusal(config("image_folder", folder))
+
+
+def test_a_folder_that_cannot_be_read_is_named(config, folder, monkeypatch):
+    scandir, closed = os.scandir, str(folder / "train/a/closed")
+    os.mkdir(closed)
+
+    def refuse(path):
+        if str(path) == closed:
+            raise PermissionError(13, "Permission denied", closed)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert refusal(config("image_folder", folder)).startswith(f"{closed}: cannot be read (Permission denied)")
+
+
+def test_two_spellings_of_one_name_are_named(config, folder):
+    for name in ("caf\u00e9", "cafe\u0301"):
+        (folder / "train" / name).mkdir()
+        random_image(0).save(folder / "train" / name / "0.png")
+    assert "looks the same as the class" in refusal(config("image_folder", folder))
+
+
+def test_two_classes_of_one_name_in_a_shard_are_named(config, tmp_path):
+    write_shard(tmp_path / "train-0.parquet", [0, 1], names=["a", "a"])
+    write_shard(tmp_path / "test-0.parquet", [0], names=["a", "a"])
+    assert "two classes are called 'a'" in refusal(config("parquet", tmp_path))
+
+
+def test_names_may_be_of_any_language_and_hold_spaces(config, tmp_path):
+    root = write_folder(tmp_path / "ein Ordner", {"caf\u00e9 au lait": 3, "\u732b": 3, "b'\"$(x)": 3})
+    (root / "\u732b" / os.fsdecode(b"not-utf8-\xff.png")).write_bytes(encoded(random_image(9)))
+    dataset = load(config("image_folder", root, final=True))
+    assert dataset.classes == ["b'\"$(x)", "caf\u00e9 au lait", "\u732b"]
+    assert len(dataset.train.labels) + len(dataset.test.labels) == 10
+
+
+def test_files_that_are_no_images_are_counted(config, folder, caplog):
+    (folder / "train/a/notes.txt").write_text("x")
+    (folder / "train/b/scan.xcf").write_text("x")
+    (folder / "train/b/.DS_Store").write_text("x")
+    load(config("image_folder", folder))
+    assert f"{folder / 'train'}: 2 files that are not images are left out, first" in caplog.text
+
+
+def test_a_shard_that_is_a_pipe_is_not_waited_for(config, tmp_path):
+    write_shard(tmp_path / "test-0.parquet", [0, 1])
+    os.mkfifo(tmp_path / "train-0.parquet")
+    assert "not a regular file" in refusal(config("parquet", tmp_path))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(config, folder, monkeypatch):
+    import src.data.cache as cache_module
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    cfg = config("image_folder", folder)
+    monkeypatch.setattr(cache_module.os, "fsync", full)
+    assert "cache: No space left on device; make room" in refusal(cfg)
+    assert [path.suffix for path in (folder.parent / "cache").iterdir()] == [".lock"]

@@ -1,0 +1,66 @@
+"""What the tests of logging share: a fresh MLflow store, ways to break it, and a run in another process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from src import record
+from src.config import Tracking
+from src.tracking import Tracker
+from tests.conftest import PROJECT
+
+JSONL = Tracking("jsonl", "exp", 10)
+MLFLOW = Tracking("mlflow", "exp", 10)
+
+
+def rows(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / record.METRICS).read_text().splitlines()]
+
+
+def history(client, run_id: str, key: str) -> list[tuple[int, float]]:
+    """Every point that the store has, repeats included."""
+    return sorted((metric.step, metric.value) for metric in client.get_metric_history(run_id, key))
+
+
+def warnings(caplog) -> list[str]:
+    messages = [each.getMessage() for each in caplog.records if each.name == "src.tracking"]
+    assert not any("\n" in message for message in messages)
+    return messages
+
+
+def break_store(client, monkeypatch, *methods: str) -> None:
+    def fail(*args, **kwargs):
+        raise ConnectionError("the store is down\nand this is its traceback")
+
+    for method in methods:
+        monkeypatch.setattr(type(client), method, fail)
+
+
+def train(tracker: Tracker, steps: range) -> None:
+    """A deterministic run: every 3rd step, and one metric less often than the other."""
+    for step in steps:
+        if step % 3 == 0:
+            tracker.log({"train/loss": 1 / (1 + step)} | ({"val/knn": step / 100} if step % 6 == 0 else {}), step)
+
+
+def start(code: str, directory: Path, **environment: str) -> subprocess.Popen:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    env |= {"PYTHONPATH": str(PROJECT), **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=directory, env=env, **pipes)
+
+
+RUN = """
+import os
+from pathlib import Path
+from src.config import Tracking
+from src.tracking import Tracker
+name = os.environ["NAME"]
+tracker = Tracker(Path(name), Tracking("mlflow", "exp", 10), name, {"k": 50}, {})
+for step in range(50):
+    tracker.log({"train/loss": 1 / (1 + step), "val/knn": step}, step)
+    tracker.flush()
+tracker.close("FINISHED")
+"""
