@@ -8,7 +8,7 @@
 # OUT=results/gpu          where the table goes; the runs go to multirun/
 # PYTHON=.venv/bin/python
 #
-# Without faiss it searches with torch, without mlflow it logs to metrics.jsonl. Status 75: the time is up.
+# Without mlflow it logs to metrics.jsonl. Status 75: the time is up.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -16,9 +16,7 @@ minutes=${MINUTES:-60}
 out=${OUT:-results/gpu}
 started=$SECONDS
 
-has() { "$python" -c "import $1" 2>/dev/null; }
-has faiss || set -- search=torch "$@"
-has mlflow || set -- tracking=jsonl "$@"
+"$python" -c "import mlflow" 2>/dev/null || set -- tracking=jsonl "$@"
 
 left() { # minutes until the time is up; ends the suite when too few are left to begin anything
     local seconds=$((minutes * 60 - (SECONDS - started)))

@@ -14,7 +14,7 @@ from src.methods.nnclr import NNCLR
 from src.methods.simclr import SimCLR
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
-from src.support.search import FaissSearch, Search, TorchSearch, require_faiss
+from src.support.search import FaissSearch, Search, TorchSearch, has_faiss_gpu, require_faiss
 from src.views import ViewMaker
 
 Method = SimCLR | NNCLR | KMCLR
@@ -49,12 +49,13 @@ def precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def search(cfg: config.Search, device: torch.device) -> Search:
-    """The search back end.
+    """The search back end; ``auto`` is FAISS on a GPU that it can use, and torch elsewhere.
 
     Raises:
         UsageError: faiss is asked for and not installed.
     """
-    return FaissSearch(device) if cfg.name == "faiss" else TorchSearch()
+    wants_faiss = cfg.name == "faiss" or (cfg.name == "auto" and device.type == "cuda" and has_faiss_gpu())
+    return FaissSearch(device) if wants_faiss else TorchSearch()
 
 
 def views(cfg: Config, data: Dataset) -> tuple[ViewMaker, ViewMaker]:

@@ -36,6 +36,15 @@ def test_precision():
 def test_search():
     assert isinstance(build.search(config.Search("faiss"), CPU), FaissSearch)
     assert isinstance(build.search(config.Search("torch"), CPU), TorchSearch)
+    assert isinstance(build.search(config.Search("auto"), CPU), TorchSearch)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_search_on_a_gpu_is_faiss_where_faiss_can(monkeypatch, installed):
+    monkeypatch.setattr(build, "has_faiss_gpu", lambda: installed)
+    monkeypatch.setattr(build, "FaissSearch", lambda device: f"faiss on {device}")
+    chosen = build.search(config.Search("auto"), torch.device("cuda:1"))
+    assert chosen == "faiss on cuda:1" if installed else isinstance(chosen, TorchSearch)
 
 
 def test_simclr_stores_nothing():

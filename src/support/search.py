@@ -28,6 +28,15 @@ def require_faiss(asked: str, instead: str) -> None:
         raise UsageError(f"{asked}: faiss is not installed; run `make setup`, or choose {instead}")
 
 
+def has_faiss_gpu() -> bool:
+    """Whether a faiss is installed that searches on GPUs."""
+    if importlib.util.find_spec("faiss") is None:
+        return False
+    import faiss
+
+    return hasattr(faiss, "StandardGpuResources")
+
+
 class Search(Protocol):
     """Finds neighbours. For ``cosine`` the caller gives unit vectors; the larger the score, the nearer."""
 
@@ -73,7 +82,7 @@ class FaissSearch:
 
         self._resources: Any = None  # one an object: it reserves scratch memory on the GPU
         if device.type == "cuda":
-            if not hasattr(faiss, "StandardGpuResources"):
+            if not has_faiss_gpu():
                 raise UsageError(
                     "search=faiss: this faiss has no GPU support; install faiss-gpu, or choose search=torch"
                 )
