@@ -288,7 +288,7 @@ def check(cfg: Config) -> None:
     positive("schedule.gamma", cfg.schedule.gamma)
     for milestone in cfg.schedule.milestones:
         fraction("schedule.milestones", milestone)
-    one_of("search.name", cfg.search.name, "faiss", "torch")
+    one_of("search.name", cfg.search.name, "auto", "faiss", "torch")
     at_least("data.image_size", cfg.data.image_size, 8)
     at_least("data.limit", cfg.data.limit, 1)
     at_least("data.split_seed", cfg.data.split_seed, 0)
