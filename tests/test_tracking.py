@@ -12,9 +12,10 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
-from src import record, runs, store, tracking
+from src import record, rundir, runs, store, tracking
 from src.config import Tracking
 from src.errors import UsageError
+from src.record import Record
 from src.tracking import Tracker
 from tests.conftest import PROJECT
 from tests.stores import JSONL, MLFLOW, RUN, break_store, history, rows, start, train, warnings
@@ -322,9 +323,7 @@ def test_mlflow_ui_without_options_shows_the_runs(client, tmp_path, monkeypatch)
         ui.wait()
 
 
-def test_all_that_waits_is_delivered_by_one_command_and_no_dead_run_stays_running(
-    client, tmp_path, monkeypatch, capsys
-):
+def test_one_command_delivers_all_that_waits_and_no_dead_run_stays_running(client, tmp_path, monkeypatch, capsys):
     root = tmp_path / "multirun"
     with monkeypatch.context() as patch:
         break_store(client, patch, "search_runs", "create_run", "log_batch")
