@@ -36,7 +36,7 @@ class Unlogged:
     def log(self, *_: Any, **__: Any) -> None:
         pass
 
-    flush = log
+    flush = sync = log
 
 
 def run(method: str, setting: Setting, images: Images, pace: Pace) -> None:
@@ -47,6 +47,8 @@ def run(method: str, setting: Setting, images: Images, pace: Pace) -> None:
         *([size[method]] if method in size else []),
         f"backbone={setting.backbone}",
         f"batch_size={setting.batch_size}",
+        "checkpoint.every=1000000",
+        "checkpoint.minutes=1000000",
     )
     learner = Learner(cfg, dataset(images))
     fill(learner)
