@@ -34,7 +34,7 @@ class Images(NamedTuple):
 
 
 def encoder(name: str) -> tuple[torch.nn.Module, int]:
-    """The same network for everybody, as `src.models` builds it, in the faster memory layout; its number of features."""
+    """The same network for everybody, in the memory layout that is the faster one, and how many features it gives."""
     from src import models
 
     model = models.ResNetTiny("small") if name == "resnet_tiny" else models.resnet("resnet18", "small")
