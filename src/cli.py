@@ -64,8 +64,6 @@ def run(module: str, config_name: str) -> None:
             main()
     except KeyboardInterrupt:  # before a run could take it for a request to stop
         sys.exit(128 + signal.SIGINT)
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(explain(str(error)))
     except Exception as error:
         if not _is_from_hydra(error):
             raise
@@ -87,6 +85,8 @@ def _explained() -> Iterator[None]:
         fail(str(error))
     except RunFailed as failure:
         fail(str(failure), failure.status)
+    except (HydraException, OmegaConfBaseException) as error:  # one of Hydra's is an OSError too
+        fail(explain(str(error)))
     except OSError as error:  # before a run had its directory: nothing has been written
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
 
@@ -115,7 +115,7 @@ def explain(message: str) -> str:
             "hydra/launcher=ray: needs Ray and its launcher: pip install --constraint constraints.txt '.[ray]' && "
             "pip install --no-deps hydra-ray-launcher==1.2.2"
         )
-    if missing := re.search(r"Could not find '([\w./-]+)/([\w.-]+)'", message):
+    if missing := re.search(r"Could not find '([\w./-]+)/([^']*)'", message):
         group, option = missing.groups()
         options = re.findall(r"^\t(\S+)$", message, re.MULTILINE)
         return f"{group}={option}: there is no such option; choose one of {', '.join(options)}"

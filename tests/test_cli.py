@@ -159,50 +159,9 @@ def test_a_traceback_can_be_asked_for(command):
     assert "Traceback" in done.stderr
 
 
-VALUES = [
-    *[
-        "0",
-        "1",
-        "-1",
-        "1.5",
-        "nan",
-        "inf",
-        "-inf",
-        "1e400",
-        "true",
-        "null",
-        "abc",
-        "[1,2]",
-        "[]",
-        "[nan]",
-        "[-1,2]",
-        "[1e400]",
-        "[null]",
-        "{a:1}",
-        "{}",
-        "${seed}",
-        "${nope}",
-        "${",
-    ],
-    *[
-        "???",
-        "é",
-        "a=b",
-        "1,2",
-        "choice(1,2)",
-        "interval(0,1)",
-        "-",
-        "\\",
-        "'",
-        "[",
-        "cuda:x",
-        "../x",
-        "~",
-        "0x10",
-        "1_000",
-    ],
-    *("", "a b", "a\nb", "9" * 20, "a" * 3000),
-]
+NUMBERS = "0 1 -1 1.5 nan inf -inf 1e400 0x10 1_000 [1,2] [] [nan] [-1,2] [1e400] [null] 1,2"
+TEXTS = "true null abc {a:1} {} ${seed} ${nope} ${ ??? é a=b choice(1,2) interval(0,1) - \\ ' [ cuda:x ../x ~"
+VALUES = [*NUMBERS.split(" "), *TEXTS.split(" "), "", "a b", "a\nb", "9" * 20, "a" * 3000]
 GROUPS = {
     folder.name: ["", "nope", *(path.stem for path in folder.glob("*.yaml"))]
     for folder in cli.CONF.iterdir()
@@ -230,12 +189,14 @@ def composed_or_explained(overrides):
     try:
         with initialize_config_dir(str(cli.CONF), version_base="1.3"):
             return config.parse(compose("train", overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        return cli.explain(str(error))
     except (UsageError, OSError) as error:
         return str(error)
     except Exception as error:
-        if isinstance(error, HydraException | OmegaConfBaseException) or cli._is_from_hydra(error):
-            return cli.explain(str(error))
-        raise
+        if not cli._is_from_hydra(error):
+            raise
+        return cli.explain(str(error))
 
 
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
