@@ -39,8 +39,9 @@ def effective_rank(x_NF: Tensor) -> float:
     Source: Roy and Vetterli, "The Effective Rank: A Measure of Effective Dimensionality", EUSIPCO 2007. Deviation: the
     features' mean is taken off first, since a common offset tells no two images apart.
     """
-    singular = torch.linalg.svdvals((x_NF - x_NF.mean(0)).double())
-    return float(_entropy(singular).exp())
+    centred_NF = (x_NF - x_NF.mean(0)).double()
+    squared_singular = torch.linalg.eigvalsh(centred_NF.T @ centred_NF)
+    return float(_entropy(squared_singular.clamp(min=0).sqrt()).exp())
 
 
 def purity(counts_KC: Tensor) -> float:

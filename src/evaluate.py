@@ -20,6 +20,7 @@ from torch import nn
 
 from src import build, checkpoint, config, rundir
 from src.data import Dataset, Split, load, stratified_split
+from src.diagnostics import effective_rank
 from src.errors import UsageError
 from src.probes import (
     Features,
@@ -49,6 +50,7 @@ def validation(
         "val/knn_top1": _knn_percent(train, val, len(data.classes), cfg, search),
         "val/online_top1": topk_percent(logits, val.labels_N, 1),
         "val/online_top5": topk_percent(logits, val.labels_N, 5),
+        "val/effective_rank": effective_rank(val.x_NF),
     }
 
 

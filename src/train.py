@@ -28,6 +28,7 @@ from src import build, config, curves, evaluate, rundir, store, study, sweep
 from src.charts import COLOUR_TAG
 from src.config import Config
 from src.data import Dataset, check_batch_size, epoch_batches, load
+from src.diagnostics import alignment, uniformity
 from src.environment import environment_tags
 from src.errors import Diverged, one_line
 from src.learner import Learner
@@ -173,7 +174,11 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
                 with support.stopwatch:
                     support.update(outcome.embeddings, ids, labels)
             if log_now:
-                tracker.log({"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}, learner.step)
+                spread = {
+                    "train/alignment": alignment(*outcome.features.chunk(2)),
+                    "train/uniformity": uniformity(outcome.features.chunk(2)[0]),
+                }
+                tracker.log({"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr} | spread, learner.step)
             learner.step += 1
             progress.step(learner.step, loss)
             stopping, overdue = stopper.status, time.monotonic() >= saved + 60 * cfg.checkpoint.minutes

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from src.diagnostics import normalised_mutual_information, purity
 from src.support import Neighbors, SupportSet
 from src.support.ring import Ring
 from src.support.search import Search, cluster
@@ -45,6 +46,8 @@ class KMeans(SupportSet):
     written_K: Tensor
     images_K: Tensor
     classes_KC: Tensor
+    served_KC: Tensor
+    before_KD: Tensor
 
     def __init__(
         self,
@@ -75,7 +78,10 @@ class KMeans(SupportSet):
         self.register_buffer("passed_K", torch.zeros(size))  # embeddings since the last that came to this centroid
         self.register_buffer("written_K", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("images_K", torch.full((size,), -1))  # whose embedding it is, while it is of one image
-        self.register_buffer("classes_KC", torch.zeros(size, classes))  # members by class, for diagnostics only
+        # For diagnostics only: members by class; since `clear_stats`, anchors served by class; the centroids then.
+        self.register_buffer("classes_KC", torch.zeros(size, classes))
+        self.register_buffer("served_KC", torch.zeros(size, classes))
+        self.register_buffer("before_KD", torch.zeros(size, dim))
 
     def get_extra_state(self) -> dict[str, int]:
         return {"seeded": self.seeded, "step": self.step}
@@ -130,6 +136,29 @@ class KMeans(SupportSet):
         """Forget everything, where the epoch is one to forget at."""
         if self.reset_every and epoch > 0 and epoch % self.reset_every == 0:
             self.seeded = 0
+
+    def record(self, ids_B: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
+        super().record(ids_B, images_B, labels_B)
+        self.served_KC.index_put_((ids_B, labels_B), self.served_KC.new_ones(()), accumulate=True)
+
+    def stats(self) -> dict[str, float]:
+        """What every support set tells, and of the prototypes as clusters of the anchors that they served.
+
+        ``purity`` and ``nmi`` (src/diagnostics.py) against the classes; ``drift``: mean cosine distance of a prototype
+        from where it was at `clear_stats`, if all were seeded then and are now.
+        """
+        stats = super().stats()
+        if self.served_KC.sum() > 0:
+            stats["support/purity"] = purity(self.served_KC)
+            stats["support/nmi"] = normalised_mutual_information(self.served_KC)
+        if self.ready and self.before_KD.any():
+            stats["support/drift"] = float(1 - F.cosine_similarity(self.before_KD, self.means_KD).mean())
+        return stats
+
+    def clear_stats(self) -> None:
+        super().clear_stats()
+        self.served_KC.zero_()
+        self.before_KD.copy_(self.means_KD if self.ready else torch.zeros_like(self.means_KD))
 
     def labels_of(self, ids_B: Tensor) -> Tensor:
         """The commonest class among the members."""

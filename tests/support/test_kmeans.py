@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import MiniBatchKMeans
+from sklearn.metrics import normalized_mutual_info_score
 
 from src.support.kmeans import KMeans
 from src.support.search import TorchSearch
@@ -174,6 +175,22 @@ def test_diagnostics_by_hand():
     assert stats["support/self_hit"] == 1 / 4
     assert stats["support/dead"] == 0
     assert stats["support/age_steps"] == 0.5
+
+
+def test_prototypes_as_clusters_of_the_anchors_they_served():
+    kmeans = make(2)
+    update(kmeans, torch.eye(DIM)[:2])
+    assert not kmeans.stats().keys() & {"support/purity", "support/nmi", "support/drift"}
+    kmeans.clear_stats()
+    kmeans.record(torch.tensor([0, 0, 0, 1]), torch.arange(4), torch.tensor([0, 0, 1, 1]))
+    stats = kmeans.stats()
+    assert stats["support/purity"] == 3 / 4
+    assert stats["support/nmi"] == pytest.approx(normalized_mutual_info_score([0, 0, 0, 1], [0, 0, 1, 1]))
+    assert stats["support/drift"] == pytest.approx(0, abs=1e-6)
+    kmeans.means_KD[1] *= -3  # one of the two turned right round: cosine distance 2
+    assert kmeans.stats()["support/drift"] == pytest.approx(1.0, abs=1e-6)
+    kmeans.clear_stats()
+    assert "support/purity" not in kmeans.stats()
 
 
 @pytest.mark.parametrize("options", [{"reset_every": 2}, {"half_life": 10}, {"refit_every": 3, "refit_window": 32}])
