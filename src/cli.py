@@ -73,7 +73,7 @@ def run(module: str, config_name: str) -> None:
 def _is_from_hydra(error: Exception) -> bool:
     """Of a line that Hydra cannot compose it may raise anything: a TypeError for ``tracking=[1]``."""
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return any(raised_in.is_relative_to(folder) for package in (hydra, omegaconf) for folder in package.__path__)
+    return any(raised_in.is_relative_to(Path(package.__path__[0])) for package in (hydra, omegaconf))
 
 
 @contextmanager

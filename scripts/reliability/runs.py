@@ -65,23 +65,23 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], 
 
 
 def rows(run: Path) -> list[tuple[str, int, float]]:
-    """Every value in ``metrics.jsonl`` but times, which differ from run to run."""
+    """Every value in ``metrics.jsonl`` but times and memory, which differ from run to run."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
         (key, line["step"], float(value))
         for line in lines
         for key, value in line["metrics"].items()
-        if not key.startswith("time/")
+        if not key.startswith(("time/", "memory/"))
     ]
 
 
 def stored(folder: Path) -> dict[str, list[tuple[str, int, float]]]:
-    """Every value that ``FOLDER/mlflow.db`` holds but times, by the run's output directory."""
+    """Every value that ``FOLDER/mlflow.db`` holds but times and memory, by the run's output directory."""
     with sqlite3.connect(f"file:{folder / 'mlflow.db'}?mode=ro", uri=True) as store:
         found: dict[str, list[tuple[str, int, float]]] = {}
         query = "SELECT t.value, m.key, m.step, m.value FROM metrics m JOIN tags t ON t.run_uuid = m.run_uuid"
         for directory, key, step, value in store.execute(f"{query} WHERE t.key = 'output_dir'"):
-            if not key.startswith("time/"):
+            if not key.startswith(("time/", "memory/")):
                 found.setdefault(directory, []).append((key, step, value))
     return found
 

@@ -97,7 +97,7 @@ def histories(uri: str) -> dict[str, list[tuple[str, int, float]]]:
         tags = {tag["key"]: tag["value"] for tag in run["data"]["tags"]}
         values = found.setdefault(tags["output_dir"], [])
         for key in {metric["key"] for metric in run["data"].get("metrics", [])}:
-            if not key.startswith("time/"):
+            if not key.startswith(("time/", "memory/")):
                 query = f"run_id={run['info']['run_id']}&metric_key={key}&max_results=10000"
                 history = json.loads(_get(f"{uri}/api/2.0/mlflow/metrics/get-history?{query}"))["metrics"]
                 values += [(key, int(point.get("step", 0)), float(point["value"])) for point in history]
