@@ -53,7 +53,7 @@ def test_the_issues_groups_are_all_there():
     assert options("optimizer") == ["adamw", "lars", "sgd"]
     assert options("data") == ["cifar10", "cifar100", "digits", "image_folder", "parquet"]
     assert options("augment") == ["asymmetric", "crop_only", "symmetric"]
-    assert options("search") == ["faiss", "torch"]
+    assert options("search") == ["auto", "faiss", "torch"]
     assert options("tracking") == ["jsonl", "mlflow"]
     assert options("evaluation") == ["linear", "original"]
 

@@ -114,7 +114,8 @@ def test_a_mutated_cache_is_made_anew(config, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("cache")
     root = write_folder(folder / "images", {"train/a": 3, "train/b": 2, "test/a": 1, "test/b": 1})
     cfg = config("image_folder", root, cache_dir=str(folder / "cache"))
-    whole = {part: [tensor.clone() for tensor in cached(cfg).part(part)] for part in ("train", "test")}
+    splits = {part: cached(cfg).part(part) for part in ("train", "test")}
+    whole = {part: (split.images.clone(), split.labels.clone()) for part, split in splits.items()}
     (path,) = (folder / "cache").glob("*.safetensors")
     content = path.read_bytes()
     damaged = data.draw(mutated(content))
