@@ -187,16 +187,34 @@ def deliver(directory: Path) -> str:
         record = Record.load(directory)
         if record.status == "RUNNING":
             record.close("KILLED", "its process is gone; the same command continues")
-        client = store.prepare(record.experiment)
-        record.delivered_bytes = record.delivered_artifacts = 0
-        try:
-            store.connect(client, record)
-            store.push(client, directory, record)
-        except Exception as error:
-            raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
-        finally:
-            record.save(directory)
+        _deliver_whole(directory, record)
     return record.run_id
+
+
+def catch_up(directory: Path) -> None:
+    """Delivers what MLflow lacks of a run that has ended, if a kill came in between; a failing store is only noted.
+
+    For the process that holds the directory.
+    """
+    record = Record.load(directory)
+    if record.is_delivered(directory):
+        return
+    try:
+        _deliver_whole(directory, record)
+    except UsageError as error:
+        logger.warning("%s", error)
+
+
+def _deliver_whole(directory: Path, record: Record) -> None:
+    client = store.prepare(record.experiment)
+    record.delivered_bytes = record.delivered_artifacts = 0
+    try:
+        store.connect(client, record)
+        store.push(client, directory, record)
+    except Exception as error:
+        raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
+    finally:
+        record.save(directory)
 
 
 def waiting(root: Path) -> list[Path]:

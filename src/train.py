@@ -40,7 +40,7 @@ from src.report import COLOURS
 from src.seeding import seed_everything
 from src.stopping import Stopped, Stopper
 from src.support import NOTHING_STORED
-from src.tracking import Tracker, parent_tags
+from src.tracking import Tracker, catch_up, parent_tags
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ def main(composed: DictConfig) -> float:
         store.check(cfg.tracking.experiment)  # refuses what is no store before the directory is made
     with rundir.exclusive(directory), Stopper(cfg.max_minutes) as stopper:
         if rundir.is_finished(directory, cfg):
+            catch_up(directory)
             return report(directory)
         rundir.refuse_diverged(directory)
         resumed = learner.resume(directory / "checkpoints")

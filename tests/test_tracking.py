@@ -124,6 +124,36 @@ def test_a_killed_run_is_continued_in_mlflow_without_gaps_or_repeats(client, tmp
     assert client.get_run(resumed.run_id).info.status == "FINISHED"
 
 
+def test_a_run_killed_between_its_record_and_mlflow_is_told_when_it_is_looked_at_again(
+    client, tmp_path, monkeypatch, caplog
+):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    directory = tmp_path / "run"
+    tracker = Tracker(directory, MLFLOW, "run", {}, {})
+    train(tracker, range(7))
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "push", kill)
+        with pytest.raises(Killed):
+            tracker.close("FINISHED")
+    assert Record.load(directory).status == "FINISHED"
+    assert client.get_run(tracker.run_id).info.status == "RUNNING"
+
+    with monkeypatch.context() as patch:
+        break_store(client, patch, "log_batch")
+        tracking.catch_up(directory)
+    assert "try again later" in warnings(caplog)[0]
+    tracking.catch_up(directory)
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert [step for step, _ in history(client, tracker.run_id, "train/loss")] == [0, 3, 6]
+    monkeypatch.setattr(store, "prepare", lambda *_: pytest.fail("MLflow has all of it already"))
+    tracking.catch_up(directory)
+
+
 def test_a_failed_run_that_is_continued_runs_again(client, tmp_path):
     tracker = Tracker(tmp_path / "run", MLFLOW, "run", {}, {})
     tracker.close("FAILED")
