@@ -199,7 +199,7 @@ def composed_or_explained(overrides):
         return cli.explain(str(error))
 
 
-@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
 @given(overrides=line)
 def test_any_line_composes_to_what_can_be_built_or_is_explained(overrides):
     cfg = composed_or_explained(overrides)
@@ -216,7 +216,7 @@ def test_any_line_composes_to_what_can_be_built_or_is_explained(overrides):
 
 
 @pytest.mark.slow
-@settings(max_examples=max(3, CASES // 15), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=max(3, CASES // 15), suppress_health_check=list(HealthCheck))
 @given(overrides=line)
 def test_any_line_of_the_real_command_is_listed_or_one_line_and_status_2(command, tmp_path, overrides):
     done = command("src.train", *overrides, "dry_run=true")

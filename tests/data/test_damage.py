@@ -20,7 +20,7 @@ from src.data.pictures import Picture, decode, open_bytes
 from src.errors import UsageError
 
 CASES = int(os.environ.get("CASES", "50"))  # of each kind; scripts and patience may want more
-many = settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
 
 IMAGES = [
     *(encoded(random_image(i, 24, 20), kind) for i, kind in enumerate(("png", "jpeg", "webp", "gif", "bmp", "tiff"))),
