@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import statistics
 import subprocess
@@ -24,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch.utils.flop_counter import FlopCounterMode
 
+from scripts.workbench import compose, machine
 from src import build, config, curves, rundir
-from src.cli import CONF
 from src.config import Config
+from src.record import Record
 from src.stopping import TIME_IS_UP
-from src.tracking import Record
 
 METHODS = (["method=kmclr", "k=400"], ["method=nnclr", "queue_size=98304"], ["method=simclr"])
 # Long enough for a queue of 98,304 to fill; the last two epochs count. Evaluation is cut short: it is not timed.
@@ -70,15 +68,8 @@ def flop_an_image(cfg: Config, classes: int) -> float:
     return counter.get_total_flops() / batch
 
 
-def compose_config(overrides: list[str]) -> Config:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("train", overrides)
-    return config.parse(composed)
-
-
-def timed_run(overrides: list[str], minutes: float) -> tuple[Path, int]:
+def timed_run(cfg: Config, overrides: list[str], minutes: float) -> tuple[Path, int]:
     """Train, or find that it is done; the run's folder, and the exit status."""
-    cfg = compose_config(overrides)
     directory = rundir.ROOT / f"speed-{config.run_name(cfg)}-b{cfg.batch_size}-{config.config_hash(cfg)}"
     if rundir.is_finished(directory, cfg):
         return directory, 0
@@ -86,8 +77,7 @@ def timed_run(overrides: list[str], minutes: float) -> tuple[Path, int]:
     return directory, subprocess.run([sys.executable, *command]).returncode
 
 
-def row(directory: Path, overrides: list[str], peak: float) -> dict[str, Any]:
-    cfg = compose_config(overrides)
+def row(directory: Path, cfg: Config, ceiling_flop: float, image_flop: float) -> dict[str, Any]:
     record, history = Record.load(directory), curves.read(directory)
     seconds = statistics.median(history["time/epoch_seconds"][1][-COUNTED:])
     rate = statistics.median(history["time/images_per_second"][1][-COUNTED:])
@@ -99,7 +89,7 @@ def row(directory: Path, overrides: list[str], peak: float) -> dict[str, Any]:
         "images_per_second": rate,
         "seconds_an_epoch": EPOCH / rate,
         "timed_epoch_seconds": seconds,
-        "share_of_ceiling": rate * flop_an_image(cfg, 100) / (peak * 1e12),
+        "share_of_ceiling": rate * image_flop / ceiling_flop,
         "support_fraction": history["time/support_fraction"][1][-1],
         "run": record.name,
     }
@@ -107,8 +97,8 @@ def row(directory: Path, overrides: list[str], peak: float) -> dict[str, Any]:
 
 def markdown(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['device']}, torch {result['torch']}, Python {result['python']}, {result['precision']}; matrix "
-        f"ceiling {result['ceiling_tflops']:.1f} TFLOP/s. An epoch is {EPOCH:,} images, two views each.",
+        f"{result['machine']}; {result['precision']}, matrix ceiling {result['ceiling_tflops']:.1f} TFLOP/s. An epoch "
+        f"is {EPOCH:,} images, two views each.",
         "",
         f"    {result['command']}",
         "",
@@ -133,28 +123,28 @@ def main() -> int:
     arguments = parser.parse_args()
     end = time.monotonic() + 60 * arguments.minutes
 
-    cfg = compose_config(arguments.overrides)
+    cfg = compose(*arguments.overrides)
     device = build.device(cfg.device)
     dtype = build.precision(cfg.precision, device)
     peak = ceiling(device, dtype)
     rows: list[dict[str, Any]] = []
     result = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        "machine": machine(),
         "precision": str(dtype).removeprefix("torch."),
         "ceiling_tflops": peak,
         "command": shlex.join(["python", "-m", "scripts.gpu_speed", *sys.argv[1:]]),
         "rows": rows,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
+    image_flop = {tuple(method): flop_an_image(compose(*method, *arguments.overrides), 100) for method in METHODS}
     for batch in arguments.batches:
         for method in METHODS:
             overrides = [*TIMED, *method, f"batch_size={batch}", *arguments.overrides]
-            directory, status = timed_run(overrides, (end - time.monotonic()) / 60)
+            cfg = compose(*overrides)
+            directory, status = timed_run(cfg, overrides, (end - time.monotonic()) / 60)
             if status:
                 return status
-            rows.append(row(directory, overrides, peak))
+            rows.append(row(directory, cfg, peak * 1e12, image_flop[tuple(method)]))
             (arguments.out / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
             (arguments.out / "speed.md").write_text(markdown(result))
             if time.monotonic() > end:

@@ -78,7 +78,7 @@ class Parts:
 def profile(overrides: list[str], steps: int) -> list[dict[str, float]]:
     """Seconds by part, for each of the steps."""
     measured_on = images()
-    learner = Learner(compose(*overrides), dataset(measured_on))
+    learner = Learner(compose("data.final=true", *overrides), dataset(measured_on))
     fill(learner)
     method = learner.method
     parts = Parts(learner.device, steps)

@@ -24,13 +24,13 @@ MEAN, STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]  # CIFAR-100's
 def compose(*overrides: str) -> config.Config:
     """The config of ``python -m src.train OVERRIDES``."""
     with hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        return config.parse(hydra.compose("train", overrides=["data.final=true", *overrides]))
+        return config.parse(hydra.compose("train", overrides=list(overrides)))
 
 
 def images(count: int = 50_000) -> Images:
     """CIFAR-100's training images where ``CIFAR100_ROOT`` has them, else uniform noise of the same shape."""
     if CIFAR100.is_dir():
-        split = load(compose(f"data.root={CIFAR100}").data).train
+        split = load(compose("data.final=true", f"data.root={CIFAR100}").data).train
         return Images(split, 100, f"CIFAR-100, {len(split.labels):,} images")
     noise = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
     return Images(Split(noise, torch.arange(count) % 100), 100, f"uniform noise, {count:,} images of 32 x 32")

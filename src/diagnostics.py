@@ -41,7 +41,7 @@ def effective_rank(x_NF: Tensor) -> float:
     """
     centred_NF = (x_NF - x_NF.mean(0)).double()
     squared_singular = torch.linalg.eigvalsh(centred_NF.T @ centred_NF)
-    return float(_entropy(squared_singular.clamp(min=0).sqrt()).exp())
+    return float(entropy(squared_singular.clamp(min=0).sqrt()).exp())
 
 
 def purity(counts_KC: Tensor) -> float:
@@ -57,12 +57,12 @@ def normalised_mutual_information(counts_KC: Tensor) -> float:
 
     Source: Manning, Raghavan and Schütze, 2008, section 16.3.
     """
-    apart = _entropy(counts_KC.sum(1)) + _entropy(counts_KC.sum(0))
-    together = _entropy(counts_KC.flatten())
+    apart = entropy(counts_KC.sum(1)) + entropy(counts_KC.sum(0))
+    together = entropy(counts_KC.flatten())
     return float(2 * (apart - together) / apart) if apart > 0 else 1.0
 
 
-def _entropy(weights: Tensor) -> Tensor:
+def entropy(weights: Tensor) -> Tensor:
     """In nats, of weights that need not sum to 1."""
     shares = weights[weights > 0].double() / weights.sum().double()
     return -(shares * shares.log()).sum()

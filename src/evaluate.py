@@ -31,7 +31,7 @@ from src.probes import (
     knn_scores,
     topk_percent,
 )
-from src.record import RECORD, Record
+from src.record import Record
 from src.runs import find_run_directory
 from src.support.search import Search
 from src.tracking import Tracker
@@ -116,10 +116,10 @@ def main(composed: DictConfig) -> dict[str, float]:
     """
     path, saved = _checkpoint(composed)
     directory = path.parent.parent
-    own_run = (directory / RECORD).exists()
-    if own_run and (status := Record.load(directory).status) != "FINISHED":
+    record = Record.find(directory)
+    if record and record.status != "FINISHED":
         # Test figures of a run in progress could guide its choices; and its status must stay what it is.
-        raise UsageError(f"{directory}: the run is {status}, not FINISHED; run its training command again first")
+        raise UsageError(f"{directory}: the run is {record.status}, not FINISHED; run its training command again first")
 
     before = config.parse(OmegaConf.create(saved["config"]))
     cfg = _merged(saved["config"], composed)
@@ -139,7 +139,7 @@ def main(composed: DictConfig) -> dict[str, float]:
         metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
     for key, value in metrics.items():
         print(f"{key:32} {value:6.2f}")
-    if own_run:
+    if record:
         with rundir.exclusive(directory):
             tracker = Tracker(directory, cfg.tracking, config.run_name(before), {}, {})
             tracker.log(metrics, saved["step"])

@@ -24,7 +24,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from src.stopping import PRUNED, TIME_IS_UP, Stopper
+from src.stopping import PRUNED, Stopper, is_stop
 
 SWEPT = ("method", "k", "queue_size", "seed")  # what is worth a word when a job starts
 
@@ -150,7 +150,7 @@ class LocalLauncher(Launcher):
             _failed(returned, f"its process was ended by {name}{hint}", status)
         elif status == PRUNED:
             _failed(returned, "pruned", status)
-        elif status == TIME_IS_UP or status > 128:
+        elif is_stop(status):
             _failed(returned, "stopped; the same command continues", status)
         else:
             lines = output.splitlines() or [f"exit status {status}, see {job.log.name}"]

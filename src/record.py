@@ -10,7 +10,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,11 @@ class Record:
             raise UsageError(f"{path} is not the record of a run ({one_line(error)}): name another folder") from None
         return record
 
+    @classmethod
+    def find(cls, directory: Path) -> Record | None:
+        """The directory's record; None before a run has begun there."""
+        return cls.load(directory) if (directory / RECORD).exists() else None
+
     def close(self, status: str, error: str = "") -> None:
         """Notes how the run ended, and why if it did not finish."""
         self.status, self.end_time = status, now()
@@ -78,6 +83,11 @@ class Record:
         )
         values = asdict(self) | {"metrics": encode(self.metrics)}
         write_whole(directory / RECORD, json.dumps(values, indent=1, allow_nan=False).encode())
+
+
+def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
+    """Every run's directory below a folder, and its record."""
+    return ((path.parent, Record.load(path.parent)) for path in root.rglob(RECORD))
 
 
 def cut_and_read(path: Path) -> tuple[list[dict[str, Any]], int]:

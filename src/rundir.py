@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from src import config
 from src.errors import Diverged, UsageError
 from src.files import cannot_write
-from src.record import RECORD, Record
+from src.record import Record
 
 ROOT = Path("multirun")
 DIVERGED = "diverged"  # a tag: the run is not worth continuing
@@ -39,9 +39,9 @@ def is_finished(directory: Path, cfg: config.Config) -> bool:
     Raises:
         UsageError: it holds a run of another configuration.
     """
-    if not (directory / RECORD).exists():
+    record = Record.find(directory)
+    if record is None:
         return False
-    record = Record.load(directory)
     config.check_same(record.params, cfg, directory)
     return record.status == "FINISHED"
 
@@ -52,8 +52,9 @@ def refuse_diverged(directory: Path) -> None:
     Raises:
         Diverged: as it was said then.
     """
-    if (directory / RECORD).exists() and DIVERGED in (tags := Record.load(directory).tags):
-        raise Diverged(tags["error"])
+    record = Record.find(directory)
+    if record and DIVERGED in record.tags:
+        raise Diverged(record.tags["error"])
 
 
 def is_held(directory: Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from src import store
 from src.errors import UsageError, one_line
-from src.record import RECORD, Record
+from src.record import Record, records_below
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def read_sweep(sweep: str, backend: str, root: Path = Path("multirun")) -> tuple
         names = [experiment.name for experiment in store.existing().search_experiments()]
         runs = [run for name in names for run in _runs_in_store(name)]
     else:
-        runs = [_as_run(Record.load(path.parent)) for path in root.rglob(RECORD)]
+        runs = [_as_run(record) for _, record in records_below(root)]
     sweeps = {run.tags["sweep_id"]: run for run in runs if "sweep_id" in run.tags}
     for identity, run in sweeps.items():
         if sweep in (identity, run.run_id):
@@ -62,7 +62,7 @@ def read_sweep(sweep: str, backend: str, root: Path = Path("multirun")) -> tuple
 
 
 def _runs_under(root: Path, experiment: str) -> list[Run]:
-    records = [Record.load(path.parent) for path in root.rglob(RECORD)]
+    records = [record for _, record in records_below(root)]
     runs = [_as_run(record) for record in records if record.experiment == experiment]
     if not runs:
         raise _unknown(experiment, f"the run.json files under {root}/", {record.experiment for record in records})
@@ -120,10 +120,9 @@ def find_run_directory(run_id: str, root: Path = Path("multirun")) -> Path:
     Raises:
         UsageError: no run has the id, or its folder is gone.
     """
-    for path in root.rglob(RECORD):
-        record = Record.load(path.parent)
+    for directory, record in records_below(root):
         if run_id in (record.run_id, record.uuid):
-            return path.parent
+            return directory
     client = store.existing()
     try:
         tags = client.get_run(run_id).data.tags

@@ -18,6 +18,11 @@ TIME_IS_UP = 75  # sysexits.h's EX_TEMPFAIL: the same command continues
 PRUNED = 76  # a trial of a study that others have left behind
 
 
+def is_stop(status: int) -> bool:
+    """Whether an exit status says that a job was told to stop, and can continue, rather than that it failed."""
+    return status == TIME_IS_UP or status > 128
+
+
 class Stopped(SystemExit):
     """A run was told to stop, has saved, and can continue. Its code is the exit status.
 

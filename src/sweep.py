@@ -39,7 +39,7 @@ from src.launcher import JobFailed, LocalLauncher
 from src.record import RECORD, Record
 from src.redact import redact
 from src.runs import run_in
-from src.stopping import PRUNED, TIME_IS_UP
+from src.stopping import PRUNED, is_stop
 
 if TYPE_CHECKING:
     from src.study import Study
@@ -69,8 +69,7 @@ class Job:
     @property
     def record(self) -> Record | None:
         """What its folder says of it; None before its start."""
-        present = self.cfg is not None and (self.directory / RECORD).exists()
-        return Record.load(self.directory) if present else None
+        return Record.find(self.directory) if self.cfg else None
 
     @property
     def reason(self) -> str:
@@ -389,7 +388,7 @@ def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
     finished = _seconds_an_epoch()
     for number, cfg in enumerate(cfgs):
         directory = rundir.choose(cfg)
-        record = Record.load(directory) if (directory / RECORD).exists() else None
+        record = Record.find(directory)
         state, estimate = record.status.lower() if record else "to do", ""
         if not (record and record.status == "FINISHED"):
             todo += 1
@@ -424,11 +423,6 @@ def _seconds_an_epoch() -> dict[tuple[str, str], float]:
 def _duration(seconds: float) -> str:
     minutes = seconds / 60
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
-def is_stop(status: int) -> bool:
-    """Whether an exit status says that a job was told to stop, and can continue, rather than that it failed."""
-    return status == TIME_IS_UP or status > 128
 
 
 def _command() -> str:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from src import rundir, store
 from src.config import Tracking
 from src.errors import UsageError, one_line
-from src.record import METRICS, RECORD, Record, cut_and_read, encode, now
+from src.record import METRICS, Record, cut_and_read, encode, now, records_below
 from src.redact import redact
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,7 @@ class Tracker:
 
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        continued = (directory / RECORD).exists()
-        self.record = record = Record.load(directory) if continued else Record.new(run_name, tracking.experiment)
+        self.record = record = Record.find(directory) or Record.new(run_name, tracking.experiment)
         rows, end = cut_and_read(directory / METRICS)
         for row in rows:  # a kill may have come between a row and the record
             record.metrics |= {key: float(value) for key, value in row["metrics"].items()}
@@ -223,10 +222,9 @@ def waiting(root: Path) -> list[Path]:
     A run that a process works on is not waiting.
     """
     folders = []
-    for path in root.rglob(RECORD):
-        record = Record.load(path.parent)
-        if record.status == "RUNNING" or not record.is_delivered(path.parent):
-            folders.append((record.start_time, path.parent))
+    for directory, record in records_below(root):
+        if record.status == "RUNNING" or not record.is_delivered(directory):
+            folders.append((record.start_time, directory))
     return [folder for _, folder in sorted(folders) if not rundir.is_held(folder)]
 
 

@@ -8,13 +8,14 @@ import sys
 
 import pytest
 
-from scripts.gpu_speed import compose_config, flop_an_image
+from scripts.gpu_speed import flop_an_image
+from scripts.workbench import compose
 from tests.conftest import PROJECT
 
 
 def test_operations_are_counted_by_hand():
     widths = ["method.projector.hidden=[32]", "method.projector.out=16", "method.predictor_hidden=64"]
-    cfg = compose_config(["method=nnclr", "queue_size=64", "backbone=resnet_tiny", "data.image_size=32", *widths])
+    cfg = compose("method=nnclr", "queue_size=64", "backbone=resnet_tiny", "data.image_size=32", *widths)
     convolutions = 3 * 16 * 9 * 32**2 + 2 * 16 * 16 * 9 * 32**2
     side, before = 32, 16
     for width in (32, 64, 128):

@@ -5,14 +5,18 @@ A contender is a module with ``run(setting, pace)``, which trains for ever and c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from src.data import Split
 
 Pace = Callable[[], None]
+Transform = Callable[[Image.Image], Sequence[Tensor]]  # an image to its two views
 TEMPERATURE, EMBEDDING, PROJECTOR, PREDICTOR = 0.2, 256, 2048, 4096  # the defaults of conf/method
 
 
@@ -31,6 +35,32 @@ class Images(NamedTuple):
     split: Split
     classes: int
     source: str
+
+
+class PerImage(Dataset):
+    """Pairs of views, made by Pillow an image at a time, when they are asked for."""
+
+    def __init__(self, images: Tensor, transform: Transform) -> None:
+        self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Sequence[Tensor]:
+        return self.transform(Image.fromarray(self.images[row]))
+
+
+def loader(images: Images, transform: Transform, setting: Setting) -> DataLoader:
+    """Batches of pairs of views, from as many processes as the setting has workers."""
+    return DataLoader(
+        PerImage(images.split.images, transform),
+        setting.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=setting.workers,
+        persistent_workers=True,
+    )
 
 
 def encoder(name: str) -> tuple[torch.nn.Module, int]:

@@ -6,25 +6,9 @@ import torch
 from lightly.loss import NTXentLoss
 from lightly.models.modules import NNCLRPredictionHead, NNCLRProjectionHead, NNMemoryBankModule
 from lightly.transforms.simclr_transform import SimCLRTransform
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
 
-from scripts.rivals import EMBEDDING, PREDICTOR, PROJECTOR, TEMPERATURE, Images, Pace, Setting, encoder
-
-
-class TwoViews(Dataset):
-    """Pairs of views by lightly's transform, at the strength and without the blur that it advises for small images."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
-        self.transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> list[Tensor]:
-        return self.transform(Image.fromarray(self.images[row]))
+from scripts.rivals import EMBEDDING, PREDICTOR, PROJECTOR, TEMPERATURE, Images, Pace, Setting, encoder, loader
 
 
 def run(setting: Setting, images: Images, pace: Pace) -> None:
@@ -35,16 +19,10 @@ def run(setting: Setting, images: Images, pace: Pace) -> None:
     bank = NNMemoryBankModule(size=(setting.support, EMBEDDING))
     criterion = NTXentLoss(temperature=TEMPERATURE)
     optimizer = torch.optim.SGD(nn.ModuleList([backbone, projector, predictor]).parameters(), lr=0.06)
-    loader = DataLoader(
-        TwoViews(images.split.images),
-        setting.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=setting.workers,
-        persistent_workers=True,
-    )
+    # At the strength and without the blur that lightly advises for small images.
+    batches = loader(images, SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0), setting)
     while True:
-        for view1, view2 in loader:
+        for view1, view2 in batches:
             z1, z2 = projector(backbone(view1)), projector(backbone(view2))
             p1, p2 = predictor(z1), predictor(z2)
             q1, q2 = bank(z1.detach(), update=False), bank(z2.detach(), update=True)

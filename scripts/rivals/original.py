@@ -14,10 +14,9 @@ from PIL import Image
 from sklearn.cluster import MiniBatchKMeans
 from timm.optim import Lars
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from scripts.rivals import EMBEDDING, PREDICTOR, PROJECTOR, TEMPERATURE, Images, Pace, Setting, encoder
+from scripts.rivals import EMBEDDING, PREDICTOR, PROJECTOR, TEMPERATURE, Images, Pace, Setting, encoder, loader
 from src import models
 from src.losses import info_nce
 
@@ -38,19 +37,13 @@ def view(blur: float, solarize: float) -> transforms.Compose:
     )
 
 
-class TwoViews(Dataset):
-    """Pairs of views, made when they are asked for."""
+class TwoViews:
+    """An image's views, as in conf/augment/asymmetric.yaml, which this project is timed with: no blur."""
 
-    def __init__(self, images: Tensor) -> None:
-        self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
-        # As in conf/augment/asymmetric.yaml, which this project is timed with: no blur.
+    def __init__(self) -> None:
         self.views = view(blur=0.0, solarize=0.0), view(blur=0.0, solarize=0.2)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        image = Image.fromarray(self.images[row])
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         return self.views[0](image), self.views[1](image)
 
 
@@ -95,16 +88,9 @@ def run(method: str, setting: Setting, images: Images, pace: Pace) -> None:
     optimizer = Lars(
         nn.ModuleList([backbone, projector, predictor]).parameters(), lr=0.2, momentum=0.9, weight_decay=1e-6
     )
-    loader = DataLoader(
-        TwoViews(images.split.images),
-        setting.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=setting.workers,
-        persistent_workers=True,
-    )
+    batches = loader(images, TwoViews(), setting)
     while True:
-        for view1, view2 in loader:
+        for view1, view2 in batches:
             z1, z2 = projector(backbone(view1)), projector(backbone(view2))
             p1, p2 = predictor(z1), predictor(z2)
             with torch.no_grad():

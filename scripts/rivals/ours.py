@@ -43,6 +43,7 @@ def run(method: str, setting: Setting, images: Images, pace: Pace) -> None:
     """Train ``simclr``, ``nnclr`` or ``kmclr``."""
     size = {"kmclr": f"k={setting.support}", "nnclr": f"queue_size={setting.support}"}
     cfg = compose(
+        "data.final=true",
         f"method={method}",
         *([size[method]] if method in size else []),
         f"backbone={setting.backbone}",

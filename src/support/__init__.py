@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from src.diagnostics import entropy
 from src.timing import Stopwatch
 
 
@@ -102,11 +103,10 @@ class SupportSet(nn.Module, ABC):
         total = float(self.hits_N.sum())
         if total == 0:
             return {"support/age_steps": self.age_steps()}
-        shares = self.hits_N[self.hits_N > 0].double() / total
         return {
             "support/label_agreement": float(self.label_hits) / total,
             "support/self_hit": float(self.self_hits) / total,
-            "support/perplexity": math.exp(float(-(shares * shares.log()).sum())),
+            "support/perplexity": math.exp(float(entropy(self.hits_N))),
             "support/dead": float((self.hits_N == 0).sum()),
             "support/age_steps": self.age_steps(),
         }
