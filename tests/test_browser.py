@@ -279,7 +279,8 @@ def test_the_other_charts_show_too(page, sweep):
 
 
 def test_the_view_is_listed_by_name(page, sweep):
-    trigger = "return document.querySelector('[data-testid=saved-views-trigger]').textContent"
+    trigger = "return document.querySelector('[data-testid=saved-views-trigger]')?.textContent"
+    wait_until(page, lambda page: page.execute_script(trigger), "the page has no list of saved views")
     assert page.execute_script(trigger) == sweep.name
 
 
