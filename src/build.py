@@ -14,7 +14,7 @@ from src.methods.nnclr import NNCLR
 from src.methods.simclr import SimCLR
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
-from src.support.search import FaissSearch, Search, TorchSearch, has_faiss_gpu, require_faiss
+from src.support.search import FaissSearch, InvertedLists, Search, TorchSearch, has_faiss_gpu, require_faiss
 from src.views import ViewMaker
 
 Method = SimCLR | NNCLR | KMCLR
@@ -49,12 +49,12 @@ def precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def search(cfg: config.Search, device: torch.device) -> Search:
-    """The search back end; ``auto`` is FAISS on a GPU that it can use, and torch elsewhere.
+    """The back end of exact search; ``auto`` (and what ``ivf`` leaves to it) is FAISS on a usable GPU, else torch.
 
     Raises:
         UsageError: faiss is asked for and not installed.
     """
-    wants_faiss = cfg.name == "faiss" or (cfg.name == "auto" and device.type == "cuda" and has_faiss_gpu())
+    wants_faiss = cfg.name == "faiss" or (cfg.name != "torch" and device.type == "cuda" and has_faiss_gpu())
     return FaissSearch(device) if wants_faiss else TorchSearch()
 
 
@@ -105,7 +105,7 @@ def method(
                 backbone,
                 projector,
                 models.predictor(out, settings.predictor_hidden),
-                Queue(cfg.queue_size, out, search),
+                queue(settings, cfg.search, cfg.queue_size, out, search),
                 temperature=settings.temperature,
             )
         case config.KMCLR():
@@ -126,6 +126,21 @@ def method(
     if cfg.compile:
         model.encoder.compile()
     return model
+
+
+def queue(settings: config.NNCLR, cfg: config.Search, size: int, dim: int, search: Search) -> Queue:
+    """NNCLR's queue.
+
+    Raises:
+        UsageError: it is to be searched by inverted lists, and faiss is not installed or does not know the index.
+    """
+    lists = None
+    if cfg.name == "ivf":
+        assert cfg.index is not None
+        assert cfg.nprobe is not None
+        lists = InvertedLists(size, dim, cfg.index, cfg.nprobe)
+    dtype = torch.bfloat16 if settings.queue_precision == "bfloat16" else torch.float32
+    return Queue(size, dim, search, dtype=dtype, lists=lists, refresh_every=cfg.refresh_every or 0)
 
 
 def kmeans(settings: config.KMCLR, k: int, dim: int, classes: int, search: Search) -> KMeans:

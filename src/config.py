@@ -38,6 +38,7 @@ class NNCLR:
     temperature: float
     projector: Projector
     predictor_hidden: int
+    queue_precision: str
 
 
 @dataclass
@@ -125,6 +126,9 @@ class Augment:
 @dataclass
 class Search:
     name: str
+    index: str | None = None
+    nprobe: int | None = None
+    refresh_every: int | None = None
 
 
 @dataclass
@@ -261,6 +265,8 @@ def check(cfg: Config) -> None:
     positive("method.temperature", method.temperature)
     for width in [*method.projector.hidden, method.projector.out]:
         at_least("method.projector", width, 1)
+    if isinstance(method, NNCLR):
+        one_of("method.queue_precision", method.queue_precision, "float32", "bfloat16")
     if isinstance(method, KMCLR):
         one_of("method.metric", method.metric, "spherical", "euclidean")
         one_of("method.forget", method.forget, "reset", "decay", "none")
@@ -288,7 +294,11 @@ def check(cfg: Config) -> None:
     positive("schedule.gamma", cfg.schedule.gamma)
     for milestone in cfg.schedule.milestones:
         fraction("schedule.milestones", milestone)
-    one_of("search.name", cfg.search.name, "auto", "faiss", "torch")
+    one_of("search.name", cfg.search.name, "auto", "faiss", "torch", "ivf")
+    if cfg.search.name == "ivf" and not isinstance(method, NNCLR):
+        raise UsageError(f"search=ivf: only NNCLR's queue can use it; choose search=auto for method={method.name}")
+    at_least("search.nprobe", cfg.search.nprobe, 1)
+    at_least("search.refresh_every", cfg.search.refresh_every, 1)
     at_least("data.image_size", cfg.data.image_size, 8)
     at_least("data.limit", cfg.data.limit, 1)
     at_least("data.split_seed", cfg.data.split_seed, 0)

@@ -33,9 +33,9 @@ def options(group):
     ],
 )
 def test_every_option_of_every_group_composes(group, option):
-    extra = ["backbone.name=resnet10t"] if option == "timm" else []
+    extra = {"timm": ["backbone.name=resnet10t"], "ivf": ["method=nnclr"]}.get(option, [])
     cfg = parsed(f"{group}={option}", *extra)
-    assert getattr(cfg, group).name == (option if not extra else "resnet10t")
+    assert getattr(cfg, group).name == (option if option != "timm" else "resnet10t")
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
@@ -53,7 +53,7 @@ def test_the_issues_groups_are_all_there():
     assert options("optimizer") == ["adamw", "lars", "sgd"]
     assert options("data") == ["cifar10", "cifar100", "digits", "image_folder", "parquet"]
     assert options("augment") == ["asymmetric", "crop_only", "symmetric"]
-    assert options("search") == ["auto", "faiss", "torch"]
+    assert options("search") == ["auto", "faiss", "ivf", "torch"]
     assert options("tracking") == ["jsonl", "mlflow"]
     assert options("evaluation") == ["linear", "original"]
 
@@ -103,6 +103,7 @@ def test_the_original_study_to_the_letter():
         ("optimizer.lr=nan", "optimizer.lr=nan: must be above 0"),
         ("method.temperature=0", "method.temperature=0.0: must be above 0"),
         ("method.forget=sometimes", "method.forget=sometimes: choose one of reset, decay, none"),
+        ("search=ivf", "search=ivf: only NNCLR's queue can use it; choose search=auto for method=kmclr"),
         ("method.metric=l1", "method.metric=l1: choose one of spherical, euclidean"),
         ("data.val_fraction=1", "data.val_fraction=1.0: must lie between 0 and 1"),
         ("augment.view1.blur=3", "augment.view1.blur=3.0: must lie between 0 and 1"),

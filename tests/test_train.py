@@ -189,6 +189,8 @@ class StopAfter(Stopper):
     [
         ("simclr", []),
         ("nnclr", []),
+        ("nnclr", ["method.queue_precision=bfloat16"]),
+        ("nnclr", ["search=ivf", "search.index='IVF4,Flat'", "search.nprobe=1", "search.refresh_every=3"]),
         ("kmclr", ["method.forget_every=1"]),
         ("kmclr", ["method.forget=decay", "method.half_life=3", "method.revive_after=2"]),
         ("kmclr", ["method.refit=faiss", "method.refit_every=2", "method.refit_window=100"]),

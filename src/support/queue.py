@@ -10,13 +10,21 @@ from torch import Tensor
 
 from src.support import Neighbors, SupportSet
 from src.support.ring import Ring
-from src.support.search import Search
+from src.support.search import InvertedLists, Search
 
 
 class Queue(SupportSet):
     """The last ``size`` embeddings; a lookup returns the one with the highest cosine similarity.
 
     Shapes: B batch, D dimensions, N slots.
+
+    Args:
+        size: N.
+        dim: D.
+        search: exact, over the whole queue.
+        dtype: of the stored vectors.
+        lists: search by these instead, once the queue is full; a query whose lists hold nothing is searched exactly.
+        refresh_every: steps after which the lists are trained anew.
 
     Source: Dwibedi et al., "With a Little Help from My Friends", ICCV 2021, section 3.2. Deviation: until it is full,
     NNCLR takes the other view as the positive, where the paper starts from random vectors.
@@ -26,20 +34,38 @@ class Queue(SupportSet):
     labels_N: Tensor
     written_N: Tensor
 
-    def __init__(self, size: int, dim: int, search: Search) -> None:
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        search: Search,
+        *,
+        dtype: torch.dtype = torch.float32,
+        lists: InvertedLists | None = None,
+        refresh_every: int = 0,
+    ) -> None:
         super().__init__(size)
         self.search = search
+        self.lists = lists
+        self.refresh_every = refresh_every
         self.step = 0
-        self.ring = Ring(size, dim)
+        self.refreshed = 0  # the step at which the lists were trained
+        self.ring = Ring(size, dim, dtype)
         self.register_buffer("images_N", torch.full((size,), -1))
         self.register_buffer("labels_N", torch.full((size,), -1))
         self.register_buffer("written_N", torch.zeros(size, dtype=torch.int64))
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"step": self.step}
+    def get_extra_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"step": self.step}
+        if self.lists is not None:
+            state |= {"refreshed": self.refreshed, "lists": self.lists.trained}
+        return state
 
     def set_extra_state(self, state: Any) -> None:
         self.step = state["step"]
+        if self.lists is not None:
+            self.refreshed = state["refreshed"]
+            self.lists.restore(state["lists"])
 
     @property
     def ready(self) -> bool:
@@ -47,7 +73,7 @@ class Queue(SupportSet):
 
     @property
     def stored_bytes(self) -> int:
-        return self.ring.rows_ND.nbytes
+        return self.ring.rows_ND.nbytes + (self.lists.stored_bytes if self.lists is not None else 0)
 
     @torch.no_grad()
     def lookup(self, embeddings_BD: Tensor) -> Neighbors:
@@ -62,9 +88,22 @@ class Queue(SupportSet):
         bank_ND = self.ring.filled_ND
         if len(bank_ND) == 0:
             raise ValueError("lookup in an empty queue: update it first")
-        _, ids_B1 = self.search(F.normalize(embeddings_BD.float(), dim=1), bank_ND)
-        ids_B = ids_B1[:, 0]
-        return Neighbors(bank_ND[ids_B], ids_B)
+        queries_BD = F.normalize(embeddings_BD.float(), dim=1)
+        ids_B = self._by_lists(queries_BD) if self.lists is not None and self.ready else self._exactly(queries_BD)
+        return Neighbors(bank_ND[ids_B].float(), ids_B)
+
+    def _exactly(self, queries_BD: Tensor) -> Tensor:
+        return self.search(queries_BD, self.ring.filled_ND)[1][:, 0]
+
+    def _by_lists(self, queries_BD: Tensor) -> Tensor:
+        assert self.lists is not None
+        if self.lists.empty:  # after a resume
+            self.lists.fill(self.ring)
+        ids_B = self.lists.nearest(queries_BD, self.ring.total)
+        lost_B = ids_B < 0
+        if lost_B.any():
+            ids_B[lost_B] = self._exactly(queries_BD[lost_B])
+        return ids_B
 
     @torch.no_grad()
     def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
@@ -74,6 +113,19 @@ class Queue(SupportSet):
         self.labels_N[slots] = labels_B[-len(slots) :]
         self.written_N[slots] = self.step
         self.step += 1
+        if self.lists is not None and self.ready:
+            self._list(len(slots))
+
+    def _list(self, new: int) -> None:
+        """Let the newest vectors into the lists; train these first, at the first call and at every refresh."""
+        assert self.lists is not None
+        if self.refreshed == 0 or self.step >= self.refreshed + self.refresh_every:
+            self.refreshed = self.step
+            self.lists.train(self.ring)
+        elif self.lists.empty:
+            self.lists.fill(self.ring)
+        else:
+            self.lists.add(self.ring, new)
 
     def labels_of(self, ids_B: Tensor) -> Tensor:
         return self.labels_N[ids_B]

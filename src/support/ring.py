@@ -16,11 +16,11 @@ class Ring(nn.Module):
 
     rows_ND: Tensor
 
-    def __init__(self, size: int, dim: int) -> None:
+    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.size = size
         self.total = 0  # rows ever written; the next slot is total % size
-        self.register_buffer("rows_ND", torch.zeros(size, dim))
+        self.register_buffer("rows_ND", torch.zeros(size, dim, dtype=dtype))
 
     def get_extra_state(self) -> dict[str, int]:
         return {"total": self.total}
@@ -46,6 +46,6 @@ class Ring(nn.Module):
         batch = len(rows_BD)
         skipped = max(0, batch - self.size)
         slots = (torch.arange(skipped, batch, device=rows_BD.device) + self.total) % self.size
-        self.rows_ND[slots] = rows_BD[skipped:]
+        self.rows_ND[slots] = rows_BD[skipped:].to(self.rows_ND.dtype)
         self.total += batch
         return slots

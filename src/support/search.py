@@ -1,6 +1,7 @@
-"""Exact nearest neighbours: one call, two back ends.
+"""Nearest neighbours: exact ones in one call with two back ends, and approximate ones of a queue.
 
-Shapes: B queries, N bank vectors, D dimensions, K neighbours. Everything is float32. The only file that imports faiss.
+Shapes: B queries, N bank vectors, D dimensions, K neighbours. Queries and scores are float32; a bank may be bfloat16.
+The only file that imports faiss.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from src.errors import UsageError
+from src.errors import UsageError, one_line
+from src.support.ring import Ring
 
 Metric = Literal["cosine", "euclidean"]
 # A block of the torch back end's B x N matrix holds at most this many numbers (256 MiB).
 BLOCK = 2**26
+PIECE = 2**16  # vectors listed at a time, so that a bfloat16 ring is never whole in float32
 
 
 def require_faiss(asked: str, instead: str) -> None:
@@ -53,8 +56,9 @@ class TorchSearch:
     def __call__(
         self, queries_BD: Tensor, bank_ND: Tensor, k: int = 1, metric: Metric = "cosine"
     ) -> tuple[Tensor, Tensor]:
+        queries_BD = queries_BD.to(bank_ND.dtype)
         blocks = [self._block(block, bank_ND, k, metric) for block in queries_BD.split(max(1, BLOCK // len(bank_ND)))]
-        return torch.cat([scores for scores, _ in blocks]), torch.cat([ids for _, ids in blocks])
+        return torch.cat([scores for scores, _ in blocks]).float(), torch.cat([ids for _, ids in blocks])
 
     @staticmethod
     def _block(queries_BD: Tensor, bank_ND: Tensor, k: int, metric: Metric) -> tuple[Tensor, Tensor]:
@@ -99,12 +103,109 @@ class FaissSearch:
         if queries_BD.is_cuda:
             import faiss.contrib.torch_utils  # lets faiss take torch tensors where they lie
 
+            queries_BD = queries_BD.to(bank_ND.dtype)
             with torch.cuda.device(queries_BD.device):
                 scores, ids = faiss.knn_gpu(self._resources, queries_BD, bank_ND, k, metric=kind)
         else:
-            found = faiss.knn(queries_BD.numpy(), bank_ND.numpy(), k, metric=kind)
+            found = faiss.knn(queries_BD.numpy(), bank_ND.float().numpy(), k, metric=kind)
             scores, ids = (torch.as_tensor(each) for each in found)
         return (scores if metric == "cosine" else -scores), ids
+
+
+class InvertedLists:
+    """Approximate nearest neighbours in a ring of unit vectors, by cosine.
+
+    Coarse centroids divide the space; each vector is listed under its nearest one, and a query searches the lists of
+    its ``nprobe`` nearest centroids. Vectors enter as they come, under running numbers; those that the ring has
+    overwritten since the last training stay listed and are passed over. ``trained`` is all that has to be saved: with
+    the ring's vectors it gives the same answers again.
+
+    Source: Jegou et al., "Product Quantization for Nearest Neighbor Search", TPAMI 2011, section IV, as in FAISS.
+
+    Args:
+        size: of the ring.
+        dim: D.
+        factory: FAISS's string for the index, ``IVF1024,Flat`` say.
+        nprobe: lists searched for each query.
+
+    Raises:
+        UsageError: faiss is not installed, the string is not one of an inverted-file index, or the ring holds fewer
+            vectors than the index has lists.
+    """
+
+    def __init__(self, size: int, dim: int, factory: str, nprobe: int) -> None:
+        require_faiss("search=ivf", "search=torch")
+        import faiss
+
+        self.size = size
+        self.dim = dim
+        self.factory = factory
+        self.nprobe = nprobe
+        self.trained: Tensor | None = None  # centroids and quantizers, without vectors, as FAISS's bytes
+        try:
+            self.index = self._untrained()
+        except RuntimeError as error:
+            raise UsageError(f"search.index={factory}: FAISS refuses it ({one_line(error)})") from None
+        if not isinstance(self.index, faiss.IndexIVF):
+            raise UsageError(f"search.index={factory}: is not an inverted-file index; try IVF1024,Flat")
+        if self.index.nlist > size:
+            raise UsageError(f"search.index={factory}: more lists than queue_size={size} has vectors; use fewer")
+
+    @property
+    def empty(self) -> bool:
+        return self.index.ntotal == 0
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the listed vectors, their numbers, and the coarse centroids."""
+        return self.index.ntotal * (self.index.code_size + 8) + self.index.nlist * self.dim * 4
+
+    def train(self, ring: Ring) -> None:
+        """Find the centroids anew (FAISS takes 256 vectors a list at most), and list what the ring holds."""
+        import faiss
+
+        self.index = self._untrained()
+        self.index.train(ring.filled_ND.float().cpu().numpy())
+        self.trained = torch.as_tensor(faiss.serialize_index(self.index))
+        self.fill(ring)
+
+    def restore(self, trained: Tensor | None) -> None:
+        """Take over another's ``trained``; the vectors come with `fill`."""
+        import faiss
+
+        self.trained = trained
+        self.index = self._untrained() if trained is None else faiss.deserialize_index(trained.cpu().numpy())
+
+    def fill(self, ring: Ring) -> None:
+        """List all that the ring holds."""
+        self.add(ring, len(ring.filled_ND))
+
+    def add(self, ring: Ring, new: int) -> None:
+        """List the ring's ``new`` newest vectors, oldest first."""
+        for first in range(ring.total - new, ring.total, PIECE):
+            numbers = torch.arange(first, min(first + PIECE, ring.total))
+            rows = ring.rows_ND[(numbers % self.size).to(ring.rows_ND.device)]
+            self.index.add_with_ids(rows.float().cpu().numpy(), numbers.numpy())
+
+    def nearest(self, queries_BD: Tensor, total: int) -> Tensor:
+        """The slot of each query's nearest listed vector [B]; -1 where its lists hold none that is still in the ring.
+
+        Args:
+            queries_BD: unit vectors.
+            total: vectors ever written to the ring.
+        """
+        import faiss
+
+        parameters: Any = faiss.SearchParametersIVF  # FAISS's own types do not know what it takes
+        wanted = parameters(sel=faiss.IDSelectorRange(total - self.size, total), nprobe=self.nprobe)
+        _, numbers = self.index.search(queries_BD.cpu().numpy(), 1, params=wanted)
+        ids_B = torch.as_tensor(numbers[:, 0])
+        return torch.where(ids_B < 0, ids_B, ids_B % self.size).to(queries_BD.device)
+
+    def _untrained(self) -> Any:
+        import faiss
+
+        return faiss.index_factory(self.dim, self.factory, faiss.METRIC_INNER_PRODUCT)
 
 
 def cluster(

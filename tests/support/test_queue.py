@@ -1,3 +1,4 @@
+import io
 import math
 from collections import deque
 
@@ -7,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from src.errors import UsageError
 from src.support.queue import Queue
-from src.support.search import TorchSearch
+from src.support.search import InvertedLists, TorchSearch
 
 DIM = 6
 
@@ -94,3 +96,99 @@ def test_stats_by_hand():
     queue.clear_stats()
     assert queue.stats() == {"support/age_steps": 0.5}
     assert queue.stored_bytes == 4 * DIM * 4
+
+
+def test_a_bfloat16_queue_takes_half_the_memory_and_loses_little():
+    torch.manual_seed(0)
+    rows = torch.randn(512, 64)
+    whole, half = (Queue(512, 64, TorchSearch(), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    for queue in (whole, half):
+        queue.update(rows, torch.arange(512), torch.zeros(512, dtype=torch.int64))
+    assert half.stored_bytes == whole.stored_bytes / 2
+    queries = F.normalize(torch.randn(256, 64), dim=1)
+    exact, found = whole.lookup(queries), half.lookup(queries)
+    assert found.embeddings.dtype == torch.float32
+    lost = ((exact.embeddings - found.embeddings) * queries).sum(1)
+    assert lost.mean() < 0.002
+    assert lost.max() < 0.02
+
+
+def listed(size, nprobe, factory="IVF8,Flat", refresh_every=4):
+    pytest.importorskip("faiss")
+    lists = InvertedLists(size, 16, factory, nprobe)
+    return Queue(size, 16, TorchSearch(), lists=lists, refresh_every=refresh_every)
+
+
+def batch_of(step, rows=50):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(rows, 16, generator=generator), torch.arange(rows) + rows * step, torch.arange(rows) % 5
+
+
+def test_all_lists_searched_is_exact_search_whatever_has_been_overwritten():
+    exact, queue = Queue(180, 16, TorchSearch()), listed(180, nprobe=8)
+    queries = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    for step in range(15):  # three trainings; the ring is overwritten four times
+        for each in (exact, queue):
+            each.update(*batch_of(step))
+        assert torch.equal(queue.lookup(queries).ids, exact.lookup(queries).ids)
+        assert torch.equal(queue.lookup(queries).embeddings, exact.lookup(queries).embeddings)
+
+
+def test_few_lists_find_most_neighbours():
+    exact, queue = Queue(2000, 16, TorchSearch()), listed(2000, nprobe=4, factory="IVF16,Flat")
+    for step in range(42):
+        for each in (exact, queue):
+            each.update(*batch_of(step))
+    queries = torch.randn(400, 16, generator=torch.Generator().manual_seed(1))
+    agreeing = (queue.lookup(queries).ids == exact.lookup(queries).ids).float().mean()
+    assert 0.5 < agreeing < 1
+
+
+def test_a_query_whose_lists_are_empty_is_searched_exactly():
+    exact, queue = Queue(100, 16, TorchSearch()), listed(100, nprobe=1, factory="IVF64,Flat", refresh_every=10**6)
+    for step in range(4):  # nothing that trained the lists is left
+        for each in (exact, queue):
+            each.update(*batch_of(step))
+    queries = F.normalize(batch_of(0)[0][:40], dim=1)  # near centroids whose members are gone
+    lost = queue.lists.nearest(queries, queue.ring.total) < 0
+    assert lost.any()
+    assert torch.equal(queue.lookup(queries).ids[lost], exact.lookup(queries).ids[lost])
+
+
+@pytest.mark.parametrize("stopped_at", [2, 5, 6, 9])
+def test_lists_resume_to_the_same_neighbours(stopped_at):
+    unbroken, before, after = (listed(180, nprobe=1) for _ in range(3))
+    queries = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    for step in range(12):
+        unbroken.update(*batch_of(step))
+        if step < stopped_at:
+            before.update(*batch_of(step))
+            continue
+        if step == stopped_at:
+            saved = io.BytesIO()
+            torch.save(before.state_dict(), saved)
+            saved.seek(0)
+            after.load_state_dict(torch.load(saved, weights_only=True))
+            if before.ready:
+                assert torch.equal(after.lookup(queries).ids, before.lookup(queries).ids)
+        after.update(*batch_of(step))
+        if after.ready:
+            assert torch.equal(after.lookup(queries).ids, unbroken.lookup(queries).ids)
+
+
+def test_lists_count_as_memory():
+    queue = listed(200, nprobe=1)
+    for step in range(4):
+        queue.update(*batch_of(step))
+    vectors, numbers, centroids = 200 * 16 * 4, 200 * 8, 8 * 16 * 4
+    assert queue.stored_bytes == vectors + (vectors + numbers + centroids)
+
+
+@pytest.mark.parametrize(
+    ("factory", "size", "says"),
+    [("nonsense", 100, "FAISS refuses"), ("Flat", 100, "not an inverted-file"), ("IVF64,Flat", 50, "more lists than")],
+)
+def test_an_index_that_cannot_serve_is_refused(factory, size, says):
+    pytest.importorskip("faiss")
+    with pytest.raises(UsageError, match=f"search.index={factory}.*{says}"):
+        InvertedLists(size, 16, factory, 1)
