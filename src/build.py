@@ -61,7 +61,7 @@ def search(cfg: config.Search, device: torch.device) -> Search:
 def views(cfg: Config, data: Dataset) -> tuple[ViewMaker, ViewMaker]:
     """What makes view 1 and view 2."""
     view1, view2 = (
-        ViewMaker(view, cfg.augment.interpolation, cfg.data.image_size, data.mean, data.std)
+        ViewMaker(view, cfg.augment.interpolation, cfg.data.image_size, data.mean, data.std, compiled=cfg.compile)
         for view in (cfg.augment.view1, cfg.augment.view2)
     )
     return view1, view2

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import math
@@ -136,6 +137,18 @@ def test_what_makes_a_step_fast_leaves_the_loss_curve(run, monkeypatch, method, 
     assert len(set(slow)) == len(slow)
     tolerance = {"search": 0, "layout": 0.01, "precision": 0.05}[plain]
     assert fast == pytest.approx(slow, abs=0, rel=tolerance)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(run, monkeypatch):
+    overrides = [*METHODS["kmclr"], "optimizer.lr=0.001"]
+    plain, compiled = run(*overrides, directory="plain"), run(*overrides, "compile=true", directory="compiled")
+    assert losses(compiled) == pytest.approx(losses(plain), abs=0, rel=0.01)
+    for steps in (2, 100):
+        monkeypatch.setattr(train, "Stopper", lambda _, steps=steps: StopAfter(steps))
+        with contextlib.suppress(SystemExit):
+            run(*overrides, "compile=true", directory="broken")
+    assert_same_run(compiled, compiled.parent / "broken")
 
 
 def test_reviving_without_asking_the_device_leaves_the_loss_curve(run, monkeypatch):

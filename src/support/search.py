@@ -18,6 +18,7 @@ from src.support.ring import Ring
 Metric = Literal["cosine", "euclidean"]
 # A block of the torch back end's B x N matrix holds at most this many numbers (256 MiB).
 BLOCK = 2**26
+SAMPLE = 256  # vectors a list to train on, the most that FAISS uses
 PIECE = 2**16  # vectors listed at a time, so that a bfloat16 ring is never whole in float32
 
 
@@ -161,11 +162,12 @@ class InvertedLists:
         return self.index.ntotal * (self.index.code_size + 8) + self.index.nlist * self.dim * 4
 
     def train(self, ring: Ring) -> None:
-        """Find the centroids anew (FAISS takes 256 vectors a list at most), and list what the ring holds."""
+        """Find the centroids anew, from vectors evenly spaced over the ring, and list all that it holds."""
         import faiss
 
         self.index = self._untrained()
-        self.index.train(ring.filled_ND.float().cpu().numpy())
+        every = max(1, len(ring.filled_ND) // (SAMPLE * self.index.nlist))
+        self.index.train(ring.filled_ND[::every].float().cpu().numpy())
         self.trained = torch.as_tensor(faiss.serialize_index(self.index))
         self.fill(ring)
 

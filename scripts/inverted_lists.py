@@ -1,0 +1,155 @@
+"""What inverted lists find of a large queue, and what they cost: ``search=ivf`` against exact search.
+
+    python -m scripts.inverted_lists RUN [--data DIR] [--sizes N ...] [--out FILE]
+
+RUN is the folder of a finished run. The vectors are its features of augmented views of its training images, so that
+neighbourhoods are real; sizes beyond 2^20 repeat them with noise. Recall is the share of 512 queries, further
+views, for which the lists give a neighbour as near as exact search does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor
+
+from scripts.workbench import machine
+from src import build, config
+from src.data import load
+from src.support.queue import Queue
+from src.support.search import FaissSearch, InvertedLists, TorchSearch
+
+REAL = 2**20
+NOISE = 0.33
+TIE = 1e-3  # in cosine: what 16 bits cannot tell apart
+QUERIES = 512
+NPROBES = (1, 4, 16, 64)
+OUT = Path("results/benchmarks/inverted_lists.md")
+
+
+class Row(NamedTuple):
+    """One queue, one index, one number of probed lists."""
+
+    size: int
+    lists: str
+    nprobe: int
+    recall: float
+    cosine_lost: float
+    ms: float
+    exact_ms: float
+    train_s: float
+    gib: float
+
+
+@torch.inference_mode()
+def features(run: Path, count: int, data: Path | None) -> Tensor:
+    """Unit features [count, F] of random views of a run's training images."""
+    composed = OmegaConf.load(run / "config.yaml")
+    if data is not None:
+        composed.data.root = str(data)
+    cfg = config.parse(cast(DictConfig, composed))
+    images = load(cfg.data)
+    encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
+    encoder.load_state_dict(load_file(run / "encoder.safetensors"))
+    encoder = encoder.eval().to(memory_format=torch.channels_last)
+    view, _ = build.views(cfg, images)
+    torch.manual_seed(0)
+    batches = []
+    for first in range(0, count, 1024):
+        rows = torch.arange(first, min(first + 1024, count)) % len(images.train)
+        with torch.autocast("cpu", build.precision("auto", torch.device("cpu"))):
+            batches.append(F.normalize(encoder(view(images.train.take(rows).images)).float(), dim=1).bfloat16())
+    return torch.cat(batches)
+
+
+def queue_of(size: int, real: Tensor) -> Queue:
+    """A full queue, in bfloat16."""
+    queue = Queue(size, real.shape[1], TorchSearch(), dtype=torch.bfloat16)
+    torch.manual_seed(1)
+    for first in range(0, size, 2**16):
+        rows = torch.arange(first, min(first + 2**16, size))
+        vectors = real[rows % len(real)].float()
+        if first >= len(real):
+            vectors += NOISE * F.normalize(torch.randn_like(vectors), dim=1)
+        queue.update(vectors, rows, rows % 100)
+    return queue
+
+
+def timed(action: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """What an action gives, and the least milliseconds that it took."""
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        result = action()
+        taken.append(1000 * (time.perf_counter() - started))
+    return result, min(taken)
+
+
+def measure(size: int, real: Tensor, queries: Tensor) -> list[Row]:
+    """One queue, its lists, and several numbers of them probed."""
+    queue = queue_of(size, real)
+    exact = FaissSearch(torch.device("cpu"))(queries, queue.ring.rows_ND)[1][:, 0]  # in float32: bfloat16 has ties
+    _, exact_ms = timed(lambda: queue.lookup(queries).ids)
+    best = (queries * queue.ring.rows_ND[exact].float()).sum(1)
+    factory = f"IVF{2 ** round(math.log2(size**0.5)) * 4},SQfp16"
+    queue.lists = lists = InvertedLists(size, real.shape[1], factory, 1)
+    started = time.perf_counter()
+    lists.train(queue.ring)
+    train_s = time.perf_counter() - started
+    rows = []
+    for nprobe in NPROBES:
+        lists.nprobe = nprobe
+        found, ms = timed(lambda: queue.lookup(queries).embeddings)
+        lost = (best - (queries * found).sum(1)).clamp(min=0)
+        recall, cosine_lost = float((lost < TIE).float().mean()), float(lost.mean())
+        gib = queue.stored_bytes / 2**30
+        rows.append(Row(size, factory, nprobe, recall, cosine_lost, ms, exact_ms, train_s, gib))
+    return rows
+
+
+def main() -> None:
+    """Measure and tabulate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2**16, 2**18, 2**20, 10**7])
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    real = features(args.run, min(max(args.sizes), REAL) + QUERIES, args.data)
+    real, queries = real[:-QUERIES], real[-QUERIES:].float()
+    rows = [row for size in args.sizes for row in measure(size, real, F.normalize(queries, dim=1))]
+    heads = ["vectors", "index", "probed", "recall", "cosine lost", "lookup (ms)", "exact (ms)", "training (s)", "GiB"]
+    lines = [
+        "# Inverted lists",
+        "",
+        f"`search=ivf` beside exact search of the same queue, which is in bfloat16 and in {real.shape[1]} dimensions:",
+        f"lookups of {QUERIES} queries, minima of 3. `SQfp16` lists hold a second copy in 16 bits. The vectors are",
+        f"features of augmented CIFAR-100 images; above {len(real):,} they repeat, with noise of length {NOISE}.",
+        "Training comes once in `search.refresh_every` steps.",
+        "",
+        f"| {' | '.join(heads)} |",
+        f"|{' --- |' * len(heads)}",
+        *(
+            f"| {r.size:,} | {r.lists} | {r.nprobe} | {r.recall:.1%} | {r.cosine_lost:.4f} "
+            f"| {r.ms:.1f} | {r.exact_ms:.1f} | {r.train_s:.1f} | {r.gib:.2f} |"
+            for r in rows
+        ),
+        "",
+        f"{machine()}.",
+        "",
+    ]
+    args.out.write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
