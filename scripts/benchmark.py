@@ -27,6 +27,7 @@ SETTINGS = {"resnet18-64": ("resnet18", 64), "resnet18-256": ("resnet18", 256), 
 # Label, module in scripts/rivals, method, stored vectors.
 CONTENDERS = (
     ("this project, KMCLR 400", "ours", "kmclr", 400),
+    ("this project, KMCLR 400, compile=true", "ours_compiled", "kmclr", 400),
     ("this project, SimCLR", "ours", "simclr", 0),
     ("this project, NNCLR 98,304", "ours", "nnclr", 98_304),
     ("the original's algorithm, KMCLR 400", "original", "kmclr", 400),
@@ -94,7 +95,12 @@ def contend(number: int, setting: str) -> None:
     else:
         from scripts.rivals import original, ours
 
-        chosen = partial({"ours": ours, "original": original}[module].run, method)
+        runs: dict[str, Callable[..., None]] = {
+            "ours": ours.run,
+            "ours_compiled": partial(ours.run, compiled=True),
+            "original": original.run,
+        }
+        chosen = partial(runs[module], method)
     chosen(Setting(backbone, batch_size, support, workers=cores), images(), clock)
 
 

@@ -140,7 +140,8 @@ class GridSweeper(Sweeper):
                 distinct.setdefault(identity, job)
         if any(job.cfg and job.cfg.output_dir for job in distinct.values()) and len(distinct) > 1:
             raise UsageError("output_dir: each job of a sweep has a folder of its own under multirun/; leave it out")
-        return list(distinct.values())
+        # One seed after the other: whatever stops a sweep, the seeds that are done make whole curves.
+        return sorted(distinct.values(), key=lambda job: job.cfg.seed if job.cfg else 0)
 
     def _grid(self, overrides: list[str]) -> Grid:
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)

@@ -20,7 +20,7 @@ from tests.conftest import PROJECT
 def test_help_is_complete(command):
     done = command("src.train", "--help")
     assert done.returncode == 0
-    for line in ("method: kmclr, nnclr, simclr", "search: auto, faiss, torch", "tracking: jsonl, mlflow"):
+    for line in ("method: kmclr, nnclr, simclr", "search: auto, faiss, ivf, torch", "tracking: jsonl, mlflow"):
         assert line in done.stdout
     assert "python -m src.train method=kmclr k=400" in done.stdout
     assert "mlflow ui" in done.stdout

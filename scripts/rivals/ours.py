@@ -39,7 +39,7 @@ class Unlogged:
     flush = sync = log
 
 
-def run(method: str, setting: Setting, images: Images, pace: Pace) -> None:
+def run(method: str, setting: Setting, images: Images, pace: Pace, *, compiled: bool = False) -> None:
     """Train ``simclr``, ``nnclr`` or ``kmclr``."""
     size = {"kmclr": f"k={setting.support}", "nnclr": f"queue_size={setting.support}"}
     cfg = compose(
@@ -48,6 +48,7 @@ def run(method: str, setting: Setting, images: Images, pace: Pace) -> None:
         *([size[method]] if method in size else []),
         f"backbone={setting.backbone}",
         f"batch_size={setting.batch_size}",
+        f"compile={str(compiled).lower()}",
         "checkpoint.every=1000000",
         "checkpoint.minutes=1000000",
     )
