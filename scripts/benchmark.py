@@ -72,8 +72,9 @@ class Contender:
         raise SystemExit(f"error: {self.label} ended with status {self.process.wait()}")
 
     def end(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 def contend(number: int, setting: str) -> None:

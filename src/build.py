@@ -113,9 +113,10 @@ def method(
             model = KMCLR(
                 backbone,
                 projector,
-                models.predictor(out, settings.predictor_hidden),
+                models.predictor(out, settings.predictor_hidden) if settings.prototype_weight else None,
                 kmeans(settings, cfg.k, out, classes, search),
                 temperature=settings.temperature,
+                prototype_weight=settings.prototype_weight,
                 mask_shared=settings.same_prototype == "mask",
             )
         case _:

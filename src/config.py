@@ -47,6 +47,8 @@ class KMCLR:
     temperature: float
     projector: Projector
     predictor_hidden: int
+    prototype_weight: float
+    same_prototype: str
     metric: str
     forget: str
     forget_every: int
@@ -55,7 +57,6 @@ class KMCLR:
     refit: str
     refit_every: int
     refit_window: int
-    same_prototype: str
 
 
 @dataclass
@@ -268,10 +269,11 @@ def check(cfg: Config) -> None:
     if isinstance(method, NNCLR):
         one_of("method.queue_precision", method.queue_precision, "float32", "bfloat16")
     if isinstance(method, KMCLR):
+        fraction("method.prototype_weight", method.prototype_weight)
+        one_of("method.same_prototype", method.same_prototype, "mask", "negative")
         one_of("method.metric", method.metric, "spherical", "euclidean")
         one_of("method.forget", method.forget, "reset", "decay", "none")
         one_of("method.refit", method.refit, "online", "faiss")
-        one_of("method.same_prototype", method.same_prototype, "mask", "negative")
         at_least("method.forget_every", method.forget_every, 1)
         positive("method.half_life", method.half_life)
         at_least("method.revive_after", method.revive_after, 0)

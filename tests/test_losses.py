@@ -12,43 +12,54 @@ BATCHES = st.integers(2, 9)
 TEMPERATURES = st.floats(0.05, 2)
 
 
-def nt_xent_by_loops(z1, z2, temperature):
-    """Equation 1 of the SimCLR paper, term by term, in float64."""
+def nt_xent_by_loops(z1, z2, temperature, alike=None):
+    """Equation 1 of the SimCLR paper, term by term, in float64; alike images are left out."""
     z = [row / row.norm() for row in torch.cat([z1, z2]).double()]
     batch, total = len(z1), 0.0
     for i in range(2 * batch):
         j = (i + batch) % (2 * batch)
-        others = sum(math.exp(float(z[i] @ z[m]) / temperature) for m in range(2 * batch) if m != i)
+        others = sum(
+            math.exp(float(z[i] @ z[m]) / temperature)
+            for m in range(2 * batch)
+            if m != i and (alike is None or m % batch == i % batch or not alike[i % batch][m % batch])
+        )
         total -= math.log(math.exp(float(z[i] @ z[j]) / temperature) / others)
     return total / (2 * batch)
 
 
-def info_nce_by_loops(positives, predictions, temperature, ids=None):
-    """Equation 3 of the NNCLR paper, term by term, in float64; equal ids leave a column out."""
+def info_nce_by_loops(positives, predictions, temperature, alike=None):
+    """Equation 3 of the NNCLR paper, term by term, in float64; alike rows are left out."""
     q = [row / row.norm() for row in positives.double()]
     p = [row / row.norm() for row in predictions.double()]
     total = 0.0
     for i in range(len(q)):
-        columns = [k for k in range(len(p)) if ids is None or k == i or ids[k] != ids[i]]
+        columns = [k for k in range(len(p)) if alike is None or k == i or not alike[i][k]]
         terms = {k: math.exp(float(q[i] @ p[k]) / temperature) for k in columns}
         total -= math.log(terms[i] / sum(terms.values()))
     return total / len(q)
 
 
-@settings(max_examples=30)
-@given(BATCHES, TEMPERATURES)
-def test_nt_xent_is_its_equation(batch, temperature):
-    z1, z2 = torch.randn(2, batch, 5)
-    assert nt_xent(z1, z2, temperature).item() == pytest.approx(nt_xent_by_loops(z1, z2, temperature), rel=1e-4)
+def some_alike(batch):
+    ids = torch.randint(0, 3, (batch,))
+    return ids[:, None] == ids
 
 
 @settings(max_examples=30)
 @given(BATCHES, TEMPERATURES, st.booleans())
-def test_info_nce_is_its_equation(batch, temperature, with_ids):
+def test_nt_xent_is_its_equation(batch, temperature, with_alike):
+    z1, z2 = torch.randn(2, batch, 5)
+    alike = some_alike(batch) if with_alike else None
+    expected = nt_xent_by_loops(z1, z2, temperature, None if alike is None else alike.tolist())
+    assert nt_xent(z1, z2, temperature, alike).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@settings(max_examples=30)
+@given(BATCHES, TEMPERATURES, st.booleans())
+def test_info_nce_is_its_equation(batch, temperature, with_alike):
     q, p = torch.randn(2, batch, 5)
-    ids = torch.randint(0, 3, (batch,)) if with_ids else None
-    expected = info_nce_by_loops(q, p, temperature, None if ids is None else ids.tolist())
-    assert info_nce(q, p, temperature, ids).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    alike = some_alike(batch) if with_alike else None
+    expected = info_nce_by_loops(q, p, temperature, None if alike is None else alike.tolist())
+    assert info_nce(q, p, temperature, alike).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
@@ -66,14 +77,16 @@ def test_everything_alike_is_chance():
     assert info_nce(z, z, 0.3).item() == pytest.approx(math.log(8), rel=1e-5)
 
 
-def test_one_shared_prototype_leaves_no_negatives():
+@pytest.mark.parametrize("loss", [nt_xent, info_nce])
+def test_where_all_are_alike_no_negatives_are_left(loss):
     q, p = torch.randn(2, 6, 4)
-    assert info_nce(q, p, 0.1, torch.zeros(6, dtype=torch.int64)).item() == 0
+    assert loss(q, p, 0.1, torch.ones(6, 6, dtype=torch.bool)).item() == 0
 
 
-def test_distinct_ids_change_nothing():
+@pytest.mark.parametrize("loss", [nt_xent, info_nce])
+def test_where_none_but_itself_is_alike_nothing_changes(loss):
     q, p = torch.randn(2, 6, 4)
-    assert torch.equal(info_nce(q, p, 0.1, torch.arange(6)), info_nce(q, p, 0.1))
+    assert torch.equal(loss(q, p, 0.1, torch.eye(6, dtype=torch.bool)), loss(q, p, 0.1))
 
 
 def test_norm_does_not_matter_and_bfloat16_is_computed_in_float32():
