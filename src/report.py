@@ -51,7 +51,7 @@ class Row:
     method: str
     size: int  # vectors that the method stores
     stored_bytes: int
-    variant: str  # "key=value, ..." of the settings, besides method and size, in which the report's rows differ
+    variant: str  # "key=value, ..." of the settings that, besides method and size, tell the report's rows apart
     runs: tuple[Run, ...]
 
     @property
@@ -81,9 +81,10 @@ def summarise(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
     """
     kept, notes = select(runs)
     keys = differing(kept)
+    names = distinguishing(kept, keys)
     same: dict[tuple[str, str, int], list[Run]] = defaultdict(list)
     for run in kept:
-        variant = ", ".join(f"{key.removeprefix('method.')}={run.params[key]}" for key in keys if key in run.params)
+        variant = ", ".join(f"{key.removeprefix('method.')}={run.params[key]}" for key in names if key in run.params)
         same[run.params["method.name"], variant, int(run.params["support_set_size"])].append(run)
     rows = [
         Row(method, size, int(group[0].params["support_bytes"]), variant, tuple(group))
@@ -91,8 +92,10 @@ def summarise(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
     ]
     rows.sort(key=lambda row: (list(METHODS).index(row.method), row.variant, row.size))
 
-    if keys:
-        notes.append(f"the runs also differ in {', '.join(keys)}: each combination has its own row")
+    if names:
+        notes.append(f"the runs also differ in {', '.join(names)}: each combination has its own row")
+    if implied := sorted(set(keys) - set(names)):
+        notes.append(f"with {', '.join(names)} go {', '.join(implied)}")
     seeds = sorted({len(row.runs) for row in rows})
     if len(seeds) > 1:
         notes.append(f"the rows differ in their number of seeds: {seeds[0]} to {seeds[-1]}")
@@ -147,6 +150,19 @@ def differing(runs: Sequence[Run]) -> list[str]:
         return any(len({each.get(key) for each in group}) > 1 for group in groups)
 
     return sorted(filter(differs, keys))
+
+
+def distinguishing(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
+    """As few of the keys as tell the same runs apart, the shortest names first: a recipe is known by one of them."""
+    kept: list[str] = []
+
+    def groups(chosen: list[str]) -> int:
+        return len({tuple(run.params.get(key) for key in ("method.name", *chosen)) for run in runs})
+
+    for key in sorted(keys, key=lambda key: (len(key), key)):
+        if groups([*kept, key]) > groups(kept):
+            kept.append(key)
+    return kept
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:

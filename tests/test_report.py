@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from src import report
 from src.errors import UsageError
 from src.record import Record
-from src.report import Arguments, caption, parse, plot, records, select, summarise, table, write
+from src.report import Arguments, caption, distinguishing, parse, plot, records, select, summarise, table, write
 from src.runs import Run
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +114,33 @@ def test_settings_of_a_method_are_compared_among_its_own_runs_only():
     assert [row.label for row in rows] == [
         *("SimCLR", "KMCLR, forget=decay", "KMCLR, forget=reset", "KMCLR, forget=reset")
     ]
+
+
+def test_a_recipe_of_many_settings_is_named_by_one_and_the_note_names_the_rest():
+    original = {"batch_size": "64", "optimizer.lr": "0.2", "method.temperature": "0.1"}
+    runs = [run("kmclr", k, batch_size="256", **{"optimizer.lr": "0.3"}) for k in (50, 400)]
+    runs += [run("kmclr", 400, **original), run("nnclr", 4096, **original)]
+    rows, notes = summarise(runs)
+    assert [(row.label, row.size) for row in rows] == [
+        ("NNCLR, batch_size=64", 4096),
+        ("KMCLR, batch_size=256", 50),
+        ("KMCLR, batch_size=256", 400),
+        ("KMCLR, batch_size=64", 400),
+    ]
+    assert "with batch_size go method.temperature, optimizer.lr" in notes
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 2)] * 3), min_size=1, max_size=12))
+def test_the_keys_that_name_rows_tell_apart_all_that_differ_and_none_is_idle(settings_of_runs):
+    keys = ["batch_size", "epochs", "optimizer.lr"]
+    runs = [run("simclr", **dict(zip(keys, map(str, values), strict=True))) for values in settings_of_runs]
+    names = distinguishing(runs, keys)
+
+    def groups(chosen):
+        return len({tuple(each.params[key] for key in chosen) for each in runs})
+
+    assert groups(names) == groups(keys)
+    assert all(groups(names[:i]) < groups(names[: i + 1]) for i in range(len(names)))
 
 
 def test_where_a_run_was_stored_and_computed_makes_no_difference():
