@@ -41,11 +41,14 @@ class Unlogged:
 
 def run(method: str, setting: Setting, images: Images, pace: Pace, *, compiled: bool = False) -> None:
     """Train ``simclr``, ``nnclr`` or ``kmclr``."""
-    size = {"kmclr": f"k={setting.support}", "nnclr": f"queue_size={setting.support}"}
+    size = {
+        "kmclr": [f"k={setting.support}", "method.prototype_weight=1"],  # the rivals' loss, with its predictor
+        "nnclr": [f"queue_size={setting.support}"],
+    }
     cfg = compose(
         "data.final=true",
         f"method={method}",
-        *([size[method]] if method in size else []),
+        *size.get(method, []),
         f"backbone={setting.backbone}",
         f"batch_size={setting.batch_size}",
         f"compile={str(compiled).lower()}",
