@@ -4,8 +4,9 @@
     python -m src.report sweep=ID
     python -m src.report experiment=NAME out=DIR tracking=jsonl
 
-Writes table.md, table.csv, table.json, plot.png and plot.svg to DIR (results/NAME unless set). The runs are read from
-MLflow, or with tracking=jsonl from the run.json files under multirun/.
+Writes table.md, table.csv, table.json, plot.png, plot.svg and, of runs whose folders are here, curves.png to DIR
+(results/NAME unless set). The runs are read from MLflow, or with tracking=jsonl from the run.json files under
+multirun/.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import math
 import re
 import statistics
 import sys
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from src import curves
 from src.config import METHODS, is_setting
 from src.errors import UsageError
+from src.record import METRICS
 from src.runs import Run, read_runs, read_sweep
 
 if TYPE_CHECKING:
@@ -52,13 +55,8 @@ class Row:
     size: int  # vectors that the method stores
     stored_bytes: int
     variant: str  # "key=value, ..." of the settings that, besides method and size, tell the report's rows apart
+    label: str  # the method, and of the variant what is unusual
     runs: tuple[Run, ...]
-
-    @property
-    def label(self) -> str:
-        name = NAMES.get(self.method, self.method)
-        short = re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", self.variant)
-        return f"{name}, {short}" if short else name
 
     def values(self, figure: str) -> list[float]:
         """The figure of every run that has it, in percent."""
@@ -84,16 +82,30 @@ def summarise(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
     names = distinguishing(kept, keys)
     same: dict[tuple[str, str, int], list[Run]] = defaultdict(list)
     for run in kept:
-        variant = ", ".join(f"{key.removeprefix('method.')}={run.params[key]}" for key in names if key in run.params)
-        same[run.params["method.name"], variant, int(run.params["support_set_size"])].append(run)
+        same[run.params["method.name"], _variant(run, names), int(run.params["support_set_size"])].append(run)
+    common = usual(kept, names)
     rows = [
-        Row(method, size, int(group[0].params["support_bytes"]), variant, tuple(group))
+        Row(
+            method,
+            size,
+            int(group[0].params["support_bytes"]),
+            variant,
+            _label(group[0], names, common[method]),
+            tuple(group),
+        )
         for (method, variant, size), group in same.items()
     ]
-    rows.sort(key=lambda row: (list(METHODS).index(row.method), row.variant, row.size))
+    rows.sort(key=lambda row: (list(METHODS).index(row.method), row.label, row.variant, row.size))
 
     if names:
         notes.append(f"the runs also differ in {', '.join(names)}: each combination has its own row")
+    unsaid = dict.fromkeys(
+        f"{NAMES[method]}'s {key.removeprefix('method.')}={value}" if key.startswith("method.") else f"{key}={value}"
+        for method, values in common.items()
+        for key, value in values.items()
+    )
+    if unsaid:
+        notes.append(f"where a row does not say otherwise: {', '.join(unsaid)}")
     if implied := sorted(set(keys) - set(names)):
         notes.append(f"with {', '.join(names)} go {', '.join(implied)}")
     seeds = sorted({len(row.runs) for row in rows})
@@ -156,13 +168,44 @@ def distinguishing(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
     """As few of the keys as tell the same runs apart, the shortest names first: a recipe is known by one of them."""
     kept: list[str] = []
 
-    def groups(chosen: list[str]) -> int:
-        return len({tuple(run.params.get(key) for key in ("method.name", *chosen)) for run in runs})
+    def groups(chosen: list[str]) -> int:  # a method does not excuse what is not its own: epochs, say
+        shared = [key for key in chosen if not key.startswith("method.")]
+        return sum(len({tuple(map(run.params.get, by)) for run in runs}) for by in (["method.name", *chosen], shared))
 
     for key in sorted(keys, key=lambda key: (len(key), key)):
         if groups([*kept, key]) > groups(kept):
             kept.append(key)
     return kept
+
+
+def usual(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What a row need not say: for each method, the values of the keys that more than half of the runs have.
+
+    A setting of the method itself is counted among its own runs; a key that some runs lack is always said.
+    """
+    by_method: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_method[run.params["method.name"]].append(run)
+    common: dict[str, dict[str, str]] = {method: {} for method in METHODS}
+    for method, own in by_method.items():
+        for key in keys:
+            compared = own if key.startswith("method.") else runs
+            values = Counter(run.params.get(key) for run in compared)
+            ((value, times),) = values.most_common(1)
+            if value is not None and None not in values and times > len(compared) / 2:
+                common[method][key] = value
+    return common
+
+
+def _variant(run: Run, keys: Sequence[str]) -> str:
+    return ", ".join(f"{key.removeprefix('method.')}={run.params[key]}" for key in keys if key in run.params)
+
+
+def _label(run: Run, keys: Sequence[str], common: Mapping[str, str]) -> str:
+    unusual = [key for key in keys if run.params.get(key) != common.get(key)]
+    text = re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", _variant(run, unusual))
+    name = NAMES[run.params["method.name"]]
+    return f"{name}, {text}" if text else name
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
@@ -292,8 +335,20 @@ def _series(axes: Axes, label: str, rows: Sequence[Row], figure: str, zero: floa
             axes.axhspan(means[0] - stds[0], means[0] + stds[0], color=colour, alpha=0.12, linewidth=0)
 
 
+def courses(rows: Sequence[Row]) -> list[curves.Course]:
+    """The rows' runs as curves over epochs, of those runs whose folders are here."""
+    found = []
+    for row in rows:
+        folders = [Path(run.directory) for run in row.runs if run.directory]
+        here = tuple(folder for folder in folders if (folder / METRICS).is_file())
+        if here:
+            epochs = int(row.runs[0].params["epochs"])
+            found.append(curves.Course(row.label, row.size, COLOURS[row.method], epochs, here))
+    return found
+
+
 def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path) -> list[Path]:
-    """Writes table.md, table.csv, table.json, plot.png and plot.svg; returns their paths."""
+    """Writes table.md, table.csv, table.json, plot.png, plot.svg, and curves.png where there are any; returns paths."""
     from matplotlib import rc_context
 
     out.mkdir(parents=True, exist_ok=True)
@@ -319,7 +374,10 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
         figure = plot(rows)
         figure.savefig(out / "plot.png", dpi=200)
         figure.savefig(out / "plot.svg", metadata={"Date": None})
-    return [out / name for name in ("table.md", "table.csv", "table.json", "plot.png", "plot.svg")]
+        if found := courses(rows):
+            curves.compare(found).savefig(out / "curves.png", dpi=200)
+    names = ("table.md", "table.csv", "table.json", "plot.png", "plot.svg", "curves.png")
+    return [out / name for name in names[: 6 if found else 5]]
 
 
 def show(rows: Sequence[Row], notes: Sequence[str], title: str) -> None:

@@ -3,6 +3,43 @@ import json
 import pytest
 
 from src import curves
+from src.curves import Course, compare, over_epochs
+
+
+def write(directory, values, metric="val/knn_top1", apart=5):
+    directory.mkdir()
+    rows = [{"step": apart * i, "time": 0, "metrics": {metric: value}} for i, value in enumerate(values)]
+    rows.append({"step": 20, "time": 0, "metrics": {"train/loss": 1.0}})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def test_a_course_is_the_mean_over_seeds_where_all_of_them_have_a_value(tmp_path):
+    folders = (write(tmp_path / "0", [10, 20, 30]), write(tmp_path / "1", [12, 26]))
+    course = Course("SimCLR", 0, "black", 8, folders)
+    assert over_epochs(course, "val/knn_top1") == [(0, 11, pytest.approx(2**0.5)), (2, 23, pytest.approx(18**0.5))]
+    assert over_epochs(course._replace(directories=folders[:1]), "val/knn_top1") == [(0, 10, 0), (2, 20, 0), (4, 30, 0)]
+    assert over_epochs(course, "support/label_agreement") == []
+
+
+def test_courses_are_lines_apart_in_colour_or_dashes_and_what_stores_nothing_has_no_nearest_vector(tmp_path):
+    none, small, large = (
+        (write(tmp_path / name, [0.1, 0.2], metric),)
+        for name, metric in [("a", "val/knn_top1"), ("b", "support/label_agreement"), ("c", "support/label_agreement")]
+    )
+    figure = compare(
+        [
+            Course("SimCLR", 0, "black", 8, none),
+            Course("KMCLR", 50, "blue", 8, small),
+            Course("KMCLR", 4096, "blue", 8, large),
+        ]
+    )
+    accuracy, agreement = figure.axes
+    assert [line.get_label() for line in accuracy.lines] == ["SimCLR", "KMCLR 50", "KMCLR 4,096"]
+    assert [line.get_label() for line in agreement.lines] == ["KMCLR 50", "KMCLR 4,096"]
+    assert len({(line.get_color(), line.get_linestyle()) for line in accuracy.lines}) == 3
+    assert list(agreement.lines[0].get_ydata()) == [10, 20]  # a fraction, in percent
+    assert list(agreement.lines[0].get_xdata()) == [0, 2]
 
 
 @pytest.mark.parametrize("keys", [("train/loss", "val/knn_top1", "support/dead"), ("train/loss",)])

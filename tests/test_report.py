@@ -18,7 +18,19 @@ from hypothesis import strategies as st
 from src import report
 from src.errors import UsageError
 from src.record import Record
-from src.report import Arguments, caption, distinguishing, parse, plot, records, select, summarise, table, write
+from src.report import (
+    Arguments,
+    caption,
+    courses,
+    distinguishing,
+    parse,
+    plot,
+    records,
+    select,
+    summarise,
+    table,
+    write,
+)
 from src.runs import Run
 
 ROOT = Path(__file__).parents[1]
@@ -96,8 +108,10 @@ def test_runs_that_differ_in_a_setting_are_not_averaged_and_the_row_says_which()
     runs = [run("simclr", epochs="500", top1=60), run("simclr", epochs="5", top1=20)]
     rows, notes = summarise([*runs, run("simclr", epochs="500", seed=1, top1=62)])
     assert {row.variant: row.mean("test/linear_top1") for row in rows} == {"epochs=500": 61, "epochs=5": 20}
+    assert [row.label for row in rows] == ["SimCLR", "SimCLR, epochs=5"]
     assert notes == [
         "the runs also differ in epochs: each combination has its own row",
+        "where a row does not say otherwise: epochs=500",
         "the rows differ in their number of seeds: 1 to 2",
     ]
 
@@ -110,10 +124,16 @@ def test_a_setting_that_only_some_runs_have_keeps_them_apart():
 def test_settings_of_a_method_are_compared_among_its_own_runs_only():
     runs = [run("simclr", **{"method.temperature": "0.1"}), run("kmclr", 50), run("kmclr", 400)]
     assert [row.variant for row in summarise(runs)[0]] == ["", "", ""]
-    rows, _ = summarise([*runs, run("kmclr", 50, **{"method.forget": "decay"})])
-    assert [row.label for row in rows] == [
-        *("SimCLR", "KMCLR, forget=decay", "KMCLR, forget=reset", "KMCLR, forget=reset")
-    ]
+    rows, notes = summarise([*runs, run("kmclr", 50, **{"method.forget": "decay"})])
+    assert [row.label for row in rows] == ["SimCLR", "KMCLR", "KMCLR", "KMCLR, forget=decay"]
+    assert "where a row does not say otherwise: KMCLR's forget=reset" in notes
+
+
+def test_a_setting_that_half_of_the_runs_have_is_always_said():
+    runs = [run("simclr", epochs="5"), run("kmclr", 50)]
+    assert [row.label for row in summarise(runs)[0]] == ["SimCLR, epochs=5", "KMCLR, epochs=500"]
+    runs = [run("simclr", seed=seed, **{"data.limit": "100"}) for seed in range(2)] + [run("simclr")]
+    assert [row.label for row in summarise(runs)[0]] == ["SimCLR", "SimCLR, data.limit=100"]
 
 
 def test_a_recipe_of_many_settings_is_named_by_one_and_the_note_names_the_rest():
@@ -127,6 +147,8 @@ def test_a_recipe_of_many_settings_is_named_by_one_and_the_note_names_the_rest()
         ("KMCLR, batch_size=256", 400),
         ("KMCLR, batch_size=64", 400),
     ]
+    rows, _ = summarise([*runs, run("simclr", batch_size="256", **{"optimizer.lr": "0.3"})])
+    assert [row.label for row in rows] == ["SimCLR", "NNCLR, batch_size=64", "KMCLR", "KMCLR", "KMCLR, batch_size=64"]
     assert "with batch_size go method.temperature, optimizer.lr" in notes
 
 
@@ -263,6 +285,20 @@ def test_the_files_hold_the_same_table_and_do_not_change_when_written_again(tmp_
 
     write(rows, notes, "study", tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+
+
+def test_curves_are_drawn_of_the_runs_whose_folders_are_here(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        row = {"step": 9, "time": 0, "metrics": {"val/knn_top1": 1.0}}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    places = [tmp_path / "a", tmp_path / "b", tmp_path / "gone", None]
+    runs = [replace(run("kmclr", 50, seed), directory=place and str(place)) for seed, place in enumerate(places)]
+    rows, notes = summarise([*runs, run("simclr")])
+    (course,) = courses(rows)
+    assert course[:2] + course[3:] == ("KMCLR", 50, 500, (tmp_path / "a", tmp_path / "b"))
+    assert [path.name for path in write(rows, notes, "study", tmp_path / "out")][-1] == "curves.png"
+    assert (tmp_path / "out/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_arguments():
