@@ -137,6 +137,7 @@ def main() -> None:
 
 def report(rows: list[Row], real: Tensor) -> str:
     """The table, in Markdown."""
+    sizes = " ".join(dict.fromkeys(str(r.size) for r in rows))
     heads = ["vectors", "index", "probed", "recall", "cosine lost", "lookup (ms)", "exact (ms)", "training (s)", "GiB"]
     lines = [
         "# Inverted lists",
@@ -155,6 +156,8 @@ def report(rows: list[Row], real: Tensor) -> str:
         ),
         "",
         f"{machine()}.",
+        "",
+        f"    python -m scripts.inverted_lists RUN --sizes {sizes}",
         "",
     ]
     return "\n".join(lines)
