@@ -34,6 +34,8 @@ def device(name: str) -> torch.device:
         raise UsageError(f"device={name}: write cuda:0, cuda:1, ...") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device={name}: torch sees {torch.cuda.device_count()} GPUs here; choose device=cpu or auto")
+    if chosen.index is not None and chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # for what asks for no device: events, FAISS, compiled kernels
     return chosen
 
 

@@ -278,6 +278,13 @@ def check(cfg: Config) -> None:
         positive("method.half_life", method.half_life)
         at_least("method.revive_after", method.revive_after, 0)
         at_least("method.refit_every", method.refit_every, 1)
+        if method.prototype_weight == 0 and method.same_prototype == "negative":
+            raise UsageError(
+                "method.same_prototype=negative: with method.prototype_weight=0 the prototypes would do nothing; "
+                "choose mask, raise the weight, or take method=simclr"
+            )
+        if method.prototype_weight == 0 and cfg.k == 1:
+            raise UsageError("k=1: all images share the one prototype, so none would be a negative; choose 2 or more")
         if method.refit == "faiss" and cfg.k is not None and method.refit_window < cfg.k:
             raise UsageError(f"method.refit_window={method.refit_window}: must hold k={cfg.k} embeddings or more")
     if cfg.backbone.stem is not None:

@@ -69,7 +69,7 @@ def final(frozen: FrozenEncoder, data: Dataset, cfg: config.Evaluation, search: 
         head = heads.best(val)
         metrics["val/linear_top1"] = topk_percent(heads.scores(val.x_NF, head), val.labels_N, 1)
     else:
-        rows, held_out = stratified_split(data.train.labels, 0.1, seed)
+        rows, held_out = stratified_split(data.train.labels.cpu(), 0.1, seed)
         inner = _probe(cfg, frozen, data.train.take(rows), train.take(rows), classes, cfg.lr, seed)
         best_lr = cfg.lr[inner.best(train.take(held_out))]
         heads, head = _probe(cfg, frozen, data.train, train, classes, [best_lr], seed), 0

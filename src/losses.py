@@ -30,7 +30,7 @@ def nt_xent(z1_BD: Tensor, z2_BD: Tensor, temperature: float, alike_BB: Tensor |
     Deviation: ``alike_BB``.
     """
     z = F.normalize(torch.cat([z1_BD, z2_BD]).float(), dim=1)
-    logits = z @ z.T / temperature
+    logits = _products(z, z) / temperature
     logits.fill_diagonal_(float("-inf"))
     batch = len(z1_BD)
     if alike_BB is not None:
@@ -62,11 +62,17 @@ def info_nce(
     """
     q = F.normalize(positives_BD.float(), dim=1)
     p = F.normalize(predictions_BD.float(), dim=1)
-    logits = q @ p.T / temperature
+    logits = _products(q, p) / temperature
     rows = torch.arange(len(q), device=q.device)
     if alike_BB is not None:
         logits = logits.masked_fill(_off_diagonal(alike_BB), float("-inf"))
     return F.cross_entropy(logits, rows)
+
+
+def _products(a_BD: Tensor, b_BD: Tensor) -> Tensor:
+    """Every row of one with every row of the other, in float32, which autocast would make bfloat16."""
+    with torch.autocast(a_BD.device.type, enabled=False):
+        return a_BD @ b_BD.T
 
 
 def _off_diagonal(alike_BB: Tensor) -> Tensor:

@@ -39,7 +39,6 @@ from src.redact import redact
 from src.report import COLOURS
 from src.seeding import seed_everything
 from src.stopping import Stopped, Stopper
-from src.support import NOTHING_STORED
 from src.tracking import Tracker, catch_up, parent_tags
 
 logger = logging.getLogger(__name__)
@@ -83,7 +82,11 @@ def main(composed: DictConfig) -> float:
             config.run_name(cfg),
             params=config.flatten(cfg) | learner.sizes() | {"skipped_images": data.skipped},
             tags=environment_tags(str(learner.device))
-            | {"config_hash": config.config_hash(cfg), COLOUR_TAG: COLOURS[cfg.method.name]}
+            | {
+                "dtype": str(learner.dtype).removeprefix("torch."),
+                "config_hash": config.config_hash(cfg),
+                COLOUR_TAG: COLOURS[cfg.method.name],
+            }
             | parent_tags(cfg.tracking.parent),
         )
         print(f"{directory}: {'continued at' if resumed else 'started at'} step {learner.step}", flush=True)
@@ -190,9 +193,12 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
                     raise Stopped(stopping)
                 clock = time.perf_counter()
 
+        if device.type == "cuda":  # the clock stops when the work is done, not when it has been handed over
+            torch.cuda.synchronize(device)
         learner.seconds += time.perf_counter() - clock
         metrics = learner.pop_times(steps_per_epoch) | {"memory/peak_gib": peak_gib(device)}
-        metrics |= NOTHING_STORED if support is None else support.stats()
+        if support is not None:
+            metrics |= support.stats()
         last = epoch + 1 == cfg.epochs
         if last or (epoch + 1) % cfg.evaluation.every == 0:
             metrics |= validate()

@@ -40,17 +40,14 @@ METRICS = {
     "test/linear_top1",
     "test/linear_top5",
     "test/knn_top1",
-    "support/label_agreement",
-    "support/self_hit",
-    "support/perplexity",
-    "support/dead",
-    "support/age_steps",
     "time/epoch_seconds",
     "time/images_per_second",
     "time/support_fraction",
     "memory/peak_gib",
 }
-OF_PROTOTYPES = {"support/purity", "support/nmi", "support/drift"}
+OF_ENTRIES = {f"support/{name}" for name in ("label_agreement", "self_hit", "perplexity", "dead", "age_steps")}
+OF_PROTOTYPES = {f"support/{name}" for name in ("purity", "nmi", "drift", "shared", "shared_agreement")}
+OF_METHOD = {"simclr": set(), "nnclr": OF_ENTRIES, "kmclr": OF_ENTRIES | OF_PROTOTYPES}
 
 
 @pytest.fixture
@@ -104,7 +101,7 @@ def test_a_run_leaves_what_it_promises(run, method, capsys):
     directory = run(*METHODS[method])
     record = Record.load(directory)
     assert record.status == "FINISHED"
-    assert record.metrics.keys() == METRICS | (OF_PROTOTYPES if method == "kmclr" else set())
+    assert record.metrics.keys() == METRICS | OF_METHOD[method]
     assert all(value == value for value in record.metrics.values())
     size = {"simclr": 0, "nnclr": 100, "kmclr": 7}[method]
     assert record.params["support_set_size"] == str(size)
@@ -508,5 +505,5 @@ def test_real_images_and_mlflow(command, cache_dir, tmp_path, method):
     )
     status, metrics, size = json.loads(found.stdout.splitlines()[-1])
     assert status == "FINISHED"
-    assert set(metrics) == METRICS | (OF_PROTOTYPES if method == "kmclr" else set())
+    assert set(metrics) == METRICS | OF_METHOD[method]
     assert size == {"simclr": "0", "nnclr": "100", "kmclr": "7"}[method]

@@ -13,4 +13,4 @@ class Outcome(NamedTuple):
     loss: Tensor  # scalar, float32
     features: Tensor  # [2B, F] the encoder's, view 1 then view 2, detached: the online classifier learns from them
     embeddings: Tensor  # [B, D] view 1's projections, detached, of any norm: what the support set takes in
-    ids: Tensor | None  # [2B] which entries served as positives for view 1, then view 2; None: the other views did
+    ids: Tensor | None  # [2B] the entries nearest to view 1, then view 2; None: none were looked up

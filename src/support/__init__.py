@@ -23,16 +23,6 @@ class Neighbors(NamedTuple):
     ids: Tensor  # [B] int64, queue slot or prototype
 
 
-# What a method that stores nothing logs: its positive is the same image's other view.
-NOTHING_STORED = {
-    "support/label_agreement": 1.0,
-    "support/self_hit": 1.0,
-    "support/perplexity": 0.0,
-    "support/dead": 0.0,
-    "support/age_steps": 0.0,
-}
-
-
 class SupportSet(nn.Module, ABC):
     """The interface of a support set, and the book-keeping that all of them share.
 
@@ -73,9 +63,14 @@ class SupportSet(nn.Module, ABC):
         """Called before each epoch, counted from 0."""
 
     def record(self, ids_B: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
-        """Note which entries served as positives, for whom; `stats` sums it up.
+        """Note which entries were nearest to whom; `stats` sums it up.
 
         To be called before `update`, which lets the anchors themselves into the entries.
+
+        Args:
+            ids_B: of the first views of a batch, then of its second views.
+            images_B: whose views they are.
+            labels_B: their classes.
         """
         self.hits_N.index_add_(0, ids_B, torch.ones_like(ids_B, dtype=self.hits_N.dtype))
         self.label_hits += (self.labels_of(ids_B) == labels_B).sum()
@@ -96,9 +91,10 @@ class SupportSet(nn.Module, ABC):
     def stats(self) -> dict[str, float]:
         """Figures over the lookups since `clear_stats`.
 
-        ``label_agreement``: share of positives of the anchor's class; ``self_hit``: share that are an old embedding
-        of the anchor's own image; ``perplexity``: exp of the entropy of which entries served (their effective number);
-        ``dead``: entries that never served; ``age_steps``: see `age_steps`. Before the first lookup only age is known.
+        ``label_agreement``: share of nearest entries of the anchor's class; ``self_hit``: share that are an old
+        embedding of the anchor's own image; ``perplexity``: exp of the entropy of which entries were nearest (their
+        effective number); ``dead``: entries that never were; ``age_steps``: see `age_steps`. Before the first lookup
+        only age is known.
         """
         total = float(self.hits_N.sum())
         if total == 0:

@@ -47,6 +47,8 @@ class KMeans(SupportSet):
     images_K: Tensor
     classes_KC: Tensor
     served_KC: Tensor
+    pairs: Tensor
+    pairs_of_class: Tensor
     before_KD: Tensor
 
     def __init__(
@@ -71,6 +73,7 @@ class KMeans(SupportSet):
         self.revive_after = revive_after
         self.refit_every = refit_every
         self.window = Ring(refit_window, dim) if refit_every else None
+        self.window_labels = Ring(refit_window, 1, torch.int64) if refit_every else None
         self.seeded = 0  # centroids that hold an embedding; below k only at the start and after a reset
         self.step = 0
         self.register_buffer("means_KD", torch.zeros(size, dim))
@@ -78,9 +81,12 @@ class KMeans(SupportSet):
         self.register_buffer("passed_K", torch.zeros(size))  # embeddings since the last that came to this centroid
         self.register_buffer("written_K", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("images_K", torch.full((size,), -1))  # whose embedding it is, while it is of one image
-        # For diagnostics only: members by class; since `clear_stats`, anchors served by class; the centroids then.
+        # For diagnostics only: members by class; since `clear_stats`, anchors served by class, and the pairs of images
+        # that shared a prototype in both views, all and those of one class; the centroids then.
         self.register_buffer("classes_KC", torch.zeros(size, classes))
         self.register_buffer("served_KC", torch.zeros(size, classes))
+        self.register_buffer("pairs", torch.zeros(()))
+        self.register_buffer("pairs_of_class", torch.zeros(()))
         self.register_buffer("before_KD", torch.zeros(size, dim))
 
     def get_extra_state(self) -> dict[str, int]:
@@ -117,8 +123,9 @@ class KMeans(SupportSet):
     def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
         """Seed what is not seeded yet, then let the rest of the batch move the centroids."""
         points_BD = self._points(embeddings_BD)
-        if self.window is not None:
+        if self.window is not None and self.window_labels is not None:
             self.window.write(points_BD)
+            self.window_labels.write(labels_B[:, None])
         fresh = min(self.size - self.seeded, len(points_BD))
         if fresh:
             slots = torch.arange(self.seeded, self.seeded + fresh, device=points_BD.device)
@@ -129,28 +136,40 @@ class KMeans(SupportSet):
             if self.revive_after:
                 self._revive(points_BD, images_B, labels_B)
         self.step += 1
-        if self.window is not None and self.window.full and self.step % self.refit_every == 0:
-            self._refit(self.window.rows_ND)
+        if self.window and self.window_labels and self.window.full and self.ready and self.step % self.refit_every == 0:
+            self._refit(self.window.rows_ND, self.window_labels.rows_ND[:, 0])
 
     def start_epoch(self, epoch: int) -> None:
         """Forget everything, where the epoch is one to forget at."""
         if self.reset_every and epoch > 0 and epoch % self.reset_every == 0:
             self.seeded = 0
+            if self.window and self.window_labels:
+                self.window.total = self.window_labels.total = 0
 
     def record(self, ids_B: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
         super().record(ids_B, images_B, labels_B)
         self.served_KC.index_put_((ids_B, labels_B), self.served_KC.new_ones(()), accumulate=True)
+        ids1, ids2 = ids_B.chunk(2)
+        labels = labels_B[: len(ids1)]
+        shared_BB = (ids1[:, None] == ids1) & (ids2[:, None] == ids2)
+        self.pairs += shared_BB.sum() - len(ids1)
+        self.pairs_of_class += (shared_BB & (labels[:, None] == labels)).sum() - len(ids1)
 
     def stats(self) -> dict[str, float]:
         """What every support set tells, and of the prototypes as clusters of the anchors that they served.
 
-        ``purity`` and ``nmi`` (src/diagnostics.py) against the classes; ``drift``: mean cosine distance of a prototype
-        from where it was at `clear_stats`, if all were seeded then and are now.
+        ``purity`` and ``nmi`` (src/diagnostics.py) against the classes; ``shared``: how many other images of its batch
+        share an image's prototype in both views, on average; ``shared_agreement``: share of them of its class;
+        ``drift``: mean cosine distance of a prototype from where it was at `clear_stats`, if all were seeded then and
+        are now.
         """
         stats = super().stats()
         if self.served_KC.sum() > 0:
             stats["support/purity"] = purity(self.served_KC)
             stats["support/nmi"] = normalised_mutual_information(self.served_KC)
+            stats["support/shared"] = 2 * float(self.pairs) / float(self.served_KC.sum())
+        if self.pairs > 0:
+            stats["support/shared_agreement"] = float(self.pairs_of_class) / float(self.pairs)
         if self.ready and self.before_KD.any():
             stats["support/drift"] = float(1 - F.cosine_similarity(self.before_KD, self.means_KD).mean())
         return stats
@@ -158,11 +177,14 @@ class KMeans(SupportSet):
     def clear_stats(self) -> None:
         super().clear_stats()
         self.served_KC.zero_()
+        self.pairs.zero_()
+        self.pairs_of_class.zero_()
         self.before_KD.copy_(self.means_KD if self.ready else torch.zeros_like(self.means_KD))
 
     def labels_of(self, ids_B: Tensor) -> Tensor:
         """The commonest class among the members."""
-        return self.classes_KC.argmax(1)[ids_B]
+        most_K, class_K = self.classes_KC.max(1)
+        return torch.where(most_K > 0, class_K, -1)[ids_B]
 
     def images_of(self, ids_B: Tensor) -> Tensor:
         return self.images_K[ids_B]
@@ -216,12 +238,12 @@ class KMeans(SupportSet):
         self.passed_K.masked_fill_(dead_K, 0)
         self.written_K.masked_fill_(dead_K, self.step)
 
-    def _refit(self, window_ND: Tensor) -> None:
-        start_KD = self.centroids_KD if self.ready else None
-        self.means_KD[:], self.counts_K[:] = cluster(
-            window_ND, self.size, spherical=self.spherical, seed=self.step, initial_KD=start_KD
+    def _refit(self, window_ND: Tensor, labels_N: Tensor) -> None:
+        self.means_KD[:], ids_N = cluster(
+            window_ND, self.size, spherical=self.spherical, seed=self.step, initial_KD=self.centroids_KD
         )
+        self.counts_K[:] = torch.bincount(ids_N, minlength=self.size)
+        self.classes_KC.zero_().index_put_((ids_N, labels_N), window_ND.new_ones(()), accumulate=True)
         self.passed_K.zero_()
         self.written_K.fill_(self.step)
         self.images_K.fill_(-1)
-        self.seeded = self.size

@@ -1,7 +1,7 @@
 """Nearest neighbours: exact ones in one call with two back ends, and approximate ones of a queue.
 
-Shapes: B queries, N bank vectors, D dimensions, K neighbours. Queries and scores are float32; a bank may be bfloat16.
-The only file that imports faiss.
+Shapes: B queries, N bank vectors, D dimensions, K neighbours. Queries and scores are float32, under autocast too; a
+bank may be bfloat16, and is then searched in bfloat16. The only file that imports faiss.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class TorchSearch:
         self, queries_BD: Tensor, bank_ND: Tensor, k: int = 1, metric: Metric = "cosine"
     ) -> tuple[Tensor, Tensor]:
         queries_BD = queries_BD.to(bank_ND.dtype)
-        blocks = [self._block(block, bank_ND, k, metric) for block in queries_BD.split(max(1, BLOCK // len(bank_ND)))]
+        parts = queries_BD.split(max(1, BLOCK // len(bank_ND)))
+        with torch.autocast(bank_ND.device.type, enabled=False):
+            blocks = [self._block(part, bank_ND, k, metric) for part in parts]
         return torch.cat([scores for scores, _ in blocks]).float(), torch.cat([ids for _, ids in blocks])
 
     @staticmethod
@@ -158,8 +160,8 @@ class InvertedLists:
 
     @property
     def stored_bytes(self) -> int:
-        """Of the listed vectors, their numbers, and the coarse centroids."""
-        return self.index.ntotal * (self.index.code_size + 8) + self.index.nlist * self.dim * 4
+        """Of a ringful of listed vectors, their numbers, and the coarse centroids; overwritten ones are not counted."""
+        return self.size * (self.index.code_size + 8) + self.index.nlist * self.dim * 4
 
     def train(self, ring: Ring) -> None:
         """Find the centroids anew, from vectors evenly spaced over the ring, and list all that it holds."""
@@ -211,12 +213,12 @@ class InvertedLists:
 
 
 def cluster(
-    window_ND: Tensor, k: int, *, spherical: bool, seed: int, initial_KD: Tensor | None = None, iterations: int = 10
+    window_ND: Tensor, k: int, *, spherical: bool, seed: int, initial_KD: Tensor, iterations: int = 10
 ) -> tuple[Tensor, Tensor]:
-    """Re-cluster vectors with ``faiss.Kmeans``, from given centroids if there are any.
+    """Re-cluster vectors with ``faiss.Kmeans``, from given centroids.
 
     Returns:
-        centroids [K, D] and how many of the vectors belong to each [K] (int64).
+        centroids [K, D], and which of them each vector belongs to [N] (int64).
     """
     import faiss
 
@@ -232,7 +234,7 @@ def cluster(
         min_points_per_centroid=1,
         max_points_per_centroid=window.shape[0],
     )
-    kmeans.train(window, init_centroids=None if initial_KD is None else initial_KD.float().cpu().numpy())
+    kmeans.train(window, init_centroids=initial_KD.float().cpu().numpy())
     _, ids = kmeans.assign(window)
     centroids = torch.as_tensor(kmeans.centroids, device=window_ND.device)
-    return centroids, torch.bincount(torch.as_tensor(ids, device=window_ND.device).long(), minlength=k)
+    return centroids, torch.as_tensor(ids, device=window_ND.device).long()

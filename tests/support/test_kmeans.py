@@ -156,10 +156,30 @@ def test_refit_reclusters_the_window_and_keeps_the_order():
     kmeans = make(3, spherical=True, refit_every=5, refit_window=60)
     for _ in range(5):
         update(kmeans, centres.repeat(8, 1) + 0.05 * torch.randn(24, DIM))
-    assert kmeans.counts_K.sum() == 60
+    assert kmeans.counts_K.sum() == kmeans.classes_KC.sum() == 60
     assert kmeans.stored_bytes == (3 + 60) * DIM * 4
     found = kmeans.lookup(centres)
     assert (found.embeddings * centres).sum(1).min() > 0.99
+
+
+def test_a_refit_counts_the_classes_of_its_clusters():
+    kmeans = make(3, spherical=True, refit_every=5, refit_window=60)
+    centres, labels = torch.eye(DIM)[:3].repeat(8, 1), torch.arange(3).repeat(8)
+    for _ in range(5):
+        kmeans.update(centres + 0.05 * torch.randn(24, DIM), torch.arange(24), labels)
+    assert kmeans.labels_of(kmeans.lookup(centres).ids).tolist() == labels.tolist()
+    kmeans.classes_KC[1] = 0
+    assert kmeans.labels_of(torch.arange(3)).tolist()[1] == -1  # a cluster without members has no class
+
+
+def test_a_reset_empties_the_window_too_and_nothing_is_refitted_before_it_is_full_again():
+    kmeans = make(3, reset_every=1, refit_every=1, refit_window=60)
+    for _ in range(6):
+        update(kmeans, 9 + torch.randn(12, DIM))
+    kmeans.start_epoch(1)
+    update(kmeans, torch.randn(12, DIM))
+    assert kmeans.ready
+    assert kmeans.means_KD.abs().max() < 7  # of the window's old half it would be 9
 
 
 def test_diagnostics_by_hand():
@@ -185,12 +205,30 @@ def test_prototypes_as_clusters_of_the_anchors_they_served():
     kmeans.record(torch.tensor([0, 0, 0, 1]), torch.arange(4), torch.tensor([0, 0, 1, 1]))
     stats = kmeans.stats()
     assert stats["support/purity"] == 3 / 4
+    assert stats["support/shared"] == 0
+    assert "support/shared_agreement" not in stats
     assert stats["support/nmi"] == pytest.approx(normalized_mutual_info_score([0, 0, 0, 1], [0, 0, 1, 1]))
     assert stats["support/drift"] == pytest.approx(0, abs=1e-6)
     kmeans.means_KD[1] *= -3  # one of the two turned right round: cosine distance 2
     assert kmeans.stats()["support/drift"] == pytest.approx(1.0, abs=1e-6)
     kmeans.clear_stats()
     assert "support/purity" not in kmeans.stats()
+
+
+def test_pairs_share_a_prototype_when_both_views_do():
+    kmeans = make(3)
+    update(kmeans, torch.eye(DIM)[:3])
+    first, second, labels = torch.tensor([[0, 0, 0, 1], [2, 2, 1, 2], [0, 0, 1, 1]])
+    kmeans.record(torch.cat([first, second]), torch.arange(4).repeat(2), labels.repeat(2))
+    assert kmeans.stats()["support/shared"] == 2 / 4  # images 0 and 1, each the other's
+    assert kmeans.stats()["support/shared_agreement"] == 1
+    first[2], second[2] = 0, 2
+    kmeans.record(torch.cat([first, second]), torch.arange(4).repeat(2), labels.repeat(2))
+    assert kmeans.stats()["support/shared"] == (2 + 6) / 8
+    assert kmeans.stats()["support/shared_agreement"] == 4 / 8
+    kmeans.clear_stats()
+    kmeans.record(torch.tensor([0, 1, 0, 1]), torch.arange(2).repeat(2), torch.zeros(4, dtype=torch.int64))
+    assert kmeans.stats()["support/shared"] == 0
 
 
 @pytest.mark.parametrize("options", [{"reset_every": 2}, {"half_life": 10}, {"refit_every": 3, "refit_window": 32}])
