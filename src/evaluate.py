@@ -107,9 +107,10 @@ def _probe(
 def main(composed: DictConfig) -> dict[str, float]:
     """Evaluate the encoder of a finished run, on its own data or on another set, and log to the run.
 
-    The metrics are named as in training where protocol and data are the run's own; ``test_original/...`` where only the
-    protocol differs; ``transfer/NAME/...`` on another data set. A checkpoint away from its run's directory is evaluated
-    too; its figures are only printed.
+    Protocol and precision are the run's own unless the command line says otherwise. The metrics are named as in
+    training where they are, and the data too; ``test_original/...``, after the protocol, where one of its settings or
+    the precision differs; ``transfer/NAME/...`` on another data set. A checkpoint away from its run's directory is
+    evaluated too; its figures are only printed.
 
     Raises:
         UsageError: there is no such checkpoint, its run is not finished, or the settings do not fit.
@@ -135,7 +136,7 @@ def main(composed: DictConfig) -> dict[str, float]:
     metrics = final(frozen, data, cfg.evaluation, build.search(cfg.search, device), cfg.seed)
     if composed.get("data"):
         metrics = {f"transfer/{cfg.data.name}/{key}": value for key, value in metrics.items()}
-    elif cfg.evaluation.name != before.evaluation.name:
+    elif (cfg.evaluation, cfg.precision) != (before.evaluation, before.precision):
         metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
     for key, value in metrics.items():
         print(f"{key:32} {value:6.2f}")
@@ -150,10 +151,9 @@ def main(composed: DictConfig) -> dict[str, float]:
 def _merged(saved: dict[str, Any], composed: DictConfig) -> config.Config:
     """The run's config with what this command line chose."""
     cfg = OmegaConf.create(saved)
-    for key in ("evaluation", "search", "device", "precision"):
-        cfg[key] = composed[key]
-    if composed.get("data"):
-        cfg.data = composed.data
+    for key in ("evaluation", "search", "device", "precision", "data"):
+        if composed.get(key):
+            cfg[key] = composed[key]
     if composed.data_root:
         cfg.data.root = composed.data_root
     return config.parse(cfg)

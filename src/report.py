@@ -29,7 +29,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from src import curves
-from src.config import METHODS, is_setting
+from src.config import METHODS, RESULTING, is_setting
 from src.errors import UsageError
 from src.record import METRICS
 from src.runs import Run, read_runs, read_sweep
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 FIGURES = {"val/knn_top1": "val kNN", "test/linear_top1": "test linear top-1", "test/linear_top5": "test linear top-5"}
 PLOTTED = {"test/linear_top1": "Linear top-1 accuracy (%)", "test/linear_top5": "Linear top-5 accuracy (%)"}
-DERIVED = ("support_set_size", "support_bytes", "encoder_parameters")  # params that follow from the settings
+DERIVED = RESULTING[:3]  # a run that left images out is another experiment
 NAMES = {"simclr": "SimCLR", "nnclr": "NNCLR", "kmclr": "KMCLR"}
 COLOURS = {"simclr": "#404040", "nnclr": "#d55e00", "kmclr": "#0072b2"}  # Okabe and Ito: safe for the colour-blind
 MARKERS, LINES = "Dsov^PX*", ("--", "-.", "-", ":")

@@ -151,6 +151,9 @@ def test_check_same_names_the_keys_that_differ():
         UsageError, match=r"here is of another configuration .seed was 0 and is 1, k was 200 and is 400."
     ):
         config.check_same(asdict(cfg), parsed("seed=1"), Path("here"))
+    limited = config.flatten(parsed("k=200", "data.limit=5000")) | {"support_set_size": 200, "skipped_images": 0}
+    with pytest.raises(UsageError, match=r"data.limit was 5000 and is None"):
+        config.check_same(limited, cfg, Path("here"))
 
 
 def test_flatten_leaves_out_what_does_not_apply():

@@ -28,13 +28,13 @@ def finished(tmp_path_factory):
 
 def run(*overrides):
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        composed = compose("evaluate", overrides=["precision=float32", *overrides])
+        composed = compose("evaluate", overrides=list(overrides))
     return evaluate.main(composed)
 
 
 def test_a_finished_run_is_evaluated_to_the_same_figures(finished):
     before = Record.load(finished).metrics
-    metrics = run(f"checkpoint={finished}", "evaluation.epochs=5")
+    metrics = run(f"checkpoint={finished}")
     assert metrics == {key: before[key] for key in metrics}
     assert {"test/knn_top1", "test/linear_top1", "test/linear_top5"} <= metrics.keys()
     assert Record.load(finished).status == "FINISHED"
@@ -43,9 +43,7 @@ def test_a_finished_run_is_evaluated_to_the_same_figures(finished):
 @pytest.mark.parametrize("where", ["", "checkpoints"])
 def test_folders_are_found_by_either_name(finished, where):
     file, _ = checkpoint.load_latest(finished / "checkpoints")
-    assert run(f"checkpoint={finished / where}", "evaluation.epochs=1") == run(
-        f"checkpoint={file}", "evaluation.epochs=1"
-    )
+    assert run(f"checkpoint={finished / where}") == run(f"checkpoint={file}")
 
 
 def test_another_protocol_has_names_of_its_own(finished):
@@ -59,10 +57,17 @@ def test_another_protocol_has_names_of_its_own(finished):
     assert any("test_original/linear_top1" in row["metrics"] for row in rows)
 
 
+@pytest.mark.parametrize("setting", ["evaluation.knn_k=3", "evaluation.epochs=6", "precision=bfloat16"])
+def test_another_setting_of_the_same_protocol_does_not_pass_for_the_runs_own(finished, setting):
+    before = Record.load(finished).metrics
+    metrics = run(f"checkpoint={finished}", "evaluation=linear", "evaluation.epochs=5", setting)
+    assert "test_linear/linear_top1" in metrics
+    after = Record.load(finished).metrics
+    assert all(after[key] == before[key] for key in before if key.startswith(("val/", "test/")))
+
+
 def test_transfer_has_the_data_sets_name(finished):
-    metrics = run(
-        f"checkpoint={finished}", "evaluation.epochs=1", "data=digits", f"data.cache_dir={finished.parent}/cache"
-    )
+    metrics = run(f"checkpoint={finished}", "data=digits", f"data.cache_dir={finished.parent}/cache")
     assert "transfer/digits/test/linear_top1" in metrics
 
 
@@ -86,5 +91,5 @@ def test_a_run_that_is_not_finished_is_refused(finished, tmp_path):
 def test_a_checkpoint_alone_is_evaluated_and_nothing_is_written(finished, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     path = shutil.copy(checkpoint.load_latest(finished / "checkpoints")[0], tmp_path / "elsewhere")
-    assert "test/linear_top1" in run(f"checkpoint={path}", "evaluation.epochs=1")
+    assert "test/linear_top1" in run(f"checkpoint={path}")
     assert [each.name for each in tmp_path.iterdir()] == ["elsewhere"]
