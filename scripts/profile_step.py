@@ -85,8 +85,9 @@ def profile(overrides: list[str], steps: int) -> list[dict[str, float]]:
     parts.time("views", ViewMaker, "__call__")
     parts.time("encoder", method.encoder, "forward")
     parts.time("heads", method.projector, "forward")
-    if method.support is not None:
+    if getattr(method, "predictor", None) is not None:
         parts.time("heads", method.predictor, "forward")
+    if method.support is not None:
         parts.time("lookup", method.support, "lookup")
         parts.time("support update", method.support, "update")
     parts.time("backward", torch.Tensor, "backward")

@@ -51,6 +51,8 @@ def run(module: str, config_name: str) -> None:
     def task(composed: DictConfig) -> Any:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper collects how its jobs end
             return _job(module, composed)
+        if "sweep" in HydraConfig.get().runtime.choices and not composed.tracking.parent:
+            fail(f"+sweep={HydraConfig.get().runtime.choices['sweep']}: a sweep is many runs; add --multirun")
         with _explained():  # here, because Hydra would print a line of its own first
             return importlib.import_module(module).main(composed)
 

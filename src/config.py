@@ -254,6 +254,9 @@ def check(cfg: Config) -> None:
         if not 0 <= value <= 1:
             raise UsageError(f"{key}={value}: must lie between 0 and 1")
 
+    for owner, key in SUPPORT_KEYS.items():
+        if getattr(cfg, key) is not None and owner != method.name:
+            raise UsageError(f"{key}={getattr(cfg, key)}: method={method.name} does not have it, method={owner} does")
     at_least("k", cfg.k, 1)
     at_least("queue_size", cfg.queue_size, 1)
     at_least("seed", cfg.seed, 0)
@@ -350,8 +353,9 @@ def check(cfg: Config) -> None:
 
 
 def support_set_size(cfg: Config) -> int:
-    """How many vectors the method stores: 0, the queue's size, or k."""
-    return cfg.k or cfg.queue_size or 0
+    """How many vectors the method stores: 0, the queue's size, or k and what it is re-clustered from."""
+    window = cfg.method.refit_window if isinstance(cfg.method, KMCLR) and cfg.method.refit == "faiss" else 0
+    return (cfg.k or cfg.queue_size or 0) + window
 
 
 def flatten(cfg: Config | dict[str, Any]) -> dict[str, Any]:
@@ -401,5 +405,5 @@ def config_hash(cfg: Config) -> str:
 def run_name(cfg: Config) -> str:
     """For people: ``kmclr-k400-cifar100-resnet18-seed0``."""
     key = SUPPORT_KEYS.get(cfg.method.name)
-    size = f"-{key.split('_')[0]}{support_set_size(cfg)}" if key else ""
+    size = f"-{key.split('_')[0]}{getattr(cfg, key)}" if key else ""
     return f"{cfg.method.name}{size}-{cfg.data.name}-{cfg.backbone.name}-seed{cfg.seed}"

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 
 from src.stopping import PRUNED, Stopper, is_stop
 
-SWEPT = ("method", "k", "queue_size", "seed")  # what is worth a word when a job starts
+SWEPT = {"method", "k", "queue_size", "seed"}  # worth a word when a job starts, as is all in which the jobs differ
 
 
 class JobFailed(Exception):  # noqa: N818
@@ -79,6 +79,8 @@ class LocalLauncher(Launcher):
         self.folder = Path(self.config.hydra.sweep.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         returns = [JobReturn(overrides=each) for each in job_overrides]
+        times = Counter(each for overrides in job_overrides for each in overrides)
+        self.swept = SWEPT | {each.split("=")[0] for each in times if times[each] < len(job_overrides)}
         waiting, running = deque(range(len(returns))), list[Job]()
         passed_on = False
         with Stopper(self.config.max_minutes) as stopper:
@@ -107,7 +109,7 @@ class LocalLauncher(Launcher):
     def _start(self, place: int, slot: int, overrides: list[str], number: int) -> Job:
         path = self.folder / f"{number}.log"
         log = path.open("w+b")
-        swept = [each for each in overrides if each.split("=")[0] in SWEPT]
+        swept = [each for each in overrides if each.split("=")[0] in self.swept]
         print(f"job {number} starts: {' '.join(swept)} ({path})", flush=True)
         process = subprocess.Popen(
             [sys.executable, "-m", "src.train", *overrides],

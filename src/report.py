@@ -4,9 +4,9 @@
     python -m src.report sweep=ID
     python -m src.report experiment=NAME out=DIR tracking=jsonl
 
-Writes table.md, table.csv, table.json, plot.png, plot.svg and, of runs whose folders are here, curves.png to DIR
-(results/NAME unless set). The runs are read from MLflow, or with tracking=jsonl from the run.json files under
-multirun/.
+Writes table.md, table.csv, table.json, plot.png, plot.svg and, of runs whose folders are here, curves.png to DIR:
+results/NAME, or results/NAME-ID of a sweep, unless it is set. The runs are read from MLflow, or with tracking=jsonl
+from the run.json files under multirun/.
 """
 
 from __future__ import annotations
@@ -38,12 +38,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FIGURES = {"val/knn_top1": "val kNN", "test/linear_top1": "test linear top-1", "test/linear_top5": "test linear top-5"}
+FIGURES = {
+    "val/knn_top1": "val kNN",
+    "val/linear_top1": "val linear top-1",
+    "test/linear_top1": "test linear top-1",
+    "test/linear_top5": "test linear top-5",
+}
 PLOTTED = {"test/linear_top1": "Linear top-1 accuracy (%)", "test/linear_top5": "Linear top-5 accuracy (%)"}
 DERIVED = RESULTING[:3]  # a run that left images out is another experiment
 NAMES = {"simclr": "SimCLR", "nnclr": "NNCLR", "kmclr": "KMCLR"}
 COLOURS = {"simclr": "#404040", "nnclr": "#d55e00", "kmclr": "#0072b2"}  # Okabe and Ito: safe for the colour-blind
 MARKERS, LINES = "Dsov^PX*", ("--", "-.", "-", ":")
+MOST_LINES = 2 * len(MARKERS)  # more series than that are a cloud
+SAME = ("dtype", "git_commit", "git_dirty", "device")  # tags that the seeds of a row should share
 LEGEND_WIDTH = 96  # characters that fit beside each other below the plot
 
 
@@ -83,7 +90,7 @@ def summarise(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
     same: dict[tuple[str, str, int], list[Run]] = defaultdict(list)
     for run in kept:
         same[run.params["method.name"], _variant(run, names), int(run.params["support_set_size"])].append(run)
-    common = usual(kept, names)
+    common = usual(kept, keys)
     rows = [
         Row(
             method,
@@ -103,11 +110,16 @@ def summarise(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
         f"{NAMES[method]}'s {key.removeprefix('method.')}={value}" if key.startswith("method.") else f"{key}={value}"
         for method, values in common.items()
         for key, value in values.items()
+        if key in names
     )
     if unsaid:
         notes.append(f"where a row does not say otherwise: {', '.join(unsaid)}")
     if implied := sorted(set(keys) - set(names)):
         notes.append(f"with {', '.join(names)} go {', '.join(implied)}")
+    for tag in SAME:
+        mixed = [f"{row.label} {row.size:,}" for row in rows if len({run.tags.get(tag) for run in row.runs}) > 1]
+        if mixed:
+            notes.append(f"the runs of a row differ in {tag}: {', '.join(mixed)}")
     seeds = sorted({len(row.runs) for row in rows})
     if len(seeds) > 1:
         notes.append(f"the rows differ in their number of seeds: {seeds[0]} to {seeds[-1]}")
@@ -165,14 +177,17 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 
 def distinguishing(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
-    """As few of the keys as tell the same runs apart, the shortest names first: a recipe is known by one of them."""
+    """As few of the keys as tell the same runs apart: a recipe is known by one of them.
+
+    The names of options come first (``optimizer.name``), then the shortest keys.
+    """
     kept: list[str] = []
 
     def groups(chosen: list[str]) -> int:  # a method does not excuse what is not its own: epochs, say
         shared = [key for key in chosen if not key.startswith("method.")]
         return sum(len({tuple(map(run.params.get, by)) for run in runs}) for by in (["method.name", *chosen], shared))
 
-    for key in sorted(keys, key=lambda key: (len(key), key)):
+    for key in sorted(keys, key=lambda key: (not key.endswith(".name"), len(key), key)):
         if groups([*kept, key]) > groups(kept):
             kept.append(key)
     return kept
@@ -203,9 +218,10 @@ def _variant(run: Run, keys: Sequence[str]) -> str:
 
 def _label(run: Run, keys: Sequence[str], common: Mapping[str, str]) -> str:
     unusual = [key for key in keys if run.params.get(key) != common.get(key)]
+    more = sum(run.params.get(key) != value for key, value in common.items() if key not in keys)
     text = re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", _variant(run, unusual))
     name = NAMES[run.params["method.name"]]
-    return f"{name}, {text}" if text else name
+    return ", ".join(filter(None, [name, text])) + (f" and {more} more" if more else "")
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
@@ -273,11 +289,11 @@ def caption(rows: Sequence[Row]) -> str:
 def plot(rows: Sequence[Row]) -> Figure:
     """Accuracy against support-set size: a panel a figure, a line a method, a level across for one that stores none.
 
-    Each variant has a line of its own; more of them than there are markers, as in a search, are one cloud a method.
+    Each variant has a line of its own; far more of them than markers, as in a search, are one cloud a method.
     """
     from matplotlib.figure import Figure
 
-    is_cloud = len({row.label for row in rows}) > len(MARKERS)
+    is_cloud = len({row.label for row in rows}) > MOST_LINES
     series: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         series[NAMES[row.method] if is_cloud else row.label].append(row)
@@ -294,7 +310,7 @@ def plot(rows: Sequence[Row]) -> Figure:
             points = [row for row in group if row.values(figure)]
             line = "" if is_cloud else LINES[place % len(LINES)]
             if points:
-                _series(axes, label, points, figure, zero, MARKERS[place], line)
+                _series(axes, label, points, figure, zero, MARKERS[place % len(MARKERS)], line)
     canvas.suptitle(caption(rows), fontsize=9)
     handles, labels = max((axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[0]))
     if handles:
@@ -329,8 +345,8 @@ def _series(axes: Axes, label: str, rows: Sequence[Row], figure: str, zero: floa
     means, stds = [row.mean(figure) for row in rows], [row.std(figure) for row in rows]
     style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "capsize": 3, "linewidth": 1.3}
     axes.errorbar([row.size or zero for row in rows], means, stds, label=label, linestyle=line, **style)
-    if rows[0].size == 0:
-        axes.axhline(means[0], color=colour, linestyle=line or ":", linewidth=1)
+    if rows[0].size == 0 and line:
+        axes.axhline(means[0], color=colour, linestyle=line, linewidth=1)
         if not math.isnan(stds[0]):
             axes.axhspan(means[0] - stds[0], means[0] + stds[0], color=colour, alpha=0.12, linewidth=0)
 

@@ -42,7 +42,7 @@ def read_sweep(sweep: str, backend: str, root: Path = Path("multirun")) -> tuple
         sweep: its eight hex digits, or the id of its run in MLflow.
 
     Returns:
-        The sweep's name, and the runs.
+        The sweep's name with its digits, and the runs.
 
     Raises:
         UsageError: there is no such sweep; the message lists those that there are.
@@ -56,7 +56,7 @@ def read_sweep(sweep: str, backend: str, root: Path = Path("multirun")) -> tuple
     for identity, run in sweeps.items():
         if sweep in (identity, run.run_id):
             jobs = [each for each in runs if f"sweep.{identity}" in each.tags]
-            return run.params["sweep"], sorted(jobs, key=lambda each: each.start_time)
+            return f"{run.params['sweep']}-{identity}", sorted(jobs, key=lambda each: each.start_time)
     known = ", ".join(f"{identity} ({run.params['sweep']})" for identity, run in sweeps.items())
     raise UsageError(f"sweep={sweep}: there is no such sweep; choose from {known or 'none'}")
 

@@ -116,9 +116,12 @@ class GridSweeper(Sweeper):
         legal = [job.cfg for job in jobs if job.cfg]
         if not legal:
             raise UsageError(jobs[0].error if jobs else "method: no alternative of this sweep has it")
+        for job in jobs:
+            if not job.cfg:
+                print(f"not possible: {job.error} ({' '.join(job.overrides)})", file=sys.stderr, flush=True)
         if self.config.dry_run:
             print(preview(legal, self.config.jobs))
-            return
+            sys.exit(2 if len(legal) < len(jobs) else 0)
         name = self.config.hydra.runtime.choices.get("sweep") or "grid"
         hashes = sorted(config.config_hash(job.cfg) for job in jobs if job.cfg)
         with self.prepare(Sweep(name, hashes, jobs, legal[0].tracking)) as sweep:
@@ -136,6 +139,8 @@ class GridSweeper(Sweeper):
         for grid in alternatives(union, params, given):
             for values in product(*grid.values()):
                 job = self.compose([f"{key}={value}" for key, value in zip(grid, values, strict=True)])
+                if job.cfg and "method" in given and job.cfg.method.name not in given["method"]:
+                    continue  # an experiment of another method
                 identity = config.config_hash(job.cfg) if job.cfg else " ".join(job.overrides)
                 distinct.setdefault(identity, job)
         if any(job.cfg and job.cfg.output_dir for job in distinct.values()) and len(distinct) > 1:
@@ -374,6 +379,8 @@ def alternatives(union: Sequence[Grid], params: Grid, given: Grid) -> Iterator[G
 
     for grid in union:
         replaced = {key: values for key, values in given.items() if concerns(key, grid)}
+        if "experiment" in grid:
+            replaced.pop("method", None)  # it has one, and the command line chooses among them
         if "method" in given and "method" in grid:
             replaced["method"] = [value for value in grid["method"] if value in given["method"]]
             if not replaced["method"]:
@@ -393,7 +400,8 @@ def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
         state, estimate = record.status.lower() if record else "to do", ""
         if not (record and record.status == "FINISHED"):
             todo += 1
-            rate = finished.get((cfg.method.name, cfg.backbone.name)) or finished.get(("", cfg.backbone.name))
+            alike = _alike(config.flatten(cfg))
+            rate = finished.get((cfg.method.name, *alike)) or finished.get(("", *alike))
             if rate is None:
                 unknown += 1
             else:
@@ -409,14 +417,20 @@ def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
     return "\n".join([*lines, total])
 
 
-def _seconds_an_epoch() -> dict[tuple[str, str], float]:
-    """Mean wall time of finished runs an epoch, by (method, backbone), and by backbone alone with method ''."""
-    samples: dict[tuple[str, str], list[float]] = {}
+def _alike(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an epoch's length depends on besides the method."""
+    keys = ("backbone.name", "data.name", "data.limit", "data.val_fraction", "batch_size", "compile", "device")
+    return tuple(str(params.get(key)) for key in keys)
+
+
+def _seconds_an_epoch() -> dict[tuple[str, ...], float]:
+    """Mean wall time of finished runs an epoch, by method and `_alike`, and by `_alike` alone with method ''."""
+    samples: dict[tuple[str, ...], list[float]] = {}
     for path in rundir.ROOT.glob(f"*/{RECORD}"):
         record = Record.load(path.parent)
         if record.status == "FINISHED" and "epochs" in record.params and record.seconds:
             for method in ("", record.params["method.name"]):
-                rates = samples.setdefault((method, record.params["backbone.name"]), [])
+                rates = samples.setdefault((method, *_alike(record.params)), [])
                 rates.append(record.seconds / int(record.params["epochs"]))
     return {key: sum(rates) / len(rates) for key, rates in samples.items()}
 

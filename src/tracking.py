@@ -242,15 +242,17 @@ def parent_tags(parent: str | None) -> dict[str, str]:
 def nest(parent: Tracker, children: Sequence[Path]) -> None:
     """Puts runs that have ended under a sweep's, and delivers what MLflow lacks of them; a failing store is only noted.
 
-    A run of several sweeps is shown under the last of them; its tags ``sweep.ID`` name all.
+    A run of several sweeps is shown under the last of them; its tags ``sweep.ID`` name all. One that another process
+    works on is left to that process.
     """
     tags = parent_tags(str(parent.directory))
     for directory in children:
-        record = Record.load(directory)
-        if not tags.items() <= record.tags.items():
-            record.tags |= tags
-            record.delivered_status = ""
-            record.save(directory)
+        with suppress(UsageError), rundir.exclusive(directory):
+            record = Record.load(directory)
+            if not tags.items() <= record.tags.items():
+                record.tags |= tags
+                record.delivered_status = ""
+                record.save(directory)
     try:
         client = parent.client()
         for directory in children if client else []:
@@ -270,8 +272,10 @@ def _deliver_changes(client: Any, directory: Path) -> None:
     for key, value in record.tags.items():
         if found.data.tags.get(key) != value:
             client.set_tag(found.info.run_id, key, value)
-    record.delivered_status = record.status
-    record.save(directory)
+    with rundir.exclusive(directory):
+        record = Record.load(directory)
+        record.delivered_status = record.status
+        record.save(directory)
 
 
 def share(parent: Tracker, view: Callable[[str, str, str, int], tuple[str, str, str]]) -> str:

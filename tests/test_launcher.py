@@ -50,6 +50,13 @@ def test_each_job_ends_in_its_own_way(program, jobs):
     assert {path.name for path in (program / "sweep").iterdir()} == {f"{number}.log" for number in range(5, 11)}
 
 
+def test_a_job_is_announced_by_all_in_which_it_differs(program, capsys):
+    launch(1, "k=a status=0 width=3 sleep=0", "k=b status=0 width=4 sleep=0")
+    assert [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines() if "starts" in line] == [
+        *("k=a width=3 (sweep/5.log)", "k=b width=4 (sweep/6.log)")
+    ]
+
+
 def test_jobs_share_threads_and_take_gpus_in_turn(program, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")

@@ -49,7 +49,12 @@ def run(method, size=0, seed=0, top1=50.0, status="FINISHED", at=0.0, name=None,
         "support_bytes": str(size * 1024),
         "output_dir": f"multirun/{method}{size}-{seed}-{at}",
     }
-    metrics = {"val/knn_top1": top1 - 5, "test/linear_top1": top1, "test/linear_top5": top1 + 30}
+    metrics = {
+        "val/knn_top1": top1 - 5,
+        "val/linear_top1": top1 + 1,
+        "test/linear_top1": top1,
+        "test/linear_top5": top1 + 30,
+    }
     name = name or f"{method}-{size}-seed{seed}"
     return Run(f"{name}@{at}", name, status, common | own | params, metrics, None, {}, at)
 
@@ -88,12 +93,12 @@ def test_the_table_reads_as_a_paper_would_print_it():
     header, *body = table(summarise(STUDY)[0])
     assert header == [
         *("method", "vectors", "bytes", "of largest queue", "seeds"),
-        *("val kNN", "test linear top-1", "test linear top-5"),
+        *("val kNN", "val linear top-1", "test linear top-1", "test linear top-5"),
     ]
     deviation = statistics.stdev([52, 52.25, 52.5])
     assert body[0] == [
         *("SimCLR", "0", "0 bytes", "0.00%", "3"),
-        *(f"{mean} ± {deviation:.2f}" for mean in ("47.25", "52.25", "82.25")),
+        *(f"{mean} ± {deviation:.2f}" for mean in ("47.25", "53.25", "52.25", "82.25")),
     ]
     assert body[2][:4] == ["NNCLR", "98,304", "100.7 MB", "100.00%"]
     assert body[4][:4] == ["KMCLR", "400", "409.6 kB", "0.41%"]  # 400 / 98,304
@@ -101,7 +106,7 @@ def test_the_table_reads_as_a_paper_would_print_it():
 
 def test_one_seed_has_no_deviation_and_no_queue_no_share():
     (row,), _ = summarise([run("kmclr", 50, top1=54.66)])
-    assert table([row])[1][3:] == ["-", "1", "49.66", "54.66", "84.66"]
+    assert table([row])[1][3:] == ["-", "1", "49.66", "55.66", "54.66", "84.66"]
 
 
 def test_runs_that_differ_in_a_setting_are_not_averaged_and_the_row_says_which():
@@ -145,11 +150,26 @@ def test_a_recipe_of_many_settings_is_named_by_one_and_the_note_names_the_rest()
         ("NNCLR, batch_size=64", 4096),
         ("KMCLR, batch_size=256", 50),
         ("KMCLR, batch_size=256", 400),
-        ("KMCLR, batch_size=64", 400),
+        ("KMCLR, batch_size=64 and 1 more", 400),  # that not half of all runs have its learning rate cannot be said
     ]
-    rows, _ = summarise([*runs, run("simclr", batch_size="256", **{"optimizer.lr": "0.3"})])
-    assert [row.label for row in rows] == ["SimCLR", "NNCLR, batch_size=64", "KMCLR", "KMCLR", "KMCLR, batch_size=64"]
     assert "with batch_size go method.temperature, optimizer.lr" in notes
+    rows, _ = summarise([*runs, run("simclr", batch_size="256", **{"optimizer.lr": "0.3"})])
+    assert [row.label for row in rows] == [
+        *("SimCLR", "NNCLR, batch_size=64 and 1 more", "KMCLR", "KMCLR", "KMCLR, batch_size=64 and 2 more")
+    ]
+
+
+def test_the_name_of_an_option_names_a_recipe():
+    runs = [run("simclr", seed=seed, **{"optimizer.name": "lars", "lr": "0.4"}) for seed in (0, 1)]
+    rows, _ = summarise([*runs, run("simclr", **{"optimizer.name": "sgd", "lr": "0.3"})])
+    assert [row.label for row in rows] == ["SimCLR", "SimCLR, optimizer.name=sgd and 1 more"]
+
+
+def test_seeds_that_were_computed_otherwise_are_noted():
+    runs = [
+        replace(run("kmclr", 50, seed), tags={"dtype": dtype}) for seed, dtype in enumerate(["float32", "bfloat16"])
+    ]
+    assert summarise(runs)[1] == ["the runs of a row differ in dtype: KMCLR 50"]
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 2)] * 3), min_size=1, max_size=12))
@@ -204,7 +224,7 @@ def test_missing_figures_are_counted_and_shown():
     assert notes == ["no test linear top-1: NNCLR 4,096 (2 of 3 runs)"]
     assert rows[0].values("test/linear_top1") == [57.5]
     rows, _ = summarise([lacking])
-    assert table(rows)[1][6] == "-"
+    assert table(rows)[1][7] == "-"
     assert records(rows)[0]["test/linear_top1_mean"] is None
 
 
@@ -250,6 +270,8 @@ def test_each_variant_is_one_line_of_the_plot():
 
 
 def test_more_variants_than_markers_are_one_cloud_and_lose_no_point():
+    few, _ = summarise([run("kmclr", k, **{"optimizer.lr": f"0.1{k}234567"}) for k in range(50, 65)])
+    assert len(drawn(plot(few).axes[0])) == 15
     rows, _ = summarise([run("kmclr", k, **{"optimizer.lr": f"0.1{k}234567"}) for k in range(50, 70)])
     assert rows[0].label == "KMCLR, optimizer.lr=0.15"
     axes = plot(rows).axes[0]

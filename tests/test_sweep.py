@@ -67,7 +67,7 @@ def in_store(path, query):
 
 @pytest.mark.parametrize(
     ("name", "jobs"),
-    [("support_size", 39), ("original_table", 5), ("forgetting", 15), ("cpu_study", 30), ("ablations", 26)],
+    [("support_size", 39), ("original_table", 5), ("forgetting", 15), ("cpu_study", 36), ("ablations", 28)],
 )
 def test_the_sweeps_that_come_with_the_project(command, tmp_path, name, jobs):
     done = command("src.train", "--multirun", f"+sweep={name}", "dry_run=true")
@@ -76,6 +76,20 @@ def test_the_sweeps_that_come_with_the_project(command, tmp_path, name, jobs):
     assert listed[-1][:2] == [str(jobs), "jobs,"]
     assert len({line[4] for line in listed[:-1]}) == jobs
     assert not list(tmp_path.iterdir())
+
+
+def test_a_method_chooses_among_the_alternatives_also_those_that_are_experiments(command):
+    done = command("src.train", "--multirun", "+sweep=cpu_study", "method=nnclr", "seed=0", "dry_run=true")
+    names = [line.split()[4] for line in done.stdout.splitlines()[:-1]]
+    assert [name.split("-")[1] for name in names] == ["queue400", "queue4096", "queue16384", "queue16384"]
+
+
+def test_a_dry_run_names_what_is_not_possible(command):
+    done = command("src.train", "--multirun", "method=kmclr", "k=50,0", "dry_run=true")
+    assert done.returncode == 2
+    assert done.stdout.splitlines()[-1].startswith("1 jobs, 1 to run")
+    assert done.stderr.startswith("not possible: k=0: must be 1 or more")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -387,6 +387,18 @@ def test_a_run_that_is_worked_on_is_not_delivered(client, tmp_path):
         tracking.deliver(tmp_path / "run")
 
 
+def test_a_sweep_leaves_the_record_of_a_run_that_is_worked_on_alone(tmp_path):
+    parent = Tracker(tmp_path / "sweep", JSONL, "sweep", {"sweep": "grid"}, {"sweep_id": "0a"})
+    folders = [tmp_path / name for name in ("ended", "going")]
+    for folder in folders:
+        Tracker(folder, JSONL, folder.name, {}, {}).close("FINISHED")
+    before = (folders[1] / "run.json").read_bytes()
+    with rundir.exclusive(folders[1]):
+        tracking.nest(parent, folders)
+        assert (folders[1] / "run.json").read_bytes() == before
+    assert Record.load(folders[0]).tags["sweep.0a"] == "true"
+
+
 @pytest.mark.slow
 def test_a_store_that_is_locked_at_the_start_gets_the_run_later(client, tmp_path):
     other = sqlite3.connect(tmp_path / "mlflow.db")
