@@ -103,7 +103,14 @@ def summarise(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
         for (method, variant, size), group in same.items()
     ]
     rows.sort(key=lambda row: (list(METHODS).index(row.method), row.label, row.variant, row.size))
+    return rows, notes + _remarks(rows, keys, names, common)
 
+
+def _remarks(
+    rows: Sequence[Row], keys: Sequence[str], names: Sequence[str], common: Mapping[str, Mapping[str, str]]
+) -> list[str]:
+    """What the rows' labels leave unsaid, and what makes rows less comparable than they look."""
+    notes = []
     if names:
         notes.append(f"the runs also differ in {', '.join(names)}: each combination has its own row")
     unsaid = dict.fromkeys(
@@ -128,7 +135,7 @@ def summarise(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
         where = [f"{row.label} {row.size:,} ({len(row.runs) - n} of {len(row.runs)} runs)" for row, n in lacking]
         if where:
             notes.append(f"no {title}: {', '.join(where)}")
-    return rows, notes
+    return notes
 
 
 def select(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
