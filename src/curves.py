@@ -6,9 +6,9 @@ import json
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from src.record import METRICS
 
@@ -28,6 +28,8 @@ COMPARED = {
     "support/label_agreement": ("nearest stored vector of the same class (%)", 100),
 }
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
+MARKERS = ("", "o", "s", "^", "D")  # once the lines of a colour are used up
+LEGEND_WIDTH = 84  # characters that fit beside each other below a figure of 7.2 inches
 
 
 class Course(NamedTuple):
@@ -83,29 +85,37 @@ def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]
     ]
 
 
+def legend_columns(labels: Iterable[str]) -> int:
+    """As many as fit, three at most."""
+    return max(1, min(3, LEGEND_WIDTH // (max(map(len, labels), default=1) + 8)))
+
+
 def compare(courses: Sequence[Course]) -> Figure:
     """A panel a metric, a line a course in a band of its deviation over seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 3.3 + 0.2 * math.ceil(len(courses) / 3)), layout="constrained")
+    labels = [f"{course.name} {course.size:,}" if course.size else course.name for course in courses]
+    columns = legend_columns(labels)
+    figure = Figure(figsize=(7.2, 3.3 + 0.2 * math.ceil(len(courses) / columns)), layout="constrained")
     panels = figure.subplots(1, len(COMPARED))
     for axes, (metric, (title, factor)) in zip(panels, COMPARED.items(), strict=True):
         places: Counter[str] = Counter()
-        for course in courses:
+        for label, course in zip(labels, courses, strict=True):
+            round_, place = divmod(places[course.colour], len(LINES))
+            places[course.colour] += 1
             if metric.startswith("support/") and not course.size:
                 continue
-            line = LINES[places[course.colour] % len(LINES)]
-            places[course.colour] += 1
             points = over_epochs(course, metric)
             epochs, means = [epoch for epoch, _, _ in points], [factor * mean for _, mean, _ in points]
             band = [[factor * (mean + side * std) for _, mean, std in points] for side in (-1, 1)]
-            label = f"{course.name} {course.size:,}" if course.size else course.name
-            axes.plot(epochs, means, color=course.colour, linestyle=line, linewidth=1.3, label=label)
+            style: dict[str, Any] = {"color": course.colour, "linestyle": LINES[place], "linewidth": 1.3}
+            style |= {"marker": MARKERS[round_ % len(MARKERS)], "markersize": 3}
+            axes.plot(epochs, means, label=label, **style)
             axes.fill_between(epochs, *band, color=course.colour, alpha=0.12, linewidth=0)
         axes.set(title=title, xlabel="epoch")
         axes.title.set_size("medium")
         axes.grid(axis="y", color="0.9", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, handlelength=3.5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
     return figure

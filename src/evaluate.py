@@ -11,6 +11,7 @@ if __name__ == "__main__":  # ahead of the imports: `--help` does not wait for t
     cli.run("src.evaluate", "evaluate")
     raise SystemExit
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,8 @@ def main(composed: DictConfig) -> dict[str, float]:
     """Evaluate the encoder of a finished run, on its own data or on another set, and log to the run.
 
     Protocol and precision are the run's own unless the command line says otherwise. The metrics are named as in
-    training where they are, and the data too; ``test_original/...``, after the protocol, where one of its settings or
-    the precision differs; ``transfer/NAME/...`` on another data set. A checkpoint away from its run's directory is
+    training where they are; ``test_original/...``, after the protocol, where one of its settings or the arithmetic
+    differs; ``transfer/NAME/...`` before that on another data set. A checkpoint away from its run's directory is
     evaluated too; its figures are only printed.
 
     Raises:
@@ -131,13 +132,15 @@ def main(composed: DictConfig) -> dict[str, float]:
     weights = {key.removeprefix(prefix): v for key, v in saved["model"].items() if key.startswith(prefix)}
     checkpoint.restore(encoder, weights, path)
     encoder.to(device).to(memory_format=torch.channels_last)
-    frozen = FrozenEncoder(encoder, saved["mean"], saved["std"], device, build.precision(cfg.precision, device))
+    dtype = build.precision(cfg.precision, device)
+    frozen = FrozenEncoder(encoder, saved["mean"], saved["std"], device, dtype)
 
     metrics = final(frozen, data, cfg.evaluation, build.search(cfg.search, device), cfg.seed)
+    trained_in = record.tags.get("dtype") if record else None
+    if _protocol(cfg) != _protocol(before) or trained_in not in (None, str(dtype).removeprefix("torch.")):
+        metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
     if composed.get("data"):
         metrics = {f"transfer/{cfg.data.name}/{key}": value for key, value in metrics.items()}
-    elif (cfg.evaluation, cfg.precision) != (before.evaluation, before.precision):
-        metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
     for key, value in metrics.items():
         print(f"{key:32} {value:6.2f}")
     if record:
@@ -146,6 +149,11 @@ def main(composed: DictConfig) -> dict[str, float]:
             tracker.log(metrics, saved["step"])
             tracker.close("FINISHED")
     return metrics
+
+
+def _protocol(cfg: config.Config) -> config.Evaluation:
+    """The evaluation without what matters during training only."""
+    return replace(cfg.evaluation, every=0, online_lr=0.0)
 
 
 def _merged(saved: dict[str, Any], composed: DictConfig) -> config.Config:

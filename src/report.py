@@ -50,8 +50,7 @@ NAMES = {"simclr": "SimCLR", "nnclr": "NNCLR", "kmclr": "KMCLR"}
 COLOURS = {"simclr": "#404040", "nnclr": "#d55e00", "kmclr": "#0072b2"}  # Okabe and Ito: safe for the colour-blind
 MARKERS, LINES = "Dsov^PX*", ("--", "-.", "-", ":")
 MOST_LINES = 2 * len(MARKERS)  # more series than that are a cloud
-SAME = ("dtype", "git_commit", "git_dirty", "device")  # tags that the seeds of a row should share
-LEGEND_WIDTH = 96  # characters that fit beside each other below the plot
+SAME = ("dtype", "git_commit", "git_dirty", "device")  # tags that runs should share to be compared
 
 
 @dataclass(frozen=True)
@@ -124,9 +123,12 @@ def _remarks(
     if implied := sorted(set(keys) - set(names)):
         notes.append(f"with {', '.join(names)} go {', '.join(implied)}")
     for tag in SAME:
-        mixed = [f"{row.label} {row.size:,}" for row in rows if len({run.tags.get(tag) for run in row.runs}) > 1]
+        found = [{run.tags[tag] for run in row.runs if tag in run.tags} for row in rows]
+        mixed = [f"{row.label} {row.size:,}" for row, values in zip(rows, found, strict=True) if len(values) > 1]
         if mixed:
             notes.append(f"the runs of a row differ in {tag}: {', '.join(mixed)}")
+        elif len(set().union(*found)) > 1:
+            notes.append(f"rows differ in {tag}")
     seeds = sorted({len(row.runs) for row in rows})
     if len(seeds) > 1:
         notes.append(f"the rows differ in their number of seeds: {seeds[0]} to {seeds[-1]}")
@@ -304,7 +306,7 @@ def plot(rows: Sequence[Row]) -> Figure:
     series: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         series[NAMES[row.method] if is_cloud else row.label].append(row)
-    columns = max(1, min(3, LEGEND_WIDTH // (max(map(len, series), default=1) + 8)))
+    columns = curves.legend_columns(series)
     canvas = Figure(figsize=(7.2, 3.3 + 0.2 * math.ceil(len(series) / columns)), layout="constrained")
     panels = canvas.subplots(1, len(PLOTTED))
     for axes, (figure, title) in zip(panels, PLOTTED.items(), strict=True):
@@ -315,7 +317,7 @@ def plot(rows: Sequence[Row]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         for place, (label, group) in enumerate(series.items()):
             points = [row for row in group if row.values(figure)]
-            line = "" if is_cloud else LINES[place % len(LINES)]
+            line = "" if is_cloud else LINES[(place + place // len(MARKERS)) % len(LINES)]
             if points:
                 _series(axes, label, points, figure, zero, MARKERS[place % len(MARKERS)], line)
     canvas.suptitle(caption(rows), fontsize=9)

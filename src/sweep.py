@@ -136,17 +136,22 @@ class GridSweeper(Sweeper):
         params = self._grid([f"{key}={value}" for key, value in self.params.items()])
         union = [self._grid(shlex.split(line)) for line in self.union]
         distinct: dict[str, Job] = {}
-        for grid in alternatives(union, params, given):
+        for grid in alternatives(union, params, given, [self._methods(grid) for grid in union]):
             for values in product(*grid.values()):
                 job = self.compose([f"{key}={value}" for key, value in zip(grid, values, strict=True)])
-                if job.cfg and "method" in given and job.cfg.method.name not in given["method"]:
-                    continue  # an experiment of another method
                 identity = config.config_hash(job.cfg) if job.cfg else " ".join(job.overrides)
                 distinct.setdefault(identity, job)
         if any(job.cfg and job.cfg.output_dir for job in distinct.values()) and len(distinct) > 1:
             raise UsageError("output_dir: each job of a sweep has a folder of its own under multirun/; leave it out")
         # One seed after the other: whatever stops a sweep, the seeds that are done make whole curves.
         return sorted(distinct.values(), key=lambda job: job.cfg.seed if job.cfg else 0)
+
+    def _methods(self, grid: Grid) -> Sequence[str]:
+        """The methods of an alternative; none where it leaves that to the command line."""
+        if "experiment" not in grid or "method" in grid:
+            return grid.get("method", [])
+        bare = [self.compose([f"experiment={value}"]) for value in grid["experiment"]]
+        return [job.cfg.method.name for job in bare if job.cfg]
 
     def _grid(self, overrides: list[str]) -> Grid:
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
@@ -366,25 +371,33 @@ class Sweep:
         return "FINISHED" if not lacking else "KILLED" if stopped else "FAILED"
 
 
-def alternatives(union: Sequence[Grid], params: Grid, given: Grid) -> Iterator[Grid]:
-    """The grids of a union, with what the command line gives put in the place of what they have."""
-    theirs = {key for grid in union for key in grid}
+def alternatives(union: Sequence[Grid], params: Grid, given: Grid, methods: Sequence[Sequence[str]]) -> Iterator[Grid]:
+    """The grids of a union, with what the command line gives put in the place of what they have.
 
-    def concerns(key: str, grid: Grid) -> bool:
+    Args:
+        union: the alternatives.
+        params: what all of them sweep.
+        given: the command line.
+        methods: of each alternative; none where it leaves that to the command line.
+    """
+    theirs = {key for grid in union for key in grid} - {"method"}
+
+    def concerns(key: str, grid: Grid, names: Sequence[str]) -> bool:
         if key in theirs:
             return key in grid
         group, _, name = key.partition(".")
-        settings = [fields(config.METHODS[each]) for each in grid.get("method", []) if group == "method" and name]
+        settings = [fields(config.METHODS[each]) for each in names if group == "method" and name]
         return all(name.split(".")[0] in {field.name for field in each} for each in settings)
 
-    for grid in union:
-        replaced = {key: values for key, values in given.items() if concerns(key, grid)}
-        if "experiment" in grid:
-            replaced.pop("method", None)  # it has one, and the command line chooses among them
-        if "method" in given and "method" in grid:
-            replaced["method"] = [value for value in grid["method"] if value in given["method"]]
-            if not replaced["method"]:
-                continue
+    for grid, names in zip(union, methods, strict=True):
+        chosen = [each for each in names if each in given.get("method", names)]
+        if names and not chosen:
+            continue
+        replaced = {key: values for key, values in given.items() if concerns(key, grid, chosen)}
+        if "method" in grid:
+            replaced |= {"method": chosen} if "method" in given else {}
+        elif names:
+            replaced.pop("method", None)  # an experiment brings its own
         merged = {**params, **grid, **replaced}
         # The command line's own order, its groups first: a job's command then reads as the sweep's did.
         yield {key: merged[key] for key in [*replaced, *(key for key in merged if key not in replaced)]}

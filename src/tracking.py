@@ -272,10 +272,11 @@ def _deliver_changes(client: Any, directory: Path) -> None:
     for key, value in record.tags.items():
         if found.data.tags.get(key) != value:
             client.set_tag(found.info.run_id, key, value)
-    with rundir.exclusive(directory):
+    with suppress(UsageError), rundir.exclusive(directory):
         record = Record.load(directory)
-        record.delivered_status = record.status
-        record.save(directory)
+        if record.status == found.info.status:
+            record.delivered_status = record.status
+            record.save(directory)
 
 
 def share(parent: Tracker, view: Callable[[str, str, str, int], tuple[str, str, str]]) -> str:

@@ -245,5 +245,12 @@ def warn_of_doubtful(cfg: Config, images: int) -> None:
             "queue_size=%d: %d images in %d epochs never fill it, so every positive will be the other view",
             *(cfg.queue_size, images, cfg.epochs),
         )
+    if isinstance(cfg.method, config.KMCLR) and (cfg.method.refit, cfg.method.forget) == ("faiss", "reset"):
+        between = images // cfg.batch_size * cfg.batch_size * cfg.method.forget_every
+        if between < cfg.method.refit_window:
+            logger.warning(
+                "method.refit_window=%d: %d embeddings between two resets never fill it, so nothing is re-clustered",
+                *(cfg.method.refit_window, between),
+            )
     if cfg.k is not None and cfg.k > images:
         logger.warning("k=%d: more prototypes than the %d training images; most will be single images", cfg.k, images)

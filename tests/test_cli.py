@@ -122,6 +122,7 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(command, tmp_
         ("run_id=nothing", "there is no MLflow store"),
         ("checkpoint=a_file", "a_file is damaged, or not a checkpoint"),
         ("method=kmclr", "method: unknown key"),
+        ("evaluation.epochs=5", "evaluation.epochs: the chosen options do not have it; choose evaluation=... first"),
     ],
 )
 def test_mistakes_in_evaluate(command, tmp_path, arguments, says):

@@ -57,6 +57,10 @@ def test_another_protocol_has_names_of_its_own(finished):
     assert any("test_original/linear_top1" in row["metrics"] for row in rows)
 
 
+def test_what_matters_in_training_only_makes_no_other_protocol(finished):
+    assert "test/linear_top1" in run(f"checkpoint={finished}", "evaluation=linear", "evaluation.epochs=5")
+
+
 @pytest.mark.parametrize("setting", ["evaluation.knn_k=3", "evaluation.epochs=6", "precision=bfloat16"])
 def test_another_setting_of_the_same_protocol_does_not_pass_for_the_runs_own(finished, setting):
     before = Record.load(finished).metrics

@@ -21,7 +21,7 @@ SMALL_SWEEP = ("+sweep=support_size", "queue_size=64", "k=10,20", "seed=0")
 
 
 def grids(given, params=None):
-    return list(alternatives(UNION, params or {}, given))
+    return list(alternatives(UNION, params or {}, given, [grid["method"] for grid in UNION]))
 
 
 def test_alternatives_are_not_multiplied_with_each_other():
@@ -44,6 +44,15 @@ def test_a_setting_of_one_method_concerns_that_method():
     simclr, nnclr, kmclr = grids({"method.forget": ["none"], "method.temperature": ["0.1"]})
     assert ["method.forget" in grid for grid in (simclr, nnclr, kmclr)] == [False, False, True]
     assert all("method.temperature" in grid for grid in (simclr, nnclr, kmclr))
+
+
+def test_an_experiment_keeps_its_method_and_takes_that_methods_settings():
+    union = [{"experiment": ["original_nnclr"]}, {"experiment": ["original_kmclr"], "k": ["400"]}]
+    given = {"method": ["kmclr"], "method.forget": ["none"]}
+    (kmclr,) = alternatives(union, {}, given, [["nnclr"], ["kmclr"]])
+    assert kmclr == {"experiment": ["original_kmclr"], "k": ["400"], "method.forget": ["none"]}
+    nnclr, kmclr = alternatives(union, {}, {"method.forget": ["none"]}, [["nnclr"], ["kmclr"]])
+    assert nnclr == {"experiment": ["original_nnclr"]}
 
 
 @pytest.mark.parametrize(("status", "stop"), [(0, False), (1, False), (2, False), (75, True), (76, False), (143, True)])
