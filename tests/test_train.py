@@ -415,7 +415,7 @@ def test_doubtful_settings_are_warned_of(run, caplog):
     run("method=kmclr", "k=201", "epochs=1", directory="other")
     assert "k=201: more prototypes than the 200 training images" in caplog.text
     run("method=kmclr", "k=7", "epochs=1", "method.refit=faiss", directory="refit")
-    assert "method.refit_window=16384: 600 embeddings between two resets never fill it" in caplog.text
+    assert "method.refit_window=16384: 576 embeddings between two resets never fill it" in caplog.text
     assert "schedule.warmup_epochs=2: not shorter than epochs=1" in caplog.text
 
 
