@@ -133,8 +133,8 @@ def _unknown_key(key: str) -> str:
         if key == root_key:
             others = [f"method={name} has {other}" for name, other in config.SUPPORT_KEYS.items() if name != method]
             return f"{key}: only method={method} has it ({', '.join(others)}; simclr stores nothing)"
-    group = key.split(".")[0]
-    if key in known_keys():
+    group, _, setting = key.partition(".")
+    if setting and key in known_keys():
         return f"{key}: the chosen options do not have it; choose {group}=... first (--help lists them)"
     near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}? " if near else ""
