@@ -136,7 +136,7 @@ def _unknown_key(key: str) -> str:
     group, _, setting = key.partition(".")
     if setting and key in known_keys():
         return f"{key}: the chosen options do not have it; choose {group}=... first (--help lists them)"
-    near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, [each for each in known_keys() if each != key], n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{key}: unknown key, or one that the chosen options do not have; {hint}(--help shows what can be set)"
 
