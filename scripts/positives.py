@@ -1,0 +1,136 @@
+"""How good could positives be? What a finished run's own embeddings offer, by how many vectors are stored.
+
+    python -m scripts.positives RUN [RUN ...] [--data DIR] [--out FILE]
+
+RUN is the folder of a finished run. Its training images are embedded twice, as views 1 and 2, with the batch statistics
+of training. Each view 1 is an anchor; the second views of other images are what can be stored: as they are, of which
+the nearest is taken (NNCLR), or as prototypes, of whose members one is drawn (KMCLR pulls towards all of them at once).
+A positive is good where it is of the anchor's class. The most confident anchors are those nearest to what they found.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from scripts.workbench import machine
+from src import build, checkpoint, config
+from src.config import Config
+from src.data import load
+from src.learner import Learner
+from src.support.search import TorchSearch, cluster
+
+SIZES = (400, 4096, 16384)
+KS = (50, 200, 400, 800)
+SHARES = (1.0, 0.1, 0.01)  # of the anchors, the most confident first
+OUT = Path("results/ablations/positives.md")
+
+
+class Views(NamedTuple):
+    """Embeddings of N training images, in random order."""
+
+    first_ND: Tensor
+    second_ND: Tensor
+    labels_N: Tensor
+
+
+def embed(cfg: Config, learner: Learner, space: str) -> Views:
+    """Unit vectors of two views of each image: what the projector gives, or the encoder."""
+    data = load(cfg.data)
+    makers = build.views(cfg, data)
+    torch.manual_seed(0)
+    order = torch.randperm(len(data.train))
+    batches: tuple[list[Tensor], list[Tensor]] = ([], [])
+    whole = len(order) // cfg.batch_size * cfg.batch_size
+    for rows in order[:whole].split(cfg.batch_size):
+        images = data.train.take(rows).images
+        for batch, view in zip(batches, makers, strict=True):
+            with torch.no_grad(), torch.autocast("cpu", learner.dtype, enabled=learner.dtype != torch.float32):
+                features = learner.method.encoder(view(images))
+                vectors = learner.method.projector(features) if space == "embeddings" else features
+            batch.append(F.normalize(vectors.float(), dim=1))
+    return Views(torch.cat(batches[0]), torch.cat(batches[1]), data.train.labels[order[:whole]])
+
+
+def of_neighbours(views: Views, size: int) -> tuple[Tensor, Tensor]:
+    """How near the nearest of ``size`` other images is, and whether it is of the anchor's class."""
+    scores_N2, ids_N2 = TorchSearch()(views.first_ND, views.second_ND[:size], k=2)
+    itself_N = ids_N2[:, 0] == torch.arange(len(ids_N2))
+    pick_N1 = itself_N.long()[:, None]  # the second nearest where the nearest is the anchor's own other view
+    ids_N, scores_N = ids_N2.gather(1, pick_N1)[:, 0], scores_N2.gather(1, pick_N1)[:, 0]
+    return scores_N, (views.labels_N[ids_N] == views.labels_N).float()
+
+
+def of_prototypes(views: Views, k: int) -> tuple[Tensor, Tensor]:
+    """How near the nearest of k prototypes is, and the share of its other members that are of the anchor's class."""
+    centroids_KD, members_N = cluster(
+        views.second_ND, k, spherical=True, seed=0, initial_KD=views.second_ND[:k], iterations=20
+    )
+    scores_N1, ids_N1 = TorchSearch()(views.first_ND, centroids_KD)
+    ids_N, labels_N = ids_N1[:, 0], views.labels_N
+    classes_KC = torch.zeros(k, int(labels_N.max()) + 1)
+    classes_KC.index_put_((members_N, labels_N), torch.ones(()), accumulate=True)
+    itself_N = (members_N == ids_N).float()
+    alike_N = classes_KC[ids_N, labels_N] - itself_N
+    return scores_N1[:, 0], alike_N / (classes_KC[ids_N].sum(1) - itself_N).clamp(min=1)
+
+
+def shares(scores_N: Tensor, good_N: Tensor) -> list[str]:
+    """How many are good, in percent, of all anchors and of the most confident."""
+    good_N = good_N[scores_N.argsort(descending=True)]
+    return [f"{100 * float(good_N[: round(share * len(good_N))].mean()):.1f}" for share in SHARES]
+
+
+def tables(run: Path, data: Path | None) -> list[str]:
+    """A table a space, in Markdown."""
+    composed = OmegaConf.load(run / "config.yaml")
+    composed.compile = False
+    composed.device = "cpu"
+    if data is not None:
+        composed.data.root = str(data)
+    cfg = config.parse(cast(DictConfig, composed))
+    learner = Learner(cfg, load(cfg.data))
+    found = checkpoint.load_latest(run / "checkpoints")
+    if found is None:
+        raise SystemExit(f"{run}: there is no checkpoint")
+    checkpoint.restore(learner.method, found[1]["model"], found[0])
+    lines = []
+    for space in ("embeddings", "features"):
+        views = embed(cfg, learner, space)
+        rows = [(f"nearest of {size:,}", of_neighbours(views, size)) for size in (*SIZES, len(views.labels_N))]
+        rows += [(f"member of the nearest of {k:,} prototypes", of_prototypes(views, k)) for k in KS]
+        lines += [
+            f"**{config.run_name(cfg)}**, {cfg.epochs} epochs, {space}:",
+            "",
+            "| % of the anchor's class | all anchors | most confident tenth | most confident hundredth |",
+            "| --- | --- | --- | --- |",
+            *(f"| {name} | {' | '.join(shares(*measured))} |" for name, measured in rows),
+            "",
+        ]
+    return lines
+
+
+def main() -> None:
+    """Measure and tabulate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    lines = [line for run in args.runs for line in tables(run, args.data)]
+    text = "\n".join(
+        ["# How good could positives be?", "", *lines, f"`python -m scripts.positives RUN ...`; {machine()}."]
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(f"{text}\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
