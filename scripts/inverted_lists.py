@@ -14,16 +14,15 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from scripts.workbench import machine
-from src import build, config
+from scripts.workbench import config_of, machine
+from src import build
 from src.data import load
 from src.support.queue import Queue
 from src.support.search import FaissSearch, InvertedLists, TorchSearch
@@ -53,11 +52,7 @@ class Row(NamedTuple):
 @torch.inference_mode()
 def features(run: Path, count: int, data: Path | None) -> Tensor:
     """Unit features [count, F] of random views of a run's training images."""
-    composed = OmegaConf.load(run / "config.yaml")
-    if data is not None:
-        composed.data.root = str(data)
-    composed.compile = False
-    cfg = config.parse(cast(DictConfig, composed))
+    cfg = config_of(run, data)
     images = load(cfg.data)
     encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
     encoder.load_state_dict(load_file(run / "encoder.safetensors"))

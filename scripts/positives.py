@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from scripts.workbench import machine
+from scripts.workbench import config_of, machine
 from src import build, checkpoint, config
-from src.config import Config
-from src.data import load
+from src.data import Dataset, load
 from src.learner import Learner
 from src.support.search import TorchSearch, cluster
 
@@ -40,22 +38,24 @@ class Views(NamedTuple):
     labels_N: Tensor
 
 
-def embed(cfg: Config, learner: Learner, space: str) -> Views:
-    """Unit vectors of two views of each image: what the projector gives, or the encoder."""
-    data = load(cfg.data)
-    makers = build.views(cfg, data)
+def embed(learner: Learner, data: Dataset) -> dict[str, Views]:
+    """Unit vectors of two views of each image: what the projector gives, and the encoder."""
+    makers = build.views(learner.cfg, data)
     torch.manual_seed(0)
     order = torch.randperm(len(data.train))
-    batches: tuple[list[Tensor], list[Tensor]] = ([], [])
-    whole = len(order) // cfg.batch_size * cfg.batch_size
-    for rows in order[:whole].split(cfg.batch_size):
+    batch_size = learner.cfg.batch_size
+    order = order[: len(order) // batch_size * batch_size]
+    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {"embeddings": ([], []), "features": ([], [])}
+    for rows in order.split(batch_size):
         images = data.train.take(rows).images
-        for batch, view in zip(batches, makers, strict=True):
+        for place, view in enumerate(makers):
             with torch.no_grad(), torch.autocast("cpu", learner.dtype, enabled=learner.dtype != torch.float32):
                 features = learner.method.encoder(view(images))
-                vectors = learner.method.projector(features) if space == "embeddings" else features
-            batch.append(F.normalize(vectors.float(), dim=1))
-    return Views(torch.cat(batches[0]), torch.cat(batches[1]), data.train.labels[order[:whole]])
+                embeddings = learner.method.projector(features)
+            found["embeddings"][place].append(F.normalize(embeddings.float(), dim=1))
+            found["features"][place].append(F.normalize(features.float(), dim=1))
+    labels = data.train.labels[order]
+    return {space: Views(torch.cat(first), torch.cat(second), labels) for space, (first, second) in found.items()}
 
 
 def of_neighbours(views: Views, size: int) -> tuple[Tensor, Tensor]:
@@ -89,20 +89,15 @@ def shares(scores_N: Tensor, good_N: Tensor) -> list[str]:
 
 def tables(run: Path, data: Path | None) -> list[str]:
     """A table a space, in Markdown."""
-    composed = OmegaConf.load(run / "config.yaml")
-    composed.compile = False
-    composed.device = "cpu"
-    if data is not None:
-        composed.data.root = str(data)
-    cfg = config.parse(cast(DictConfig, composed))
-    learner = Learner(cfg, load(cfg.data))
+    cfg = config_of(run, data)
+    images = load(cfg.data)
+    learner = Learner(cfg, images)
     found = checkpoint.load_latest(run / "checkpoints")
     if found is None:
         raise SystemExit(f"{run}: there is no checkpoint")
     checkpoint.restore(learner.method, found[1]["model"], found[0])
     lines = []
-    for space in ("embeddings", "features"):
-        views = embed(cfg, learner, space)
+    for space, views in embed(learner, images).items():
         rows = [(f"nearest of {size:,}", of_neighbours(views, size)) for size in (*SIZES, len(views.labels_N))]
         rows += [(f"member of the nearest of {k:,} prototypes", of_prototypes(views, k)) for k in KS]
         lines += [

@@ -11,6 +11,7 @@ from typing import cast
 
 import hydra
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from scripts.rivals import Images
 from src import cli, config
@@ -25,6 +26,16 @@ def compose(*overrides: str) -> config.Config:
     """The config of ``python -m src.train OVERRIDES``."""
     with hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
         return config.parse(hydra.compose("train", overrides=list(overrides)))
+
+
+def config_of(run: Path, data: Path | None) -> config.Config:
+    """The config of a run in a folder, for measuring on the CPU; its data lie in ``data`` if that is given."""
+    composed = cast(DictConfig, OmegaConf.load(run / "config.yaml"))
+    composed.compile = False
+    composed.device = "cpu"
+    if data is not None:
+        composed.data.root = str(data)
+    return config.parse(composed)
 
 
 def images(count: int = 50_000) -> Images:

@@ -195,8 +195,7 @@ NOT_IN_HASH = (
     *("output_dir", "resume", "max_minutes", "jobs", "dry_run", "device", "tracking", "checkpoint"),
     *("data.root", "data.cache_dir", "data.on_error"),
 )
-# Params beside the config: they follow from the settings, or (the last) from the data.
-RESULTING = ("support_set_size", "support_bytes", "encoder_parameters", "skipped_images")
+DERIVED = ("support_set_size", "support_bytes", "encoder_parameters")  # params that follow from the settings
 
 
 def parse(composed: DictConfig) -> Config:
@@ -386,7 +385,7 @@ def check_same(saved: dict[str, Any], cfg: Config, where: Path) -> None:
     """
     before, now = flatten(saved), flatten(cfg)
     keys = [key for key in now if is_setting(key) and str(before.get(key)) != str(now[key])]
-    keys += [key for key in before if is_setting(key) and key not in now and key not in RESULTING]
+    keys += [key for key in before if is_setting(key) and key not in now and key not in (*DERIVED, "skipped_images")]
     if keys:
         differences = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in keys[:4])
         more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PANELS = {
     "loss": ("train/loss",),
     "validation accuracy (%)": ("val/knn_top1", "val/online_top1"),
-    "positives": ("support/label_agreement", "support/self_hit"),
+    "nearest entries": ("support/label_agreement", "support/self_hit"),
     "entries in use": ("support/perplexity", "support/dead"),
 }
 # What is compared over the epochs, and what a value is multiplied by.

@@ -29,7 +29,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from src import curves
-from src.config import METHODS, RESULTING, is_setting
+from src.config import DERIVED, METHODS, is_setting
 from src.errors import UsageError
 from src.record import METRICS
 from src.runs import Run, read_runs, read_sweep
@@ -45,7 +45,6 @@ FIGURES = {
     "test/linear_top5": "test linear top-5",
 }
 PLOTTED = {"test/linear_top1": "Linear top-1 accuracy (%)", "test/linear_top5": "Linear top-5 accuracy (%)"}
-DERIVED = RESULTING[:3]  # a run that left images out is another experiment
 NAMES = {"simclr": "SimCLR", "nnclr": "NNCLR", "kmclr": "KMCLR"}
 COLOURS = {"simclr": "#404040", "nnclr": "#d55e00", "kmclr": "#0072b2"}  # Okabe and Ito: safe for the colour-blind
 MARKERS, LINES = "Dsov^PX*", ("--", "-.", "-", ":")
@@ -395,14 +394,15 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
     }
     (out / "table.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
+    paths = [out / name for name in ("table.md", "table.csv", "table.json", "plot.png", "plot.svg")]
     with rc_context({"font.size": 9, "svg.hashsalt": experiment}):  # the same runs, the same bytes
         figure = plot(rows)
         figure.savefig(out / "plot.png", dpi=200)
         figure.savefig(out / "plot.svg", metadata={"Date": None})
         if found := courses(rows):
-            curves.compare(found).savefig(out / "curves.png", dpi=200)
-    names = ("table.md", "table.csv", "table.json", "plot.png", "plot.svg", "curves.png")
-    return [out / name for name in names[: 6 if found else 5]]
+            paths.append(out / "curves.png")
+            curves.compare(found).savefig(paths[-1], dpi=200)
+    return paths
 
 
 def show(rows: Sequence[Row], notes: Sequence[str], title: str) -> None:

@@ -50,6 +50,7 @@ class KMeans(SupportSet):
     pairs: Tensor
     pairs_of_class: Tensor
     before_KD: Tensor
+    window_labels_N: Tensor
 
     def __init__(
         self,
@@ -73,7 +74,6 @@ class KMeans(SupportSet):
         self.revive_after = revive_after
         self.refit_every = refit_every
         self.window = Ring(refit_window, dim) if refit_every else None
-        self.window_labels = Ring(refit_window, 1, torch.int64) if refit_every else None
         self.seeded = 0  # centroids that hold an embedding; below k only at the start and after a reset
         self.step = 0
         self.register_buffer("means_KD", torch.zeros(size, dim))
@@ -82,12 +82,13 @@ class KMeans(SupportSet):
         self.register_buffer("written_K", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("images_K", torch.full((size,), -1))  # whose embedding it is, while it is of one image
         # For diagnostics only: members by class; since `clear_stats`, anchors served by class, and the pairs of images
-        # that shared a prototype in both views, all and those of one class; the centroids then.
+        # that shared a prototype in both views, all and those of one class; the centroids then; the window's classes.
         self.register_buffer("classes_KC", torch.zeros(size, classes))
         self.register_buffer("served_KC", torch.zeros(size, classes))
         self.register_buffer("pairs", torch.zeros(()))
         self.register_buffer("pairs_of_class", torch.zeros(()))
         self.register_buffer("before_KD", torch.zeros(size, dim))
+        self.register_buffer("window_labels_N", torch.full((refit_window if refit_every else 0,), -1))
 
     def get_extra_state(self) -> dict[str, int]:
         return {"seeded": self.seeded, "step": self.step}
@@ -123,9 +124,9 @@ class KMeans(SupportSet):
     def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
         """Seed what is not seeded yet, then let the rest of the batch move the centroids."""
         points_BD = self._points(embeddings_BD)
-        if self.window is not None and self.window_labels is not None:
-            self.window.write(points_BD)
-            self.window_labels.write(labels_B[:, None])
+        if self.window is not None:
+            slots = self.window.write(points_BD)
+            self.window_labels_N[slots] = labels_B[-len(slots) :]
         fresh = min(self.size - self.seeded, len(points_BD))
         if fresh:
             slots = torch.arange(self.seeded, self.seeded + fresh, device=points_BD.device)
@@ -136,15 +137,15 @@ class KMeans(SupportSet):
             if self.revive_after:
                 self._revive(points_BD, images_B, labels_B)
         self.step += 1
-        if self.window and self.window_labels and self.window.full and self.ready and self.step % self.refit_every == 0:
-            self._refit(self.window.rows_ND, self.window_labels.rows_ND[:, 0])
+        if self.window is not None and self.window.full and self.ready and self.step % self.refit_every == 0:
+            self._refit(self.window.rows_ND)
 
     def start_epoch(self, epoch: int) -> None:
         """Forget everything, where the epoch is one to forget at."""
         if self.reset_every and epoch > 0 and epoch % self.reset_every == 0:
             self.seeded = 0
-            if self.window and self.window_labels:
-                self.window.total = self.window_labels.total = 0
+            if self.window is not None:
+                self.window.total = 0
 
     def record(self, ids_B: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
         super().record(ids_B, images_B, labels_B)
@@ -238,12 +239,12 @@ class KMeans(SupportSet):
         self.passed_K.masked_fill_(dead_K, 0)
         self.written_K.masked_fill_(dead_K, self.step)
 
-    def _refit(self, window_ND: Tensor, labels_N: Tensor) -> None:
+    def _refit(self, window_ND: Tensor) -> None:
         self.means_KD[:], ids_N = cluster(
             window_ND, self.size, spherical=self.spherical, seed=self.step, initial_KD=self.centroids_KD
         )
         self.counts_K[:] = torch.bincount(ids_N, minlength=self.size)
-        self.classes_KC.zero_().index_put_((ids_N, labels_N), window_ND.new_ones(()), accumulate=True)
+        self.classes_KC.zero_().index_put_((ids_N, self.window_labels_N), window_ND.new_ones(()), accumulate=True)
         self.passed_K.zero_()
         self.written_K.fill_(self.step)
         self.images_K.fill_(-1)
