@@ -16,8 +16,9 @@ from src.errors import UsageError, one_line
 from src.support.ring import Ring
 
 Metric = Literal["cosine", "euclidean"]
-# A block of the torch back end's B x N matrix holds at most this many numbers (256 MiB).
-BLOCK = 2**26
+# The torch back end makes B x N scores in tiles, which on a CPU stay in its cache and on a GPU are 256 MiB at most.
+QUERIES = 2**9
+VECTORS = {"cpu": 2**12, "cuda": 2**17}
 SAMPLE = 256  # vectors a list to train on, the most that FAISS uses
 PIECE = 2**16  # vectors listed at a time, so that a bfloat16 ring is never whole in float32
 
@@ -57,23 +58,35 @@ class TorchSearch:
     def __call__(
         self, queries_BD: Tensor, bank_ND: Tensor, k: int = 1, metric: Metric = "cosine"
     ) -> tuple[Tensor, Tensor]:
-        queries_BD = queries_BD.to(bank_ND.dtype)
-        parts = queries_BD.split(max(1, BLOCK // len(bank_ND)))
+        groups = queries_BD.to(bank_ND.dtype).split(QUERIES)
         with torch.autocast(bank_ND.device.type, enabled=False):
-            blocks = [self._block(part, bank_ND, k, metric) for part in parts]
-        return torch.cat([scores for scores, _ in blocks]).float(), torch.cat([ids for _, ids in blocks])
+            found = [self._nearest(group, bank_ND, k, metric) for group in groups]
+        return torch.cat([scores for scores, _ in found]).float(), torch.cat([ids for _, ids in found])
 
     @staticmethod
-    def _block(queries_BD: Tensor, bank_ND: Tensor, k: int, metric: Metric) -> tuple[Tensor, Tensor]:
-        if metric == "cosine":
-            scores_BN = queries_BD @ bank_ND.T
-        else:
-            # -|q-b|^2; the queries' own norms come after the selection, where they cost B numbers instead of B x N.
-            scores_BN = torch.addmm(bank_ND.square().sum(1), queries_BD, bank_ND.T, beta=-1, alpha=2)
-        scores_BK, ids_BK = scores_BN.max(1, keepdim=True) if k == 1 else scores_BN.topk(k, dim=1)
+    def _nearest(queries_BD: Tensor, bank_ND: Tensor, k: int, metric: Metric) -> tuple[Tensor, Tensor]:
+        first, *others = bank_ND.split(max(k, VECTORS[bank_ND.device.type]))
+        scores_BK, ids_BK = _top(_scores(queries_BD, first, metric), k)
+        seen = len(first)
+        for tile in others:
+            scores, ids = _top(_scores(queries_BD, tile, metric), min(k, len(tile)))
+            scores_BK, columns = _top(torch.cat([scores_BK, scores], 1), k)
+            ids_BK = torch.cat([ids_BK, ids + seen], 1).gather(1, columns)
+            seen += len(tile)
         if metric == "euclidean":
             scores_BK = scores_BK - queries_BD.square().sum(1, keepdim=True)
         return scores_BK, ids_BK
+
+
+def _scores(queries_BD: Tensor, tile_ND: Tensor, metric: Metric) -> Tensor:
+    if metric == "cosine":
+        return queries_BD @ tile_ND.T
+    # -|q-b|^2 without the queries' own norms, which change no order and come after the selection.
+    return torch.addmm(tile_ND.square().sum(1), queries_BD, tile_ND.T, beta=-1, alpha=2)
+
+
+def _top(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return scores_BN.max(1, keepdim=True) if k == 1 else scores_BN.topk(k, dim=1)
 
 
 class FaissSearch:

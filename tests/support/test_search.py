@@ -48,13 +48,16 @@ def test_autocast_does_not_round_the_scores(metric):
     assert torch.equal(ids, expected[1])
 
 
-def test_blocks_do_not_change_the_answer(monkeypatch):
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("k", [1, 3, 11])
+def test_tiles_do_not_change_the_answer(monkeypatch, metric, k):
     queries, bank = torch.randn(50, 4), torch.randn(30, 4)
-    whole = TorchSearch()(queries, bank, 3, "euclidean")
-    monkeypatch.setattr(search, "BLOCK", 7 * 30)
-    blocks = TorchSearch()(queries, bank, 3, "euclidean")
-    assert torch.equal(whole[1], blocks[1])
-    torch.testing.assert_close(whole[0], blocks[0])
+    whole = TorchSearch()(queries, bank, k, metric)
+    monkeypatch.setattr(search, "QUERIES", 7)
+    monkeypatch.setattr(search, "VECTORS", {"cpu": 8})
+    tiled = TorchSearch()(queries, bank, k, metric)
+    assert torch.equal(whole[1], tiled[1])
+    torch.testing.assert_close(whole[0], tiled[0])
 
 
 def test_faiss_missing_is_one_line_with_the_remedy(monkeypatch):
