@@ -145,7 +145,7 @@ def main(composed: DictConfig) -> dict[str, float]:
         print(f"{key:32} {value:6.2f}")
     if record:
         with rundir.exclusive(directory):
-            tracker = Tracker(directory, cfg.tracking, config.run_name(before), {}, {})
+            tracker = Tracker(directory, cfg.tracking, {}, {})
             tracker.log(metrics, saved["step"])
             tracker.close("FINISHED")
     return metrics

@@ -319,7 +319,7 @@ class Sweep:
         self.handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # closes what is open
         tags = {"sweep_id": self.id, "command": _command()}
         params = {"sweep": self.name}
-        self.tracker = tracking.Tracker(self.directory, self.cfg, self.directory.name, params, tags)
+        self.tracker = tracking.Tracker(self.directory, self.cfg, params, tags)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

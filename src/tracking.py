@@ -39,9 +39,8 @@ class Tracker:
     again. What could not be delivered by the end is named by `close`, with the command that delivers it.
 
     Args:
-        directory: the run's output directory.
+        directory: the run's output directory, whose name MLflow shows. A continued run keeps its name and experiment.
         tracking: the config group.
-        run_name: what MLflow shows; a continued run keeps its own, and its experiment.
         params: the flattened config. A continued run keeps the values that it has.
         tags: replaced where they exist.
 
@@ -53,7 +52,6 @@ class Tracker:
         self,
         directory: Path,
         tracking: Tracking,
-        run_name: str,
         params: Mapping[str, object],
         tags: Mapping[str, str],
     ) -> None:
@@ -66,7 +64,7 @@ class Tracker:
 
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        self.record = record = Record.find(directory) or Record.new(run_name, tracking.experiment)
+        self.record = record = Record.find(directory) or Record.new(directory.resolve().name, tracking.experiment)
         rows, end = cut_and_read(directory / METRICS)
         for row in rows:  # a kill may have come between a row and the record
             record.metrics |= {key: float(value) for key, value in row["metrics"].items()}

@@ -79,7 +79,6 @@ def main(composed: DictConfig) -> float:
         tracker = Tracker(
             directory,
             cfg.tracking,
-            config.run_name(cfg),
             params=config.flatten(cfg) | learner.sizes() | {"skipped_images": data.skipped},
             tags=environment_tags(str(learner.device))
             | {

@@ -58,7 +58,7 @@ from pathlib import Path
 from src.config import Tracking
 from src.tracking import Tracker
 name = os.environ["NAME"]
-tracker = Tracker(Path(name), Tracking("mlflow", "exp", 10), name, {"k": 50}, {})
+tracker = Tracker(Path(name), Tracking("mlflow", "exp", 10), {"k": 50}, {})
 for step in range(50):
     tracker.log({"train/loss": 1 / (1 + step), "val/knn": step}, step)
     tracker.flush()

@@ -72,13 +72,13 @@ class Sweep:
 def make_sweep(folder: Path) -> None:
     """A sweep as it is logged: made-up figures, three methods, two seeds; and a run that is none of its jobs."""
     config = Tracking("mlflow", "support-sets", 10)
-    sweep = Tracker(folder / "sweep", config, "support_size", {}, {})
-    Tracker(folder / "stranger", config, "stranger", {SIZE: 7}, {}).close("FINISHED")
+    sweep = Tracker(folder / "sweep", config, {}, {})
+    Tracker(folder / "stranger", config, {SIZE: 7}, {}).close("FINISHED")
     for method, sizes in SIZES.items():
         for size, seed in ((size, seed) for size in sizes for seed in SEEDS):
             name = f"{method}-{size}-{seed}"
             tags = {"mlflow.parentRunId": sweep.run_id, COLOUR_TAG: COLOURS[method]}
-            job = Tracker(folder / name, config, name, {"method.name": method, SIZE: size, "seed": seed}, tags)
+            job = Tracker(folder / name, config, {"method.name": method, SIZE: size, "seed": seed}, tags)
             top1 = 50 + math.log10(1 + size) + seed / 3
             for epoch in range(10):
                 job.log({COURSE: (top1 - 5) * (1 - math.exp(-1 - epoch / 3))}, epoch)

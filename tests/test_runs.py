@@ -15,11 +15,11 @@ from tests.stores import MLFLOW
 
 def test_both_back_ends_list_the_same_runs(client, tmp_path, monkeypatch):
     for i, status in enumerate(["FINISHED", "FAILED", "KILLED"]):
-        tracker = Tracker(tmp_path / "multirun" / str(i), MLFLOW, f"run{i}", {"k": i}, {"device": "cpu"})
+        tracker = Tracker(tmp_path / "multirun" / f"run{i}", MLFLOW, {"k": i}, {"device": "cpu"})
         tracker.log({"val/knn_top1": 0.1 * i}, 7)
         tracker.close(status)
         time.sleep(0.002)  # they are listed by their start, in milliseconds
-    Tracker(tmp_path / "multirun/other", Tracking("mlflow", "other", 10), "other", {}, {}).close("FINISHED")
+    Tracker(tmp_path / "multirun/other", Tracking("mlflow", "other", 10), {}, {}).close("FINISHED")
     search = type(client).search_runs
     monkeypatch.setattr(type(client), "search_runs", lambda *args, **kw: search(*args, **({"max_results": 2} | kw)))
 
@@ -46,7 +46,7 @@ def test_a_folder_without_a_store_is_not_given_one_by_reading(fresh_store, tmp_p
 
 def test_a_run_is_found_by_its_id(client, tmp_path):
     directory = tmp_path / "multirun/a"
-    tracker = Tracker(directory, MLFLOW, "run", {}, {})
+    tracker = Tracker(directory, MLFLOW, {}, {})
     tracker.close("FINISHED")
     for root in (Path("multirun"), Path("elsewhere")):  # by its record, by its tag in MLflow
         assert runs.find_run_directory(tracker.run_id, root).resolve() == directory.resolve()

@@ -32,7 +32,7 @@ def test_a_file_that_is_no_store_is_one_line_and_nothing_is_written(fresh_store,
     (tmp_path / "notes.db").write_text("not a database, " * 100)
     monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)
     with pytest.raises(UsageError, match=r"notes\.db does not open") as error:
-        Tracker(tmp_path / "run", MLFLOW, "run", {}, {})
+        Tracker(tmp_path / "run", MLFLOW, {}, {})
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -40,14 +40,14 @@ def test_a_file_that_is_no_store_is_one_line_and_nothing_is_written(fresh_store,
 def test_a_uri_of_no_known_kind_is_one_line(fresh_store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "gopher://example.org")
     with pytest.raises(UsageError, match="gopher") as error:
-        Tracker(tmp_path / "run", MLFLOW, "run", {}, {})
+        Tracker(tmp_path / "run", MLFLOW, {}, {})
     assert "\n" not in str(error.value)
 
 
 def test_a_deleted_experiment_is_one_line(client, tmp_path):
     client.delete_experiment(client.create_experiment("exp"))
     with pytest.raises(UsageError, match="mlflow experiments restore"):
-        Tracker(tmp_path / "run", MLFLOW, "run", {}, {})
+        Tracker(tmp_path / "run", MLFLOW, {}, {})
     assert not (tmp_path / "run").exists()
 
 

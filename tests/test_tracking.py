@@ -29,7 +29,7 @@ def test_the_config_files_fit_the_schema(name):
 
 def test_a_finished_run_may_be_evaluated_again(tmp_path):
     for value in (0.5, 0.6):
-        tracker = Tracker(tmp_path, JSONL, "run", {}, {})
+        tracker = Tracker(tmp_path, JSONL, {}, {})
         tracker.log({"test/linear_top1": value}, 100)
         tracker.close("FINISHED")
     assert [row["metrics"]["test/linear_top1"] for row in rows(tmp_path)] == [0.5, 0.6]
@@ -37,8 +37,8 @@ def test_a_finished_run_may_be_evaluated_again(tmp_path):
 
 
 def test_params_stay_and_tags_are_replaced_on_resume(tmp_path):
-    Tracker(tmp_path, JSONL, "run", {"k": 50}, {"git_commit": "a", "device": "cpu"}).close("KILLED")
-    Tracker(tmp_path, JSONL, "run", {"k": 51, "seed": 0}, {"git_commit": "b"}).close("FINISHED")
+    Tracker(tmp_path, JSONL, {"k": 50}, {"git_commit": "a", "device": "cpu"}).close("KILLED")
+    Tracker(tmp_path, JSONL, {"k": 51, "seed": 0}, {"git_commit": "b"}).close("FINISHED")
     (run,) = runs.read_runs("exp", "jsonl", tmp_path)
     assert run.params == {"k": "50", "seed": "0"}
     assert run.tags == {"git_commit": "b", "device": "cpu", "output_dir": str(tmp_path.resolve())}
@@ -53,13 +53,13 @@ from src.config import Tracking
 from src.errors import UsageError
 from src.runs import find_run_directory, read_runs
 from src.tracking import Tracker
-tracker = Tracker(Path("multirun/a"), Tracking("jsonl", "exp", 10), "run", {}, {})
+tracker = Tracker(Path("multirun/a"), Tracking("jsonl", "exp", 10), {}, {})
 tracker.log({"x": 1.0}, 0)
 tracker.close("FINISHED")
 assert read_runs("exp", "jsonl")[0].metrics == {"x": 1.0}
 assert find_run_directory(tracker.run_id) == Path("multirun/a")
 try:
-    Tracker(Path("b"), Tracking("mlflow", "exp", 10), "run", {}, {})
+    Tracker(Path("b"), Tracking("mlflow", "exp", 10), {}, {})
 except UsageError as error:
     print(error)
 assert not Path("b").exists()
@@ -79,7 +79,7 @@ TEXT = {"capture_output": True, "text": True}
 def test_a_run_is_delivered(client, tmp_path):
     directory = tmp_path / "run"
     params = {f"group.key{i}": i for i in range(250)} | {"k": 50, "long": "x" * 7000}
-    tracker = Tracker(directory, MLFLOW, "kmclr-50", params, {"device": "cpu"})
+    tracker = Tracker(directory, MLFLOW, params, {"device": "cpu"})
     assert client.get_run(tracker.run_id).info.status == "RUNNING"
     for step in range(700):
         tracker.log({"train/loss": step / 7, "val/knn_top1": -step}, step)  # more than one request takes
@@ -89,7 +89,7 @@ def test_a_run_is_delivered(client, tmp_path):
     tracker.close("FINISHED")
 
     run = client.get_run(tracker.run_id)
-    assert (run.info.run_name, run.info.status) == ("kmclr-50", "FINISHED")
+    assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
     assert run.info.start_time == tracker.record.start_time
     assert run.info.end_time == tracker.record.end_time
     assert run.data.params.keys() == params.keys()
@@ -106,14 +106,14 @@ def test_a_run_is_delivered(client, tmp_path):
 
 def test_a_killed_run_is_continued_in_mlflow_without_gaps_or_repeats(client, tmp_path):
     directory = tmp_path / "run"
-    tracker = Tracker(directory, MLFLOW, "run", {"k": 50, "long": "x" * 7000}, {})
+    tracker = Tracker(directory, MLFLOW, {"k": 50, "long": "x" * 7000}, {})
     train(tracker, range(20))
     tracker.flush()
     train(tracker, range(20, 31))  # in the file only
     with (directory / record.METRICS).open("a") as file:
         file.write('{"step": 33, "ti')  # and killed
 
-    resumed = Tracker(directory, MLFLOW, "run", {"k": 50, "long": "x" * 7000}, {})
+    resumed = Tracker(directory, MLFLOW, {"k": 50, "long": "x" * 7000}, {})
     assert client.get_run(resumed.run_id).info.status == "RUNNING"
     train(resumed, range(10, 60))
     resumed.close("FINISHED")
@@ -134,7 +134,7 @@ def test_a_run_killed_between_its_record_and_mlflow_is_told_when_it_is_looked_at
         raise Killed
 
     directory = tmp_path / "run"
-    tracker = Tracker(directory, MLFLOW, "run", {}, {})
+    tracker = Tracker(directory, MLFLOW, {}, {})
     train(tracker, range(7))
     with monkeypatch.context() as patch:
         patch.setattr(store, "push", kill)
@@ -155,34 +155,34 @@ def test_a_run_killed_between_its_record_and_mlflow_is_told_when_it_is_looked_at
 
 
 def test_a_failed_run_that_is_continued_runs_again(client, tmp_path):
-    tracker = Tracker(tmp_path / "run", MLFLOW, "run", {}, {})
+    tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
     tracker.close("FAILED")
     assert client.get_run(tracker.run_id).info.status == "FAILED"
-    resumed = Tracker(tmp_path / "run", MLFLOW, "run", {}, {})
+    resumed = Tracker(tmp_path / "run", MLFLOW, {}, {})
     assert client.get_run(tracker.run_id).info.status == "RUNNING"
     resumed.close("KILLED")
     assert client.get_run(tracker.run_id).info.status == "KILLED"
 
 
 def test_a_run_whose_creator_was_killed_before_it_knew_the_id_is_found(client, tmp_path):
-    tracker = Tracker(tmp_path / "run", MLFLOW, "run", {}, {})
+    tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
     tracker.record.run_id = tracker.record.uuid  # what the file said at that moment
     tracker.record.save(tmp_path / "run")
-    again = Tracker(tmp_path / "run", MLFLOW, "run", {}, {})
+    again = Tracker(tmp_path / "run", MLFLOW, {}, {})
     experiment = client.get_experiment_by_name("exp").experiment_id
     assert [run.info.run_id for run in client.search_runs([experiment])] == [again.run_id]
 
 
 def test_a_run_that_the_store_lost_is_delivered_whole_again(client, tmp_path):
     directory = tmp_path / "run"
-    tracker = Tracker(directory, MLFLOW, "run", {"k": 50}, {})
+    tracker = Tracker(directory, MLFLOW, {"k": 50}, {})
     (directory / "a.txt").write_text("a")
     tracker.artifact(directory / "a.txt")
     train(tracker, range(20))
     tracker.close("KILLED")
     client.delete_run(tracker.run_id)
 
-    resumed = Tracker(directory, MLFLOW, "run", {"k": 50}, {})
+    resumed = Tracker(directory, MLFLOW, {"k": 50}, {})
     train(resumed, range(20, 40))
     resumed.close("FINISHED")
     assert resumed.run_id != tracker.run_id
@@ -191,7 +191,7 @@ def test_a_run_that_the_store_lost_is_delivered_whole_again(client, tmp_path):
 
 
 def test_an_outage_does_not_stop_training_and_nothing_is_lost(client, tmp_path, monkeypatch, caplog):
-    tracker = Tracker(tmp_path / "run", MLFLOW, "run", {}, {})
+    tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
     train(tracker, range(10))
     with monkeypatch.context() as patch:
         break_store(client, patch, "log_batch")
@@ -220,7 +220,7 @@ def test_a_slow_failing_store_is_left_alone_for_ten_times_what_it_cost(client, t
         clock[0] += 20.0
         raise TimeoutError
 
-    tracker = Tracker(tmp_path / "run", MLFLOW, "run", {}, {})
+    tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
     monkeypatch.setattr(tracking.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(type(client), "log_batch", hang)
     for _ in range(500):
@@ -233,7 +233,7 @@ def test_a_store_that_is_down_from_start_to_end_gets_the_run_later(client, tmp_p
     directory = tmp_path / "run"
     with monkeypatch.context() as patch:
         break_store(client, patch, "search_runs", "create_run", "log_batch", "update_run", "set_terminated")
-        tracker = Tracker(directory, MLFLOW, "run", {"k": 50}, {"device": "cpu"})
+        tracker = Tracker(directory, MLFLOW, {"k": 50}, {"device": "cpu"})
         train(tracker, range(40))
         tracker.close("FINISHED")
     assert f"python -m src.tracking {directory}" in warnings(caplog)[-1]
@@ -249,7 +249,7 @@ def test_a_store_that_is_down_from_start_to_end_gets_the_run_later(client, tmp_p
 
 def test_runs_of_jsonl_are_delivered_by_command(client, tmp_path, capsys):
     for name in ("a", "b"):
-        tracker = Tracker(tmp_path / name, JSONL, name, {}, {})
+        tracker = Tracker(tmp_path / name, JSONL, {}, {})
         tracker.log({"x": 1.0}, 0)
         tracker.close("KILLED")
     tracking.main([str(tmp_path / "a"), str(tmp_path / "b")])
@@ -263,7 +263,7 @@ def test_runs_of_jsonl_are_delivered_by_command(client, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_locked_database_is_waited_for_or_passed_over(client, tmp_path, caplog):
-    tracker = Tracker(tmp_path / "run", MLFLOW, "run", {}, {})
+    tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
     other = sqlite3.connect(tmp_path / "mlflow.db")
     other.execute("BEGIN EXCLUSIVE")
     tracker.log({"x": 1.0}, 0)
@@ -301,8 +301,8 @@ def server(client, tmp_path, monkeypatch):
 def test_delivery_to_a_server_is_idempotent_too(client, server, tmp_path):
     assert store.prepare().tracking_uri.startswith("http://")
     directory = tmp_path / "remote"
-    train(Tracker(directory, MLFLOW, "remote", {"k": 50}, {}), range(10))  # and killed
-    remote = Tracker(directory, MLFLOW, "remote", {"k": 50}, {})
+    train(Tracker(directory, MLFLOW, {"k": 50}, {}), range(10))  # and killed
+    remote = Tracker(directory, MLFLOW, {"k": 50}, {})
     train(remote, range(20))
     remote.log({"support/perplexity": math.nan}, 20)
     (directory / "a.txt").write_text("a")
@@ -320,7 +320,7 @@ def test_a_server_that_is_not_there_does_not_stop_training(fresh_store, tmp_path
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port, where nothing listens
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracker = Tracker(tmp_path, MLFLOW, "run", {}, {})
+    tracker = Tracker(tmp_path, MLFLOW, {}, {})
     train(tracker, range(10))
     tracker.close("FINISHED")
     assert "python -m src.tracking" in warnings(caplog)[-1]
@@ -333,7 +333,7 @@ def test_a_server_that_is_not_there_does_not_stop_training(fresh_store, tmp_path
 def test_mlflow_ui_without_options_shows_the_runs(client, tmp_path, monkeypatch):
     if not socket.socket().connect_ex(("127.0.0.1", 5000)):
         pytest.skip("something else uses the port of `mlflow ui`")
-    train(local := Tracker(tmp_path / "local", MLFLOW, "local", {}, {}), range(10))
+    train(local := Tracker(tmp_path / "local", MLFLOW, {}, {}), range(10))
     local.close("FINISHED")
 
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PYTEST_"))}
@@ -358,12 +358,12 @@ def test_one_command_delivers_all_that_waits_and_no_dead_run_stays_running(clien
     with monkeypatch.context() as patch:
         break_store(client, patch, "search_runs", "create_run", "log_batch")
         for name in ("late", "later"):
-            train(tracker := Tracker(root / name, MLFLOW, name, {}, {}), range(10))
+            train(tracker := Tracker(root / name, MLFLOW, {}, {}), range(10))
             tracker.close("FINISHED")
-    train(Tracker(root / "killed", MLFLOW, "killed", {}, {}), range(10))  # by SIGKILL: nobody closes it
-    Tracker(root / "here", MLFLOW, "here", {}, {}).close("FINISHED")
-    Tracker(root / "not meant", JSONL, "not meant", {}, {}).close("FINISHED")
-    train(Tracker(root / "at work", MLFLOW, "at work", {}, {}), range(10))
+    train(Tracker(root / "killed", MLFLOW, {}, {}), range(10))  # by SIGKILL: nobody closes it
+    Tracker(root / "here", MLFLOW, {}, {}).close("FINISHED")
+    Tracker(root / "not meant", JSONL, {}, {}).close("FINISHED")
+    train(Tracker(root / "at work", MLFLOW, {}, {}), range(10))
     with rundir.exclusive(root / "at work"):
         assert [path.name for path in tracking.waiting(root)] == ["late", "later", "killed"]
         tracking.main([])
@@ -382,16 +382,16 @@ def test_one_command_delivers_all_that_waits_and_no_dead_run_stays_running(clien
 
 
 def test_a_run_that_is_worked_on_is_not_delivered(client, tmp_path):
-    Tracker(tmp_path / "run", MLFLOW, "run", {}, {})
+    Tracker(tmp_path / "run", MLFLOW, {}, {})
     with rundir.exclusive(tmp_path / "run"), pytest.raises(UsageError, match="another process is using it"):
         tracking.deliver(tmp_path / "run")
 
 
 def test_a_sweep_leaves_the_record_of_a_run_that_is_worked_on_alone(tmp_path):
-    parent = Tracker(tmp_path / "sweep", JSONL, "sweep", {"sweep": "grid"}, {"sweep_id": "0a"})
+    parent = Tracker(tmp_path / "sweep", JSONL, {"sweep": "grid"}, {"sweep_id": "0a"})
     folders = [tmp_path / name for name in ("ended", "going")]
     for folder in folders:
-        Tracker(folder, JSONL, folder.name, {}, {}).close("FINISHED")
+        Tracker(folder, JSONL, {}, {}).close("FINISHED")
     before = (folders[1] / "run.json").read_bytes()
     with rundir.exclusive(folders[1]):
         tracking.nest(parent, folders)

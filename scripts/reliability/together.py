@@ -29,7 +29,7 @@ def one_process(name: str) -> None:
     """What a run does around its training."""
     data = Data("digits", 16, "cache", 0.1, 0, None, False)
     images = load(data).train.images
-    tracker = Tracker(Path(name), Tracking("mlflow", "together", 1), name, {"images": len(images)}, {})
+    tracker = Tracker(Path(name), Tracking("mlflow", "together", 1), {"images": len(images)}, {})
     for step in range(STEPS):
         tracker.log({"train/loss": 1 / (1 + step)}, step)
         tracker.flush()
