@@ -109,16 +109,17 @@ def method(
                 models.predictor(out, settings.predictor_hidden),
                 queue(settings, cfg.search, cfg.queue_size, out, search),
                 temperature=settings.temperature,
+                support_weight=settings.support_weight,
             )
         case config.KMCLR():
             assert cfg.k is not None
             model = KMCLR(
                 backbone,
                 projector,
-                models.predictor(out, settings.predictor_hidden) if settings.prototype_weight else None,
+                models.predictor(out, settings.predictor_hidden),
                 kmeans(settings, cfg.k, out, classes, search),
                 temperature=settings.temperature,
-                prototype_weight=settings.prototype_weight,
+                support_weight=settings.support_weight,
                 mask_shared=settings.same_prototype == "mask",
             )
         case _:

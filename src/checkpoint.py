@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from src.errors import UsageError
 from src.files import write_whole
 
-FORMAT = 2
+FORMAT = 3
 """What the keys of the state mean. To be raised when they change."""
 
 _DIGEST_BYTES = hashlib.sha256().digest_size

@@ -38,6 +38,7 @@ class NNCLR:
     temperature: float
     projector: Projector
     predictor_hidden: int
+    support_weight: float
     queue_precision: str
 
 
@@ -47,7 +48,7 @@ class KMCLR:
     temperature: float
     projector: Projector
     predictor_hidden: int
-    prototype_weight: float
+    support_weight: float
     same_prototype: str
     metric: str
     forget: str
@@ -253,6 +254,10 @@ def check(cfg: Config) -> None:
         if not 0 <= value <= 1:
             raise UsageError(f"{key}={value}: must lie between 0 and 1")
 
+    def share(key: str, value: float) -> None:
+        if not 0 < value <= 1:
+            raise UsageError(f"{key}={value}: must be above 0, and 1 at most; method=simclr has no support set")
+
     for owner, key in SUPPORT_KEYS.items():
         if getattr(cfg, key) is not None and owner != method.name:
             raise UsageError(f"{key}={getattr(cfg, key)}: method={method.name} does not have it, method={owner} does")
@@ -271,9 +276,10 @@ def check(cfg: Config) -> None:
     for width in [*method.projector.hidden, method.projector.out]:
         at_least("method.projector", width, 1)
     if isinstance(method, NNCLR):
+        share("method.support_weight", method.support_weight)
         one_of("method.queue_precision", method.queue_precision, "float32", "bfloat16")
     if isinstance(method, KMCLR):
-        fraction("method.prototype_weight", method.prototype_weight)
+        share("method.support_weight", method.support_weight)
         one_of("method.same_prototype", method.same_prototype, "mask", "negative")
         one_of("method.metric", method.metric, "spherical", "euclidean")
         one_of("method.forget", method.forget, "reset", "decay", "none")
@@ -282,12 +288,7 @@ def check(cfg: Config) -> None:
         positive("method.half_life", method.half_life)
         at_least("method.revive_after", method.revive_after, 0)
         at_least("method.refit_every", method.refit_every, 1)
-        if method.prototype_weight == 0 and method.same_prototype == "negative":
-            raise UsageError(
-                "method.same_prototype=negative: with method.prototype_weight=0 the prototypes would do nothing; "
-                "choose mask, raise the weight, or take method=simclr"
-            )
-        if method.prototype_weight == 0 and cfg.k == 1:
+        if cfg.k == 1 and method.same_prototype == "mask":
             raise UsageError("k=1: all images share the one prototype, so none would be a negative; choose 2 or more")
         if method.refit == "faiss" and cfg.k is not None and method.refit_window < cfg.k:
             raise UsageError(f"method.refit_window={method.refit_window}: must hold k={cfg.k} embeddings or more")

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Pair = tuple[Tensor, Tensor]  # of view 1 and of view 2
 
-def nt_xent(z1_BD: Tensor, z2_BD: Tensor, temperature: float, alike_BB: Tensor | None = None) -> Tensor:
+
+def nt_xent(z1_BD: Tensor, z2_BD: Tensor, temperature: float) -> Tensor:
     """Normalised temperature-scaled cross entropy over the 2B views of a batch.
 
     For view i with other view j, and s = cosine similarity / temperature::
@@ -21,20 +23,16 @@ def nt_xent(z1_BD: Tensor, z2_BD: Tensor, temperature: float, alike_BB: Tensor |
         z1_BD: projections of view 1.
         z2_BD: of view 2 of the same images.
         temperature: above 0.
-        alike_BB: true where two images are left out of each other's sums; symmetric, its diagonal does not matter.
 
     Returns:
         The mean over all 2B ordered pairs, a scalar.
 
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, equation 1.
-    Deviation: ``alike_BB``.
     """
     z = F.normalize(torch.cat([z1_BD, z2_BD]).float(), dim=1)
     logits = _products(z, z) / temperature
     logits.fill_diagonal_(float("-inf"))
     batch = len(z1_BD)
-    if alike_BB is not None:
-        logits.masked_fill_(_off_diagonal(alike_BB).repeat(2, 2), float("-inf"))
     other_view = torch.arange(2 * batch, device=z.device).roll(batch)
     return F.cross_entropy(logits, other_view)
 
@@ -65,15 +63,45 @@ def info_nce(
     logits = _products(q, p) / temperature
     rows = torch.arange(len(q), device=q.device)
     if alike_BB is not None:
-        logits = logits.masked_fill(_off_diagonal(alike_BB), float("-inf"))
+        logits = logits.masked_fill(alike_BB & (rows[:, None] != rows), float("-inf"))
     return F.cross_entropy(logits, rows)
+
+
+def with_support(
+    projections: Pair,
+    predictions: Pair,
+    positives: Pair,
+    temperature: float,
+    weight: float,
+    alike: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """NT-Xent of a batch's views beside InfoNCE towards what a support set returned for them.
+
+    With z the projections of view 1 and 2, p their predictions, q their positives::
+
+        (1 - weight) * nt_xent(z1, z2)  +  weight * (info_nce(q1, p2) + info_nce(q2, p1)) / 2
+
+    Args:
+        projections, predictions, positives: [B, D] each, of view 1 and of view 2.
+        temperature: of both terms, above 0.
+        weight: above 0, 1 at most; at 1 the first term is not computed.
+        alike: `info_nce`'s, for q1 and for q2.
+
+    Returns:
+        A scalar.
+
+    Source: weight 1 is NNCLR's loss in its symmetric form (Dwibedi et al., ICCV 2021, equations 3 and 4). To keep the
+    views' own term beside it is our deviation; Li et al., "Prototypical Contrastive Learning of Unsupervised
+    Representations", ICLR 2021, equation 11, adds up two such terms.
+    """
+    (p1, p2), (q1, q2) = predictions, positives
+    loss = weight * (info_nce(q1, p2, temperature, alike[0]) + info_nce(q2, p1, temperature, alike[1])) / 2
+    if weight < 1:
+        loss = loss + (1 - weight) * nt_xent(*projections, temperature)
+    return loss
 
 
 def _products(a_BD: Tensor, b_BD: Tensor) -> Tensor:
     """Every row of one with every row of the other, in float32, which autocast would make bfloat16."""
     with torch.autocast(a_BD.device.type, enabled=False):
         return a_BD @ b_BD.T
-
-
-def _off_diagonal(alike_BB: Tensor) -> Tensor:
-    return alike_BB & ~torch.eye(len(alike_BB), dtype=torch.bool, device=alike_BB.device)

@@ -78,7 +78,7 @@ def test_kmclr_gets_the_prototypes_it_was_told(overrides, attributes):
 
 def test_masking_is_the_methods_choice():
     assert method("method=kmclr").mask_shared
-    assert not method("method=kmclr", "method.same_prototype=negative", "method.prototype_weight=1").mask_shared
+    assert not method("method=kmclr", "method.same_prototype=negative").mask_shared
 
 
 def test_refit_without_faiss_is_refused(monkeypatch):

@@ -38,7 +38,7 @@ def test_courses_are_lines_apart_in_colour_or_dashes_and_what_stores_nothing_has
     assert [line.get_label() for line in accuracy.lines] == ["SimCLR", "KMCLR 50", "KMCLR 4,096"]
     assert [line.get_label() for line in agreement.lines] == ["KMCLR 50", "KMCLR 4,096"]
     assert len({(line.get_color(), line.get_linestyle()) for line in accuracy.lines}) == 3
-    many = [Course("KMCLR, prototype_weight=1 and 15 more", k, "blue", 8, none) for k in range(1, 31)]
+    many = [Course("KMCLR, support_weight=1 and 15 more", k, "blue", 8, none) for k in range(1, 31)]
     figure = compare(many)
     styles = {(line.get_linestyle(), line._dash_pattern[1] and tuple(line._dash_pattern[1]), line.get_marker())
               for line in figure.axes[0].lines}  # fmt: skip

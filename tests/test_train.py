@@ -46,7 +46,7 @@ METRICS = {
     "memory/peak_gib",
 }
 OF_ENTRIES = {f"support/{name}" for name in ("label_agreement", "self_hit", "perplexity", "dead", "age_steps")}
-OF_PROTOTYPES = {f"support/{name}" for name in ("purity", "nmi", "drift", "shared", "shared_agreement")}
+OF_PROTOTYPES = {f"support/{name}" for name in ("purity", "nmi", "drift")}
 OF_METHOD = {"simclr": set(), "nnclr": OF_ENTRIES, "kmclr": OF_ENTRIES | OF_PROTOTYPES}
 
 

@@ -41,14 +41,12 @@ class Unlogged:
 
 def run(method: str, setting: Setting, images: Images, pace: Pace, *, compiled: bool = False) -> None:
     """Train ``simclr``, ``nnclr`` or ``kmclr``."""
-    size = {
-        "kmclr": [f"k={setting.support}", "method.prototype_weight=1"],  # the rivals' loss, with its predictor
-        "nnclr": [f"queue_size={setting.support}"],
-    }
+    size = {"kmclr": f"k={setting.support}", "nnclr": f"queue_size={setting.support}"}
+    support = [size[method], "method.support_weight=1"] if method in size else []  # 1: the rivals' loss
     cfg = compose(
         "data.final=true",
         f"method={method}",
-        *size.get(method, []),
+        *support,
         f"backbone={setting.backbone}",
         f"batch_size={setting.batch_size}",
         f"compile={str(compiled).lower()}",

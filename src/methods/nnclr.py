@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from src.losses import info_nce
+from src.losses import with_support
 from src.methods import Outcome
 from src.support import SupportSet
 
@@ -13,14 +13,29 @@ from src.support import SupportSet
 class NNCLR(nn.Module):
     """Encoder, projector and predictor; each view's nearest neighbour should predict the other view.
 
-    The loss is symmetric in the views; view 1 enters the queue, after the optimizer's step, when the loop says so.
+    View 1 enters the queue, after the optimizer's step, when the loop says so.
 
     Source: Dwibedi et al., "With a Little Help from My Friends", ICCV 2021, section 3.2, equations 3 and 4 (symmetric
-    form). Deviation: until the queue is full the positive is the other view.
+    form). Deviations: ``support_weight`` below 1; until the queue is full the positive is the other view.
+
+    Args:
+        encoder: images [B, 3, S, S] to features.
+        projector: features to embeddings [B, D].
+        predictor: embeddings to embeddings.
+        support: the queue.
+        temperature: of the loss.
+        support_weight: the neighbours' share of the loss (`with_support`); the rest is the views'.
     """
 
     def __init__(
-        self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module, support: SupportSet, *, temperature: float
+        self,
+        encoder: nn.Module,
+        projector: nn.Module,
+        predictor: nn.Module,
+        support: SupportSet,
+        *,
+        temperature: float,
+        support_weight: float,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -28,6 +43,7 @@ class NNCLR(nn.Module):
         self.predictor = predictor
         self.support = support
         self.temperature = temperature
+        self.support_weight = support_weight
 
     def forward(self, view1: Tensor, view2: Tensor) -> Outcome:
         """Two views [B, 3, S, S] of the same images, in the same order."""
@@ -41,5 +57,5 @@ class NNCLR(nn.Module):
                 positives, ids = self.support.lookup(positives)
         q1, q2 = positives.chunk(2)
 
-        loss = (info_nce(q1, p2, self.temperature) + info_nce(q2, p1, self.temperature)) / 2
+        loss = with_support((z1, z2), (p1, p2), (q1, q2), self.temperature, self.support_weight)
         return Outcome(loss, torch.cat([h1, h2]).detach(), z1.detach(), ids)

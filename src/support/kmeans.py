@@ -47,8 +47,6 @@ class KMeans(SupportSet):
     images_K: Tensor
     classes_KC: Tensor
     served_KC: Tensor
-    pairs: Tensor
-    pairs_of_class: Tensor
     before_KD: Tensor
     window_labels_N: Tensor
 
@@ -81,12 +79,10 @@ class KMeans(SupportSet):
         self.register_buffer("passed_K", torch.zeros(size))  # embeddings since the last that came to this centroid
         self.register_buffer("written_K", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("images_K", torch.full((size,), -1))  # whose embedding it is, while it is of one image
-        # For diagnostics only: members by class; since `clear_stats`, anchors served by class, and the pairs of images
-        # that shared a prototype in both views, all and those of one class; the centroids then; the window's classes.
+        # For diagnostics only: members by class; since `clear_stats`, anchors served by class; the centroids then; the
+        # window's classes.
         self.register_buffer("classes_KC", torch.zeros(size, classes))
         self.register_buffer("served_KC", torch.zeros(size, classes))
-        self.register_buffer("pairs", torch.zeros(()))
-        self.register_buffer("pairs_of_class", torch.zeros(()))
         self.register_buffer("before_KD", torch.zeros(size, dim))
         self.register_buffer("window_labels_N", torch.full((refit_window if refit_every else 0,), -1))
 
@@ -150,27 +146,17 @@ class KMeans(SupportSet):
     def record(self, ids_B: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
         super().record(ids_B, images_B, labels_B)
         self.served_KC.index_put_((ids_B, labels_B), self.served_KC.new_ones(()), accumulate=True)
-        ids1, ids2 = ids_B.chunk(2)
-        labels = labels_B[: len(ids1)]
-        shared_BB = (ids1[:, None] == ids1) & (ids2[:, None] == ids2)
-        self.pairs += shared_BB.sum() - len(ids1)
-        self.pairs_of_class += (shared_BB & (labels[:, None] == labels)).sum() - len(ids1)
 
     def stats(self) -> dict[str, float]:
         """What every support set tells, and of the prototypes as clusters of the anchors that they served.
 
-        ``purity`` and ``nmi`` (src/diagnostics.py) against the classes; ``shared``: how many other images of its batch
-        share an image's prototype in both views, on average; ``shared_agreement``: share of them of its class;
-        ``drift``: mean cosine distance of a prototype from where it was at `clear_stats`, if all were seeded then and
-        are now.
+        ``purity`` and ``nmi`` (src/diagnostics.py) against the classes; ``drift``: mean cosine distance of a prototype
+        from where it was at `clear_stats`, if all were seeded then and are now.
         """
         stats = super().stats()
         if self.served_KC.sum() > 0:
             stats["support/purity"] = purity(self.served_KC)
             stats["support/nmi"] = normalised_mutual_information(self.served_KC)
-            stats["support/shared"] = 2 * float(self.pairs) / float(self.served_KC.sum())
-        if self.pairs > 0:
-            stats["support/shared_agreement"] = float(self.pairs_of_class) / float(self.pairs)
         if self.ready and self.before_KD.any():
             stats["support/drift"] = float(1 - F.cosine_similarity(self.before_KD, self.means_KD).mean())
         return stats
@@ -178,8 +164,6 @@ class KMeans(SupportSet):
     def clear_stats(self) -> None:
         super().clear_stats()
         self.served_KC.zero_()
-        self.pairs.zero_()
-        self.pairs_of_class.zero_()
         self.before_KD.copy_(self.means_KD if self.ready else torch.zeros_like(self.means_KD))
 
     def labels_of(self, ids_B: Tensor) -> Tensor:

@@ -205,30 +205,12 @@ def test_prototypes_as_clusters_of_the_anchors_they_served():
     kmeans.record(torch.tensor([0, 0, 0, 1]), torch.arange(4), torch.tensor([0, 0, 1, 1]))
     stats = kmeans.stats()
     assert stats["support/purity"] == 3 / 4
-    assert stats["support/shared"] == 0
-    assert "support/shared_agreement" not in stats
     assert stats["support/nmi"] == pytest.approx(normalized_mutual_info_score([0, 0, 0, 1], [0, 0, 1, 1]))
     assert stats["support/drift"] == pytest.approx(0, abs=1e-6)
     kmeans.means_KD[1] *= -3  # one of the two turned right round: cosine distance 2
     assert kmeans.stats()["support/drift"] == pytest.approx(1.0, abs=1e-6)
     kmeans.clear_stats()
     assert "support/purity" not in kmeans.stats()
-
-
-def test_pairs_share_a_prototype_when_both_views_do():
-    kmeans = make(3)
-    update(kmeans, torch.eye(DIM)[:3])
-    first, second, labels = torch.tensor([[0, 0, 0, 1], [2, 2, 1, 2], [0, 0, 1, 1]])
-    kmeans.record(torch.cat([first, second]), torch.arange(4).repeat(2), labels.repeat(2))
-    assert kmeans.stats()["support/shared"] == 2 / 4  # images 0 and 1, each the other's
-    assert kmeans.stats()["support/shared_agreement"] == 1
-    first[2], second[2] = 0, 2
-    kmeans.record(torch.cat([first, second]), torch.arange(4).repeat(2), labels.repeat(2))
-    assert kmeans.stats()["support/shared"] == (2 + 6) / 8
-    assert kmeans.stats()["support/shared_agreement"] == 4 / 8
-    kmeans.clear_stats()
-    kmeans.record(torch.tensor([0, 1, 0, 1]), torch.arange(2).repeat(2), torch.zeros(4, dtype=torch.int64))
-    assert kmeans.stats()["support/shared"] == 0
 
 
 @pytest.mark.parametrize("options", [{"reset_every": 2}, {"half_life": 10}, {"refit_every": 3, "refit_window": 32}])
