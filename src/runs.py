@@ -51,7 +51,7 @@ def read_sweep(sweep: str, backend: str, root: Path = Path("multirun")) -> tuple
         names = [experiment.name for experiment in store.existing().search_experiments()]
         runs = [run for name in names for run in _runs_in_store(name)]
     else:
-        runs = [_as_run(record) for _, record in records_below(root)]
+        runs = [_as_run(*found) for found in records_below(root)]
     sweeps = {run.tags["sweep_id"]: run for run in runs if "sweep_id" in run.tags}
     for identity, run in sweeps.items():
         if sweep in (identity, run.run_id):
@@ -62,15 +62,15 @@ def read_sweep(sweep: str, backend: str, root: Path = Path("multirun")) -> tuple
 
 
 def _runs_under(root: Path, experiment: str) -> list[Run]:
-    records = [record for _, record in records_below(root)]
-    runs = [_as_run(record) for record in records if record.experiment == experiment]
+    found = list(records_below(root))
+    runs = [_as_run(directory, record) for directory, record in found if record.experiment == experiment]
     if not runs:
-        raise _unknown(experiment, f"the run.json files under {root}/", {record.experiment for record in records})
+        raise _unknown(experiment, f"the run.json files under {root}/", {record.experiment for _, record in found})
     return runs
 
 
-def _as_run(r: Record) -> Run:
-    return Run(r.run_id, r.name, r.status, r.params, r.metrics, r.tags["output_dir"], r.tags, r.start_time / 1000)
+def _as_run(directory: Path, r: Record) -> Run:  # not its output_dir: it may have been moved since
+    return Run(r.run_id, r.name, r.status, r.params, r.metrics, str(directory.resolve()), r.tags, r.start_time / 1000)
 
 
 def run_in(directory: Path) -> Run:
@@ -79,7 +79,7 @@ def run_in(directory: Path) -> Run:
     Raises:
         UsageError: there is none.
     """
-    return _as_run(Record.load(directory))
+    return _as_run(directory, Record.load(directory))
 
 
 def _runs_in_store(experiment: str) -> list[Run]:

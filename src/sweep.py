@@ -38,6 +38,7 @@ from src.errors import UsageError
 from src.launcher import JobFailed, LocalLauncher
 from src.record import RECORD, Record
 from src.redact import redact
+from src.rows import summarise
 from src.runs import run_in
 from src.stopping import PRUNED, is_stop
 
@@ -349,7 +350,7 @@ class Sweep:
             f"no result: {f'{job.label}: ' if job.cfg else ''}{job.reason}" for job in lacking
         ]  # a mistake in a setting names the setting
         notes += [f"pruned: {job.label}" for job in pruned]
-        rows, more = report.summarise([run_in(job.directory) for job in finished])
+        rows, more = summarise([run_in(job.directory) for job in finished])
         if rows:
             for path in report.write(rows, [*notes, *more], f"{self.name} ({self.id})", self.directory):
                 self.tracker.artifact(path)

@@ -1,4 +1,4 @@
-"""What is averaged, what is never averaged, and what the reader is told; then the files."""
+"""The table, the plot and the files; the command."""
 
 import csv
 import json
@@ -10,83 +10,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from src import report
 from src.errors import UsageError
 from src.record import Record
-from src.report import (
-    Arguments,
-    caption,
-    courses,
-    distinguishing,
-    parse,
-    plot,
-    records,
-    select,
-    summarise,
-    table,
-    write,
-)
-from src.runs import Run
+from src.report import Arguments, caption, courses, parse, plot, records, table, write
+from src.rows import summarise
+from tests.runs import STUDY, run, without
 
 ROOT = Path(__file__).parents[1]
-
-
-def run(method, size=0, seed=0, top1=50.0, status="FINISHED", at=0.0, name=None, **params):
-    own = {"nnclr": {"queue_size": str(size)}, "kmclr": {"k": str(size), "method.forget": "reset"}}.get(method, {})
-    common = {
-        "method.name": method,
-        "method.temperature": "0.2",
-        "seed": str(seed),
-        "data.name": "cifar100",
-        "backbone.name": "resnet18",
-        "epochs": "500",
-        "support_set_size": str(size),
-        "support_bytes": str(size * 1024),
-        "output_dir": f"multirun/{method}{size}-{seed}-{at}",
-    }
-    metrics = {
-        "val/knn_top1": top1 - 5,
-        "val/linear_top1": top1 + 1,
-        "test/linear_top1": top1,
-        "test/linear_top5": top1 + 30,
-    }
-    name = name or f"{method}-{size}-seed{seed}"
-    return Run(f"{name}@{at}", name, status, common | own | params, metrics, None, {}, at)
-
-
-def without(one, metric):
-    return replace(one, metrics={key: value for key, value in one.metrics.items() if key != metric})
-
-
-STUDY = [
-    *(run("kmclr", k, seed, 54 + k / 200 + seed / 2) for seed in range(3) for k in (400, 50, 1000)),
-    *(run("nnclr", size, seed, 57 + seed / 3) for seed in range(3) for size in (98304, 4096)),
-    *(run("simclr", 0, seed, 52 + seed / 4) for seed in range(3)),
-]
-
-
-def test_rows_are_in_the_order_of_methods_then_sizes_whatever_the_order_of_runs():
-    expected = [("simclr", 0), ("nnclr", 4096), ("nnclr", 98304), ("kmclr", 50), ("kmclr", 400), ("kmclr", 1000)]
-    for runs in (STUDY, STUDY[::-1]):
-        rows, notes = summarise(runs)
-        assert [(row.method, row.size) for row in rows] == expected
-        assert notes == []
-
-
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=6))
-@settings(max_examples=50)
-def test_mean_and_sample_deviation_over_seeds(accuracies):
-    (row,), _ = summarise([run("simclr", seed=seed, top1=top1) for seed, top1 in enumerate(accuracies)])
-    assert row.mean("test/linear_top1") == pytest.approx(np.mean(accuracies))
-    if len(accuracies) == 1:
-        assert math.isnan(row.std("test/linear_top1"))
-    else:
-        assert row.std("test/linear_top1") == pytest.approx(np.std(accuracies, ddof=1), abs=1e-9)
 
 
 def test_the_table_reads_as_a_paper_would_print_it():
@@ -107,114 +40,6 @@ def test_the_table_reads_as_a_paper_would_print_it():
 def test_one_seed_has_no_deviation_and_no_queue_no_share():
     (row,), _ = summarise([run("kmclr", 50, top1=54.66)])
     assert table([row])[1][3:] == ["-", "1", "49.66", "55.66", "54.66", "84.66"]
-
-
-def test_runs_that_differ_in_a_setting_are_not_averaged_and_the_row_says_which():
-    runs = [run("simclr", epochs="500", top1=60), run("simclr", epochs="5", top1=20)]
-    rows, notes = summarise([*runs, run("simclr", epochs="500", seed=1, top1=62)])
-    assert {row.variant: row.mean("test/linear_top1") for row in rows} == {"epochs=500": 61, "epochs=5": 20}
-    assert [row.label for row in rows] == ["SimCLR", "SimCLR, epochs=5"]
-    assert notes == [
-        "the runs also differ in epochs: each combination has its own row",
-        "where a row does not say otherwise: epochs=500",
-        "the rows differ in their number of seeds: 1 to 2",
-    ]
-
-
-def test_a_setting_that_only_some_runs_have_keeps_them_apart():
-    rows, _ = summarise([run("simclr", **{"data.limit": "100"}), run("simclr", seed=1)])
-    assert sorted(row.variant for row in rows) == ["", "data.limit=100"]
-
-
-def test_settings_of_a_method_are_compared_among_its_own_runs_only():
-    runs = [run("simclr", **{"method.temperature": "0.1"}), run("kmclr", 50), run("kmclr", 400)]
-    assert [row.variant for row in summarise(runs)[0]] == ["", "", ""]
-    rows, notes = summarise([*runs, run("kmclr", 50, **{"method.forget": "decay"})])
-    assert [row.label for row in rows] == ["SimCLR", "KMCLR", "KMCLR", "KMCLR, forget=decay"]
-    assert "where a row does not say otherwise: KMCLR's forget=reset" in notes
-
-
-def test_a_setting_that_half_of_the_runs_have_is_always_said():
-    runs = [run("simclr", epochs="5"), run("kmclr", 50)]
-    assert [row.label for row in summarise(runs)[0]] == ["SimCLR, epochs=5", "KMCLR, epochs=500"]
-    runs = [run("simclr", seed=seed, **{"data.limit": "100"}) for seed in range(2)] + [run("simclr")]
-    assert [row.label for row in summarise(runs)[0]] == ["SimCLR", "SimCLR, data.limit=100"]
-
-
-def test_a_recipe_of_many_settings_is_named_by_one_and_the_note_names_the_rest():
-    original = {"batch_size": "64", "optimizer.lr": "0.2", "method.temperature": "0.1"}
-    runs = [run("kmclr", k, batch_size="256", **{"optimizer.lr": "0.3"}) for k in (50, 400)]
-    runs += [run("kmclr", 400, **original), run("nnclr", 4096, **original)]
-    rows, notes = summarise(runs)
-    assert [(row.label, row.size) for row in rows] == [
-        ("NNCLR, batch_size=64", 4096),
-        ("KMCLR, batch_size=256", 50),
-        ("KMCLR, batch_size=256", 400),
-        ("KMCLR, batch_size=64 and 1 more", 400),  # that not half of all runs have its learning rate cannot be said
-    ]
-    assert "with batch_size go method.temperature, optimizer.lr" in notes
-    rows, _ = summarise([*runs, run("simclr", batch_size="256", **{"optimizer.lr": "0.3"})])
-    assert [row.label for row in rows] == [
-        *("SimCLR", "NNCLR, batch_size=64 and 1 more", "KMCLR", "KMCLR", "KMCLR, batch_size=64 and 2 more")
-    ]
-
-
-def test_the_name_of_an_option_names_a_recipe():
-    runs = [run("simclr", seed=seed, **{"optimizer.name": "lars", "lr": "0.4"}) for seed in (0, 1)]
-    rows, _ = summarise([*runs, run("simclr", **{"optimizer.name": "sgd", "lr": "0.3"})])
-    assert [row.label for row in rows] == ["SimCLR", "SimCLR, optimizer.name=sgd and 1 more"]
-
-
-def test_seeds_that_were_computed_otherwise_are_noted():
-    runs = [
-        replace(run("kmclr", 50, seed), tags={"dtype": dtype}) for seed, dtype in enumerate(["float32", "bfloat16"])
-    ]
-    assert summarise(runs)[1] == ["the runs of a row differ in dtype: KMCLR 50"]
-    assert summarise([*runs[:1], replace(run("simclr"), tags={"dtype": "bfloat16"})])[1] == ["rows differ in dtype"]
-    assert summarise([*runs[:1], run("simclr")])[1] == []  # of an older version, which did not say
-
-
-@given(st.lists(st.tuples(*[st.integers(0, 2)] * 3), min_size=1, max_size=12))
-def test_the_keys_that_name_rows_tell_apart_all_that_differ_and_none_is_idle(settings_of_runs):
-    keys = ["batch_size", "epochs", "optimizer.lr"]
-    runs = [run("simclr", **dict(zip(keys, map(str, values), strict=True))) for values in settings_of_runs]
-    names = distinguishing(runs, keys)
-
-    def groups(chosen):
-        return len({tuple(each.params[key] for key in chosen) for each in runs})
-
-    assert groups(names) == groups(keys)
-    assert all(groups(names[:i]) < groups(names[: i + 1]) for i in range(len(names)))
-
-
-def test_where_a_run_was_stored_and_computed_makes_no_difference():
-    places = [{"device": "cpu", "tracking.name": "jsonl", "data.root": "/a"}, {"device": "cuda", "resume": "never"}]
-    rows, notes = summarise([run("simclr", seed=seed, **place) for seed, place in enumerate(places)])
-    assert [len(row.runs) for row in rows] == [2]
-    assert notes == []
-
-
-def test_of_the_same_configuration_and_seed_the_newest_finished_run_counts():
-    old, new = run("simclr", top1=10, at=1.0), run("simclr", top1=20, at=2.0)
-    crashed = run("simclr", top1=99, at=3.0, status="FAILED")
-    for runs in ([old, new, crashed], [crashed, new, old]):
-        kept, notes = select(runs)
-        assert kept == [new]
-        assert notes == ["left out: simclr-0-seed0 (failed)", "simclr-0-seed0 was run 2 times: only the newest counts"]
-
-
-@pytest.mark.parametrize("status", ["FAILED", "KILLED", "RUNNING"])
-def test_runs_without_a_result_are_named_and_left_out(status):
-    rows, notes = summarise([run("simclr"), run("kmclr", 50, status=status)])
-    assert [row.method for row in rows] == ["simclr"]
-    assert notes == [f"left out: kmclr-50-seed0 ({status.lower()})"]
-
-
-def test_a_foreign_run_in_the_experiment_is_named_and_left_out():
-    foreign = Run("x", "someone's", "FINISHED", {}, {}, None, {}, 0.0)
-    rows, notes = summarise([run("simclr"), foreign])
-    assert len(rows) == 1
-    assert notes == ["left out: someone's (not a training run)"]
 
 
 def test_missing_figures_are_counted_and_shown():
@@ -327,8 +152,8 @@ def test_curves_are_drawn_of_the_runs_whose_folders_are_here(tmp_path):
 
 
 def test_arguments():
-    assert parse(["experiment=2026_11"]) == Arguments("2026_11", "", "", "mlflow")
-    assert parse(["out=a=b", "tracking=jsonl", "sweep=x"]) == Arguments("", "x", "a=b", "jsonl")
+    assert parse(["experiment=2026_11"]) == Arguments("2026_11", "", "", "mlflow", "multirun")
+    assert parse(["out=a=b", "tracking=jsonl", "sweep=x", "root=r"]) == Arguments("", "x", "a=b", "jsonl", "r")
 
 
 @pytest.mark.parametrize(
@@ -339,6 +164,7 @@ def test_arguments():
         ([], "name one of experiment=NAME and sweep=ID"),
         (["experiment="], "name one of experiment=NAME and sweep=ID"),
         (["experiment=x", "sweep=y"], "name one of experiment=NAME and sweep=ID"),
+        (["experiment=x", "root=r"], "root=r is where run.json files are: add tracking=jsonl"),
         (["experiment=x", "tracking=wandb"], "tracking=wandb: choose one of mlflow, jsonl"),
     ],
 )
@@ -373,6 +199,13 @@ def test_the_command_reports_on_the_runs_in_a_folder(tmp_path):
         assert re.search(r"\s+".join(map(re.escape, row)), done.stdout)
     assert "results/study/plot.png" in done.stdout
     assert (tmp_path / "results/study/plot.png").exists()
+
+    (tmp_path / "multirun").rename(tmp_path / "kept")
+    moved = command(tmp_path, "experiment=study", "tracking=jsonl", "root=kept", "out=again")
+    assert (moved.returncode, moved.stderr) == (0, "")
+    for name in ("table.md", "plot.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "results/study" / name).read_bytes()
+    (tmp_path / "kept").rename(tmp_path / "multirun")
 
     for arguments, named in [
         (["experiment=failures", "tracking=jsonl"], "no run has finished (left out: simclr-0-seed0 (failed))"),
