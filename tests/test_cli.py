@@ -84,7 +84,7 @@ def test_tab_completion_in_bash(line, offers):
         ("method.forgett=none", "did you mean method.forget?"),
         ("method=simclr +k=50", "k=50: method=simclr does not have it, method=kmclr does"),
         ("experiment=original_nnclr method=kmclr", "queue_size=98304: method=kmclr does not have it"),
-        ("method.same_prototype=negative", "the prototypes would do nothing"),
+        ("method.support_weight=0", "must be above 0, and 1 at most; method=simclr has no support set"),
         ("k=1", "k=1: all images share the one prototype"),
         ("+sweep=support_size", "+sweep=support_size: a sweep is many runs; add --multirun"),
         ("epochs=0", "epochs=0: must be 1 or more"),
