@@ -94,13 +94,12 @@ def compare(courses: Sequence[Course]) -> Figure:
     """A panel a metric, a line a course in a band of its deviation over seeds."""
     from matplotlib.figure import Figure
 
-    labels = [f"{course.name} {course.size:,}" if course.size else course.name for course in courses]
-    columns = legend_columns(labels)
+    columns = legend_columns(course.name for course in courses)
     figure = Figure(figsize=(7.2, 3.3 + 0.2 * math.ceil(len(courses) / columns)), layout="constrained")
     panels = figure.subplots(1, len(COMPARED))
     for axes, (metric, (title, factor)) in zip(panels, COMPARED.items(), strict=True):
         places: Counter[str] = Counter()
-        for label, course in zip(labels, courses, strict=True):
+        for course in courses:
             round_, place = divmod(places[course.colour], len(LINES))
             places[course.colour] += 1
             if metric.startswith("support/") and not course.size:
@@ -110,7 +109,7 @@ def compare(courses: Sequence[Course]) -> Figure:
             band = [[factor * (mean + side * std) for _, mean, std in points] for side in (-1, 1)]
             style: dict[str, Any] = {"color": course.colour, "linestyle": LINES[place], "linewidth": 1.3}
             style |= {"marker": MARKERS[round_ % len(MARKERS)], "markersize": 3}
-            axes.plot(epochs, means, label=label, **style)
+            axes.plot(epochs, means, label=course.name, **style)
             axes.fill_between(epochs, *band, color=course.colour, alpha=0.12, linewidth=0)
         axes.set(title=title, xlabel="epoch")
         axes.title.set_size("medium")

@@ -140,10 +140,10 @@ def _size_axis(axes: Axes, sizes: Sequence[int]) -> float:
     """A logarithmic axis that has room for 0 at its left, behind a break. Returns where 0 is."""
     smallest, largest = (sizes[0], sizes[-1]) if sizes else (1, 1)
     zero = smallest / max(3.0, (largest / smallest) ** 0.2)
-    apart = (largest / zero) ** 0.11  # sizes closer than that have a tick, but no room for its label
     labelled: list[int] = []
-    for size in reversed(sizes):
-        if not labelled or size * apart <= labelled[-1]:
+    for size in reversed(sizes):  # each has a tick; its label has to find room
+        characters = len(f"{size:,}{labelled[-1]:,}") if labelled else 0
+        if not labelled or size * (largest / zero) ** (0.02 * characters) <= labelled[-1]:
             labelled.append(size)
     margin = (largest / zero) ** 0.07
     axes.set_xscale("log")
@@ -177,7 +177,7 @@ def courses(rows: Sequence[Row]) -> list[curves.Course]:
         here = tuple(folder for folder in folders if (folder / METRICS).is_file())
         if here:
             epochs = int(row.runs[0].params["epochs"])
-            found.append(curves.Course(row.label, row.size, COLOURS[row.method], epochs, here))
+            found.append(curves.Course(row.title, row.size, COLOURS[row.method], epochs, here))
     return found
 
 

@@ -33,6 +33,12 @@ class Row:
     label: str  # the method, and of the variant what is unusual
     runs: tuple[Run, ...]
 
+    @property
+    def title(self) -> str:
+        """The label with the size: ``NNCLR 4,096, support_weight=1``."""
+        method, *unusual = self.label.split(", ", 1)
+        return ", ".join([f"{method} {self.size:,}" if self.size else method, *unusual])
+
     def values(self, figure: str) -> list[float]:
         """The figure of every run that has it, in percent."""
         return [value for run in self.runs if math.isfinite(value := run.metrics.get(figure, math.nan))]
@@ -93,7 +99,7 @@ def _remarks(
         notes.append(f"with {', '.join(names)} go {', '.join(implied)}")
     for tag in SAME:
         found = [{run.tags[tag] for run in row.runs if tag in run.tags} for row in rows]
-        mixed = [f"{row.label} {row.size:,}" for row, values in zip(rows, found, strict=True) if len(values) > 1]
+        mixed = [row.title for row, values in zip(rows, found, strict=True) if len(values) > 1]
         if mixed:
             notes.append(f"the runs of a row differ in {tag}: {', '.join(mixed)}")
         elif len(set().union(*found)) > 1:
@@ -103,7 +109,7 @@ def _remarks(
         notes.append(f"the rows differ in their number of seeds: {seeds[0]} to {seeds[-1]}")
     for figure, title in FIGURES.items():
         lacking = [(row, len(row.values(figure))) for row in rows if len(row.values(figure)) < len(row.runs)]
-        where = [f"{row.label} {row.size:,} ({len(row.runs) - n} of {len(row.runs)} runs)" for row, n in lacking]
+        where = [f"{row.title} ({len(row.runs) - n} of {len(row.runs)} runs)" for row, n in lacking]
         if where:
             notes.append(f"no {title}: {', '.join(where)}")
     return notes

@@ -30,8 +30,8 @@ def test_courses_are_lines_apart_in_colour_or_dashes_and_what_stores_nothing_has
     figure = compare(
         [
             Course("SimCLR", 0, "black", 8, none),
-            Course("KMCLR", 50, "blue", 8, small),
-            Course("KMCLR", 4096, "blue", 8, large),
+            Course("KMCLR 50", 50, "blue", 8, small),
+            Course("KMCLR 4,096", 4096, "blue", 8, large),
         ]
     )
     accuracy, agreement = figure.axes

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,16 @@ def test_the_plot_shows_every_row_where_it_belongs():
     assert len({marker for marker, _ in styles}) == len({line for _, line in styles}) == 3  # readable without colour
 
 
+@pytest.mark.parametrize("sizes", [(50, 400, 1600, 4096, 4496, 16384, 300000), (1, 2, 3, 4), (50,), (98304, 100000)])
+def test_labels_of_sizes_do_not_run_into_each_other(sizes):
+    figure = plot(summarise([run("simclr"), *(run("kmclr", size) for size in sizes)])[0])
+    figure.canvas.draw()
+    for axes in figure.axes:
+        shown = [tick.get_window_extent() for tick in axes.get_xticklabels() if tick.get_text()]
+        assert len(shown) > 1
+        assert all(left.x1 < right.x0 for left, right in pairwise(sorted(shown, key=lambda box: box.x0)))
+
+
 def test_each_variant_is_one_line_of_the_plot():
     runs = [run("kmclr", k, **{"method.forget": forget}) for k in (50, 400) for forget in ("reset", "decay")]
     series = drawn(plot(summarise(runs)[0]).axes[0])
@@ -146,7 +157,7 @@ def test_curves_are_drawn_of_the_runs_whose_folders_are_here(tmp_path):
     runs = [replace(run("kmclr", 50, seed), directory=place and str(place)) for seed, place in enumerate(places)]
     rows, notes = summarise([*runs, run("simclr")])
     (course,) = courses(rows)
-    assert course[:2] + course[3:] == ("KMCLR", 50, 500, (tmp_path / "a", tmp_path / "b"))
+    assert course[:2] + course[3:] == ("KMCLR 50", 50, 500, (tmp_path / "a", tmp_path / "b"))
     assert [path.name for path in write(rows, notes, "study", tmp_path / "out")][-1] == "curves.png"
     assert (tmp_path / "out/curves.png").read_bytes().startswith(b"\x89PNG")
 

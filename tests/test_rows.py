@@ -138,3 +138,8 @@ def test_a_foreign_run_in_the_experiment_is_named_and_left_out():
     rows, notes = summarise([run("simclr"), foreign])
     assert len(rows) == 1
     assert notes == ["left out: someone's (not a training run)"]
+
+
+def test_a_title_is_the_label_with_the_size_behind_the_method():
+    rows, _ = summarise([run("simclr"), run("kmclr", 4096, **{"method.forget": "none"}), run("kmclr", 4096)])
+    assert [row.title for row in rows] == ["SimCLR", "KMCLR 4,096, forget=none", "KMCLR 4,096, forget=reset"]
