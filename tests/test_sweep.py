@@ -76,7 +76,7 @@ def in_store(path, query):
 
 @pytest.mark.parametrize(
     ("name", "jobs"),
-    [("support_size", 39), ("original_table", 5), ("forgetting", 15), ("cpu_study", 45), ("ablations", 35)],
+    [("support_size", 39), ("original_table", 5), ("forgetting", 15), ("cpu_study", 45), ("ablations", 36)],
 )
 def test_the_sweeps_that_come_with_the_project(command, tmp_path, name, jobs):
     done = command("src.train", "--multirun", f"+sweep={name}", "dry_run=true")
