@@ -36,8 +36,8 @@ class Row:
     @property
     def title(self) -> str:
         """The label with the size: ``NNCLR 4,096, support_weight=1``."""
-        method, *unusual = self.label.split(", ", 1)
-        return ", ".join([f"{method} {self.size:,}" if self.size else method, *unusual])
+        name = NAMES[self.method]
+        return (f"{name} {self.size:,}" if self.size else name) + self.label.removeprefix(name)
 
     def values(self, figure: str) -> list[float]:
         """The figure of every run that has it, in percent."""
