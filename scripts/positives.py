@@ -98,7 +98,9 @@ def tables(run: Path, data: Path | None) -> list[str]:
     checkpoint.restore(learner.method, found[1]["model"], found[0])
     lines = []
     for space, views in embed(learner, images).items():
-        rows = [(f"nearest of {size:,}", of_neighbours(views, size)) for size in (*SIZES, len(views.labels_N))]
+        stored = len(views.labels_N)
+        sizes = [size for size in SIZES if size < stored]
+        rows = [(f"nearest of {size:,}", of_neighbours(views, size)) for size in (*sizes, stored)]
         rows += [(f"member of the nearest of {k:,} prototypes", of_prototypes(views, k)) for k in KS]
         lines += [
             f"**{config.run_name(cfg)}**, {cfg.epochs} epochs, {space}:",
