@@ -106,8 +106,8 @@ def method(
             model = NNCLR(
                 backbone,
                 projector,
-                models.predictor(out, settings.predictor_hidden),
-                queue(settings, cfg.search, cfg.queue_size, out, search),
+                models.predictor(out, settings.predictor_hidden) if settings.predictor_hidden else None,
+                queue(settings, cfg.search, cfg.queue_size, out, search) if cfg.queue_size else None,
                 temperature=settings.temperature,
                 support_weight=settings.support_weight,
             )
@@ -116,7 +116,7 @@ def method(
             model = KMCLR(
                 backbone,
                 projector,
-                models.predictor(out, settings.predictor_hidden),
+                models.predictor(out, settings.predictor_hidden) if settings.predictor_hidden else None,
                 kmeans(settings, cfg.k, out, classes, search),
                 temperature=settings.temperature,
                 support_weight=settings.support_weight,

@@ -262,7 +262,7 @@ def check(cfg: Config) -> None:
         if getattr(cfg, key) is not None and owner != method.name:
             raise UsageError(f"{key}={getattr(cfg, key)}: method={method.name} does not have it, method={owner} does")
     at_least("k", cfg.k, 1)
-    at_least("queue_size", cfg.queue_size, 1)
+    at_least("queue_size", cfg.queue_size, 0)
     at_least("seed", cfg.seed, 0)
     at_least("epochs", cfg.epochs, 1)
     at_least("batch_size", cfg.batch_size, 2)
@@ -275,11 +275,12 @@ def check(cfg: Config) -> None:
     positive("method.temperature", method.temperature)
     for width in [*method.projector.hidden, method.projector.out]:
         at_least("method.projector", width, 1)
-    if isinstance(method, NNCLR):
+    if isinstance(method, NNCLR | KMCLR):
+        at_least("method.predictor_hidden", method.predictor_hidden, 0)
         share("method.support_weight", method.support_weight)
+    if isinstance(method, NNCLR):
         one_of("method.queue_precision", method.queue_precision, "float32", "bfloat16")
     if isinstance(method, KMCLR):
-        share("method.support_weight", method.support_weight)
         one_of("method.same_prototype", method.same_prototype, "mask", "negative")
         one_of("method.metric", method.metric, "spherical", "euclidean")
         one_of("method.forget", method.forget, "reset", "decay", "none")

@@ -12,7 +12,9 @@ from torch import Tensor
 Pair = tuple[Tensor, Tensor]  # of view 1 and of view 2
 
 
-def nt_xent(z1_BD: Tensor, z2_BD: Tensor, temperature: float) -> Tensor:
+def nt_xent(
+    z1_BD: Tensor, z2_BD: Tensor, temperature: float, positives: Pair | None = None, groups: Tensor | None = None
+) -> Tensor:
     """Normalised temperature-scaled cross entropy over the 2B views of a batch.
 
     For view i with other view j, and s = cosine similarity / temperature::
@@ -23,22 +25,33 @@ def nt_xent(z1_BD: Tensor, z2_BD: Tensor, temperature: float) -> Tensor:
         z1_BD: projections of view 1.
         z2_BD: of view 2 of the same images.
         temperature: above 0.
+        positives: [B, D] each, what takes the place of view 1, and of view 2, where it is j. Elsewhere nothing does.
+        groups: [2B] of view 1, then view 2: a view m of j's group is left out of i's sum, unless it is j itself. So no
+            view is pushed away from others that were found the same positive as the one it is pulled to.
 
     Returns:
         The mean over all 2B ordered pairs, a scalar.
 
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, equation 1.
+    Deviations: ``positives`` and ``groups``.
     """
     z = F.normalize(torch.cat([z1_BD, z2_BD]).float(), dim=1)
+    views = torch.arange(len(z), device=z.device)
+    others = views.roll(len(z1_BD))
     logits = _products(z, z) / temperature
+    if groups is not None:
+        alike = groups[others, None] == groups
+        logits = logits.masked_fill(alike & (others[:, None] != views), float("-inf"))
+    if positives is not None:
+        q = F.normalize(torch.cat(positives).float(), dim=1)
+        own = (z * q[others]).sum(1, keepdim=True) / temperature
+        logits = logits.scatter(1, others[:, None], own)
     logits.fill_diagonal_(float("-inf"))
-    batch = len(z1_BD)
-    other_view = torch.arange(2 * batch, device=z.device).roll(batch)
-    return F.cross_entropy(logits, other_view)
+    return F.cross_entropy(logits, others)
 
 
 def info_nce(
-    positives_BD: Tensor, predictions_BD: Tensor, temperature: float, alike_BB: Tensor | None = None
+    positives_BD: Tensor, predictions_BD: Tensor, temperature: float, groups_B: Tensor | None = None
 ) -> Tensor:
     """Cross entropy of each positive against the predictions of the whole batch.
 
@@ -50,52 +63,60 @@ def info_nce(
         positives_BD: what the support set returned for view 1, say.
         predictions_BD: the predictor's output for view 2.
         temperature: above 0.
-        alike_BB: true where column k is left out of row i's sum; its diagonal does not matter. Where q_i and q_k are
-            the same vector, q_i would otherwise be asked to be near p_i and far from p_k, and q_k the reverse.
+        groups_B: rows of one group are left out of each other's sums. Where q_i and q_k are the same vector, q_i would
+            otherwise be asked to be near p_i and far from p_k, and q_k the reverse.
 
     Returns:
         The mean over the rows, a scalar.
 
-    Source: Dwibedi et al., "With a Little Help from My Friends", ICCV 2021, equation 3. Deviation: ``alike_BB``.
+    Source: Dwibedi et al., "With a Little Help from My Friends", ICCV 2021, equation 3. Deviation: ``groups_B``.
     """
     q = F.normalize(positives_BD.float(), dim=1)
     p = F.normalize(predictions_BD.float(), dim=1)
     logits = _products(q, p) / temperature
     rows = torch.arange(len(q), device=q.device)
-    if alike_BB is not None:
-        logits = logits.masked_fill(alike_BB & (rows[:, None] != rows), float("-inf"))
+    if groups_B is not None:
+        alike = groups_B[:, None] == groups_B
+        logits = logits.masked_fill(alike & (rows[:, None] != rows), float("-inf"))
     return F.cross_entropy(logits, rows)
 
 
 def with_support(
     projections: Pair,
-    predictions: Pair,
+    predictions: Pair | None,
     positives: Pair,
     temperature: float,
     weight: float,
-    alike: tuple[Tensor | None, Tensor | None] = (None, None),
+    groups: Tensor | None = None,
 ) -> Tensor:
-    """NT-Xent of a batch's views beside InfoNCE towards what a support set returned for them.
+    """NT-Xent of a batch's views beside a term for what a support set returned for them.
 
-    With z the projections of view 1 and 2, p their predictions, q their positives::
+    With z the projections of view 1 and 2, q their positives, p their predictions::
 
-        (1 - weight) * nt_xent(z1, z2)  +  weight * (info_nce(q1, p2) + info_nce(q2, p1)) / 2
+        (1 - weight) * nt_xent(z1, z2)  +  weight * term
+
+        term = nt_xent(z1, z2, positives=(q1, q2))                where there are no predictions
+        term = (info_nce(q1, p2) + info_nce(q2, p1)) / 2          where there are
 
     Args:
         projections, predictions, positives: [B, D] each, of view 1 and of view 2.
         temperature: of both terms, above 0.
         weight: above 0, 1 at most; at 1 the first term is not computed.
-        alike: `info_nce`'s, for q1 and for q2.
+        groups: [2B] the term's groups, of view 1, then view 2.
 
     Returns:
         A scalar.
 
-    Source: weight 1 is NNCLR's loss in its symmetric form (Dwibedi et al., ICCV 2021, equations 3 and 4). To keep the
-    views' own term beside it is our deviation; Li et al., "Prototypical Contrastive Learning of Unsupervised
-    Representations", ICLR 2021, equation 11, adds up two such terms.
+    Source: weight 1 with predictions is NNCLR's loss in its symmetric form (Dwibedi et al., ICCV 2021, equations 3 and
+    4). To keep the views' own term beside it, and to do without predictions, are our deviations. Li et al.,
+    "Prototypical Contrastive Learning of Unsupervised Representations", ICLR 2021, equation 11, adds up two such terms.
     """
-    (p1, p2), (q1, q2) = predictions, positives
-    loss = weight * (info_nce(q1, p2, temperature, alike[0]) + info_nce(q2, p1, temperature, alike[1])) / 2
+    if predictions is None:
+        loss = weight * nt_xent(*projections, temperature, positives, groups)
+    else:
+        (p1, p2), (q1, q2) = predictions, positives
+        groups1, groups2 = (None, None) if groups is None else groups.chunk(2)
+        loss = weight * (info_nce(q1, p2, temperature, groups1) + info_nce(q2, p1, temperature, groups2)) / 2
     if weight < 1:
         loss = loss + (1 - weight) * nt_xent(*projections, temperature)
     return loss

@@ -163,7 +163,7 @@ def _series(axes: Axes, label: str, rows: Sequence[Row], figure: str, zero: floa
     means, stds = [row.mean(figure) for row in rows], [row.std(figure) for row in rows]
     style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "capsize": 3, "linewidth": 1.3}
     axes.errorbar([row.size or zero for row in rows], means, stds, label=label, linestyle=line, **style)
-    if rows[0].size == 0 and line:
+    if rows[-1].size == 0 and line:
         axes.axhline(means[0], color=colour, linestyle=line, linewidth=1)
         if not math.isnan(stds[0]):
             axes.axhspan(means[0] - stds[0], means[0] + stds[0], color=colour, alpha=0.12, linewidth=0)

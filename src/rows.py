@@ -37,7 +37,7 @@ class Row:
     def title(self) -> str:
         """The label with the size: ``NNCLR 4,096, support_weight=1``."""
         name = NAMES[self.method]
-        return (f"{name} {self.size:,}" if self.size else name) + self.label.removeprefix(name)
+        return (name if self.method == "simclr" else f"{name} {self.size:,}") + self.label.removeprefix(name)
 
     def values(self, figure: str) -> list[float]:
         """The figure of every run that has it, in percent."""

@@ -51,6 +51,16 @@ def test_simclr_stores_nothing():
     assert method("method=simclr").support is None
 
 
+def test_a_queue_of_none_is_none():
+    assert method("method=nnclr", "queue_size=0").support is None
+
+
+@pytest.mark.parametrize("name", ["nnclr", "kmclr"])
+def test_there_is_a_predictor_where_it_has_a_width(name):
+    assert method(f"method={name}").predictor is None
+    assert method(f"method={name}", "method.predictor_hidden=24").predictor[0].out_features == 24
+
+
 def test_nnclr_gets_its_queue():
     support = method("method=nnclr", "queue_size=33", "search=torch").support
     assert isinstance(support, Queue)

@@ -75,7 +75,7 @@ def test_the_original_study_to_the_letter():
     assert (o.trust_coefficient, o.clip_trust) == (0.001, False)
     assert (cfg.schedule.name, cfg.schedule.warmup_epochs) == ("cosine", 10)
     assert (cfg.method.temperature, cfg.method.projector.hidden, cfg.method.projector.out) == (0.1, [2048, 2048], 256)
-    assert (cfg.method.predictor_hidden, cfg.method.metric) == (4096, "euclidean")
+    assert (cfg.method.predictor_hidden, cfg.method.support_weight, cfg.method.metric) == (4096, 1, "euclidean")
     assert (cfg.method.forget, cfg.method.forget_every) == ("reset", 3)
     one, two = cfg.augment.view1, cfg.augment.view2
     assert (one.crop_scale, one.flip, one.jitter, one.grey) == ([0.08, 1.0], 0.5, 0.8, 0.2)
@@ -83,7 +83,8 @@ def test_the_original_study_to_the_letter():
     assert (one.blur, one.solarize, two.blur, two.solarize) == (1.0, 0.0, 0.1, 0.2)
     assert (cfg.evaluation.epochs, cfg.evaluation.lr, cfg.evaluation.batch_size) == (90, [0.1], 128)
     assert cfg.data.val_fraction == 0.1
-    assert parsed("experiment=original_nnclr").queue_size == 98304
+    cfg = parsed("experiment=original_nnclr")
+    assert (cfg.queue_size, cfg.method.predictor_hidden, cfg.method.support_weight) == (98304, 4096, 1)
 
 
 @pytest.mark.parametrize(

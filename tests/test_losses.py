@@ -12,49 +12,53 @@ BATCHES = st.integers(2, 9)
 TEMPERATURES = st.floats(0.05, 2)
 
 
-def nt_xent_by_loops(z1, z2, temperature):
-    """Equation 1 of the SimCLR paper, term by term, in float64."""
+def nt_xent_by_loops(z1, z2, temperature, positives=None, groups=None):
+    """Equation 1 of the SimCLR paper, term by term, in float64; what was found takes the other view's place."""
     z = [row / row.norm() for row in torch.cat([z1, z2]).double()]
+    found = z if positives is None else [row / row.norm() for row in torch.cat(positives).double()]
     batch, total = len(z1), 0.0
     for i in range(2 * batch):
         j = (i + batch) % (2 * batch)
-        others = sum(math.exp(float(z[i] @ z[m]) / temperature) for m in range(2 * batch) if m != i)
-        total -= math.log(math.exp(float(z[i] @ z[j]) / temperature) / others)
+        positive = math.exp(float(z[i] @ found[j]) / temperature)
+        negatives = [m for m in range(2 * batch) if m not in (i, j) and (groups is None or groups[m] != groups[j])]
+        others = sum(math.exp(float(z[i] @ z[m]) / temperature) for m in negatives)
+        total -= math.log(positive / (positive + others))
     return total / (2 * batch)
 
 
-def info_nce_by_loops(positives, predictions, temperature, alike=None):
-    """Equation 3 of the NNCLR paper, term by term, in float64; alike rows are left out."""
+def info_nce_by_loops(positives, predictions, temperature, groups=None):
+    """Equation 3 of the NNCLR paper, term by term, in float64; rows of the same group are left out."""
     q = [row / row.norm() for row in positives.double()]
     p = [row / row.norm() for row in predictions.double()]
     total = 0.0
     for i in range(len(q)):
-        columns = [k for k in range(len(p)) if alike is None or k == i or not alike[i][k]]
+        columns = [k for k in range(len(p)) if groups is None or k == i or groups[k] != groups[i]]
         terms = {k: math.exp(float(q[i] @ p[k]) / temperature) for k in columns}
         total -= math.log(terms[i] / sum(terms.values()))
     return total / len(q)
 
 
-def some_alike(batch):
-    ids = torch.randint(0, 3, (batch,))
-    return ids[:, None] == ids
+def some_groups(rows):
+    return torch.randint(0, 3, (rows,))
 
 
-@settings(max_examples=30)
-@given(BATCHES, TEMPERATURES)
-def test_nt_xent_is_its_equation(batch, temperature):
+@settings(max_examples=40)
+@given(BATCHES, TEMPERATURES, st.booleans(), st.booleans())
+def test_nt_xent_is_its_equation(batch, temperature, with_positives, with_groups):
     z1, z2 = torch.randn(2, batch, 5)
-    expected = nt_xent_by_loops(z1, z2, temperature)
-    assert nt_xent(z1, z2, temperature).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    positives = tuple(torch.randn(2, batch, 5)) if with_positives else None
+    groups = some_groups(2 * batch) if with_groups else None
+    expected = nt_xent_by_loops(z1, z2, temperature, positives, groups)
+    assert nt_xent(z1, z2, temperature, positives, groups).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @settings(max_examples=30)
 @given(BATCHES, TEMPERATURES, st.booleans())
-def test_info_nce_is_its_equation(batch, temperature, with_alike):
+def test_info_nce_is_its_equation(batch, temperature, with_groups):
     q, p = torch.randn(2, batch, 5)
-    alike = some_alike(batch) if with_alike else None
-    expected = info_nce_by_loops(q, p, temperature, None if alike is None else alike.tolist())
-    assert info_nce(q, p, temperature, alike).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    groups = some_groups(batch) if with_groups else None
+    expected = info_nce_by_loops(q, p, temperature, groups)
+    assert info_nce(q, p, temperature, groups).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
@@ -72,26 +76,41 @@ def test_everything_alike_is_chance():
     assert info_nce(z, z, 0.3).item() == pytest.approx(math.log(8), rel=1e-5)
 
 
-def test_where_all_are_alike_no_negatives_are_left():
+def test_where_all_are_of_one_group_no_negatives_are_left():
     q, p = torch.randn(2, 6, 4)
-    assert info_nce(q, p, 0.1, torch.ones(6, 6, dtype=torch.bool)).item() == 0
+    assert info_nce(q, p, 0.1, torch.zeros(6)).item() == 0
+    assert nt_xent(q, p, 0.1, groups=torch.zeros(12)).item() == 0
 
 
-def test_where_none_but_itself_is_alike_nothing_changes():
+def test_where_all_groups_differ_nothing_changes():
     q, p = torch.randn(2, 6, 4)
-    assert torch.equal(info_nce(q, p, 0.1, torch.eye(6, dtype=torch.bool)), info_nce(q, p, 0.1))
+    assert torch.equal(info_nce(q, p, 0.1, torch.arange(6)), info_nce(q, p, 0.1))
+    assert torch.equal(nt_xent(q, p, 0.1, groups=torch.arange(12)), nt_xent(q, p, 0.1))
+
+
+def test_with_themselves_as_positives_the_views_have_the_same_loss_and_less_of_a_pull():
+    z1, z2 = torch.randn(2, 8, 5)
+    leaf = z1.clone().requires_grad_()
+    (own,) = torch.autograd.grad(nt_xent(leaf, z2, 0.2), leaf)
+    stored = nt_xent(leaf, z2, 0.2, (z1, z2))
+    torch.testing.assert_close(stored, nt_xent(z1, z2, 0.2))
+    (detached,) = torch.autograd.grad(stored, leaf)
+    assert ((own - detached) * z2).sum(1).max() < 0  # a step goes against the gradient: more of it towards z2
 
 
 def test_with_support_is_a_weighted_mean_of_its_terms():
     z1, z2, p1, p2, q1, q2 = torch.randn(6, 8, 5)
-    alike = some_alike(8), some_alike(8)
+    groups = some_groups(16)
 
-    def loss(weight):
-        return with_support((z1, z2), (p1, p2), (q1, q2), 0.2, weight, alike)
+    def loss(weight, predictions):
+        return with_support((z1, z2), predictions, (q1, q2), 0.2, weight, groups)
 
-    support = (info_nce(q1, p2, 0.2, alike[0]) + info_nce(q2, p1, 0.2, alike[1])) / 2
-    assert torch.equal(loss(1), support)
-    torch.testing.assert_close(loss(0.25), 0.25 * support + 0.75 * nt_xent(z1, z2, 0.2))
+    predicted = (info_nce(q1, p2, 0.2, groups[:8]) + info_nce(q2, p1, 0.2, groups[8:])) / 2
+    assert torch.equal(loss(1, (p1, p2)), predicted)
+    torch.testing.assert_close(loss(0.25, (p1, p2)), 0.25 * predicted + 0.75 * nt_xent(z1, z2, 0.2))
+    stored = nt_xent(z1, z2, 0.2, (q1, q2), groups)
+    assert torch.equal(loss(1, None), stored)
+    torch.testing.assert_close(loss(0.25, None), 0.25 * stored + 0.75 * nt_xent(z1, z2, 0.2))
 
 
 def test_norm_does_not_matter():

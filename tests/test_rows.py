@@ -144,3 +144,4 @@ def test_a_title_is_the_label_with_the_size_behind_the_method():
     rows, _ = summarise([run("simclr"), run("kmclr", 4096, **{"method.forget": "none"}), run("kmclr", 4096)])
     assert [row.title for row in rows] == ["SimCLR", "KMCLR 4,096, forget=none", "KMCLR 4,096, forget=reset"]
     assert replace(rows[1], label="KMCLR and 3 more").title == "KMCLR 4,096 and 3 more"
+    assert summarise([run("nnclr", 0)])[0][0].title == "NNCLR 0"

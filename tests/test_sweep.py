@@ -76,7 +76,7 @@ def in_store(path, query):
 
 @pytest.mark.parametrize(
     ("name", "jobs"),
-    [("support_size", 39), ("original_table", 5), ("forgetting", 15), ("cpu_study", 45), ("ablations", 36)],
+    [("support_size", 42), ("original_table", 5), ("forgetting", 15), ("cpu_study", 48), ("ablations", 40)],
 )
 def test_the_sweeps_that_come_with_the_project(command, tmp_path, name, jobs):
     done = command("src.train", "--multirun", f"+sweep={name}", "dry_run=true")
@@ -90,7 +90,11 @@ def test_the_sweeps_that_come_with_the_project(command, tmp_path, name, jobs):
 def test_a_method_chooses_among_the_alternatives_also_those_that_are_experiments(command):
     done = command("src.train", "--multirun", "+sweep=cpu_study", "method=nnclr", "seed=0", "dry_run=true")
     names = [line.split()[4] for line in done.stdout.splitlines()[:-1]]
-    assert [name.split("-")[1] for name in names] == [*["queue400", "queue4096", "queue16384"] * 2, "queue16384"]
+    assert [name.split("-")[1] for name in names] == [
+        "queue0",
+        *["queue400", "queue4096", "queue16384"] * 2,
+        "queue16384",
+    ]
 
 
 def test_a_dry_run_names_what_is_not_possible(command):

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from scripts.rivals import Images, Pace, Setting
+from scripts.rivals import PREDICTOR, Images, Pace, Setting
 from scripts.workbench import compose, dataset
 from src import train
 from src.learner import Learner
@@ -42,7 +42,8 @@ class Unlogged:
 def run(method: str, setting: Setting, images: Images, pace: Pace, *, compiled: bool = False) -> None:
     """Train ``simclr``, ``nnclr`` or ``kmclr``."""
     size = {"kmclr": f"k={setting.support}", "nnclr": f"queue_size={setting.support}"}
-    support = [size[method], "method.support_weight=1"] if method in size else []  # 1: the rivals' loss
+    published = ["method.support_weight=1", f"method.predictor_hidden={PREDICTOR}"]  # the rivals' loss
+    support = [size[method], *published] if method in size else []
     cfg = compose(
         "data.final=true",
         f"method={method}",

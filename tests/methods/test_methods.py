@@ -1,3 +1,6 @@
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -14,22 +17,23 @@ from src.support.search import TorchSearch
 BATCH, DIM = 8, 6
 
 
-def parts():
+def parts(predictor=True):
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10), nn.ReLU())
-    return encoder, models.projector(10, [12], DIM), models.predictor(DIM, 12)
+    return encoder, models.projector(10, [12], DIM), models.predictor(DIM, 12) if predictor else None
 
 
 def views():
     return torch.randn(2, BATCH, 3, 4, 4)
 
 
-def nnclr(size=32, support_weight=1.0):
-    return NNCLR(*parts(), Queue(size, DIM, TorchSearch()), temperature=0.2, support_weight=support_weight)
+def nnclr(size=32, support_weight=1.0, predictor=True):
+    support = Queue(size, DIM, TorchSearch()) if size else None
+    return NNCLR(*parts(predictor), support, temperature=0.2, support_weight=support_weight)
 
 
-def kmclr(k=3, support_weight=1.0, mask_shared=True):
+def kmclr(k=3, support_weight=1.0, mask_shared=True, predictor=True):
     return KMCLR(
-        *parts(),
+        *parts(predictor),
         KMeans(k, DIM, 4, TorchSearch()),
         temperature=0.2,
         support_weight=support_weight,
@@ -50,32 +54,39 @@ def test_simclr_is_nt_xent_of_the_projections():
     assert outcome.ids is None
 
 
-@pytest.mark.parametrize("make", [nnclr, kmclr])
-def test_the_other_view_is_the_positive_until_the_support_set_is_filled(make):
-    method = make()
+def expected(method, view1, view2, positives=None, groups=None):
+    """The support set's term alone."""
+    z1, z2 = (method.projector(method.encoder(view)) for view in (view1, view2))
+    q1, q2 = positives or (z1.detach(), z2.detach())
+    if method.predictor is None:
+        return nt_xent(z1, z2, 0.2, (q1, q2), groups)
+    p1, p2 = method.predictor(z1), method.predictor(z2)
+    groups1, groups2 = (None, None) if groups is None else groups.chunk(2)
+    return (info_nce(q1, p2, 0.2, groups1) + info_nce(q2, p1, 0.2, groups2)) / 2
+
+
+@pytest.mark.parametrize("predictor", [True, False])
+@pytest.mark.parametrize("make", [nnclr, kmclr, partial(nnclr, size=0)], ids=["nnclr", "kmclr", "nothing"])
+def test_the_other_view_is_the_positive_until_the_support_set_is_filled(make, predictor):
+    method = make(predictor=predictor)
     view1, view2 = views()
     outcome = method(view1, view2)
-    z1, z2 = (method.projector(method.encoder(view)) for view in (view1, view2))
-    p1, p2 = method.predictor(z1), method.predictor(z2)
-    assert torch.equal(outcome.loss, (info_nce(z1, p2, 0.2) + info_nce(z2, p1, 0.2)) / 2)
+    assert torch.equal(outcome.loss, expected(method, view1, view2))
     assert outcome.ids is None
 
 
-@pytest.mark.parametrize("make", [nnclr, lambda: kmclr(mask_shared=False), kmclr], ids=["nnclr", "kmclr", "masked"])
-def test_the_loss_is_symmetric_and_uses_each_views_nearest(make):
-    method = make()
+@pytest.mark.parametrize("predictor", [True, False])
+@pytest.mark.parametrize("make", [nnclr, partial(kmclr, mask_shared=False), kmclr], ids=["nnclr", "kmclr", "masked"])
+def test_the_loss_is_symmetric_and_uses_each_views_nearest(make, predictor):
+    method = make(predictor=predictor)
     fill(method)
     view1, view2 = views()
     outcome = method(view1, view2)
-    z1, z2 = (method.projector(method.encoder(view)) for view in (view1, view2))
-    (q1, ids1), (q2, ids2) = method.support.lookup(z1), method.support.lookup(z2)
-    shared = [ids[:, None] == ids for ids in (ids1, ids2)]
-    masks = shared if getattr(method, "mask_shared", False) else (None, None)
-    expected = (
-        info_nce(q1, method.predictor(z2), 0.2, masks[0]) + info_nce(q2, method.predictor(z1), 0.2, masks[1])
-    ) / 2
-    torch.testing.assert_close(outcome.loss, expected)
-    assert torch.equal(outcome.ids, torch.cat([ids1, ids2]))
+    found = [method.support.lookup(method.projector(method.encoder(view)).detach()) for view in (view1, view2)]
+    positives, ids = (found[0][0], found[1][0]), torch.cat([found[0][1], found[1][1]])
+    groups = ids if getattr(method, "mask_shared", False) else None
+    torch.testing.assert_close(outcome.loss, expected(method, view1, view2, positives, groups))
+    assert torch.equal(outcome.ids, ids)
     torch.testing.assert_close(method(view2, view1).loss, outcome.loss)
 
 
@@ -90,7 +101,9 @@ def test_the_views_have_the_rest_of_the_loss(make):
     torch.testing.assert_close(method(view1, view2).loss, 0.3 * support + 0.7 * nt_xent(z1, z2, 0.2))
 
 
-@pytest.mark.parametrize("make", [nnclr, kmclr, lambda: kmclr(support_weight=0.3)])
+@pytest.mark.parametrize(
+    "make", [nnclr, kmclr, partial(kmclr, support_weight=0.3), partial(kmclr, support_weight=0.3, predictor=False)]
+)
 def test_forward_leaves_the_support_set_alone_and_sends_it_no_gradient(make):
     method = make()
     fill(method)
@@ -106,7 +119,9 @@ def test_forward_leaves_the_support_set_alone_and_sends_it_no_gradient(make):
     assert outcome.embeddings.shape == (BATCH, DIM)
 
 
-@pytest.mark.parametrize("make", [lambda: SimCLR(*parts()[:2], temperature=0.2), nnclr, kmclr])
+@pytest.mark.parametrize(
+    "make", [lambda: SimCLR(*parts()[:2], temperature=0.2), nnclr, kmclr, partial(kmclr, predictor=False)]
+)
 def test_a_few_steps_lower_the_loss(make):
     method = make()
     if method.support is not None:
@@ -127,8 +142,8 @@ def test_a_few_steps_lower_the_loss(make):
 def test_masking_keeps_equal_positives_from_being_negatives():
     """With one prototype every row has the same positive: masked, nothing is left to tell apart; unmasked, all is."""
     view1, view2 = views()
-    for mask_shared in (True, False):
-        method = kmclr(k=1, mask_shared=mask_shared)
+    for mask_shared, predictor in product((True, False), repeat=2):
+        method = kmclr(k=1, mask_shared=mask_shared, predictor=predictor)
         fill(method)
         loss = method(view1, view2).loss.item()
         assert loss == 0 if mask_shared else loss > 0.1
