@@ -126,7 +126,7 @@ def test_what_makes_a_step_fast_leaves_the_loss_curve(run, monkeypatch, method, 
 
     At a small learning rate: on such small maps rounding grows up to tenfold a step at the usual one.
     """
-    overrides = [*METHODS[method], "optimizer.lr=0.001"]
+    overrides = [*METHODS[method], "optimizer.lr=0.0003"]
     fast = losses(run(*overrides, *(["precision=bfloat16"] if plain == "precision" else []), directory="fast"))
     if plain == "layout":
         monkeypatch.setattr(torch, "channels_last", torch.contiguous_format)
@@ -138,7 +138,7 @@ def test_what_makes_a_step_fast_leaves_the_loss_curve(run, monkeypatch, method, 
 
 @pytest.mark.slow
 def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(run, monkeypatch):
-    overrides = [*METHODS["kmclr"], "optimizer.lr=0.001"]
+    overrides = [*METHODS["kmclr"], "optimizer.lr=0.0003"]
     plain, compiled = run(*overrides, directory="plain"), run(*overrides, "compile=true", directory="compiled")
     assert losses(compiled) == pytest.approx(losses(plain), abs=0, rel=0.01)
     for steps in (2, 100):
