@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup ## SimCLR, NNCLR and KMCLR on scikit-learn's digits: a table, a plot, an MLflow comparison
-	$(TRAIN) --multirun +sweep=support_size experiment=demo queue_size=64,1024 k=10,50,200 seed=0 jobs=2
+	$(TRAIN) --multirun +sweep=support_size experiment=demo queue_size=0,64,1024 k=10,50,200 seed=0 jobs=2
 	$(BIN)/python -m src.report experiment=demo
 
 # A process a core, and a thread a process: threads of several processes would wait for each other.

@@ -92,6 +92,7 @@ def test_the_original_study_to_the_letter():
     [
         ("k=0", "k=0: must be 1 or more"),
         ("k=-3", "k=-3: must be 1 or more"),
+        ("method.predictor_hidden=-1", "method.predictor_hidden=-1: must be 0 or more"),
         ("k=abc", "k=abc: .*could not be converted to Integer"),
         ("k=2.5", "k=2.5: .*could not be converted to Integer"),
         ("epochs=0", "epochs=0: must be 1 or more"),

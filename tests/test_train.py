@@ -115,6 +115,12 @@ def test_a_run_leaves_what_it_promises(run, method, capsys):
     assert "finished" in capsys.readouterr().out
 
 
+def test_a_queue_of_none_stores_nothing(run):
+    record = Record.load(run("method=nnclr", "queue_size=0"))
+    assert record.metrics.keys() == METRICS | OF_METHOD["simclr"]
+    assert record.params["support_set_size"] == record.params["support_bytes"] == "0"
+
+
 def losses(directory):
     return curves.read(directory)["train/loss"][1]
 
