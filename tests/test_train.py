@@ -128,23 +128,23 @@ def losses(directory):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("plain", ["search", "layout", "precision"])
 def test_what_makes_a_step_fast_leaves_the_loss_curve(run, monkeypatch, method, plain):
-    """Against the run without it: search bit for bit, memory layout within 1%, bfloat16 within 5%.
+    """Against the run without it: search bit for bit, memory layout within 0.3%, bfloat16 within 5%.
 
     At a small learning rate: on such small maps rounding grows up to tenfold a step at the usual one.
     """
-    overrides = [*METHODS[method], "optimizer.lr=0.0003"]
+    rate, tolerance = {"search": (0.001, 0), "layout": (0.0003, 0.003), "precision": (0.001, 0.05)}[plain]
+    overrides = [*METHODS[method], f"optimizer.lr={rate}"]
     fast = losses(run(*overrides, *(["precision=bfloat16"] if plain == "precision" else []), directory="fast"))
     if plain == "layout":
         monkeypatch.setattr(torch, "channels_last", torch.contiguous_format)
     slow = losses(run(*overrides, "search=faiss" if plain == "search" else "search=torch", directory="slow"))
     assert len(set(slow)) == len(slow)
-    tolerance = {"search": 0, "layout": 0.01, "precision": 0.05}[plain]
     assert fast == pytest.approx(slow, abs=0, rel=tolerance)
 
 
 @pytest.mark.slow
 def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(run, monkeypatch):
-    overrides = [*METHODS["kmclr"], "optimizer.lr=0.0003"]
+    overrides = [*METHODS["kmclr"], "optimizer.lr=0.001"]
     plain, compiled = run(*overrides, directory="plain"), run(*overrides, "compile=true", directory="compiled")
     assert losses(compiled) == pytest.approx(losses(plain), abs=0, rel=0.01)
     for steps in (2, 100):
