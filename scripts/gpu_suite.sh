@@ -16,6 +16,7 @@ minutes=${MINUTES:-60}
 out=${OUT:-results/gpu}
 started=$SECONDS
 
+set -- compile=true "$@"
 "$python" -c "import mlflow" 2>/dev/null || set -- tracking=jsonl "$@"
 
 left() { # minutes until the time is up; ends the suite when too few are left to begin anything

@@ -67,7 +67,9 @@ class FrozenEncoder:
         """Features [B, F] of normalised images [B, 3, S, S]."""
         training = self.encoder.training
         self.encoder.eval()
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        # Not compiled: the shapes are others than training's, and would cost more than they save.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             features = self.encoder(images.to(self.device, memory_format=torch.channels_last))
         self.encoder.train(training)
         return features.float()
@@ -136,7 +138,7 @@ class LinearHeads:
             for x_BF, labels_B in batches(epoch):
                 # The gradient of the mean cross entropy with respect to the logits: softmax minus one-hot, over B.
                 error_LBC = self(x_BF).softmax(dim=2)
-                error_LBC[:, torch.arange(len(labels_B)), labels_B] -= 1
+                error_LBC[:, torch.arange(len(labels_B), device=labels_B.device), labels_B] -= 1
                 error_LBC /= len(labels_B)
                 velocity_LFC.mul_(0.9).add_(((x_BF - self.center_F) / self.scale_F).T @ error_LBC)
                 velocity_LC.mul_(0.9).add_(error_LBC.sum(1))

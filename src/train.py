@@ -152,6 +152,7 @@ def pretrain(learner: Learner, data: Dataset, tracker: Tracker, stopper: Stopper
             support.clear_stats()
         clock = time.perf_counter()
         for images, labels, ids in epoch_batches(data.train, cfg.batch_size, cfg.seed, epoch, device, start):
+            torch.compiler.cudagraph_mark_step_begin()  # compiled parts may overwrite what they returned
             seed_everything(cfg.seed, learner.step)
             lr = learner.set_lr(steps_per_epoch)
 

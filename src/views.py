@@ -46,7 +46,7 @@ class ViewMaker:
         image_size: S, in pixels.
         mean: Of each channel of the data set, in [0, 1].
         std: Of each channel of the data set, in [0, 1].
-        compiled: Whether torch.compile fuses the arithmetic. The draws stay as they are.
+        compile_mode: In which torch.compile fuses the arithmetic; None: it does not. The draws stay as they are.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class ViewMaker:
         mean: Sequence[float],
         std: Sequence[float],
         *,
-        compiled: bool = False,
+        compile_mode: str | None = None,
     ) -> None:
         self.view, self.kernel, self.image_size = view, KERNELS[interpolation], image_size
         self.mean, self.std = mean, std
-        self._apply = torch.compile(self.apply) if compiled else self.apply
+        self._apply = torch.compile(self.apply, mode=compile_mode) if compile_mode else self.apply
 
     def draw(self, batch_size: int, height: int, width: int, device: torch.device | str) -> Params:
         """Draws from torch's default generator, on the CPU, so that a run's views do not depend on its device."""

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
+from src.build import COMPILE_MODE
 from src.config import Augment, View
 from src.views import (
     KERNELS,
@@ -47,8 +48,8 @@ EVERYTHING = View(
 NOTHING = replace(EVERYTHING, flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)
 
 
-def maker(view=EVERYTHING, size=32, interpolation="bicubic", compiled=False):
-    return ViewMaker(view, interpolation, size, MEAN, STD, compiled=compiled)
+def maker(view=EVERYTHING, size=32, interpolation="bicubic", compile_mode=None):
+    return ViewMaker(view, interpolation, size, MEAN, STD, compile_mode=compile_mode)
 
 
 def images(count, height=32, width=32, seed=0):
@@ -325,9 +326,9 @@ def test_every_recipe_has_exactly_the_fields_of_the_schema_and_makes_views(path)
 @pytest.mark.slow
 def test_compiled_views_equal_eager_ones():
     batch, views = images(16), []
-    for compiled in (False, True):
+    for mode in (None, COMPILE_MODE):
         torch.manual_seed(3)
-        views.append(maker(compiled=compiled)(batch))
+        views.append(maker(compile_mode=mode)(batch))
     assert_close(*views, atol=1e-4, rtol=0)
 
 

@@ -214,7 +214,8 @@ class KMeans(SupportSet):
         dead_K = self.passed_K >= self.revive_after * self.size
         turn_K = dead_K.cumsum(0) - 1
         dead_K &= turn_K < batch
-        rows_K = torch.randperm(batch).to(points_BD.device)[turn_K.clamp(0, batch - 1)]
+        shuffled_B = torch.randperm(batch).to(points_BD.device, non_blocking=True)
+        rows_K = shuffled_B[turn_K.clamp(0, batch - 1)]
         ones_KC = F.one_hot(labels_B, self.classes_KC.shape[1]).float()[rows_K]
         self.means_KD[:] = torch.where(dead_K[:, None], points_BD[rows_K], self.means_KD)
         self.classes_KC[:] = torch.where(dead_K[:, None], ones_KC, self.classes_KC)
