@@ -245,6 +245,12 @@ def warn_of_doubtful(cfg: Config, images: int) -> None:
             "queue_size=%d: %d images in %d epochs never fill it, so every positive will be the other view",
             *(cfg.queue_size, images, cfg.epochs),
         )
+    elif cfg.queue_size is not None and cfg.queue_size > images:
+        logger.warning(
+            "queue_size=%d: more than the %d training images, so many positives will be old embeddings of the anchor's "
+            "own image (support/self_hit tells)",
+            *(cfg.queue_size, images),
+        )
     if isinstance(cfg.method, config.KMCLR) and (cfg.method.refit, cfg.method.forget) == ("faiss", "reset"):
         between = images // cfg.batch_size * cfg.batch_size * cfg.method.forget_every
         if between < cfg.method.refit_window:

@@ -429,6 +429,10 @@ def test_a_directory_in_use_is_refused(run, tmp_path):
 def test_doubtful_settings_are_warned_of(run, caplog):
     run("method=nnclr", "queue_size=401", "epochs=2")
     assert "queue_size=401: 200 images in 2 epochs never fill it" in caplog.text
+    run("method=nnclr", "queue_size=201", "epochs=2", directory="large")
+    assert "queue_size=201: more than the 200 training images" in caplog.text
+    run("method=nnclr", "queue_size=200", "epochs=1", directory="fits")
+    assert "queue_size=200" not in caplog.text
     run("method=kmclr", "k=201", "epochs=1", directory="other")
     assert "k=201: more prototypes than the 200 training images" in caplog.text
     run("method=kmclr", "k=7", "epochs=1", "method.refit=faiss", directory="refit")
