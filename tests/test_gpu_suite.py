@@ -37,9 +37,10 @@ def test_the_suite_stops_in_time_and_continues(tmp_path, small):
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OUT": "out"}
     environment |= {"BATCHES": "64", "EPOCHS": ""}
 
-    def suite(minutes):
+    def suite(minutes, **settings):
         command = [str(tmp_path / "scripts/gpu_suite.sh"), *small, "compile=false", "tracking=jsonl", "search=torch"]
-        return subprocess.run(command, env=environment | {"MINUTES": minutes}, capture_output=True, text=True)
+        env = environment | {"MINUTES": minutes} | settings
+        return subprocess.run(command, env=env, capture_output=True, text=True)
 
     stopped = suite("0")
     assert (stopped.returncode, stopped.stderr) == (75, "the time is up; the same command continues\n")
@@ -58,3 +59,6 @@ def test_the_suite_stops_in_time_and_continues(tmp_path, small):
     again = suite("10")
     assert again.returncode == 0
     assert "epoch 1/" not in again.stdout
+    nothing = suite("10", BATCHES="", OUT="nowhere")
+    assert nothing.returncode == 0
+    assert not (tmp_path / "nowhere").exists()
