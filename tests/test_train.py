@@ -156,11 +156,16 @@ def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(ru
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
-def test_cuda_graphs_leave_the_loss_curve(run, method):
-    """Twelve steps: the first of a graph are recorded, the others replayed."""
+def test_cuda_graphs_leave_the_loss_curve(run, method, monkeypatch):
+    """Six steps: the first of a graph are recorded, the others replayed.
+
+    Few, and in full float32: on a CPU, convolutions rounded to TF32 (PyTorch's default on a GPU) change KMCLR's loss by
+    1.2% at the sixth step and 2.6% at the tenth, since other prototypes become the nearest.
+    """
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    overrides = [*METHODS[method], "optimizer.lr=0.0003", "epochs=4", "device=cuda", "precision=float32"]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    overrides = [*METHODS[method], "optimizer.lr=0.0003", "epochs=2", "device=cuda", "precision=float32"]
     plain, graphed = run(*overrides, directory="plain"), run(*overrides, "compile=true", directory="graphed")
     assert losses(graphed) == pytest.approx(losses(plain), abs=0, rel=0.01)
 
