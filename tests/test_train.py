@@ -160,14 +160,15 @@ def test_cuda_graphs_leave_the_loss_curve(run, method, monkeypatch):
     """Six steps: the first of a graph are recorded, the others replayed.
 
     Few, and in full float32: on a CPU, convolutions rounded to TF32 (PyTorch's default on a GPU) change KMCLR's loss by
-    1.2% at the sixth step and 2.6% at the tenth, since other prototypes become the nearest.
+    1.2% at the sixth step and 2.6% at the tenth, since other prototypes become the nearest. Rounded
+    to 21 bits of float32's 23, they change no method's by more than 0.2% in six steps.
     """
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     overrides = [*METHODS[method], "optimizer.lr=0.0003", "epochs=2", "device=cuda", "precision=float32"]
     plain, graphed = run(*overrides, directory="plain"), run(*overrides, "compile=true", directory="graphed")
-    assert losses(graphed) == pytest.approx(losses(plain), abs=0, rel=0.01)
+    assert losses(graphed) == pytest.approx(losses(plain), abs=0, rel=0.005)
 
 
 def test_reviving_without_asking_the_device_leaves_the_loss_curve(run, monkeypatch):
