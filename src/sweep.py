@@ -36,7 +36,8 @@ from src import charts, config, report, rundir, store, tracking
 from src.config import Config
 from src.errors import UsageError
 from src.launcher import JobFailed, LocalLauncher
-from src.record import RECORD, Record
+from src.preview import preview
+from src.record import Record
 from src.redact import redact
 from src.rows import summarise
 from src.runs import run_in
@@ -402,56 +403,6 @@ def alternatives(union: Sequence[Grid], params: Grid, given: Grid, methods: Sequ
         merged = {**params, **grid, **replaced}
         # The command line's own order, its groups first: a job's command then reads as the sweep's did.
         yield {key: merged[key] for key in [*replaced, *(key for key in merged if key not in replaced)]}
-
-
-def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
-    """The list of jobs, which of them are done, and how long the rest may take, judged by those that are finished."""
-    lines, seconds, todo, unknown = [], 0.0, 0, 0
-    finished = _seconds_an_epoch()
-    for number, cfg in enumerate(cfgs):
-        directory = rundir.choose(cfg)
-        record = Record.find(directory)
-        state, estimate = record.status.lower() if record else "to do", ""
-        if not (record and record.status == "FINISHED"):
-            todo += 1
-            alike = _alike(config.flatten(cfg))
-            rate = finished.get((cfg.method.name, *alike)) or finished.get(("", *alike))
-            if rate is None:
-                unknown += 1
-            else:
-                left = max(rate * cfg.epochs - (record.seconds if record else 0.0), 0.0)
-                seconds += left
-                estimate = f"about {_duration(left)}"
-        lines.append(f"{number:4}  {state:9} {config.support_set_size(cfg):7,}  {directory.name}  {estimate}".rstrip())
-    total = f"{len(cfgs)} jobs, {todo} to run"
-    if todo > unknown:
-        total += f", about {_duration(seconds / at_a_time)} with jobs={at_a_time}"
-    if unknown:
-        total += f"; no time known for {unknown}: none like them has finished yet"
-    return "\n".join([*lines, total])
-
-
-def _alike(params: Mapping[str, Any]) -> tuple[str, ...]:
-    """What an epoch's length depends on besides the method."""
-    keys = ("backbone.name", "data.name", "data.limit", "data.val_fraction", "batch_size", "compile", "device")
-    return tuple(str(params.get(key)) for key in keys)
-
-
-def _seconds_an_epoch() -> dict[tuple[str, ...], float]:
-    """Mean wall time of finished runs an epoch, by method and `_alike`, and by `_alike` alone with method ''."""
-    samples: dict[tuple[str, ...], list[float]] = {}
-    for path in rundir.ROOT.glob(f"*/{RECORD}"):
-        record = Record.load(path.parent)
-        if record.status == "FINISHED" and "epochs" in record.params and record.seconds:
-            for method in ("", record.params["method.name"]):
-                rates = samples.setdefault((method, *_alike(record.params)), [])
-                rates.append(record.seconds / int(record.params["epochs"]))
-    return {key: sum(rates) / len(rates) for key, rates in samples.items()}
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _command() -> str:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
-from src import build, config, curves, evaluate, rundir, store, study, sweep
+from src import build, config, curves, evaluate, rundir, store, study
 from src.charts import COLOUR_TAG
 from src.config import Config
 from src.data import Dataset, check_batch_size, epoch_batches, load
@@ -33,6 +33,7 @@ from src.environment import environment_tags
 from src.errors import Diverged, one_line
 from src.learner import Learner
 from src.memory import peak_gib
+from src.preview import preview
 from src.progress import Progress
 from src.record import Record
 from src.redact import redact
@@ -58,7 +59,7 @@ def main(composed: DictConfig) -> float:
     """
     cfg = config.parse(composed)
     if cfg.dry_run:
-        print(sweep.preview([cfg], at_a_time=1))
+        print(preview([cfg], at_a_time=1))
         return math.nan
     device = build.device(cfg.device)  # refuses a GPU that is not there before images are decoded
     data = load(cfg.data).on(device)
