@@ -29,7 +29,7 @@ COMPARED = {
 }
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = ("", "o", "s", "^", "D")  # once the lines of a colour are used up
-LEGEND_WIDTH = 84  # characters that fit beside each other below a figure of 7.2 inches
+LEGEND_WIDTH = 88  # characters that fit beside each other below a figure of 7.2 inches
 
 
 class Course(NamedTuple):
