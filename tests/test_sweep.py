@@ -76,7 +76,7 @@ def in_store(path, query):
 
 @pytest.mark.parametrize(
     ("name", "jobs"),
-    [("support_size", 42), ("original_table", 5), ("forgetting", 15), ("cpu_study", 48), ("ablations", 40)],
+    [("support_size", 42), ("original_table", 5), ("forgetting", 15), ("cpu_study", 48), ("ablations", 49)],
 )
 def test_the_sweeps_that_come_with_the_project(command, tmp_path, name, jobs):
     done = command("src.train", "--multirun", f"+sweep={name}", "dry_run=true")
