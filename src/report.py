@@ -221,7 +221,7 @@ def show(rows: Sequence[Row], notes: Sequence[str], title: str) -> None:
     shown = Table(title=title, caption=caption(rows), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     shown.add_column(header[0], overflow="fold")
     for name in header[1:]:
-        shown.add_column("\n".join(name.split()), justify="right", no_wrap=True)  # labels need the room
+        shown.add_column("\n".join(name.split()), justify="right")  # narrow, for the labels' sake
     for line in body:
         shown.add_row(*line)
     console = Console(width=None if sys.stdout.isatty() else 120)

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from src import report
 from src.errors import UsageError
@@ -238,3 +239,14 @@ def test_the_command_reports_on_the_runs_in_a_folder(tmp_path):
         assert named in failed.stderr
         assert failed.stderr.count("\n") == 1
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["study"]  # a mistake writes nothing
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_narrow_terminal_loses_no_figure(monkeypatch, capsys, width):
+    monkeypatch.setattr(report, "Console", lambda **_: Console(width=width))
+    rows, notes = summarise(STUDY)
+    report.show(rows, notes, "study")
+    shown = capsys.readouterr().out
+    for line in table(rows)[1:]:
+        for number in " ".join(line[1:]).split():
+            assert number in shown, "cut off"
