@@ -47,6 +47,7 @@ def test_a_continued_study_proposes_what_an_unbroken_one_does(tmp_path):
     assert opened(tmp_path / "whole").points() == opened(tmp_path / "parts").points()
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # Optuna 2 says that of enqueue_trial
 def test_what_a_kill_leaves_behind(tmp_path):
     search = opened(tmp_path)
     open_trial = search.propose()
