@@ -12,7 +12,7 @@ from src.record import Record, records_below
 
 def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
     """The list of jobs, which of them are done, and how long the rest may take, judged by those that are finished."""
-    lines, lasts, todo, unknown = [], list[float](), 0, 0
+    lines, lasts, todo = [], list[float](), 0
     finished = _seconds_an_epoch()
     for number, cfg in enumerate(cfgs):
         directory = rundir.choose(cfg)
@@ -22,16 +22,14 @@ def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
             todo += 1
             alike = _alike(config.flatten(cfg))
             rate = finished.get((cfg.method.name, *alike)) or finished.get(("", *alike))
-            if rate is None:
-                unknown += 1
-            else:
+            if rate is not None:
                 lasts.append(max(rate * cfg.epochs - (record.seconds if record else 0.0), 0.0))
                 estimate = f"about {_duration(lasts[-1])}"
         lines.append(f"{number:4}  {state:9} {config.support_set_size(cfg):7,}  {directory.name}  {estimate}".rstrip())
     total = f"{len(cfgs)} jobs, {todo} to run"
     if lasts:  # no job is shared between processes: the longest is the least that all of them take
         total += f", about {_duration(max(sum(lasts) / at_a_time, *lasts))} with jobs={at_a_time}"
-    if unknown:
+    if unknown := todo - len(lasts):
         total += f"; no time known for {unknown}: none like them has finished yet"
     return "\n".join([*lines, total])
 

@@ -160,8 +160,8 @@ def test_cuda_graphs_leave_the_loss_curve(run, method, monkeypatch):
     """Six steps: the first of a graph are recorded, the others replayed.
 
     Few, and in full float32: on a CPU, convolutions rounded to TF32 (PyTorch's default on a GPU) change KMCLR's loss by
-    1.2% at the sixth step and 2.6% at the tenth, since other prototypes become the nearest. Rounded
-    to 21 bits of float32's 23, they change no method's by more than 0.2% in six steps.
+    1.2% at the sixth step and 2.6% at the tenth, since other prototypes become the nearest. Rounded to 21 bits of
+    float32's 23, they change no method's by more than 0.2% in six steps.
     """
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
