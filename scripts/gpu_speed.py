@@ -26,10 +26,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.workbench import compose, machine
-from src import build, config, curves, rundir
-from src.config import Config
-from src.record import Record
-from src.stopping import TIME_IS_UP
+from src import build
+from src.config import identity, schema
+from src.config.schema import Config
+from src.reporting import curves
+from src.runs import directory as run_directory
+from src.runs.record import Record
+from src.system.stopping import TIME_IS_UP
 
 METHODS = (["method=kmclr", "k=400"], ["method=nnclr", "queue_size=98304"], ["method=simclr"])
 # Long enough for a queue of 98,304 to fill; the last two epochs count. Evaluation is cut short: it is not timed.
@@ -61,7 +64,7 @@ def flop_an_image(cfg: Config, classes: int) -> float:
     """Floating-point operations of one image's two views, forward and backward."""
     cpu, batch = torch.device("cpu"), 8
     backbone, features = build.encoder(cfg.backbone, cfg.data.image_size)
-    method = build.method(cfg, backbone, features, classes, build.search(config.Search("torch"), cpu), cpu)
+    method = build.method(cfg, backbone, features, classes, build.search(schema.Search("torch"), cpu), cpu)
     views = torch.randn(2, batch, 3, cfg.data.image_size, cfg.data.image_size)
     with FlopCounterMode(display=False) as counter:
         method(*views).loss.backward()
@@ -70,8 +73,8 @@ def flop_an_image(cfg: Config, classes: int) -> float:
 
 def timed_run(cfg: Config, overrides: list[str], minutes: float) -> tuple[Path, int]:
     """Train, or find that it is done; the run's folder, and the exit status."""
-    directory = rundir.ROOT / f"speed-{config.run_name(cfg)}-b{cfg.batch_size}-{config.config_hash(cfg)}"
-    if rundir.is_finished(directory, cfg):
+    directory = run_directory.ROOT / f"speed-{identity.run_name(cfg)}-b{cfg.batch_size}-{identity.config_hash(cfg)}"
+    if run_directory.is_finished(directory, cfg):
         return directory, 0
     command = ["-m", "src.train", *overrides, f"output_dir={directory}", f"max_minutes={minutes:.3f}"]
     return directory, subprocess.run([sys.executable, *command]).returncode
@@ -83,7 +86,7 @@ def row(directory: Path, cfg: Config, ceiling_flop: float, image_flop: float) ->
     rate = statistics.median(history["time/images_per_second"][1][-COUNTED:])
     return {
         "method": cfg.method.name,
-        "vectors": config.support_set_size(cfg),
+        "vectors": identity.support_set_size(cfg),
         "backbone": cfg.backbone.name,
         "batch": cfg.batch_size,
         "images_per_second": rate,

@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scripts.workbench import config_of, machine
-from src import build, checkpoint, config
+from src import build
+from src.config import identity
 from src.data import Dataset, load
-from src.learner import Learner
+from src.runs import checkpoint
 from src.support.search import TorchSearch, cluster
+from src.training.state import Learner
 
 SIZES = (400, 4096, 16384)
 KS = (50, 200, 400, 800)
@@ -103,7 +105,7 @@ def tables(run: Path, data: Path | None) -> list[str]:
         rows = [(f"nearest of {size:,}", of_neighbours(views, size)) for size in (*sizes, stored)]
         rows += [(f"member of the nearest of {k:,} prototypes", of_prototypes(views, k)) for k in KS]
         lines += [
-            f"**{config.run_name(cfg)}**, {cfg.epochs} epochs, {space}:",
+            f"**{identity.run_name(cfg)}**, {cfg.epochs} epochs, {space}:",
             "",
             "| % of the anchor's class | all anchors | most confident tenth | most confident hundredth |",
             "| --- | --- | --- | --- |",

@@ -23,11 +23,11 @@ import torch
 
 from scripts.rivals.ours import Paced, Unlogged, fill
 from scripts.workbench import compose, dataset, images, machine
-from src import train
-from src.learner import Learner
-from src.stopping import Stopper
-from src.tracking import Tracker
-from src.views import ViewMaker
+from src.data.augment import ViewMaker
+from src.runs.tracker import Tracker
+from src.system.stopping import Stopper
+from src.training import loop
+from src.training.state import Learner
 
 SKIPPED = 2  # steps in which caches and allocators fill
 
@@ -93,12 +93,13 @@ def profile(overrides: list[str], steps: int) -> list[dict[str, float]]:
     parts.time("backward", torch.Tensor, "backward")
     parts.time("optimizer", learner.optimizer, "step")
     with contextlib.suppress(EnoughError):
-        train.pretrain(
+        loop.pretrain(
             learner,
             dataset(measured_on),
             cast(Tracker, Unlogged()),
             cast(Stopper, Paced(parts.step)),
             Path(os.devnull),
+            lambda *_: False,
         )
     return parts.steps[SKIPPED:]
 

@@ -14,7 +14,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from scripts.rivals import Images
-from src import cli, config
+from src import cli
+from src.config import schema
 from src.data import Dataset, Split, load
 from src.data.cache import Cache
 
@@ -22,20 +23,20 @@ CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", "../shared/data/cifar100"))
 MEAN, STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]  # CIFAR-100's
 
 
-def compose(*overrides: str) -> config.Config:
+def compose(*overrides: str) -> schema.Config:
     """The config of ``python -m src.train OVERRIDES``."""
     with hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        return config.parse(hydra.compose("train", overrides=list(overrides)))
+        return schema.parse(hydra.compose("train", overrides=list(overrides)))
 
 
-def config_of(run: Path, data: Path | None) -> config.Config:
+def config_of(run: Path, data: Path | None) -> schema.Config:
     """The config of a run in a folder, for measuring on the CPU; its data lie in ``data`` if that is given."""
     composed = cast(DictConfig, OmegaConf.load(run / "config.yaml"))
     composed.compile = False
     composed.device = "cpu"
     if data is not None:
         composed.data.root = str(data)
-    return config.parse(composed)
+    return schema.parse(composed)
 
 
 def images(count: int = 50_000) -> Images:

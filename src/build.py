@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from src import config, models
-from src.config import Config
+from src import models
+from src.config import schema
+from src.config.schema import Config
 from src.data import Dataset
+from src.data.augment import ViewMaker
 from src.errors import UsageError
 from src.methods.kmclr import KMCLR
 from src.methods.nnclr import NNCLR
@@ -15,7 +17,6 @@ from src.methods.simclr import SimCLR
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
 from src.support.search import FaissSearch, InvertedLists, Search, TorchSearch, has_faiss_gpu, require_faiss
-from src.views import ViewMaker
 
 Method = SimCLR | NNCLR | KMCLR
 
@@ -54,7 +55,7 @@ def precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def search(cfg: config.Search, device: torch.device) -> Search:
+def search(cfg: schema.Search, device: torch.device) -> Search:
     """The back end of exact search; ``auto`` (and what ``ivf`` leaves to it) is FAISS on a usable GPU, else torch.
 
     Raises:
@@ -74,7 +75,7 @@ def views(cfg: Config, data: Dataset) -> tuple[ViewMaker, ViewMaker]:
     return view1, view2
 
 
-def encoder(cfg: config.Backbone, image_size: int) -> tuple[nn.Module, int]:
+def encoder(cfg: schema.Backbone, image_size: int) -> tuple[nn.Module, int]:
     """The backbone, and how many features it gives."""
     match cfg.name:
         case "resnet18" | "resnet34" | "resnet50":
@@ -104,9 +105,9 @@ def method(
     projector = models.projector(features, settings.projector.hidden, out)
     model: Method
     match settings:
-        case config.SimCLR():
+        case schema.SimCLR():
             model = SimCLR(backbone, projector, temperature=settings.temperature)
-        case config.NNCLR():
+        case schema.NNCLR():
             assert cfg.queue_size is not None
             model = NNCLR(
                 backbone,
@@ -116,7 +117,7 @@ def method(
                 temperature=settings.temperature,
                 support_weight=settings.support_weight,
             )
-        case config.KMCLR():
+        case schema.KMCLR():
             assert cfg.k is not None
             model = KMCLR(
                 backbone,
@@ -139,7 +140,7 @@ def method(
     return model
 
 
-def queue(settings: config.NNCLR, cfg: config.Search, size: int, dim: int, search: Search) -> Queue:
+def queue(settings: schema.NNCLR, cfg: schema.Search, size: int, dim: int, search: Search) -> Queue:
     """NNCLR's queue.
 
     Raises:
@@ -154,7 +155,7 @@ def queue(settings: config.NNCLR, cfg: config.Search, size: int, dim: int, searc
     return Queue(size, dim, search, dtype=dtype, lists=lists, refresh_every=cfg.refresh_every or 0)
 
 
-def kmeans(settings: config.KMCLR, k: int, dim: int, classes: int, search: Search) -> KMeans:
+def kmeans(settings: schema.KMCLR, k: int, dim: int, classes: int, search: Search) -> KMeans:
     """KMCLR's prototypes.
 
     Raises:

@@ -1,20 +1,21 @@
-"""The command line: Hydra composes, and a user's mistake ends in one line and status 2."""
+"""The command line: Hydra composes, and a user's mistake ends in one line and status 2.
+
+What a command needs is imported when its config has been composed, so that ``--help`` does not wait for torch.
+"""
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import logging
+import math
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
 import hydra
 import omegaconf
@@ -24,46 +25,94 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from src import config, sweep
+from src.config import schema
+from src.config.explain import explain
 from src.errors import RunFailed, UsageError
-from src.launcher import JobFailed
-from src.redact import redact
-from src.stopping import Stopped
+from src.sweeps import plugins
+from src.sweeps.dry_run import preview
+from src.sweeps.launcher import JobFailed
+from src.system.redact import redact
+from src.system.stopping import Stopped
 
 LONGEST = 600  # characters of a line for people
 CONF = Path(__file__).parent.parent / "conf"
 
 
-def run(module: str, config_name: str) -> None:
-    """Hand the composed config to ``main`` of a module, as ``hydra.main`` does, but explain mistakes to people.
+def train() -> None:
+    """``python -m src.train``."""
+    _compose_and("train", pretrain)
 
-    The module is imported when the config has been composed, so that ``--help`` does not wait for torch. A user who
-    sets ``HYDRA_FULL_ERROR=1`` gets the tracebacks.
+
+def evaluate() -> None:
+    """``python -m src.evaluate``."""
+    _compose_and("evaluate", evaluate_again)
+
+
+def report() -> None:
+    """``python -m src.report``."""
+    from src.reporting import report  # matplotlib takes a second
+
+    with _explained():
+        report.main(sys.argv[1:])
+
+
+def deliver() -> None:
+    """``python -m src.tracking``."""
+    from src.runs import tracker
+
+    with _explained():
+        tracker.main()
+
+
+def pretrain(composed: DictConfig) -> float:
+    """One run, from a composed config to its last ``val/knn_top1`` (`src.training.loop.run`)."""
+    cfg = schema.parse(composed)
+    if cfg.dry_run:
+        print(preview([cfg], at_a_time=1))
+        return math.nan
+    from src.reporting import curves
+    from src.sweeps import optuna_study
+    from src.training import loop
+
+    return loop.run(cfg, optuna_study.is_hopeless, curves.plot)
+
+
+def evaluate_again(composed: DictConfig) -> dict[str, float]:
+    """The final evaluation of a run that has finished (`src.evaluation.protocol.main`)."""
+    from src.evaluation import protocol
+
+    return protocol.main(composed)
+
+
+def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
+    """Hand the composed config to ``main``, as ``hydra.main`` does, but explain mistakes to people.
+
+    A user who sets ``HYDRA_FULL_ERROR=1`` gets the tracebacks.
     """
-    sweep.register()
+    plugins.register()
     if {"--multirun", "-m"} & set(sys.argv):
         # A choice of one. As a plain value Hydra would also give it to the default method, which may not have it.
         sys.argv[1:] = [
-            re.sub(rf"^({'|'.join(config.SUPPORT_KEYS.values())})=(\w+)$", r"\1=choice(\2)", a) for a in sys.argv[1:]
+            re.sub(rf"^({'|'.join(schema.SUPPORT_KEYS.values())})=(\w+)$", r"\1=choice(\2)", a) for a in sys.argv[1:]
         ]
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
 
     def task(composed: DictConfig) -> Any:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper collects how its jobs end
-            return _job(module, composed)
+            return _job(main, composed)
         if "sweep" in HydraConfig.get().runtime.choices and not composed.tracking.parent:
             fail(f"+sweep={HydraConfig.get().runtime.choices['sweep']}: a sweep is many runs; add --multirun")
         with _explained():  # here, because Hydra would print a line of its own first
-            return importlib.import_module(module).main(composed)
+            return main(composed)
 
-    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
+    hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
     if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
-        main()
+        hydra_main()
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own reporting would hide the exception from us
     try:
         with _explained():
-            main()
+            hydra_main()
     except KeyboardInterrupt:  # before a run could take it for a request to stop
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
@@ -93,9 +142,9 @@ def _explained() -> Iterator[None]:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
 
 
-def _job(module: str, composed: DictConfig) -> Any:
+def _job(main: Callable[[DictConfig], Any], composed: DictConfig) -> Any:
     try:
-        return importlib.import_module(module).main(composed)
+        return main(composed)
     except Stopped as end:  # launchers carry exceptions, but would end with this one
         raise JobFailed("stopped; the same command continues", int(end.code or 0)) from None
     except RunFailed as failure:
@@ -106,54 +155,3 @@ def fail(message: str, status: int = 2) -> NoReturn:
     """Print one line, without secrets, and end with the status."""
     print(f"error: {redact(' '.join(message.split()))[:LONGEST]}", file=sys.stderr)
     sys.exit(status)
-
-
-def explain(message: str) -> str:
-    """One line that says what Hydra's several say, and what to do."""
-    if re.search(r"Could not (find|load) 'hydra/launcher/submitit_(slurm|local)'", message):
-        return "hydra/launcher: SLURM needs submitit: pip install --constraint constraints.txt '.[slurm]'"
-    if "hydra_plugins.hydra_ray_launcher" in message:
-        return (
-            "hydra/launcher=ray: needs Ray and its launcher: pip install --constraint constraints.txt '.[ray]' && "
-            "pip install --no-deps hydra-ray-launcher==1.2.2"
-        )
-    if missing := re.search(r"Could not find '([\w./-]+)/([^']*)'", message):
-        group, option = missing.groups()
-        options = re.findall(r"^\t(\S+)$", message, re.MULTILINE)
-        return f"{group}={option}: there is no such option; choose one of {', '.join(options)}"
-    if unknown := re.search(r"Could not (?:override|append to config)[^']*'([\w.@/-]+)'", message):
-        return _unknown_key(unknown.group(1))
-    if several := re.search(r"Ambiguous value for argument '([^']+)'", message):
-        return f"{several.group(1)}: several values; add --multirun to run each of them"
-    return f"{message.splitlines()[0]} (--help shows what can be set)"
-
-
-def _unknown_key(key: str) -> str:
-    for method, root_key in config.SUPPORT_KEYS.items():
-        if key == root_key:
-            others = [f"method={name} has {other}" for name, other in config.SUPPORT_KEYS.items() if name != method]
-            return f"{key}: only method={method} has it ({', '.join(others)}; simclr stores nothing)"
-    group, _, setting = key.partition(".")
-    if setting and key in known_keys():
-        return f"{key}: the chosen options do not have it; choose {group}=... first (--help lists them)"
-    near = difflib.get_close_matches(key, [each for each in known_keys() if each != key], n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{key}: unknown key, or one that the chosen options do not have; {hint}(--help shows what can be set)"
-
-
-def known_keys() -> list[str]:
-    """Every dotted key that some composition can have."""
-    keys: list[str] = []
-
-    def visit(prefix: str, schema: type) -> None:
-        hints = get_type_hints(schema)
-        for each in fields(schema):
-            key = f"{prefix}{each.name}"
-            keys.append(key)
-            kinds = config.METHODS.values() if key == "method" else [hints[each.name]]
-            for kind in kinds:
-                if is_dataclass(kind):
-                    visit(f"{key}.", kind)
-
-    visit("", config.Config)
-    return list(dict.fromkeys(keys))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from src.redact import redact
-
 
 class UsageError(ValueError):
     """A user's mistake. Its message is one line that names the key, the value and the remedy.
@@ -31,8 +29,3 @@ class CannotWrite(RunFailed):
     """The disk is full, read-only or broken."""
 
     status = 74  # sysexits.h's EX_IOERR: when there is room, the same command continues
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception of a library says, without secrets, in a line of reasonable length."""
-    return redact((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]

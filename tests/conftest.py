@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from src import store
+from src.runs import mlflow_store
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine fails no test
 settings.load_profile("no deadline")
@@ -76,13 +76,13 @@ def small(cache_dir):
 
 @pytest.fixture(scope="session")
 def fresh_store(tmp_path_factory):
-    """A store as `store.prepare` creates it. The migrations take seconds: tests copy the result."""
+    """A store as `mlflow_store.prepare` creates it. The migrations take seconds: tests copy the result."""
     pytest.importorskip("mlflow")
     directory = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        store.prepare()
+        mlflow_store.prepare()
     return directory / "mlflow.db"
 
 
@@ -92,4 +92,4 @@ def client(fresh_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(fresh_store, tmp_path / "mlflow.db")
-    return store.prepare()
+    return mlflow_store.prepare()

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from src import record
-from src.config import Tracking
-from src.tracking import Tracker
+from src.config.schema import Tracking
+from src.runs import record
+from src.runs.tracker import Tracker
 from tests.conftest import PROJECT
 
 JSONL = Tracking("jsonl", "exp", 10)
@@ -25,7 +25,7 @@ def history(client, run_id: str, key: str) -> list[tuple[int, float]]:
 
 
 def warnings(caplog) -> list[str]:
-    messages = [each.getMessage() for each in caplog.records if each.name == "src.tracking"]
+    messages = [each.getMessage() for each in caplog.records if each.name == "src.runs.tracker"]
     assert not any("\n" in message for message in messages)
     return messages
 
@@ -55,8 +55,8 @@ def start(code: str, directory: Path, **environment: str) -> subprocess.Popen:
 RUN = """
 import os
 from pathlib import Path
-from src.config import Tracking
-from src.tracking import Tracker
+from src.config.schema import Tracking
+from src.runs.tracker import Tracker
 name = os.environ["NAME"]
 tracker = Tracker(Path(name), Tracking("mlflow", "exp", 10), {"k": 50}, {})
 for step in range(50):

@@ -25,11 +25,11 @@ from pathlib import Path
 
 import pytest
 
-from src.charts import COLOUR_TAG, COURSE, SIZE, View, sweep_view
-from src.config import Tracking
-from src.report import COLOURS, PLOTTED
-from src.store import prepare
-from src.tracking import Tracker
+from src.config.schema import Tracking
+from src.reporting.mlflow_charts import COURSE, SIZE, View, sweep_view
+from src.reporting.table import COLOURS, PLOTTED
+from src.runs.mlflow_store import prepare
+from src.runs.tracker import COLOUR_TAG, Tracker
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]  # one server, one browser
 

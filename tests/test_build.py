@@ -1,12 +1,13 @@
 import pytest
 import torch
 
-from src import build, config
+from src import build
+from src.config import schema
 from src.errors import UsageError
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
 from src.support.search import FaissSearch, TorchSearch
-from tests.test_config import parsed
+from tests.config.test_schema import parsed
 
 CPU = torch.device("cpu")
 TINY = ["backbone=resnet_tiny", "method.projector.hidden=[16]", "method.projector.out=8"]
@@ -34,16 +35,16 @@ def test_precision():
 
 
 def test_search():
-    assert isinstance(build.search(config.Search("faiss"), CPU), FaissSearch)
-    assert isinstance(build.search(config.Search("torch"), CPU), TorchSearch)
-    assert isinstance(build.search(config.Search("auto"), CPU), TorchSearch)
+    assert isinstance(build.search(schema.Search("faiss"), CPU), FaissSearch)
+    assert isinstance(build.search(schema.Search("torch"), CPU), TorchSearch)
+    assert isinstance(build.search(schema.Search("auto"), CPU), TorchSearch)
 
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_search_on_a_gpu_is_faiss_where_faiss_can(monkeypatch, installed):
     monkeypatch.setattr(build, "has_faiss_gpu", lambda: installed)
     monkeypatch.setattr(build, "FaissSearch", lambda device: f"faiss on {device}")
-    chosen = build.search(config.Search("auto"), torch.device("cuda:1"))
+    chosen = build.search(schema.Search("auto"), torch.device("cuda:1"))
     assert chosen == "faiss on cuda:1" if installed else isinstance(chosen, TorchSearch)
 
 

@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
-from src import cli, config, optim
+from src import cli
+from src.config import explain, schema
+from src.data.augment import ViewMaker
 from src.errors import UsageError
-from src.views import ViewMaker
+from src.training import optim
 from tests.conftest import PROJECT
 
 
@@ -156,7 +158,7 @@ def test_a_launcher_that_is_not_installed_is_one_line(command, tmp_path, small, 
 
 
 def test_known_keys_reach_into_every_method():
-    keys = cli.known_keys()
+    keys = explain.known_keys()
     assert {"k", "queue_size", "method.forget", "method.projector.hidden", "augment.view1.blur", "seed"} <= set(keys)
 
 
@@ -178,7 +180,7 @@ override = st.builds(
     "".join,
     st.tuples(
         st.sampled_from(["", "", "", "+", "++", "~"]),
-        st.sampled_from(cli.known_keys() + STRANGE_KEYS),
+        st.sampled_from(explain.known_keys() + STRANGE_KEYS),
         st.sampled_from(["=", "=", "=", ""]),
         st.sampled_from(VALUES),
     ),
@@ -194,15 +196,15 @@ def composed_or_explained(overrides):
     """The config, or the line that the command would print."""
     try:
         with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-            return config.parse(compose("train", overrides=overrides))
+            return schema.parse(compose("train", overrides=overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        return cli.explain(str(error))
+        return explain.explain(str(error))
     except (UsageError, OSError) as error:
         return str(error)
     except Exception as error:
         if not cli._is_from_hydra(error):
             raise
-        return cli.explain(str(error))
+        return explain.explain(str(error))
 
 
 @settings(max_examples=CASES, suppress_health_check=list(HealthCheck))

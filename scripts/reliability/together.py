@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from scripts.reliability.runs import ROOT, statuses, stored
-from src import store
-from src.config import Data, Tracking
+from src.config.schema import Data, Tracking
 from src.data import load
-from src.tracking import Tracker
+from src.runs import mlflow_store
+from src.runs.tracker import Tracker
 
 PROCESSES, STEPS = 4, 20
 
@@ -40,7 +40,7 @@ def main(folder: Path, times: int) -> None:
     """Repeats it, and prints what came out."""
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
-    store._import_mlflow()
+    mlflow_store._import_mlflow()
     import sklearn.datasets  # noqa: F401
 
     wrong: list[str] = []

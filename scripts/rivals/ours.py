@@ -10,10 +10,10 @@ import torch
 
 from scripts.rivals import PREDICTOR, Images, Pace, Setting
 from scripts.workbench import compose, dataset
-from src import train
-from src.learner import Learner
-from src.stopping import Stopper
-from src.tracking import Tracker
+from src.runs.tracker import Tracker
+from src.system.stopping import Stopper
+from src.training import loop
+from src.training.state import Learner
 
 
 class Paced:
@@ -56,7 +56,14 @@ def run(method: str, setting: Setting, images: Images, pace: Pace, *, compiled: 
     )
     learner = Learner(cfg, dataset(images))
     fill(learner)
-    train.pretrain(learner, dataset(images), cast(Tracker, Unlogged()), cast(Stopper, Paced(pace)), Path(os.devnull))
+    loop.pretrain(
+        learner,
+        dataset(images),
+        cast(Tracker, Unlogged()),
+        cast(Stopper, Paced(pace)),
+        Path(os.devnull),
+        lambda *_: False,
+    )
 
 
 def fill(learner: Learner) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from src.config import Data
+from src.config.schema import Data
 from src.data.batches import Batch, check_batch_size, epoch_batches, room
 from src.data.cache import Cache, cached
 from src.data.splits import Split, class_balanced_subset, stratified_split

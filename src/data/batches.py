@@ -16,7 +16,7 @@ from torch import Tensor
 
 from src.data.splits import Split
 from src.errors import UsageError
-from src.seeding import mix
+from src.system.seeding import mix
 
 AHEAD = 3  # batches that wait for their step
 SHARE = 0.25

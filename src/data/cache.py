@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 
-from src.config import Data
-from src.data.pictures import Contents, Part, Picture, Source, decode
+from src.config.schema import Data
+from src.data.decoding import Contents, Part, Picture, Source, decode
 from src.data.sources import find, root_of
 from src.data.splits import Split
 from src.errors import UsageError

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from src.data.decoding import Contents, Part, Picture, Source, open_bytes, stamp
 from src.data.folders import files_below
-from src.data.pictures import Contents, Part, Picture, Source, open_bytes, stamp
 from src.errors import UsageError
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from src.config import Data
+from src.config.schema import Data
+from src.data.decoding import Contents, Part, Picture, Source, open_file, stamp
 from src.data.folders import files_below
 from src.data.parquet import parquet
-from src.data.pictures import Contents, Part, Picture, Source, open_file, stamp
 from src.data.splits import stratified_split
 from src.errors import UsageError
 

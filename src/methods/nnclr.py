@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from src.losses import with_support
-from src.methods import Outcome
-from src.support import SupportSet
+from src.methods.base import Outcome
+from src.support.base import SupportSet
 
 
 class NNCLR(nn.Module):

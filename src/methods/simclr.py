@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from src.losses import nt_xent
-from src.methods import Outcome
+from src.methods.base import Outcome
 
 
 class SimCLR(nn.Module):

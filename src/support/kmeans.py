@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.diagnostics import normalised_mutual_information, purity
-from src.support import Neighbors, SupportSet
-from src.support.ring import Ring
+from src.evaluation.diagnostics import normalised_mutual_information, purity
+from src.support.base import Neighbors, SupportSet
+from src.support.ring_buffer import Ring
 from src.support.search import Search, cluster
 
 
@@ -150,7 +150,7 @@ class KMeans(SupportSet):
     def stats(self) -> dict[str, float]:
         """What every support set tells, and of the prototypes as clusters of the anchors that they served.
 
-        ``purity`` and ``nmi`` (src/diagnostics.py) against the classes; ``drift``: mean cosine distance of a prototype
+        ``purity`` and ``nmi`` against the classes; ``drift``: mean cosine distance of a prototype
         from where it was at `clear_stats`, if all were seeded then and are now.
         """
         stats = super().stats()

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.support import Neighbors, SupportSet
-from src.support.ring import Ring
+from src.support.base import Neighbors, SupportSet
+from src.support.ring_buffer import Ring
 from src.support.search import InvertedLists, Search
 
 

@@ -12,8 +12,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from src.errors import UsageError, one_line
-from src.support.ring import Ring
+from src.errors import UsageError
+from src.support.ring_buffer import Ring
+from src.system.redact import one_line
 
 Metric = Literal["cosine", "euclidean"]
 # The torch back end makes B x N scores in tiles, which on a CPU stay in its cache and on a GPU are 256 MiB at most.

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from layouts import SIZE
 
-from src.config import Data
+from src.config.schema import Data
 
 
 @pytest.fixture

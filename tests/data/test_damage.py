@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from src.data import load
 from src.data.cache import cached
-from src.data.pictures import Picture, decode, open_bytes
+from src.data.decoding import Picture, decode, open_bytes
 from src.errors import UsageError
 
 CASES = int(os.environ.get("CASES", "50"))  # of each kind; scripts and patience may want more

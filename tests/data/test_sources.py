@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from src.config import Data
+from src.config.schema import Data
 from src.data import load
-from src.data.pictures import Picture, decode, open_bytes
+from src.data.decoding import Picture, decode, open_bytes
 from src.errors import UsageError
 
 CONF = Path(__file__).parents[2] / "conf" / "data"

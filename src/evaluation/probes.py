@@ -1,0 +1,203 @@
+"""What frozen features are worth: nearest neighbours and linear probes.
+
+Shapes: B batch, C classes, F features, L learning rates, N images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.config.schema import View
+from src.data import Split, epoch_batches
+from src.data.augment import ViewMaker, normalise
+from src.support.search import Search
+from src.system.seeding import mix, seed_everything
+
+PROBE = 1  # keeps the probe's random numbers apart from those of the training steps
+CROP_AND_FLIP = View(
+    crop_scale=[0.08, 1.0],
+    flip=0.5,
+    jitter=0.0,
+    brightness=0.0,
+    contrast=0.0,
+    saturation=0.0,
+    hue=0.0,
+    grey=0.0,
+    blur=0.0,
+    blur_sigma=[0.1, 2.0],
+    solarize=0.0,
+)
+
+
+class Features(NamedTuple):
+    """An encoder's view of a split."""
+
+    x_NF: Tensor  # float32
+    labels_N: Tensor  # int64
+
+    def take(self, rows: Tensor) -> Features:
+        return Features(self.x_NF[rows], self.labels_N[rows])
+
+
+class FrozenEncoder:
+    """An encoder as it will be used: in evaluation mode, without gradients, with the normalisation it was trained with.
+
+    Args:
+        encoder: images [B, 3, S, S] to features [B, F].
+        mean, std: of each channel, for images between 0 and 1.
+        device: where the encoder is.
+        dtype: of its arithmetic; the features are float32.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, mean: list[float], std: list[float], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.encoder = encoder
+        self.mean, self.std = mean, std
+        self.device, self.dtype = device, dtype
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Features [B, F] of normalised images [B, 3, S, S]."""
+        training = self.encoder.training
+        self.encoder.eval()
+        # Not compiled: the shapes are others than training's, and would cost more than they save.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            features = self.encoder(images.to(self.device, memory_format=torch.channels_last))
+        self.encoder.train(training)
+        return features.float()
+
+    def features(self, split: Split, batch_size: int = 512) -> Features:
+        """Features of all images of a split, as they are, in order."""
+        blocks = [
+            self.encode(normalise(block.images.to(self.device), self.mean, self.std))
+            for block in split.blocks(batch_size)
+        ]
+        return Features(torch.cat(blocks), split.labels.to(self.device))
+
+
+def topk_percent(scores_NC: Tensor, labels_N: Tensor, k: int) -> float:
+    """Share of rows whose label is among the k highest scores, in percent, counted exactly over all rows."""
+    top_NK = scores_NC.topk(min(k, scores_NC.shape[1]), dim=1).indices
+    return 100 * int((top_NK == labels_N[:, None]).any(1).sum()) / len(labels_N)
+
+
+def knn_scores(bank: Features, queries_NF: Tensor, classes: int, k: int, temperature: float, search: Search) -> Tensor:
+    """Class votes [N, C] of the k nearest bank images, each weighing exp(cosine / temperature).
+
+    ``k`` larger than the bank means all of it.
+
+    Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, sec. 3.4.
+    """
+    k = min(k, len(bank.x_NF))
+    cosine_NK, ids_NK = search(F.normalize(queries_NF, dim=1), F.normalize(bank.x_NF, dim=1), k)
+    # Relative to the nearest, so that no temperature overflows; the ranking of the classes stays.
+    votes_NK = ((cosine_NK - cosine_NK[:, :1]) / temperature).exp()
+    return votes_NK.new_zeros(len(queries_NF), classes).scatter_add_(1, bank.labels_N[ids_NK], votes_NK)
+
+
+class LinearHeads:
+    """L linear classifiers trained side by side on the same features, one for each learning rate.
+
+    Args:
+        center_F: subtracted from the features before anything else.
+        scale_F: what they are divided by then.
+    """
+
+    def __init__(self, classes: int, lrs: list[float], center_F: Tensor, scale_F: Tensor) -> None:
+        self.lrs_L = torch.tensor(lrs, device=center_F.device)
+        self.center_F = center_F
+        self.scale_F = scale_F
+        self.weight_LFC = center_F.new_zeros(len(lrs), len(center_F), classes)
+        self.bias_LC = center_F.new_zeros(len(lrs), classes)
+
+    def __call__(self, x_BF: Tensor) -> Tensor:
+        """Logits [L, B, C]."""
+        x_BF = (x_BF - self.center_F) / self.scale_F
+        return x_BF @ self.weight_LFC + self.bias_LC[:, None]
+
+    @torch.no_grad()
+    def fit(self, batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]], epochs: int, steps: int) -> None:
+        """Minimise the cross entropy: SGD, momentum 0.9, no weight decay, a half cosine to 0.
+
+        Args:
+            batches: for an epoch, its batches of features [B, F] and labels [B].
+            epochs: how many.
+            steps: batches an epoch.
+        """
+        velocity_LFC, velocity_LC = torch.zeros_like(self.weight_LFC), torch.zeros_like(self.bias_LC)
+        step = 0
+        for epoch in range(epochs):
+            for x_BF, labels_B in batches(epoch):
+                # The gradient of the mean cross entropy with respect to the logits: softmax minus one-hot, over B.
+                error_LBC = self(x_BF).softmax(dim=2)
+                error_LBC[:, torch.arange(len(labels_B), device=labels_B.device), labels_B] -= 1
+                error_LBC /= len(labels_B)
+                velocity_LFC.mul_(0.9).add_(((x_BF - self.center_F) / self.scale_F).T @ error_LBC)
+                velocity_LC.mul_(0.9).add_(error_LBC.sum(1))
+                rates_L = self.lrs_L * (1 + math.cos(math.pi * step / (epochs * steps))) / 2
+                self.weight_LFC -= rates_L[:, None, None] * velocity_LFC
+                self.bias_LC -= rates_L[:, None] * velocity_LC
+                step += 1
+
+    @torch.no_grad()
+    def scores(self, x_NF: Tensor, head: int) -> Tensor:
+        """Logits [N, C] of one head."""
+        return torch.cat([self(block)[head] for block in x_NF.split(4096)])
+
+    def best(self, held_out: Features) -> int:
+        """The head with the highest top-1 on held-out features; the first of equals."""
+        accuracy = [topk_percent(self.scores(held_out.x_NF, i), held_out.labels_N, 1) for i in range(len(self.lrs_L))]
+        return accuracy.index(max(accuracy))
+
+
+def cached_heads(
+    train: Features, classes: int, lrs: list[float], epochs: int, batch_size: int, seed: int
+) -> LinearHeads:
+    """Heads trained on features that were extracted once, standardised by the training features' mean and deviation.
+
+    The standardisation is part of the (affine) classifier, so the probe stays linear; it makes one range of learning
+    rates fit every encoder.
+    """
+    scale_F, center_F = torch.std_mean(train.x_NF, dim=0)
+    heads = LinearHeads(classes, lrs, center_F, scale_F.clamp(min=1e-6))
+    batch_size = min(batch_size, len(train.x_NF))
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(mix(seed, epoch))
+        order = torch.randperm(len(train.x_NF), generator=generator).to(train.x_NF.device)
+        for rows in order.split(batch_size):
+            yield train.x_NF[rows], train.labels_N[rows]
+
+    heads.fit(batches, epochs, math.ceil(len(train.x_NF) / batch_size))
+    return heads
+
+
+def augmented_heads(
+    frozen: FrozenEncoder, train: Split, classes: int, lrs: list[float], epochs: int, batch_size: int, seed: int
+) -> LinearHeads:
+    """Heads trained on the features of random crops (8% to 100% of the area) and flips, drawn anew every epoch.
+
+    Source: the original study's linear evaluation (README.md, figures to compare with).
+    """
+    crop_and_flip = ViewMaker(CROP_AND_FLIP, "bilinear", train.store.shape[-1], frozen.mean, frozen.std)
+    batch_size = min(batch_size, len(train))
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        seed_everything(seed, epoch, PROBE)
+        for batch in epoch_batches(train, batch_size, seed, epoch, frozen.device):
+            yield frozen.encode(crop_and_flip(batch.images)), batch.labels
+
+    features = frozen.features(train.take(torch.arange(1))).x_NF.shape[1]
+    heads = LinearHeads(
+        classes, lrs, torch.zeros(features, device=frozen.device), torch.ones(features, device=frozen.device)
+    )
+    heads.fit(batches, epochs, len(train) // batch_size)
+    return heads

@@ -1,0 +1,181 @@
+"""What a frozen encoder is worth: during training on validation, at the end, once, on test.
+
+``python -m src.evaluate checkpoint=PATH`` (or ``run_id=ID``) repeats the final evaluation of a run and writes it there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from src import build
+from src.config import schema
+from src.data import Dataset, Split, load, stratified_split
+from src.errors import UsageError
+from src.evaluation.diagnostics import effective_rank
+from src.evaluation.probes import (
+    Features,
+    FrozenEncoder,
+    LinearHeads,
+    augmented_heads,
+    cached_heads,
+    knn_scores,
+    topk_percent,
+)
+from src.runs import checkpoint
+from src.runs import directory as run_directory
+from src.runs.query import find_run_directory
+from src.runs.record import Record
+from src.runs.tracker import Tracker
+from src.support.search import Search
+
+
+def validation(
+    frozen: FrozenEncoder, classifier: nn.Module, data: Dataset, cfg: schema.Evaluation, search: Search
+) -> dict[str, float]:
+    """kNN and the online classifier on the validation images, in percent; nothing where there are none."""
+    if data.val is None:
+        return {}
+    train, val = frozen.features(data.train), frozen.features(data.val)
+    with torch.no_grad():
+        logits = classifier(val.x_NF)
+    return {
+        "val/knn_top1": _knn_percent(train, val, len(data.classes), cfg, search),
+        "val/online_top1": topk_percent(logits, val.labels_N, 1),
+        "val/online_top5": topk_percent(logits, val.labels_N, 5),
+        "val/effective_rank": effective_rank(val.x_NF),
+    }
+
+
+def final(frozen: FrozenEncoder, data: Dataset, cfg: schema.Evaluation, search: Search, seed: int) -> dict[str, float]:
+    """kNN and a linear probe on the test images, which are read here and nowhere else; in percent.
+
+    The probe's learning rate is chosen on the validation images. With ``data.final`` there are none: it is chosen on a
+    tenth of the training images, and the probe is then trained on all of them.
+    """
+    classes = len(data.classes)
+    train = frozen.features(data.train)
+    metrics = {}
+    if data.val is not None:
+        val = frozen.features(data.val)
+        heads = _probe(cfg, frozen, data.train, train, classes, cfg.lr, seed)
+        head = heads.best(val)
+        metrics["val/linear_top1"] = topk_percent(heads.scores(val.x_NF, head), val.labels_N, 1)
+    else:
+        rows, held_out = stratified_split(data.train.labels.cpu(), 0.1, seed)
+        inner = _probe(cfg, frozen, data.train.take(rows), train.take(rows), classes, cfg.lr, seed)
+        best_lr = cfg.lr[inner.best(train.take(held_out))]
+        heads, head = _probe(cfg, frozen, data.train, train, classes, [best_lr], seed), 0
+
+    test = frozen.features(data.test)
+    logits = heads.scores(test.x_NF, head)
+    return metrics | {
+        "test/knn_top1": _knn_percent(train, test, classes, cfg, search),
+        "test/linear_top1": topk_percent(logits, test.labels_N, 1),
+        "test/linear_top5": topk_percent(logits, test.labels_N, 5),
+    }
+
+
+def _knn_percent(bank: Features, queries: Features, classes: int, cfg: schema.Evaluation, search: Search) -> float:
+    # With more neighbours than a class has images, most of the votes would have to come from other classes.
+    k = max(1, min(cfg.knn_k, len(bank.labels_N) // classes))
+    votes = knn_scores(bank, queries.x_NF, classes, k, cfg.knn_temperature, search)
+    return topk_percent(votes, queries.labels_N, 1)
+
+
+def _probe(
+    cfg: schema.Evaluation,
+    frozen: FrozenEncoder,
+    split: Split,
+    features: Features,
+    classes: int,
+    lrs: list[float],
+    seed: int,
+) -> LinearHeads:
+    if cfg.name == "linear":
+        return cached_heads(features, classes, lrs, cfg.epochs, cfg.batch_size, seed)
+    return augmented_heads(frozen, split, classes, lrs, cfg.epochs, cfg.batch_size, seed)
+
+
+def main(composed: DictConfig) -> dict[str, float]:
+    """Evaluate the encoder of a finished run, on its own data or on another set, and log to the run.
+
+    Protocol and precision are the run's own unless the command line says otherwise. The metrics are named as in
+    training where they are; ``test_original/...``, after the protocol, where one of its settings or the arithmetic
+    differs; ``transfer/NAME/...`` before that on another data set. A checkpoint away from its run's directory is
+    evaluated too; its figures are only printed.
+
+    Raises:
+        UsageError: there is no such checkpoint, its run is not finished, or the settings do not fit.
+    """
+    path, saved = _checkpoint(composed)
+    directory = path.parent.parent
+    record = Record.find(directory)
+    if record and record.status != "FINISHED":
+        # Test figures of a run in progress could guide its choices; and its status must stay what it is.
+        raise UsageError(f"{directory}: the run is {record.status}, not FINISHED; run its training command again first")
+
+    before = schema.parse(OmegaConf.create(saved["config"]))
+    cfg = _merged(saved["config"], composed)
+    device = build.device(cfg.device)
+    data = load(cfg.data).on(device)
+    encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
+    prefix = "encoder."
+    weights = {key.removeprefix(prefix): v for key, v in saved["model"].items() if key.startswith(prefix)}
+    checkpoint.restore(encoder, weights, path)
+    encoder.to(device).to(memory_format=torch.channels_last)
+    dtype = build.precision(cfg.precision, device)
+    frozen = FrozenEncoder(encoder, saved["mean"], saved["std"], device, dtype)
+
+    metrics = final(frozen, data, cfg.evaluation, build.search(cfg.search, device), cfg.seed)
+    trained_in = record.tags.get("dtype") if record else None
+    if _protocol(cfg) != _protocol(before) or trained_in not in (None, str(dtype).removeprefix("torch.")):
+        metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
+    if composed.get("data"):
+        metrics = {f"transfer/{cfg.data.name}/{key}": value for key, value in metrics.items()}
+    for key, value in metrics.items():
+        print(f"{key:32} {value:6.2f}")
+    if record:
+        with run_directory.exclusive(directory):
+            tracker = Tracker(directory, cfg.tracking, {}, {})
+            tracker.log(metrics, saved["step"])
+            tracker.close("FINISHED")
+    return metrics
+
+
+def _protocol(cfg: schema.Config) -> schema.Evaluation:
+    """The evaluation without what matters during training only."""
+    return replace(cfg.evaluation, every=0, online_lr=0.0)
+
+
+def _merged(saved: dict[str, Any], composed: DictConfig) -> schema.Config:
+    """The run's config with what this command line chose."""
+    cfg = OmegaConf.create(saved)
+    for key in ("evaluation", "search", "device", "precision", "data"):
+        if composed.get(key):
+            cfg[key] = composed[key]
+    if composed.data_root:
+        cfg.data.root = composed.data_root
+    return schema.parse(cfg)
+
+
+def _checkpoint(composed: DictConfig) -> tuple[Path, dict[str, Any]]:
+    if (composed.checkpoint is None) == (composed.run_id is None):
+        raise UsageError("give one of checkpoint=PATH and run_id=ID")
+    if composed.checkpoint is not None:
+        path = Path(composed.checkpoint)
+        directory = path if path.name == "checkpoints" else path / "checkpoints"
+        if path.is_file():
+            return path, checkpoint.load(path)
+    else:
+        directory = find_run_directory(composed.run_id) / "checkpoints"
+
+    found = checkpoint.load_latest(directory) if directory.is_dir() else None
+    if found is None:
+        raise UsageError(f"{directory}: there is no checkpoint; give a checkpoint's file or its run's folder")
+    return found

@@ -1,0 +1,78 @@
+"""Support-set size against accuracy: a table and a plot of an experiment's runs.
+
+    python -m src.report experiment=NAME
+    python -m src.report sweep=ID
+    python -m src.report experiment=NAME out=DIR tracking=jsonl root=RUNS
+
+Writes table.md, table.csv, table.json, plot.png, plot.svg and, of runs whose folders are here, curves.png to DIR:
+results/NAME, or results/NAME-ID of a sweep, unless it is set. The runs are read from MLflow, or with tracking=jsonl
+from the run.json files under RUNS: multirun, unless it is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from src.errors import UsageError
+from src.reporting.rows import summarise
+from src.reporting.table import show, write
+from src.runs.query import read_runs, read_sweep
+
+
+@dataclass(frozen=True)
+class Arguments:
+    experiment: str
+    sweep: str
+    out: str
+    tracking: str
+    root: str
+
+
+def parse(arguments: Sequence[str]) -> Arguments:
+    """Reads ``key=value`` arguments; exactly one of ``experiment`` and ``sweep`` is not empty.
+
+    Raises:
+        UsageError: a key is unknown, a value impossible, or it is not said what to report on.
+    """
+    given: dict[str, str] = dict(argument.partition("=")[::2] for argument in arguments)
+    for key in given.keys() - {each.name for each in fields(Arguments)}:
+        raise UsageError(
+            f"{key}: unknown key; there are experiment=NAME, sweep=ID, out=DIR, tracking=mlflow|jsonl and root=RUNS"
+        )
+    parsed = Arguments(**{"experiment": "", "sweep": "", "out": "", "tracking": "mlflow", "root": "multirun"} | given)
+    if bool(parsed.experiment) == bool(parsed.sweep):
+        raise UsageError("name one of experiment=NAME and sweep=ID to report on")
+    if parsed.tracking not in ("mlflow", "jsonl"):
+        raise UsageError(f"tracking={parsed.tracking}: choose one of mlflow, jsonl")
+    if "root" in given and parsed.tracking == "mlflow":
+        raise UsageError(f"root={parsed.root} is where run.json files are: add tracking=jsonl")
+    return parsed
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints the table, and writes it and the plot.
+
+    Raises:
+        UsageError: an argument is wrong, or there is no such experiment, or no finished run in it.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    asked = parse(arguments)
+    if asked.sweep:
+        name, runs = read_sweep(asked.sweep, asked.tracking, Path(asked.root))
+    else:
+        name, runs = asked.experiment, read_runs(asked.experiment, asked.tracking, Path(asked.root))
+    rows, notes = summarise(runs)
+    if not rows:
+        raise UsageError(f"{name}: no run has finished ({'; '.join(notes)}); train one first")
+    out = Path(asked.out or f"results/{name}")
+    write(rows, notes, name, out)
+
+    show(rows, notes, name)
+    print(f"table: {out / 'table.md'} (also .csv, .json)")
+    print(f"plot: {out / 'plot.png'} (also .svg)")
+    if asked.tracking == "mlflow":
+        print(f"compare the runs in a browser: mlflow ui    ({name} at http://127.0.0.1:5000)")

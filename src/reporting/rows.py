@@ -1,0 +1,209 @@
+"""Rows of a table: which runs differ in their seed only, what tells rows apart, and what else a reader must know."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from src.config.identity import DERIVED, is_setting
+from src.config.names import LABELS
+from src.config.schema import METHODS
+from src.runs.query import Run
+
+FIGURES = {
+    "val/knn_top1": "val kNN",
+    "val/linear_top1": "val linear top-1",
+    "test/linear_top1": "test linear top-1",
+    "test/linear_top5": "test linear top-5",
+}
+SAME = ("dtype", "git_commit", "git_dirty", "device")  # tags that runs should share to be compared
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs that differ only in their seed."""
+
+    method: str
+    size: int  # vectors that the method stores
+    stored_bytes: int
+    variant: str  # "key=value, ..." of the settings that, besides method and size, tell the report's rows apart
+    label: str  # the method, and of the variant what is unusual
+    runs: tuple[Run, ...]
+
+    @property
+    def title(self) -> str:
+        """The label with the size: ``NNCLR 4,096, support_weight=1``."""
+        name = LABELS[self.method]
+        return (name if self.method == "simclr" else f"{name} {self.size:,}") + self.label.removeprefix(name)
+
+    def values(self, figure: str) -> list[float]:
+        """The figure of every run that has it, in percent."""
+        return [value for run in self.runs if math.isfinite(value := run.metrics.get(figure, math.nan))]
+
+    def mean(self, figure: str) -> float:
+        return statistics.fmean(self.values(figure) or [math.nan])
+
+    def std(self, figure: str) -> float:
+        """The sample standard deviation, NaN for fewer than two runs."""
+        values = self.values(figure)
+        return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def summarise(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
+    """Averages the runs that differ only in their seed, and no others.
+
+    Returns:
+        Rows by method, then support size; and notes on all that the figures alone would hide.
+    """
+    kept, notes = select(runs)
+    keys = differing(kept)
+    names = distinguishing(kept, keys)
+    same: dict[tuple[str, str, int], list[Run]] = defaultdict(list)
+    for run in kept:
+        same[run.params["method.name"], _variant(run, names), int(run.params["support_set_size"])].append(run)
+    common = usual(kept, keys)
+    rows = [
+        Row(
+            method,
+            size,
+            int(group[0].params["support_bytes"]),
+            variant,
+            _label(group[0], names, common[method]),
+            tuple(group),
+        )
+        for (method, variant, size), group in same.items()
+    ]
+    rows.sort(key=lambda row: (list(METHODS).index(row.method), row.label, row.variant, row.size))
+    return rows, notes + _remarks(rows, keys, names, common)
+
+
+def _remarks(
+    rows: Sequence[Row], keys: Sequence[str], names: Sequence[str], common: Mapping[str, Mapping[str, str]]
+) -> list[str]:
+    """What the rows' labels leave unsaid, and what makes rows less comparable than they look."""
+    notes = []
+    if names:
+        notes.append(f"the runs also differ in {', '.join(names)}: each combination has its own row")
+    unsaid = dict.fromkeys(
+        f"{LABELS[method]}'s {key.removeprefix('method.')}={value}" if key.startswith("method.") else f"{key}={value}"
+        for method, values in common.items()
+        for key, value in values.items()
+        if key in names
+    )
+    if unsaid:
+        notes.append(f"where a row does not say otherwise: {', '.join(unsaid)}")
+    if implied := sorted(set(keys) - set(names)):
+        notes.append(f"with {', '.join(names)} go {', '.join(implied)}")
+    for tag in SAME:
+        found = [{run.tags[tag] for run in row.runs if tag in run.tags} for row in rows]
+        mixed = [row.title for row, values in zip(rows, found, strict=True) if len(values) > 1]
+        if mixed:
+            notes.append(f"the runs of a row differ in {tag}: {', '.join(mixed)}")
+        elif len(set().union(*found)) > 1:
+            notes.append(f"rows differ in {tag}")
+    seeds = sorted({len(row.runs) for row in rows})
+    if len(seeds) > 1:
+        notes.append(f"the rows differ in their number of seeds: {seeds[0]} to {seeds[-1]}")
+    for figure, title in FIGURES.items():
+        lacking = [(row, len(row.values(figure))) for row in rows if len(row.values(figure)) < len(row.runs)]
+        where = [f"{row.title} ({len(row.runs) - n} of {len(row.runs)} runs)" for row, n in lacking]
+        if where:
+            notes.append(f"no {title}: {', '.join(where)}")
+    return notes
+
+
+def select(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """Keeps the finished runs, of each configuration and seed the newest, and notes what it leaves out."""
+    repeats: dict[frozenset[tuple[str, str]], list[Run]] = defaultdict(list)
+    unfinished = []
+    for run in sorted(runs, key=lambda run: run.start_time):
+        if run.status == "FINISHED" and run.params.get("method.name") in METHODS:
+            repeats[frozenset(settings(run).items())].append(run)
+        else:
+            unfinished.append(
+                f"{run.name} ({'pruned' if 'pruned' in run.tags else run.status.lower()})"
+                if run.status != "FINISHED"
+                else f"{run.name} (not a training run)"
+            )
+    notes = [f"left out: {', '.join(unfinished)}"] if unfinished else []
+    notes += [
+        f"{group[-1].name} was run {len(group)} times: only the newest counts"
+        for group in repeats.values()
+        if len(group) > 1
+    ]
+    return [group[-1] for group in repeats.values()], notes
+
+
+def settings(run: Run) -> dict[str, str]:
+    """The params that make two runs the same experiment."""
+    return {key: value for key, value in run.params.items() if is_setting(key) and key not in DERIVED}
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """The settings, besides method, support size and seed, in which the runs differ.
+
+    The settings of a method itself are compared among its own runs only.
+    """
+    by_method: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for run in runs:
+        by_method[run.params["method.name"]].append(settings(run))
+    everyone = [each for group in by_method.values() for each in group]
+    keys = {key for each in everyone for key in each} - {"method.name", "k", "queue_size", "seed"}
+
+    def differs(key: str) -> bool:
+        groups = by_method.values() if key.startswith("method.") else [everyone]
+        return any(len({each.get(key) for each in group}) > 1 for group in groups)
+
+    return sorted(filter(differs, keys))
+
+
+def distinguishing(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
+    """As few of the keys as tell the same runs apart: a recipe is known by one of them.
+
+    The names of options come first (``optimizer.name``), then the shortest keys.
+    """
+    kept: list[str] = []
+
+    def groups(chosen: list[str]) -> int:  # a method does not excuse what is not its own: epochs, say
+        shared = [key for key in chosen if not key.startswith("method.")]
+        return sum(len({tuple(map(run.params.get, by)) for run in runs}) for by in (["method.name", *chosen], shared))
+
+    for key in sorted(keys, key=lambda key: (not key.endswith(".name"), len(key), key)):
+        if groups([*kept, key]) > groups(kept):
+            kept.append(key)
+    return kept
+
+
+def usual(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What a row need not say: for each method, the values of the keys that more than half of the runs have.
+
+    A setting of the method itself is counted among its own runs; a key that some runs lack is always said.
+    """
+    by_method: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_method[run.params["method.name"]].append(run)
+    common: dict[str, dict[str, str]] = {method: {} for method in METHODS}
+    for method, own in by_method.items():
+        for key in keys:
+            compared = own if key.startswith("method.") else runs
+            values = Counter(run.params.get(key) for run in compared)
+            ((value, times),) = values.most_common(1)
+            if value is not None and None not in values and times > len(compared) / 2:
+                common[method][key] = value
+    return common
+
+
+def _variant(run: Run, keys: Sequence[str]) -> str:
+    return ", ".join(f"{key.removeprefix('method.')}={run.params[key]}" for key in keys if key in run.params)
+
+
+def _label(run: Run, keys: Sequence[str], common: Mapping[str, str]) -> str:
+    unusual = [key for key in keys if run.params.get(key) != common.get(key)]
+    more = sum(run.params.get(key) != value for key, value in common.items() if key not in keys)
+    text = re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", _variant(run, unusual))
+    name = LABELS[run.params["method.name"]]
+    return ", ".join(filter(None, [name, text])) + (f" and {more} more" if more else "")

@@ -1,0 +1,164 @@
+"""Checkpoints that survive a kill at any moment, notice any damage, and execute nothing when they are read.
+
+A checkpoint is what `torch.save` writes, followed by the SHA-256 of it: torch is built not to look at the CRCs in its
+own files. The file appears under its name only when it is complete and on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src.errors import UsageError
+from src.system.atomic_write import write_whole
+
+FORMAT = 3
+"""What the keys of the state mean. To be raised when they change."""
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_NAME = re.compile(r"step-(\d+)\.pt")
+
+logger = logging.getLogger(__name__)
+
+
+class DamagedCheckpointError(UsageError):
+    """The file is cut short, altered, or was never a checkpoint."""
+
+
+def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+    """Writes ``directory/step-<step>.pt`` and leaves the newest ``keep`` checkpoints up to this step.
+
+    Those of later steps go too: a run that saves step 90 was not continued from step 100, so that one is damaged or
+    belongs to a run that was started over.
+
+    Args:
+        directory: written by one process at a time; created if absent.
+        step: optimizer steps so far.
+        state: tensors and plain values, in dicts, lists and tuples. ``format`` and ``step`` are added.
+        keep: at least 1.
+
+    Raises:
+        TypeError: the state holds something that `load` would refuse; better to hear of it now.
+    """
+    state = {**state, "format": FORMAT, "step": step}
+    _check_plain(state, "state")
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for left_by_a_killed_writer in directory.glob("step-*.tmp"):
+        left_by_a_killed_writer.unlink()
+    path = directory / f"step-{step:08d}.pt"
+    write_whole(path, payload, hashlib.sha256(payload).digest())
+
+    saved = _by_step(directory)
+    kept = sorted(other for other in saved if other <= step)[-keep:]
+    for other in saved.keys() - set(kept):
+        saved[other].unlink()
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint, all tensors on the CPU.
+
+    Raises:
+        DamagedCheckpointError: the file is not what `save` wrote.
+        UsageError: it is missing, of another format, or holds more than tensors and plain values.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+    payload, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    if hashlib.sha256(payload).digest() != digest:
+        raise DamagedCheckpointError(f"{path} is damaged, or not a checkpoint of this project: choose another one")
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception:  # what the restricted unpickler raises depends on what it is fed
+        raise UsageError(
+            f"{path} holds more than tensors and plain values, so it is not read: it may be hostile"
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise UsageError(
+            f"{path} has checkpoint format {found}, this version reads {FORMAT}: train again, or use its version"
+        )
+    return state
+
+
+def load_latest(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, and where it is, or None. Damaged ones are passed over, with a warning.
+
+    Raises:
+        UsageError: the newest whole one cannot be used, say because it is of another format.
+    """
+    for _, path in sorted(_by_step(directory).items(), reverse=True):
+        try:
+            return path, load(path)
+        except DamagedCheckpointError as error:
+            logger.warning("%s; trying the one before", error)
+    return None
+
+
+def restore(module: nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> None:
+    """Loads a state dict into a module that must have exactly its keys and shapes.
+
+    Args:
+        module: changed only if all fits.
+        state_dict: of the module when it was saved.
+        path: where it was read, for the message.
+
+    Raises:
+        UsageError: keys are missing, unexpected or of another shape.
+    """
+    own = module.state_dict()
+    differences = {
+        "missing": [key for key in own if key not in state_dict],
+        "unexpected": [key for key in state_dict if key not in own],
+        "of another shape": [
+            f"{key} {_shape(state_dict[key])} for {_shape(own[key])}"
+            for key in own
+            if key in state_dict and _shape(state_dict[key]) != _shape(own[key])
+        ],
+    }
+    if any(differences.values()):
+        found = "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in differences.items() if keys)
+        raise UsageError(f"{path} is of another method or shape: {found}. Give the config that it was trained with")
+    module.load_state_dict(dict(state_dict))
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    """None for a module's extra state, which is no tensor."""
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _first(keys: list[str], count: int = 3) -> str:
+    return ", ".join(keys[:count]) + (", ..." if len(keys) > count else "")
+
+
+def _by_step(directory: Path) -> dict[int, Path]:
+    paths = {path: _NAME.fullmatch(path.name) for path in directory.glob("step-*.pt")}
+    return {int(match[1]): path for path, match in paths.items() if match}
+
+
+def _check_plain(value: object, where: str) -> None:
+    """Exact types: a subclass, such as NumPy's float64 or an enum, is pickled as a class and refused by `load`."""
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():  # type: ignore[attr-defined]
+            _check_plain(key, f"a key of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):  # type: ignore[arg-type]
+            _check_plain(item, f"{where}[{index}]")
+    elif not isinstance(value, Tensor) and type(value) not in (int, float, bool, str, bytes, type(None)):
+        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint takes tensors and plain values")

@@ -1,0 +1,91 @@
+"""One run, one directory, one process at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from src.config import identity, schema
+from src.errors import Diverged, UsageError
+from src.runs.record import Record
+from src.system.atomic_write import cannot_write
+
+ROOT = Path("multirun")
+DIVERGED = "diverged"  # a tag: the run is not worth continuing
+
+
+def choose(cfg: schema.Config) -> Path:
+    """Where the run lives: ``output_dir``, or ``multirun/NAME-HASH``, the same for the same configuration.
+
+    With ``resume=never`` and something there already, the next free of ``NAME-HASH.2``, ``.3``, ...
+    """
+    name = f"{identity.run_name(cfg)}-{identity.config_hash(cfg)}"
+    directory = Path(cfg.output_dir) if cfg.output_dir else ROOT / name
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"output_dir={directory}: is a file; name a folder")
+    if cfg.resume == "auto" or not directory.exists():
+        return directory
+    number = 2
+    while directory.with_name(f"{directory.name}.{number}").exists():
+        number += 1
+    return directory.with_name(f"{directory.name}.{number}")
+
+
+def is_finished(directory: Path, cfg: schema.Config) -> bool:
+    """Whether the directory holds this run's result.
+
+    Raises:
+        UsageError: it holds a run of another configuration.
+    """
+    record = Record.find(directory)
+    if record is None:
+        return False
+    identity.check_same(record.params, cfg, directory)
+    return record.status == "FINISHED"
+
+
+def refuse_diverged(directory: Path) -> None:
+    """Keeps a run that has diverged from doing so again and again.
+
+    Raises:
+        Diverged: as it was said then.
+    """
+    record = Record.find(directory)
+    if record and DIVERGED in record.tags:
+        raise Diverged(record.tags["error"])
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process works on the run."""
+    try:
+        with FileLock(directory / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Make the directory and hold it against other processes; the lock goes with the process, however it ends.
+
+    Raises:
+        UsageError: another process holds it, or it cannot be made.
+        CannotWrite: what was done there met a disk that is full, read-only or broken.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UsageError(f"{directory}: another process is using it; wait for it, or set another output_dir") from error
+    except OSError as error:
+        raise UsageError(f"output_dir={directory}: cannot be written ({error.strerror}); set another") from error
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(directory, error) from error
+    finally:
+        lock.release()

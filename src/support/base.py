@@ -1,0 +1,114 @@
+"""Support sets: where a view gets its positive from when it is not the other view.
+
+Shapes: B batch, D dimensions, N stored vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from src.evaluation.diagnostics import entropy
+from src.system.measure import Stopwatch
+
+
+class Neighbors(NamedTuple):
+    """What a lookup found."""
+
+    embeddings: Tensor  # [B, D] float32, unit norm, detached
+    ids: Tensor  # [B] int64, queue slot or prototype
+
+
+class SupportSet(nn.Module, ABC):
+    """The interface of a support set, and the book-keeping that all of them share.
+
+    Everything a resume needs is a persistent buffer (or in the extra state), so ``state_dict()`` carries it.
+    """
+
+    hits_N: Tensor
+    label_hits: Tensor
+    self_hits: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.stopwatch = Stopwatch()
+        self.register_buffer("hits_N", torch.zeros(size))
+        self.register_buffer("label_hits", torch.zeros(()))
+        self.register_buffer("self_hits", torch.zeros(()))
+
+    @property
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether it has been filled. Until then the positive is the other view, never a random vector."""
+
+    @property
+    @abstractmethod
+    def stored_bytes(self) -> int:
+        """Memory of the stored vectors, in bytes (what a method pays for its positives; diagnostics not counted)."""
+
+    @abstractmethod
+    def lookup(self, embeddings_BD: Tensor) -> Neighbors:
+        """Find each embedding's nearest stored vector. Never changes the support set."""
+
+    @abstractmethod
+    def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
+        """Take in a batch: embeddings, the images they come from, and (for diagnostics only) their classes."""
+
+    def start_epoch(self, epoch: int) -> None:
+        """Called before each epoch, counted from 0."""
+
+    def record(self, ids_B: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
+        """Note which entries were nearest to whom; `stats` sums it up.
+
+        To be called before `update`, which lets the anchors themselves into the entries.
+
+        Args:
+            ids_B: of the first views of a batch, then of its second views.
+            images_B: whose views they are.
+            labels_B: their classes.
+        """
+        self.hits_N.index_add_(0, ids_B, torch.ones_like(ids_B, dtype=self.hits_N.dtype))
+        self.label_hits += (self.labels_of(ids_B) == labels_B).sum()
+        self.self_hits += (self.images_of(ids_B) == images_B).sum()
+
+    @abstractmethod
+    def labels_of(self, ids_B: Tensor) -> Tensor:
+        """The class each entry stands for; -1 where there is none."""
+
+    @abstractmethod
+    def images_of(self, ids_B: Tensor) -> Tensor:
+        """The one image that each entry is an embedding of; -1 where it is not of one image."""
+
+    @abstractmethod
+    def age_steps(self) -> float:
+        """Mean number of steps since the stored entries were last written."""
+
+    def stats(self) -> dict[str, float]:
+        """Figures over the lookups since `clear_stats`.
+
+        ``label_agreement``: share of nearest entries of the anchor's class; ``self_hit``: share that are an old
+        embedding of the anchor's own image; ``perplexity``: exp of the entropy of which entries were nearest (their
+        effective number); ``dead``: entries that never were; ``age_steps``: see `age_steps`. Before the first lookup
+        only age is known.
+        """
+        total = float(self.hits_N.sum())
+        if total == 0:
+            return {"support/age_steps": self.age_steps()}
+        return {
+            "support/label_agreement": float(self.label_hits) / total,
+            "support/self_hit": float(self.self_hits) / total,
+            "support/perplexity": math.exp(float(entropy(self.hits_N))),
+            "support/dead": float((self.hits_N == 0).sum()),
+            "support/age_steps": self.age_steps(),
+        }
+
+    def clear_stats(self) -> None:
+        """Start the figures anew."""
+        self.hits_N.zero_()
+        self.label_hits.zero_()
+        self.self_hits.zero_()

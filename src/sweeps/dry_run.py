@@ -1,0 +1,59 @@
+"""``dry_run=true``: what would run, what of it is done, and how long the rest may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from src.config import identity
+from src.config.schema import Config
+from src.runs import directory as run_directory
+from src.runs.record import Record, records_below
+
+
+def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
+    """The list of jobs, which of them are done, and how long the rest may take, judged by those that are finished."""
+    lines, lasts, todo = [], list[float](), 0
+    finished = _seconds_an_epoch()
+    for number, cfg in enumerate(cfgs):
+        directory = run_directory.choose(cfg)
+        record = Record.find(directory)
+        state, estimate = record.status.lower() if record else "to do", ""
+        if not (record and record.status == "FINISHED"):
+            todo += 1
+            alike = _alike(identity.flatten(cfg))
+            rate = finished.get((cfg.method.name, *alike)) or finished.get(("", *alike))
+            if rate is not None:
+                lasts.append(max(rate * cfg.epochs - (record.seconds if record else 0.0), 0.0))
+                estimate = f"about {_duration(lasts[-1])}"
+        lines.append(
+            f"{number:4}  {state:9} {identity.support_set_size(cfg):7,}  {directory.name}  {estimate}".rstrip()
+        )
+    total = f"{len(cfgs)} jobs, {todo} to run"
+    if lasts:  # no job is shared between processes: the longest is the least that all of them take
+        total += f", about {_duration(max(sum(lasts) / at_a_time, *lasts))} with jobs={at_a_time}"
+    if unknown := todo - len(lasts):
+        total += f"; no time known for {unknown}: none like them has finished yet"
+    return "\n".join([*lines, total])
+
+
+def _alike(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an epoch's length depends on besides the method."""
+    keys = ("backbone.name", "data.name", "data.limit", "data.val_fraction", "batch_size", "compile", "device")
+    return tuple(str(params.get(key)) for key in keys)
+
+
+def _seconds_an_epoch() -> dict[tuple[str, ...], float]:
+    """Mean wall time of finished runs an epoch, by method and `_alike`, and by `_alike` alone with method ''."""
+    samples: dict[tuple[str, ...], list[float]] = {}
+    for _, record in records_below(run_directory.ROOT):
+        if record.status == "FINISHED" and "epochs" in record.params and record.seconds:
+            for method in ("", record.params["method.name"]):
+                rates = samples.setdefault((method, *_alike(record.params)), [])
+                rates.append(record.seconds / int(record.params["epochs"]))
+    return {key: sum(rates) / len(rates) for key, rates in samples.items()}
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,20 @@
+"""The sweepers and the launcher, made known to Hydra, which wants plugins to live in its namespace package."""
+
+from __future__ import annotations
+
+import sys
+
+from hydra.core.plugins import Plugins
+
+from src.sweeps.launcher import LocalLauncher
+from src.sweeps.sweep import GridSweeper, StudySweeper
+
+PACKAGE = "hydra_plugins.support_sets"
+
+
+def register() -> None:
+    """Hydra finds them under the names that conf/hydra gives as their ``_target_``."""
+    sys.modules[PACKAGE] = sys.modules[__name__]
+    for plugin in (GridSweeper, StudySweeper, LocalLauncher):
+        plugin.__module__ = PACKAGE
+        Plugins.instance().register(plugin)

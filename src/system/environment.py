@@ -1,0 +1,45 @@
+"""What a result depends on besides its config."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+
+def environment_tags(device: str) -> dict[str, str]:
+    """What a result depends on besides its config: code, versions, device and command. No host, user or secret.
+
+    Args:
+        device: what the run computes on, as torch names it (``cpu``, ``cuda:0``).
+    """
+    import torch
+
+    tags = {"python": platform.python_version(), "command": shlex.join(sys.argv)}
+    tags["device"] = (
+        torch.cuda.get_device_name(device) if "cuda" in device else f"{device} ({torch.get_num_threads()} threads)"
+    )
+    for package in ("torch", "torchvision", "mlflow", "faiss-cpu", "faiss-gpu"):
+        try:
+            tags[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = _git("rev-parse", "HEAD")
+    tags |= {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}  # a column of MLflow's
+    if commit:
+        tags["git_commit"] = tags["mlflow.source.git.commit"] = commit
+        tags["git_dirty"] = str(bool(_git("status", "--porcelain", "--", "src", "conf"))).lower()
+    return tags
+
+
+def _git(*arguments: str) -> str:
+    """The output of git in the project's folder, empty where there is no git or no repository."""
+    root = Path(__file__).parent.parent.parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

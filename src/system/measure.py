@@ -1,0 +1,56 @@
+"""What a run costs: the time a part of the step takes, without making the host wait for the device, and memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from types import TracebackType
+
+import torch
+
+
+class Stopwatch:
+    """Sums the seconds of its ``with`` blocks: wall time on a CPU, event time on the current CUDA stream."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._started = 0.0
+
+    def __enter__(self) -> None:
+        if self.device.type == "cuda":
+            start = torch.cuda.Event(enable_timing=True)
+            start.record()
+            self._events.append((start, torch.cuda.Event(enable_timing=True)))
+        else:
+            self._started = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.device.type == "cuda":
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._started
+
+    def pop(self) -> float:
+        """Return the seconds since the last call, and start anew. Waits for the device."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+            self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
+            self._events.clear()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most so far, in GiB: what torch allocated on a GPU, else what the process had resident.
+
+    Resident counts pages of the image cache too, which processes share.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

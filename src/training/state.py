@@ -1,0 +1,147 @@
+"""Everything that training changes, and how it is saved."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from src import build
+from src.config import identity
+from src.config.schema import Config
+from src.data import Dataset
+from src.errors import Diverged, UsageError
+from src.evaluation.probes import FrozenEncoder
+from src.runs import checkpoint
+from src.system.redact import one_line
+from src.system.seeding import seed_everything
+from src.training import optim
+
+
+class Learner:
+    """A method, the online classifier beside it, their optimizers, and how many steps they have taken.
+
+    Args:
+        cfg: the run's config.
+        data: tells the number of classes and the normalisation.
+    """
+
+    def __init__(self, cfg: Config, data: Dataset) -> None:
+        self.cfg = cfg
+        self.device = build.device(cfg.device)
+        self.dtype = build.precision(cfg.precision, self.device)
+        self.search = build.search(cfg.search, self.device)
+        seed_everything(cfg.seed)
+        backbone, features = build.encoder(cfg.backbone, cfg.data.image_size)
+        self.method = build.method(cfg, backbone, features, len(data.classes), self.search, self.device)
+        self.classifier = nn.Linear(features, len(data.classes)).to(self.device)
+        self.optimizer = optim.build(cfg.optimizer, self.method, cfg.batch_size)
+        # Apart from the method's optimizer: no decay, no adaptation, a learning rate of its own.
+        self.classifier_optimizer = torch.optim.SGD(
+            self.classifier.parameters(), lr=cfg.evaluation.online_lr, momentum=0.9
+        )
+        self.base_lrs = {
+            each: [group["lr"] for group in each.param_groups] for each in (self.optimizer, self.classifier_optimizer)
+        }
+        self.frozen = FrozenEncoder(self.method.encoder, data.mean, data.std, self.device, self.dtype)
+        self.step = 0
+        self.seconds = 0.0  # spent in the current epoch
+        self.support_seconds = 0.0
+
+    def set_lr(self, steps_per_epoch: int) -> float:
+        """Give every optimizer its learning rate for the current step; returns the method's."""
+        factor = optim.schedule(
+            self.cfg.schedule,
+            self.step,
+            total_steps=self.cfg.epochs * steps_per_epoch,
+            warmup_steps=round(self.cfg.schedule.warmup_epochs * steps_per_epoch),
+        )
+        for optimizer, base_lrs in self.base_lrs.items():
+            for group, base in zip(optimizer.param_groups, base_lrs, strict=True):
+                group["lr"] = base * factor
+        return self.optimizer.param_groups[0]["lr"]
+
+    def grad_norm(self) -> Tensor:
+        """Euclidean norm of the method's whole gradient; a scalar on the device."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
+
+    def weight_norm(self) -> float:
+        """Euclidean norm of all that the method's optimizer changes."""
+        return float(torch.nn.utils.get_total_norm([p.detach() for p in self.method.parameters()]))
+
+    def diverged(self, loss: float, grad_norm: float) -> Diverged:
+        """What blew up at the current step, and what to do about it."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        return Diverged(
+            f"diverged at step {self.step}: loss {loss:.4g}, norm of the gradient {grad_norm:.4g}, of the weights "
+            f"{self.weight_norm():.4g}, learning rate {lr:.4g}; lower optimizer.lr or raise "
+            "schedule.warmup_epochs (the same settings end the same way; resume=never tries them again)"
+        )
+
+    def pop_times(self, steps: int) -> dict[str, float]:
+        """What the epoch's steps took, evaluation and checkpoints not counted; starts the clocks anew."""
+        seconds, support_seconds = self.seconds, self._support_seconds()
+        self.seconds = self.support_seconds = 0.0
+        return {
+            "time/epoch_seconds": seconds,
+            "time/images_per_second": steps * self.cfg.batch_size / seconds,
+            "time/support_fraction": support_seconds / seconds,
+        }
+
+    def _support_seconds(self) -> float:
+        if self.method.support is not None:
+            self.support_seconds += self.method.support.stopwatch.pop()
+        return self.support_seconds
+
+    def sizes(self) -> dict[str, int]:
+        """What the method stores and trains, for the tracker's params."""
+        support = self.method.support
+        return {
+            "support_set_size": identity.support_set_size(self.cfg),
+            "support_bytes": support.stored_bytes if support is not None else 0,
+            "encoder_parameters": sum(p.numel() for p in self.method.encoder.parameters()),
+        }
+
+    def encoder_weights(self) -> dict[str, Tensor]:
+        """The encoder's state dict, on the CPU, contiguous."""
+        return {key: value.cpu().contiguous() for key, value in self.method.encoder.state_dict().items()}
+
+    def save(self, directory: Path) -> None:
+        """Write a checkpoint of all of it, and what an evaluation needs to know of the run."""
+        state = {
+            "config": asdict(self.cfg),
+            "mean": self.frozen.mean,
+            "std": self.frozen.std,
+            "model": self.method.state_dict(),
+            "classifier": self.classifier.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "classifier_optimizer": self.classifier_optimizer.state_dict(),
+            "seconds": [self.seconds, self._support_seconds()],
+        }
+        checkpoint.save(directory, self.step, state)
+
+    def resume(self, directory: Path) -> bool:
+        """Continue from the newest good checkpoint, if there is one.
+
+        Raises:
+            UsageError: it is of another configuration, of another method or shape, or of something else.
+        """
+        found = checkpoint.load_latest(directory)
+        if found is None:
+            return False
+        path, state = found
+        try:
+            identity.check_same(state["config"], self.cfg, path)
+            checkpoint.restore(self.method, state["model"], path)
+            checkpoint.restore(self.classifier, state["classifier"], path)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.classifier_optimizer.load_state_dict(state["classifier_optimizer"])
+            self.step = state["step"]
+            self.seconds, self.support_seconds = state["seconds"]
+        except UsageError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # whole, but not what `save` makes
+            raise UsageError(f"{path} is not the checkpoint of a run ({one_line(error)}): remove it") from None
+        return True

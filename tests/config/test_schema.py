@@ -1,0 +1,173 @@
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from src.config import identity, schema
+from src.errors import UsageError
+from tests.conftest import PROJECT
+
+CONF = PROJECT / "conf"
+
+
+def composed(*overrides, name="train"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def parsed(*overrides):
+    return schema.parse(composed(*overrides))
+
+
+def options(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [
+        (path.name, option)
+        for path in sorted(CONF.iterdir())
+        if path.is_dir() and path.name not in ("experiment", "hydra", "sweep")  # which are not keys of a run
+        for option in options(path.name)
+    ],
+)
+def test_every_option_of_every_group_composes(group, option):
+    extra = {"timm": ["backbone.name=resnet10t"], "ivf": ["method=nnclr"]}.get(option, [])
+    cfg = parsed(f"{group}={option}", *extra)
+    assert getattr(cfg, group).name == (option if option != "timm" else "resnet10t")
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+@pytest.mark.parametrize("method", ["simclr", "nnclr", "kmclr"])
+def test_every_experiment_composes_with_every_method_unless_it_names_one(experiment, method):
+    names_one = experiment.startswith("original_")
+    cfg = parsed(f"experiment={experiment}", *([] if names_one else [f"method={method}"]))
+    assert cfg.method.name == (experiment.removeprefix("original_") if names_one else method)
+
+
+def test_the_issues_groups_are_all_there():
+    assert options("method") == ["kmclr", "nnclr", "simclr"]
+    assert options("backbone") == ["resnet18", "resnet34", "resnet50", "resnet_tiny", "timm"]
+    assert options("schedule") == ["constant", "cosine", "step"]
+    assert options("optimizer") == ["adamw", "lars", "sgd"]
+    assert options("data") == ["cifar10", "cifar100", "digits", "image_folder", "parquet"]
+    assert options("augment") == ["asymmetric", "crop_only", "symmetric"]
+    assert options("search") == ["auto", "faiss", "ivf", "torch"]
+    assert options("tracking") == ["jsonl", "mlflow"]
+    assert options("evaluation") == ["linear", "original"]
+
+
+def test_k_and_queue_size_are_root_keys_in_any_order():
+    assert parsed("k=200", "method=kmclr").k == parsed("method=kmclr", "k=200").k == 200
+    assert parsed("queue_size=77", "method=nnclr").queue_size == 77
+    assert parsed("method=simclr").k is None
+    sizes = [identity.support_set_size(parsed(*each)) for each in (["method=simclr"], ["method=nnclr"], ["k=9"])]
+    assert sizes == [0, 65536, 9]
+
+
+def test_the_original_study_to_the_letter():
+    cfg = parsed("experiment=original_kmclr", "k=200")
+    assert (cfg.k, cfg.batch_size, cfg.epochs) == (200, 64, 500)
+    assert (cfg.backbone.name, cfg.backbone.stem) == ("resnet18", "small_padded")
+    o = cfg.optimizer
+    assert (o.name, o.lr, o.scale_lr, o.momentum, o.weight_decay) == ("lars", 0.2, False, 0.9, 1e-6)
+    assert (o.trust_coefficient, o.clip_trust) == (0.001, False)
+    assert (cfg.schedule.name, cfg.schedule.warmup_epochs) == ("cosine", 10)
+    assert (cfg.method.temperature, cfg.method.projector.hidden, cfg.method.projector.out) == (0.1, [2048, 2048], 256)
+    assert (cfg.method.predictor_hidden, cfg.method.support_weight, cfg.method.metric) == (4096, 1, "euclidean")
+    assert (cfg.method.forget, cfg.method.forget_every) == ("reset", 3)
+    one, two = cfg.augment.view1, cfg.augment.view2
+    assert (one.crop_scale, one.flip, one.jitter, one.grey) == ([0.08, 1.0], 0.5, 0.8, 0.2)
+    assert (one.brightness, one.contrast, one.saturation, one.hue) == (0.4, 0.4, 0.2, 0.1)
+    assert (one.blur, one.solarize, two.blur, two.solarize) == (1.0, 0.0, 0.1, 0.2)
+    assert (cfg.evaluation.epochs, cfg.evaluation.lr, cfg.evaluation.batch_size) == (90, [0.1], 128)
+    assert cfg.data.val_fraction == 0.1
+    cfg = parsed("experiment=original_nnclr")
+    assert (cfg.queue_size, cfg.method.predictor_hidden, cfg.method.support_weight) == (98304, 4096, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("k=0", "k=0: must be 1 or more"),
+        ("k=-3", "k=-3: must be 1 or more"),
+        ("method.predictor_hidden=-1", "method.predictor_hidden=-1: must be 0 or more"),
+        ("k=abc", "k=abc: .*could not be converted to Integer"),
+        ("k=2.5", "k=2.5: .*could not be converted to Integer"),
+        ("epochs=0", "epochs=0: must be 1 or more"),
+        ("batch_size=1", "batch_size=1: must be 2 or more"),
+        ("seed=-1", "seed=-1: must be 0 or more"),
+        ("device=tpu", "device=tpu: choose one of auto, cpu, cuda"),
+        ("precision=float8", "precision=float8: choose one of"),
+        ("max_minutes=0", "max_minutes=0.0: must be above 0"),
+        ("optimizer.lr=-1", "optimizer.lr=-1.0: must be above 0"),
+        ("optimizer.lr=nan", "optimizer.lr=nan: must be above 0"),
+        ("method.temperature=0", "method.temperature=0.0: must be above 0"),
+        ("method.forget=sometimes", "method.forget=sometimes: choose one of reset, decay, none"),
+        ("search=ivf", "search=ivf: only NNCLR's queue can use it; choose search=auto for method=kmclr"),
+        ("method.metric=l1", "method.metric=l1: choose one of spherical, euclidean"),
+        ("data.val_fraction=1", "data.val_fraction=1.0: must lie between 0 and 1"),
+        ("augment.view1.blur=3", "augment.view1.blur=3.0: must lie between 0 and 1"),
+        ("augment.view2.hue=0.7", "augment.view2.hue=0.7: must lie between 0 and 0.5"),
+        ("augment.view1.crop_scale=[0.5,0.1]", r"augment.view1.crop_scale=\[0.5, 0.1\]: give \[low,high\]"),
+        ("evaluation.lr=[]", "evaluation.lr=.*give one learning rate or more"),
+        ("backbone.stem=tiny", "backbone.stem=tiny: choose one of"),
+        ("+foo=1", "foo: Key 'foo' not in 'Config'"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_it(override, says):
+    with pytest.raises(UsageError, match=says) as caught:
+        parsed(override)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_window_smaller_than_k_is_refused():
+    with pytest.raises(UsageError, match="refit_window=100: must hold k=400"):
+        parsed("method.refit=faiss", "method.refit_window=100")
+
+
+def test_the_hash_is_of_what_matters():
+    base = identity.config_hash(parsed())
+    same = ["output_dir=x", "resume=never", "device=cpu", "tracking=jsonl", "data.root=y", "checkpoint.every=3"]
+    assert {identity.config_hash(parsed(each)) for each in same} == {base}
+    different = ["k=200", "seed=1", "method.temperature=0.3", "data.limit=5000", "precision=float32", "epochs=9"]
+    assert len({base, *(identity.config_hash(parsed(each)) for each in different)}) == 1 + len(different)
+    assert identity.config_hash(parsed("optimizer.lr=0.4")) == base  # the default, spelt out
+
+
+def test_names_are_readable():
+    assert identity.run_name(parsed("k=50", "seed=2")) == "kmclr-k50-cifar100-resnet18-seed2"
+    assert identity.run_name(parsed("method=nnclr", "data=digits")) == "nnclr-queue65536-digits-resnet18-seed0"
+    assert identity.run_name(parsed("method=simclr")) == "simclr-cifar100-resnet18-seed0"
+
+
+def test_check_same_names_the_keys_that_differ():
+    from dataclasses import asdict
+
+    cfg = parsed("k=200")
+    identity.check_same(asdict(cfg), cfg, Path("here"))
+    identity.check_same({key: str(value) for key, value in identity.flatten(cfg).items()}, cfg, Path("here"))
+    identity.check_same(asdict(cfg), parsed("k=200", "tracking=jsonl", "data.root=elsewhere"), Path("here"))
+    with pytest.raises(
+        UsageError, match=r"here is of another configuration .seed was 0 and is 1, k was 200 and is 400."
+    ):
+        identity.check_same(asdict(cfg), parsed("seed=1"), Path("here"))
+    limited = identity.flatten(parsed("k=200", "data.limit=5000")) | {"support_set_size": 200, "skipped_images": 0}
+    with pytest.raises(UsageError, match=r"data.limit was 5000 and is None"):
+        identity.check_same(limited, cfg, Path("here"))
+
+
+def test_flatten_leaves_out_what_does_not_apply():
+    flat = identity.flatten(parsed("method=nnclr"))
+    assert flat["queue_size"] == 65536
+    assert flat["augment.view1.crop_scale"] == [0.08, 1.0]
+    assert "k" not in flat
+    assert "data.limit" not in flat
+
+
+def test_evaluate_composes_and_needs_no_data():
+    cfg = composed(name="evaluate")
+    assert OmegaConf.select(cfg, "data") is None
+    assert composed("data=digits", "evaluation=original", name="evaluate").data.name == "digits"

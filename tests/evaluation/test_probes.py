@@ -1,0 +1,136 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import top_k_accuracy_score
+from torch import nn
+
+from src.config.schema import View
+from src.data import Split
+from src.evaluation import probes
+from src.evaluation.probes import Features, FrozenEncoder, LinearHeads
+from src.support.search import TorchSearch
+
+
+def blobs(count, classes=5, features=8, spread=0.5):
+    labels = torch.arange(count) % classes
+    return Features(F.one_hot(labels, features).float() + spread * torch.randn(count, features), labels)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_topk_agrees_with_scikit_learn(k):
+    scores, labels = torch.randn(101, 7), torch.randint(0, 7, (101,))
+    expected = 100 * top_k_accuracy_score(labels.numpy(), scores.numpy(), k=k, labels=np.arange(7))
+    assert probes.topk_percent(scores, labels, k) == pytest.approx(expected)
+
+
+def test_top5_of_two_classes_is_everything():
+    assert probes.topk_percent(torch.randn(9, 2), torch.randint(0, 2, (9,)), 5) == 100
+
+
+@pytest.mark.parametrize("k", [1, 10, 1000])
+def test_knn_is_wu_et_al_by_loops(k):
+    bank, queries = blobs(60), blobs(20)
+    votes = probes.knn_scores(bank, queries.x_NF, 5, k, 0.1, TorchSearch())
+    for query, vote in zip(queries.x_NF.double(), votes, strict=True):
+        cosine = F.cosine_similarity(query[None], bank.x_NF.double(), dim=1)
+        expected = torch.zeros(5, dtype=torch.float64)
+        for i in cosine.argsort(descending=True)[:k]:
+            expected[bank.labels_N[i]] += ((cosine[i] - cosine.max()) / 0.1).exp()
+        torch.testing.assert_close(vote.double(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_knn_at_a_tiny_temperature_neither_overflows_nor_errs():
+    bank = blobs(60)
+    votes = probes.knn_scores(bank, bank.x_NF, 5, 60, 1e-4, TorchSearch())
+    assert probes.topk_percent(votes, bank.labels_N, 1) == 100
+
+
+def test_heads_train_as_torchs_sgd_would():
+    """The closed-form gradient and the hand-written momentum, against autograd and torch.optim.SGD."""
+    data, lrs, epochs = blobs(48), [0.05, 0.7], 3
+    center, scale = torch.randn(8), torch.rand(8) + 0.5
+    heads = LinearHeads(5, lrs, center, scale)
+    order = [torch.randperm(48).split(16) for _ in range(epochs)]
+    heads.fit(lambda epoch: ((data.x_NF[rows], data.labels_N[rows]) for rows in order[epoch]), epochs, steps=3)
+    for i, lr in enumerate(lrs):
+        layer = nn.Linear(8, 5)
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * 3)
+        for rows in (rows for batches in order for rows in batches):
+            optimizer.zero_grad()
+            F.cross_entropy(layer((data.x_NF[rows] - center) / scale), data.labels_N[rows]).backward()
+            optimizer.step()
+            schedule.step()
+        torch.testing.assert_close(heads.weight_LFC[i], layer.weight.T.detach(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(heads.bias_LC[i], layer.bias.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_probe_is_as_good_as_logistic_regression():
+    train, test = blobs(500, spread=0.6), blobs(500, spread=0.6)
+    heads = probes.cached_heads(train, 5, [0.03, 0.3], epochs=40, batch_size=64, seed=0)
+    ours = probes.topk_percent(heads.scores(test.x_NF, heads.best(test)), test.labels_N, 1)
+    oracle = LogisticRegression(C=1e3).fit(train.x_NF.numpy(), train.labels_N.numpy())
+    assert ours >= 100 * oracle.score(test.x_NF.numpy(), test.labels_N.numpy()) - 2
+
+
+def test_the_best_head_is_chosen_by_the_held_out_features():
+    heads = LinearHeads(5, [0.1, 0.1, 0.1], torch.zeros(8), torch.ones(8))
+    heads.weight_LFC[1, :5] = torch.eye(5)
+    assert heads.best(blobs(50)) == 1
+
+
+class Recorder(nn.Module):
+    """Remembers what it was given; its features are the channel means."""
+
+    def __init__(self):
+        super().__init__()
+        self.batch_norm = nn.BatchNorm2d(3)
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append((images.clone(), self.training, torch.is_grad_enabled()))
+        return self.batch_norm(images).mean((2, 3))
+
+
+def test_a_frozen_encoder_stays_frozen():
+    recorder = Recorder()
+    frozen = FrozenEncoder(recorder, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], torch.device("cpu"), torch.float32)
+    split = Split(torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8), torch.arange(10))
+    before = recorder.batch_norm.running_mean.clone()
+    features = frozen.features(split, batch_size=4)
+    assert features.x_NF.shape == (10, 3)
+    assert torch.equal(features.labels_N, split.labels)
+    assert [(len(images), training, grad) for images, training, grad in recorder.seen] == [
+        (4, False, False),
+        (4, False, False),
+        (2, False, False),
+    ]
+    assert recorder.training  # as it was before
+    assert torch.equal(recorder.batch_norm.running_mean, before)
+    mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.4]])[..., None, None]
+    torch.testing.assert_close(recorder.seen[0][0], (split.images[:4] / 255 - mean) / std)
+
+
+def test_the_original_protocol_sees_new_crops_every_epoch_and_learns():
+    labels = torch.arange(60) % 3
+    images = torch.zeros(60, 3, 8, 8, dtype=torch.uint8)
+    images[torch.arange(60), labels] = 200  # the class is the colour, which crops and flips keep
+    images += torch.randint(0, 30, images.shape, dtype=torch.uint8)
+    recorder = Recorder()
+    frozen = FrozenEncoder(recorder, [0.5] * 3, [0.25] * 3, torch.device("cpu"), torch.float32)
+    split = Split(images, labels)
+    heads = probes.augmented_heads(frozen, split, 3, [0.1], epochs=5, batch_size=20, seed=0)
+    steps = [images for images, _, _ in recorder.seen if len(images) == 20]
+    assert len(steps) == 15
+    assert not torch.equal(steps[0].sort(0).values, steps[3].sort(0).values)
+    features = frozen.features(split)
+    assert probes.topk_percent(heads.scores(features.x_NF, 0), labels, 1) == 100
+
+
+def test_crop_and_flip_is_a_complete_view():
+    assert isinstance(probes.CROP_AND_FLIP, View)
+    assert probes.CROP_AND_FLIP.jitter == probes.CROP_AND_FLIP.blur == probes.CROP_AND_FLIP.solarize == 0

@@ -1,0 +1,101 @@
+import json
+import shutil
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from src import cli
+from src.errors import UsageError
+from src.evaluation import protocol
+from src.runs import checkpoint
+from src.runs.record import Record
+from tests.conftest import PROJECT
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run's directory, and the digits' cache beside it."""
+    folder = tmp_path_factory.mktemp("finished")
+    torch.set_num_threads(1)
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides=[
+            "experiment=demo", "method=kmclr", "k=5", "epochs=1", "data.limit=200", "batch_size=64",
+            f"data.cache_dir={folder}/cache", f"output_dir={folder}/run", "tracking=jsonl", "precision=float32",
+            "method.projector.hidden=[32]", "method.projector.out=16", "evaluation.epochs=5",
+        ])  # fmt: skip
+    cli.pretrain(cfg)
+    return folder / "run"
+
+
+def run(*overrides):
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        composed = compose("evaluate", overrides=list(overrides))
+    return protocol.main(composed)
+
+
+def test_a_finished_run_is_evaluated_to_the_same_figures(finished):
+    before = Record.load(finished).metrics
+    metrics = run(f"checkpoint={finished}")
+    assert metrics == {key: before[key] for key in metrics}
+    assert {"test/knn_top1", "test/linear_top1", "test/linear_top5"} <= metrics.keys()
+    assert Record.load(finished).status == "FINISHED"
+
+
+@pytest.mark.parametrize("where", ["", "checkpoints"])
+def test_folders_are_found_by_either_name(finished, where):
+    file, _ = checkpoint.load_latest(finished / "checkpoints")
+    assert run(f"checkpoint={finished / where}") == run(f"checkpoint={file}")
+
+
+def test_another_protocol_has_names_of_its_own(finished):
+    before = Record.load(finished).metrics["test/linear_top1"]
+    metrics = run(f"checkpoint={finished}", "evaluation=original", "evaluation.epochs=1")
+    assert {"test_original/linear_top1", "test_original/knn_top1"} <= metrics.keys()
+    record = Record.load(finished)
+    assert record.metrics["test/linear_top1"] == before
+    assert record.metrics["test_original/linear_top1"] == metrics["test_original/linear_top1"]
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert any("test_original/linear_top1" in row["metrics"] for row in rows)
+
+
+def test_what_matters_in_training_only_makes_no_other_protocol(finished):
+    assert "test/linear_top1" in run(f"checkpoint={finished}", "evaluation=linear", "evaluation.epochs=5")
+
+
+@pytest.mark.parametrize("setting", ["evaluation.knn_k=3", "evaluation.epochs=6", "precision=bfloat16"])
+def test_another_setting_of_the_same_protocol_does_not_pass_for_the_runs_own(finished, setting):
+    before = Record.load(finished).metrics
+    metrics = run(f"checkpoint={finished}", "evaluation=linear", "evaluation.epochs=5", setting)
+    assert "test_linear/linear_top1" in metrics
+    after = Record.load(finished).metrics
+    assert all(after[key] == before[key] for key in before if key.startswith(("val/", "test/")))
+
+
+def test_transfer_has_the_data_sets_name(finished):
+    metrics = run(f"checkpoint={finished}", "data=digits", f"data.cache_dir={finished.parent}/cache")
+    assert "transfer/digits/test/linear_top1" in metrics
+
+
+def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path):
+    _, state = checkpoint.load_latest(finished / "checkpoints")
+    state["config"]["backbone"]["name"] = "resnet18"
+    path = checkpoint.save(tmp_path, 1, state)
+    with pytest.raises(UsageError, match=r"another method or shape: .*missing"):
+        run(f"checkpoint={path}")
+
+
+def test_a_run_that_is_not_finished_is_refused(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    record = Record.load(tmp_path / "run")
+    record.status = "KILLED"
+    record.save(tmp_path / "run")
+    with pytest.raises(UsageError, match="the run is KILLED, not FINISHED"):
+        run(f"checkpoint={tmp_path / 'run'}")
+
+
+def test_a_checkpoint_alone_is_evaluated_and_nothing_is_written(finished, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    path = shutil.copy(checkpoint.load_latest(finished / "checkpoints")[0], tmp_path / "elsewhere")
+    assert "test/linear_top1" in run(f"checkpoint={path}")
+    assert [each.name for each in tmp_path.iterdir()] == ["elsewhere"]

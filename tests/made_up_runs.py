@@ -1,0 +1,39 @@
+"""Runs that were never run, for tests of what is made of runs."""
+
+from dataclasses import replace
+
+from src.runs.query import Run
+
+
+def run(method, size=0, seed=0, top1=50.0, status="FINISHED", at=0.0, name=None, **params):
+    own = {"nnclr": {"queue_size": str(size)}, "kmclr": {"k": str(size), "method.forget": "reset"}}.get(method, {})
+    common = {
+        "method.name": method,
+        "method.temperature": "0.2",
+        "seed": str(seed),
+        "data.name": "cifar100",
+        "backbone.name": "resnet18",
+        "epochs": "500",
+        "support_set_size": str(size),
+        "support_bytes": str(size * 1024),
+        "output_dir": f"multirun/{method}{size}-{seed}-{at}",
+    }
+    metrics = {
+        "val/knn_top1": top1 - 5,
+        "val/linear_top1": top1 + 1,
+        "test/linear_top1": top1,
+        "test/linear_top5": top1 + 30,
+    }
+    name = name or f"{method}-{size}-seed{seed}"
+    return Run(f"{name}@{at}", name, status, common | own | params, metrics, None, {}, at)
+
+
+def without(one, metric):
+    return replace(one, metrics={key: value for key, value in one.metrics.items() if key != metric})
+
+
+STUDY = [
+    *(run("kmclr", k, seed, 54 + k / 200 + seed / 2) for seed in range(3) for k in (400, 50, 1000)),
+    *(run("nnclr", size, seed, 57 + seed / 3) for seed in range(3) for size in (98304, 4096)),
+    *(run("simclr", 0, seed, 52 + seed / 4) for seed in range(3)),
+]

@@ -1,0 +1,70 @@
+"""The view of a sweep, as a tag. What MLflow's pages make of it is in test_browser.py."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.config.schema import Tracking
+from src.reporting.mlflow_charts import sweep_view
+from src.runs.mlflow_store import prepare
+from src.runs.tracker import Tracker
+
+
+def decode(view) -> tuple[dict, dict]:
+    envelope = json.loads(view.value)
+    return envelope, json.loads(envelope["state"])
+
+
+@given(name=st.text(max_size=100), created=st.integers(0, 2**42))
+def test_the_envelope_is_what_the_pages_ask_for(name, created):
+    view = sweep_view("7", "abc", name, created)
+    envelope, _ = decode(view)
+    assert (envelope["name"], envelope["createdAt"]) == (name, created)
+    assert len(view.value) < 5000, "MLflow refuses a longer tag"
+
+
+def test_the_link_names_the_tag():
+    view = sweep_view("7", "abc", "sweep", 0)
+    assert view.path.startswith("#/experiments/7/runs?")
+    _, _, share_key = view.key.partition("mlflow.sharedViewState.")
+    assert f"viewStateShareKey={share_key}&" in view.path
+    assert sweep_view("7", "abd", "sweep", 0).key != view.key, "a sweep has its own view"
+
+
+def test_every_chart_is_in_a_section_that_is_open():
+    _, state = decode(sweep_view("7", "abc", "sweep", 0))
+    shown = {section["uuid"] for section in state["compareRunSections"] if section["display"]}
+    assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == shown
+    identities = [chart["uuid"] for chart in state["compareRunCharts"]]
+    assert len(set(identities)) == len(identities)
+
+
+def test_mlflow_takes_the_tag_and_its_filter_finds_the_jobs_best_first(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = Tracking("mlflow", "exp", 10)
+
+    def log(name: str, tags: dict[str, str], accuracy: float) -> str:
+        tracker = Tracker(tmp_path / name, config, {}, tags)
+        tracker.log({"test/linear_top1": accuracy}, 1)
+        tracker.close("FINISHED")
+        return tracker.run_id
+
+    sweep, other = log("sweep", {}, 90), log("other", {}, 80)
+    jobs = [log(f"job-{accuracy}", {"mlflow.parentRunId": sweep}, accuracy) for accuracy in (50, 60, 40)]
+    log("stranger", {"mlflow.parentRunId": other}, 70)
+
+    client = prepare()
+    experiment = client.get_experiment_by_name("exp")
+    view = sweep_view(experiment.experiment_id, sweep, "sweep", 0)
+    client.set_experiment_tag(experiment.experiment_id, view.key, view.value)
+    kept = client.get_experiment(experiment.experiment_id).tags[view.key]
+    assert kept == view.value, "not cut short"
+
+    state = json.loads(json.loads(kept)["state"])
+    order = [f"{state['orderByKey']} {'ASC' if state['orderByAsc'] else 'DESC'}"]
+    found = client.search_runs([experiment.experiment_id], state["searchFilter"], order_by=order)
+    assert [run.info.run_id for run in found] == [jobs[1], jobs[0], jobs[2]]

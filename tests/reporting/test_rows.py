@@ -1,0 +1,147 @@
+"""What is averaged, what is never averaged, and what the reader is told."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.reporting.rows import distinguishing, select, summarise
+from src.runs.query import Run
+from tests.made_up_runs import STUDY, run
+
+
+def test_rows_are_in_the_order_of_methods_then_sizes_whatever_the_order_of_runs():
+    expected = [("simclr", 0), ("nnclr", 4096), ("nnclr", 98304), ("kmclr", 50), ("kmclr", 400), ("kmclr", 1000)]
+    for runs in (STUDY, STUDY[::-1]):
+        rows, notes = summarise(runs)
+        assert [(row.method, row.size) for row in rows] == expected
+        assert notes == []
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=6))
+@settings(max_examples=50)
+def test_mean_and_sample_deviation_over_seeds(accuracies):
+    (row,), _ = summarise([run("simclr", seed=seed, top1=top1) for seed, top1 in enumerate(accuracies)])
+    assert row.mean("test/linear_top1") == pytest.approx(np.mean(accuracies))
+    if len(accuracies) == 1:
+        assert math.isnan(row.std("test/linear_top1"))
+    else:
+        assert row.std("test/linear_top1") == pytest.approx(np.std(accuracies, ddof=1), abs=1e-9)
+
+
+def test_runs_that_differ_in_a_setting_are_not_averaged_and_the_row_says_which():
+    runs = [run("simclr", epochs="500", top1=60), run("simclr", epochs="5", top1=20)]
+    rows, notes = summarise([*runs, run("simclr", epochs="500", seed=1, top1=62)])
+    assert {row.variant: row.mean("test/linear_top1") for row in rows} == {"epochs=500": 61, "epochs=5": 20}
+    assert [row.label for row in rows] == ["SimCLR", "SimCLR, epochs=5"]
+    assert notes == [
+        "the runs also differ in epochs: each combination has its own row",
+        "where a row does not say otherwise: epochs=500",
+        "the rows differ in their number of seeds: 1 to 2",
+    ]
+
+
+def test_a_setting_that_only_some_runs_have_keeps_them_apart():
+    rows, _ = summarise([run("simclr", **{"data.limit": "100"}), run("simclr", seed=1)])
+    assert sorted(row.variant for row in rows) == ["", "data.limit=100"]
+
+
+def test_settings_of_a_method_are_compared_among_its_own_runs_only():
+    runs = [run("simclr", **{"method.temperature": "0.1"}), run("kmclr", 50), run("kmclr", 400)]
+    assert [row.variant for row in summarise(runs)[0]] == ["", "", ""]
+    rows, notes = summarise([*runs, run("kmclr", 50, **{"method.forget": "decay"})])
+    assert [row.label for row in rows] == ["SimCLR", "KMCLR", "KMCLR", "KMCLR, forget=decay"]
+    assert "where a row does not say otherwise: KMCLR's forget=reset" in notes
+
+
+def test_a_setting_that_half_of_the_runs_have_is_always_said():
+    runs = [run("simclr", epochs="5"), run("kmclr", 50)]
+    assert [row.label for row in summarise(runs)[0]] == ["SimCLR, epochs=5", "KMCLR, epochs=500"]
+    runs = [run("simclr", seed=seed, **{"data.limit": "100"}) for seed in range(2)] + [run("simclr")]
+    assert [row.label for row in summarise(runs)[0]] == ["SimCLR", "SimCLR, data.limit=100"]
+
+
+def test_a_recipe_of_many_settings_is_named_by_one_and_the_note_names_the_rest():
+    original = {"batch_size": "64", "optimizer.lr": "0.2", "method.temperature": "0.1"}
+    runs = [run("kmclr", k, batch_size="256", **{"optimizer.lr": "0.3"}) for k in (50, 400)]
+    runs += [run("kmclr", 400, **original), run("nnclr", 4096, **original)]
+    rows, notes = summarise(runs)
+    assert [(row.label, row.size) for row in rows] == [
+        ("NNCLR, batch_size=64", 4096),
+        ("KMCLR, batch_size=256", 50),
+        ("KMCLR, batch_size=256", 400),
+        ("KMCLR, batch_size=64 and 1 more", 400),  # that not half of all runs have its learning rate cannot be said
+    ]
+    assert "with batch_size go method.temperature, optimizer.lr" in notes
+    rows, _ = summarise([*runs, run("simclr", batch_size="256", **{"optimizer.lr": "0.3"})])
+    assert [row.label for row in rows] == [
+        *("SimCLR", "NNCLR, batch_size=64 and 1 more", "KMCLR", "KMCLR", "KMCLR, batch_size=64 and 2 more")
+    ]
+
+
+def test_the_name_of_an_option_names_a_recipe():
+    runs = [run("simclr", seed=seed, **{"optimizer.name": "lars", "lr": "0.4"}) for seed in (0, 1)]
+    rows, _ = summarise([*runs, run("simclr", **{"optimizer.name": "sgd", "lr": "0.3"})])
+    assert [row.label for row in rows] == ["SimCLR", "SimCLR, optimizer.name=sgd and 1 more"]
+
+
+def test_seeds_that_were_computed_otherwise_are_noted():
+    runs = [
+        replace(run("kmclr", 50, seed), tags={"dtype": dtype}) for seed, dtype in enumerate(["float32", "bfloat16"])
+    ]
+    assert summarise(runs)[1] == ["the runs of a row differ in dtype: KMCLR 50"]
+    assert summarise([*runs[:1], replace(run("simclr"), tags={"dtype": "bfloat16"})])[1] == ["rows differ in dtype"]
+    assert summarise([*runs[:1], run("simclr")])[1] == []  # of an older version, which did not say
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 2)] * 3), min_size=1, max_size=12))
+def test_the_keys_that_name_rows_tell_apart_all_that_differ_and_none_is_idle(settings_of_runs):
+    keys = ["batch_size", "epochs", "optimizer.lr"]
+    runs = [run("simclr", **dict(zip(keys, map(str, values), strict=True))) for values in settings_of_runs]
+    names = distinguishing(runs, keys)
+
+    def groups(chosen):
+        return len({tuple(each.params[key] for key in chosen) for each in runs})
+
+    assert groups(names) == groups(keys)
+    assert all(groups(names[:i]) < groups(names[: i + 1]) for i in range(len(names)))
+
+
+def test_where_a_run_was_stored_and_computed_makes_no_difference():
+    places = [{"device": "cpu", "tracking.name": "jsonl", "data.root": "/a"}, {"device": "cuda", "resume": "never"}]
+    rows, notes = summarise([run("simclr", seed=seed, **place) for seed, place in enumerate(places)])
+    assert [len(row.runs) for row in rows] == [2]
+    assert notes == []
+
+
+def test_of_the_same_configuration_and_seed_the_newest_finished_run_counts():
+    old, new = run("simclr", top1=10, at=1.0), run("simclr", top1=20, at=2.0)
+    crashed = run("simclr", top1=99, at=3.0, status="FAILED")
+    for runs in ([old, new, crashed], [crashed, new, old]):
+        kept, notes = select(runs)
+        assert kept == [new]
+        assert notes == ["left out: simclr-0-seed0 (failed)", "simclr-0-seed0 was run 2 times: only the newest counts"]
+
+
+@pytest.mark.parametrize("status", ["FAILED", "KILLED", "RUNNING"])
+def test_runs_without_a_result_are_named_and_left_out(status):
+    rows, notes = summarise([run("simclr"), run("kmclr", 50, status=status)])
+    assert [row.method for row in rows] == ["simclr"]
+    assert notes == [f"left out: kmclr-50-seed0 ({status.lower()})"]
+
+
+def test_a_foreign_run_in_the_experiment_is_named_and_left_out():
+    foreign = Run("x", "someone's", "FINISHED", {}, {}, None, {}, 0.0)
+    rows, notes = summarise([run("simclr"), foreign])
+    assert len(rows) == 1
+    assert notes == ["left out: someone's (not a training run)"]
+
+
+def test_a_title_is_the_label_with_the_size_behind_the_method():
+    rows, _ = summarise([run("simclr"), run("kmclr", 4096, **{"method.forget": "none"}), run("kmclr", 4096)])
+    assert [row.title for row in rows] == ["SimCLR", "KMCLR 4,096, forget=none", "KMCLR 4,096, forget=reset"]
+    assert replace(rows[1], label="KMCLR and 3 more").title == "KMCLR 4,096 and 3 more"
+    assert summarise([run("nnclr", 0)])[0][0].title == "NNCLR 0"

@@ -1,0 +1,46 @@
+import pytest
+
+from src.errors import UsageError
+from src.runs import directory as run_directory
+from tests.config.test_schema import parsed
+
+
+def test_one_configuration_has_one_directory():
+    one = run_directory.choose(parsed("k=50"))
+    assert one.parent.name == "multirun"
+    assert one.name.startswith("kmclr-k50-cifar100-resnet18-seed0-")
+    assert one == run_directory.choose(parsed("method=kmclr", "k=50", "device=cpu"))
+    assert one != run_directory.choose(parsed("k=50", "optimizer.lr=0.1"))
+
+
+def test_a_named_directory_is_taken_and_resume_never_goes_beside_it(tmp_path):
+    named = f"output_dir={tmp_path / 'run'}"
+    assert run_directory.choose(parsed(named, "resume=never")) == tmp_path / "run"
+    (tmp_path / "run").mkdir()
+    assert run_directory.choose(parsed(named)) == tmp_path / "run"
+    assert run_directory.choose(parsed(named, "resume=never")) == tmp_path / "run.2"
+    (tmp_path / "run.2").mkdir()
+    assert run_directory.choose(parsed(named, "resume=never")) == tmp_path / "run.3"
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(UsageError, match="is a file; name a folder"):
+        run_directory.choose(parsed(f"output_dir={tmp_path / 'run'}"))
+
+
+def test_a_directory_is_held_once_and_let_go(tmp_path):
+    refused = pytest.raises(UsageError, match="another process is using it")
+    with run_directory.exclusive(tmp_path / "a" / "b"), refused, run_directory.exclusive(tmp_path / "a" / "b"):
+        pass
+    with run_directory.exclusive(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UsageError, match="file/run: cannot be written"),
+        run_directory.exclusive(tmp_path / "file" / "run"),
+    ):
+        pass

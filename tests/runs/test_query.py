@@ -1,0 +1,60 @@
+"""Reading runs back."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from src.config.schema import Tracking
+from src.errors import UsageError
+from src.runs import query
+from src.runs.tracker import Tracker
+from tests.stores import MLFLOW
+
+
+def test_both_back_ends_list_the_same_runs(client, tmp_path, monkeypatch):
+    for i, status in enumerate(["FINISHED", "FAILED", "KILLED"]):
+        tracker = Tracker(tmp_path / "multirun" / f"run{i}", MLFLOW, {"k": i}, {"device": "cpu"})
+        tracker.log({"val/knn_top1": 0.1 * i}, 7)
+        tracker.close(status)
+        time.sleep(0.002)  # they are listed by their start, in milliseconds
+    Tracker(tmp_path / "multirun/other", Tracking("mlflow", "other", 10), {}, {}).close("FINISHED")
+    search = type(client).search_runs
+    monkeypatch.setattr(type(client), "search_runs", lambda *args, **kw: search(*args, **({"max_results": 2} | kw)))
+
+    stored, local = query.read_runs("exp", "mlflow"), query.read_runs("exp", "jsonl")
+    assert [run.name for run in stored] == ["run0", "run1", "run2"]
+    for a, b in zip(stored, local, strict=True):
+        for name in ("run_id", "name", "status", "params", "metrics", "directory", "start_time"):
+            assert getattr(a, name) == getattr(b, name)
+        assert b.tags.items() <= a.tags.items()
+
+    for backend in ("mlflow", "jsonl"):
+        with pytest.raises(UsageError, match=r"experiment=expp .*choose from .*exp, other"):
+            query.read_runs("expp", backend)
+
+
+def test_a_folder_without_a_store_is_not_given_one_by_reading(fresh_store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for read in (lambda: query.read_runs("exp", "mlflow"), lambda: query.find_run_directory("0" * 32)):
+        with pytest.raises(UsageError, match="no MLflow store"):
+            read()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_found_by_its_id(client, tmp_path):
+    directory = tmp_path / "multirun/a"
+    tracker = Tracker(directory, MLFLOW, {}, {})
+    tracker.close("FINISHED")
+    for root in (Path("multirun"), Path("elsewhere")):  # by its record, by its tag in MLflow
+        assert query.find_run_directory(tracker.run_id, root).resolve() == directory.resolve()
+    shutil.rmtree(directory)
+    with pytest.raises(UsageError, match="has no folder here"):
+        query.find_run_directory(tracker.run_id)
+    foreign = client.create_run("0").info.run_id
+    for run_id, reason in ((foreign, "has no folder here"), ("0" * 32, "not in MLflow"), ("../x", "not in MLflow")):
+        with pytest.raises(UsageError, match=reason) as error:
+            query.find_run_directory(run_id)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,96 @@
+"""The files of a run: kills, damage, and what comes back."""
+
+import json
+import math
+import os
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.errors import UsageError
+from src.runs import query, record
+from src.runs.record import Record
+from src.runs.tracker import Tracker
+from tests.stores import JSONL, rows, train
+
+
+def test_rows_and_record(tmp_path):
+    before = time.time_ns() // 1_000_000
+    tracker = Tracker(tmp_path, JSONL, {"k": 50, "method.projector.hidden": [64, 64]}, {"device": "cpu"})
+    tracker.log({"train/loss": 2.0}, 0)
+    tracker.log({"train/loss": 1.5, "train/lr": 0.1}, 10)
+    assert [(row["step"], row["metrics"]) for row in rows(tmp_path)] == [
+        (0, {"train/loss": 2.0}),
+        (10, {"train/loss": 1.5, "train/lr": 0.1}),
+    ], "a row is in the file before it is flushed: a kill loses none"
+    tracker.close("FINISHED")
+    after = time.time_ns() // 1_000_000
+
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["run_id"] == tracker.run_id
+    assert (record["name"], record["experiment"], record["status"]) == (tmp_path.name, "exp", "FINISHED")
+    assert record["params"] == {"k": "50", "method.projector.hidden": "[64, 64]"}
+    assert record["tags"] == {"device": "cpu", "output_dir": str(tmp_path.resolve())}
+    assert record["metrics"] == {"train/loss": 1.5, "train/lr": 0.1}
+    assert before <= record["start_time"] <= rows(tmp_path)[0]["time"] <= record["end_time"] <= after
+
+
+@given(value=st.floats())
+def test_every_number_comes_back(tmp_path_factory, value):
+    directory = tmp_path_factory.mktemp("floats")
+    tracker = Tracker(directory, JSONL, {}, {})
+    tracker.log({"x": value}, 0)
+    tracker.close("FAILED")
+    strict = json.loads((directory / record.METRICS).read_text(), parse_constant=pytest.fail)
+    (run,) = query.read_runs("exp", "jsonl", directory)
+    for read in (float(strict["metrics"]["x"]), run.metrics["x"]):
+        assert read == value or (math.isnan(read) and math.isnan(value))
+
+
+@given(data=st.data())
+def test_killed_anywhere_and_resumed_from_any_checkpoint_the_rows_are_those_of_one_run(tmp_path_factory, data):
+    directory = tmp_path_factory.mktemp("kill")
+    tracker = Tracker(directory, JSONL, {}, {})
+    train(tracker, range(40))
+    tracker.flush()  # and no close: it is killed
+    whole = [(row["step"], row["metrics"]) for row in rows(directory)]
+
+    path = directory / record.METRICS
+    os.truncate(path, data.draw(st.integers(0, path.stat().st_size), label="bytes written before the kill"))
+    logged = path.read_bytes().count(b"\n")
+    checkpoint = data.draw(st.integers(0, 3 * logged), label="the step to go on from")
+    resumed = Tracker(directory, JSONL, {}, {})
+    train(resumed, range(checkpoint, 40))
+    resumed.close("FINISHED")
+
+    assert [(row["step"], row["metrics"]) for row in rows(directory)] == whole
+    assert resumed.run_id == tracker.run_id
+    assert resumed.record.name == directory.name
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "{}", '{"uuid": 1, "colour": "red"}'])
+def test_a_foreign_record_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UsageError, match=r"run\.json is not the record of a run") as error:
+        Tracker(tmp_path, JSONL, {}, {})
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_damaged_in_the_middle_is_named(tmp_path):
+    (tmp_path / record.METRICS).write_text('{"step": 0, "time": 0, "met\n{"step": 1, "time": 0, "metrics": {}}\n')
+    with pytest.raises(UsageError, match=r"metrics\.jsonl holds a damaged row"):
+        Tracker(tmp_path, JSONL, {}, {})
+
+
+def test_values_logged_just_before_a_kill_are_in_the_record_of_the_continued_run(tmp_path):
+    killed = Tracker(tmp_path, JSONL, {}, {})
+    killed.log({"test/linear_top1": 12.5, "val/knn_top1": math.nan}, 7)  # in the file, not in run.json yet
+    assert "test/linear_top1" not in Record.load(tmp_path).metrics
+    continued = Tracker(tmp_path, JSONL, {}, {})
+    continued.log({"test/linear_top1": 12.5}, 7)  # computed again
+    continued.close("FINISHED")
+    assert Record.load(tmp_path).metrics["test/linear_top1"] == 12.5
+    assert math.isnan(Record.load(tmp_path).metrics["val/knn_top1"])
+    assert len(rows(tmp_path)) == 1

@@ -1,0 +1,415 @@
+"""The log of a run: delivery to MLflow, kills and outages."""
+
+import math
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+from omegaconf import OmegaConf
+
+from src.config.schema import Tracking
+from src.errors import UsageError
+from src.runs import directory as run_directory
+from src.runs import mlflow_store, query, record
+from src.runs import tracker as tracking
+from src.runs.record import Record
+from src.runs.tracker import Tracker
+from tests.conftest import PROJECT
+from tests.stores import JSONL, MLFLOW, RUN, break_store, history, rows, start, train, warnings
+
+
+@pytest.mark.parametrize("name", ["mlflow", "jsonl"])
+def test_the_config_files_fit_the_schema(name):
+    loaded = OmegaConf.merge(OmegaConf.structured(Tracking), OmegaConf.load(PROJECT / f"conf/tracking/{name}.yaml"))
+    assert OmegaConf.to_object(loaded) == Tracking(name, "support-sets", 10)
+
+
+def test_a_finished_run_may_be_evaluated_again(tmp_path):
+    for value in (0.5, 0.6):
+        tracker = Tracker(tmp_path, JSONL, {}, {})
+        tracker.log({"test/linear_top1": value}, 100)
+        tracker.close("FINISHED")
+    assert [row["metrics"]["test/linear_top1"] for row in rows(tmp_path)] == [0.5, 0.6]
+    assert query.read_runs("exp", "jsonl", tmp_path)[0].metrics == {"test/linear_top1": 0.6}
+
+
+def test_params_stay_and_tags_are_replaced_on_resume(tmp_path):
+    Tracker(tmp_path, JSONL, {"k": 50}, {"git_commit": "a", "device": "cpu"}).close("KILLED")
+    Tracker(tmp_path, JSONL, {"k": 51, "seed": 0}, {"git_commit": "b"}).close("FINISHED")
+    (run,) = query.read_runs("exp", "jsonl", tmp_path)
+    assert run.params == {"k": "50", "seed": "0"}
+    assert run.tags == {"git_commit": "b", "device": "cpu", "output_dir": str(tmp_path.resolve())}
+
+
+def test_without_mlflow_jsonl_works_and_mlflow_is_one_line(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+sys.modules["mlflow"] = None  # what an import finds when there is no such package
+from src.config.schema import Tracking
+from src.errors import UsageError
+from src.runs.query import find_run_directory, read_runs
+from src.runs.tracker import Tracker
+tracker = Tracker(Path("multirun/a"), Tracking("jsonl", "exp", 10), {}, {})
+tracker.log({"x": 1.0}, 0)
+tracker.close("FINISHED")
+assert read_runs("exp", "jsonl")[0].metrics == {"x": 1.0}
+assert find_run_directory(tracker.run_id) == Path("multirun/a")
+try:
+    Tracker(Path("b"), Tracking("mlflow", "exp", 10), {}, {})
+except UsageError as error:
+    print(error)
+assert not Path("b").exists()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(PROJECT)}, **TEXT
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert "tracking=jsonl" in line
+    assert "make setup" in line
+
+
+TEXT = {"capture_output": True, "text": True}
+
+
+def test_a_run_is_delivered(client, tmp_path):
+    directory = tmp_path / "run"
+    params = {f"group.key{i}": i for i in range(250)} | {"k": 50, "long": "x" * 7000}
+    tracker = Tracker(directory, MLFLOW, params, {"device": "cpu"})
+    assert client.get_run(tracker.run_id).info.status == "RUNNING"
+    for step in range(700):
+        tracker.log({"train/loss": step / 7, "val/knn_top1": -step}, step)  # more than one request takes
+    (directory / "encoder.txt").write_text("weights")
+    tracker.artifact(directory / "encoder.txt")
+    tracker.log({"support/perplexity": math.nan}, 700)
+    tracker.close("FINISHED")
+
+    run = client.get_run(tracker.run_id)
+    assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
+    assert run.info.start_time == tracker.record.start_time
+    assert run.info.end_time == tracker.record.end_time
+    assert run.data.params.keys() == params.keys()
+    assert run.data.params["k"] == "50"
+    assert run.data.tags["device"] == "cpu"
+    assert run.data.tags["output_dir"] == str(directory.resolve())
+    assert history(client, tracker.run_id, "train/loss") == [(step, step / 7) for step in range(700)]
+    assert math.isnan(run.data.metrics["support/perplexity"])
+    assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["encoder.txt"]
+    assert {row.timestamp for row in client.get_metric_history(tracker.run_id, "train/loss")} <= {
+        row["time"] for row in rows(directory)
+    }
+
+
+def test_a_killed_run_is_continued_in_mlflow_without_gaps_or_repeats(client, tmp_path):
+    directory = tmp_path / "run"
+    tracker = Tracker(directory, MLFLOW, {"k": 50, "long": "x" * 7000}, {})
+    train(tracker, range(20))
+    tracker.flush()
+    train(tracker, range(20, 31))  # in the file only
+    with (directory / record.METRICS).open("a") as file:
+        file.write('{"step": 33, "ti')  # and killed
+
+    resumed = Tracker(directory, MLFLOW, {"k": 50, "long": "x" * 7000}, {})
+    assert client.get_run(resumed.run_id).info.status == "RUNNING"
+    train(resumed, range(10, 60))
+    resumed.close("FINISHED")
+
+    assert resumed.run_id == tracker.run_id
+    assert history(client, resumed.run_id, "train/loss") == [(step, 1 / (1 + step)) for step in range(0, 60, 3)]
+    assert history(client, resumed.run_id, "val/knn") == [(step, step / 100) for step in range(0, 60, 6)]
+    assert client.get_run(resumed.run_id).info.status == "FINISHED"
+
+
+def test_a_run_killed_between_its_record_and_mlflow_is_told_when_it_is_looked_at_again(
+    client, tmp_path, monkeypatch, caplog
+):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    directory = tmp_path / "run"
+    tracker = Tracker(directory, MLFLOW, {}, {})
+    train(tracker, range(7))
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow_store, "push", kill)
+        with pytest.raises(Killed):
+            tracker.close("FINISHED")
+    assert Record.load(directory).status == "FINISHED"
+    assert client.get_run(tracker.run_id).info.status == "RUNNING"
+
+    with monkeypatch.context() as patch:
+        break_store(client, patch, "log_batch")
+        tracking.catch_up(directory)
+    assert "try again later" in warnings(caplog)[0]
+    tracking.catch_up(directory)
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert [step for step, _ in history(client, tracker.run_id, "train/loss")] == [0, 3, 6]
+    monkeypatch.setattr(mlflow_store, "prepare", lambda *_: pytest.fail("MLflow has all of it already"))
+    tracking.catch_up(directory)
+
+
+def test_a_failed_run_that_is_continued_runs_again(client, tmp_path):
+    tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
+    tracker.close("FAILED")
+    assert client.get_run(tracker.run_id).info.status == "FAILED"
+    resumed = Tracker(tmp_path / "run", MLFLOW, {}, {})
+    assert client.get_run(tracker.run_id).info.status == "RUNNING"
+    resumed.close("KILLED")
+    assert client.get_run(tracker.run_id).info.status == "KILLED"
+
+
+def test_a_run_whose_creator_was_killed_before_it_knew_the_id_is_found(client, tmp_path):
+    tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
+    tracker.record.run_id = tracker.record.uuid  # what the file said at that moment
+    tracker.record.save(tmp_path / "run")
+    again = Tracker(tmp_path / "run", MLFLOW, {}, {})
+    experiment = client.get_experiment_by_name("exp").experiment_id
+    assert [run.info.run_id for run in client.search_runs([experiment])] == [again.run_id]
+
+
+def test_a_run_that_the_store_lost_is_delivered_whole_again(client, tmp_path):
+    directory = tmp_path / "run"
+    tracker = Tracker(directory, MLFLOW, {"k": 50}, {})
+    (directory / "a.txt").write_text("a")
+    tracker.artifact(directory / "a.txt")
+    train(tracker, range(20))
+    tracker.close("KILLED")
+    client.delete_run(tracker.run_id)
+
+    resumed = Tracker(directory, MLFLOW, {"k": 50}, {})
+    train(resumed, range(20, 40))
+    resumed.close("FINISHED")
+    assert resumed.run_id != tracker.run_id
+    assert [step for step, _ in history(client, resumed.run_id, "train/loss")] == list(range(0, 40, 3))
+    assert [file.path for file in client.list_artifacts(resumed.run_id)] == ["a.txt"]
+
+
+def test_an_outage_does_not_stop_training_and_nothing_is_lost(client, tmp_path, monkeypatch, caplog):
+    tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
+    train(tracker, range(10))
+    with monkeypatch.context() as patch:
+        break_store(client, patch, "log_batch")
+        for step in range(10, 40):
+            train(tracker, range(step, step + 1))
+            tracker.flush()
+        (tmp_path / "run/a.txt").write_text("a")
+        tracker.artifact(tmp_path / "run/a.txt")
+        assert history(client, tracker.run_id, "train/loss") == []
+    (warning,) = warnings(caplog)
+    assert "the store is down" in warning
+    assert "metrics.jsonl" in warning
+
+    tracker.close("FINISHED")
+    assert [step for step, _ in history(client, tracker.run_id, "train/loss")] == list(range(0, 40, 3))
+    assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["a.txt"]
+    assert len(warnings(caplog)) == 1
+
+
+def test_a_slow_failing_store_is_left_alone_for_ten_times_what_it_cost(client, tmp_path, monkeypatch):
+    clock = [0.0]
+    calls = []
+
+    def hang(*args, **kwargs):
+        calls.append(clock[0])
+        clock[0] += 20.0
+        raise TimeoutError
+
+    tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(type(client), "log_batch", hang)
+    for _ in range(500):
+        tracker.flush()
+        clock[0] += 1.0
+    assert calls == [0.0, 220.0, 440.0]
+
+
+def test_a_store_that_is_down_from_start_to_end_gets_the_run_later(client, tmp_path, monkeypatch, caplog):
+    directory = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        break_store(client, patch, "search_runs", "create_run", "log_batch", "update_run", "set_terminated")
+        tracker = Tracker(directory, MLFLOW, {"k": 50}, {"device": "cpu"})
+        train(tracker, range(40))
+        tracker.close("FINISHED")
+    assert f"python -m src.tracking {directory}" in warnings(caplog)[-1]
+    assert query.read_runs("exp", "jsonl", tmp_path)[0].status == "FINISHED"
+
+    run_ids = {tracking.deliver(directory) for _ in range(2)}
+    (run,) = query.read_runs("exp", "mlflow")
+    assert run_ids == {run.run_id}
+    assert (run.status, run.params) == ("FINISHED", {"k": "50"})
+    assert [step for step, _ in history(client, run.run_id, "train/loss")] == list(range(0, 40, 3))
+    assert client.get_run(run.run_id).info.end_time == tracker.record.end_time
+
+
+def test_runs_of_jsonl_are_delivered_by_command(client, tmp_path, capsys):
+    for name in ("a", "b"):
+        tracker = Tracker(tmp_path / name, JSONL, {}, {})
+        tracker.log({"x": 1.0}, 0)
+        tracker.close("KILLED")
+    tracking.main([str(tmp_path / "a"), str(tmp_path / "b")])
+    found = {run.name: run for run in query.read_runs("exp", "mlflow")}
+    assert found["a"].metrics == found["b"].metrics == {"x": 1.0}
+    assert found["a"].status == "KILLED"
+    assert found["b"].run_id in capsys.readouterr().out.splitlines()[1]
+    with pytest.raises(UsageError, match="not the record of a run"):
+        tracking.main([str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_a_locked_database_is_waited_for_or_passed_over(client, tmp_path, caplog):
+    tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
+    other = sqlite3.connect(tmp_path / "mlflow.db")
+    other.execute("BEGIN EXCLUSIVE")
+    tracker.log({"x": 1.0}, 0)
+    tracker.flush()
+    assert "database is locked" in warnings(caplog)[0]
+    other.rollback()
+    tracker.close("FINISHED")
+    assert history(client, tracker.run_id, "x") == [(0, 1.0)]
+
+
+SERVER = """
+from mlflow.server import app
+from werkzeug.serving import make_server
+server = make_server("127.0.0.1", 0, app, threaded=True)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def server(client, tmp_path, monkeypatch):
+    """MLflow's tracking server on the store of `client`, by itself."""
+    from mlflow.server import constants
+
+    variables = {constants.BACKEND_STORE_URI_ENV_VAR: f"sqlite:///{tmp_path}/mlflow.db"}
+    variables |= {constants.ARTIFACT_ROOT_ENV_VAR: str(tmp_path / "mlruns")}
+    process = start(SERVER, tmp_path, **variables)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{int(process.stdout.readline())}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_delivery_to_a_server_is_idempotent_too(client, server, tmp_path):
+    assert mlflow_store.prepare().tracking_uri.startswith("http://")
+    directory = tmp_path / "remote"
+    train(Tracker(directory, MLFLOW, {"k": 50}, {}), range(10))  # and killed
+    remote = Tracker(directory, MLFLOW, {"k": 50}, {})
+    train(remote, range(20))
+    remote.log({"support/perplexity": math.nan}, 20)
+    (directory / "a.txt").write_text("a")
+    remote.artifact(directory / "a.txt")
+    remote.close("FINISHED")
+    for _ in range(2):
+        assert tracking.deliver(directory) == remote.run_id
+    assert history(client, remote.run_id, "train/loss") == [(step, 1 / (1 + step)) for step in range(0, 20, 3)]
+    assert len(client.get_metric_history(remote.run_id, "support/perplexity")) == 1
+    assert client.get_run(remote.run_id).info.status == "FINISHED"
+    assert [run.run_id for run in query.read_runs("exp", "mlflow")] == [remote.run_id]
+
+
+def test_a_server_that_is_not_there_does_not_stop_training(fresh_store, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port, where nothing listens
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = Tracker(tmp_path, MLFLOW, {}, {})
+    train(tracker, range(10))
+    tracker.close("FINISHED")
+    assert "python -m src.tracking" in warnings(caplog)[-1]
+    assert len(rows(tmp_path)) == 4
+    with pytest.raises(UsageError, match="does not answer"):
+        query.read_runs("exp", "mlflow")
+
+
+@pytest.mark.slow
+def test_mlflow_ui_without_options_shows_the_runs(client, tmp_path, monkeypatch):
+    if not socket.socket().connect_ex(("127.0.0.1", 5000)):
+        pytest.skip("something else uses the port of `mlflow ui`")
+    train(local := Tracker(tmp_path / "local", MLFLOW, {}, {}), range(10))
+    local.close("FINISHED")
+
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PYTEST_"))}
+    ui = subprocess.Popen([sys.executable, "-m", "mlflow", "ui"], env=env, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while socket.socket().connect_ex(("127.0.0.1", 5000)):
+            assert ui.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        assert [run.run_id for run in query.read_runs("exp", "mlflow")] == [local.run_id]
+    finally:
+        if ui.poll() is None:
+            os.killpg(ui.pid, signal.SIGTERM)  # it has workers
+        ui.wait()
+
+
+def test_one_command_delivers_all_that_waits_and_no_dead_run_stays_running(client, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "multirun"
+    with monkeypatch.context() as patch:
+        break_store(client, patch, "search_runs", "create_run", "log_batch")
+        for name in ("late", "later"):
+            train(tracker := Tracker(root / name, MLFLOW, {}, {}), range(10))
+            tracker.close("FINISHED")
+    train(Tracker(root / "killed", MLFLOW, {}, {}), range(10))  # by SIGKILL: nobody closes it
+    Tracker(root / "here", MLFLOW, {}, {}).close("FINISHED")
+    Tracker(root / "not meant", JSONL, {}, {}).close("FINISHED")
+    train(Tracker(root / "at work", MLFLOW, {}, {}), range(10))
+    with run_directory.exclusive(root / "at work"):
+        assert [path.name for path in tracking.waiting(root)] == ["late", "later", "killed"]
+        tracking.main([])
+    assert capsys.readouterr().out.count("delivered as run") == 3
+    status = {run.name: run.status for run in query.read_runs("exp", "mlflow")}
+    assert status == {
+        "late": "FINISHED",
+        "later": "FINISHED",
+        "killed": "KILLED",
+        "here": "FINISHED",
+        "at work": "RUNNING",
+    }
+    for name in ("late", "killed"):
+        run_id = Record.load(root / name).run_id
+        assert [step for step, _ in history(client, run_id, "train/loss")] == [0, 3, 6, 9]
+
+
+def test_a_run_that_is_worked_on_is_not_delivered(client, tmp_path):
+    Tracker(tmp_path / "run", MLFLOW, {}, {})
+    with run_directory.exclusive(tmp_path / "run"), pytest.raises(UsageError, match="another process is using it"):
+        tracking.deliver(tmp_path / "run")
+
+
+def test_a_sweep_leaves_the_record_of_a_run_that_is_worked_on_alone(tmp_path):
+    parent = Tracker(tmp_path / "sweep", JSONL, {"sweep": "grid"}, {"sweep_id": "0a"})
+    folders = [tmp_path / name for name in ("ended", "going")]
+    for folder in folders:
+        Tracker(folder, JSONL, {}, {}).close("FINISHED")
+    before = (folders[1] / "run.json").read_bytes()
+    with run_directory.exclusive(folders[1]):
+        tracking.nest(parent, folders)
+        assert (folders[1] / "run.json").read_bytes() == before
+    assert Record.load(folders[0]).tags["sweep.0a"] == "true"
+
+
+@pytest.mark.slow
+def test_a_store_that_is_locked_at_the_start_gets_the_run_later(client, tmp_path):
+    other = sqlite3.connect(tmp_path / "mlflow.db")
+    other.execute("BEGIN EXCLUSIVE")
+    code = RUN.replace("for step in range(50)", "for step in range(5)")
+    process = start(code, tmp_path, NAME="run")
+    assert process.communicate()[1].count("database is locked") == 1
+    assert process.returncode == 0
+    other.rollback()
+    tracking.deliver(tmp_path / "run")
+    (run,) = query.read_runs("exp", "mlflow")
+    assert [step for step, _ in history(client, run.run_id, "train/loss")] == list(range(5))

@@ -1,0 +1,67 @@
+import re
+
+import pytest
+
+from src.config import identity
+from src.runs import directory as run_directory
+from src.runs.record import Record
+from src.sweeps.dry_run import preview
+from tests.config.test_schema import parsed
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def ran(cfg, seconds, status="FINISHED"):
+    """Leave the record of a run behind, as if it had been worked on for so long."""
+    directory = run_directory.choose(cfg)
+    directory.mkdir(parents=True)
+    record = Record.new(directory.name, "support-sets")
+    record.params = {key: str(value) for key, value in identity.flatten(cfg).items()}
+    record.status, record.seconds = status, seconds
+    record.save(directory)
+
+
+def estimates(shown):
+    """Of each job, and of all: what is said after "about", by its place in the list."""
+    return [found[1] if (found := re.search(r"about ([\d.]+ \w+)", line)) else "" for line in shown.splitlines()]
+
+
+def jobs(*seeds, method="kmclr", epochs=10):
+    return [parsed(f"method={method}", f"epochs={epochs}", f"seed={seed}") for seed in seeds]
+
+
+def test_nothing_is_known_before_a_run_has_finished():
+    shown = preview(jobs(0, 1), at_a_time=2)
+    assert estimates(shown) == ["", "", ""]
+    assert shown.endswith("2 jobs, 2 to run; no time known for 2: none like them has finished yet")
+
+
+def test_time_goes_with_epochs_and_what_is_done_is_taken_off():
+    done, halved, fresh, longer = *jobs(0, 1, 2), *jobs(3, epochs=20)
+    ran(done, 3000)
+    ran(halved, 1200, "KILLED")
+    shown = preview([done, halved, fresh, longer], at_a_time=1)
+    assert [line.split()[1] for line in shown.splitlines()[:4]] == ["finished", "killed", "to", "to"]
+    assert estimates(shown) == ["", "30 min", "50 min", "100 min", "3.0 h"]
+
+
+def test_jobs_side_by_side_take_no_less_than_the_longest():
+    ran(jobs(0)[0], 3000)
+    assert estimates(preview(jobs(1, 2, 3, 4), at_a_time=2))[-1] == "100 min"
+    assert estimates(preview(jobs(1), at_a_time=8))[-1] == "50 min"
+
+
+def test_a_method_is_judged_by_its_own_runs_if_there_are_any():
+    ran(jobs(0)[0], 3000)
+    ran(jobs(0, method="simclr")[0], 1000)
+    assert estimates(preview(jobs(1, method="simclr"), at_a_time=1))[0] == "17 min"
+    assert estimates(preview(jobs(1, method="nnclr"), at_a_time=1))[0] == "33 min", "the mean of the others"
+
+
+def test_runs_of_other_images_or_networks_tell_nothing():
+    ran(parsed("backbone=resnet50"), 3000)
+    ran(parsed("data.limit=1000"), 3000)
+    assert "no time known for 1" in preview(jobs(0), at_a_time=1)

@@ -1,0 +1,81 @@
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from optuna.distributions import CategoricalDistribution, IntLogUniformDistribution, IntUniformDistribution
+
+from src.errors import UsageError
+from src.sweeps import optuna_study
+
+
+def space(*overrides, **base):
+    return optuna_study.space(OverridesParser.create().parse_overrides(list(overrides)), OmegaConf.create(base))
+
+
+def test_a_range_excludes_its_end_and_whole_keys_get_whole_numbers():
+    assert space("k=range(1,10)", k=400) == {"k": IntUniformDistribution(1, 9)}
+    assert space("k=interval(5,60)", k=400) == {"k": IntUniformDistribution(5, 60)}
+    assert space("k=tag(log,interval(5,60))", k=400) == {"k": IntLogUniformDistribution(5, 60)}
+    assert space("lr=interval(1,2)", lr=0.5)["lr"].__class__.__name__ == "UniformDistribution"
+    assert space("f=a,b", "seed=3") == {"f": CategoricalDistribution(("a", "b"))}
+
+
+def opened(folder, seed=0, **distributions):
+    return optuna_study.Study(folder, distributions or {"k": IntUniformDistribution(1, 50)}, "median", seed)
+
+
+def run(search, objective, count):
+    for _ in range(count):
+        number = search.propose()
+        search.conclude(number, "COMPLETE", objective(search.points()[number]))
+
+
+def test_points_are_distinct_until_there_are_none(tmp_path):
+    search = opened(tmp_path, k=IntUniformDistribution(1, 4))
+    run(search, lambda point: point["k"], 4)
+    assert sorted(point["k"] for point in search.points().values()) == [1, 2, 3, 4]
+    with pytest.raises(UsageError, match="no other point"):
+        search.propose()
+    assert search.best() == (next(n for n, point in search.points().items() if point["k"] == 4), 4.0)
+
+
+def test_a_continued_study_proposes_what_an_unbroken_one_does(tmp_path):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    run(opened(tmp_path / "whole"), lambda point: point["k"], 6)
+    for _ in range(3):
+        run(opened(tmp_path / "parts"), lambda point: point["k"], 2)
+    assert opened(tmp_path / "whole").points() == opened(tmp_path / "parts").points()
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # Optuna 2 says that of enqueue_trial
+def test_what_a_kill_leaves_behind(tmp_path):
+    search = opened(tmp_path)
+    open_trial = search.propose()
+    search.study.ask()  # killed before it had its point
+    search.study.enqueue_trial({"k": 33})  # killed before it began
+    again = opened(tmp_path)
+    assert again.state(open_trial) == "RUNNING"
+    assert list(again.points()) == [open_trial]
+    assert again.state(1) == "FAIL"
+    number = again.propose()
+    assert again.points()[number] == {"k": 33}
+
+
+def test_a_trial_far_behind_is_hopeless_and_a_good_one_is_not(tmp_path):
+    search = opened(tmp_path)
+    for value in (50.0, 51.0, 52.0, 53.0, 54.0):
+        number = search.propose()
+        assert not optuna_study.is_hopeless(str(tmp_path), number, 1, {"val/knn_top1": value + 10})
+        search.conclude(number, "COMPLETE", value)
+    bad, good = search.propose(), search.propose()
+    assert optuna_study.is_hopeless(str(tmp_path), bad, 1, {"val/knn_top1": 20.0})
+    assert not optuna_study.is_hopeless(str(tmp_path), good, 1, {"val/knn_top1": 64.0})
+    search.conclude(bad, "PRUNED")
+    assert search.state(bad) == "PRUNED"
+
+
+def test_without_a_study_nothing_is_hopeless(tmp_path, caplog):
+    assert not optuna_study.is_hopeless(None, None, 1, {"val/knn_top1": 0.0})
+    assert not optuna_study.is_hopeless(str(tmp_path), 0, 1, {})
+    assert not optuna_study.is_hopeless(str(tmp_path / "nowhere"), 0, 1, {"val/knn_top1": 0.0})
+    assert "does not answer" in caplog.text

@@ -1,0 +1,243 @@
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+
+from src.runs.record import Record
+from src.sweeps.sweep import alternatives, is_stop
+from tests.conftest import PROJECT
+
+UNION = [
+    {"method": ["simclr"]},
+    {"method": ["nnclr"], "queue_size": ["64", "256"]},
+    {"method": ["kmclr"], "k": ["50"]},
+]
+SMALL_SWEEP = ("+sweep=support_size", "queue_size=64", "k=10,20", "seed=0")
+
+
+def grids(given, params=None):
+    return list(alternatives(UNION, params or {}, given, [grid["method"] for grid in UNION]))
+
+
+def test_alternatives_are_not_multiplied_with_each_other():
+    assert [grid.get("method") for grid in grids({})] == [["simclr"], ["nnclr"], ["kmclr"]]
+    assert grids({}, {"seed": ["0", "1"]})[2] == {"seed": ["0", "1"], "method": ["kmclr"], "k": ["50"]}
+
+
+def test_the_command_line_replaces_values_where_they_belong():
+    simclr, nnclr, kmclr = grids({"k": ["7"], "seed": ["3"]}, {"seed": ["0", "1"]})
+    assert kmclr["k"] == ["7"]
+    assert "k" not in simclr | nnclr
+    assert {tuple(grid["seed"]) for grid in (simclr, nnclr, kmclr)} == {("3",)}
+
+
+def test_the_command_line_chooses_among_methods():
+    assert [grid["method"] for grid in grids({"method": ["kmclr", "simclr"]})] == [["simclr"], ["kmclr"]]
+
+
+def test_a_setting_of_one_method_concerns_that_method():
+    simclr, nnclr, kmclr = grids({"method.forget": ["none"], "method.temperature": ["0.1"]})
+    assert ["method.forget" in grid for grid in (simclr, nnclr, kmclr)] == [False, False, True]
+    assert all("method.temperature" in grid for grid in (simclr, nnclr, kmclr))
+
+
+def test_an_experiment_keeps_its_method_and_takes_that_methods_settings():
+    union = [{"experiment": ["original_nnclr"]}, {"experiment": ["original_kmclr"], "k": ["400"]}]
+    given = {"method": ["kmclr"], "method.forget": ["none"]}
+    (kmclr,) = alternatives(union, {}, given, [["nnclr"], ["kmclr"]])
+    assert kmclr == {"experiment": ["original_kmclr"], "k": ["400"], "method.forget": ["none"]}
+    nnclr, kmclr = alternatives(union, {}, {"method.forget": ["none"]}, [["nnclr"], ["kmclr"]])
+    assert nnclr == {"experiment": ["original_nnclr"]}
+
+
+@pytest.mark.parametrize(("status", "stop"), [(0, False), (1, False), (2, False), (75, True), (76, False), (143, True)])
+def test_which_statuses_continue(status, stop):
+    assert is_stop(status) == stop
+
+
+def folders(path, prefix=""):
+    return [d for d in sorted((path / "multirun").glob(f"{prefix}*")) if d.is_dir()]
+
+
+def sweep_of(path):
+    (folder,) = folders(path, "sweep-")
+    return folder, Record.load(folder)
+
+
+def in_store(path, query):
+    with sqlite3.connect(path / "mlflow.db") as store:
+        return store.execute(query).fetchall()
+
+
+@pytest.mark.parametrize(
+    ("name", "jobs"),
+    [("support_size", 42), ("original_table", 5), ("forgetting", 15), ("cpu_study", 48), ("ablations", 49)],
+)
+def test_the_sweeps_that_come_with_the_project(command, tmp_path, name, jobs):
+    done = command("src.train", "--multirun", f"+sweep={name}", "dry_run=true")
+    assert done.returncode == 0, done.stderr
+    listed = [line.split() for line in done.stdout.splitlines()]
+    assert listed[-1][:2] == [str(jobs), "jobs,"]
+    assert len({line[4] for line in listed[:-1]}) == jobs
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_method_chooses_among_the_alternatives_also_those_that_are_experiments(command):
+    done = command("src.train", "--multirun", "+sweep=cpu_study", "method=nnclr", "seed=0", "dry_run=true")
+    names = [line.split()[4] for line in done.stdout.splitlines()[:-1]]
+    assert [name.split("-")[1] for name in names] == [
+        "queue0",
+        *["queue400", "queue4096", "queue16384"] * 2,
+        "queue16384",
+    ]
+
+
+def test_a_dry_run_names_what_is_not_possible(command):
+    done = command("src.train", "--multirun", "method=kmclr", "k=50,0", "dry_run=true")
+    assert done.returncode == 2
+    assert done.stdout.splitlines()[-1].startswith("1 jobs, 1 to run")
+    assert done.stderr.startswith("not possible: k=0: must be 1 or more")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_with_a_bad_value_then_again(command, small, tmp_path):
+    arguments = ["--multirun", *small, *SMALL_SWEEP[:2], "k=10,abc,20", "seed=0", "jobs=2"]
+    done = command("src.train", *arguments)
+    assert done.returncode == 1
+    assert "no result: k=abc: Value 'abc'" in done.stderr
+    assert "run again just what is missing: python -m src.train --multirun" in done.stderr
+    assert "Traceback" not in done.stderr
+    folder, record = sweep_of(tmp_path)
+    assert record.status == "FAILED"
+    assert record.metrics["sweep/finished"] == 4
+    assert record.metrics["sweep/failed"] == 1
+    rows = json.loads((folder / "table.json").read_text())["rows"]
+    assert [(row["method"], row["support_set_size"]) for row in rows] == [
+        ("simclr", 0),
+        ("nnclr", 64),
+        ("kmclr", 10),
+        ("kmclr", 20),
+    ]
+    nested = in_store(tmp_path, "select value from tags where key = 'mlflow.parentRunId'")
+    assert nested == [(record.run_id,)] * 4
+    assert in_store(tmp_path, f"select status from runs where run_uuid = '{record.run_id}'") == [("FAILED",)]
+    assert {name for _, _, names in os.walk(tmp_path / "mlruns") for name in names} >= {"table.csv", "plot.png"}
+
+    before = (folder / "table.csv").read_bytes()
+    again = command("src.train", "--multirun", *small, *SMALL_SWEEP, "jobs=2")
+    assert again.returncode == 0, again.stderr
+    assert "4 jobs, 4 finished already" in again.stdout
+    assert "starts" not in again.stdout
+    assert sweep_of(tmp_path)[1].status == "FINISHED"
+    assert (folder / "table.csv").read_bytes() == before
+    preview = command("src.train", "--multirun", *small, *SMALL_SWEEP[:2], "k=10,30", "seed=0", "dry_run=true")
+    assert preview.stdout.count("finished") == 3
+    assert "4 jobs, 1 to run, about" in preview.stdout
+    report = command("src.report", f"sweep={record.tags['sweep_id']}", "out=report")
+    assert report.returncode == 0, report.stderr
+    assert (tmp_path / "report" / "table.csv").read_bytes() == before
+
+
+def start(path, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "src.train", "--multirun", *arguments]
+    return subprocess.Popen(line, cwd=path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for(condition):
+    for _ in range(1200):
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it never came")
+
+
+def finished(path):
+    return [d for d in folders(path) if (d / "run.json").exists() and Record.load(d).status == "FINISHED"]
+
+
+@pytest.mark.slow
+def test_killed_with_its_jobs_and_run_again_it_ends_as_an_unbroken_one(command, small, tmp_path):
+    arguments = [*small, *SMALL_SWEEP, "jobs=2", "tracking=jsonl"]
+    (tmp_path / "killed").mkdir()
+    process = start(tmp_path / "killed", *arguments)
+    wait_for(lambda: finished(tmp_path / "killed"))
+    process.kill()
+    process.wait()
+    # The kernel tells the jobs, which save and stop: none goes on without its sweep.
+    wait_for(lambda: not subprocess.run(["pgrep", "-f", str(tmp_path / "killed")], capture_output=True).stdout)
+    done = subprocess.run(
+        [sys.executable, "-m", "src.train", "--multirun", *arguments],
+        cwd=tmp_path / "killed",
+        env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert command("src.train", "--multirun", *arguments).returncode == 0
+    tables = [json.loads((sweep_of(place)[0] / "table.json").read_text()) for place in (tmp_path / "killed", tmp_path)]
+    for table in tables:
+        for row in table["rows"]:
+            del row["runs"]
+    assert tables[0] == tables[1]
+    assert {Record.load(d).status for d in folders(tmp_path / "killed")} == {"FINISHED"}
+
+
+@pytest.mark.slow
+def test_a_signal_stops_the_jobs_and_no_other_starts(small, tmp_path):
+    process = start(tmp_path, *small, *SMALL_SWEEP, "jobs=2", "epochs=200", "tracking=jsonl")
+    running = wait_for(
+        lambda: [d for d in folders(tmp_path) if (d / "metrics.jsonl").exists() and "sweep" not in d.name]
+    )
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 128 + signal.SIGTERM
+    assert sweep_of(tmp_path)[1].status == "KILLED"
+    assert len(folders(tmp_path)) <= 3
+    assert Record.load(running[0]).status == "KILLED"
+
+
+@pytest.mark.slow
+def test_time_for_all_jobs_together(command, small, tmp_path):
+    done = command("src.train", "--multirun", *small, *SMALL_SWEEP, "tracking=jsonl", "max_minutes=0.02")
+    assert done.returncode == 75
+    assert "4 of 4" not in done.stdout
+    assert sweep_of(tmp_path)[1].status == "KILLED"
+
+
+@pytest.mark.slow
+def test_a_sweep_without_a_legal_job_is_one_line(command, tmp_path):
+    done = command("src.train", "--multirun", "method=kmclr", "k=0,-1")
+    assert done.returncode == 2
+    assert done.stderr == "error: k=0: must be 1 or more\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_search_killed_and_run_again(command, small, tmp_path):
+    arguments = [*small, "+sweep=optuna", "k=int(interval(5,60))", "hydra.sweeper.trials=4", "tracking=jsonl"]
+    process = start(tmp_path, *arguments)
+    wait_for(lambda: finished(tmp_path))
+    process.kill()
+    process.wait()
+    wait_for(lambda: not subprocess.run(["pgrep", "-f", f"{small[4]}.*tracking.parent"], capture_output=True).stdout)
+    done = command("src.train", "--multirun", *arguments)
+    assert done.returncode == 0, done.stderr
+    folder, record = sweep_of(tmp_path)
+    assert record.status == "FINISHED"
+    with sqlite3.connect(folder / "study.db") as study:
+        states = [state for (state,) in study.execute("select state from trials order by number")]
+        points = study.execute("select trial_id, param_name, param_value from trial_params").fetchall()
+    assert len(states) == 4
+    assert set(states) <= {"COMPLETE", "PRUNED"}
+    by_trial = {}
+    for trial, name, value in points:
+        by_trial.setdefault(trial, set()).add((name, value))
+    assert len({frozenset(point) for point in by_trial.values()}) == 4
+    assert len(folders(tmp_path, "kmclr")) == 4

@@ -1,0 +1,32 @@
+import errno
+import os
+
+import pytest
+
+from src.system import atomic_write
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    atomic_write.write_whole(tmp_path / "a", b"one", b"two")
+    atomic_write.write_whole(tmp_path / "a", memoryview(b"three"))
+    assert (tmp_path / "a").read_bytes() == b"three"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_where_there_is_no_room_the_old_one_stays_and_nothing_else(tmp_path, monkeypatch):
+    atomic_write.write_whole(tmp_path / "a", b"old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic_write.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write.write_whole(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_line_names_the_file_or_else_the_folder(tmp_path):
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x/metrics.jsonl")
+    assert str(atomic_write.cannot_write(tmp_path, error)).startswith("x/metrics.jsonl: No space left on device; ")
+    assert str(atomic_write.cannot_write(tmp_path, OSError("broken"))).startswith(f"{tmp_path}: broken; ")

@@ -1,0 +1,46 @@
+"""What a result depends on besides its config."""
+
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from src.system import environment
+
+
+def test_the_environment_names_code_versions_and_device(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(sys, "argv", ["src/train.py", "k=50", "a b"])
+    tags = environment.environment_tags("cpu")
+    assert tags["torch"] == torch.__version__.partition("+")[0] or tags["torch"] == torch.__version__
+    assert tags["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert tags["command"] == "src/train.py k=50 'a b'"
+    assert tags["device"] == f"cpu ({torch.get_num_threads()} threads)"
+    assert not any(socket.gethostname() in value for value in tags.values())
+
+
+def test_the_commit_and_whether_the_code_differs_from_it(tmp_path, monkeypatch):
+    if not shutil.which("git"):
+        pytest.skip("no git")
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "src/system/environment.py"))
+    assert "git_commit" not in environment.environment_tags("cpu"), "an unpacked archive has none"
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/a.py").write_text("a")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    (tmp_path / "results.txt").write_text("not code")
+    tags = environment.environment_tags("cpu")
+    assert (tags["git_commit"], tags["git_dirty"]) == (git("rev-parse", "HEAD"), "false")
+    (tmp_path / "src/a.py").write_text("b")
+    assert environment.environment_tags("cpu")["git_dirty"] == "true"

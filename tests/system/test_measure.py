@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from src.system.measure import Stopwatch, peak_gib
+
+
+def test_it_sums_its_blocks_and_starts_anew(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    stopwatch = Stopwatch()
+    for seconds in (1.0, 2.5):
+        with stopwatch:
+            now[0] += seconds
+        now[0] += 100
+    assert stopwatch.pop() == 3.5
+    assert stopwatch.pop() == 0
+
+
+@pytest.mark.gpu
+def test_it_times_the_device():
+    stopwatch = Stopwatch()
+    stopwatch.device = torch.device("cuda")
+    a = torch.randn(2048, 2048, device="cuda")
+    with stopwatch:
+        for _ in range(20):
+            a = a @ a
+    assert stopwatch.pop() > 0
+    assert stopwatch.pop() == 0
+
+
+def test_the_peak_rises_with_what_is_touched_and_stays():
+    device = torch.device("cpu")
+    before = peak_gib(device)
+    block = torch.ones(int((before + 0.25) * 2**30), dtype=torch.uint8)  # more than has ever been resident
+    during = peak_gib(device)
+    del block
+    assert before > 0
+    assert during >= before + 0.2
+    assert peak_gib(device) >= during

@@ -1,0 +1,78 @@
+import os
+import signal
+
+import pytest
+
+from src.system.stopping import SIGNALS, TIME_IS_UP, Stopped, Stopper
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted_its_echo_ignored_and_a_second_one_ends_the_process(number, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    before = signal.getsignal(number)
+    with Stopper(None) as stopper:
+        assert stopper.status == 0
+        os.kill(os.getpid(), number)
+        assert stopper.status == 128 + number
+        os.kill(os.getpid(), number)
+        assert stopper.status == 128 + number
+        now[0] += 1
+        with pytest.raises(SystemExit) as end:
+            os.kill(os.getpid(), number)
+        assert end.value.code == 128 + number
+    assert signal.getsignal(number) == before
+
+
+def test_time_is_up_when_it_is(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Stopper(2) as stopper:
+        assert stopper.status == 0
+        now[0] += 119
+        assert stopper.status == 0
+        now[0] += 1
+        assert stopper.status == TIME_IS_UP
+
+
+def go_on(stopper, number=0):
+    with stopper.at_once():
+        if number:
+            os.kill(os.getpid(), number)
+        pytest.fail("went on")
+
+
+def test_where_nothing_can_be_lost_the_first_signal_stops_at_once():
+    with Stopper(None) as stopper:
+        for number in (signal.SIGTERM, 0):  # meanwhile, or before
+            with pytest.raises(Stopped) as end:
+                go_on(stopper, number)
+            assert end.value.code == 128 + signal.SIGTERM
+
+
+def stopped_by(number, called):
+    with Stopper(None) as stopper:
+        os.kill(os.getpid(), number)
+        assert not called
+        raise Stopped(stopper.status)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_schedulers_handler_is_called_once_the_run_has_been_closed(number):
+    called = []
+    before = signal.signal(number, lambda got, _: called.append(got))
+    try:
+        with Stopper(None):
+            os.kill(os.getpid(), number)  # in the last step: the run ends as finished
+        assert not called
+        with pytest.raises(Stopped):
+            stopped_by(number, called)
+        assert called == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_sigusr2_is_left_to_itself_where_nobody_listens():
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
+    with Stopper(None):
+        assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL

@@ -1,0 +1,541 @@
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from filelock import FileLock
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+
+from src import cli
+from src.errors import CannotWrite, Diverged, UsageError
+from src.reporting import curves
+from src.runs import checkpoint
+from src.runs.record import Record
+from src.runs.tracker import Tracker
+from src.support.kmeans import KMeans
+from src.system.stopping import Stopper
+from src.training import loop
+from tests.conftest import CIFAR100, PROJECT
+
+METHODS = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=100"], "kmclr": ["method=kmclr", "k=7"]}
+# DESIGN's names: what every run logs.
+METRICS = {
+    "train/loss",
+    "train/grad_norm",
+    "train/lr",
+    "train/alignment",
+    "train/uniformity",
+    "val/effective_rank",
+    "val/online_top1",
+    "val/online_top5",
+    "val/knn_top1",
+    "val/linear_top1",
+    "test/linear_top1",
+    "test/linear_top5",
+    "test/knn_top1",
+    "time/epoch_seconds",
+    "time/images_per_second",
+    "time/support_fraction",
+    "memory/peak_gib",
+}
+OF_ENTRIES = {f"support/{name}" for name in ("label_agreement", "self_hit", "perplexity", "dead", "age_steps")}
+OF_PROTOTYPES = {f"support/{name}" for name in ("purity", "nmi", "drift")}
+OF_METHOD = {"simclr": set(), "nnclr": OF_ENTRIES, "kmclr": OF_ENTRIES | OF_PROTOTYPES}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, small):
+    """Train in this process; returns the run's directory."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+    def run(*overrides, directory="run"):
+        with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+            cfg = compose("train", overrides=[*small, "tracking=jsonl", f"output_dir={directory}", *overrides])
+        cli.pretrain(cfg)
+        return tmp_path / directory
+
+    return run
+
+
+def history(directory):
+    """Everything logged except what it took: {(metric, step): value}."""
+    return {
+        (key, step): value
+        for key, (steps, values) in curves.read(directory).items()
+        if not key.startswith(("time/", "memory/"))
+        for step, value in zip(steps, values, strict=True)
+    }
+
+
+def assert_same_run(one, other):
+    assert history(one) == history(other)
+    for key, value in load_file(one / "encoder.safetensors").items():
+        assert torch.equal(value, load_file(other / "encoder.safetensors")[key]), key
+    ours, theirs = (checkpoint.load_latest(each / "checkpoints")[1] for each in (one, other))
+    for part in ("model", "classifier", "optimizer", "classifier_optimizer"):
+        assert_equal(ours[part], theirs[part], part)
+
+
+def assert_equal(one, other, where):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal(a, b, f"{where}[{index}]")
+    else:
+        assert torch.equal(one, other) if torch.is_tensor(one) else one == other, where
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_what_it_promises(run, method, capsys):
+    directory = run(*METHODS[method])
+    record = Record.load(directory)
+    assert record.status == "FINISHED"
+    assert record.metrics.keys() == METRICS | OF_METHOD[method]
+    assert all(value == value for value in record.metrics.values())
+    size = {"simclr": 0, "nnclr": 100, "kmclr": 7}[method]
+    assert record.params["support_set_size"] == str(size)
+    assert record.params["support_bytes"] == str(size * 16 * 4)
+    assert record.tags["config_hash"]
+    for name in ("config.yaml", "encoder.safetensors", "curves.png", "metrics.jsonl"):
+        assert (directory / name).stat().st_size > 0
+    assert len(list((directory / "checkpoints").glob("*.pt"))) <= 2
+    steps, _ = curves.read(directory)["train/loss"]
+    assert steps == list(range(6))  # 2 epochs of 200 images in batches of 64
+    assert "finished" in capsys.readouterr().out
+
+
+def test_a_queue_of_none_stores_nothing(run):
+    record = Record.load(run("method=nnclr", "queue_size=0"))
+    assert record.metrics.keys() == METRICS | OF_METHOD["simclr"]
+    assert record.params["support_set_size"] == record.params["support_bytes"] == "0"
+
+
+def losses(directory):
+    return curves.read(directory)["train/loss"][1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("plain", ["search", "layout", "precision"])
+def test_what_makes_a_step_fast_leaves_the_loss_curve(run, monkeypatch, method, plain):
+    """Against the run without it: search bit for bit, memory layout within 0.3%, bfloat16 within 5%.
+
+    At a small learning rate: on such small maps rounding grows up to tenfold a step at the usual one.
+    """
+    rate, tolerance = {"search": (0.001, 0), "layout": (0.0003, 0.003), "precision": (0.001, 0.05)}[plain]
+    overrides = [*METHODS[method], f"optimizer.lr={rate}"]
+    fast = losses(run(*overrides, *(["precision=bfloat16"] if plain == "precision" else []), directory="fast"))
+    if plain == "layout":
+        monkeypatch.setattr(torch, "channels_last", torch.contiguous_format)
+    slow = losses(run(*overrides, "search=faiss" if plain == "search" else "search=torch", directory="slow"))
+    assert len(set(slow)) == len(slow)
+    assert fast == pytest.approx(slow, abs=0, rel=tolerance)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(run, monkeypatch):
+    overrides = [*METHODS["kmclr"], "optimizer.lr=0.0003"]
+    plain, compiled = run(*overrides, directory="plain"), run(*overrides, "compile=true", directory="compiled")
+    assert losses(compiled) == pytest.approx(losses(plain), abs=0, rel=0.003)
+    for steps in (2, 100):
+        monkeypatch.setattr(loop, "Stopper", lambda _, steps=steps: StopAfter(steps))
+        with contextlib.suppress(SystemExit):
+            run(*overrides, "compile=true", directory="broken")
+    assert_same_run(compiled, compiled.parent / "broken")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_cuda_graphs_leave_the_loss_curve(run, method, monkeypatch):
+    """Six steps: the first of a graph are recorded, the others replayed.
+
+    Few, and in full float32: on a CPU, convolutions rounded to TF32 (PyTorch's default on a GPU) change KMCLR's loss by
+    1.2% at the sixth step and 2.6% at the tenth, since other prototypes become the nearest. Rounded to 21 bits of
+    float32's 23, they change no method's by more than 0.2% in six steps.
+    """
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    overrides = [*METHODS[method], "optimizer.lr=0.0003", "epochs=2", "device=cuda", "precision=float32"]
+    plain, graphed = run(*overrides, directory="plain"), run(*overrides, "compile=true", directory="graphed")
+    assert losses(graphed) == pytest.approx(losses(plain), abs=0, rel=0.005)
+
+
+def test_reviving_without_asking_the_device_leaves_the_loss_curve(run, monkeypatch):
+    overrides = ["method=kmclr", "k=40", "method.revive_after=1", "method.forget=none", "epochs=4"]
+    fast = run(*overrides, directory="fast")
+    revived = []
+
+    def revive(self, points, images, labels):
+        dead = (self.passed_K >= self.revive_after * self.size).nonzero()[:, 0][: len(points)]
+        rows = torch.randperm(len(points))[: len(dead)]
+        self._place(dead, points[rows], images[rows], labels[rows])
+        revived.append(len(dead))
+
+    monkeypatch.setattr(KMeans, "_revive", revive)
+    assert_same_run(fast, run(*overrides, directory="slow"))
+    assert sum(revived) > 0
+
+
+def test_positives_are_described_as_they_were_when_they_served(run):
+    """The queue holds exactly the batch before; within an epoch none of its images can be the anchor's own."""
+    directory = run("method=nnclr", "queue_size=64", "epochs=1", "data.limit=640")
+    assert curves.read(directory)["support/self_hit"][1] == [0.0]
+
+
+def test_the_same_command_again_trains_nothing_and_reports(run, capsys):
+    directory = run("method=simclr")
+    before = (directory / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    run("method=simclr")
+    assert (directory / "metrics.jsonl").read_bytes() == before
+    out = capsys.readouterr().out
+    assert "finished" in out
+    assert "started" not in out
+
+
+class StopAfter(Stopper):
+    """Asks to stop once so many steps were looked at."""
+
+    def __init__(self, steps):
+        super().__init__(None)
+        self.left = steps
+
+    @property
+    def status(self):
+        self.left -= 1
+        return 75 if self.left < 0 else 0
+
+
+@pytest.mark.parametrize(
+    ("method", "extra"),
+    [
+        ("simclr", []),
+        ("nnclr", []),
+        ("nnclr", ["method.queue_precision=bfloat16"]),
+        ("nnclr", ["search=ivf", "search.index='IVF4,Flat'", "search.nprobe=1", "search.refresh_every=3"]),
+        ("kmclr", ["method.forget_every=1"]),
+        ("kmclr", ["method.forget=decay", "method.half_life=3", "method.revive_after=2"]),
+        ("kmclr", ["method.refit=faiss", "method.refit_every=2", "method.refit_window=100"]),
+    ],
+)
+def test_stopped_anywhere_and_continued_it_is_the_unbroken_run(run, monkeypatch, method, extra):
+    overrides = [*METHODS[method], *extra, "epochs=3"]
+    unbroken = run(*overrides, directory="unbroken")
+    stops = 0
+    for steps in (2, 1, 4, 1, 100):
+        monkeypatch.setattr(loop, "Stopper", lambda _, steps=steps: StopAfter(steps))
+        try:
+            run(*overrides, directory="broken")
+        except SystemExit:
+            stops += 1
+            assert Record.load(unbroken.parent / "broken").status == "KILLED"
+    assert stops >= 3
+    assert_same_run(unbroken, unbroken.parent / "broken")
+
+
+def test_a_crash_loses_at_most_the_steps_since_the_checkpoint(run, monkeypatch):
+    """The steps are computed again, and logged once."""
+    unbroken = run("method=kmclr", "k=7", "epochs=3", "checkpoint.every=1", directory="unbroken")
+    real, calls = loop.seed_everything, []
+
+    def crash(*numbers):
+        calls.append(numbers)
+        if len(calls) == 5:
+            raise RuntimeError("power cut")
+        real(*numbers)
+
+    monkeypatch.setattr(loop, "seed_everything", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run("method=kmclr", "k=7", "epochs=3", "checkpoint.every=1", directory="broken")
+    assert Record.load(unbroken.parent / "broken").status == "FAILED"
+    monkeypatch.setattr(loop, "seed_everything", real)
+    assert_same_run(unbroken, run("method=kmclr", "k=7", "epochs=3", "checkpoint.every=1", directory="broken"))
+
+
+DIVERGES = ["method=simclr", "optimizer=sgd", "schedule.warmup_epochs=0"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(run, tmp_path):
+    with pytest.raises(Diverged) as first:
+        run(*DIVERGES, "optimizer.lr=1e25")
+    pattern = (
+        r"diverged at step 1: loss nan, norm of the gradient nan, of the weights \S+, learning rate \S+e\+24; lower"
+    )
+    assert re.match(pattern, str(first.value))
+    record = Record.load(tmp_path / "run")
+    assert (record.status, record.tags["error"]) == ("FAILED", str(first.value))
+    assert [step for key, step in history(tmp_path / "run") if key == "train/loss"] == [0]
+
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(Diverged) as second:  # the same command does not train to the same end
+        run(*DIVERGES, "optimizer.lr=1e25")
+    assert str(second.value) == str(first.value)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(run, tmp_path, monkeypatch):
+    """The loss alone would not show it before the next step, and the last step of an epoch is saved."""
+    real, calls = loop.Learner.grad_norm, []
+
+    def poisoned(learner):
+        calls.append(learner.step)
+        if learner.step == 5:  # the last of the second epoch
+            next(learner.method.parameters()).grad[0] = math.inf
+        return real(learner)
+
+    monkeypatch.setattr(loop.Learner, "grad_norm", poisoned)
+    with pytest.raises(Diverged, match=r"at step 5: loss [0-9.]+, norm of the gradient inf, of the weights [0-9.]+,"):
+        run("method=simclr", "checkpoint.every=1")
+    state = checkpoint.load_latest(tmp_path / "run/checkpoints")[1]
+    assert state["step"] == 3
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
+    real = loop.Learner.set_lr
+    rates = {5: 1e38}  # a finite gradient, and a step into nowhere
+
+    def rate(learner, steps):
+        lr = real(learner, steps)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = rates.get(learner.step, group["lr"])
+        return lr
+
+    monkeypatch.setattr(loop.Learner, "set_lr", rate)
+    with pytest.raises(Diverged, match="of the weights inf"):
+        run("method=simclr", "optimizer=sgd", "checkpoint.every=1")
+    assert checkpoint.load_latest(tmp_path / "run/checkpoints")[1]["step"] == 3
+
+
+@pytest.mark.parametrize("where", ["rows", "checkpoint", "record"])
+def test_a_full_disk_stops_the_run_and_when_there_is_room_it_is_the_unbroken_one(run, tmp_path, monkeypatch, where):
+    overrides = ["method=kmclr", "k=7", "epochs=3", "checkpoint.every=1"]
+    unbroken = run(*overrides, directory="unbroken")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patch:
+        if where == "rows":
+            patch.setattr(loop, "Tracker", FullAtStep5)
+        else:
+            patch.setattr(f"src.runs.{where}.write_whole", failing(checkpoint.write_whole, full, after=2))
+        with pytest.raises(CannotWrite, match=r"run(/metrics\.jsonl)?: No space left on device; mend that, and"):
+            run(*overrides)
+    assert Record.load(tmp_path / "run").status in ("FAILED", "RUNNING")  # the latter where not even that could be said
+    assert_same_run(unbroken, run(*overrides))
+
+
+def failing(function, error, after):
+    calls = []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) > after:
+            raise error
+        return function(*arguments)
+
+    return fail
+
+
+class FullAtStep5(Tracker):
+    """Takes a part of the row, as a disk does that is full."""
+
+    def log(self, metrics, step):
+        if step == 5:
+            rows = self._rows
+            self._rows = SimpleNamespace(write=lambda row: rows.write(row[:10]), fileno=rows.fileno, close=rows.close)
+        super().log(metrics, step)
+
+
+def test_time_makes_checkpoints_too_also_within_an_epoch(run, tmp_path, monkeypatch):
+    steps, save = [], loop.Learner.save
+    monkeypatch.setattr(
+        loop.Learner, "save", lambda learner, folder: (steps.append(learner.step), save(learner, folder))
+    )
+    unbroken = run("method=kmclr", "k=7", "checkpoint.minutes=0", directory="often")
+    assert steps == [1, 2, 3, 4, 5, 6]
+    steps.clear()
+    assert_same_run(unbroken, run("method=kmclr", "k=7", directory="seldom"))
+    assert steps == [6]
+
+
+def test_a_signal_in_the_final_evaluation_is_not_kept_waiting(run, tmp_path, monkeypatch):
+    unbroken = run("method=simclr", directory="unbroken")
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.protocol, "final", interrupted)
+        with pytest.raises(SystemExit) as end:
+            run("method=simclr")
+    assert end.value.code == 128 + signal.SIGTERM
+    assert Record.load(tmp_path / "run").status == "KILLED"
+    assert_same_run(unbroken, run("method=simclr"))
+
+
+def test_a_whole_checkpoint_that_no_run_wrote_is_refused(run, tmp_path):
+    run("method=simclr", "epochs=1")
+    (tmp_path / "run/run.json").unlink()
+    _, state = checkpoint.load_latest(tmp_path / "run/checkpoints")
+    for broken in ({}, state | {"config": "none"}, state | {"optimizer": {}}, state | {"seconds": 1}):
+        checkpoint.save(tmp_path / "run/checkpoints", state["step"], broken)
+        with pytest.raises(UsageError, match=r"is not the checkpoint of a run|is of another") as error:
+            run("method=simclr", "epochs=1")
+        assert "\n" not in str(error.value)
+
+
+def test_final_trains_on_the_validation_images_too(run):
+    directory = run("method=simclr", "data.limit=null", "data.final=true", "epochs=1")
+    metrics = Record.load(directory).metrics
+    assert not [key for key in metrics if key.startswith("val/")]
+    assert metrics["test/linear_top1"] > 0
+    assert metrics["train/lr"] >= 0
+    assert max(step for _, step in history(directory)) == 1437 // 64
+
+
+def test_the_original_protocol_and_timm_run_too(run):
+    directory = run(
+        "method=simclr", "epochs=1", "evaluation=original", "evaluation.epochs=1", "data.limit=128",
+        "backbone=timm", "backbone.name=resnet10t",
+    )  # fmt: skip
+    assert Record.load(directory).metrics["test/linear_top1"] >= 0
+
+
+def test_another_configuration_in_the_same_directory_is_refused(run):
+    run("method=kmclr", "k=7")
+    with pytest.raises(UsageError, match="k was 7 and is 8"):
+        run("method=kmclr", "k=8")
+
+
+def test_resume_never_starts_beside_what_is_there(run, tmp_path):
+    run("method=simclr", "epochs=1")
+    run("method=simclr", "epochs=1", "resume=never")
+    assert Record.load(tmp_path / "run").run_id != Record.load(tmp_path / "run.2").run_id
+    assert history(tmp_path / "run") == history(tmp_path / "run.2")
+
+
+def test_a_directory_in_use_is_refused(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(UsageError, match="another process is using it"):
+        run("method=simclr")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_doubtful_settings_are_warned_of(run, caplog):
+    run("method=nnclr", "queue_size=401", "epochs=2")
+    assert "queue_size=401: 200 images in 2 epochs never fill it" in caplog.text
+    run("method=nnclr", "queue_size=201", "epochs=2", directory="large")
+    assert "queue_size=201: more than the 200 training images" in caplog.text
+    run("method=nnclr", "queue_size=200", "epochs=1", directory="fits")
+    assert "queue_size=200" not in caplog.text
+    run("method=kmclr", "k=201", "epochs=1", directory="other")
+    assert "k=201: more prototypes than the 200 training images" in caplog.text
+    run("method=kmclr", "k=7", "epochs=1", "method.refit=faiss", directory="refit")
+    assert "method.refit_window=16384: 576 embeddings between two resets never fill it" in caplog.text
+    assert "schedule.warmup_epochs=2: not shorter than epochs=1" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_sigkill_at_any_moment_changes_nothing(command, small, tmp_path, method):
+    """The real command line, killed at growing delays after its start until it comes to its end."""
+    arguments = [*small, *METHODS[method], "tracking=jsonl", "epochs=6", "checkpoint.every=1"]
+    assert command("src.train", *arguments, "output_dir=unbroken").returncode == 0
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    broken, kills = [sys.executable, "-m", "src.train", *arguments, "output_dir=broken"], 0
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+    for rows in (1, 4, 9, 14, 10**9):
+        process = subprocess.Popen(broken, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+        while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < rows):
+            time.sleep(0.003)
+        kills += process.poll() is None
+        process.kill()
+        if process.wait() == 0:
+            break
+    assert kills >= 3
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_the_run_cleanly(small, tmp_path, number):
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    arguments = [*small, "method=kmclr", "k=7", "tracking=jsonl", "epochs=1000", "output_dir=run"]
+    process = subprocess.Popen([sys.executable, "-m", "src.train", *arguments], cwd=tmp_path, env=environment)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 5:
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert Record.load(tmp_path / "run").status == "KILLED"
+    last = [json.loads(line)["step"] for line in metrics.read_text().splitlines()][-1]
+    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints")[1]["step"] >= last
+
+
+@pytest.mark.slow
+def test_max_minutes_stops_resumably(command, small, tmp_path):
+    arguments = [*small, "method=simclr", "tracking=jsonl", "output_dir=run", "epochs=1000", "max_minutes=0.05"]
+    first = command("src.train", *arguments)
+    assert (first.returncode, Record.load(tmp_path / "run").status) == (75, "KILLED")
+    assert "the same command continues" in first.stdout
+    assert "continued at step" in command("src.train", *arguments).stdout
+
+
+@pytest.mark.slow
+def test_neither_mlflow_nor_faiss_is_needed(command, small, tmp_path):
+    """As on a machine where importing either fails."""
+    for name in ("mlflow", "faiss"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')")
+    shadowed = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}"}
+    run = [*small, "method=kmclr", "k=7", "epochs=1", "output_dir=run"]
+    done = command("src.train", *run, "tracking=jsonl", "search=torch", environment=shadowed)
+    assert done.returncode == 0, done.stderr
+    assert Record.load(tmp_path / "run").metrics.keys() >= METRICS
+    done = command("src.train", *run, "output_dir=other", "search=torch", environment=shadowed)
+    assert done.returncode == 2
+    assert "tracking=jsonl" in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.cifar
+@pytest.mark.parametrize("method", METHODS)
+def test_real_images_and_mlflow(command, cache_dir, tmp_path, method):
+    """The issue's second demand, on fewer images: every metric is in MLflow."""
+    done = command(
+        "src.train",
+        *METHODS[method],
+        f"data.root={CIFAR100}",
+        f"data.cache_dir={cache_dir}",
+        "backbone=resnet_tiny",
+        "data.limit=500",
+        "batch_size=100",
+        "epochs=2",
+        "evaluation.epochs=5",
+        "tracking.experiment=cifar",
+    )
+    assert done.returncode == 0, done.stderr
+    listing = "import json; from src.runs.query import read_runs; r, = read_runs('cifar', 'mlflow'); " \
+        "print(json.dumps([r.status, sorted(r.metrics), r.params['support_set_size']]))"  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    found = subprocess.run(
+        [sys.executable, "-c", listing], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    status, metrics, size = json.loads(found.stdout.splitlines()[-1])
+    assert status == "FINISHED"
+    assert set(metrics) == METRICS | OF_METHOD[method]
+    assert size == {"simclr": "0", "nnclr": "100", "kmclr": "7"}[method]

@@ -1,0 +1,32 @@
+"""Runs short trainings and prints their losses: ``python -m tests.unchanged.runner FOLDER < cases.json``.
+
+A process of its own, because arithmetic that is the same on every x86-64 machine is chosen by environment variables
+that are read when torch is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from src import cli
+from tests.config.test_schema import composed
+
+
+def losses(overrides: list[str], folder: Path) -> list[str]:
+    """The loss of every step, and the final figures, as hexadecimal floats."""
+    cli.pretrain(composed(*overrides, f"output_dir={folder}"))
+    rows = [json.loads(line)["metrics"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    keys = ("train/loss", "val/knn_top1", "test/linear_top1")
+    return [float(row[key]).hex() for row in rows for key in keys if key in row]
+
+
+if __name__ == "__main__":
+    torch.backends.mkldnn.enabled = False
+    torch.set_num_threads(1)
+    root = Path(sys.argv[1])
+    found = {case: losses(json.loads(case), root / str(place)) for place, case in enumerate(json.load(sys.stdin))}
+    (root / "losses.json").write_text(json.dumps(found, indent=1))
