@@ -63,8 +63,7 @@ def _wait(device: torch.device) -> None:
 def flop_an_image(cfg: Config, classes: int) -> float:
     """Floating-point operations of one image's two views, forward and backward."""
     cpu, batch = torch.device("cpu"), 8
-    backbone, features = build.encoder(cfg.backbone, cfg.data.image_size)
-    method = build.method(cfg, backbone, features, classes, build.search(schema.Search("torch"), cpu), cpu)
+    method, _ = build.method(cfg, classes, build.search(schema.Search("torch"), cpu), cpu)
     views = torch.randn(2, batch, 3, cfg.data.image_size, cfg.data.image_size)
     with FlopCounterMode(display=False) as counter:
         method(*views).loss.backward()

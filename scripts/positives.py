@@ -24,7 +24,7 @@ from src.config import identity
 from src.data import Dataset, load
 from src.runs import checkpoint
 from src.support.search import TorchSearch, cluster
-from src.training.state import Learner
+from src.training.state import TrainState
 
 SIZES = (400, 4096, 16384)
 KS = (50, 200, 400, 800)
@@ -40,20 +40,20 @@ class Views(NamedTuple):
     labels_N: Tensor
 
 
-def embed(learner: Learner, data: Dataset) -> dict[str, Views]:
+def embed(state: TrainState, data: Dataset) -> dict[str, Views]:
     """Unit vectors of two views of each image: what the projector gives, and the encoder."""
-    makers = build.views(learner.cfg, data)
+    makers = build.views(state.cfg, data)
     torch.manual_seed(0)
     order = torch.randperm(len(data.train))
-    batch_size = learner.cfg.batch_size
+    batch_size = state.cfg.batch_size
     order = order[: len(order) // batch_size * batch_size]
     found: dict[str, tuple[list[Tensor], list[Tensor]]] = {"embeddings": ([], []), "features": ([], [])}
     for rows in order.split(batch_size):
         images = data.train.take(rows).images
         for place, view in enumerate(makers):
-            with torch.no_grad(), torch.autocast("cpu", learner.dtype, enabled=learner.dtype != torch.float32):
-                features = learner.method.encoder(view(images))
-                embeddings = learner.method.projector(features)
+            with torch.no_grad(), torch.autocast("cpu", state.dtype, enabled=state.dtype != torch.float32):
+                features = state.method.encoder(view(images))
+                embeddings = state.method.projector(features)
             found["embeddings"][place].append(F.normalize(embeddings.float(), dim=1))
             found["features"][place].append(F.normalize(features.float(), dim=1))
     labels = data.train.labels[order]
@@ -93,13 +93,13 @@ def tables(run: Path, data: Path | None) -> list[str]:
     """A table a space, in Markdown."""
     cfg = config_of(run, data)
     images = load(cfg.data)
-    learner = Learner(cfg, images)
+    state = TrainState(cfg, images)
     found = checkpoint.load_latest(run / "checkpoints")
     if found is None:
         raise SystemExit(f"{run}: there is no checkpoint")
-    checkpoint.restore(learner.method, found[1]["model"], found[0])
+    checkpoint.restore(state.method, found[1]["model"], found[0])
     lines = []
-    for space, views in embed(learner, images).items():
+    for space, views in embed(state, images).items():
         stored = len(views.labels_N)
         sizes = [size for size in SIZES if size < stored]
         rows = [(f"nearest of {size:,}", of_neighbours(views, size)) for size in (*sizes, stored)]

@@ -27,7 +27,7 @@ from src.data.augment import ViewMaker
 from src.runs.tracker import Tracker
 from src.system.stopping import Stopper
 from src.training import loop
-from src.training.state import Learner
+from src.training.state import TrainState
 
 SKIPPED = 2  # steps in which caches and allocators fill
 
@@ -78,10 +78,10 @@ class Parts:
 def profile(overrides: list[str], steps: int) -> list[dict[str, float]]:
     """Seconds by part, for each of the steps."""
     measured_on = images()
-    learner = Learner(compose("data.final=true", *overrides), dataset(measured_on))
-    fill(learner)
-    method = learner.method
-    parts = Parts(learner.device, steps)
+    state = TrainState(compose("data.final=true", *overrides), dataset(measured_on))
+    fill(state)
+    method = state.method
+    parts = Parts(state.device, steps)
     parts.time("views", ViewMaker, "__call__")
     parts.time("encoder", method.encoder, "forward")
     parts.time("heads", method.projector, "forward")
@@ -91,10 +91,10 @@ def profile(overrides: list[str], steps: int) -> list[dict[str, float]]:
         parts.time("lookup", method.support, "lookup")
         parts.time("support update", method.support, "update")
     parts.time("backward", torch.Tensor, "backward")
-    parts.time("optimizer", learner.optimizer, "step")
+    parts.time("optimizer", state.optimizer, "step")
     with contextlib.suppress(EnoughError):
         loop.pretrain(
-            learner,
+            state,
             dataset(measured_on),
             cast(Tracker, Unlogged()),
             cast(Stopper, Paced(parts.step)),

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from scripts.rivals import Images
 from src import cli
 from src.config import schema
+from src.config.parse import parse
 from src.data import Dataset, Split, load
 from src.data.cache import Cache
 
@@ -26,7 +27,7 @@ MEAN, STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]  # CIFAR-100's
 def compose(*overrides: str) -> schema.Config:
     """The config of ``python -m src.train OVERRIDES``."""
     with hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        return schema.parse(hydra.compose("train", overrides=list(overrides)))
+        return parse(hydra.compose("train", overrides=list(overrides)))
 
 
 def config_of(run: Path, data: Path | None) -> schema.Config:
@@ -36,7 +37,7 @@ def config_of(run: Path, data: Path | None) -> schema.Config:
     composed.device = "cpu"
     if data is not None:
         composed.data.root = str(data)
-    return schema.parse(composed)
+    return parse(composed)
 
 
 def images(count: int = 50_000) -> Images:

@@ -7,18 +7,17 @@ from torch import nn
 
 from src import models
 from src.config import schema
+from src.config.outside import call, target
 from src.config.schema import Config
 from src.data import Dataset
 from src.data.augment import ViewMaker
 from src.errors import UsageError
-from src.methods.kmclr import KMCLR
-from src.methods.nnclr import NNCLR
-from src.methods.simclr import SimCLR
+from src.methods.base import Method, Parts
+from src.methods.contrast import Contrast
+from src.support.base import Space, SupportSet
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
 from src.support.search import FaissSearch, InvertedLists, Search, TorchSearch, has_faiss_gpu, require_faiss
-
-Method = SimCLR | NNCLR | KMCLR
 
 # On a GPU with CUDA graphs (on a CPU there are none): a ResNet-18's kernels for a batch of 256 take a third of the time
 # in which a host launches them one by one. A graph's outputs last until the next step is marked.
@@ -78,6 +77,8 @@ def views(cfg: Config, data: Dataset) -> tuple[ViewMaker, ViewMaker]:
 def encoder(cfg: schema.Backbone, image_size: int) -> tuple[nn.Module, int]:
     """The backbone, and how many features it gives."""
     match cfg.name:
+        case _ if cfg._target_ is not None:
+            model = call(cfg._target_, cfg.options, "backbone")
         case "resnet18" | "resnet34" | "resnet50":
             model = models.resnet(cfg.name, cfg.stem)  # type: ignore[arg-type]
         case "resnet_tiny":
@@ -87,49 +88,23 @@ def encoder(cfg: schema.Backbone, image_size: int) -> tuple[nn.Module, int]:
     return model, models.feature_dim(model, image_size)
 
 
-def method(
-    cfg: Config, backbone: nn.Module, features: int, classes: int, search: Search, device: torch.device
-) -> Method:
-    """The method with its networks and its support set, on the device.
+def method(cfg: Config, classes: int, search: Search, device: torch.device) -> tuple[Method, int]:
+    """The method with its networks and its support set, on the device, and how many features its encoder gives.
 
     Args:
         cfg: the run's config.
-        backbone: from `encoder`.
-        features: that it gives.
         classes: of the data set, for the support set's diagnostics.
         search: the back end, which the evaluation uses too: on a GPU each one reserves memory.
         device: where all of it goes.
     """
-    settings = cfg.method
-    out = settings.projector.out
-    projector = models.projector(features, settings.projector.hidden, out)
-    model: Method
-    match settings:
-        case schema.SimCLR():
-            model = SimCLR(backbone, projector, temperature=settings.temperature)
-        case schema.NNCLR():
-            assert cfg.queue_size is not None
-            model = NNCLR(
-                backbone,
-                projector,
-                models.predictor(out, settings.predictor_hidden) if settings.predictor_hidden else None,
-                queue(settings, cfg.search, cfg.queue_size, out, search) if cfg.queue_size else None,
-                temperature=settings.temperature,
-                support_weight=settings.support_weight,
-            )
-        case schema.KMCLR():
-            assert cfg.k is not None
-            model = KMCLR(
-                backbone,
-                projector,
-                models.predictor(out, settings.predictor_hidden) if settings.predictor_hidden else None,
-                kmeans(settings, cfg.k, out, classes, search),
-                temperature=settings.temperature,
-                support_weight=settings.support_weight,
-                mask_shared=settings.same_prototype == "mask",
-            )
-        case _:
-            raise AssertionError(settings)
+    backbone, features = encoder(cfg.backbone, cfg.data.image_size)
+    dim = cfg.projector.out
+    projector = models.projector(features, cfg.projector.hidden, dim)
+    parts = Parts(backbone, projector, features, dim, support(cfg, Space(dim, classes, search)))
+    if cfg.method._target_ is None:
+        model: Method = Contrast(parts, cfg.objective)
+    else:
+        model = target(cfg.method._target_, "method")(parts, cfg.method)
     model.to(device).to(memory_format=torch.channels_last)
     if model.support is not None:
         model.support.stopwatch.device = device
@@ -137,37 +112,45 @@ def method(
         model.encoder.compile(mode=COMPILE_MODE)
         model.projector.compile(mode=COMPILE_MODE)
         torch.backends.cudnn.benchmark = True  # the graphs keep what is fastest; processes may differ by a rounding
-    return model
+    return model, features
 
 
-def queue(settings: schema.NNCLR, cfg: schema.Search, size: int, dim: int, search: Search) -> Queue:
-    """NNCLR's queue.
+def support(cfg: Config, space: Space) -> SupportSet | None:
+    """The support set; None where nothing is stored.
 
     Raises:
-        UsageError: it is to be searched by inverted lists, and faiss is not installed or does not know the index.
+        UsageError: it needs faiss, which is not installed or does not know the index.
     """
+    match cfg.support:
+        case schema.Queue():
+            assert cfg.queue_size is not None
+            return queue(cfg.support, cfg.search, cfg.queue_size, space)
+        case schema.KMeans():
+            assert cfg.k is not None
+            return kmeans(cfg.support, cfg.k, space)
+        case settings if settings._target_ is not None:
+            return target(settings._target_, "support")(settings, space)
+    return None
+
+
+def queue(settings: schema.Queue, cfg: schema.Search, size: int, space: Space) -> Queue:
+    """A queue, searched exactly or by inverted lists."""
     lists = None
     if cfg.name == "ivf":
         assert cfg.index is not None
         assert cfg.nprobe is not None
-        lists = InvertedLists(size, dim, cfg.index, cfg.nprobe)
-    dtype = torch.bfloat16 if settings.queue_precision == "bfloat16" else torch.float32
-    return Queue(size, dim, search, dtype=dtype, lists=lists, refresh_every=cfg.refresh_every or 0)
+        lists = InvertedLists(size, space.dim, cfg.index, cfg.nprobe)
+    dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+    return Queue(size, space.dim, space.search, dtype=dtype, lists=lists, refresh_every=cfg.refresh_every or 0)
 
 
-def kmeans(settings: schema.KMCLR, k: int, dim: int, classes: int, search: Search) -> KMeans:
-    """KMCLR's prototypes.
-
-    Raises:
-        UsageError: they are to be re-clustered with faiss, and it is not installed.
-    """
+def kmeans(settings: schema.KMeans, k: int, space: Space) -> KMeans:
+    """Prototypes from online k-means."""
     if settings.refit == "faiss":
-        require_faiss("method.refit=faiss", "method.refit=online")
+        require_faiss("support.refit=faiss", "support.refit=online")
     return KMeans(
         k,
-        dim,
-        classes,
-        search,
+        *space,
         spherical=settings.metric == "spherical",
         reset_every=settings.forget_every if settings.forget == "reset" else 0,
         half_life=settings.half_life if settings.forget == "decay" else 0,

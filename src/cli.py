@@ -13,20 +13,22 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 import omegaconf
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config import schema
-from src.config.explain import explain
+from src.config.explain import explain_composition
+from src.config.parse import parse
+from src.config.renamed import new_name
 from src.errors import RunFailed, UsageError
 from src.sweeps import plugins
 from src.sweeps.dry_run import preview
@@ -34,6 +36,7 @@ from src.sweeps.launcher import JobFailed
 from src.system.redact import redact
 from src.system.stopping import Stopped
 
+OF_THE_SWEEP = ("jobs", "dry_run", "max_minutes")  # keys that concern a sweep as a whole
 LONGEST = 600  # characters of a line for people
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -66,7 +69,7 @@ def deliver() -> None:
 
 def pretrain(composed: DictConfig) -> float:
     """One run, from a composed config to its last ``val/knn_top1`` (`src.training.loop.run`)."""
-    cfg = schema.parse(composed)
+    cfg = parse(composed)
     if cfg.dry_run:
         print(preview([cfg], at_a_time=1))
         return math.nan
@@ -91,10 +94,7 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     """
     plugins.register()
     if {"--multirun", "-m"} & set(sys.argv):
-        # A choice of one. As a plain value Hydra would also give it to the default method, which may not have it.
-        sys.argv[1:] = [
-            re.sub(rf"^({'|'.join(schema.SUPPORT_KEYS.values())})=(\w+)$", r"\1=choice(\2)", a) for a in sys.argv[1:]
-        ]
+        sys.argv[1:] = [_for_the_sweeper(argument) for argument in sys.argv[1:]]
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
 
     def task(composed: DictConfig) -> Any:
@@ -106,19 +106,46 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
             return main(composed)
 
     hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
-    if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
-        hydra_main()
-        return
+    tracebacks = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own reporting would hide the exception from us
     try:
-        with _explained():
-            hydra_main()
+        with nullcontext() if tracebacks else _explained():
+            _with_present_names(hydra_main)
     except KeyboardInterrupt:  # before a run could take it for a request to stop
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        if not _is_from_hydra(error):
+        if tracebacks or not _is_from_hydra(error):
             raise
-        fail(explain(str(error)))
+        fail(explain_composition(str(error)))
+
+
+def _for_the_sweeper(argument: str) -> str:
+    """A plain value as a choice of one: Hydra leaves that to the sweeper, which knows each job's options.
+
+    It would set a plain value in the sweep's own config as well, where the default method may not have the key.
+    """
+    key, _, value = argument.partition("=")
+    if argument[0] in "-+~" or "/" in key or key.split(".")[0] in ("hydra", *OF_THE_SWEEP) or not value:
+        return argument
+    try:
+        is_sweep = OverridesParser.create().parse_override(argument).is_sweep_override()
+    except HydraException:  # which Hydra will say better
+        return argument
+    return argument if is_sweep else f"{key}=choice({value})"
+
+
+def _with_present_names(hydra_main: Callable[[], None]) -> None:
+    """Compose and run; where the line has a key that has been renamed, and that the options lack, try its new name."""
+    while True:
+        try:
+            return hydra_main()
+        except HydraException as error:
+            lacking = re.search(r"Could not override '([\w.]+)'", str(error))
+            old = lacking[1] if lacking else ""
+            new = new_name(old)
+            if new is None:
+                raise
+            sys.argv[1:] = [re.sub(rf"^{re.escape(old)}=", f"{new}=", argument) for argument in sys.argv[1:]]
 
 
 def _is_from_hydra(error: Exception) -> bool:
@@ -137,7 +164,7 @@ def _explained() -> Iterator[None]:
     except RunFailed as failure:
         fail(str(failure), failure.status)
     except (HydraException, OmegaConfBaseException) as error:  # one of Hydra's is an OSError too
-        fail(explain(str(error)))
+        fail(explain_composition(str(error)))
     except OSError as error:  # before a run had its directory: nothing has been written
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
 

@@ -13,7 +13,7 @@ Pair = tuple[Tensor, Tensor]  # of view 1 and of view 2
 
 
 def nt_xent(
-    z1_BD: Tensor, z2_BD: Tensor, temperature: float, positives: Pair | None = None, groups: Tensor | None = None
+    z1_BD: Tensor, z2_BD: Tensor, temperature: float, positives: Pair | None = None, mask_ids: Tensor | None = None
 ) -> Tensor:
     """Normalised temperature-scaled cross entropy over the 2B views of a batch.
 
@@ -25,22 +25,23 @@ def nt_xent(
         z1_BD: projections of view 1.
         z2_BD: of view 2 of the same images.
         temperature: above 0.
-        positives: [B, D] each, what takes the place of view 1, and of view 2, where it is j. Elsewhere nothing does.
-        groups: [2B] of view 1, then view 2: a view m of j's group is left out of i's sum, unless it is j itself. So no
-            view is pushed away from others that were found the same positive as the one it is pulled to.
+        positives: [B, D] of view 1 and of view 2: optional targets that replace the positive partner; the negatives
+            are unchanged.
+        mask_ids: [2B] of view 1, then view 2: a view m that has j's id is left out of i's sum, unless it is j itself.
+            So no view is pushed away from others that share the positive that it is pulled to.
 
     Returns:
         The mean over all 2B ordered pairs, a scalar.
 
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, equation 1.
-    Deviations: ``positives`` and ``groups``.
+    Deviations: ``positives`` and ``mask_ids``.
     """
     z = F.normalize(torch.cat([z1_BD, z2_BD]).float(), dim=1)
     views = torch.arange(len(z), device=z.device)
     others = views.roll(len(z1_BD))
     logits = _products(z, z) / temperature
-    if groups is not None:
-        alike = groups[others, None] == groups
+    if mask_ids is not None:
+        alike = mask_ids[others, None] == mask_ids
         logits = logits.masked_fill(alike & (others[:, None] != views), float("-inf"))
     if positives is not None:
         q = F.normalize(torch.cat(positives).float(), dim=1)
@@ -51,7 +52,7 @@ def nt_xent(
 
 
 def info_nce(
-    positives_BD: Tensor, predictions_BD: Tensor, temperature: float, groups_B: Tensor | None = None
+    positives_BD: Tensor, predictions_BD: Tensor, temperature: float, mask_ids_B: Tensor | None = None
 ) -> Tensor:
     """Cross entropy of each positive against the predictions of the whole batch.
 
@@ -63,33 +64,33 @@ def info_nce(
         positives_BD: what the support set returned for view 1, say.
         predictions_BD: the predictor's output for view 2.
         temperature: above 0.
-        groups_B: rows of one group are left out of each other's sums. Where q_i and q_k are the same vector, q_i would
+        mask_ids_B: rows of one id are left out of each other's sums. Where q_i and q_k are the same vector, q_i would
             otherwise be asked to be near p_i and far from p_k, and q_k the reverse.
 
     Returns:
         The mean over the rows, a scalar.
 
-    Source: Dwibedi et al., "With a Little Help from My Friends", ICCV 2021, equation 3. Deviation: ``groups_B``.
+    Source: Dwibedi et al., "With a Little Help from My Friends", ICCV 2021, equation 3. Deviation: ``mask_ids_B``.
     """
     q = F.normalize(positives_BD.float(), dim=1)
     p = F.normalize(predictions_BD.float(), dim=1)
     logits = _products(q, p) / temperature
     rows = torch.arange(len(q), device=q.device)
-    if groups_B is not None:
-        alike = groups_B[:, None] == groups_B
+    if mask_ids_B is not None:
+        alike = mask_ids_B[:, None] == mask_ids_B
         logits = logits.masked_fill(alike & (rows[:, None] != rows), float("-inf"))
     return F.cross_entropy(logits, rows)
 
 
-def with_support(
+def support_contrast(
     projections: Pair,
     predictions: Pair | None,
     positives: Pair,
     temperature: float,
     weight: float,
-    groups: Tensor | None = None,
+    mask_ids: Tensor | None = None,
 ) -> Tensor:
-    """NT-Xent of a batch's views beside a term for what a support set returned for them.
+    """NT-Xent of a batch's views, beside a term for what a support set returned for them.
 
     With z the projections of view 1 and 2, q their positives, p their predictions::
 
@@ -101,8 +102,8 @@ def with_support(
     Args:
         projections, predictions, positives: [B, D] each, of view 1 and of view 2.
         temperature: of both terms, above 0.
-        weight: above 0, 1 at most; at 1 the first term is not computed.
-        groups: [2B] the term's groups, of view 1, then view 2.
+        weight: 0 to 1; a term of weight 0 is not computed.
+        mask_ids: [2B] the term's, of view 1, then view 2.
 
     Returns:
         A scalar.
@@ -111,12 +112,14 @@ def with_support(
     4). To keep the views' own term beside it, and to do without predictions, are our deviations. Li et al.,
     "Prototypical Contrastive Learning of Unsupervised Representations", ICLR 2021, equation 11, adds up two such terms.
     """
+    if weight == 0:
+        return nt_xent(*projections, temperature)
     if predictions is None:
-        loss = weight * nt_xent(*projections, temperature, positives, groups)
+        loss = weight * nt_xent(*projections, temperature, positives, mask_ids)
     else:
         (p1, p2), (q1, q2) = predictions, positives
-        groups1, groups2 = (None, None) if groups is None else groups.chunk(2)
-        loss = weight * (info_nce(q1, p2, temperature, groups1) + info_nce(q2, p1, temperature, groups2)) / 2
+        ids1, ids2 = (None, None) if mask_ids is None else mask_ids.chunk(2)
+        loss = weight * (info_nce(q1, p2, temperature, ids1) + info_nce(q2, p1, temperature, ids2)) / 2
     if weight < 1:
         loss = loss + (1 - weight) * nt_xent(*projections, temperature)
     return loss

@@ -10,13 +10,13 @@ from src.support.search import FaissSearch, TorchSearch
 from tests.config.test_schema import parsed
 
 CPU = torch.device("cpu")
-TINY = ["backbone=resnet_tiny", "method.projector.hidden=[16]", "method.projector.out=8"]
+TINY = ["backbone=resnet_tiny", "projector.hidden=[16]", "projector.out=8"]
 
 
 def method(*overrides):
     cfg = parsed(*TINY, *overrides)
-    backbone, features = build.encoder(cfg.backbone, cfg.data.image_size)
-    return build.method(cfg, backbone, features, 10, build.search(cfg.search, CPU), CPU)
+    made, _ = build.method(cfg, 10, build.search(cfg.search, CPU), CPU)
+    return made
 
 
 def test_devices():
@@ -59,7 +59,7 @@ def test_a_queue_of_none_is_none():
 @pytest.mark.parametrize("name", ["nnclr", "kmclr"])
 def test_there_is_a_predictor_where_it_has_a_width(name):
     assert method(f"method={name}").predictor is None
-    assert method(f"method={name}", "method.predictor_hidden=24").predictor[0].out_features == 24
+    assert method(f"method={name}", "objective.predictor_hidden=24").predictor[0].out_features == 24
 
 
 def test_nnclr_gets_its_queue():
@@ -72,12 +72,12 @@ def test_nnclr_gets_its_queue():
 @pytest.mark.parametrize(
     ("overrides", "attributes"),
     [
-        (["method.forget=none"], {"reset_every": 0, "decay": 1.0}),
-        (["method.forget=reset", "method.forget_every=7"], {"reset_every": 7, "decay": 1.0}),
-        (["method.forget=decay", "method.half_life=1"], {"reset_every": 0, "decay": 0.5}),
-        (["method.metric=euclidean"], {"spherical": False}),
-        (["method.refit=faiss", "method.refit_every=9", "method.refit_window=64"], {"refit_every": 9}),
-        (["method.revive_after=3"], {"revive_after": 3, "window": None}),
+        (["support.forget=none"], {"reset_every": 0, "decay": 1.0}),
+        (["support.forget=reset", "support.forget_every=7"], {"reset_every": 7, "decay": 1.0}),
+        (["support.forget=decay", "support.half_life=1"], {"reset_every": 0, "decay": 0.5}),
+        (["support.metric=euclidean"], {"spherical": False}),
+        (["support.refit=faiss", "support.refit_every=9", "support.refit_window=64"], {"refit_every": 9}),
+        (["support.revive_after=3"], {"revive_after": 3, "window": None}),
     ],
 )
 def test_kmclr_gets_the_prototypes_it_was_told(overrides, attributes):
@@ -88,14 +88,14 @@ def test_kmclr_gets_the_prototypes_it_was_told(overrides, attributes):
 
 
 def test_masking_is_the_methods_choice():
-    assert method("method=kmclr").mask_shared
-    assert not method("method=kmclr", "method.same_prototype=negative").mask_shared
+    assert method("method=kmclr").objective.same_prototype == "mask"
+    assert method("method=kmclr", "objective.same_prototype=negative").objective.same_prototype == "negative"
 
 
 def test_refit_without_faiss_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"method.refit=faiss: faiss is not installed; .*method.refit=online"):
-        method("method=kmclr", "search=torch", "method.refit=faiss")
+    with pytest.raises(UsageError, match=r"support.refit=faiss: faiss is not installed; .*support.refit=online"):
+        method("method=kmclr", "search=torch", "support.refit=faiss")
 
 
 @pytest.mark.slow

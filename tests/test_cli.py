@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
 from src import cli
-from src.config import explain, schema
+from src.config import explain
+from src.config.parse import parse
 from src.data.augment import ViewMaker
 from src.errors import UsageError
 from src.training import optim
@@ -83,7 +84,7 @@ def test_tab_completion_in_bash(line, offers):
         ("method=simclrr", "method=simclrr: there is no such option; choose one of kmclr, nnclr, simclr"),
         ("metod=simclr", "did you mean method?"),
         ("epocs=3", "did you mean epochs?"),
-        ("method.forgett=none", "did you mean method.forget?"),
+        ("support.forgett=none", "did you mean support.forget?"),
         ("method=simclr +k=50", "k=50: method=simclr does not have it, method=kmclr does"),
         ("experiment=original_nnclr method=kmclr", "queue_size=98304: method=kmclr does not have it"),
         ("method.support_weight=0", "must be above 0, and 1 at most; method=simclr has no support set"),
@@ -157,9 +158,9 @@ def test_a_launcher_that_is_not_installed_is_one_line(command, tmp_path, small, 
     assert not list(tmp_path.glob("multirun/*/"))
 
 
-def test_known_keys_reach_into_every_method():
+def test_known_keys_reach_into_every_support_set():
     keys = explain.known_keys()
-    assert {"k", "queue_size", "method.forget", "method.projector.hidden", "augment.view1.blur", "seed"} <= set(keys)
+    assert {"k", "queue_size", "support.forget", "projector.hidden", "augment.view1.blur", "seed"} <= set(keys)
 
 
 def test_a_traceback_can_be_asked_for(command):
@@ -196,15 +197,15 @@ def composed_or_explained(overrides):
     """The config, or the line that the command would print."""
     try:
         with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-            return schema.parse(compose("train", overrides=overrides))
+            return parse(compose("train", overrides=overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        return explain.explain(str(error))
+        return explain.explain_composition(str(error))
     except (UsageError, OSError) as error:
         return str(error)
     except Exception as error:
         if not cli._is_from_hydra(error):
             raise
-        return explain.explain(str(error))
+        return explain.explain_composition(str(error))
 
 
 @settings(max_examples=CASES, suppress_health_check=list(HealthCheck))

@@ -14,7 +14,7 @@ from tests.conftest import PROJECT
 
 
 def test_operations_are_counted_by_hand():
-    widths = ["method.projector.hidden=[32]", "method.projector.out=16", "method.predictor_hidden=64"]
+    widths = ["projector.hidden=[32]", "projector.out=16", "objective.predictor_hidden=64"]
     cfg = compose("method=nnclr", "queue_size=64", "backbone=resnet_tiny", "data.image_size=32", *widths)
     convolutions = 3 * 16 * 9 * 32**2 + 2 * 16 * 16 * 9 * 32**2
     side, before = 32, 16

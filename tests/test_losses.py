@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.losses import info_nce, nt_xent, with_support
+from src.losses import info_nce, nt_xent, support_contrast
 
 BATCHES = st.integers(2, 9)
 TEMPERATURES = st.floats(0.05, 2)
@@ -79,13 +79,13 @@ def test_everything_alike_is_chance():
 def test_where_all_are_of_one_group_no_negatives_are_left():
     q, p = torch.randn(2, 6, 4)
     assert info_nce(q, p, 0.1, torch.zeros(6)).item() == 0
-    assert nt_xent(q, p, 0.1, groups=torch.zeros(12)).item() == 0
+    assert nt_xent(q, p, 0.1, mask_ids=torch.zeros(12)).item() == 0
 
 
 def test_where_all_groups_differ_nothing_changes():
     q, p = torch.randn(2, 6, 4)
     assert torch.equal(info_nce(q, p, 0.1, torch.arange(6)), info_nce(q, p, 0.1))
-    assert torch.equal(nt_xent(q, p, 0.1, groups=torch.arange(12)), nt_xent(q, p, 0.1))
+    assert torch.equal(nt_xent(q, p, 0.1, mask_ids=torch.arange(12)), nt_xent(q, p, 0.1))
 
 
 def test_with_themselves_as_positives_the_views_have_the_same_loss_and_less_of_a_pull():
@@ -98,12 +98,12 @@ def test_with_themselves_as_positives_the_views_have_the_same_loss_and_less_of_a
     assert ((own - detached) * z2).sum(1).max() < 0  # a step goes against the gradient: more of it towards z2
 
 
-def test_with_support_is_a_weighted_mean_of_its_terms():
+def test_support_contrast_is_a_weighted_mean_of_its_terms():
     z1, z2, p1, p2, q1, q2 = torch.randn(6, 8, 5)
     groups = some_groups(16)
 
     def loss(weight, predictions):
-        return with_support((z1, z2), predictions, (q1, q2), 0.2, weight, groups)
+        return support_contrast((z1, z2), predictions, (q1, q2), 0.2, weight, groups)
 
     predicted = (info_nce(q1, p2, 0.2, groups[:8]) + info_nce(q2, p1, 0.2, groups[8:])) / 2
     assert torch.equal(loss(1, (p1, p2)), predicted)

@@ -21,7 +21,7 @@ PYTHON = sys.executable
 METHODS = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=100"], "kmclr": ["method=kmclr", "k=7"]}
 SMALL = [
     *("experiment=demo", "batch_size=64", "data.limit=200", "precision=float32", "evaluation.every=1"),
-    *("method.projector.hidden=[32]", "method.projector.out=16", "evaluation.epochs=5", "tracking.log_every=1"),
+    *("projector.hidden=[32]", "projector.out=16", "evaluation.epochs=5", "tracking.log_every=1"),
     *("checkpoint.every=1", "schedule.warmup_epochs=0"),
 ]
 

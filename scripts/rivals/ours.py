@@ -13,7 +13,7 @@ from scripts.workbench import compose, dataset
 from src.runs.tracker import Tracker
 from src.system.stopping import Stopper
 from src.training import loop
-from src.training.state import Learner
+from src.training.state import TrainState
 
 
 class Paced:
@@ -42,7 +42,7 @@ class Unlogged:
 def run(method: str, setting: Setting, images: Images, pace: Pace, *, compiled: bool = False) -> None:
     """Train ``simclr``, ``nnclr`` or ``kmclr``."""
     size = {"kmclr": f"k={setting.support}", "nnclr": f"queue_size={setting.support}"}
-    published = ["method.support_weight=1", f"method.predictor_hidden={PREDICTOR}"]  # the rivals' loss
+    published = ["objective=published", f"objective.predictor_hidden={PREDICTOR}"]  # the rivals' loss
     support = [size[method], *published] if method in size else []
     cfg = compose(
         "data.final=true",
@@ -54,10 +54,10 @@ def run(method: str, setting: Setting, images: Images, pace: Pace, *, compiled: 
         "checkpoint.every=1000000",
         "checkpoint.minutes=1000000",
     )
-    learner = Learner(cfg, dataset(images))
-    fill(learner)
+    state = TrainState(cfg, dataset(images))
+    fill(state)
     loop.pretrain(
-        learner,
+        state,
         dataset(images),
         cast(Tracker, Unlogged()),
         cast(Stopper, Paced(pace)),
@@ -66,12 +66,12 @@ def run(method: str, setting: Setting, images: Images, pace: Pace, *, compiled: 
     )
 
 
-def fill(learner: Learner) -> None:
+def fill(state: TrainState) -> None:
     """Fill the support set, so that its search costs from the first step what it costs from some epoch on."""
-    support = learner.method.support
+    support = state.method.support
     if support is None:
         return
-    size, dim = support.size, learner.cfg.method.projector.out
-    vectors = torch.randn(size, dim, device=learner.device)
-    rows = torch.arange(size, device=learner.device)
+    size, dim = support.size, state.cfg.projector.out
+    vectors = torch.randn(size, dim, device=state.device)
+    rows = torch.arange(size, device=state.device)
     support.update(vectors, rows, rows % 100)

@@ -1,17 +1,33 @@
-"""What Hydra says of a line that it cannot compose, in one line for people."""
+"""A mistake in a command line or a config, in one line for people: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from dataclasses import fields, is_dataclass
-from typing import get_type_hints
+from typing import Any, cast, get_type_hints
+
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import ValidationError
 
 from src.config import schema
+from src.config.renamed import new_name
+
+OWNERS = {"k": "support=kmeans (method=kmclr)", "queue_size": "support=queue (method=nnclr)"}
+BOUNDS = {
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be {ge:g} or more",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be {le:g} or less",
+    "finite_number": "must be finite",
+    "too_short": "give {min_length} or more",
+    "too_long": "give {max_length} at most",
+    "value_error": "{error}",
+}
 
 
-def explain(message: str) -> str:
-    """One line that says what Hydra's several say, and what to do."""
+def explain_composition(message: str) -> str:
+    """What Hydra says in several lines of a command line that it cannot compose."""
     if re.search(r"Could not (find|load) 'hydra/launcher/submitit_(slurm|local)'", message):
         return "hydra/launcher: SLURM needs submitit: pip install --constraint constraints.txt '.[slurm]'"
     if "hydra_plugins.hydra_ray_launcher" in message:
@@ -24,17 +40,18 @@ def explain(message: str) -> str:
         options = re.findall(r"^\t(\S+)$", message, re.MULTILINE)
         return f"{group}={option}: there is no such option; choose one of {', '.join(options)}"
     if unknown := re.search(r"Could not (?:override|append to config)[^']*'([\w.@/-]+)'", message):
-        return _unknown_key(unknown.group(1))
+        return explain_key(unknown.group(1))
     if several := re.search(r"Ambiguous value for argument '([^']+)'", message):
         return f"{several.group(1)}: several values; add --multirun to run each of them"
     return f"{message.splitlines()[0]} (--help shows what can be set)"
 
 
-def _unknown_key(key: str) -> str:
-    for method, root_key in schema.SUPPORT_KEYS.items():
-        if key == root_key:
-            others = [f"method={name} has {other}" for name, other in schema.SUPPORT_KEYS.items() if name != method]
-            return f"{key}: only method={method} has it ({', '.join(others)}; simclr stores nothing)"
+def explain_key(key: str) -> str:
+    """A key that the composed config does not have."""
+    if key in OWNERS:
+        return f"{key}: only {OWNERS[key]} has it; the chosen support set does not"
+    if renamed := new_name(key):
+        return f"{key}: is now {renamed}, which the chosen options do not have (--help lists them)"
     group, _, setting = key.partition(".")
     if setting and key in known_keys():
         return f"{key}: the chosen options do not have it; choose {group}=... first (--help lists them)"
@@ -43,19 +60,41 @@ def _unknown_key(key: str) -> str:
     return f"{key}: unknown key, or one that the chosen options do not have; {hint}(--help shows what can be set)"
 
 
+def explain_type(error: OmegaConfBaseException) -> str:
+    """A value that is missing, or of the wrong type."""
+    key = str(error.full_key or error.key)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}: has no default; give it a value"
+    reason = str(error.msg or error).splitlines()[0]
+    return f"{key}={error.value}: {reason}" if error.value is not None else f"{key}: {reason}"
+
+
+def explain_violation(prefix: str, error: ValidationError) -> str:
+    """A value of the right type that breaks its field's constraint.
+
+    Args:
+        prefix: the dotted key of the node, with its dot.
+        error: of the node's fields.
+    """
+    first = error.errors(include_url=False)[0]
+    what = BOUNDS.get(first["type"], first["msg"][:1].lower() + first["msg"][1:]).format(**first.get("ctx", {}))
+    return f"{prefix}{first['loc'][0]}={first['input']}: {what}"
+
+
 def known_keys() -> list[str]:
     """Every dotted key that some composition can have."""
     keys: list[str] = []
+    unions: dict[str, list[Any]] = {"support": list(schema.SUPPORTS.values()), "method": [schema.Method]}
 
     def visit(prefix: str, node: type) -> None:
         hints = get_type_hints(node)
         for each in fields(node):
             key = f"{prefix}{each.name}"
             keys.append(key)
-            kinds = schema.METHODS.values() if key == "method" else [hints[each.name]]
+            kinds: list[Any] = unions.get(key, [hints[each.name]])
             for kind in kinds:
                 if is_dataclass(kind):
-                    visit(f"{key}.", kind)
+                    visit(f"{key}.", cast(type, kind))
 
     visit("", schema.Config)
-    return list(dict.fromkeys(keys))
+    return [key for key in dict.fromkeys(keys) if not key.endswith("_target_")]

@@ -4,56 +4,99 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from src.config.schema import KMCLR, SUPPORT_KEYS, Config
+from src.config.renamed import modern
+from src.config.schema import Config, KMeans, Support
 from src.errors import UsageError
 
-# What may differ between two runs that are the same experiment.
+# What may differ between two runs that are the same experiment: where it is stored, tracked, resumed and computed, and
+# what is only measured of it.
 NOT_IN_HASH = (
-    *("output_dir", "resume", "max_minutes", "jobs", "dry_run", "device", "tracking", "checkpoint"),
-    *("data.root", "data.cache_dir", "data.on_error"),
+    *("output_dir", "resume", "max_minutes", "jobs", "dry_run", "device", "tracking", "checkpoint", "evaluation"),
+    *("data.root", "data.cache_dir", "data.on_error", "method.label", "method.colour"),
 )
-DERIVED = ("support_set_size", "support_bytes", "encoder_parameters")  # params that follow from the settings
+DERIVED = ("support_set_size", "support_bytes", "encoder_parameters", "skipped_images")  # params that follow from them
 
 
 def support_set_size(cfg: Config) -> int:
-    """How many vectors the method stores: 0, the queue's size, or k and what it is re-clustered from."""
-    window = cfg.method.refit_window if isinstance(cfg.method, KMCLR) and cfg.method.refit == "faiss" else 0
-    return (cfg.k or cfg.queue_size or 0) + window
+    """How many vectors are stored: none, the queue's size, or k and what prototypes are re-clustered from."""
+    window = cfg.support.refit_window if isinstance(cfg.support, KMeans) and cfg.support.refit == "faiss" else 0
+    stored: int = cfg.k or cfg.queue_size or getattr(cfg.support, "size", 0) or 0
+    return stored + window
 
 
-def flatten(cfg: Config | dict[str, Any]) -> dict[str, Any]:
+def flatten(cfg: Config | Mapping[str, Any]) -> dict[str, Any]:
     """The config as one level of dotted keys, without those that do not apply (None)."""
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             for key, inner in value.items():
                 visit(f"{prefix}.{key}" if prefix else key, inner)
         elif value is not None:
             flat[prefix] = value
 
-    visit("", cfg if isinstance(cfg, dict) else asdict(cfg))
+    visit("", cfg if isinstance(cfg, Mapping) else asdict(cfg))
     return flat
+
+
+def without_neutral(node: Any) -> dict[str, Any]:
+    """A config, nested, without the fields that have their neutral default: what is saved, and what is hashed."""
+    kept = {}
+    for each in fields(node):
+        value = getattr(node, each.name)
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if value != default:
+            kept[each.name] = without_neutral(value) if is_dataclass(value) else value
+    return kept
+
+
+def inert(cfg: Config) -> set[str]:
+    """The settings that other settings keep from having any effect."""
+    keys: set[str] = set()
+    optimizer = {"lars": ("momentum", "trust_coefficient", "clip_trust"), "sgd": ("momentum",), "adamw": ("betas",)}
+    own = optimizer[cfg.optimizer.name]
+    keys |= {f"optimizer.{key}" for each in optimizer.values() for key in each if key not in own}
+    if cfg.schedule.name != "step":
+        keys |= {"schedule.milestones", "schedule.gamma"}
+    if isinstance(cfg.support, KMeans):
+        choices = {"forget_every": ("forget", "reset"), "half_life": ("forget", "decay")}
+        choices |= {"refit_every": ("refit", "faiss"), "refit_window": ("refit", "faiss")}
+        keys |= {f"support.{key}" for key, (by, value) in choices.items() if getattr(cfg.support, by) != value}
+    elif type(cfg.support) is Support or cfg.support.name == "queue":
+        keys.add("objective.same_prototype")
+    keys.add("objective.name")  # a preset of the settings beside it
+    for number, view in (("1", cfg.augment.view1), ("2", cfg.augment.view2)):
+        of = {"jitter": ("brightness", "contrast", "saturation", "hue"), "blur": ("blur_sigma",)}
+        keys |= {f"augment.view{number}.{key}" for by, each in of.items() if not getattr(view, by) for key in each}
+    return keys
 
 
 def is_setting(key: str) -> bool:
     """Whether a dotted key belongs to what makes two runs the same experiment."""
-    return not any(key == skip or key.startswith(skip + ".") for skip in NOT_IN_HASH)
+    return key not in DERIVED and not any(key == skip or key.startswith(f"{skip}.") for skip in NOT_IN_HASH)
 
 
-def check_same(saved: dict[str, Any], cfg: Config, where: Path) -> None:
+def settings(cfg: Config) -> dict[str, Any]:
+    """The settings that count, by dotted key: neither neutral nor inert, nor of what makes no difference."""
+    flat, without = flatten(without_neutral(cfg)), inert(cfg)
+    return {key: value for key, value in flat.items() if is_setting(key) and key not in without}
+
+
+def check_same(saved: Mapping[str, Any], cfg: Config, where: Path) -> None:
     """Compare the config that a run was started with (nested, or flat and as text) with the present one.
 
     Raises:
         UsageError: they are not the same experiment; the line names the keys that differ.
     """
-    before, now = flatten(saved), flatten(cfg)
-    keys = [key for key in now if is_setting(key) and str(before.get(key)) != str(now[key])]
-    keys += [key for key in before if is_setting(key) and key not in now and key not in (*DERIVED, "skipped_images")]
+    before, now, counted, without = modern(flatten(saved)), flatten(cfg), settings(cfg), inert(cfg)
+    keys = [key for key in now if (str(before[key]) != str(now[key]) if key in before else key in counted)]
+    keys += [key for key in before if key not in now]
+    keys = [key for key in keys if is_setting(key) and key not in without]
     if keys:
         differences = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in keys[:4])
         more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
@@ -61,16 +104,12 @@ def check_same(saved: dict[str, Any], cfg: Config, where: Path) -> None:
 
 
 def config_hash(cfg: Config) -> str:
-    """Eight hex digits that two runs share exactly when they are the same experiment.
-
-    Where it is stored, tracked or resumed, and on which device it runs, do not count.
-    """
-    counted = {key: value for key, value in flatten(cfg).items() if is_setting(key)}
-    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:8]
+    """Eight hex digits that two runs share exactly when they are the same experiment."""
+    return hashlib.sha256(json.dumps(settings(cfg), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def run_name(cfg: Config) -> str:
     """For people: ``kmclr-k400-cifar100-resnet18-seed0``."""
-    key = SUPPORT_KEYS.get(cfg.method.name)
-    size = f"-{key.split('_')[0]}{getattr(cfg, key)}" if key else ""
-    return f"{cfg.method.name}{size}-{cfg.data.name}-{cfg.backbone.name}-seed{cfg.seed}"
+    size = f"k{cfg.k}" if cfg.k else f"queue{cfg.queue_size}" if cfg.queue_size else str(support_set_size(cfg) or "")
+    parts = (cfg.method.name, size, cfg.data.name, cfg.backbone.name, f"seed{cfg.seed}")
+    return "-".join(filter(None, parts))

@@ -1,6 +1,22 @@
-"""What the methods are called for people, and their colours."""
+"""What methods are called in tables and plots, and their colours: Okabe and Ito's, safe for the colour-blind."""
 
 from __future__ import annotations
 
-LABELS = {"simclr": "SimCLR", "nnclr": "NNCLR", "kmclr": "KMCLR"}
-COLOURS = {"simclr": "#404040", "nnclr": "#d55e00", "kmclr": "#0072b2"}  # Okabe and Ito: safe for the colour-blind
+from collections.abc import Mapping
+
+LABELS = {"simclr": "SimCLR", "nothing_stored": "nothing stored", "nnclr": "NNCLR", "kmclr": "KMCLR"}
+COLOURS = {"simclr": "#404040", "nothing_stored": "#999999", "nnclr": "#d55e00", "kmclr": "#0072b2"}
+SPARE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+
+def label_of(params: Mapping[str, object]) -> str:
+    """The label of a run's method, from its params: what its config says, else ours, else its name."""
+    name = str(params["method.name"])
+    return str(params.get("method.label") or LABELS.get(name, name))
+
+
+def colour_of(params: Mapping[str, object]) -> str:
+    """Its colour, likewise; a method without one gets the same spare one every time."""
+    name = str(params["method.name"])
+    spare = SPARE_COLOURS[sum(name.encode()) % len(SPARE_COLOURS)]
+    return str(params.get("method.colour") or COLOURS.get(name, spare))

@@ -1,167 +1,223 @@
-"""Which configurations are legal: the typed schema of every config group, and the checks across fields.
+"""The typed schema of every config group: each setting's type, its constraint beside it, and its neutral default.
 
-Hydra composes plain YAML from ``conf/`` in struct mode, so that a key which a group does not have is an error. `parse`
-then turns the composed config into the dataclasses below, which checks every type, and `check` tests ranges and
-combinations. Both run before any work starts.
+A default in this file is *neutral*: it says what the code did before the field existed, and never changes. So a config
+that was saved before still means what it meant, and keeps its hash (`src.config.identity`). Recipes live in ``conf/``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import AfterValidator, Field
 
-from src.errors import UsageError
+LARGEST = 2**63  # what torch and JSON hold of an integer
+
+Count = Annotated[int, Field(ge=1, lt=LARGEST)]
+Natural = Annotated[int, Field(ge=0, lt=LARGEST)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+def one_of(*choices: str) -> AfterValidator:
+    """The constraint of a setting that is one of a few words."""
+
+    def check(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"choose one of {', '.join(choices)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def interval(most: float) -> AfterValidator:
+    """The constraint of ``[low, high]`` with 0 < low <= high <= most, and finite."""
+
+    def check(pair: list[float]) -> list[float]:
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most or pair[1] == float("inf"):
+            raise ValueError(f"give [low,high] with 0 < low <= high <= {most:g}")
+        return pair
+
+    return AfterValidator(check)
+
+
+def _device(name: str) -> str:
+    if name.split(":")[0] not in ("auto", "cpu", "cuda"):
+        raise ValueError("choose one of auto, cpu, cuda")
+    return name
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty; give it a name")
+    return text
+
+
+@dataclass(kw_only=True)
+class Support:
+    """What every support set is told. One from outside this project adds its own, in its class's ``Config``."""
+
+    name: str
+    _target_: str | None = None  # the class, of one from outside
+
+
+@dataclass(kw_only=True)
+class Queue(Support):
+    precision: Annotated[str, one_of("float32", "bfloat16")] = "float32"
+
+
+@dataclass(kw_only=True)
+class KMeans(Support):
+    metric: Annotated[str, one_of("spherical", "euclidean")]
+    forget: Annotated[str, one_of("reset", "decay", "none")]
+    forget_every: Count
+    half_life: Positive
+    revive_after: Natural
+    refit: Annotated[str, one_of("online", "faiss")]
+    refit_every: Count
+    refit_window: Count
+
+
+@dataclass
+class Objective:
+    """``nt_xent`` has a temperature and nothing else, which is the loss below with no share for the support set."""
+
+    name: Annotated[str, one_of("nt_xent", "mixed", "published")]
+    temperature: Positive
+    support_weight: Fraction = 0.0
+    predictor_hidden: Natural = 0
+    same_prototype: Annotated[str, one_of("mask", "negative")] = "mask"
+
+
+@dataclass(kw_only=True)
+class Method:
+    """What every method is told. One from outside this project adds its own, in its class's ``Config``."""
+
+    name: str
+    label: str | None = None  # its name in tables and plots
+    colour: Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")] | None = None
+    _target_: str | None = None  # the class, of one from outside
 
 
 @dataclass
 class Projector:
-    hidden: list[int]
-    out: int
-
-
-@dataclass
-class SimCLR:
-    name: str
-    temperature: float
-    projector: Projector
-
-
-@dataclass
-class NNCLR:
-    name: str
-    temperature: float
-    projector: Projector
-    predictor_hidden: int
-    support_weight: float
-    queue_precision: str
-
-
-@dataclass
-class KMCLR:
-    name: str
-    temperature: float
-    projector: Projector
-    predictor_hidden: int
-    support_weight: float
-    same_prototype: str
-    metric: str
-    forget: str
-    forget_every: int
-    half_life: float
-    revive_after: int
-    refit: str
-    refit_every: int
-    refit_window: int
+    hidden: list[Count]
+    out: Count
 
 
 @dataclass
 class Backbone:
     name: str
-    stem: str | None = None
+    stem: Annotated[str, one_of("small", "small_padded", "large")] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    _target_: str | None = None  # what makes it of the options, of one from outside
 
 
 @dataclass
 class Schedule:
-    name: str
-    warmup_epochs: float
-    milestones: list[float] = field(default_factory=list)
-    gamma: float = 0.1
+    name: Annotated[str, one_of("cosine", "step", "constant")]
+    warmup_epochs: NotNegative
+    milestones: list[Fraction] = field(default_factory=list)
+    gamma: Positive = 0.1
 
 
 @dataclass
 class Optimizer:
-    name: str
-    lr: float
+    name: Annotated[str, one_of("lars", "sgd", "adamw")]
+    lr: Positive
     scale_lr: bool
-    weight_decay: float
-    momentum: float = 0.9
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    trust_coefficient: float = 0.001
+    weight_decay: NotNegative
+    momentum: BelowOne = 0.9
+    betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.999])
+    trust_coefficient: Positive = 0.001
     clip_trust: bool = False
 
 
 @dataclass
 class Data:
     name: str
-    image_size: int
+    image_size: Annotated[int, Field(ge=8, lt=LARGEST)]
     cache_dir: str
-    val_fraction: float
-    split_seed: int
-    limit: int | None
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    split_seed: Natural
+    limit: Count | None
     final: bool
-    on_error: str = "raise"
+    on_error: Annotated[str, one_of("raise", "skip")] = "raise"
     root: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    _target_: str | None = None  # what makes a source of the options, of a data set from outside
 
 
 @dataclass
 class View:
-    crop_scale: list[float]
-    flip: float
-    jitter: float
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    grey: float
-    blur: float
-    blur_sigma: list[float]
-    solarize: float
+    crop_scale: Annotated[list[float], interval(1)]
+    flip: Fraction
+    jitter: Fraction
+    brightness: NotNegative
+    contrast: NotNegative
+    saturation: NotNegative
+    hue: Annotated[float, Field(ge=0, le=0.5)]
+    grey: Fraction
+    blur: Fraction
+    blur_sigma: Annotated[list[float], interval(float("inf"))]
+    solarize: Fraction
 
 
 @dataclass
 class Augment:
     name: str
-    interpolation: str
+    interpolation: Annotated[str, one_of("bicubic", "bilinear")]
     view1: View
     view2: View
 
 
 @dataclass
 class Search:
-    name: str
+    name: Annotated[str, one_of("auto", "faiss", "torch", "ivf")]
     index: str | None = None
-    nprobe: int | None = None
-    refresh_every: int | None = None
+    nprobe: Count | None = None
+    refresh_every: Count | None = None
 
 
 @dataclass
 class Evaluation:
-    name: str
-    every: int
-    knn_k: int
-    knn_temperature: float
-    online_lr: float
-    epochs: int
-    batch_size: int
-    lr: list[float]
+    name: Annotated[str, one_of("linear", "original")]
+    every: Count
+    knn_k: Count
+    knn_temperature: Positive
+    online_lr: Positive
+    epochs: Count
+    batch_size: Count
+    lr: Annotated[list[Positive], Field(min_length=1)]
 
 
 @dataclass
 class Tracking:
-    name: str
-    experiment: str
-    log_every: int
+    name: Annotated[str, one_of("mlflow", "jsonl")]
+    experiment: Annotated[str, AfterValidator(_not_blank)]
+    log_every: Count
     parent: str | None = None  # the folder of the sweep that the run is a job of
     trial: int | None = None  # its number in the sweep's Optuna study
 
 
 @dataclass
 class Checkpoint:
-    every: int
-    minutes: float = 10
+    every: Count
+    minutes: NotNegative = 10
 
 
 @dataclass
 class Config:
-    """Everything a run is told. Exactly one of ``k`` and ``queue_size`` is set, by the method that has it, or none."""
+    """Everything a run is told. ``k`` belongs to ``support=kmeans``, ``queue_size`` to ``support=queue``."""
 
+    support: Any
+    objective: Objective
     method: Any
+    projector: Projector
     backbone: Backbone
     schedule: Schedule
     optimizer: Optimizer
@@ -171,174 +227,20 @@ class Config:
     evaluation: Evaluation
     tracking: Tracking
     checkpoint: Checkpoint
-    seed: int
-    epochs: int
-    batch_size: int
-    device: str
-    precision: str
+    seed: Natural
+    epochs: Count
+    batch_size: Annotated[int, Field(ge=2, lt=LARGEST)]
+    device: Annotated[str, AfterValidator(_device)]
+    precision: Annotated[str, one_of("auto", "float32", "bfloat16")]
     compile: bool
-    resume: str
+    resume: Annotated[str, one_of("auto", "never")]
     output_dir: str | None
-    max_minutes: float | None
-    jobs: int
+    max_minutes: Positive | None
+    jobs: Count
     dry_run: bool
-    k: int | None = None
-    queue_size: int | None = None
+    k: Count | None = None
+    queue_size: Natural | None = None
 
 
-METHODS: dict[str, type] = {"simclr": SimCLR, "nnclr": NNCLR, "kmclr": KMCLR}
-SUPPORT_KEYS = {"kmclr": "k", "nnclr": "queue_size"}
-
-
-def parse(composed: DictConfig) -> Config:
-    """Turn a composed config into typed dataclasses and check it.
-
-    Raises:
-        UsageError: a value has the wrong type or is out of range; the line names the key and the remedy.
-    """
-    try:
-        method = OmegaConf.select(composed, "method.name")
-        if method not in METHODS:
-            raise UsageError(f"method.name={method}: choose one of {', '.join(METHODS)}")
-        schema = OmegaConf.structured(Config)
-        schema.method = OmegaConf.structured(METHODS[method])
-        config: Config = OmegaConf.to_object(OmegaConf.merge(schema, composed))  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise UsageError(_explain(error)) from error
-    check(config)
-    return config
-
-
-def _explain(error: OmegaConfBaseException) -> str:
-    key = str(error.full_key or error.key)
-    if isinstance(error, MissingMandatoryValue):
-        return f"{key}: has no default; give it a value"
-    reason = str(error.msg or error).splitlines()[0]
-    return f"{key}={error.value}: {reason}" if error.value is not None else f"{key}: {reason}"
-
-
-def check(cfg: Config) -> None:
-    """Test ranges and combinations.
-
-    Raises:
-        UsageError: for the first value that cannot work.
-    """
-    method = cfg.method
-
-    def one_of(key: str, value: str, *choices: str) -> None:
-        if value not in choices:
-            raise UsageError(f"{key}={value}: choose one of {', '.join(choices)}")
-
-    def at_least(key: str, value: float | None, least: float) -> None:
-        if value is not None and not least <= value < 2**63:  # what torch and JSON hold of an integer
-            raise UsageError(f"{key}={value}: must be {least} or more{', and finite' if value > least else ''}")
-
-    def below_one(key: str, value: float) -> None:
-        if not 0 <= value < 1:
-            raise UsageError(f"{key}={value}: must lie between 0 and 1, 1 excluded")
-
-    def positive(key: str, value: float) -> None:
-        if not 0 < value < float("inf"):
-            raise UsageError(f"{key}={value}: must be above 0")
-
-    def fraction(key: str, value: float) -> None:
-        if not 0 <= value <= 1:
-            raise UsageError(f"{key}={value}: must lie between 0 and 1")
-
-    def share(key: str, value: float) -> None:
-        if not 0 < value <= 1:
-            raise UsageError(f"{key}={value}: must be above 0, and 1 at most; method=simclr has no support set")
-
-    for owner, key in SUPPORT_KEYS.items():
-        if getattr(cfg, key) is not None and owner != method.name:
-            raise UsageError(f"{key}={getattr(cfg, key)}: method={method.name} does not have it, method={owner} does")
-    at_least("k", cfg.k, 1)
-    at_least("queue_size", cfg.queue_size, 0)
-    at_least("seed", cfg.seed, 0)
-    at_least("epochs", cfg.epochs, 1)
-    at_least("batch_size", cfg.batch_size, 2)
-    at_least("jobs", cfg.jobs, 1)
-    if cfg.max_minutes is not None:
-        positive("max_minutes", cfg.max_minutes)
-    one_of("device", cfg.device.split(":")[0], "auto", "cpu", "cuda")
-    one_of("precision", cfg.precision, "auto", "float32", "bfloat16")
-    one_of("resume", cfg.resume, "auto", "never")
-    positive("method.temperature", method.temperature)
-    for width in [*method.projector.hidden, method.projector.out]:
-        at_least("method.projector", width, 1)
-    if isinstance(method, NNCLR | KMCLR):
-        at_least("method.predictor_hidden", method.predictor_hidden, 0)
-        share("method.support_weight", method.support_weight)
-    if isinstance(method, NNCLR):
-        one_of("method.queue_precision", method.queue_precision, "float32", "bfloat16")
-    if isinstance(method, KMCLR):
-        one_of("method.same_prototype", method.same_prototype, "mask", "negative")
-        one_of("method.metric", method.metric, "spherical", "euclidean")
-        one_of("method.forget", method.forget, "reset", "decay", "none")
-        one_of("method.refit", method.refit, "online", "faiss")
-        at_least("method.forget_every", method.forget_every, 1)
-        positive("method.half_life", method.half_life)
-        at_least("method.revive_after", method.revive_after, 0)
-        at_least("method.refit_every", method.refit_every, 1)
-        if cfg.k == 1 and method.same_prototype == "mask":
-            raise UsageError("k=1: all images share the one prototype, so none would be a negative; choose 2 or more")
-        if method.refit == "faiss" and cfg.k is not None and method.refit_window < cfg.k:
-            raise UsageError(f"method.refit_window={method.refit_window}: must hold k={cfg.k} embeddings or more")
-    if cfg.backbone.stem is not None:
-        one_of("backbone.stem", cfg.backbone.stem, "small", "small_padded", "large")
-    one_of("optimizer.name", cfg.optimizer.name, "lars", "sgd", "adamw")
-    positive("optimizer.lr", cfg.optimizer.lr)
-    below_one("optimizer.momentum", cfg.optimizer.momentum)
-    if len(cfg.optimizer.betas) != 2:
-        raise UsageError(f"optimizer.betas={cfg.optimizer.betas}: give two numbers")
-    for beta in cfg.optimizer.betas:
-        below_one("optimizer.betas", beta)
-    positive("optimizer.trust_coefficient", cfg.optimizer.trust_coefficient)
-    at_least("optimizer.weight_decay", cfg.optimizer.weight_decay, 0)
-    one_of("schedule.name", cfg.schedule.name, "cosine", "step", "constant")
-    at_least("schedule.warmup_epochs", cfg.schedule.warmup_epochs, 0)
-    positive("schedule.gamma", cfg.schedule.gamma)
-    for milestone in cfg.schedule.milestones:
-        fraction("schedule.milestones", milestone)
-    one_of("search.name", cfg.search.name, "auto", "faiss", "torch", "ivf")
-    if cfg.search.name == "ivf" and not isinstance(method, NNCLR):
-        raise UsageError(f"search=ivf: only NNCLR's queue can use it; choose search=auto for method={method.name}")
-    at_least("search.nprobe", cfg.search.nprobe, 1)
-    at_least("search.refresh_every", cfg.search.refresh_every, 1)
-    at_least("data.image_size", cfg.data.image_size, 8)
-    at_least("data.limit", cfg.data.limit, 1)
-    at_least("data.split_seed", cfg.data.split_seed, 0)
-    one_of("data.on_error", cfg.data.on_error, "raise", "skip")
-    if not 0 < cfg.data.val_fraction < 1:
-        raise UsageError(f"data.val_fraction={cfg.data.val_fraction}: must lie between 0 and 1, both excluded")
-    one_of("augment.interpolation", cfg.augment.interpolation, "bicubic", "bilinear")
-    for number, view in (("1", cfg.augment.view1), ("2", cfg.augment.view2)):
-        for name in ("flip", "jitter", "grey", "blur", "solarize"):
-            fraction(f"augment.view{number}.{name}", getattr(view, name))
-        for name in ("brightness", "contrast", "saturation"):
-            at_least(f"augment.view{number}.{name}", getattr(view, name), 0)
-        if not 0 <= view.hue <= 0.5:
-            raise UsageError(f"augment.view{number}.hue={view.hue}: must lie between 0 and 0.5")
-        for name, most in (("crop_scale", 1.0), ("blur_sigma", float("inf"))):
-            pair = getattr(view, name)
-            if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most or pair[1] == float("inf"):
-                raise UsageError(
-                    f"augment.view{number}.{name}={pair}: give [low,high] with 0 < low <= high <= {most:g}"
-                )
-    one_of("evaluation.name", cfg.evaluation.name, "linear", "original")
-    at_least("evaluation.every", cfg.evaluation.every, 1)
-    at_least("evaluation.knn_k", cfg.evaluation.knn_k, 1)
-    at_least("evaluation.epochs", cfg.evaluation.epochs, 1)
-    at_least("evaluation.batch_size", cfg.evaluation.batch_size, 1)
-    positive("evaluation.knn_temperature", cfg.evaluation.knn_temperature)
-    if not cfg.evaluation.lr:
-        raise UsageError("evaluation.lr=[]: give one learning rate or more")
-    for lr in cfg.evaluation.lr:
-        positive("evaluation.lr", lr)
-    positive("evaluation.online_lr", cfg.evaluation.online_lr)
-    one_of("tracking.name", cfg.tracking.name, "mlflow", "jsonl")
-    if not cfg.tracking.experiment.strip():
-        raise UsageError("tracking.experiment: is empty; give it a name")
-    at_least("tracking.log_every", cfg.tracking.log_every, 1)
-    at_least("checkpoint.every", cfg.checkpoint.every, 1)
-    at_least("checkpoint.minutes", cfg.checkpoint.minutes, 0)
+SUPPORTS: dict[str, type[Support]] = {"none": Support, "queue": Queue, "kmeans": KMeans}
+METHODS = ("simclr", "nnclr", "kmclr", "nothing_stored")

@@ -1,6 +1,6 @@
-"""Figures that explain an accuracy: how features are spread, and what prototypes have to do with classes.
+"""Figures that explain an accuracy: how features are spread.
 
-Shapes: B batch, C classes, F features, K prototypes, N images. All arithmetic is float32 or better.
+Shapes: B batch, F features, N images. All arithmetic is float32 or better.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from src.support.clusters import entropy
 
 
 def alignment(x_BF: Tensor, y_BF: Tensor) -> float:
@@ -42,27 +44,3 @@ def effective_rank(x_NF: Tensor) -> float:
     centred_NF = (x_NF - x_NF.mean(0)).double()
     squared_singular = torch.linalg.eigvalsh(centred_NF.T @ centred_NF)
     return float(entropy(squared_singular.clamp(min=0).sqrt()).exp())
-
-
-def purity(counts_KC: Tensor) -> float:
-    """Share of the members whose class is the commonest of their prototype: 1 if no prototype mixes classes.
-
-    Source: Manning, Raghavan and Schütze, "Introduction to Information Retrieval", 2008, section 16.3.
-    """
-    return float(counts_KC.amax(1).sum() / counts_KC.sum())
-
-
-def normalised_mutual_information(counts_KC: Tensor) -> float:
-    """What prototype and class tell of each other: 0 (nothing) to 1 (everything), over the mean of their entropies.
-
-    Source: Manning, Raghavan and Schütze, 2008, section 16.3.
-    """
-    apart = entropy(counts_KC.sum(1)) + entropy(counts_KC.sum(0))
-    together = entropy(counts_KC.flatten())
-    return float(2 * (apart - together) / apart) if apart > 0 else 1.0
-
-
-def entropy(weights: Tensor) -> Tensor:
-    """In nats, of weights that need not sum to 1."""
-    shares = weights[weights > 0].double() / weights.sum().double()
-    return -(shares * shares.log()).sum()

@@ -15,6 +15,7 @@ from torch import nn
 
 from src import build
 from src.config import schema
+from src.config.parse import parse
 from src.data import Dataset, Split, load, stratified_split
 from src.errors import UsageError
 from src.evaluation.diagnostics import effective_rank
@@ -120,7 +121,7 @@ def main(composed: DictConfig) -> dict[str, float]:
         # Test figures of a run in progress could guide its choices; and its status must stay what it is.
         raise UsageError(f"{directory}: the run is {record.status}, not FINISHED; run its training command again first")
 
-    before = schema.parse(OmegaConf.create(saved["config"]))
+    before = parse(OmegaConf.create(saved["config"]))
     cfg = _merged(saved["config"], composed)
     device = build.device(cfg.device)
     data = load(cfg.data).on(device)
@@ -161,7 +162,7 @@ def _merged(saved: dict[str, Any], composed: DictConfig) -> schema.Config:
             cfg[key] = composed[key]
     if composed.data_root:
         cfg.data.root = composed.data_root
-    return schema.parse(cfg)
+    return parse(cfg)
 
 
 def _checkpoint(composed: DictConfig) -> tuple[Path, dict[str, Any]]:

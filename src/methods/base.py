@@ -1,16 +1,56 @@
-"""The methods: plain modules that turn two views into a loss."""
+"""What a method gives the loop, and what it is given to begin with."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from src.support.base import SupportSet
 
 
-class Outcome(NamedTuple):
+class Output(NamedTuple):
     """What a method makes of a batch of B images: the loss, and what the loop does with the rest."""
 
     loss: Tensor  # scalar, float32
     features: Tensor  # [2B, F] the encoder's, view 1 then view 2, detached: the online classifier learns from them
     embeddings: Tensor  # [B, D] view 1's projections, detached, of any norm: what the support set takes in
     ids: Tensor | None  # [2B] the entries nearest to view 1, then view 2; None: none were looked up
+
+
+class Parts(NamedTuple):
+    """What the config groups beside the method's own have made."""
+
+    encoder: nn.Module  # images [B, 3, S, S] to features [B, F]
+    projector: nn.Module  # features to embeddings [B, D]
+    features: int  # F
+    dim: int  # D
+    support: SupportSet | None  # None: nothing is stored
+
+
+class Method(nn.Module, ABC):
+    """A module that turns two views into a loss.
+
+    One from outside this project is made as ``TheClass(parts, cfg.method)``. Its class attribute ``Config``, a
+    dataclass that extends `src.config.schema.Method`, types its own settings.
+
+    All that a resume needs is in ``state_dict()``. Parameters that require no gradient are left to the method.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.encoder = parts.encoder
+        self.projector = parts.projector
+        self.support = parts.support
+
+    @abstractmethod
+    def forward(self, view1: Tensor, view2: Tensor) -> Output:
+        """Two views [B, 3, S, S] of the same images, in the same order."""
+
+    def after_step(self, progress: float) -> None:
+        """Called after every step of the optimizer, before the support set takes in the batch.
+
+        Args:
+            progress: the share of all steps that are done: above 0, 1 with the last.
+        """

@@ -7,11 +7,11 @@ import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from src.config.identity import DERIVED, is_setting
-from src.config.names import LABELS
-from src.config.schema import METHODS
+from src.config.identity import is_setting
+from src.config.names import LABELS, colour_of, label_of
+from src.config.renamed import modern
 from src.runs.query import Run
 
 FIGURES = {
@@ -20,6 +20,7 @@ FIGURES = {
     "test/linear_top1": "test linear top-1",
     "test/linear_top5": "test linear top-5",
 }
+OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs
 SAME = ("dtype", "git_commit", "git_dirty", "device")  # tags that runs should share to be compared
 
 
@@ -28,7 +29,9 @@ class Row:
     """The runs that differ only in their seed."""
 
     method: str
-    size: int  # vectors that the method stores
+    name: str  # the method's, for people
+    colour: str
+    size: int  # vectors that are stored
     stored_bytes: int
     variant: str  # "key=value, ..." of the settings that, besides method and size, tell the report's rows apart
     label: str  # the method, and of the variant what is unusual
@@ -37,8 +40,7 @@ class Row:
     @property
     def title(self) -> str:
         """The label with the size: ``NNCLR 4,096, support_weight=1``."""
-        name = LABELS[self.method]
-        return (name if self.method == "simclr" else f"{name} {self.size:,}") + self.label.removeprefix(name)
+        return (f"{self.name} {self.size:,}" if self.size else self.name) + self.label.removeprefix(self.name)
 
     def values(self, figure: str) -> list[float]:
         """The figure of every run that has it, in percent."""
@@ -69,6 +71,8 @@ def summarise(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
     rows = [
         Row(
             method,
+            label_of(group[0].params),
+            colour_of(group[0].params),
             size,
             int(group[0].params["support_bytes"]),
             variant,
@@ -77,7 +81,8 @@ def summarise(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
         )
         for (method, variant, size), group in same.items()
     ]
-    rows.sort(key=lambda row: (list(METHODS).index(row.method), row.label, row.variant, row.size))
+    order = {method: place for place, method in enumerate(LABELS)}
+    rows.sort(key=lambda row: (order.get(row.method, len(order)), row.label, row.variant, row.size))
     return rows, notes + _remarks(rows, keys, names, common)
 
 
@@ -88,8 +93,9 @@ def _remarks(
     notes = []
     if names:
         notes.append(f"the runs also differ in {', '.join(names)}: each combination has its own row")
+    names_of = {row.method: row.name for row in rows}
     unsaid = dict.fromkeys(
-        f"{LABELS[method]}'s {key.removeprefix('method.')}={value}" if key.startswith("method.") else f"{key}={value}"
+        f"{names_of[method]}'s {_short(key, value)}" if key.startswith(OWN) else f"{key}={value}"
         for method, values in common.items()
         for key, value in values.items()
         if key in names
@@ -120,8 +126,8 @@ def select(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     """Keeps the finished runs, of each configuration and seed the newest, and notes what it leaves out."""
     repeats: dict[frozenset[tuple[str, str]], list[Run]] = defaultdict(list)
     unfinished = []
-    for run in sorted(runs, key=lambda run: run.start_time):
-        if run.status == "FINISHED" and run.params.get("method.name") in METHODS:
+    for run in sorted((replace(run, params=modern(run.params)) for run in runs), key=lambda run: run.start_time):
+        if run.status == "FINISHED" and "method.name" in run.params:
             repeats[frozenset(settings(run).items())].append(run)
         else:
             unfinished.append(
@@ -139,8 +145,12 @@ def select(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
 
 
 def settings(run: Run) -> dict[str, str]:
-    """The params that make two runs the same experiment."""
-    return {key: value for key, value in run.params.items() if is_setting(key) and key not in DERIVED}
+    """The params on which a run's figures depend: what makes it this experiment, and how it was evaluated."""
+    protocol = {key for key in run.params if key.startswith("evaluation.")} - {
+        "evaluation.every",
+        "evaluation.online_lr",
+    }
+    return {key: value for key, value in run.params.items() if is_setting(key) or key in protocol}
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
@@ -152,10 +162,10 @@ def differing(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         by_method[run.params["method.name"]].append(settings(run))
     everyone = [each for group in by_method.values() for each in group]
-    keys = {key for each in everyone for key in each} - {"method.name", "k", "queue_size", "seed"}
+    keys = {key for each in everyone for key in each} - {"method.name", "support.name", "k", "queue_size", "seed"}
 
     def differs(key: str) -> bool:
-        groups = by_method.values() if key.startswith("method.") else [everyone]
+        groups = by_method.values() if key.startswith(OWN) else [everyone]
         return any(len({each.get(key) for each in group}) > 1 for group in groups)
 
     return sorted(filter(differs, keys))
@@ -169,7 +179,7 @@ def distinguishing(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
     kept: list[str] = []
 
     def groups(chosen: list[str]) -> int:  # a method does not excuse what is not its own: epochs, say
-        shared = [key for key in chosen if not key.startswith("method.")]
+        shared = [key for key in chosen if not key.startswith(OWN)]
         return sum(len({tuple(map(run.params.get, by)) for run in runs}) for by in (["method.name", *chosen], shared))
 
     for key in sorted(keys, key=lambda key: (not key.endswith(".name"), len(key), key)):
@@ -186,10 +196,10 @@ def usual(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, dict[str, str]]
     by_method: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_method[run.params["method.name"]].append(run)
-    common: dict[str, dict[str, str]] = {method: {} for method in METHODS}
+    common: dict[str, dict[str, str]] = {method: {} for method in by_method}
     for method, own in by_method.items():
         for key in keys:
-            compared = own if key.startswith("method.") else runs
+            compared = own if key.startswith(OWN) else runs
             values = Counter(run.params.get(key) for run in compared)
             ((value, times),) = values.most_common(1)
             if value is not None and None not in values and times > len(compared) / 2:
@@ -198,12 +208,20 @@ def usual(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, dict[str, str]]
 
 
 def _variant(run: Run, keys: Sequence[str]) -> str:
-    return ", ".join(f"{key.removeprefix('method.')}={run.params[key]}" for key in keys if key in run.params)
+    return ", ".join(_short(key, run.params[key]) for key in keys if key in run.params)
+
+
+def _short(key: str, value: str) -> str:
+    """``support_weight=1`` for ``objective.support_weight=1``; an objective goes by its name alone."""
+    if key == "objective.name":
+        return value
+    prefix = next((prefix for prefix in OWN if key.startswith(prefix)), "")
+    return f"{key.removeprefix(prefix)}={value}"
 
 
 def _label(run: Run, keys: Sequence[str], common: Mapping[str, str]) -> str:
     unusual = [key for key in keys if run.params.get(key) != common.get(key)]
     more = sum(run.params.get(key) != value for key, value in common.items() if key not in keys)
     text = re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", _variant(run, unusual))
-    name = LABELS[run.params["method.name"]]
+    name = label_of(run.params)
     return ", ".join(filter(None, [name, text])) + (f" and {more} more" if more else "")

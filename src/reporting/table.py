@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from src.config.names import COLOURS, LABELS
 from src.reporting import curves
 from src.reporting.rows import FIGURES, Row
 from src.runs.record import METRICS
@@ -102,7 +101,7 @@ def plot(rows: Sequence[Row]) -> Figure:
     is_cloud = len({row.label for row in rows}) > MOST_LINES
     series: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        series[LABELS[row.method] if is_cloud else row.label].append(row)
+        series[row.name if is_cloud else row.label].append(row)
     columns = curves.legend_columns(series)
     canvas = Figure(figsize=(7.2, 3.3 + 0.2 * math.ceil(len(series) / columns)), layout="constrained")
     panels = canvas.subplots(1, len(PLOTTED))
@@ -147,7 +146,7 @@ def _size_axis(axes: Axes, sizes: Sequence[int]) -> float:
 
 
 def _series(axes: Axes, label: str, rows: Sequence[Row], figure: str, zero: float, marker: str, line: str) -> None:
-    colour = COLOURS[rows[0].method]
+    colour = rows[0].colour
     means, stds = [row.mean(figure) for row in rows], [row.std(figure) for row in rows]
     style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "capsize": 3, "linewidth": 1.3}
     axes.errorbar([row.size or zero for row in rows], means, stds, label=label, linestyle=line, **style)
@@ -165,7 +164,7 @@ def courses(rows: Sequence[Row]) -> list[curves.Course]:
         here = tuple(folder for folder in folders if (folder / METRICS).is_file())
         if here:
             epochs = int(row.runs[0].params["epochs"])
-            found.append(curves.Course(row.title, row.size, COLOURS[row.method], epochs, here))
+            found.append(curves.Course(row.title, row.size, row.colour, epochs, here))
     return found
 
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from src.evaluation.diagnostics import entropy
+from src.support.clusters import entropy
+from src.support.search import Search
 from src.system.measure import Stopwatch
 
 
@@ -23,12 +24,27 @@ class Neighbors(NamedTuple):
     ids: Tensor  # [B] int64, queue slot or prototype
 
 
+class Space(NamedTuple):
+    """What a support set from outside this project is told besides its settings."""
+
+    dim: int  # D, of the embeddings
+    classes: int  # of the images, for diagnostics
+    search: Search  # exact nearest neighbours, on the device's back end
+
+
 class SupportSet(nn.Module, ABC):
     """The interface of a support set, and the book-keeping that all of them share.
 
     Everything a resume needs is a persistent buffer (or in the extra state), so ``state_dict()`` carries it.
+
+    One from outside this project is made as ``TheClass(cfg.support, space)``. Its class attribute ``Config``, a
+    dataclass that extends `src.config.schema.Support`, types its settings; a setting ``size`` is its number of vectors.
+
+    Args:
+        size: N.
     """
 
+    shared = False  # whether an entry stands for many images, so that rows with one id must not repel each other
     hits_N: Tensor
     label_hits: Tensor
     self_hits: Tensor
@@ -73,20 +89,22 @@ class SupportSet(nn.Module, ABC):
             labels_B: their classes.
         """
         self.hits_N.index_add_(0, ids_B, torch.ones_like(ids_B, dtype=self.hits_N.dtype))
-        self.label_hits += (self.labels_of(ids_B) == labels_B).sum()
-        self.self_hits += (self.images_of(ids_B) == images_B).sum()
+        if (labels := self.labels_of(ids_B)) is not None:
+            self.label_hits += (labels == labels_B).sum()
+        if (images := self.images_of(ids_B)) is not None:
+            self.self_hits += (images == images_B).sum()
 
-    @abstractmethod
-    def labels_of(self, ids_B: Tensor) -> Tensor:
-        """The class each entry stands for; -1 where there is none."""
+    def labels_of(self, ids_B: Tensor) -> Tensor | None:  # noqa: ARG002
+        """The class each entry stands for, -1 where there is none; None: the support set does not know."""
+        return None
 
-    @abstractmethod
-    def images_of(self, ids_B: Tensor) -> Tensor:
-        """The one image that each entry is an embedding of; -1 where it is not of one image."""
+    def images_of(self, ids_B: Tensor) -> Tensor | None:  # noqa: ARG002
+        """The one image that each entry is an embedding of, -1 where it is not of one image; None: not known."""
+        return None
 
-    @abstractmethod
     def age_steps(self) -> float:
-        """Mean number of steps since the stored entries were last written."""
+        """Mean number of steps since the stored entries were last written; NaN: not known."""
+        return math.nan
 
     def stats(self) -> dict[str, float]:
         """Figures over the lookups since `clear_stats`.
@@ -94,18 +112,18 @@ class SupportSet(nn.Module, ABC):
         ``label_agreement``: share of nearest entries of the anchor's class; ``self_hit``: share that are an old
         embedding of the anchor's own image; ``perplexity``: exp of the entropy of which entries were nearest (their
         effective number); ``dead``: entries that never were; ``age_steps``: see `age_steps`. Before the first lookup
-        only age is known.
+        only age is known; what the support set does not know is left out.
         """
-        total = float(self.hits_N.sum())
-        if total == 0:
-            return {"support/age_steps": self.age_steps()}
-        return {
-            "support/label_agreement": float(self.label_hits) / total,
-            "support/self_hit": float(self.self_hits) / total,
-            "support/perplexity": math.exp(float(entropy(self.hits_N))),
-            "support/dead": float((self.hits_N == 0).sum()),
-            "support/age_steps": self.age_steps(),
-        }
+        stats = {"support/age_steps": self.age_steps()}
+        if total := float(self.hits_N.sum()):
+            nobody = torch.zeros(0, dtype=torch.int64, device=self.hits_N.device)
+            if self.labels_of(nobody) is not None:
+                stats["support/label_agreement"] = float(self.label_hits) / total
+            if self.images_of(nobody) is not None:
+                stats["support/self_hit"] = float(self.self_hits) / total
+            stats["support/perplexity"] = math.exp(float(entropy(self.hits_N)))
+            stats["support/dead"] = float((self.hits_N == 0).sum())
+        return {key: value for key, value in stats.items() if not math.isnan(value)}
 
     def clear_stats(self) -> None:
         """Start the figures anew."""

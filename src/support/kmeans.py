@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.evaluation.diagnostics import normalised_mutual_information, purity
 from src.support.base import Neighbors, SupportSet
+from src.support.clusters import normalised_mutual_information, purity
 from src.support.ring_buffer import Ring
 from src.support.search import Search, cluster
 
@@ -40,6 +40,7 @@ class KMeans(SupportSet):
         refit_window: embeddings in that window.
     """
 
+    shared = True
     means_KD: Tensor
     counts_K: Tensor
     passed_K: Tensor

@@ -26,7 +26,15 @@ from omegaconf import DictConfig
 
 from src.system.stopping import PRUNED, Stopper, is_stop
 
-SWEPT = {"method", "k", "queue_size", "seed"}  # worth a word when a job starts, as is all in which the jobs differ
+# Worth a word when a job starts, as is all in which the jobs differ.
+SWEPT = {
+    "method",
+    "support",
+    "objective",
+    "k",
+    "queue_size",
+    "seed",
+}
 
 
 class JobFailed(Exception):  # noqa: N818

@@ -6,8 +6,9 @@ import sys
 
 from hydra.core.plugins import Plugins
 
+from src.sweeps.grid import GridSweeper
 from src.sweeps.launcher import LocalLauncher
-from src.sweeps.sweep import GridSweeper, StudySweeper
+from src.sweeps.search import StudySweeper
 
 PACKAGE = "hydra_plugins.support_sets"
 

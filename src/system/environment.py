@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+TYPED = tuple(sys.argv[1:])  # before anything rewrites it
+
 
 def environment_tags(device: str) -> dict[str, str]:
     """What a result depends on besides its config: code, versions, device and command. No host, user or secret.
@@ -18,7 +20,7 @@ def environment_tags(device: str) -> dict[str, str]:
     """
     import torch
 
-    tags = {"python": platform.python_version(), "command": shlex.join(sys.argv)}
+    tags = {"python": platform.python_version(), "command": shlex.join([sys.argv[0], *TYPED])}
     tags["device"] = (
         torch.cuda.get_device_name(device) if "cuda" in device else f"{device} ({torch.get_num_threads()} threads)"
     )

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from src import build
 from src.config import identity, schema
-from src.config.names import COLOURS
+from src.config.names import colour_of
 from src.config.schema import Config
 from src.data import Dataset, check_batch_size, epoch_batches, load
 from src.errors import Diverged
@@ -37,7 +37,7 @@ from src.system.redact import one_line, redact
 from src.system.seeding import seed_everything
 from src.system.stopping import Stopped, Stopper
 from src.training.progress import Progress
-from src.training.state import Learner
+from src.training.state import TrainState
 
 ShouldPrune = Callable[[str | None, int | None, int, Mapping[str, float]], bool]
 
@@ -65,7 +65,7 @@ def run(cfg: Config, should_prune: ShouldPrune, draw: Callable[[Path], Path]) ->
     device = build.device(cfg.device)  # refuses a GPU that is not there before images are decoded
     data = load(cfg.data).on(device)
     check_batch_size(cfg.batch_size, data.train)
-    learner = Learner(cfg, data)
+    state = TrainState(cfg, data)
     warn_of_doubtful(cfg, len(data.train))
 
     directory = run_directory.choose(cfg)
@@ -76,26 +76,29 @@ def run(cfg: Config, should_prune: ShouldPrune, draw: Callable[[Path], Path]) ->
             catch_up(directory)
             return report(directory)
         run_directory.refuse_diverged(directory)
-        resumed = learner.resume(directory / "checkpoints")
-        (directory / "config.yaml").write_text(redact(OmegaConf.to_yaml(OmegaConf.structured(cfg))))
+        resumed = state.resume(directory / "checkpoints")
+        (directory / "config.yaml").write_text(
+            redact(OmegaConf.to_yaml(OmegaConf.create(identity.without_neutral(cfg))))
+        )
+        config = identity.flatten(cfg)
         tracker = Tracker(
             directory,
             cfg.tracking,
-            params=identity.flatten(cfg) | learner.sizes() | {"skipped_images": data.skipped},
-            tags=environment_tags(str(learner.device))
+            params=config | state.sizes() | {"skipped_images": data.skipped},
+            tags=environment_tags(str(state.device))
             | {
-                "dtype": str(learner.dtype).removeprefix("torch."),
+                "dtype": str(state.dtype).removeprefix("torch."),
                 "config_hash": identity.config_hash(cfg),
-                COLOUR_TAG: COLOURS[cfg.method.name],
+                COLOUR_TAG: colour_of(config),
             }
             | parent_tags(cfg.tracking.parent),
         )
-        print(f"{directory}: {'continued at' if resumed else 'started at'} step {learner.step}", flush=True)
+        print(f"{directory}: {'continued at' if resumed else 'started at'} step {state.step}", flush=True)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
-            pretrain(learner, data, tracker, stopper, directory, should_prune)
+            pretrain(state, data, tracker, stopper, directory, should_prune)
             with stopper.at_once():
-                finish(learner, data, tracker, directory, draw)
+                finish(state, data, tracker, directory, draw)
             status = "FINISHED"
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
@@ -111,12 +114,12 @@ def run(cfg: Config, should_prune: ShouldPrune, draw: Callable[[Path], Path]) ->
             tracker.close(status)
             if status == "KILLED":
                 then = "pruned: other trials are far better" if stopper.pruned else "the same command continues"
-                print(f"{directory}: stopped at step {learner.step}; {then}", flush=True)
+                print(f"{directory}: stopped at step {state.step}; {then}", flush=True)
         return report(directory)
 
 
 def pretrain(
-    learner: Learner,
+    state: TrainState,
     data: Dataset,
     tracker: Tracker,
     stopper: Stopper,
@@ -128,7 +131,7 @@ def pretrain(
     Raises:
         Stopped: before its end; there is a checkpoint of where it stopped.
     """
-    cfg, device, method = learner.cfg, learner.device, learner.method
+    cfg, device, method = state.cfg, state.device, state.method
     support = method.support
     view1, view2 = build.views(cfg, data)
     steps_per_epoch = len(data.train) // cfg.batch_size
@@ -137,49 +140,50 @@ def pretrain(
     loss = grad_norm = math.nan
 
     def check_weights() -> None:
-        if not math.isfinite(learner.weight_norm()):
-            raise learner.diverged(loss, grad_norm)
+        if not math.isfinite(state.weight_norm()):
+            raise state.diverged(loss, grad_norm)
 
     def validate() -> dict[str, float]:
         check_weights()
-        return protocol.validation(learner.frozen, learner.classifier, data, cfg.evaluation, learner.search)
+        return protocol.validation(state.frozen, state.classifier, data, cfg.evaluation, state.search)
 
     def save() -> None:
         nonlocal saved
         check_weights()
         tracker.sync()  # no checkpoint is ahead of the rows
-        learner.save(directory / "checkpoints")
+        state.save(directory / "checkpoints")
         saved = time.monotonic()
 
-    if learner.step == 0:
+    if state.step == 0:
         tracker.log(validate(), step=0)
 
-    for epoch in range(learner.step // steps_per_epoch, cfg.epochs):
-        start = learner.step % steps_per_epoch
+    for epoch in range(state.step // steps_per_epoch, cfg.epochs):
+        start = state.step % steps_per_epoch
         if support is not None and start == 0:
             support.start_epoch(epoch)
             support.clear_stats()
         clock = time.perf_counter()
         for images, labels, ids in epoch_batches(data.train, cfg.batch_size, cfg.seed, epoch, device, start):
             torch.compiler.cudagraph_mark_step_begin()  # compiled parts may overwrite what they returned
-            seed_everything(cfg.seed, learner.step)
-            lr = learner.set_lr(steps_per_epoch)
+            seed_everything(cfg.seed, state.step)
+            lr = state.set_lr(steps_per_epoch)
 
-            with torch.autocast(device.type, learner.dtype, enabled=learner.dtype != torch.float32):
+            with torch.autocast(device.type, state.dtype, enabled=state.dtype != torch.float32):
                 outcome = method(view1(images), view2(images))
-            logits = learner.classifier(outcome.features.float())
+            logits = state.classifier(outcome.features.float())
             online_loss = F.cross_entropy(logits, labels.repeat(2))
 
-            learner.optimizer.zero_grad()
-            learner.classifier_optimizer.zero_grad()
+            state.optimizer.zero_grad()
+            state.classifier_optimizer.zero_grad()
             (outcome.loss + online_loss).backward()
-            log_now = learner.step % cfg.tracking.log_every == 0
+            log_now = state.step % cfg.tracking.log_every == 0
             if log_now or device.type == "cpu":  # reading makes the host wait for a GPU; `save` never keeps a bad step
-                loss, grad_norm = torch.stack([outcome.loss.detach(), learner.grad_norm()]).tolist()
+                loss, grad_norm = torch.stack([outcome.loss.detach(), state.grad_norm()]).tolist()
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                    raise learner.diverged(loss, grad_norm)
-            learner.optimizer.step()
-            learner.classifier_optimizer.step()
+                    raise state.diverged(loss, grad_norm)
+            state.optimizer.step()
+            state.classifier_optimizer.step()
+            method.after_step((state.step + 1) / (cfg.epochs * steps_per_epoch))
 
             if support is not None:
                 if outcome.ids is not None:
@@ -191,12 +195,12 @@ def pretrain(
                     "train/alignment": alignment(*outcome.features.chunk(2)),
                     "train/uniformity": uniformity(outcome.features.chunk(2)[0]),
                 }
-                tracker.log({"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr} | spread, learner.step)
-            learner.step += 1
-            progress.step(learner.step, loss)
+                tracker.log({"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr} | spread, state.step)
+            state.step += 1
+            progress.step(state.step, loss)
             stopping, overdue = stopper.status, time.monotonic() >= saved + 60 * cfg.checkpoint.minutes
-            if learner.step % steps_per_epoch and (stopping or overdue):
-                learner.seconds += time.perf_counter() - clock
+            if state.step % steps_per_epoch and (stopping or overdue):
+                state.seconds += time.perf_counter() - clock
                 save()
                 if stopping:
                     raise Stopped(stopping)
@@ -204,8 +208,8 @@ def pretrain(
 
         if device.type == "cuda":  # the clock stops when the work is done, not when it has been handed over
             torch.cuda.synchronize(device)
-        learner.seconds += time.perf_counter() - clock
-        metrics = learner.pop_times(steps_per_epoch) | {"memory/peak_gib": peak_gib(device)}
+        state.seconds += time.perf_counter() - clock
+        metrics = state.pop_times(steps_per_epoch) | {"memory/peak_gib": peak_gib(device)}
         if support is not None:
             metrics |= support.stats()
         last = epoch + 1 == cfg.epochs
@@ -213,7 +217,7 @@ def pretrain(
             metrics |= validate()
         if not last:
             stopper.pruned = should_prune(cfg.tracking.parent, cfg.tracking.trial, epoch + 1, metrics)
-        tracker.log(metrics, learner.step)
+        tracker.log(metrics, state.step)
         progress.epoch(epoch, loss, metrics)
         stopping, overdue = stopper.status, time.monotonic() >= saved + 60 * cfg.checkpoint.minutes
         if last or stopping or overdue or (epoch + 1) % cfg.checkpoint.every == 0:
@@ -223,12 +227,12 @@ def pretrain(
         tracker.flush()
 
 
-def finish(learner: Learner, data: Dataset, tracker: Tracker, directory: Path, draw: Callable[[Path], Path]) -> None:
+def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, draw: Callable[[Path], Path]) -> None:
     """The final evaluation, and the files that stay."""
-    cfg = learner.cfg
+    cfg = state.cfg
     print("evaluating on the test images", flush=True)
-    tracker.log(protocol.final(learner.frozen, data, cfg.evaluation, learner.search, cfg.seed), learner.step)
-    save_file(learner.encoder_weights(), directory / "encoder.safetensors")
+    tracker.log(protocol.final(state.frozen, data, cfg.evaluation, state.search, cfg.seed), state.step)
+    save_file(state.encoder_weights(), directory / "encoder.safetensors")
     draw(directory)
     for name in ("config.yaml", "encoder.safetensors", "curves.png"):
         tracker.artifact(directory / name)
@@ -260,12 +264,12 @@ def warn_of_doubtful(cfg: Config, images: int) -> None:
             "own image (support/self_hit tells)",
             *(cfg.queue_size, images),
         )
-    if isinstance(cfg.method, schema.KMCLR) and (cfg.method.refit, cfg.method.forget) == ("faiss", "reset"):
-        between = images // cfg.batch_size * cfg.batch_size * cfg.method.forget_every
-        if between < cfg.method.refit_window:
+    if isinstance(cfg.support, schema.KMeans) and (cfg.support.refit, cfg.support.forget) == ("faiss", "reset"):
+        between = images // cfg.batch_size * cfg.batch_size * cfg.support.forget_every
+        if between < cfg.support.refit_window:
             logger.warning(
-                "method.refit_window=%d: %d embeddings between two resets never fill it, so nothing is re-clustered",
-                *(cfg.method.refit_window, between),
+                "support.refit_window=%d: %d embeddings between two resets never fill it, so nothing is re-clustered",
+                *(cfg.support.refit_window, between),
             )
     if cfg.k is not None and cfg.k > images:
         logger.warning("k=%d: more prototypes than the %d training images; most will be single images", cfg.k, images)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from src.system.seeding import seed_everything
 from src.training import optim
 
 
-class Learner:
+class TrainState:
     """A method, the online classifier beside it, their optimizers, and how many steps they have taken.
 
     Args:
@@ -34,8 +33,7 @@ class Learner:
         self.dtype = build.precision(cfg.precision, self.device)
         self.search = build.search(cfg.search, self.device)
         seed_everything(cfg.seed)
-        backbone, features = build.encoder(cfg.backbone, cfg.data.image_size)
-        self.method = build.method(cfg, backbone, features, len(data.classes), self.search, self.device)
+        self.method, features = build.method(cfg, len(data.classes), self.search, self.device)
         self.classifier = nn.Linear(features, len(data.classes)).to(self.device)
         self.optimizer = optim.build(cfg.optimizer, self.method, cfg.batch_size)
         # Apart from the method's optimizer: no decay, no adaptation, a learning rate of its own.
@@ -111,7 +109,7 @@ class Learner:
     def save(self, directory: Path) -> None:
         """Write a checkpoint of all of it, and what an evaluation needs to know of the run."""
         state = {
-            "config": asdict(self.cfg),
+            "config": identity.without_neutral(self.cfg),
             "mean": self.frozen.mean,
             "std": self.frozen.std,
             "model": self.method.state_dict(),

@@ -22,7 +22,7 @@ def finished(tmp_path_factory):
         cfg = compose("train", overrides=[
             "experiment=demo", "method=kmclr", "k=5", "epochs=1", "data.limit=200", "batch_size=64",
             f"data.cache_dir={folder}/cache", f"output_dir={folder}/run", "tracking=jsonl", "precision=float32",
-            "method.projector.hidden=[32]", "method.projector.out=16", "evaluation.epochs=5",
+            "projector.hidden=[32]", "projector.out=16", "evaluation.epochs=5",
         ])  # fmt: skip
     cli.pretrain(cfg)
     return folder / "run"

@@ -90,12 +90,14 @@ def test_the_plot_shows_every_row_where_it_belongs():
     assert len({marker for marker, _ in styles}) == len({line for _, line in styles}) == 3  # readable without colour
 
 
-def test_a_queue_of_none_is_where_its_line_starts():
+def test_nothing_stored_is_a_level_of_its_own():
     rows, _ = summarise([run("simclr"), run("nnclr", 0), run("nnclr", 400)])
+    assert [row.title for row in rows] == ["SimCLR", "nothing stored", "NNCLR 400"]
     axes = plot(rows).axes[0]
     series = drawn(axes)
-    assert [size for size, _ in series["NNCLR"]] == [series["SimCLR"][0][0], 400]
-    assert sum(list(line.get_xdata()) == [0, 1] for line in axes.lines) == 1  # across goes SimCLR's level alone
+    assert [size for size, _ in series["NNCLR"]] == [400]
+    assert series["nothing stored"][0][0] == series["SimCLR"][0][0]
+    assert sum(list(line.get_xdata()) == [0, 1] for line in axes.lines) == 2  # both levels go across
 
 
 @pytest.mark.parametrize("sizes", [(50, 400, 1600, 4096, 4496, 16384, 300000), (1, 2, 3, 4), (50,), (98304, 100000)])

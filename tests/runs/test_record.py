@@ -18,7 +18,7 @@ from tests.stores import JSONL, rows, train
 
 def test_rows_and_record(tmp_path):
     before = time.time_ns() // 1_000_000
-    tracker = Tracker(tmp_path, JSONL, {"k": 50, "method.projector.hidden": [64, 64]}, {"device": "cpu"})
+    tracker = Tracker(tmp_path, JSONL, {"k": 50, "projector.hidden": [64, 64]}, {"device": "cpu"})
     tracker.log({"train/loss": 2.0}, 0)
     tracker.log({"train/loss": 1.5, "train/lr": 0.1}, 10)
     assert [(row["step"], row["metrics"]) for row in rows(tmp_path)] == [
@@ -31,7 +31,7 @@ def test_rows_and_record(tmp_path):
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["run_id"] == tracker.run_id
     assert (record["name"], record["experiment"], record["status"]) == (tmp_path.name, "exp", "FINISHED")
-    assert record["params"] == {"k": "50", "method.projector.hidden": "[64, 64]"}
+    assert record["params"] == {"k": "50", "projector.hidden": "[64, 64]"}
     assert record["tags"] == {"device": "cpu", "output_dir": str(tmp_path.resolve())}
     assert record["metrics"] == {"train/loss": 1.5, "train/lr": 0.1}
     assert before <= record["start_time"] <= rows(tmp_path)[0]["time"] <= record["end_time"] <= after

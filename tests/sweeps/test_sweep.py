@@ -9,7 +9,8 @@ import time
 import pytest
 
 from src.runs.record import Record
-from src.sweeps.sweep import alternatives, is_stop
+from src.sweeps.grid import alternatives
+from src.system.stopping import is_stop
 from tests.conftest import PROJECT
 
 UNION = [
@@ -40,19 +41,17 @@ def test_the_command_line_chooses_among_methods():
     assert [grid["method"] for grid in grids({"method": ["kmclr", "simclr"]})] == [["simclr"], ["kmclr"]]
 
 
-def test_a_setting_of_one_method_concerns_that_method():
-    simclr, nnclr, kmclr = grids({"method.forget": ["none"], "method.temperature": ["0.1"]})
-    assert ["method.forget" in grid for grid in (simclr, nnclr, kmclr)] == [False, False, True]
-    assert all("method.temperature" in grid for grid in (simclr, nnclr, kmclr))
+def test_a_key_by_its_former_name_replaces_the_values_of_the_present_one():
+    union = [{"method": ["kmclr"], "objective.support_weight": ["0.1", "0.5"]}, {"method": ["simclr"]}]
+    kmclr, simclr = alternatives(union, {}, {"method.support_weight": ["1"]}, [["kmclr"], ["simclr"]])
+    assert kmclr == {"objective.support_weight": ["1"], "method": ["kmclr"]}
+    assert simclr == {"method": ["simclr"]}
 
 
-def test_an_experiment_keeps_its_method_and_takes_that_methods_settings():
+def test_an_experiment_keeps_its_method():
     union = [{"experiment": ["original_nnclr"]}, {"experiment": ["original_kmclr"], "k": ["400"]}]
-    given = {"method": ["kmclr"], "method.forget": ["none"]}
-    (kmclr,) = alternatives(union, {}, given, [["nnclr"], ["kmclr"]])
-    assert kmclr == {"experiment": ["original_kmclr"], "k": ["400"], "method.forget": ["none"]}
-    nnclr, kmclr = alternatives(union, {}, {"method.forget": ["none"]}, [["nnclr"], ["kmclr"]])
-    assert nnclr == {"experiment": ["original_nnclr"]}
+    (kmclr,) = alternatives(union, {}, {"method": ["kmclr"]}, [["nnclr"], ["kmclr"]])
+    assert kmclr == {"experiment": ["original_kmclr"], "k": ["400"]}
 
 
 @pytest.mark.parametrize(("status", "stop"), [(0, False), (1, False), (2, False), (75, True), (76, False), (143, True)])
@@ -90,8 +89,8 @@ def test_the_sweeps_that_come_with_the_project(command, tmp_path, name, jobs):
 def test_a_method_chooses_among_the_alternatives_also_those_that_are_experiments(command):
     done = command("src.train", "--multirun", "+sweep=cpu_study", "method=nnclr", "seed=0", "dry_run=true")
     names = [line.split()[4] for line in done.stdout.splitlines()[:-1]]
-    assert [name.split("-")[1] for name in names] == [
-        "queue0",
+    assert ["-".join(name.split("-")[:2]).removeprefix("nnclr-") for name in names] == [
+        "nothing_stored-cifar100",
         *["queue400", "queue4096", "queue16384"] * 2,
         "queue16384",
     ]

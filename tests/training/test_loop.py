@@ -175,7 +175,7 @@ def test_cuda_graphs_leave_the_loss_curve(run, method, monkeypatch):
 
 
 def test_reviving_without_asking_the_device_leaves_the_loss_curve(run, monkeypatch):
-    overrides = ["method=kmclr", "k=40", "method.revive_after=1", "method.forget=none", "epochs=4"]
+    overrides = ["method=kmclr", "k=40", "support.revive_after=1", "support.forget=none", "epochs=4"]
     fast = run(*overrides, directory="fast")
     revived = []
 
@@ -225,11 +225,11 @@ class StopAfter(Stopper):
     [
         ("simclr", []),
         ("nnclr", []),
-        ("nnclr", ["method.queue_precision=bfloat16"]),
+        ("nnclr", ["support.precision=bfloat16"]),
         ("nnclr", ["search=ivf", "search.index='IVF4,Flat'", "search.nprobe=1", "search.refresh_every=3"]),
-        ("kmclr", ["method.forget_every=1"]),
-        ("kmclr", ["method.forget=decay", "method.half_life=3", "method.revive_after=2"]),
-        ("kmclr", ["method.refit=faiss", "method.refit_every=2", "method.refit_window=100"]),
+        ("kmclr", ["support.forget_every=1"]),
+        ("kmclr", ["support.forget=decay", "support.half_life=3", "support.revive_after=2"]),
+        ("kmclr", ["support.refit=faiss", "support.refit_every=2", "support.refit_window=100"]),
     ],
 )
 def test_stopped_anywhere_and_continued_it_is_the_unbroken_run(run, monkeypatch, method, extra):
@@ -289,7 +289,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(run, tmp_path):
 
 def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(run, tmp_path, monkeypatch):
     """The loss alone would not show it before the next step, and the last step of an epoch is saved."""
-    real, calls = loop.Learner.grad_norm, []
+    real, calls = loop.TrainState.grad_norm, []
 
     def poisoned(learner):
         calls.append(learner.step)
@@ -297,7 +297,7 @@ def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(ru
             next(learner.method.parameters()).grad[0] = math.inf
         return real(learner)
 
-    monkeypatch.setattr(loop.Learner, "grad_norm", poisoned)
+    monkeypatch.setattr(loop.TrainState, "grad_norm", poisoned)
     with pytest.raises(Diverged, match=r"at step 5: loss [0-9.]+, norm of the gradient inf, of the weights [0-9.]+,"):
         run("method=simclr", "checkpoint.every=1")
     state = checkpoint.load_latest(tmp_path / "run/checkpoints")[1]
@@ -306,7 +306,7 @@ def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(ru
 
 
 def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
-    real = loop.Learner.set_lr
+    real = loop.TrainState.set_lr
     rates = {5: 1e38}  # a finite gradient, and a step into nowhere
 
     def rate(learner, steps):
@@ -315,7 +315,7 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
             group["lr"] = rates.get(learner.step, group["lr"])
         return lr
 
-    monkeypatch.setattr(loop.Learner, "set_lr", rate)
+    monkeypatch.setattr(loop.TrainState, "set_lr", rate)
     with pytest.raises(Diverged, match="of the weights inf"):
         run("method=simclr", "optimizer=sgd", "checkpoint.every=1")
     assert checkpoint.load_latest(tmp_path / "run/checkpoints")[1]["step"] == 3
@@ -360,9 +360,9 @@ class FullAtStep5(Tracker):
 
 
 def test_time_makes_checkpoints_too_also_within_an_epoch(run, tmp_path, monkeypatch):
-    steps, save = [], loop.Learner.save
+    steps, save = [], loop.TrainState.save
     monkeypatch.setattr(
-        loop.Learner, "save", lambda learner, folder: (steps.append(learner.step), save(learner, folder))
+        loop.TrainState, "save", lambda learner, folder: (steps.append(learner.step), save(learner, folder))
     )
     unbroken = run("method=kmclr", "k=7", "checkpoint.minutes=0", directory="often")
     assert steps == [1, 2, 3, 4, 5, 6]
@@ -444,8 +444,8 @@ def test_doubtful_settings_are_warned_of(run, caplog):
     assert "queue_size=200" not in caplog.text
     run("method=kmclr", "k=201", "epochs=1", directory="other")
     assert "k=201: more prototypes than the 200 training images" in caplog.text
-    run("method=kmclr", "k=7", "epochs=1", "method.refit=faiss", directory="refit")
-    assert "method.refit_window=16384: 576 embeddings between two resets never fill it" in caplog.text
+    run("method=kmclr", "k=7", "epochs=1", "support.refit=faiss", directory="refit")
+    assert "support.refit_window=16384: 576 embeddings between two resets never fill it" in caplog.text
     assert "schedule.warmup_epochs=2: not shorter than epochs=1" in caplog.text
 
 

@@ -13,12 +13,15 @@ from pathlib import Path
 import torch
 
 from src import cli
+from src.config.renamed import new_name
 from tests.config.test_schema import composed
 
 
 def losses(overrides: list[str], folder: Path) -> list[str]:
     """The loss of every step, and the final figures, as hexadecimal floats."""
-    cli.pretrain(composed(*overrides, f"output_dir={folder}"))
+    split = [override.split("=", 1) for override in overrides]
+    present = [f"{new_name(key) or key}={value}" for key, value in split]
+    cli.pretrain(composed(*present, f"output_dir={folder}"))
     rows = [json.loads(line)["metrics"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keys = ("train/loss", "val/knn_top1", "test/linear_top1")
     return [float(row[key]).hex() for row in rows for key in keys if key in row]

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from src import models
+from src.config.schema import Objective
 from src.losses import info_nce, nt_xent
-from src.methods.kmclr import KMCLR
-from src.methods.nnclr import NNCLR
-from src.methods.simclr import SimCLR
+from src.methods.base import Parts
+from src.methods.contrast import Contrast
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
 from src.support.search import TorchSearch
@@ -17,28 +17,27 @@ from src.support.search import TorchSearch
 BATCH, DIM = 8, 6
 
 
-def parts(predictor=True):
+def contrast(support, support_weight=1.0, predictor=True, mask_shared=True, temperature=0.2):
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10), nn.ReLU())
-    return encoder, models.projector(10, [12], DIM), models.predictor(DIM, 12) if predictor else None
+    same_prototype = "mask" if mask_shared else "negative"
+    objective = Objective("mixed", temperature, support_weight, 12 if predictor else 0, same_prototype)
+    return Contrast(Parts(encoder, models.projector(10, [12], DIM), 10, DIM, support), objective)
 
 
 def views():
     return torch.randn(2, BATCH, 3, 4, 4)
 
 
-def nnclr(size=32, support_weight=1.0, predictor=True):
-    support = Queue(size, DIM, TorchSearch()) if size else None
-    return NNCLR(*parts(predictor), support, temperature=0.2, support_weight=support_weight)
+def simclr(temperature=0.2):
+    return contrast(None, support_weight=0.0, predictor=False, temperature=temperature)
 
 
-def kmclr(k=3, support_weight=1.0, mask_shared=True, predictor=True):
-    return KMCLR(
-        *parts(predictor),
-        KMeans(k, DIM, 4, TorchSearch()),
-        temperature=0.2,
-        support_weight=support_weight,
-        mask_shared=mask_shared,
-    )
+def nnclr(size=32, **settings):
+    return contrast(Queue(size, DIM, TorchSearch()) if size else None, **settings)
+
+
+def kmclr(k=3, **settings):
+    return contrast(KMeans(k, DIM, 4, TorchSearch()), **settings)
 
 
 def fill(method, rows=64):
@@ -46,7 +45,7 @@ def fill(method, rows=64):
 
 
 def test_simclr_is_nt_xent_of_the_projections():
-    method = SimCLR(*parts()[:2], temperature=0.3)
+    method = simclr(temperature=0.3)
     view1, view2 = views()
     outcome = method(view1, view2)
     z1, z2 = (method.projector(method.encoder(view)) for view in (view1, view2))
@@ -84,7 +83,7 @@ def test_the_loss_is_symmetric_and_uses_each_views_nearest(make, predictor):
     outcome = method(view1, view2)
     found = [method.support.lookup(method.projector(method.encoder(view)).detach()) for view in (view1, view2)]
     positives, ids = (found[0][0], found[1][0]), torch.cat([found[0][1], found[1][1]])
-    groups = ids if getattr(method, "mask_shared", False) else None
+    groups = ids if method.support.shared and method.objective.same_prototype == "mask" else None
     torch.testing.assert_close(outcome.loss, expected(method, view1, view2, positives, groups))
     assert torch.equal(outcome.ids, ids)
     torch.testing.assert_close(method(view2, view1).loss, outcome.loss)
@@ -97,7 +96,7 @@ def test_the_views_have_the_rest_of_the_loss(make):
     view1, view2 = views()
     support = method(view1, view2).loss
     z1, z2 = (method.projector(method.encoder(view)) for view in (view1, view2))
-    method.support_weight = 0.3
+    method.objective.support_weight = 0.3
     torch.testing.assert_close(method(view1, view2).loss, 0.3 * support + 0.7 * nt_xent(z1, z2, 0.2))
 
 
@@ -119,9 +118,7 @@ def test_forward_leaves_the_support_set_alone_and_sends_it_no_gradient(make):
     assert outcome.embeddings.shape == (BATCH, DIM)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: SimCLR(*parts()[:2], temperature=0.2), nnclr, kmclr, partial(kmclr, predictor=False)]
-)
+@pytest.mark.parametrize("make", [simclr, nnclr, kmclr, partial(kmclr, predictor=False)])
 def test_a_few_steps_lower_the_loss(make):
     method = make()
     if method.support is not None:

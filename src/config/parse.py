@@ -1,0 +1,99 @@
+"""From a composed config to one that is typed, checked, and said in one way.
+
+Hydra composes plain YAML from ``conf/`` in struct mode, so that a key which a group does not have is an error. `parse`
+turns the result into the dataclasses of `src.config.schema`, before any work starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from src.config.explain import explain_type, explain_violation
+from src.config.outside import target
+from src.config.renamed import modernised, objective_name
+from src.config.schema import METHODS, SUPPORTS, Config, KMeans, Method, Queue, Support
+from src.errors import UsageError
+
+
+def parse(composed: DictConfig) -> Config:
+    """Turn a composed config, or one that was saved, into typed dataclasses, and check it.
+
+    Raises:
+        UsageError: a value has the wrong type or is out of range; the line names the key and the remedy.
+    """
+    composed = modernised(composed)
+    try:
+        schema = OmegaConf.structured(Config)
+        schema.support = OmegaConf.structured(_schema("support", composed, SUPPORTS, Support))
+        schema.method = OmegaConf.structured(_schema("method", composed, dict.fromkeys(METHODS, Method), Method))
+        cfg: Config = OmegaConf.to_object(OmegaConf.merge(schema, composed))  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UsageError(explain_type(error)) from error
+    for key, node in _nodes("", cfg):
+        try:
+            _adapter(node.__class__).validate_python({each.name: getattr(node, each.name) for each in fields(node)})
+        except ValidationError as error:
+            raise UsageError(explain_violation(key, error)) from None
+    _check_combinations(cfg)
+    return _canonical(cfg)
+
+
+@cache
+def _adapter(schema: Any) -> TypeAdapter:
+    return TypeAdapter(schema)
+
+
+def _schema(group: str, composed: DictConfig, own: dict[str, type], base: type) -> type:
+    """The dataclass of a group's node: by its name, or, of one from outside, its class's ``Config``."""
+    node = composed.get(group)
+    if not isinstance(node, DictConfig):
+        raise UsageError(f"{group}={node}: choose one of {', '.join(own)}")
+    if path := node.get("_target_"):
+        return getattr(target(path, group), "Config", base)
+    if node.get("name") not in own:
+        raise UsageError(f"{group}.name={node.get('name')}: choose one of {', '.join(own)}")
+    return own[node.name]
+
+
+def _nodes(key: str, node: Any) -> Iterator[tuple[str, Any]]:
+    """A config's dataclasses, each with its dotted key and a dot."""
+    yield key, node
+    for each in fields(node):
+        if is_dataclass(value := getattr(node, each.name)):
+            yield from _nodes(f"{key}{each.name}.", value)
+
+
+def _check_combinations(cfg: Config) -> None:
+    support, objective = cfg.support, cfg.objective
+    if support.name != "none" and not objective.support_weight and cfg.method._target_ is None:
+        raise UsageError(
+            f"support={support.name}: objective.support_weight=0 makes no use of what is stored; "
+            "choose objective=mixed, or support=none"
+        )
+    if isinstance(support, KMeans):
+        if cfg.k == 1 and objective.same_prototype == "mask":
+            raise UsageError("k=1: all images share the one prototype, so none would be a negative; choose 2 or more")
+        if support.refit == "faiss" and cfg.k is not None and support.refit_window < cfg.k:
+            raise UsageError(f"support.refit_window={support.refit_window}: must hold k={cfg.k} embeddings or more")
+    if cfg.search.name == "ivf" and not isinstance(support, Queue):
+        raise UsageError(f"search=ivf: only support=queue can use it; choose search=auto for support={support.name}")
+
+
+def _canonical(cfg: Config) -> Config:
+    """One way to say each thing: a queue of none is no queue, and the parts name the method, not the preset typed."""
+    if isinstance(cfg.support, Queue) and cfg.queue_size == 0:
+        cfg.support, cfg.queue_size = Support(name="none"), None
+    weight = cfg.objective.support_weight
+    cfg.objective.name = objective_name(weight, cfg.objective.predictor_hidden)
+    if cfg.method._target_ is None:
+        without = "nothing_stored" if weight else "simclr"
+        names = {"none": without, "queue": "nnclr", "kmeans": "kmclr"}
+        cfg.method = Method(name=names.get(cfg.support.name, cfg.support.name))
+    return cfg

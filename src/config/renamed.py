@@ -1,0 +1,69 @@
+"""Keys that had another name once: command lines, configs and records of then still mean what they meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+# Until the support set and the objective had groups of their own, a method held everything.
+RENAMED = {
+    **{f"method.{key}": f"objective.{key}" for key in ("temperature", "support_weight", "predictor_hidden")},
+    "method.same_prototype": "objective.same_prototype",
+    "method.queue_precision": "support.precision",
+    **{f"method.{key}": f"support.{key}" for key in ("metric", "forget", "forget_every", "half_life", "revive_after")},
+    **{f"method.{key}": f"support.{key}" for key in ("refit", "refit_every", "refit_window")},
+    "method.projector": "projector",
+}
+SUPPORTS = {"simclr": "none", "nnclr": "queue", "kmclr": "kmeans"}
+
+
+def objective_name(support_weight: float, predictor_hidden: int) -> str:
+    """What a loss with these settings is called, whichever way they were typed."""
+    if support_weight == 0:
+        return "nt_xent"
+    return "published" if support_weight == 1 and predictor_hidden else "mixed"
+
+
+def new_name(key: str) -> str | None:
+    """What a dotted key is called now; None where it has always had its name."""
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key.removeprefix(old)
+    return None
+
+
+def modern(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat record of settings under the names of now. One of today passes unchanged."""
+    if "support.name" in flat or flat.get("method.name") not in SUPPORTS:
+        return dict(flat)
+    settings = {new_name(key) or key: value for key, value in flat.items()}
+    weight, hidden = (float(settings.get(f"objective.{key}", 0)) for key in ("support_weight", "predictor_hidden"))
+    settings["support.name"] = SUPPORTS[flat["method.name"]]
+    settings["objective.name"] = objective_name(weight, int(hidden))
+    if str(flat.get("queue_size")) == "0":
+        settings |= {"support.name": "none", "method.name": "nothing_stored"}
+        settings = {key: value for key, value in settings.items() if key not in ("queue_size", "support.precision")}
+    return settings
+
+
+def modernised(composed: DictConfig) -> DictConfig:
+    """The same of a nested config."""
+    if "support" in composed or OmegaConf.select(composed, "method.name") not in SUPPORTS:
+        return composed
+    nested = OmegaConf.create({})
+    for key, value in modern(_flat(OmegaConf.to_container(composed, resolve=True))).items():
+        OmegaConf.update(nested, key, value, force_add=True)
+    return nested
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """One level of dotted keys; an empty mapping is a value."""
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    return {
+        key: value
+        for name, inner in node.items()
+        for key, value in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

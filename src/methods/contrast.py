@@ -1,0 +1,53 @@
+"""SimCLR, NNCLR and KMCLR: one loss, whose positives come from the other view or from a support set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from src.config import schema
+from src.losses import support_contrast
+from src.methods.base import Method, Output, Parts
+from src.models import predictor
+
+
+class Contrast(Method):
+    """Each view is pulled towards its other view, and towards what the support set finds nearest to that other view.
+
+    SimCLR stores nothing and has the first pull alone, NNCLR asks a queue, KMCLR prototypes. Until a support set is
+    filled, and where nothing is stored, its positive is the other view, without a gradient. View 1 enters the support
+    set after the optimizer's step, when the loop says so.
+
+    Source: SimCLR: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020,
+    section 2. NNCLR: Dwibedi et al., "With a Little Help from My Friends", ICCV 2021, section 3.2, equations 3 and 4
+    (symmetric form). KMCLR: https://github.com/mwritescode/nnclr-cifar100, which replaces NNCLR's queue by online
+    k-means. The last two are ``objective=published``; the deviations are those of `support_contrast`.
+
+    Args:
+        parts: encoder, projector, support set.
+        objective: the loss's settings.
+    """
+
+    def __init__(self, parts: Parts, objective: schema.Objective) -> None:
+        super().__init__(parts)
+        self.objective = objective
+        self.predictor = predictor(parts.dim, objective.predictor_hidden) if objective.predictor_hidden else None
+
+    def forward(self, view1: Tensor, view2: Tensor) -> Output:
+        """Two views [B, 3, S, S] of the same images, in the same order."""
+        h1, h2 = self.encoder(view1), self.encoder(view2)
+        z1, z2 = self.projector(h1), self.projector(h2)
+        predictions = None if self.predictor is None else (self.predictor(z1), self.predictor(z2))
+
+        positives, ids, mask_ids = torch.cat([z1, z2]).detach(), None, None
+        if self.support is not None and self.support.ready:
+            with self.support.stopwatch:
+                positives, ids = self.support.lookup(positives)
+            if self.support.shared and self.objective.same_prototype == "mask":
+                mask_ids = ids
+        q1, q2 = positives.chunk(2)
+
+        loss = support_contrast(
+            (z1, z2), predictions, (q1, q2), self.objective.temperature, self.objective.support_weight, mask_ids
+        )
+        return Output(loss, torch.cat([h1, h2]).detach(), z1.detach(), ids)

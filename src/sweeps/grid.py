@@ -1,0 +1,175 @@
+"""``hydra/sweeper=grid``: every combination of comma-separated values, each distinct configuration once."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, flag_override
+
+from src.config import identity
+from src.config.explain import explain_key
+from src.config.renamed import new_name
+from src.errors import UsageError
+from src.sweeps.dry_run import preview
+from src.sweeps.jobs import Composer, Job
+from src.sweeps.launcher import JobFailed
+from src.sweeps.sweep import Sweep
+
+Grid = Mapping[str, Sequence[str]]  # key: its values, as on the command line
+
+
+class GridSweeper(Sweeper):
+    """``hydra/sweeper=grid``: every combination of values, of each of several alternatives, each configuration once.
+
+    A key on the command line replaces the values that the sweep gives it; ``method`` chooses among the alternatives. A
+    key that the options of a combination do not have is passed over there.
+
+    Args:
+        params: what all alternatives sweep.
+        union: the alternatives, each a line of overrides.
+    """
+
+    config: DictConfig
+    hydra_context: HydraContext
+    launcher: Launcher
+
+    def __init__(self, params: Mapping[str, Any], union: Sequence[str] = ("",)) -> None:
+        self.union = list(union)
+        self.params = {key: str(value) for key, value in params.items()}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+        self.compose = Composer(hydra_context.config_loader, config)
+        self.launched = 0
+        self.deadline = time.monotonic() + 60 * (config.max_minutes or math.inf)
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run what is not finished, and summarise all of it.
+
+        Raises:
+            UsageError: no job is legal, or another process runs the same sweep; nothing has been written then.
+            SystemExit: with status 1 if a job failed, or that of whatever stopped the jobs.
+        """
+        jobs = self.jobs(arguments)
+        legal = [job.cfg for job in jobs if job.cfg]
+        if not legal:
+            raise UsageError(jobs[0].error if jobs else "method: no alternative of this sweep has it")
+        for job in jobs:
+            if not job.cfg:
+                print(f"not possible: {job.error} ({' '.join(job.overrides)})", file=sys.stderr, flush=True)
+        if self.config.dry_run:
+            print(preview(legal, self.config.jobs))
+            sys.exit(2 if len(legal) < len(jobs) else 0)
+        name = self.config.hydra.runtime.choices.get("sweep") or "grid"
+        hashes = sorted(identity.config_hash(job.cfg) for job in jobs if job.cfg)
+        with self.prepare(Sweep(name, hashes, jobs, legal[0].tracking)) as sweep:
+            done = sum(job.is_finished for job in jobs)
+            print(f"{sweep.directory}: {len(jobs)} jobs, {done} finished already", flush=True)
+            self.launch(sweep, [job for job in jobs if job.cfg and not job.is_finished])
+        sys.exit(sweep.status)
+
+    def jobs(self, arguments: list[str]) -> list[Job]:
+        """Compose and check every distinct configuration."""
+        given = self._grid(arguments)
+        params = self._grid([f"{key}={value}" for key, value in self.params.items()])
+        union = [self._grid(shlex.split(line)) for line in self.union]
+        distinct, jobs = dict[str, Job](), list[Job]()
+        for grid in alternatives(union, params, given, [self._methods(grid) for grid in union]):
+            for values in product(*grid.values()):
+                job = self.compose([f"{key}={value}" for key, value in zip(grid, values, strict=True)])
+                key = identity.config_hash(job.cfg) if job.cfg else " ".join(job.overrides)
+                distinct.setdefault(key, job)
+                jobs.append(job)
+        refuse_unused(jobs)
+        if any(job.cfg and job.cfg.output_dir for job in distinct.values()) and len(distinct) > 1:
+            raise UsageError("output_dir: each job of a sweep has a folder of its own under multirun/; leave it out")
+        # One seed after the other: whatever stops a sweep, the seeds that are done make whole curves.
+        return sorted(distinct.values(), key=lambda job: job.cfg.seed if job.cfg else 0)
+
+    def _methods(self, grid: Grid) -> Sequence[str]:
+        """The methods of an alternative; none where it leaves that to the command line."""
+        if "experiment" not in grid or "method" in grid:
+            return grid.get("method", [])
+        bare = [self.compose([f"experiment={value}"]) for value in grid["experiment"]]
+        return [job.cfg.method.name for job in bare if job.cfg]
+
+    def _grid(self, overrides: list[str]) -> Grid:
+        grid: dict[str, list[str]] = {}
+        for override in self.compose.parser.parse_overrides(overrides):
+            key = override.get_key_element()
+            if not override.is_sweep_override():
+                grid[key] = [override.get_value_element_as_str()]
+            elif override.is_discrete_sweep():
+                grid[key] = list(override.sweep_string_iterator())
+            else:
+                raise UsageError(f"{override.input_line}: a grid wants single values; +sweep=optuna takes intervals")
+        return grid
+
+    def prepare(self, sweep: Sweep) -> Sweep:
+        """Make the launcher, which fails where its package is not installed, before the sweep writes anything."""
+        with flag_override(self.config, ["struct", "readonly"], False):
+            self.config.hydra.sweep.dir = str(sweep.directory)
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
+        )
+        return sweep
+
+    def launch(self, sweep: Sweep, pending: Sequence[Job]) -> None:
+        """Hand jobs to Hydra's launcher, and note how each ended."""
+        if not pending:
+            return
+        if self.config.max_minutes is not None:  # all jobs together, also of several launches
+            with flag_override(self.config, ["struct", "readonly"], False):
+                self.config.max_minutes = max(self.deadline - time.monotonic(), 0.1) / 60
+        returns = self.launcher.launch(
+            [[*job.overrides, *sweep.overrides(job)] for job in pending], initial_job_idx=self.launched
+        )
+        self.launched += len(pending)
+        for job, returned in zip(pending, returns, strict=True):
+            if returned.status == JobStatus.FAILED:
+                error = returned._return_value  # the property prints before it raises
+                job.error = " ".join(str(error).split()) or type(error).__name__
+                job.status = error.status if isinstance(error, JobFailed) else 1
+
+
+def refuse_unused(jobs: Sequence[Job]) -> None:
+    """Raise a `UsageError` for a key that every job passed over."""
+    unused = [set(job.passed_over) for job in jobs if job.cfg]
+    if unused and (nowhere := set.intersection(*unused)):
+        raise UsageError(explain_key(min(nowhere)))
+
+
+def alternatives(union: Sequence[Grid], params: Grid, given: Grid, methods: Sequence[Sequence[str]]) -> Iterator[Grid]:
+    """The grids of a union, with what the command line gives put in the place of what they have.
+
+    Args:
+        union: the alternatives.
+        params: what all of them sweep.
+        given: the command line. A key that some alternatives sweep concerns only those.
+        methods: of each alternative; none where it leaves that to the command line.
+    """
+    theirs = {key for grid in union for key in grid} - {"method"}
+    given = {new if (new := new_name(key)) in theirs else key: values for key, values in given.items()}
+    for grid, names in zip(union, methods, strict=True):
+        chosen = [each for each in names if each in given.get("method", names)]
+        if names and not chosen:
+            continue
+        replaced = {key: values for key, values in given.items() if key in grid or key not in theirs}
+        if "method" in grid:
+            replaced |= {"method": chosen} if "method" in given else {}
+        elif names:
+            replaced.pop("method", None)  # an experiment brings its own
+        merged = {**params, **grid, **replaced}
+        # The command line's own order, its groups first: a job's command then reads as the sweep's did.
+        yield {key: merged[key] for key in [*replaced, *(key for key in merged if key not in replaced)]}

@@ -1,0 +1,115 @@
+"""The jobs of a sweep: each one configuration, composed as the command line of a single run would compose it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
+
+from src.config.explain import explain_composition
+from src.config.parse import parse
+from src.config.renamed import new_name
+from src.config.schema import Config
+from src.errors import UsageError
+from src.runs import directory as run_directory
+from src.runs.record import Record
+
+
+@dataclass
+class Job:
+    """One configuration of a sweep."""
+
+    overrides: list[str]
+    cfg: Config | None  # None: not legal
+    directory: Path
+    passed_over: Sequence[str] = ()  # keys that the chosen options do not have
+    error: str = ""  # why there is no result
+    status: int = 0  # the exit status it ended with, where there is an error
+    trial: int | None = None  # its number in a study
+
+    @property
+    def label(self) -> str:
+        """What tells it from the others, for people."""
+        return self.directory.name if self.cfg else self.overrides[-1]
+
+    @property
+    def record(self) -> Record | None:
+        """What its folder says of it; None before its start."""
+        return Record.find(self.directory) if self.cfg else None
+
+    @property
+    def reason(self) -> str:
+        """Why it has no result."""
+        return self.error or (self.record.tags.get("error", "not finished") if self.record else "not started")
+
+    @property
+    def is_finished(self) -> bool:
+        return self.cfg is not None and run_directory.is_finished(self.directory, self.cfg)
+
+
+class Composer:
+    """Makes jobs of overrides: Hydra composes each choice of options once, and a job's values are set on a copy.
+
+    A value is set where the chosen options have its key, under the key's present name, and passed over elsewhere: a
+    grid over ``support=queue,kmeans`` may have both ``queue_size`` and ``k``.
+
+    Args:
+        loader: Hydra's.
+        base: the sweep's own composed config.
+    """
+
+    def __init__(self, loader: Any, base: DictConfig) -> None:
+        self.loader, self.base = loader, base
+        self.parser = OverridesParser.create(config_loader=loader)
+        self.groups = set(loader.list_groups(""))
+        self._chosen = cache(self._choose)
+        self._parsed = cache(lambda text: self.parser.parse_override(text))
+
+    def __call__(self, overrides: Sequence[str]) -> Job:
+        """A job with its config; one that is not legal with the reason."""
+        choices = tuple(each for each in overrides if self._is_choice(each))
+        kept, passed_over = list(choices), list[str]()
+        try:
+            composed = self._chosen(choices).copy()
+            for each in overrides:
+                if each in choices:
+                    continue
+                if set_ := _set(composed, self._parsed(each)):
+                    kept.append(set_)
+                else:
+                    passed_over.append(each.split("=")[0])
+            cfg = parse(composed)
+        except (UsageError, HydraException, OmegaConfBaseException) as error:
+            reason = str(error) if isinstance(error, UsageError) else explain_composition(str(error))
+            return Job(kept, None, Path(), passed_over, " ".join(reason.split()), status=2)
+        return Job(kept, cfg, run_directory.choose(cfg), passed_over)
+
+    def _is_choice(self, override: str) -> bool:
+        """Whether it chooses an option, or adds or takes away a key, which is left to Hydra."""
+        key = override.split("=")[0]
+        return key in self.groups or key[0] in "+~" or "/" in key or "@" in key
+
+    def _choose(self, choices: tuple[str, ...]) -> DictConfig:
+        composed = self.loader.load_sweep_config(self.base, list(choices))
+        with flag_override(composed, ["struct", "readonly"], False):
+            del composed["hydra"]
+        return composed
+
+
+def _set(composed: DictConfig, override: Override) -> str:
+    """Sets a value in place; returns the override under the key's present name, empty if there is no such key."""
+    for key in (override.key_or_group, new_name(override.key_or_group)):
+        parent, _, leaf = (key or "").rpartition(".")
+        node = OmegaConf.select(composed, parent) if parent else composed
+        if key and isinstance(node, DictConfig) and leaf in node.keys():  # noqa: SIM118  # `in` passes over "???"
+            OmegaConf.update(composed, key, override.value(), merge=True)
+            return f"{key}={override.get_value_element_as_str()}"
+    return ""

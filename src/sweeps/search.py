@@ -1,0 +1,103 @@
+"""``hydra/sweeper`` of ``+sweep=optuna``: a search, whose jobs are the trials of an Optuna study."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from src.config import identity
+from src.errors import UsageError
+from src.sweeps.dry_run import preview
+from src.sweeps.grid import GridSweeper, refuse_unused
+from src.sweeps.jobs import Job
+from src.sweeps.sweep import Sweep
+from src.system.stopping import PRUNED, is_stop
+
+if TYPE_CHECKING:
+    from src.sweeps.optuna_study import Study
+
+
+class StudySweeper(GridSweeper):
+    """A search by Optuna (src/sweeps/optuna_study.py): every job is a trial, its value the last ``val/knn_top1``.
+
+    Args:
+        trials: how many in all, with those of earlier commands.
+        pruner: whether to stop hopeless trials early: ``median``, ``halving`` or ``none``.
+        seed: of the search.
+        params: the space. A key on the command line replaces its distribution, or fixes it.
+    """
+
+    def __init__(self, trials: int, pruner: str, seed: int, params: Mapping[str, Any]) -> None:
+        super().__init__(params=params)
+        self.trials, self.pruner, self.seed = trials, pruner, seed
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Take up the trials that were cut off, then propose others, ``jobs`` at a time, until there are enough."""
+        from src.sweeps import optuna_study as studies  # optuna and torch take seconds
+
+        if self.pruner not in studies.PRUNERS:
+            raise UsageError(f"hydra.sweeper.pruner={self.pruner}: choose one of {', '.join(studies.PRUNERS)}")
+        parsed = self.compose.parser.parse_overrides(
+            [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
+        )
+        overrides = {each.get_key_element(): each for each in parsed}
+        space = studies.space(list(overrides.values()), self.config)
+        fixed = [
+            f"{key}={each.get_value_element_as_str()}"
+            for key, each in overrides.items()
+            if not each.is_sweep_override()
+        ]
+        base = self.compose(fixed)
+        if base.cfg is None:
+            raise UsageError(base.error)
+        refuse_unused([base])
+        if not space:
+            raise UsageError("hydra.sweeper.params: every setting is fixed; give one an interval or choices")
+        if base.cfg.data.final:
+            raise UsageError("data.final=true: leaves no validation images, by which a search judges its trials")
+
+        def job(number: int) -> Job:
+            assert study is not None
+            point = study.points()[number]
+            composed = self.compose([*fixed, *(f"{key}={value}" for key, value in point.items())])
+            composed.trial = number
+            composed.status = composed.status or (PRUNED if study.state(number) == "PRUNED" else 0)
+            return composed
+
+        what = [identity.config_hash(base.cfg), *sorted(f"{key}={value}" for key, value in space.items())]
+        sweep = Sweep("optuna", what, [], base.cfg.tracking)
+        if self.config.dry_run:
+            known = (sweep.directory / studies.FILE).exists()
+            study = studies.Study(sweep.directory, space, self.pruner, self.seed) if known else None
+            there = [job(number).cfg for number in study.points()] if study else []
+            print(preview([cfg for cfg in there if cfg], self.config.jobs))
+            print(f"{max(self.trials - len(there), 0)} trials to propose")
+            return
+        with self.prepare(sweep):
+            study = studies.Study(sweep.directory, space, self.pruner, self.seed)
+            sweep.jobs += [job(number) for number in study.points()]
+            print(f"{sweep.directory}: {len(sweep.jobs)} of {self.trials} trials are there", flush=True)
+            batch = [each for each in sweep.jobs if study.state(each.trial or 0) == "RUNNING"]
+            while batch or len(sweep.jobs) < self.trials:
+                if not batch:
+                    room = min(self.config.jobs, self.trials - len(sweep.jobs))
+                    batch = [job(study.propose()) for _ in range(room)]
+                    sweep.jobs += batch
+                self.launch(sweep, [each for each in batch if each.cfg and not each.is_finished])
+                for each in batch:
+                    _conclude(study, each)
+                if any(is_stop(each.status) for each in batch):
+                    break
+                batch = []
+            if best := study.best():
+                print(f"best: trial {best[0]}, val/knn_top1 {best[1]:.2f}, {study.points()[best[0]]}", flush=True)
+        sys.exit(sweep.status)
+
+
+def _conclude(study: Study, job: Job) -> None:
+    assert job.trial is not None
+    if job.is_finished and job.record:
+        study.conclude(job.trial, "COMPLETE", job.record.metrics["val/knn_top1"])
+    elif not is_stop(job.status):  # which stays open, and the next command continues it
+        study.conclude(job.trial, "PRUNED" if job.status == PRUNED else "FAIL")

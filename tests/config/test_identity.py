@@ -1,0 +1,120 @@
+from dataclasses import asdict, make_dataclass
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from src.config import identity
+from src.config.parse import parse
+from src.config.schema import Objective
+from src.errors import UsageError
+from tests.config.test_schema import parsed
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (["method=kmclr", "support.forget=reset", "support.half_life=5"], ["method=kmclr"]),
+        (["method=kmclr", "support.forget=none", "support.forget_every=7"], ["method=kmclr", "support.forget=none"]),
+        (["support.refit_every=9", "support.refit_window=999"], []),
+        (["method=nnclr", "objective.same_prototype=negative"], ["method=nnclr"]),
+        (["optimizer=adamw", "+optimizer.momentum=0.5"], ["optimizer=adamw"]),
+        (["optimizer=sgd", "+optimizer.clip_trust=true"], ["optimizer=sgd"]),
+        (["+schedule.gamma=0.5"], []),
+        (["augment.view1.blur=0", "augment.view1.blur_sigma=[1,2]"], ["augment.view1.blur=0"]),
+        (["method=nnclr", "queue_size=0"], ["method=nnclr", "support=none"]),
+        (["method=kmclr", "support=queue"], ["method=nnclr"]),
+        (["method=nnclr", "support=kmeans", "k=50"], ["method=kmclr", "k=50"]),
+        (["objective.support_weight=1", "objective.predictor_hidden=4096"], ["objective=published"]),
+        (["method=nnclr", "support=none", "objective=nt_xent"], ["method=simclr"]),
+    ],
+)
+def test_what_has_no_effect_and_how_it_was_typed_do_not_count(one, other):
+    assert identity.config_hash(parsed(*one)) == identity.config_hash(parsed(*other))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "support.half_life=5",
+        "objective.same_prototype=negative",
+        "augment.view1.brightness=0.1",
+        "support.metric=euclidean",
+    ],
+)
+def test_what_has_an_effect_counts(override):
+    base = ["method=kmclr", "support.forget=decay"]
+    assert identity.config_hash(parsed(*base, override)) != identity.config_hash(parsed(*base))
+
+
+def test_a_field_that_is_added_changes_no_hash_and_no_saved_config():
+    cfg = parsed("method=nnclr")
+    newer = make_dataclass("Objective", [("margin", float, 0.0)], bases=(Objective,))
+    before = identity.config_hash(cfg), identity.without_neutral(cfg)
+    cfg.objective = newer(**asdict(cfg.objective))
+    assert (identity.config_hash(cfg), identity.without_neutral(cfg)) == before
+    cfg.objective.margin = 0.1
+    assert identity.config_hash(cfg) != before[0]
+
+
+@pytest.mark.parametrize("method", ["simclr", "nnclr", "kmclr"])
+def test_a_saved_config_means_the_same_again(method):
+    cfg = parsed(f"method={method}")
+    saved = OmegaConf.create(identity.without_neutral(cfg))
+    assert "on_error" not in saved.data
+    assert parse(saved) == cfg
+
+
+def test_a_config_saved_when_the_method_held_everything_means_the_same():
+    old = asdict(parsed("method=kmclr", "k=50"))
+    support, objective = old.pop("support"), old.pop("objective")
+    old["method"] = {
+        **{key: value for key, value in (support | objective).items() if key not in ("name", "_target_")},
+        "name": "kmclr",
+        "projector": old.pop("projector"),
+    }
+    assert parse(OmegaConf.create(old)) == parsed("method=kmclr", "k=50")
+    identity.check_same(old, parsed("method=kmclr", "k=50"), Path("here"))
+    with pytest.raises(UsageError, match=r"support\.forget was reset and is none"):
+        identity.check_same(old, parsed("method=kmclr", "k=50", "support.forget=none"), Path("here"))
+
+
+def test_the_hash_is_of_what_matters():
+    base = identity.config_hash(parsed())
+    same = ["output_dir=x", "resume=never", "device=cpu", "tracking=jsonl", "data.root=y", "checkpoint.every=3"]
+    same += ["evaluation.every=3", "evaluation=original", "evaluation.knn_k=20"]
+    assert {identity.config_hash(parsed(each)) for each in same} == {base}
+    different = ["k=200", "seed=1", "objective.temperature=0.3", "data.limit=5000", "precision=float32", "epochs=9"]
+    assert len({base, *(identity.config_hash(parsed(each)) for each in different)}) == 1 + len(different)
+    assert identity.config_hash(parsed("optimizer.lr=0.4")) == base  # the default, spelt out
+
+
+def test_names_are_readable():
+    assert identity.run_name(parsed("k=50", "seed=2")) == "kmclr-k50-cifar100-resnet18-seed2"
+    assert identity.run_name(parsed("method=nnclr", "data=digits")) == "nnclr-queue65536-digits-resnet18-seed0"
+    assert identity.run_name(parsed("method=simclr")) == "simclr-cifar100-resnet18-seed0"
+    assert identity.run_name(parsed("method=nnclr", "support=none")) == "nothing_stored-cifar100-resnet18-seed0"
+
+
+def test_check_same_names_the_keys_that_differ():
+    from dataclasses import asdict
+
+    cfg = parsed("k=200")
+    identity.check_same(asdict(cfg), cfg, Path("here"))
+    identity.check_same({key: str(value) for key, value in identity.flatten(cfg).items()}, cfg, Path("here"))
+    identity.check_same(asdict(cfg), parsed("k=200", "tracking=jsonl", "data.root=elsewhere"), Path("here"))
+    with pytest.raises(
+        UsageError, match=r"here is of another configuration .seed was 0 and is 1, k was 200 and is 400."
+    ):
+        identity.check_same(asdict(cfg), parsed("seed=1"), Path("here"))
+    limited = identity.flatten(parsed("k=200", "data.limit=5000")) | {"support_set_size": 200, "skipped_images": 0}
+    with pytest.raises(UsageError, match=r"data.limit was 5000 and is None"):
+        identity.check_same(limited, cfg, Path("here"))
+
+
+def test_flatten_leaves_out_what_does_not_apply():
+    flat = identity.flatten(parsed("method=nnclr"))
+    assert flat["queue_size"] == 65536
+    assert flat["augment.view1.crop_scale"] == [0.08, 1.0]
+    assert "k" not in flat
+    assert "data.limit" not in flat
