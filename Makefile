@@ -43,10 +43,11 @@ reliability: setup ## Kills, signals, full disks, lost servers, a soak: an hour;
 	dir=$$(mktemp -d) && for each in $(CAMPAIGNS); do $(BIN)/python -m scripts.reliability.$$each $$dir/$$each || exit; done
 	CASES=600 $(PYTEST) tests/test_cli.py tests/data/test_damage.py
 
-check: setup ## Lint, formatting and types
+check: setup ## Lint, formatting, types, and which file may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup ## Format the code
 	$(BIN)/ruff format .
