@@ -17,6 +17,7 @@ from src.errors import UsageError
 # what is only measured of it.
 NOT_IN_HASH = (
     *("output_dir", "resume", "max_minutes", "jobs", "dry_run", "device", "tracking", "checkpoint", "evaluation"),
+    "init",
     *("data.root", "data.cache_dir", "data.on_error", "method.label", "method.colour"),
 )
 DERIVED = ("support_set_size", "support_bytes", "encoder_parameters", "skipped_images")  # params that follow from them
@@ -79,6 +80,11 @@ def inert(cfg: Config) -> set[str]:
 def is_setting(key: str) -> bool:
     """Whether a dotted key belongs to what makes two runs the same experiment."""
     return key not in DERIVED and not any(key == skip or key.startswith(f"{skip}.") for skip in NOT_IN_HASH)
+
+
+def is_protocol(key: str) -> bool:
+    """Whether a dotted key says how the final figures are measured, rather than what is looked at on the way."""
+    return key.startswith("evaluation.") and key not in ("evaluation.every", "evaluation.online_lr")
 
 
 def settings(cfg: Config) -> dict[str, Any]:

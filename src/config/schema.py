@@ -240,6 +240,8 @@ class Config:
     dry_run: bool
     k: Count | None = None
     queue_size: Natural | None = None
+    init: str | None = None  # a run's folder, a checkpoint or an encoder's file, to start from
+    origin: str | None = None  # which weights those are; filled in when they are found
 
 
 SUPPORTS: dict[str, type[Support]] = {"none": Support, "queue": Queue, "kmeans": KMeans}

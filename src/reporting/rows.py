@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from src.config.identity import is_setting
+from src.config.identity import is_protocol, is_setting
 from src.config.names import LABELS, colour_of, label_of
 from src.config.renamed import modern
 from src.runs.query import Run
@@ -21,7 +21,13 @@ FIGURES = {
     "test/linear_top5": "test linear top-5",
 }
 OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs
-SAME = ("dtype", "git_commit", "git_dirty", "device")  # tags that runs should share to be compared
+SAME = (
+    "dtype",
+    "git_commit",
+    "git_dirty",
+    "device",
+    "evaluation_changed",
+)  # tags that runs should share to be compared
 
 
 @dataclass(frozen=True)
@@ -146,11 +152,7 @@ def select(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
 
 def settings(run: Run) -> dict[str, str]:
     """The params on which a run's figures depend: what makes it this experiment, and how it was evaluated."""
-    protocol = {key for key in run.params if key.startswith("evaluation.")} - {
-        "evaluation.every",
-        "evaluation.online_lr",
-    }
-    return {key: value for key, value in run.params.items() if is_setting(key) or key in protocol}
+    return {key: value for key, value in run.params.items() if is_setting(key) or is_protocol(key)}
 
 
 def differing(runs: Sequence[Run]) -> list[str]:

@@ -121,8 +121,21 @@ def restore(module: nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> 
     Raises:
         UsageError: keys are missing, unexpected or of another shape.
     """
+    differences = _differences(module, state_dict)
+    if any(differences.values()):
+        found = "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in differences.items() if keys)
+        raise UsageError(f"{path} is of another method or shape: {found}. Give the config that it was trained with")
+    module.load_state_dict(dict(state_dict))
+
+
+def fits(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict has exactly the module's keys and shapes."""
+    return not any(_differences(module, state_dict).values())
+
+
+def _differences(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, list[str]]:
     own = module.state_dict()
-    differences = {
+    return {
         "missing": [key for key in own if key not in state_dict],
         "unexpected": [key for key in state_dict if key not in own],
         "of another shape": [
@@ -131,10 +144,6 @@ def restore(module: nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> 
             if key in state_dict and _shape(state_dict[key]) != _shape(own[key])
         ],
     }
-    if any(differences.values()):
-        found = "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in differences.items() if keys)
-        raise UsageError(f"{path} is of another method or shape: {found}. Give the config that it was trained with")
-    module.load_state_dict(dict(state_dict))
 
 
 def _shape(value: object) -> tuple[int, ...] | None:

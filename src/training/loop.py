@@ -28,7 +28,7 @@ from src.errors import Diverged
 from src.evaluation import protocol
 from src.evaluation.diagnostics import alignment, uniformity
 from src.runs import directory as run_directory
-from src.runs import mlflow_store
+from src.runs import mlflow_store, origin
 from src.runs.record import Record
 from src.runs.tracker import COLOUR_TAG, Tracker, catch_up, parent_tags
 from src.system.environment import environment_tags
@@ -67,6 +67,8 @@ def run(cfg: Config, should_prune: ShouldPrune, draw: Callable[[Path], Path]) ->
     check_batch_size(cfg.batch_size, data.train)
     state = TrainState(cfg, data)
     warn_of_doubtful(cfg, len(data.train))
+    origin.identify(cfg)
+    tags = {"init.taken": state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
 
     directory = run_directory.choose(cfg)
     if cfg.tracking.name == "mlflow":
@@ -74,9 +76,17 @@ def run(cfg: Config, should_prune: ShouldPrune, draw: Callable[[Path], Path]) ->
     with run_directory.exclusive(directory), Stopper(cfg.max_minutes) as stopper:
         if run_directory.is_finished(directory, cfg):
             catch_up(directory)
+            if changes := changed_protocol(cfg, directory):
+                logger.warning(
+                    "%s was evaluated otherwise (%s): python -m src.evaluate checkpoint=%s adds other figures",
+                    *(directory, changes, directory),
+                )
             return report(directory)
         run_directory.refuse_diverged(directory)
         resumed = state.resume(directory / "checkpoints")
+        if resumed and (changes := changed_protocol(cfg, directory)):
+            tags["evaluation_changed"] = f"{changes} at step {state.step}"
+            logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, changes)
         (directory / "config.yaml").write_text(
             redact(OmegaConf.to_yaml(OmegaConf.create(identity.without_neutral(cfg))))
         )
@@ -91,9 +101,11 @@ def run(cfg: Config, should_prune: ShouldPrune, draw: Callable[[Path], Path]) ->
                 "config_hash": identity.config_hash(cfg),
                 COLOUR_TAG: colour_of(config),
             }
+            | tags
             | parent_tags(cfg.tracking.parent),
         )
-        print(f"{directory}: {'continued at' if resumed else 'started at'} step {state.step}", flush=True)
+        started = f"started from {cfg.init} ({tags['init.taken']})," if cfg.init is not None else "started"
+        print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
             pretrain(state, data, tracker, stopper, directory, should_prune)
@@ -236,6 +248,21 @@ def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, 
     draw(directory)
     for name in ("config.yaml", "encoder.safetensors", "curves.png"):
         tracker.artifact(directory / name)
+
+
+def changed_protocol(cfg: Config, directory: Path) -> str:
+    """How the evaluation that is asked for differs from the record's; empty where it does not.
+
+    It is no part of a run's identity: another one starts no training anew.
+    """
+    record, now = Record.find(directory), identity.flatten(cfg)
+    before = (
+        {key: value for key, value in record.params.items() if key in now and identity.is_protocol(key)}
+        if record
+        else {}
+    )
+    changed = [key for key, value in before.items() if value != str(now.get(key))]
+    return ", ".join(f"{key} was {before[key]} and is {now[key]}" for key in changed)
 
 
 def report(directory: Path) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from src import build
@@ -119,6 +121,29 @@ class TrainState:
             "seconds": [self.seconds, self._support_seconds()],
         }
         checkpoint.save(directory, self.step, state)
+
+    def start_from(self, path: Path) -> str:
+        """Take over what another run, or somebody's encoder, has learned; returns what has been taken.
+
+        The encoder has to fit. Of a checkpoint, so do projector, predictor and support set where they can.
+
+        Raises:
+            UsageError: the file is damaged, or holds no encoder of this architecture.
+        """
+        if path.suffix == ".pt":
+            weights = checkpoint.load(path)["model"]
+        else:
+            try:
+                weights = {f"encoder.{key}": value for key, value in load_file(path).items()}
+            except SafetensorError as error:
+                raise UsageError(f"init={path}: not a safetensors file ({one_line(error)})") from None
+        taken = []
+        for name, part in self.method.named_children():
+            own = {key.removeprefix(f"{name}."): v for key, v in weights.items() if key.startswith(f"{name}.")}
+            if name == "encoder" or checkpoint.fits(part, own):
+                checkpoint.restore(part, own, path)
+                taken.append(name)
+        return ", ".join(taken)
 
     def resume(self, directory: Path) -> bool:
         """Continue from the newest good checkpoint, if there is one.

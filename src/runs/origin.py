@@ -1,0 +1,51 @@
+"""Where a run's first weights come from: ``init=`` a run's folder, a checkpoint, or an encoder's file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from src.config.schema import Config
+from src.errors import UsageError
+from src.runs.record import Record
+
+DIGEST_BYTES = 32  # SHA-256, which ends a checkpoint
+
+
+def identify(cfg: Config) -> None:
+    """Fill in ``cfg.origin``, which weights ``cfg.init`` names, whatever the path: the config's hash contains it.
+
+    Raises:
+        UsageError: there are none, or their run has not finished.
+    """
+    if cfg.init is not None:
+        cfg.origin = _identity(locate(cfg.init))
+
+
+def locate(init: str) -> Path:
+    """The file that ``init`` names: a run's newest checkpoint, or the file itself.
+
+    Raises:
+        UsageError: as `identify`.
+    """
+    path = Path(init).expanduser()
+    if path.is_file():
+        return path
+    record = Record.find(path) if path.is_dir() else None
+    if record and record.status != "FINISHED":
+        raise UsageError(f"init={init}: the run is {record.status}, not FINISHED; name one of its checkpoints instead")
+    checkpoints = sorted((path / "checkpoints").glob("step-*.pt"))
+    if not checkpoints:
+        raise UsageError(
+            f"init={init}: no run, checkpoint or encoder there; give a run's folder, a .pt or .safetensors"
+        )
+    return checkpoints[-1]
+
+
+def _identity(path: Path) -> str:
+    """The first 16 hex digits of the SHA-256 of what the file holds; a checkpoint states it at its end."""
+    with path.open("rb") as file:
+        if path.suffix == ".pt" and path.stat().st_size > DIGEST_BYTES:
+            file.seek(-DIGEST_BYTES, 2)
+            return file.read().hex()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,0 +1,108 @@
+import hashlib
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from src import cli
+from src.config.identity import config_hash
+from src.errors import UsageError
+from src.runs import checkpoint, origin
+from src.runs.record import Record
+from tests.config.test_schema import composed, parsed
+
+KMCLR = ["method=kmclr", "k=7"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, small):
+    """Train for an epoch in this process; returns the run's directory."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+    def train(*overrides):
+        before = set(tmp_path.glob("multirun/*"))
+        cli.pretrain(composed(*small, "epochs=1", "tracking=jsonl", "data.limit=128", *overrides))
+        return (set(tmp_path.glob("multirun/*")) - before or before).pop()
+
+    return train
+
+
+def weights(directory):
+    return checkpoint.load_latest(directory / "checkpoints")[1]["model"]
+
+
+def test_a_run_starts_from_another_in_a_directory_of_its_own(run, tmp_path):
+    first = run(*KMCLR)
+    second = run(*KMCLR, f"init={first}", "optimizer.lr=1e-12")
+    assert second != first
+    record = Record.load(second)
+    assert record.tags["init.taken"] == "encoder, projector, support"
+    assert record.params["init"] == str(first)
+    learned, kept = weights(first), weights(second)
+    for key in (key for key in learned if key.startswith(("encoder", "projector")) and key.endswith("weight")):
+        torch.testing.assert_close(kept[key], learned[key], msg=key)
+    assert kept["support._extra_state"]["step"] == 2 * learned["support._extra_state"]["step"]
+
+    first.rename(tmp_path / "moved")  # the same weights, so the same run
+    assert run(*KMCLR, "init=moved", "optimizer.lr=1e-12") == second
+
+
+def test_what_fits_is_taken_over_and_the_rest_starts_afresh(run):
+    first = run("method=simclr")
+    second = run(*KMCLR, "objective.predictor_hidden=8", f"init={first}")
+    assert Record.load(second).tags["init.taken"] == "encoder, projector"
+
+
+def test_a_foreign_encoder_is_a_start_too(run, tmp_path):
+    first = run("method=simclr")
+    save_file(load_file(first / "encoder.safetensors"), tmp_path / "theirs.safetensors")
+    record = Record.load(run(*KMCLR, "init=theirs.safetensors"))
+    assert record.tags["init.taken"] == "encoder"
+    expected = hashlib.sha256((tmp_path / "theirs.safetensors").read_bytes()).hexdigest()[:16]
+    assert record.params["origin"] == expected
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    before = set(tmp_path.glob("multirun/*"))
+    for init, says in (("other", "is of another method or shape"), ("text", "not a safetensors file")):
+        with pytest.raises(UsageError, match=says):
+            run(*KMCLR, f"init={init}.safetensors")
+    assert set(tmp_path.glob("multirun/*")) == before
+
+
+def test_a_stopped_run_continues_from_its_checkpoint_and_not_from_its_start(run, capsys):
+    first = run("method=simclr")
+    second = run(*KMCLR, f"init={first}")
+    record = Record.load(second)
+    record.status = "KILLED"
+    record.save(second)
+    run(*KMCLR, f"init={first}")
+    assert f"{second.relative_to(second.parents[1])}: continued at step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("init", ["nothing", "empty"])
+def test_a_start_that_is_not_there_is_one_line(tmp_path, monkeypatch, init):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=f"init={init}: no run, checkpoint or encoder there"):
+        origin.identify(parsed(f"init={init}"))
+
+
+def test_a_run_that_has_not_finished_is_refused(tmp_path):
+    Record.new("run", "exp").save(tmp_path)
+    with pytest.raises(UsageError, match="the run is RUNNING, not FINISHED"):
+        origin.identify(parsed(f"init={tmp_path}"))
+
+
+def test_the_weights_are_part_of_the_identity_and_their_place_is_not(tmp_path):
+    for name, content in (("a", b"1"), ("b", b"2"), ("copy", b"1")):
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+
+    def hash_of(*overrides):
+        cfg = parsed(*overrides)
+        origin.identify(cfg)
+        return config_hash(cfg)
+
+    a, b, copy = (hash_of(f"init={tmp_path}/{name}.safetensors") for name in ("a", "b", "copy"))
+    assert len({a, b, hash_of()}) == 3
+    assert a == copy
