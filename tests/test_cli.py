@@ -174,7 +174,7 @@ VALUES = [*NUMBERS.split(" "), *TEXTS.split(" "), "", "a b", "a\nb", "9" * 20, "
 GROUPS = {
     folder.name: ["", "nope", *(path.stem for path in folder.glob("*.yaml"))]
     for folder in cli.CONF.iterdir()
-    if folder.is_dir() and folder.name not in ("hydra", "sweep")
+    if folder.is_dir() and folder.name not in ("hydra", "sweep", "shared")
 }
 STRANGE_KEYS = ["", "nope", "a.b", "hydra.run.dir", "data@x", "k.k", "=", "_target_"]
 override = st.builds(

@@ -14,6 +14,7 @@ from src.config.schema import Data
 from src.data import load
 from src.data.decoding import Picture, decode, open_bytes
 from src.errors import UsageError
+from tests.config.test_schema import composed
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 
@@ -44,12 +45,13 @@ def all_images(dataset) -> np.ndarray:
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
 def test_config_files_fit_the_schema_and_share_their_defaults(path):
-    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Data), OmegaConf.load(path)))
+    node = composed(f"data={path.stem}").data
+    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Data), node))
     assert cfg.name == path.stem
     assert (cfg.image_size, cfg.cache_dir, cfg.val_fraction) == (32, "data/cache", 0.1)
     assert (cfg.split_seed, cfg.limit, cfg.final) == (0, None, False)
-    assert ("root" in OmegaConf.load(path)) == (cfg.name != "digits")
-    assert ("image_column" in OmegaConf.load(path)) == (cfg.name == "parquet")
+    assert ("root" in node) == (cfg.name != "digits")
+    assert ("image_column" in node) == (cfg.name == "parquet")
 
 
 def test_unknown_source(refusal):
