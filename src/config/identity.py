@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from src.config.renamed import modern
+from src.config.renamed import flatten, modern
 from src.config.schema import Config, KMeans, Support
 from src.errors import UsageError
 
@@ -30,19 +30,9 @@ def support_set_size(cfg: Config) -> int:
     return stored + window
 
 
-def flatten(cfg: Config | Mapping[str, Any]) -> dict[str, Any]:
-    """The config as one level of dotted keys, without those that do not apply (None)."""
-    flat: dict[str, Any] = {}
-
-    def visit(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                visit(f"{prefix}.{key}" if prefix else key, inner)
-        elif value is not None:
-            flat[prefix] = value
-
-    visit("", cfg if isinstance(cfg, Mapping) else asdict(cfg))
-    return flat
+def flat(cfg: Config) -> dict[str, Any]:
+    """The whole config as one level of dotted keys, without those that do not apply (None)."""
+    return flatten(asdict(cfg))
 
 
 def without_neutral(node: Any) -> dict[str, Any]:
@@ -89,8 +79,8 @@ def is_protocol(key: str) -> bool:
 
 def settings(cfg: Config) -> dict[str, Any]:
     """The settings that count, by dotted key: neither neutral nor inert, nor of what makes no difference."""
-    flat, without = flatten(without_neutral(cfg)), inert(cfg)
-    return {key: value for key, value in flat.items() if is_setting(key) and key not in without}
+    counted, without = flatten(without_neutral(cfg)), inert(cfg)
+    return {key: value for key, value in counted.items() if is_setting(key) and key not in without}
 
 
 def check_same(saved: Mapping[str, Any], cfg: Config, where: Path) -> None:
@@ -99,7 +89,7 @@ def check_same(saved: Mapping[str, Any], cfg: Config, where: Path) -> None:
     Raises:
         UsageError: they are not the same experiment; the line names the keys that differ.
     """
-    before, now, counted, without = modern(flatten(saved)), flatten(cfg), settings(cfg), inert(cfg)
+    before, now, counted, without = modern(flatten(saved)), flat(cfg), settings(cfg), inert(cfg)
     keys = [key for key in now if (str(before[key]) != str(now[key]) if key in before else key in counted)]
     keys += [key for key in before if key not in now]
     keys = [key for key in keys if is_setting(key) and key not in without]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -52,18 +52,18 @@ def modernised(composed: DictConfig) -> DictConfig:
     """The same of a nested config."""
     if "support" in composed or OmegaConf.select(composed, "method.name") not in SUPPORTS:
         return composed
-    nested = OmegaConf.create({})
-    for key, value in modern(_flat(OmegaConf.to_container(composed, resolve=True))).items():
+    nested, settings = OmegaConf.create({}), cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    for key, value in modern(flatten(settings)).items():
         OmegaConf.update(nested, key, value, force_add=True)
     return nested
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """One level of dotted keys; an empty mapping is a value."""
-    if not isinstance(node, dict) or not node:
-        return {prefix: node}
-    return {
-        key: value
-        for name, inner in node.items()
-        for key, value in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One level of dotted keys, without those that do not apply (None)."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value
+    return flat

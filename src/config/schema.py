@@ -142,8 +142,8 @@ class Data:
     cache_dir: str
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     split_seed: Natural
-    limit: Count | None
-    final: bool
+    limit: Count | None = None
+    final: bool = False
     on_error: Annotated[str, one_of("raise", "skip")] = "raise"
     root: str | None = None
     image_column: str | None = None
@@ -234,10 +234,10 @@ class Config:
     precision: Annotated[str, one_of("auto", "float32", "bfloat16")]
     compile: bool
     resume: Annotated[str, one_of("auto", "never")]
-    output_dir: str | None
-    max_minutes: Positive | None
     jobs: Count
     dry_run: bool
+    output_dir: str | None = None
+    max_minutes: Positive | None = None
     k: Count | None = None
     queue_size: Natural | None = None
     init: str | None = None  # a run's folder, a checkpoint or an encoder's file, to start from

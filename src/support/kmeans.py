@@ -43,7 +43,7 @@ class KMeans(SupportSet):
     shared = True
     means_KD: Tensor
     counts_K: Tensor
-    passed_K: Tensor
+    idle_K: Tensor
     written_K: Tensor
     images_K: Tensor
     classes_KC: Tensor
@@ -77,7 +77,7 @@ class KMeans(SupportSet):
         self.step = 0
         self.register_buffer("means_KD", torch.zeros(size, dim))
         self.register_buffer("counts_K", torch.zeros(size))
-        self.register_buffer("passed_K", torch.zeros(size))  # embeddings since the last that came to this centroid
+        self.register_buffer("idle_K", torch.zeros(size))  # embeddings since the last that came to this centroid
         self.register_buffer("written_K", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("images_K", torch.full((size,), -1))  # whose embedding it is, while it is of one image
         # For diagnostics only: members by class; since `clear_stats`, anchors served by class; the centroids then; the
@@ -189,7 +189,7 @@ class KMeans(SupportSet):
         """Make each point a centroid of its own: mean, count and all that is known of the old one go together."""
         self.means_KD[slots] = points
         self.counts_K[slots] = 1
-        self.passed_K[slots] = 0
+        self.idle_K[slots] = 0
         self.written_K[slots] = self.step
         self.images_K[slots] = images
         self.classes_KC[slots] = F.one_hot(labels, self.classes_KC.shape[1]).float()
@@ -203,7 +203,7 @@ class KMeans(SupportSet):
         shift_KD = member_KB @ points_BD - gained_K[:, None] * self.means_KD
         self.means_KD += shift_KD / self.counts_K.clamp(min=1e-12)[:, None]
         hit_K = gained_K > 0
-        self.passed_K.add_(len(points_BD)).masked_fill_(hit_K, 0)
+        self.idle_K.add_(len(points_BD)).masked_fill_(hit_K, 0)
         self.written_K.masked_fill_(hit_K, self.step)
         self.images_K.masked_fill_(hit_K, -1)
         self.classes_KC.mul_(self.decay).index_put_((ids_B, labels_B), points_BD.new_ones(()), accumulate=True)
@@ -212,7 +212,7 @@ class KMeans(SupportSet):
         # The j-th dead centroid takes the j-th of the shuffled points. Every slot is written, the living with what they
         # hold: a GPU's host would have to wait to learn which are dead.
         batch = len(points_BD)
-        dead_K = self.passed_K >= self.revive_after * self.size
+        dead_K = self.idle_K >= self.revive_after * self.size
         turn_K = dead_K.cumsum(0) - 1
         dead_K &= turn_K < batch
         shuffled_B = torch.randperm(batch).to(points_BD.device, non_blocking=True)
@@ -222,7 +222,7 @@ class KMeans(SupportSet):
         self.classes_KC[:] = torch.where(dead_K[:, None], ones_KC, self.classes_KC)
         self.images_K[:] = torch.where(dead_K, images_B[rows_K], self.images_K)
         self.counts_K.masked_fill_(dead_K, 1)
-        self.passed_K.masked_fill_(dead_K, 0)
+        self.idle_K.masked_fill_(dead_K, 0)
         self.written_K.masked_fill_(dead_K, self.step)
 
     def _refit(self, window_ND: Tensor) -> None:
@@ -231,6 +231,6 @@ class KMeans(SupportSet):
         )
         self.counts_K[:] = torch.bincount(ids_N, minlength=self.size)
         self.classes_KC.zero_().index_put_((ids_N, self.window_labels_N), window_ND.new_ones(()), accumulate=True)
-        self.passed_K.zero_()
+        self.idle_K.zero_()
         self.written_K.fill_(self.step)
         self.images_K.fill_(-1)

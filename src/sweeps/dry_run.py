@@ -21,7 +21,7 @@ def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
         state, estimate = record.status.lower() if record else "to do", ""
         if not (record and record.status == "FINISHED"):
             todo += 1
-            alike = _alike(identity.flatten(cfg))
+            alike = _alike(identity.flat(cfg))
             rate = finished.get((cfg.method.name, *alike)) or finished.get(("", *alike))
             if rate is not None:
                 lasts.append(max(rate * cfg.epochs - (record.seconds if record else 0.0), 0.0))

@@ -90,7 +90,7 @@ def run(cfg: Config, should_prune: ShouldPrune, draw: Callable[[Path], Path]) ->
         (directory / "config.yaml").write_text(
             redact(OmegaConf.to_yaml(OmegaConf.create(identity.without_neutral(cfg))))
         )
-        config = identity.flatten(cfg)
+        config = identity.flat(cfg)
         tracker = Tracker(
             directory,
             cfg.tracking,
@@ -255,7 +255,7 @@ def changed_protocol(cfg: Config, directory: Path) -> str:
 
     It is no part of a run's identity: another one starts no training anew.
     """
-    record, now = Record.find(directory), identity.flatten(cfg)
+    record, now = Record.find(directory), identity.flat(cfg)
     before = (
         {key: value for key, value in record.params.items() if key in now and identity.is_protocol(key)}
         if record

@@ -101,19 +101,19 @@ def test_check_same_names_the_keys_that_differ():
 
     cfg = parsed("k=200")
     identity.check_same(asdict(cfg), cfg, Path("here"))
-    identity.check_same({key: str(value) for key, value in identity.flatten(cfg).items()}, cfg, Path("here"))
+    identity.check_same({key: str(value) for key, value in identity.flat(cfg).items()}, cfg, Path("here"))
     identity.check_same(asdict(cfg), parsed("k=200", "tracking=jsonl", "data.root=elsewhere"), Path("here"))
     with pytest.raises(
         UsageError, match=r"here is of another configuration .seed was 0 and is 1, k was 200 and is 400."
     ):
         identity.check_same(asdict(cfg), parsed("seed=1"), Path("here"))
-    limited = identity.flatten(parsed("k=200", "data.limit=5000")) | {"support_set_size": 200, "skipped_images": 0}
+    limited = identity.flat(parsed("k=200", "data.limit=5000")) | {"support_set_size": 200, "skipped_images": 0}
     with pytest.raises(UsageError, match=r"data.limit was 5000 and is None"):
         identity.check_same(limited, cfg, Path("here"))
 
 
 def test_flatten_leaves_out_what_does_not_apply():
-    flat = identity.flatten(parsed("method=nnclr"))
+    flat = identity.flat(parsed("method=nnclr"))
     assert flat["queue_size"] == 65536
     assert flat["augment.view1.crop_scale"] == [0.08, 1.0]
     assert "k" not in flat

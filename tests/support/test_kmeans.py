@@ -138,7 +138,7 @@ def test_a_dead_centroid_is_revived_whole():
     row = kmeans.images_K[1].item() - 20
     assert torch.equal(kmeans.means_KD[1], near_zero[row])
     assert kmeans.counts_K[1] == 1
-    assert kmeans.passed_K[1] == 0
+    assert kmeans.idle_K[1] == 0
     assert kmeans.classes_KC[1].sum() == 1
 
 

@@ -19,7 +19,7 @@ def ran(cfg, seconds, status="FINISHED"):
     directory = run_directory.choose(cfg)
     directory.mkdir(parents=True)
     record = Record.new(directory.name, "support-sets")
-    record.params = {key: str(value) for key, value in identity.flatten(cfg).items()}
+    record.params = {key: str(value) for key, value in identity.flat(cfg).items()}
     record.status, record.seconds = status, seconds
     record.save(directory)
 

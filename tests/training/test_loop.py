@@ -180,7 +180,7 @@ def test_reviving_without_asking_the_device_leaves_the_loss_curve(run, monkeypat
     revived = []
 
     def revive(self, points, images, labels):
-        dead = (self.passed_K >= self.revive_after * self.size).nonzero()[:, 0][: len(points)]
+        dead = (self.idle_K >= self.revive_after * self.size).nonzero()[:, 0][: len(points)]
         rows = torch.randperm(len(points))[: len(dead)]
         self._place(dead, points[rows], images[rows], labels[rows])
         revived.append(len(dead))
