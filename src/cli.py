@@ -56,7 +56,8 @@ def run(module: str, config_name: str) -> None:
         with _explained():  # here, because Hydra would print a line of its own first
             return importlib.import_module(module).main(composed)
 
-    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
+    base = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}  # 1.4 has no other, and says so
+    main = hydra.main(**base, config_path=str(CONF), config_name=config_name)(task)
     if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
         main()
         return
