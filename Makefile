@@ -1,23 +1,26 @@
 # Everything a user runs. `make help` lists it.
 PYTHON ?= python3
-BIN := .venv/bin
+PYTHON_NEXT ?= python3.13
+VENV := .venv
+CONSTRAINTS := constraints.txt
+BIN := $(VENV)/bin
 # One faiss, never both: the GPU build where a GPU answers.
 FAISS := $(shell nvidia-smi >/dev/null 2>&1 && echo faiss-gpu || echo faiss-cpu)
-STAMP := .venv/.installed-$(FAISS)
+STAMP := $(VENV)/.installed-$(FAISS)
 TRAIN := $(BIN)/python -m src.train
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast bench reliability check format ui clean
+.PHONY: help setup demo test test-fast test-next bench reliability check format ui clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv and install the pinned dependencies
 
-$(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(FAISS),dev]'
-	rm -f .venv/.installed-*
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(FAISS),dev]'
+	rm -f $(VENV)/.installed-*
 	touch $@
 
 demo: setup ## SimCLR, NNCLR and KMCLR on scikit-learn's digits: a table, a plot, an MLflow comparison
@@ -33,8 +36,11 @@ test: setup ## Run every test
 test-fast: setup ## Run the tests that take seconds
 	$(PYTEST) -m 'not slow'
 
+test-next: ## Run every test with the versions to come, on Python 3.13
+	$(MAKE) test VENV=.venv-next CONSTRAINTS=constraints-next.txt PYTHON=$(PYTHON_NEXT)
+
 bench: setup ## Images a second beside the original's algorithm and lightly; set CIFAR100_ROOT for real images
-	$(BIN)/pip install --quiet --constraint constraints.txt '.[bench]'
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) '.[bench]'
 	$(BIN)/python -m scripts.benchmark
 
 CAMPAIGNS := kills signals faults servers together soak
@@ -56,5 +62,5 @@ format: setup ## Format the code
 ui: setup ## Compare the runs in a browser
 	$(BIN)/mlflow ui --host 127.0.0.1
 
-clean: ## Remove the virtual environment and the caches, never a result
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+clean: ## Remove the virtual environments and the caches, never a result
+	rm -rf .venv .venv-next .mypy_cache .pytest_cache .ruff_cache

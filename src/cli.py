@@ -105,7 +105,8 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
         with _explained():  # here, because Hydra would print a line of its own first
             return main(composed)
 
-    hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
+    base = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}  # 1.4 has no other, and says so
+    hydra_main = hydra.main(**base, config_path=str(CONF), config_name=config_name)(task)
     tracebacks = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own reporting would hide the exception from us
     try:

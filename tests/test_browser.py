@@ -88,7 +88,7 @@ def make_sweep(folder: Path) -> None:
 
     client = prepare()
     experiment = client.get_experiment_by_name("support-sets").experiment_id
-    view = sweep_view(experiment, sweep.run_id, "support_size", sweep.record.start_time)
+    view = sweep_view(experiment, sweep.run_id, sweep.directory.name, sweep.record.start_time)
     client.set_experiment_tag(experiment, view.key, view.value)
 
 

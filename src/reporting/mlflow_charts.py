@@ -1,9 +1,9 @@
 """A sweep's charts in MLflow's own interface: one link opens them.
 
 MLflow keeps a view of an experiment's runs (filter, order, charts) as a tag of the experiment, lists it by name under
-"Saved views", and opens it by a key in the address. The tag's content is not documented. It is written here as MLflow
-3.16's pages write and read it: what is left out has the pages' own default, and what they cannot read they report and
-ignore. ``tests/test_browser.py`` looks at the result with a real browser; run it before moving MLflow's pin.
+"Saved views", and opens it by a key in the address. The tag's content is not documented. It is written here as the
+pages of MLflow 3.16 and 3.17 write and read it: what is left out has their own default, and what they cannot read they
+report and ignore. ``tests/test_browser.py`` looks at the result with a real browser; run it before moving MLflow's pin.
 """
 
 from __future__ import annotations

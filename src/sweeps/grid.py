@@ -118,7 +118,7 @@ class GridSweeper(Sweeper):
 
     def prepare(self, sweep: Sweep) -> Sweep:
         """Make the launcher, which fails where its package is not installed, before the sweep writes anything."""
-        with flag_override(self.config, ["struct", "readonly"], False):
+        with flag_override(self.config.hydra, ["struct", "readonly"], False):  # Hydra 1.4 locks this node by itself
             self.config.hydra.sweep.dir = str(sweep.directory)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.hydra_context, task_function=self.task_function, config=self.config

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Transformer
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from src.errors import UsageError
@@ -27,37 +28,55 @@ logger = logging.getLogger(__name__)
 
 
 def space(overrides: Sequence[Override], base: DictConfig) -> dict[str, Any]:
-    """The distribution of each key that is not fixed, in hydra-optuna-sweeper's notation.
+    """The distribution of each key that is not fixed: choices, ``range``, ``interval``, ``tag(log, interval)``.
 
     As everywhere in Hydra a ``range`` excludes its end, and a key that holds an integer gets integers.
 
     Raises:
         UsageError: a choice or an interval that Optuna cannot draw from.
     """
-    from hydra_plugins.hydra_optuna_sweeper._impl import create_optuna_distribution_from_override
-    from optuna import distributions
-
     drawn = {}
     for override in overrides:
-        if not override.is_sweep_override():
-            continue
-        key = override.get_key_element()
-        try:
-            distribution = create_optuna_distribution_from_override(override)
-        except (AssertionError, ValueError, NotImplementedError) as error:
-            raise UsageError(f"{override.input_line}: Optuna cannot draw from that ({error})") from None
-        if isinstance(distribution, distributions.IntUniformDistribution) and override.is_range_sweep():
-            last = distribution.high - distribution.step
-            distribution = distributions.IntUniformDistribution(distribution.low, last, distribution.step)
-        elif isinstance(OmegaConf.select(base, key), int) and override.is_interval_sweep():
-            low, high = int(distribution.low), int(distribution.high)
-            logarithmic = isinstance(
-                distribution, (distributions.LogUniformDistribution, distributions.IntLogUniformDistribution)
-            )
-            whole = distributions.IntLogUniformDistribution if logarithmic else distributions.IntUniformDistribution
-            distribution = whole(low, high)
-        drawn[key] = distribution
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            try:
+                with _quiet():
+                    drawn[key] = _distribution(override, isinstance(OmegaConf.select(base, key), int))
+            except (HydraException, ValueError) as error:
+                raise UsageError(f"{override.input_line}: Optuna cannot draw from that ({error})") from None
     return drawn
+
+
+def _distribution(override: Override, whole: bool) -> Any:
+    from optuna.distributions import CategoricalDistribution
+
+    swept: Any = override.value()
+    if override.is_interval_sweep():
+        kind = int if whole or isinstance(swept.start, int) else float
+        return numbers(kind(swept.start), kind(swept.end), log="log" in swept.tags)
+    swept.shuffle = False  # a draw has no order, and a search's folder is named by its distributions
+    values: list[Any] = list(override.sweep_iterator(Transformer.encode))
+    if not values:
+        raise ValueError("it is empty")
+    if override.is_range_sweep() and not isinstance(values[0], str):  # str(range(3)), since Hydra 1.4
+        return numbers(min(values), max(values), type(values[0])(abs(swept.step)) or 1)
+    return CategoricalDistribution(values)
+
+
+def numbers(low: float, high: float, step: float | None = None, log: bool = False) -> Any:
+    """From low to high, both included; whole ones where low is whole."""
+    import optuna
+
+    known: Any = optuna.distributions
+    whole = isinstance(low, int)
+    if hasattr(known, "IntDistribution"):  # since Optuna 3
+        kind = known.IntDistribution if whole else known.FloatDistribution
+        return kind(low, high, log=log, step=step or (1 if whole else None))
+    if log:
+        return (known.IntLogUniformDistribution if whole else known.LogUniformDistribution)(low, high)
+    if whole:
+        return known.IntUniformDistribution(low, high, step or 1)
+    return known.DiscreteUniformDistribution(low, high, step) if step else known.UniformDistribution(low, high)
 
 
 class Study:
@@ -159,7 +178,10 @@ def _open(folder: Path) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url = f"sqlite:///{folder / FILE}"
-    storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+    try:
+        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+    except RuntimeError as error:  # the tables are another Optuna's; it names the command that upgrades them
+        raise UsageError(f"{folder / FILE}: {error}".replace("$STORAGE_URL", url)) from None
     return optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
 
 

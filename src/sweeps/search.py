@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.override_parser.types import Override
+
 from src.config import identity
 from src.errors import UsageError
 from src.sweeps.dry_run import preview
@@ -42,12 +44,9 @@ class StudySweeper(GridSweeper):
             [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         )
         overrides = {each.get_key_element(): each for each in parsed}
-        space = studies.space(list(overrides.values()), self.config)
-        fixed = [
-            f"{key}={each.get_value_element_as_str()}"
-            for key, each in overrides.items()
-            if not each.is_sweep_override()
-        ]
+        only = {key: value for key, each in overrides.items() if (value := _only_value(each)) is not None}
+        fixed = [f"{key}={value}" for key, value in only.items()]
+        space = studies.space([each for key, each in overrides.items() if key not in only], self.config)
         base = self.compose(fixed)
         if base.cfg is None:
             raise UsageError(base.error)
@@ -93,6 +92,16 @@ class StudySweeper(GridSweeper):
             if best := study.best():
                 print(f"best: trial {best[0]}, val/knn_top1 {best[1]:.2f}, {study.points()[best[0]]}", flush=True)
         sys.exit(sweep.status)
+
+
+def _only_value(override: Override) -> str | None:
+    """The value of a key that is fixed; None where there are several."""
+    if not override.is_sweep_override():
+        return override.get_value_element_as_str()
+    if not override.is_discrete_sweep():
+        return None
+    values = list(override.sweep_string_iterator())
+    return values[0] if len(values) == 1 else None
 
 
 def _conclude(study: Study, job: Job) -> None:

@@ -1,7 +1,9 @@
+import sqlite3
+
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from optuna.distributions import CategoricalDistribution, IntLogUniformDistribution, IntUniformDistribution
+from optuna.distributions import CategoricalDistribution
 
 from src.errors import UsageError
 from src.sweeps import optuna_study
@@ -12,15 +14,42 @@ def space(*overrides, **base):
 
 
 def test_a_range_excludes_its_end_and_whole_keys_get_whole_numbers():
-    assert space("k=range(1,10)", k=400) == {"k": IntUniformDistribution(1, 9)}
-    assert space("k=interval(5,60)", k=400) == {"k": IntUniformDistribution(5, 60)}
-    assert space("k=tag(log,interval(5,60))", k=400) == {"k": IntLogUniformDistribution(5, 60)}
-    assert space("lr=interval(1,2)", lr=0.5)["lr"].__class__.__name__ == "UniformDistribution"
+    assert space("k=range(1,10)", k=400) == {"k": optuna_study.numbers(1, 9)}
+    assert space("k=interval(5,60)", k=400) == {"k": optuna_study.numbers(5, 60)}
+    assert space("k=tag(log,interval(5,60))", k=400) == {"k": optuna_study.numbers(5, 60, log=True)}
+    assert space("k=int(interval(5,60))") == {"k": optuna_study.numbers(5, 60)}
+    assert space("lr=interval(1,2)", lr=0.5) == {"lr": optuna_study.numbers(1.0, 2.0)}
+    assert space("lr=range(0.5,2,0.5)") == {"lr": optuna_study.numbers(0.5, 1.5, 0.5)}
+    assert space("lr=float(range(1,4))") == {"lr": optuna_study.numbers(1.0, 3.0, 1.0)}
+    assert space("k=range(10,1,-3)") == {"k": optuna_study.numbers(4, 10, 3)}
     assert space("f=a,b", "seed=3") == {"f": CategoricalDistribution(("a", "b"))}
+    assert space("b=true,false", b=True) == {"b": CategoricalDistribution((True, False))}
+
+
+def test_numbers_have_the_names_that_this_optuna_knows():
+    asked = [(1, 2), (1.0, 2.0), (1.0, 2.0, 0.5), (1, 2, None, True), (1.0, 2.0, None, True)]
+    names = [type(optuna_study.numbers(*each)).__name__.removesuffix("Distribution") for each in asked]
+    since_3 = ["Int", "Float", "Float", "Int", "Float"]
+    assert names in (["IntUniform", "Uniform", "DiscreteUniform", "IntLogUniform", "LogUniform"], since_3)
+
+
+def test_shuffling_changes_no_space():
+    assert all(space("f=shuffle(a,b,c,d,e)") == space("f=a,b,c,d,e") for _ in range(5))
+    assert space("k=shuffle(range(1,10))") == space("k=range(1,10)")
+
+
+@pytest.mark.parametrize(
+    "line", ["lr=interval(2,1)", "lr=tag(log,interval(0,1))", "k=range(5,5)", "k=range(1,5,0)", "lr=range(0.5,1,0)"]
+)
+def test_what_optuna_cannot_draw_from_is_one_line(line):
+    with pytest.raises(UsageError, match="Optuna cannot draw from that") as caught:
+        space(line)
+    assert str(caught.value).startswith(f"{line}: ")
+    assert "\n" not in str(caught.value)
 
 
 def opened(folder, seed=0, **distributions):
-    return optuna_study.Study(folder, distributions or {"k": IntUniformDistribution(1, 50)}, "median", seed)
+    return optuna_study.Study(folder, distributions or {"k": optuna_study.numbers(1, 50)}, "median", seed)
 
 
 def run(search, objective, count):
@@ -30,7 +59,7 @@ def run(search, objective, count):
 
 
 def test_points_are_distinct_until_there_are_none(tmp_path):
-    search = opened(tmp_path, k=IntUniformDistribution(1, 4))
+    search = opened(tmp_path, k=optuna_study.numbers(1, 4))
     run(search, lambda point: point["k"], 4)
     assert sorted(point["k"] for point in search.points().values()) == [1, 2, 3, 4]
     with pytest.raises(UsageError, match="no other point"):
@@ -72,6 +101,16 @@ def test_a_trial_far_behind_is_hopeless_and_a_good_one_is_not(tmp_path):
     assert not optuna_study.is_hopeless(str(tmp_path), good, 1, {"val/knn_top1": 64.0})
     search.conclude(bad, "PRUNED")
     assert search.state(bad) == "PRUNED"
+
+
+def test_the_tables_of_another_optuna_are_one_line(tmp_path):
+    opened(tmp_path)
+    with sqlite3.connect(tmp_path / optuna_study.FILE) as tables:
+        tables.execute("update version_info set schema_version = 0")
+        tables.execute("update alembic_version set version_num = 'v1.3.0.a'")
+    with pytest.raises(UsageError, match=f"{tmp_path}.*upgrade --storage sqlite:///{tmp_path}/study.db`"):
+        opened(tmp_path)
+    assert not optuna_study.is_hopeless(str(tmp_path), 0, 1, {"val/knn_top1": 0.0})
 
 
 def test_without_a_study_nothing_is_hopeless(tmp_path, caplog):
