@@ -117,10 +117,11 @@ def known_fingerprint(cfg: Data) -> str | None:
     try:
         with safe_open(path, framework="np") as file:
             notes = file.metadata()
-    except (FileNotFoundError, SafetensorError):
+        skipped, found = json.loads(notes["skipped"]), notes["fingerprint"]
+    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):  # no cache, or a damaged one
         return None
-    _check_meant(cfg, json.loads(notes["skipped"]), notes["fingerprint"])
-    return notes["fingerprint"]
+    _check_meant(cfg, skipped, found)
+    return found
 
 
 def _place(cfg: Data) -> tuple[Source, Path, Path]:
