@@ -17,8 +17,9 @@ from scripts.rivals import Images
 from src import cli
 from src.config import schema
 from src.config.parse import parse
-from src.data import Dataset, Split, load
+from src.data import Dataset, load
 from src.data.cache import Cache
+from src.data.splits import Split
 
 CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", "../shared/data/cifar100"))
 MEAN, STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]  # CIFAR-100's

@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src.config.explain import explain_composition
 from src.config.parse import parse
 from src.config.renamed import new_name
+from src.data.cache import known_fingerprint
 from src.errors import RunFailed, UsageError
 from src.sweeps import plugins
 from src.sweeps.dry_run import preview
@@ -71,6 +72,7 @@ def pretrain(composed: DictConfig) -> float:
     """One run, from a composed config to its last ``val/knn_top1`` (`src.training.loop.run`)."""
     cfg = parse(composed)
     if cfg.dry_run:
+        cfg.data.fingerprint = known_fingerprint(cfg.data) or cfg.data.fingerprint
         print(preview([cfg], at_a_time=1))
         return math.nan
     from src.reporting import curves

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from src.data import Split
+from src.data.splits import Split
 
 Pace = Callable[[], None]
 Transform = Callable[[Image.Image], Sequence[Tensor]]  # an image to its two views

@@ -150,6 +150,7 @@ class Data:
     label_column: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     _target_: str | None = None  # what makes a source of the options, of a data set from outside
+    fingerprint: str | None = None  # which images these are; filled in when they are found
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Images to train and evaluate on: sources, the cache of decoded uint8 images, splits and batches.
 
+Importing the package does not wait for torch: a sweep's own process wants nothing but the images' fingerprints.
+
 dataset = load(cfg.data)
 for images, labels, ids in epoch_batches(dataset.on(device).train, cfg.batch_size, cfg.seed, epoch, device):
     ...
@@ -8,16 +10,16 @@ for images, labels, ids in epoch_batches(dataset.on(device).train, cfg.batch_siz
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from src.config.schema import Data
-from src.data.batches import Batch, check_batch_size, epoch_batches, room
 from src.data.cache import Cache, cached
-from src.data.splits import Split, class_balanced_subset, stratified_split
 from src.errors import UsageError
 
-__all__ = ["Batch", "Dataset", "Split", "check_batch_size", "epoch_batches", "load"]
+if TYPE_CHECKING:
+    import torch
+
+    from src.data.splits import Split
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Dataset:
     _cache: Cache = field(repr=False)
 
     @property
+    def fingerprint(self) -> str:
+        """Which images these are: `src.data.cache.fingerprint`."""
+        return self._cache.fingerprint
+
+    @property
     def test(self) -> Split:
         """The test split, for the final evaluation and nothing else. It is not read before it is asked for."""
         return self._cache.part("test")
@@ -46,6 +53,8 @@ class Dataset:
 
         Otherwise they stay where they are, and `epoch_batches` streams them.
         """
+        from src.data.batches import room
+
         if device.type == "cpu" or self.train.nbytes + (self.val.nbytes if self.val else 0) > room(device):
             return self
         return replace(self, train=self.train.to(device), val=self.val.to(device) if self.val else None)
@@ -58,8 +67,13 @@ def load(cfg: Data) -> Dataset:
     images. No image is copied: all splits, and all processes that use the cache, share its memory-mapped pages.
 
     Raises:
-        UsageError: If the source is missing or damaged, or the splits cannot be made.
+        UsageError: If the source is missing or damaged, its images are others than ``cfg.fingerprint`` says, or the
+            splits cannot be made.
     """
+    import torch
+
+    from src.data.splits import class_balanced_subset, stratified_split
+
     cache = cached(cfg)
     images = cache.part("train")
     rows, val = torch.arange(len(images)), None

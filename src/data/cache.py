@@ -1,7 +1,8 @@
 """Images decoded once into one memory-mapped safetensors file, which all processes on the machine share.
 
-The file is named ``{data set}-{identity}-{fingerprint}``: the identity says which source at which size, the fingerprint
-in which state its files were. A changed source therefore means a new file, and the old one of that identity goes.
+The file is named ``{data set}-{identity}-{state}``: the identity says which source at which size, the state how its
+files were. A changed source therefore means a new file, and the old one of that identity goes. Its header states a
+fingerprint: which images they are, wherever they lie.
 
 Shapes: N images, S pixels a side.
 """
@@ -20,7 +21,7 @@ from functools import partial
 from itertools import compress, islice
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -31,13 +32,15 @@ from safetensors import SafetensorError, safe_open
 from src.config.schema import Data
 from src.data.decoding import Contents, Part, Picture, Source, decode
 from src.data.sources import find, root_of
-from src.data.splits import Split
 from src.errors import UsageError
+
+if TYPE_CHECKING:
+    from src.data.splits import Split
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # part of the fingerprint: raise it with any change of decoding or of the layout
-NO_CHECKSUM = "0" * 64
+FORMAT = 3  # part of the state: raise it with any change of decoding or of the layout
+NO_CHECKSUM, NO_FINGERPRINT = "0" * 64, "0" * 16
 CHUNK = 64  # images decoded before they are written, which bounds memory
 
 T = TypeVar("T")
@@ -55,6 +58,7 @@ class Cache:
         notes = self._file.metadata() or {}
         if not (stated := notes.get("sha256")) or stated != _checksum(path, stated):
             raise SafetensorError("its checksum differs")
+        self.fingerprint = notes["fingerprint"]
         self.classes: list[str] = json.loads(notes["classes"])
         self.skipped: list[str] = json.loads(notes["skipped"])  # why, for each image left out
         self.mean: list[float] = self._file.get_tensor("mean").tolist()
@@ -62,6 +66,8 @@ class Cache:
 
     def part(self, name: str) -> Split:
         """The part ``train`` or ``test``."""
+        from src.data.splits import Split  # torch takes seconds, and fingerprints do without it
+
         return Split(self._file.get_tensor(f"{name}_images"), self._file.get_tensor(f"{name}_labels"))
 
 
@@ -71,26 +77,69 @@ def cached(cfg: Data) -> Cache:
     Processes that start together decode once: the others wait.
 
     Raises:
-        UsageError: If the source is missing, incomplete or damaged, or the cache has no room.
+        UsageError: If the source is missing, incomplete or damaged, its images are others than ``data.fingerprint``
+            says, or the cache has no room.
     """
-    source = find(cfg)
-    folder = Path(cfg.cache_dir).expanduser().resolve()
-    identity = f"{cfg.name}-{_digest(cfg.name, root_of(cfg), cfg.image_size, cfg.image_column, cfg.label_column)}"
-    path = folder / f"{identity}-{_digest(FORMAT, source.stamp)}.safetensors"
+    source, identity, path = _place(cfg)
     cache = _open(path, logging.DEBUG)  # or the warning would come again in a moment
     if cache is None:
-        with _locked(folder / f"{identity}.lock"):
+        with _locked(identity.with_suffix(".lock")):
             cache = _open(path, logging.WARNING)
             if cache is None:
                 _write(path, source, cfg)
-                for outdated in set(folder.glob(f"{identity}-*")) - {path}:
+                for outdated in set(path.parent.glob(f"{identity.name}-*")) - {path}:
                     outdated.unlink()
                 cache = Cache(path)
-    if cache.skipped and cfg.on_error == "raise":
-        raise UsageError(f"{cache.skipped[0]} ({len(cache.skipped)} such images; data.on_error=skip leaves them out)")
+    _check_meant(cfg, cache.skipped, cache.fingerprint)
     if cache.skipped:
         log.warning("%d images are left out, first %s", len(cache.skipped), cache.skipped[0])
     return cache
+
+
+def fingerprint(cfg: Data) -> str:
+    """Which images ``cfg`` names: 16 hex digits that depend on classes, labels and pixels, not on where they lie.
+
+    Decodes them if there is no cache of their present state.
+
+    Raises:
+        UsageError: As `cached` does.
+    """
+    return known_fingerprint(cfg) or cached(cfg).fingerprint
+
+
+def known_fingerprint(cfg: Data) -> str | None:
+    """The same from the cache's header alone; None where there is no cache of the present state.
+
+    Raises:
+        UsageError: If the source is missing, or its images are known not to be usable.
+    """
+    path = _place(cfg)[2]
+    try:
+        with safe_open(path, framework="np") as file:
+            notes = file.metadata()
+        skipped, found = json.loads(notes["skipped"]), notes["fingerprint"]
+    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):  # no cache, or a damaged one
+        return None
+    _check_meant(cfg, skipped, found)
+    return found
+
+
+def _place(cfg: Data) -> tuple[Source, Path, Path]:
+    """The source, and its cache: what the names of all states begin with, and the file of the present state."""
+    source = find(cfg)
+    identity = f"{cfg.name}-{_digest(cfg.name, root_of(cfg), cfg.image_size, cfg.image_column, cfg.label_column)}"
+    folder = Path(cfg.cache_dir).expanduser().resolve()
+    return source, folder / identity, folder / f"{identity}-{_digest(FORMAT, source.stamp)}.safetensors"
+
+
+def _check_meant(cfg: Data, skipped: list[str], found: str) -> None:
+    if skipped and cfg.on_error == "raise":
+        raise UsageError(f"{skipped[0]} ({len(skipped)} such images; data.on_error=skip leaves them out)")
+    if cfg.fingerprint not in (None, found):
+        raise UsageError(
+            f"data.root={root_of(cfg)}: holds other images ({found}) than those of data.fingerprint={cfg.fingerprint}; "
+            "set data.root (of src.evaluate: data_root) to the folder that holds those"
+        )
 
 
 def _open(path: Path, level: int) -> Cache | None:
@@ -142,10 +191,10 @@ def _write(path: Path, source: Source, cfg: Data) -> None:
         _check(contents, cfg)
         _check_room(path.parent, contents, cfg.image_size)
         with unfinished.open("wb") as file:
-            _stream(file, contents, skipped, cfg)
+            fingerprint = _stream(file, contents, skipped, cfg)
         checksum = _checksum(unfinished, NO_CHECKSUM)
         with unfinished.open("r+b") as file:
-            file.write(_header(contents, skipped, cfg.image_size, checksum))
+            file.write(_header(contents, skipped, cfg.image_size, fingerprint, checksum))
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
@@ -219,32 +268,42 @@ def _check_room(folder: Path, contents: Contents, size: int) -> None:
         )
 
 
-def _stream(file: BinaryIO, contents: Contents, skipped: list[str], cfg: Data) -> None:
-    total = len(contents.train.labels) + len(contents.test.labels)
-    log.info("decoding %d images of %s into %s", total, cfg.name, file.name)
+def _stream(file: BinaryIO, contents: Contents, skipped: list[str], cfg: Data) -> str:
+    """Writes all but the checksum; returns the fingerprint."""
+    counts = [len(contents.train.labels), len(contents.test.labels)]
+    log.info("decoding %d images of %s into %s", sum(counts), cfg.name, file.name)
     file.write(_header(contents, skipped, cfg.image_size))
-    statistics_at = file.tell()
     file.write(bytes(2 * 3 * 8))  # mean and std, known at the end
+    digest = hashlib.sha256(json.dumps([contents.classes, counts]).encode())
+
+    def write(array: np.ndarray) -> None:
+        written = array.tobytes()
+        file.write(written)
+        digest.update(written)
+
     for part in (contents.train, contents.test):
-        file.write(np.asarray(part.labels, np.int64).tobytes())
+        write(np.asarray(part.labels, np.int64))
 
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"decoding {cfg.name}", total=total)
+        task = progress.add_task(f"decoding {cfg.name}", total=sum(counts))
         sums, squares = np.zeros(3, np.int64), np.zeros(3, np.int64)
         for images in _decoded(contents.train, cfg.image_size):
-            file.write(images.tobytes())
+            write(images)
             sums += images.sum((0, 2, 3), dtype=np.int64)
             squares += np.square(images, dtype=np.int64).sum((0, 2, 3))
             progress.advance(task, len(images))
         for images in _decoded(contents.test, cfg.image_size):
-            file.write(images.tobytes())
+            write(images)
             progress.advance(task, len(images))
 
+    fingerprint = digest.hexdigest()[: len(NO_FINGERPRINT)]
     pixels = len(contents.train.labels) * cfg.image_size**2
     mean = sums / pixels
     std = np.sqrt(squares / pixels - mean**2)
-    file.seek(statistics_at)
+    file.seek(0)
+    file.write(_header(contents, skipped, cfg.image_size, fingerprint))
     file.write((mean / 255).tobytes() + (std / 255).tobytes())
+    return fingerprint
 
 
 def _decoded(part: Part, size: int) -> Iterator[np.ndarray]:
@@ -257,8 +316,14 @@ def _decoded(part: Part, size: int) -> Iterator[np.ndarray]:
         raise UsageError(f"{count} images for {len(part.labels)} labels: the source is damaged; fetch it again")
 
 
-def _header(contents: Contents, skipped: list[str], size: int, checksum: str = NO_CHECKSUM) -> bytes:
-    """The safetensors header, of one length whatever the checksum.
+def _header(
+    contents: Contents,
+    skipped: list[str],
+    size: int,
+    fingerprint: str = NO_FINGERPRINT,
+    checksum: str = NO_CHECKSUM,
+) -> bytes:
+    """The safetensors header, of one length whatever fingerprint and checksum.
 
     Types of 8 bytes come first, so that they are aligned whatever the number of pixels.
 
@@ -274,7 +339,8 @@ def _header(contents: Contents, skipped: list[str], size: int, checksum: str = N
         "train_images": ("U8", [train, 3, size, size]),
         "test_images": ("U8", [test, 3, size, size]),
     }
-    notes = {"classes": json.dumps(contents.classes), "skipped": json.dumps(skipped), "sha256": checksum}
+    notes = {"classes": json.dumps(contents.classes), "skipped": json.dumps(skipped)}
+    notes |= {"fingerprint": fingerprint, "sha256": checksum}
     header: dict[str, Any] = {"__metadata__": notes}
     end = 0
     for name, (dtype, shape) in layout.items():

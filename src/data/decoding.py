@@ -46,14 +46,14 @@ class Source(NamedTuple):
 
 
 def stamp(paths: Iterable[str | Path]) -> str:
-    """Names, sizes and modification times of files, by which a change shows."""
+    """Names, sizes and times of files, by which a change shows, also one that keeps size and modification time."""
 
     def state(path: str | Path) -> str:
         try:
             status = os.stat(path)
         except OSError as error:  # a link to nothing, say; decoding will list it
             return str(error.strerror)
-        return f"{status.st_size} {status.st_mtime_ns}"
+        return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
     return "\n".join(f"{path} {state(path)}" for path in paths)
 

@@ -15,17 +15,19 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from src.config.schema import Data
 from src.data.decoding import Contents, Part, Picture, Source, open_file, stamp
 from src.data.folders import files_below
 from src.data.parquet import parquet
-from src.data.splits import stratified_split
 from src.errors import UsageError
 
 log = logging.getLogger(__name__)
 
+CIFAR_MD5 = {  # of torchvision's archives, whose content it checks
+    "cifar10": "c58f30108f718f92721af3b95e74349a",
+    "cifar100": "eb9058c3a382ffc7106e4002c42a8d85",
+}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 # Sources that ship without a test split get this one, which no option changes, so that results stay comparable.
@@ -78,17 +80,16 @@ def cifar(name: str, root: Path) -> Source:
     """CIFAR-10 or CIFAR-100, from Hugging Face shards in ``root`` (or ``root/name``), or as torchvision keeps it.
 
     torchvision downloads into ``root`` what is not there. It also checks MD5 sums of a fixed content, which therefore
-    serve as the stamp.
+    serve as the stamp, written here because a sweep that looks for its images would wait seconds for torchvision.
     """
     for folder in (root, root / name):
         if any(folder.glob("train-*.parquet")):
             return parquet(folder, "img", "fine_label" if name == "cifar100" else "label")
 
-    from torchvision import datasets
-
-    kind = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
-
     def read() -> Contents:
+        from torchvision import datasets
+
+        kind = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
         existed = root.exists()
         try:
             train, test = kind(root, train=True, download=True), kind(root, train=False)
@@ -103,7 +104,7 @@ def cifar(name: str, root: Path) -> Source:
             ) from error
         return Contents(train.classes, *(Part(part.targets, _arrays(name, part.data)) for part in (train, test)))
 
-    return Source(f"torchvision {kind.tgz_md5}", read)
+    return Source(f"torchvision {CIFAR_MD5[name]}", read)
 
 
 def image_folder(root: Path) -> Source:
@@ -169,6 +170,10 @@ def _arrays(name: str, images: np.ndarray) -> list[Picture]:
 
 
 def _hold_out_test(classes: list[str], everything: Part) -> Contents:
+    import torch
+
+    from src.data.splits import stratified_split
+
     pictures = list(everything.pictures)
     train_rows, test_rows = stratified_split(torch.as_tensor(everything.labels), TEST_FRACTION, TEST_SEED)
 

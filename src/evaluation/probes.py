@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.config.schema import View
-from src.data import Split, epoch_batches
 from src.data.augment import ViewMaker, normalise
+from src.data.batches import epoch_batches
+from src.data.splits import Split
 from src.support.search import Search
 from src.system.seeding import mix, seed_everything
 

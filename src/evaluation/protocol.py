@@ -16,7 +16,8 @@ from torch import nn
 from src import build
 from src.config import schema
 from src.config.parse import parse
-from src.data import Dataset, Split, load, stratified_split
+from src.data import Dataset, load
+from src.data.splits import Split, stratified_split
 from src.errors import UsageError
 from src.evaluation.diagnostics import effective_rank
 from src.evaluation.probes import (
@@ -108,11 +109,12 @@ def main(composed: DictConfig) -> dict[str, float]:
 
     Protocol and precision are the run's own unless the command line says otherwise. The metrics are named as in
     training where they are; ``test_original/...``, after the protocol, where one of its settings or the arithmetic
-    differs; ``transfer/NAME/...`` before that on another data set. A checkpoint away from its run's directory is
-    evaluated too; its figures are only printed.
+    differs; ``transfer/NAME-FINGERPRINT/...``, of which eight digits, before that on another data set. A checkpoint
+    away from its run's directory is evaluated too; its figures are only printed.
 
     Raises:
-        UsageError: there is no such checkpoint, its run is not finished, or the settings do not fit.
+        UsageError: there is no such checkpoint, its run is not finished, its own images have become others, or the
+            settings do not fit.
     """
     path, saved = _checkpoint(composed)
     directory = path.parent.parent
@@ -138,7 +140,7 @@ def main(composed: DictConfig) -> dict[str, float]:
     if _protocol(cfg) != _protocol(before) or trained_in not in (None, str(dtype).removeprefix("torch.")):
         metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
     if composed.get("data"):
-        metrics = {f"transfer/{cfg.data.name}/{key}": value for key, value in metrics.items()}
+        metrics = {f"transfer/{cfg.data.name}-{data.fingerprint[:8]}/{key}": value for key, value in metrics.items()}
     for key, value in metrics.items():
         print(f"{key:32} {value:6.2f}")
     if record:

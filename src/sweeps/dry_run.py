@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from src.config import identity
@@ -12,12 +13,15 @@ from src.runs.record import Record, records_below
 
 
 def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
-    """The list of jobs, which of them are done, and how long the rest may take, judged by those that are finished."""
+    """The list of jobs, which of them are done, and how long the rest may take, judged by those that are finished.
+
+    A job whose images have not been decoded has no directory yet, and is listed by its name.
+    """
     lines, lasts, todo = [], list[float](), 0
     finished = _seconds_an_epoch()
     for number, cfg in enumerate(cfgs):
-        directory = run_directory.choose(cfg)
-        record = Record.find(directory)
+        directory = run_directory.choose(cfg) if cfg.data.fingerprint else Path(identity.run_name(cfg))
+        record = Record.find(directory) if cfg.data.fingerprint else None
         state, estimate = record.status.lower() if record else "to do", ""
         if not (record and record.status == "FINISHED"):
             todo += 1

@@ -84,14 +84,18 @@ class GridSweeper(Sweeper):
         given = self._grid(arguments)
         params = self._grid([f"{key}={value}" for key, value in self.params.items()])
         union = [self._grid(shlex.split(line)) for line in self.union]
-        distinct, jobs = dict[str, Job](), list[Job]()
-        for grid in alternatives(union, params, given, [self._methods(grid) for grid in union]):
-            for values in product(*grid.values()):
-                job = self.compose([f"{key}={value}" for key, value in zip(grid, values, strict=True)])
-                key = identity.config_hash(job.cfg) if job.cfg else " ".join(job.overrides)
-                distinct.setdefault(key, job)
-                jobs.append(job)
+        jobs = [
+            self.compose([f"{key}={value}" for key, value in zip(grid, values, strict=True)])
+            for grid in alternatives(union, params, given, [self._methods(grid) for grid in union])
+            for values in product(*grid.values())
+        ]
         refuse_unused(jobs)
+        distinct: dict[str, Job] = {}
+        for job in map(self.compose.find_images, jobs):
+            key = " ".join(job.overrides)
+            if job.cfg:  # a dry run may not know whether two folders hold the same images
+                key = f"{identity.config_hash(job.cfg)} {job.cfg.data.fingerprint or job.cfg.data.root}"
+            distinct.setdefault(key, job)
         if any(job.cfg and job.cfg.output_dir for job in distinct.values()) and len(distinct) > 1:
             raise UsageError("output_dir: each job of a sweep has a folder of its own under multirun/; leave it out")
         # One seed after the other: whatever stops a sweep, the seeds that are done make whole curves.

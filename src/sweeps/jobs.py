@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from src.config.explain import explain_composition
 from src.config.parse import parse
 from src.config.renamed import new_name
 from src.config.schema import Config
+from src.data.cache import fingerprint, known_fingerprint
 from src.errors import UsageError
 from src.runs import directory as run_directory
 from src.runs.record import Record
@@ -72,6 +73,7 @@ class Composer:
         self.groups = set(loader.list_groups(""))
         self._chosen = cache(self._choose)
         self._parsed = cache(lambda text: self.parser.parse_override(text))
+        self._images: dict[str, tuple[str | None, str]] = {}  # of a source its fingerprint, or what is wrong with it
 
     def __call__(self, overrides: Sequence[str]) -> Job:
         """A job with its config; one that is not legal with the reason."""
@@ -91,6 +93,26 @@ class Composer:
             reason = str(error) if isinstance(error, UsageError) else explain_composition(str(error))
             return Job(kept, None, Path(), passed_over, " ".join(reason.split()), status=2)
         return Job(kept, cfg, run_directory.choose(cfg), passed_over)
+
+    def find_images(self, job: Job) -> Job:
+        """Says which images the job has, and so where it lives; one whose images cannot be had is not legal.
+
+        All jobs on the same images look for them once, and decode them if need be, except in a dry run.
+        """
+        if job.cfg is None:
+            return job
+        data = job.cfg.data
+        source = repr(replace(data, limit=None, final=False, val_fraction=0.0, split_seed=0))
+        if source not in self._images:
+            try:
+                found = (known_fingerprint if self.base.dry_run else fingerprint)(data)
+                self._images[source] = found or data.fingerprint, ""
+            except UsageError as error:
+                self._images[source] = None, " ".join(str(error).split())
+        data.fingerprint, reason = self._images[source]
+        if reason:
+            return Job(job.overrides, None, Path(), job.passed_over, reason, status=2)
+        return replace(job, directory=run_directory.choose(job.cfg))
 
     def _is_choice(self, override: str) -> bool:
         """Whether it chooses an option, or adds or takes away a key, which is left to Hydra."""

@@ -48,18 +48,22 @@ class StudySweeper(GridSweeper):
         fixed = [f"{key}={value}" for key, value in only.items()]
         space = studies.space([each for key, each in overrides.items() if key not in only], self.config)
         base = self.compose(fixed)
-        if base.cfg is None:
-            raise UsageError(base.error)
         refuse_unused([base])
         if not space:
             raise UsageError("hydra.sweeper.params: every setting is fixed; give one an interval or choices")
-        if base.cfg.data.final:
+        if base.cfg and base.cfg.data.final:
             raise UsageError("data.final=true: leaves no validation images, by which a search judges its trials")
+        if not space.keys() & {"data", "data.root"}:
+            base = self.compose.find_images(base)
+        if base.cfg is None:
+            raise UsageError(base.error)
 
         def job(number: int) -> Job:
             assert study is not None
             point = study.points()[number]
-            composed = self.compose([*fixed, *(f"{key}={value}" for key, value in point.items())])
+            composed = self.compose.find_images(
+                self.compose([*fixed, *(f"{key}={value}" for key, value in point.items())])
+            )
             composed.trial = number
             composed.status = composed.status or (PRUNED if study.state(number) == "PRUNED" else 0)
             return composed

@@ -23,7 +23,8 @@ from src import build
 from src.config import identity, schema
 from src.config.names import colour_of
 from src.config.schema import Config
-from src.data import Dataset, check_batch_size, epoch_batches, load
+from src.data import Dataset, load
+from src.data.batches import check_batch_size, epoch_batches
 from src.errors import Diverged
 from src.evaluation import protocol
 from src.evaluation.diagnostics import alignment, uniformity
@@ -64,6 +65,7 @@ def run(cfg: Config, should_prune: ShouldPrune, draw: Callable[[Path], Path]) ->
     """
     device = build.device(cfg.device)  # refuses a GPU that is not there before images are decoded
     data = load(cfg.data).on(device)
+    cfg.data.fingerprint = data.fingerprint  # a run is its settings and its images
     check_batch_size(cfg.batch_size, data.train)
     state = TrainState(cfg, data)
     warn_of_doubtful(cfg, len(data.train))

@@ -23,9 +23,8 @@ def encoded(image: Image.Image, format: str = "png", **options) -> bytes:  # noq
     return file.getvalue()
 
 
-def write_folder(root: Path, counts: dict[str, int], suffix: str = ".png") -> Path:
+def write_folder(root: Path, counts: dict[str, int], suffix: str = ".png", seed: int = 0) -> Path:
     """Class folders with images; ``counts`` maps a class, or ``train/class``, to its number of images."""
-    seed = 0
     for name, count in counts.items():
         (root / name).mkdir(parents=True)
         for i in range(count):
@@ -54,6 +53,18 @@ def write_shard(
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, row_group_size=3)
     return images
+
+
+LAYOUTS = ("image_folder", "parquet")
+
+
+def write_set(layout: str, root: Path, seed: int = 0, count: int = 24) -> Path:
+    """Two classes of ``count`` training images and 4 test images each, in the layout of that name."""
+    if layout == "image_folder":
+        return write_folder(root, {"train/a": count, "train/b": count, "test/a": 4, "test/b": 4}, seed=1000 * seed)
+    write_shard(root / "train-0.parquet", [0, 1] * count, seed=2 * seed)
+    write_shard(root / "test-0.parquet", [0, 1] * 4, seed=2 * seed + 1)
+    return root
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray:

@@ -5,8 +5,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from src.data import Split, batches, check_batch_size, epoch_batches
-from src.data.batches import epoch_order
+from src.data import batches
+from src.data.batches import check_batch_size, epoch_batches, epoch_order
+from src.data.splits import Split
 from src.errors import UsageError
 
 seeds = st.integers(0, 2**40)

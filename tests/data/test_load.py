@@ -85,12 +85,18 @@ def test_a_fraction_that_leaves_no_validation_image(config):
         load(config("digits", val_fraction=0.0001))
 
 
-def test_importing_the_package_loads_no_image_library():
-    code = "import sys, src.data; print(*{'PIL', 'pyarrow', 'sklearn', 'torchvision'} & set(sys.modules))"
+def test_neither_the_package_nor_a_known_fingerprint_loads_a_library_that_takes_seconds(tmp_path):
+    code = f"""if True:
+        import sys, src.sweeps.sweep
+        from src.config.schema import Data
+        from src.data import cache
+        for name in ("digits", "cifar100"):
+            print(cache.known_fingerprint(Data(name, 8, "{tmp_path}", 0.1, 0, None, False, root="{tmp_path}")))
+        print(*{{'PIL', 'pyarrow', 'sklearn', 'torch', 'torchvision'}} & set(sys.modules))"""
     got = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
-    assert got.stdout.split() == []
+    assert got.stdout.split() == ["None", "None"]
 
 
 @pytest.mark.cifar

@@ -7,7 +7,7 @@ from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 
 from src.config.schema import View
-from src.data import Split
+from src.data.splits import Split
 from src.evaluation import probes
 from src.evaluation.probes import Features, FrozenEncoder, LinearHeads
 from src.support.search import TorchSearch

@@ -4,13 +4,16 @@ import shutil
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from safetensors import safe_open
 
 from src import cli
 from src.errors import UsageError
 from src.evaluation import protocol
 from src.runs import checkpoint
 from src.runs.record import Record
+from tests.config.test_schema import composed
 from tests.conftest import PROJECT
+from tests.data.layouts import LAYOUTS, write_set
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,43 @@ def test_another_setting_of_the_same_protocol_does_not_pass_for_the_runs_own(fin
 
 def test_transfer_has_the_data_sets_name(finished):
     metrics = run(f"checkpoint={finished}", "data=digits", f"data.cache_dir={finished.parent}/cache")
-    assert "transfer/digits/test/linear_top1" in metrics
+    (own,) = (finished.parent / "cache").glob("digits-*.safetensors")
+    with safe_open(own, "np") as file:
+        assert f"transfer/digits-{file.metadata()['fingerprint'][:8]}/test/linear_top1" in metrics
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_sets_of_a_layout_have_metrics_of_their_own(finished, tmp_path, layout):
+    names = []
+    for seed in (0, 1):
+        root = write_set(layout, tmp_path / str(seed), seed)
+        metrics = run(f"checkpoint={finished}", f"data={layout}", f"data.root={root}", f"data.cache_dir={tmp_path}/c")
+        names += [key for key in metrics if key.endswith("/test/linear_top1")]
+    assert len(set(names)) == 2
+    assert all(name.startswith(f"transfer/{layout}-") for name in names)
+    assert Record.load(finished).metrics.keys() >= set(names)
+
+
+def test_a_runs_own_images_may_have_moved_but_not_changed(tmp_path, small):
+    root = write_set("image_folder", tmp_path / "images")
+    images = ["data=image_folder", f"data.root={root}", f"data.cache_dir={tmp_path}/c", "data.limit=null"]
+    more = ["batch_size=8", "epochs=1", "tracking=jsonl", f"output_dir={tmp_path}/run"]
+    cli.pretrain(composed(*small, *images, *more))
+    before = Record.load(tmp_path / "run").metrics
+    root = root.rename(tmp_path / "moved")
+    metrics = run(f"checkpoint={tmp_path}/run", f"data_root={root}")
+    assert metrics == {key: before[key] for key in metrics}
+
+    others = write_set("image_folder", tmp_path / "others", seed=1)
+    with pytest.raises(UsageError, match=rf"^data\.root={others}: holds other images .*data_root.*") as refused:
+        run(f"checkpoint={tmp_path}/run", f"data_root={others}")
+    assert "\n" not in str(refused.value)
+    assert Record.load(tmp_path / "run").metrics == before
+
+    _, state = checkpoint.load_latest(tmp_path / "run/checkpoints")
+    assert state["config"]["data"].pop("fingerprint")  # as in checkpoints from before there were fingerprints
+    old = checkpoint.save(tmp_path / "old", 1, state)
+    assert run(f"checkpoint={old}", f"data_root={root}") == metrics
 
 
 def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path):

@@ -30,13 +30,23 @@ def estimates(shown):
 
 
 def jobs(*seeds, method="kmclr", epochs=10):
-    return [parsed(f"method={method}", f"epochs={epochs}", f"seed={seed}") for seed in seeds]
+    known = "+data.fingerprint=0123456789abcdef"
+    return [parsed(f"method={method}", f"epochs={epochs}", f"seed={seed}", known) for seed in seeds]
 
 
 def test_nothing_is_known_before_a_run_has_finished():
     shown = preview(jobs(0, 1), at_a_time=2)
     assert estimates(shown) == ["", "", ""]
     assert shown.endswith("2 jobs, 2 to run; no time known for 2: none like them has finished yet")
+
+
+def test_a_job_of_unknown_images_is_to_do_and_has_no_hash():
+    done = jobs(0)[0]
+    ran(done, 3000)
+    done.data.fingerprint = None
+    assert preview([done], at_a_time=1).splitlines()[0].split() == [
+        *("0", "to", "do", "400", "kmclr-k400-cifar100-resnet18-seed0", "about", "50", "min"),
+    ]
 
 
 def test_time_goes_with_epochs_and_what_is_done_is_taken_off():

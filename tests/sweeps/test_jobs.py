@@ -4,18 +4,21 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import flag_override
 
+from src.data.cache import fingerprint
 from src.errors import UsageError
+from src.sweeps.dry_run import preview
 from src.sweeps.grid import GridSweeper
 from src.sweeps.jobs import Composer
 from tests.config.test_schema import CONF
+from tests.data.layouts import write_set
 
 
 @pytest.fixture
 def sweeper():
-    """A grid sweeper as Hydra makes it for ``python -m src.train --multirun``."""
+    """A grid sweeper as Hydra makes it for ``python -m src.train --multirun dry_run=true``."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        base = loader.load_configuration("train", [], run_mode=RunMode.MULTIRUN)
+        base = loader.load_configuration("train", ["dry_run=true"], run_mode=RunMode.MULTIRUN)
         with flag_override(base.hydra, ["struct", "readonly"], False):
             base.hydra.job.config_name = "train"
             base.hydra.overrides.hydra = []
@@ -83,3 +86,70 @@ def test_hydra_composes_each_choice_of_options_once(sweeper, monkeypatch):
     jobs = sweeper.jobs(["method=nnclr,kmclr", "k=2,3,4,5", "seed=0,1,2"])
     assert len(jobs) > 6
     assert len(calls) == 2
+
+
+@pytest.fixture
+def on_images(sweeper, tmp_path, monkeypatch):
+    """The arguments of a sweep over image folders, which is no dry run, with a cache of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    sweeper.config.dry_run = False
+    return ["data=image_folder", f"data.cache_dir={tmp_path}/cache", "method=simclr"]
+
+
+def sets(folder, *seeds):
+    """Makes a set of images for each seed; the argument that sweeps over them."""
+    roots = [write_set("image_folder", folder / f"set{place}", seed) for place, seed in enumerate(seeds)]
+    return f"data.root={','.join(map(str, roots))}"
+
+
+def test_two_sets_are_two_jobs_and_a_copy_is_none(sweeper, on_images, tmp_path):
+    jobs = sweeper.jobs([*on_images, sets(tmp_path, 0, 1, 0), "seed=0,1"])
+    assert len({job.directory for job in jobs}) == len(jobs) == 4
+    assert len({job.cfg.data.fingerprint for job in jobs} - {None}) == 2
+
+
+def test_a_set_is_looked_for_once_also_where_it_is_missing(sweeper, on_images, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("src.sweeps.jobs.fingerprint", lambda cfg: asked.append(cfg.root) or fingerprint(cfg))
+    jobs = sweeper.jobs([*on_images, sets(tmp_path, 0) + f",{tmp_path}/nowhere", "seed=0,1", "data.limit=8,16"])
+    assert asked == [str(tmp_path / "set0"), str(tmp_path / "nowhere")]
+    assert sum(job.cfg is not None for job in jobs) == 4
+    assert ["nowhere: no such folder" in job.error for job in jobs if not job.cfg] == [True] * 4
+
+
+def test_a_sweep_without_its_images_is_one_line_and_writes_nothing(sweeper, on_images, tmp_path):
+    with pytest.raises(UsageError, match="nowhere: no such folder") as error:
+        sweeper.sweep([*on_images, f"data.root={tmp_path}/nowhere", "seed=0,1"])
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mistake", ["epocs=3", "k=50"])
+def test_a_misspelt_key_is_said_before_images_are_decoded(sweeper, on_images, tmp_path, mistake):
+    with pytest.raises(UsageError):
+        sweeper.jobs([*on_images, sets(tmp_path, 0), mistake])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_dry_run_decodes_nothing_and_names_what_it_does_not_know(sweeper, on_images, tmp_path, monkeypatch):
+    arguments = [*on_images, sets(tmp_path, 0, 0)]
+
+    def previewed(dry_run):
+        sweeper.config.dry_run = dry_run
+        monkeypatch.setattr(sweeper, "compose", Composer(sweeper.compose.loader, sweeper.config))
+        shown = preview([job.cfg for job in sweeper.jobs(arguments)], at_a_time=1)
+        return [line.split()[4] for line in shown.splitlines()[:-1]]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("src.data.cache.decode", lambda *_: pytest.fail("read an image"))
+        unknown = previewed(dry_run=True)
+    assert unknown == ["simclr-image_folder-resnet18-seed0"] * 2
+    assert not (tmp_path / "cache").exists()
+    (known,) = previewed(dry_run=False)
+    assert known.startswith(f"{unknown[0]}-")
+    assert previewed(dry_run=True) == [known]
+
+
+def test_an_experiment_is_asked_for_its_method_and_not_for_its_images(sweeper, monkeypatch):
+    monkeypatch.setattr("src.sweeps.jobs.fingerprint", lambda _: pytest.fail("looked for images"))
+    assert sweeper._methods({"experiment": ["original_nnclr"]}) == ["nnclr"]

@@ -12,6 +12,7 @@ from src.runs.record import Record
 from src.sweeps.grid import alternatives
 from src.system.stopping import is_stop
 from tests.conftest import PROJECT
+from tests.sweeps.test_jobs import sets
 
 UNION = [
     {"method": ["simclr"]},
@@ -59,6 +60,18 @@ def test_which_statuses_continue(status, stop):
     assert is_stop(status) == stop
 
 
+@pytest.mark.slow
+def test_two_sets_are_swept_and_both_are_known_again(command, small, tmp_path):
+    settings = [*small, "data=image_folder", sets(tmp_path, 0, 1), "data.limit=null", "batch_size=8", "epochs=1"]
+    arguments = ["--multirun", *settings, "method=simclr", "tracking=jsonl"]
+    done = command("src.train", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 jobs finished" in done.stdout
+    assert len(folders(tmp_path, "simclr")) == 2
+    assert "2 jobs, 2 finished already" in command("src.train", *arguments).stdout
+    assert "2 jobs, 0 to run" in command("src.train", *arguments, "dry_run=true").stdout
+
+
 def folders(path, prefix=""):
     return [d for d in sorted((path / "multirun").glob(f"{prefix}*")) if d.is_dir()]
 
@@ -78,7 +91,7 @@ def in_store(path, query):
     [("support_size", 42), ("original_table", 5), ("forgetting", 15), ("cpu_study", 48), ("ablations", 49)],
 )
 def test_the_sweeps_that_come_with_the_project(command, tmp_path, name, jobs):
-    done = command("src.train", "--multirun", f"+sweep={name}", "dry_run=true")
+    done = command("src.train", "--multirun", f"+sweep={name}", "+data.fingerprint=abc", "dry_run=true")
     assert done.returncode == 0, done.stderr
     listed = [line.split() for line in done.stdout.splitlines()]
     assert listed[-1][:2] == [str(jobs), "jobs,"]

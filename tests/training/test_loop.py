@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,18 +15,22 @@ import pytest
 import torch
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from src import cli
 from src.errors import CannotWrite, Diverged, UsageError
 from src.reporting import curves
+from src.reporting.rows import summarise
 from src.runs import checkpoint
+from src.runs.query import read_runs
 from src.runs.record import Record
 from src.runs.tracker import Tracker
 from src.support.kmeans import KMeans
 from src.system.stopping import Stopper
 from src.training import loop
 from tests.conftest import CIFAR100, PROJECT
+from tests.data.layouts import LAYOUTS, random_image, write_set
 
 METHODS = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=100"], "kmclr": ["method=kmclr", "k=7"]}
 # DESIGN's names: what every run logs.
@@ -419,6 +424,58 @@ def test_another_configuration_in_the_same_directory_is_refused(run):
     run("method=kmclr", "k=7")
     with pytest.raises(UsageError, match="k was 7 and is 8"):
         run("method=kmclr", "k=8")
+
+
+def trained_on(run, layout, root, *overrides):
+    """Trains on the set in a folder, unless it has been done; returns how many runs there are beside the folder."""
+    own = ["output_dir=null", "method=simclr", "epochs=1", "data.limit=null", "batch_size=8", "evaluation.epochs=1"]
+    run(*own, f"data={layout}", f"data.root={root}", *overrides)
+    return len(list((root.parent / "multirun").glob("simclr-*")))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_is_its_settings_and_its_images_wherever_they_lie(run, tmp_path, capsys, layout):
+    a, b = (write_set(layout, tmp_path / name, seed) for seed, name in enumerate("ab"))
+    assert trained_on(run, layout, a) == 1
+    assert trained_on(run, layout, b) == 2
+    capsys.readouterr()
+    a = a.rename(tmp_path / "moved")
+    assert trained_on(run, layout, a) == 2
+    out = capsys.readouterr().out
+    assert "finished" in out
+    assert "started" not in out
+    if layout == "image_folder":
+        random_image(99).save(a / "train/a/new.png")
+    else:
+        shutil.copy(b / "train-0.parquet", a / "train-1.parquet")
+    assert trained_on(run, layout, a) == 3
+
+    trained_on(run, layout, b, "seed=8")
+    experiment = Record.load(next((tmp_path / "multirun").iterdir())).experiment
+    table, _ = summarise(read_runs(experiment, "jsonl"))
+    assert sorted(len(row.runs) for row in table) == [1, 1, 2]
+    for directory in (tmp_path / "multirun").iterdir():
+        fingerprint = Record.load(directory).params["data.fingerprint"]
+        assert OmegaConf.load(directory / "config.yaml").data.fingerprint == fingerprint
+        assert checkpoint.load_latest(directory / "checkpoints")[1]["config"]["data"]["fingerprint"] == fingerprint
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_that_was_stopped_continues_on_its_own_images_only(run, tmp_path, monkeypatch, layout):
+    a, b = (write_set(layout, tmp_path / name, seed) for seed, name in enumerate("ab"))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Stopper", lambda _: StopAfter(2))
+        with pytest.raises(SystemExit):
+            trained_on(run, layout, a, "output_dir=run")
+    record = (tmp_path / "run/run.json").read_bytes()
+    for remove in (False, True):  # the checkpoint alone says it too
+        if remove:
+            (tmp_path / "run/run.json").unlink()
+        with pytest.raises(UsageError, match=r"data\.fingerprint was [0-9a-f]{16} and is [0-9a-f]{16}"):
+            trained_on(run, layout, b, "output_dir=run")
+    (tmp_path / "run/run.json").write_bytes(record)
+    trained_on(run, layout, a.rename(tmp_path / "moved"), "output_dir=run")
+    assert Record.load(tmp_path / "run").status == "FINISHED"
 
 
 def test_resume_never_starts_beside_what_is_there(run, tmp_path):
