@@ -91,7 +91,7 @@ class GridSweeper(Sweeper):
         ]
         refuse_unused(jobs)
         distinct: dict[str, Job] = {}
-        for job in map(self.compose.find_images, jobs):
+        for job in map(self.compose.identify, jobs):
             key = " ".join(job.overrides)
             if job.cfg:  # a dry run may not know whether two folders hold the same images
                 key = f"{identity.config_hash(job.cfg)} {job.cfg.data.fingerprint or job.cfg.data.root}"

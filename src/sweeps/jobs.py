@@ -21,6 +21,7 @@ from src.config.schema import Config
 from src.data.cache import fingerprint, known_fingerprint
 from src.errors import UsageError
 from src.runs import directory as run_directory
+from src.runs import origin
 from src.runs.record import Record
 
 
@@ -94,8 +95,8 @@ class Composer:
             return Job(kept, None, Path(), passed_over, " ".join(reason.split()), status=2)
         return Job(kept, cfg, run_directory.choose(cfg), passed_over)
 
-    def find_images(self, job: Job) -> Job:
-        """Says which images the job has, and so where it lives; one whose images cannot be had is not legal.
+    def identify(self, job: Job) -> Job:
+        """Says which images and first weights the job has, and so where it lives; without them it is not legal.
 
         All jobs on the same images look for them once, and decode them if need be, except in a dry run.
         """
@@ -110,6 +111,10 @@ class Composer:
             except UsageError as error:
                 self._images[source] = None, " ".join(str(error).split())
         data.fingerprint, reason = self._images[source]
+        try:
+            origin.identify(job.cfg)
+        except UsageError as error:
+            reason = str(error)
         if reason:
             return Job(job.overrides, None, Path(), job.passed_over, reason, status=2)
         return replace(job, directory=run_directory.choose(job.cfg))

@@ -54,14 +54,14 @@ class StudySweeper(GridSweeper):
         if base.cfg and base.cfg.data.final:
             raise UsageError("data.final=true: leaves no validation images, by which a search judges its trials")
         if not space.keys() & {"data", "data.root"}:
-            base = self.compose.find_images(base)
+            base = self.compose.identify(base)
         if base.cfg is None:
             raise UsageError(base.error)
 
         def job(number: int) -> Job:
             assert study is not None
             point = study.points()[number]
-            composed = self.compose.find_images(
+            composed = self.compose.identify(
                 self.compose([*fixed, *(f"{key}={value}" for key, value in point.items())])
             )
             composed.trial = number
