@@ -252,6 +252,27 @@ def test_stopped_anywhere_and_continued_it_is_the_unbroken_run(run, monkeypatch,
     assert_same_run(unbroken, unbroken.parent / "broken")
 
 
+def test_another_evaluation_starts_no_training_anew_and_is_said(run, monkeypatch, tmp_path, caplog):
+    overrides = ["method=simclr", "epochs=2"]
+    monkeypatch.setattr(loop, "Stopper", lambda _: StopAfter(4))
+    with pytest.raises(SystemExit):
+        run(*overrides)
+    monkeypatch.setattr(loop, "Stopper", Stopper)
+    directory = tmp_path / "run"
+    assert Record.load(directory).status == "KILLED"
+
+    run(*overrides, "evaluation.every=2", "evaluation.knn_k=5")
+    record = Record.load(directory)
+    assert record.status == "FINISHED"
+    assert record.tags["evaluation_changed"].startswith("evaluation.knn_k was 200 and is 5 at step ")
+    assert "every" not in record.tags["evaluation_changed"]
+    assert "rows logged so far keep the former evaluation (evaluation.knn_k was 200 and is 5)" in caplog.text
+
+    run(*overrides, "evaluation.knn_k=9")
+    assert "was evaluated otherwise (evaluation.knn_k was 200 and is 9)" in caplog.text
+    assert f"python -m src.evaluate checkpoint={directory.relative_to(tmp_path)}" in caplog.text
+
+
 def test_a_crash_loses_at_most_the_steps_since_the_checkpoint(run, monkeypatch):
     """The steps are computed again, and logged once."""
     unbroken = run("method=kmclr", "k=7", "epochs=3", "checkpoint.every=1", directory="unbroken")
