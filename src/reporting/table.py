@@ -160,8 +160,7 @@ def courses(rows: Sequence[Row]) -> list[curves.Course]:
     """The rows' runs as curves over epochs, of those runs whose folders are here."""
     found = []
     for row in rows:
-        folders = [Path(run.directory) for run in row.runs if run.directory]
-        here = tuple(folder for folder in folders if (folder / METRICS).is_file())
+        here = tuple(run.directory for run in row.runs if run.directory and (run.directory / METRICS).is_file())
         if here:
             epochs = int(row.runs[0].params["epochs"])
             found.append(curves.Course(row.title, row.size, row.colour, epochs, here))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from src.errors import UsageError
-from src.runs.record import METRICS, Record, read_rows
+from src.runs.record import METRICS, PARENT, Record, read_rows
 from src.system.redact import one_line, redact
 
 _AWAY = re.compile("database is locked|connection to server|could not connect|can't connect", re.IGNORECASE)
@@ -23,6 +24,10 @@ _AWAY = re.compile("database is locked|connection to server|could not connect|ca
 
 class Busy(UsageError):  # noqa: N818
     """The store is there, or may be, but does not answer now."""
+
+
+class Deleted(UsageError):  # noqa: N818
+    """The experiment has been deleted in MLflow's pages."""
 
 
 def check(experiment: str) -> None:
@@ -46,7 +51,8 @@ def prepare(experiment: str = "Default") -> Any:
 
     Raises:
         Busy: the database is locked or away.
-        UsageError: MLflow is not installed, the store does not open, or the experiment has been deleted in it.
+        Deleted: the experiment has been deleted in the database.
+        UsageError: MLflow is not installed, or the store does not open.
     """
     mlflow = _import_mlflow()
     uri = mlflow.get_tracking_uri()
@@ -68,10 +74,14 @@ def prepare(experiment: str = "Default") -> Any:
             raise Busy(f"the MLflow store {redact(uri)} does not open now ({one_line(error)}): try again") from None
         remedy = "move it away, set MLFLOW_TRACKING_URI, or use tracking=jsonl"
         raise UsageError(f"the MLflow store {redact(uri)} does not open ({one_line(error)}): {remedy}") from None
-    if found and found.lifecycle_stage == "deleted":
-        remedy = f"run `mlflow experiments restore -x {found.experiment_id}`, or choose another tracking.experiment"
-        raise UsageError(f"the experiment {experiment!r} has been deleted in {redact(uri)}: {remedy}")
+    _refuse_deleted(found)
     return client
+
+
+def _refuse_deleted(experiment: Any) -> None:
+    if experiment and experiment.lifecycle_stage == "deleted":
+        remedy = f"run `mlflow experiments restore -x {experiment.experiment_id}`, or choose another"
+        raise Deleted(f"the experiment {experiment.name!r} has been deleted in MLflow: {remedy} tracking.experiment")
 
 
 def _import_mlflow() -> Any:
@@ -107,64 +117,112 @@ def existing() -> Any:
     return prepare()
 
 
-def experiment_id(client: Any, name: str) -> str:
+def find(client: Any, record: Record, experiment: str, asked: bool = False) -> Any:
+    """The record's run in an experiment, as MLflow has it, also one of its deleted runs; None where it has none.
+
+    It is found by the id that was written down, wherever its experiment has been renamed to, else by the uuid that it
+    is tagged with, as its creator may have been killed before it could write the id down.
+
+    Args:
+        asked: whether the user names the experiment now. Where another one has taken the name since, the run belongs
+            there too, and the record remembers both.
+    """
+    copy = record.copies[experiment]
+    run, named = _run(client, copy.run_id), client.get_experiment_by_name(experiment)
+    named = named if named and named.lifecycle_stage == "active" else None
+    if run and asked and named and run.info.experiment_id != named.experiment_id:
+        if run.info.lifecycle_stage == "active":
+            tags = {key: run.data.tags[key] for key in copy.tags if key in run.data.tags}
+            home = client.get_experiment(run.info.experiment_id)
+            record.copies.setdefault(home.name, replace(copy, tags=tags))
+        copy.run_id, copy.has, run = "", "", None
+    if run and run.info.lifecycle_stage == "deleted":
+        home = client.get_experiment(run.info.experiment_id)
+        run = None if home.lifecycle_stage == "deleted" else run  # to restore the run would not show it
+    if run is None and named:
+        found = client.search_runs([named.experiment_id], f"tags.uuid = '{record.uuid}'", max_results=1)
+        run = next(iter(found), None)
+    return run
+
+
+def _run(client: Any, run_id: str) -> Any:
+    """None where the store does not know the id."""
     from mlflow.exceptions import MlflowException
 
-    experiment = client.get_experiment_by_name(name)
-    if experiment:
-        return experiment.experiment_id
     try:
-        return client.create_experiment(name)
-    except MlflowException:  # another process was faster, or the store is down
-        experiment = client.get_experiment_by_name(name)
-        if not experiment:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return experiment.experiment_id
+        return None
 
 
-def find(client: Any, record: Record) -> Any:
-    """The record's run in the store, or None.
+def _experiment_for(client: Any, name: str, parent: Any) -> str:
+    """The id of the experiment that a run is to be created in: of that name, else its sweep's, which was renamed."""
+    from mlflow.exceptions import MlflowException
 
-    It is found by the uuid that it is tagged with, not by its id: a run whose creator was killed before it could write
-    the id down is found too.
+    found = client.get_experiment_by_name(name)
+    if not found and parent and parent.info.lifecycle_stage == "active":
+        return parent.info.experiment_id
+    if not found:
+        try:
+            return client.create_experiment(name)
+        except MlflowException:  # another process was faster, or the store is down
+            found = client.get_experiment_by_name(name)
+            if not found:
+                raise
+    _refuse_deleted(found)
+    return found.experiment_id
+
+
+class Delivery:
+    """Brings MLflow's copy of a run up to the run's files. Harmless when repeated: the store drops what it has already.
+
+    Creates the run where the store has none, restores it where it has been deleted, and hands over params and tags.
+
+    Args:
+        run: what `find` returned.
+
+    Raises:
+        Deleted: the experiment has been deleted.
     """
-    experiment = experiment_id(client, record.experiment)
-    return next(iter(client.search_runs([experiment], f"tags.uuid = '{record.uuid}'", max_results=1)), None)
 
+    def __init__(self, client: Any, directory: Path, record: Record, experiment: str, run: Any) -> None:
+        from mlflow.entities import Param, RunTag
 
-def connect(client: Any, record: Record) -> None:
-    """Finds the run or creates it, also one that the store has lost, and hands over its params and tags."""
-    from mlflow.entities import Param, RunTag
+        self.client, self.directory, self.record, self.experiment = client, directory, record, experiment
+        self.bytes, self.artifacts = 0, set[str]()  # what was sent, so that no flush sends it again
+        copy = record.copies[experiment]
+        if run is None:
+            home = _experiment_for(client, experiment, _run(client, copy.tags.get(PARENT, "")))
+            tags = {"uuid": record.uuid}
+            run = client.create_run(home, start_time=record.start_time, tags=tags, run_name=record.name)
+        elif run.info.lifecycle_stage == "deleted":
+            client.restore_run(run.info.run_id)
+        copy.run_id, copy.has = run.info.run_id, ""
+        client.log_batch(
+            copy.run_id,
+            params=[Param(key, value) for key, value in record.params.items()],
+            tags=[RunTag(key, value) for key, value in (record.tags | copy.tags).items()],
+        )
+        if record.status == "RUNNING":
+            client.update_run(copy.run_id, status="RUNNING")
 
-    run = find(client, record)
-    if run is None:
-        experiment, tags = experiment_id(client, record.experiment), {"uuid": record.uuid}
-        run = client.create_run(experiment, start_time=record.start_time, tags=tags, run_name=record.name)
-        record.delivered_bytes = record.delivered_artifacts = 0
-    record.run_id, record.delivered_status = run.info.run_id, ""
-    client.log_batch(
-        record.run_id,
-        params=[Param(key, value) for key, value in record.params.items()],
-        tags=[RunTag(key, value) for key, value in record.tags.items()],
-    )
-    if record.status == "RUNNING":
-        client.update_run(record.run_id, status="RUNNING")
+    def push(self) -> None:
+        """Delivers what has come since."""
+        from mlflow.entities import Metric
 
-
-def push(client: Any, directory: Path, record: Record) -> None:
-    """Brings the store's run up to the files. Harmless when repeated."""
-    from mlflow.entities import Metric
-
-    rows, end = read_rows(directory / METRICS, record.delivered_bytes)
-    metrics = [
-        Metric(key, float(value), row["time"], row["step"]) for row in rows for key, value in row["metrics"].items()
-    ]
-    client.log_batch(record.run_id, metrics)  # which cuts it into requests of at most 1,000
-    record.delivered_bytes = end
-    for name in record.artifacts[record.delivered_artifacts :]:
-        if (directory / name).exists():  # the folder may have been tidied before a late delivery
-            client.log_artifact(record.run_id, str(directory / name))
-        record.delivered_artifacts += 1
-    if record.status != "RUNNING":
-        client.set_terminated(record.run_id, record.status, record.end_time)
-    record.delivered_status = record.status
+        record, copy = self.record, self.record.copies[self.experiment]
+        rows, end = read_rows(self.directory / METRICS, self.bytes)
+        metrics = [
+            Metric(key, value, row["time"], row["step"]) for row in rows for key, value in row["metrics"].items()
+        ]
+        self.client.log_batch(copy.run_id, metrics)  # which cuts it into requests of at most 1,000
+        self.bytes = end
+        for name in record.artifacts:
+            if name not in self.artifacts and (self.directory / name).exists():  # the folder may have been tidied
+                self.client.log_artifact(copy.run_id, str(self.directory / name))
+            self.artifacts.add(name)
+        if record.status != "RUNNING":
+            self.client.set_terminated(copy.run_id, record.status, record.end_time)
+        copy.has = record.state(self.experiment)

@@ -30,7 +30,8 @@ from src.evaluation.diagnostics import alignment, uniformity
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
 from src.runs.record import Record
-from src.runs.tracker import COLOUR_TAG, Tracker, catch_up, parent_tags
+from src.runs.tracker import COLOUR_TAG, Tracker, catch_up
+from src.system.atomic_write import write_whole
 from src.system.environment import environment_tags
 from src.system.measure import peak_gib
 from src.system.redact import one_line, redact
@@ -73,13 +74,12 @@ def run(cfg: Config, should_prune: ShouldPrune, draw: Callable[[Path], Path]) ->
         mlflow_store.check(cfg.tracking.experiment)  # refuses what is no store before the directory is made
     with run_directory.exclusive(directory), Stopper(cfg.max_minutes) as stopper:
         if run_directory.is_finished(directory, cfg):
-            catch_up(directory)
+            catch_up(directory, cfg.tracking)
             return report(directory)
         run_directory.refuse_diverged(directory)
         resumed = state.resume(directory / "checkpoints")
-        (directory / "config.yaml").write_text(
-            redact(OmegaConf.to_yaml(OmegaConf.create(identity.without_neutral(cfg))))
-        )
+        kept = redact(OmegaConf.to_yaml(OmegaConf.create(identity.without_neutral(cfg))))
+        write_whole(directory / "config.yaml", kept.encode())
         config = identity.flatten(cfg)
         tracker = Tracker(
             directory,
@@ -90,8 +90,7 @@ def run(cfg: Config, should_prune: ShouldPrune, draw: Callable[[Path], Path]) ->
                 "dtype": str(state.dtype).removeprefix("torch."),
                 "config_hash": identity.config_hash(cfg),
                 COLOUR_TAG: colour_of(config),
-            }
-            | parent_tags(cfg.tracking.parent),
+            },
         )
         print(f"{directory}: {'continued at' if resumed else 'started at'} step {state.step}", flush=True)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
