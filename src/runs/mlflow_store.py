@@ -26,10 +26,6 @@ class Busy(UsageError):  # noqa: N818
     """The store is there, or may be, but does not answer now."""
 
 
-class Deleted(UsageError):  # noqa: N818
-    """The experiment has been deleted in MLflow's pages."""
-
-
 def check(experiment: str) -> None:
     """Refuses what is no store, before a run writes anything; one that is only busy gets the run later.
 
@@ -51,8 +47,7 @@ def prepare(experiment: str = "Default") -> Any:
 
     Raises:
         Busy: the database is locked or away.
-        Deleted: the experiment has been deleted in the database.
-        UsageError: MLflow is not installed, or the store does not open.
+        UsageError: MLflow is not installed, the store does not open, or the experiment has been deleted in it.
     """
     mlflow = _import_mlflow()
     uri = mlflow.get_tracking_uri()
@@ -81,7 +76,7 @@ def prepare(experiment: str = "Default") -> Any:
 def _refuse_deleted(experiment: Any) -> None:
     if experiment and experiment.lifecycle_stage == "deleted":
         remedy = f"run `mlflow experiments restore -x {experiment.experiment_id}`, or choose another"
-        raise Deleted(f"the experiment {experiment.name!r} has been deleted in MLflow: {remedy} tracking.experiment")
+        raise UsageError(f"the experiment {experiment.name!r} has been deleted in MLflow: {remedy} tracking.experiment")
 
 
 def _import_mlflow() -> Any:
@@ -117,34 +112,6 @@ def existing() -> Any:
     return prepare()
 
 
-def find(client: Any, record: Record, experiment: str, asked: bool = False) -> Any:
-    """The record's run in an experiment, as MLflow has it, also one of its deleted runs; None where it has none.
-
-    It is found by the id that was written down, wherever its experiment has been renamed to, else by the uuid that it
-    is tagged with, as its creator may have been killed before it could write the id down.
-
-    Args:
-        asked: whether the user names the experiment now. Where another one has taken the name since, the run belongs
-            there too, and the record remembers both.
-    """
-    copy = record.copies[experiment]
-    run, named = _run(client, copy.run_id), client.get_experiment_by_name(experiment)
-    named = named if named and named.lifecycle_stage == "active" else None
-    if run and asked and named and run.info.experiment_id != named.experiment_id:
-        if run.info.lifecycle_stage == "active":
-            tags = {key: run.data.tags[key] for key in copy.tags if key in run.data.tags}
-            home = client.get_experiment(run.info.experiment_id)
-            record.copies.setdefault(home.name, replace(copy, tags=tags))
-        copy.run_id, copy.has, run = "", "", None
-    if run and run.info.lifecycle_stage == "deleted":
-        home = client.get_experiment(run.info.experiment_id)
-        run = None if home.lifecycle_stage == "deleted" else run  # to restore the run would not show it
-    if run is None and named:
-        found = client.search_runs([named.experiment_id], f"tags.uuid = '{record.uuid}'", max_results=1)
-        run = next(iter(found), None)
-    return run
-
-
 def _run(client: Any, run_id: str) -> Any:
     """None where the store does not know the id."""
     from mlflow.exceptions import MlflowException
@@ -176,30 +143,86 @@ def _experiment_for(client: Any, name: str, parent: Any) -> str:
 
 
 class Delivery:
-    """Brings MLflow's copy of a run up to the run's files. Harmless when repeated: the store drops what it has already.
+    """A run in one of the experiments that it was asked for under: `push` brings MLflow up to the run's files.
 
-    Creates the run where the store has none, restores it where it has been deleted, and hands over params and tags.
+    MLflow's run is found by the id that was written down, wherever its experiment has been renamed to, else by the uuid
+    that it is tagged with, as its creator may have been killed before it could write the id down.
 
     Args:
-        run: what `find` returned.
-
-    Raises:
-        Deleted: the experiment has been deleted.
+        record: of a run that has a directory.
+        asked: whether the user names the experiment now. Where another one has taken the name since, the run is
+            delivered to that, and the record remembers both.
     """
 
-    def __init__(self, client: Any, directory: Path, record: Record, experiment: str, run: Any) -> None:
+    def __init__(self, client: Any, record: Record, experiment: str, asked: bool = False) -> None:
+        self.client, self.record, self.experiment = client, record, experiment
+        assert record.directory
+        self.directory, self.copy = record.directory, record.copies[experiment]
+        self.is_connected = False
+        self.bytes, self.artifacts = 0, set[str]()  # what was sent, so that no flush sends it again
+
+        copy = self.copy
+        run, named = _run(client, copy.run_id), client.get_experiment_by_name(experiment)
+        there = named.experiment_id if named and named.lifecycle_stage == "active" else None
+        if run and asked and there and run.info.experiment_id != there:
+            if run.info.lifecycle_stage == "active":
+                tags = {key: run.data.tags[key] for key in copy.tags if key in run.data.tags}
+                home = client.get_experiment(run.info.experiment_id)
+                record.copies.setdefault(home.name, replace(copy, tags=tags))
+            copy.run_id, copy.has, run = "", "", None
+        if run and run.info.lifecycle_stage == "deleted":
+            home = client.get_experiment(run.info.experiment_id)
+            run = None if home.lifecycle_stage == "deleted" else run  # to restore the run would not show it
+        if run is None and there:
+            found = client.search_runs([there], f"tags.uuid = '{record.uuid}'", max_results=1)
+            run = next(iter(found), None)
+            if run:
+                copy.run_id, copy.has = run.info.run_id, ""
+        self.run = run
+        # In MLflow's pages, or with all of the store that had it.
+        self.is_deleted = run.info.lifecycle_stage == "deleted" if run else self.is_whole or bool(named and not there)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.copy.has == self.record.state(self.experiment)
+
+    def push(self) -> None:
+        """Delivers what has come since. Harmless when repeated, also by another process: the store drops what it has.
+
+        Raises:
+            UsageError: the experiment has been deleted.
+        """
+        from mlflow.entities import Metric
+
+        if not self.is_connected:
+            self._connect()
+        rows, end = read_rows(self.directory / METRICS, self.bytes)
+        metrics = [
+            Metric(key, value, row["time"], row["step"]) for row in rows for key, value in row["metrics"].items()
+        ]
+        self.client.log_batch(self.copy.run_id, metrics)  # which cuts it into requests of at most 1,000
+        self.bytes = end
+        for name in self.record.artifacts:
+            path = self.directory / name
+            if name not in self.artifacts and path.exists():  # the folder may have been tidied
+                self.client.log_artifact(self.copy.run_id, str(path))
+            self.artifacts.add(name)
+        if self.record.status != "RUNNING":
+            self.client.set_terminated(self.copy.run_id, self.record.status, self.record.end_time)
+        self.copy.has = self.record.state(self.experiment)
+
+    def _connect(self) -> None:
+        """Creates the run or restores a deleted one, and hands over params and tags."""
         from mlflow.entities import Param, RunTag
 
-        self.client, self.directory, self.record, self.experiment = client, directory, record, experiment
-        self.bytes, self.artifacts = 0, set[str]()  # what was sent, so that no flush sends it again
-        copy = record.copies[experiment]
-        if run is None:
-            home = _experiment_for(client, experiment, _run(client, copy.tags.get(PARENT, "")))
+        client, record, copy = self.client, self.record, self.copy
+        if self.run is None:
+            home = _experiment_for(client, self.experiment, _run(client, copy.tags.get(PARENT, "")))
             tags = {"uuid": record.uuid}
-            run = client.create_run(home, start_time=record.start_time, tags=tags, run_name=record.name)
-        elif run.info.lifecycle_stage == "deleted":
-            client.restore_run(run.info.run_id)
-        copy.run_id, copy.has = run.info.run_id, ""
+            self.run = client.create_run(home, start_time=record.start_time, tags=tags, run_name=record.name)
+        elif self.is_deleted:
+            client.restore_run(self.run.info.run_id)
+        copy.run_id, copy.has = self.run.info.run_id, ""
         client.log_batch(
             copy.run_id,
             params=[Param(key, value) for key, value in record.params.items()],
@@ -207,22 +230,25 @@ class Delivery:
         )
         if record.status == "RUNNING":
             client.update_run(copy.run_id, status="RUNNING")
+        self.is_connected = True
 
-    def push(self) -> None:
-        """Delivers what has come since."""
-        from mlflow.entities import Metric
 
-        record, copy = self.record, self.record.copies[self.experiment]
-        rows, end = read_rows(self.directory / METRICS, self.bytes)
-        metrics = [
-            Metric(key, value, row["time"], row["step"]) for row in rows for key, value in row["metrics"].items()
-        ]
-        self.client.log_batch(copy.run_id, metrics)  # which cuts it into requests of at most 1,000
-        self.bytes = end
-        for name in record.artifacts:
-            if name not in self.artifacts and (self.directory / name).exists():  # the folder may have been tidied
-                self.client.log_artifact(copy.run_id, str(self.directory / name))
-            self.artifacts.add(name)
-        if record.status != "RUNNING":
-            self.client.set_terminated(copy.run_id, record.status, record.end_time)
-        copy.has = record.state(self.experiment)
+def bring_up(client: Any, record: Record, asked: str = "", again: bool = False) -> tuple[list[str], bool]:
+    """Delivers what MLflow lacks of a run that has ended, in each experiment that it was asked for under.
+
+    Args:
+        asked: the experiment that the user names now.
+        again: whether to deliver all of it, also what is deleted in MLflow, which else stays so.
+
+    Returns:
+        MLflow's ids of what was delivered, and whether anything stays deleted.
+    """
+    delivered, stays_deleted = list[str](), False
+    for experiment in [name for name, copy in record.copies.items() if copy.for_mlflow]:
+        delivery = Delivery(client, record, experiment, experiment == asked)
+        if delivery.is_deleted and not again:
+            stays_deleted = True
+        elif again or not delivery.is_whole:
+            delivery.push()
+            delivered.append(delivery.copy.run_id)
+    return delivered, stays_deleted

@@ -14,8 +14,8 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,11 +156,10 @@ class Tracker:
             if client is None:
                 return True
             if self._delivery is None:
-                run = mlflow_store.find(client, record, record.experiment, asked=True)
-                self._delivery = mlflow_store.Delivery(client, self.directory, record, record.experiment, run)
+                self._delivery = mlflow_store.Delivery(client, record, record.experiment, asked=True)
             self._delivery.push()
             if record.status != "RUNNING":
-                bring_up(client, self.directory, record)  # where it was asked for before
+                mlflow_store.bring_up(client, record)  # where it was asked for before
         except Exception as error:  # whatever it is, training matters more
             self._retry_at = time.monotonic() + 10 * (time.monotonic() - started)
             if not self._warned:
@@ -180,47 +179,8 @@ class Tracker:
         return self._client
 
 
-def bring_up(client: Any, directory: Path, record: Record, asked: str = "") -> tuple[list[str], bool]:
-    """Delivers what MLflow lacks of a run that has ended, in each experiment that it was asked for under.
-
-    What has been deleted in MLflow's pages, or has gone with its store, stays so: `deliver` brings it back.
-
-    Args:
-        asked: the experiment that the user names now.
-
-    Returns:
-        MLflow's ids of what was delivered, and whether anything is deleted.
-    """
-    delivered, is_deleted = [], False
-    for experiment, copy in list(record.copies.items()):
-        if not copy.for_mlflow:
-            continue
-        run = mlflow_store.find(client, record, experiment, experiment == asked)
-        is_whole = copy.has == record.state(experiment)
-        if run.info.lifecycle_stage == "deleted" if run else is_whole:
-            is_deleted = True
-        elif not is_whole:
-            try:
-                mlflow_store.Delivery(client, directory, record, experiment, run).push()
-                delivered.append(copy.run_id)
-            except mlflow_store.Deleted:
-                is_deleted = True
-    return delivered, is_deleted
-
-
-def say_deleted(directories: Sequence[Path]) -> str:
-    """What brings back runs that are deleted in MLflow."""
-    what = "this run" if len(directories) == 1 else "these runs"
-    names = shlex.join(map(str, directories))
-    return (
-        f"MLflow no longer has {what}: deleted there, or another store; bring back with: python -m src.tracking {names}"
-    )
-
-
 def deliver(directory: Path) -> str:
     """Delivers the whole of a run that is not being trained, from its files, also where MLflow has deleted it.
-
-    A run whose process ended without closing it, by a SIGKILL say, is closed as killed.
 
     Returns:
         MLflow's run id, and one for each further experiment that it was asked for under.
@@ -229,48 +189,7 @@ def deliver(directory: Path) -> str:
         UsageError: the folder holds no run, a process works on it, or the store does not take it.
     """
     Record.load(directory)
-    with run_directory.exclusive(directory), _ended(directory) as record:
-        record.copy.for_mlflow = True
-        copies = {experiment: copy for experiment, copy in record.copies.items() if copy.for_mlflow}
-        for experiment in copies:
-            client = mlflow_store.prepare(experiment)
-            run = mlflow_store.find(client, record, experiment)
-            mlflow_store.Delivery(client, directory, record, experiment, run).push()
-    return ", ".join(dict.fromkeys(copy.run_id for copy in copies.values()))
-
-
-def deliver_all(root: Path) -> Iterator[tuple[Path, list[str], bool]]:
-    """Delivers what MLflow lacks of the runs below a folder, oldest first, and closes those whose process is gone.
-
-    Returns:
-        Of each run that no process works on what `bring_up` did.
-
-    Raises:
-        UsageError: the store does not take one.
-    """
-    for directory, _ in sorted(records_below(root), key=lambda found: found[1].start_time):
-        if not run_directory.is_held(directory):
-            with run_directory.exclusive(directory), _ended(directory) as record:
-                is_meant = any(copy.for_mlflow for copy in record.copies.values())
-                done = bring_up(mlflow_store.prepare(), directory, record) if is_meant else ([], False)
-            yield directory, *done
-
-
-@contextmanager
-def _ended(directory: Path) -> Iterator[Record]:
-    """The record of a run that no process works on, to be delivered; it is saved afterwards."""
-    record = Record.load(directory)
-    if record.status == "RUNNING":
-        record.close("KILLED", "its process is gone; the same command continues")
-        record.save(directory)
-    try:
-        yield record
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
-    finally:
-        record.save(directory)
+    return ", ".join(_bring_up_free(directory, again=True)[0])
 
 
 def catch_up(directory: Path, tracking: Tracking) -> None:
@@ -279,15 +198,47 @@ def catch_up(directory: Path, tracking: Tracking) -> None:
     For the process that holds the directory.
     """
     try:
-        with _ended(directory) as record:
-            record.ask(tracking)
-            if (
-                tracking.name == "mlflow"
-                and bring_up(mlflow_store.prepare(tracking.experiment), directory, record, tracking.experiment)[1]
-            ):
-                logger.warning("%s", say_deleted([directory]))
+        if _bring_up(directory, tracking)[1]:
+            logger.warning("%s", _deleted([directory]))
     except UsageError as error:
         logger.warning("%s", error)
+
+
+def _bring_up(directory: Path, asked: Tracking | None = None, again: bool = False) -> tuple[list[str], bool]:
+    """`mlflow_store.bring_up`, for the process that holds the directory of a run that has ended.
+
+    A run whose process ended without closing it, by a SIGKILL say, is closed as killed.
+
+    Raises:
+        UsageError: the store does not take it.
+    """
+    record = Record.load(directory)
+    if record.status == "RUNNING":
+        record.close("KILLED", "its process is gone; the same command continues")
+    if asked:
+        record.ask(asked)
+    record.copy.for_mlflow |= again
+    try:
+        if asked.name == "mlflow" if asked else any(copy.for_mlflow for copy in record.copies.values()):
+            return mlflow_store.bring_up(mlflow_store.prepare(), record, asked.experiment if asked else "", again)
+        return [], False
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
+    finally:
+        record.save(directory)
+
+
+def _bring_up_free(directory: Path, asked: Tracking | None = None, again: bool = False) -> tuple[list[str], bool]:
+    with run_directory.exclusive(directory):
+        return _bring_up(directory, asked, again)
+
+
+def _deleted(directories: Sequence[Path]) -> str:
+    """What brings back runs that are deleted in MLflow's pages, or that went with the store that had them."""
+    what = "this run" if len(directories) == 1 else f"{len(directories)} runs"
+    return f"deleted in MLflow: {what}; bring back with: python -m src.tracking {shlex.join(map(str, directories))}"
 
 
 def parent_tags(parent: str | None) -> dict[str, str]:
@@ -308,28 +259,19 @@ def nest(parent: Tracker, children: Sequence[Path]) -> None:
     another process works on is left to that process.
     """
     parent.flush()  # which may be the first to reach MLflow
-    tags, client, deleted = parent_tags(str(parent.directory)), None, []
-    try:
-        client = parent.client()
-    except UsageError as error:
-        _not_nested(parent, error)
+    tags = parent_tags(str(parent.directory))
     for directory in children:
         with suppress(UsageError), run_directory.exclusive(directory):
             record = Record.load(directory)
             record.ask(parent.tracking).tags |= tags
-            try:
-                if client and bring_up(client, directory, record, record.experiment)[1]:
-                    deleted.append(directory)
-            except Exception as error:
-                _not_nested(parent, error)
-                client = None
             record.save(directory)
-    if deleted:
-        logger.warning("%s", say_deleted(deleted))
-
-
-def _not_nested(parent: Tracker, error: Exception) -> None:
-    logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, one_line(error))
+    try:
+        if parent.client():
+            free = [directory for directory in children if not run_directory.is_held(directory)]
+            if deleted := [directory for directory in free if _bring_up_free(directory, parent.tracking)[1]]:
+                logger.warning("%s", _deleted(deleted))
+    except UsageError as error:
+        logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, one_line(error))
 
 
 def share(parent: Tracker, view: Callable[[str, str, str, int], tuple[str, str, str]]) -> str:
@@ -360,16 +302,21 @@ def abandon(directory: Path, reason: str) -> None:
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    """Delivers the runs in the folders that are named, else all below ``multirun/`` that MLflow lacks a part of."""
+    """Delivers the runs in the folders that are named, else what MLflow lacks of any below ``multirun/``.
+
+    Those that are deleted in MLflow are delivered again if they are named, and otherwise listed.
+    """
     parser = argparse.ArgumentParser(prog="python -m src.tracking", description=main.__doc__)
     parser.add_argument("output_dir", type=Path, nargs="*", help="a run's output directory")
-    named = parser.parse_args(arguments).output_dir
+    named, deleted = parser.parse_args(arguments).output_dir, []
     for directory in named:
         print(f"{directory}: delivered as run {deliver(directory)}", flush=True)
-    deleted = []
-    for directory, delivered, is_deleted in deliver_all(run_directory.ROOT) if not named else ():
-        deleted += [directory] if is_deleted else []
-        if delivered:
-            print(f"{directory}: delivered as run {', '.join(delivered)}", flush=True)
+    oldest_first = sorted(records_below(run_directory.ROOT), key=lambda found: found[1].start_time)
+    for directory in [directory for directory, _ in oldest_first if not named]:
+        if not run_directory.is_held(directory):
+            delivered, is_deleted = _bring_up_free(directory)
+            deleted += [directory] if is_deleted else []
+            if delivered:
+                print(f"{directory}: delivered as run {', '.join(delivered)}", flush=True)
     if deleted:
-        print(say_deleted(deleted), flush=True)
+        print(_deleted(deleted), flush=True)
