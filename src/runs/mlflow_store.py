@@ -159,7 +159,8 @@ class Delivery:
         assert record.directory
         self.directory, self.copy = record.directory, record.copies[experiment]
         self.is_connected = False
-        self.bytes, self.artifacts = 0, set[str]()  # what was sent, so that no flush sends it again
+        # What was sent, so that no flush sends it again.
+        self.bytes, self.tags, self.artifacts = 0, dict[str, str](), set[str]()
 
         copy = self.copy
         run, named = _run(client, copy.run_id), client.get_experiment_by_name(experiment)
@@ -192,29 +193,32 @@ class Delivery:
         Raises:
             UsageError: the experiment has been deleted.
         """
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, Param, RunTag
 
+        client, record, copy = self.client, self.record, self.copy
+        params = {} if self.is_connected else record.params
         if not self.is_connected:
             self._connect()
         rows, end = read_rows(self.directory / METRICS, self.bytes)
-        metrics = [
-            Metric(key, value, row["time"], row["step"]) for row in rows for key, value in row["metrics"].items()
-        ]
-        self.client.log_batch(self.copy.run_id, metrics)  # which cuts it into requests of at most 1,000
-        self.bytes = end
-        for name in self.record.artifacts:
+        tags = record.tags | copy.tags
+        client.log_batch(  # which cuts it into requests of at most 1,000
+            copy.run_id,
+            [Metric(key, value, row["time"], row["step"]) for row in rows for key, value in row["metrics"].items()],
+            [Param(key, value) for key, value in params.items()],
+            [RunTag(key, value) for key, value in tags.items() if self.tags.get(key) != value],
+        )
+        self.is_connected, self.bytes, self.tags = True, end, tags
+        for name in record.artifacts:
             path = self.directory / name
             if name not in self.artifacts and path.exists():  # the folder may have been tidied
-                self.client.log_artifact(self.copy.run_id, str(path))
+                client.log_artifact(copy.run_id, str(path))
             self.artifacts.add(name)
-        if self.record.status != "RUNNING":
-            self.client.set_terminated(self.copy.run_id, self.record.status, self.record.end_time)
-        self.copy.has = self.record.state(self.experiment)
+        if record.status != "RUNNING":
+            client.set_terminated(copy.run_id, record.status, record.end_time)
+        copy.has = record.state(self.experiment)
 
     def _connect(self) -> None:
-        """Creates the run or restores a deleted one, and hands over params and tags."""
-        from mlflow.entities import Param, RunTag
-
+        """Creates the run, or takes up what there is of it."""
         client, record, copy = self.client, self.record, self.copy
         if self.run is None:
             home = _experiment_for(client, self.experiment, _run(client, copy.tags.get(PARENT, "")))
@@ -223,14 +227,11 @@ class Delivery:
         elif self.is_deleted:
             client.restore_run(self.run.info.run_id)
         copy.run_id, copy.has = self.run.info.run_id, ""
-        client.log_batch(
-            copy.run_id,
-            params=[Param(key, value) for key, value in record.params.items()],
-            tags=[RunTag(key, value) for key, value in (record.tags | copy.tags).items()],
-        )
+        if "error" in self.run.data.tags and "error" not in record.tags:  # of a session before
+            client.delete_tag(copy.run_id, "error")
+            del self.run.data.tags["error"]
         if record.status == "RUNNING":
             client.update_run(copy.run_id, status="RUNNING")
-        self.is_connected = True
 
 
 def bring_up(client: Any, record: Record, asked: str = "", again: bool = False) -> tuple[list[str], bool]:

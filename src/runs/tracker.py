@@ -238,7 +238,10 @@ def _bring_up_free(directory: Path, asked: Tracking | None = None, again: bool =
 def _deleted(directories: Sequence[Path]) -> str:
     """What brings back runs that are deleted in MLflow's pages, or that went with the store that had them."""
     what = "this run" if len(directories) == 1 else f"{len(directories)} runs"
-    return f"deleted in MLflow: {what}; bring back with: python -m src.tracking {shlex.join(map(str, directories))}"
+    folders = shlex.join(map(str, directories))
+    return (
+        f"MLflow no longer has {what} (deleted, or another store); deliver again with: python -m src.tracking {folders}"
+    )
 
 
 def parent_tags(parent: str | None) -> dict[str, str]:

@@ -15,6 +15,7 @@ from tests.stores import JSONL, MLFLOW, break_store, history, train, warnings
 
 OTHER = Tracking("mlflow", "other", 10)
 STEPS = [0, 3, 6, 9]
+NAMED = "MLflow no longer has {} (deleted, or another store); deliver again with: python -m src.tracking"
 
 
 def ended(directory, config=MLFLOW, status="FINISHED", tags=None):
@@ -123,11 +124,9 @@ def test_a_deleted_run_is_named_and_its_folder_brings_it_back(client, tmp_path, 
     record.save(waiting)
 
     tracking.catch_up(directory, MLFLOW)
-    command = "python -m src.tracking"
-    assert warnings(caplog) == [f"deleted in MLflow: this run; bring back with: {command} {directory}"]
+    assert warnings(caplog) == [f"{NAMED.format('this run')} {directory}"]
     tracking.main([])
-    said = "deleted in MLflow: 2 runs; bring back with: {} multirun/run multirun/waiting\n"
-    assert capsys.readouterr().out == said.format(command)
+    assert capsys.readouterr().out == f"{NAMED.format('2 runs')} multirun/run multirun/waiting\n"
     assert listed(client, "exp") == {}
 
     tracking.main(["multirun/run", "multirun/waiting"])
@@ -201,7 +200,7 @@ def test_a_sweep_shows_finished_jobs_of_other_experiments_and_takes_them_from_no
 
     client.delete_run(Record.load(jobs[0]).run_id)
     sweep_under(OTHER, tmp_path / "multirun/0b", jobs)
-    assert warnings(caplog) == [f"deleted in MLflow: this run; bring back with: python -m src.tracking {jobs[0]}"]
+    assert warnings(caplog) == [f"{NAMED.format('this run')} {jobs[0]}"]
     tracking.deliver(jobs[0])
     assert nested(client, "exp", one) == nested(client, "other", two) == ["a", "b"]
 

@@ -160,10 +160,13 @@ def test_a_run_killed_between_its_record_and_mlflow_is_told_when_it_is_looked_at
 
 def test_a_failed_run_that_is_continued_runs_again(client, tmp_path):
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
+    tracker.record.tags["error"] = "why"
     tracker.close("FAILED")
     assert client.get_run(tracker.run_id).info.status == "FAILED"
+    assert client.get_run(tracker.run_id).data.tags["error"] == "why"
     resumed = Tracker(tmp_path / "run", MLFLOW, {}, {})
     assert client.get_run(tracker.run_id).info.status == "RUNNING"
+    assert "error" not in client.get_run(tracker.run_id).data.tags
     resumed.close("KILLED")
     assert client.get_run(tracker.run_id).info.status == "KILLED"
 
