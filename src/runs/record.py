@@ -81,9 +81,8 @@ class Record:
         sweeps = {key: self.tags.pop(key) for key in list(self.tags) if key == PARENT or key.startswith("sweep.")}
         run_id = old["run_id"] if old["run_id"] != self.uuid else ""
         self.copies = {self.experiment: Copy(run_id, "", sweeps, old["for_mlflow"])}
-        if [old[f"delivered_{what}"] for what in ("status", "bytes", "artifacts")] == [
-            *(self.status, self._rows_bytes(), len(self.artifacts))
-        ]:
+        told = [old[f"delivered_{what}"] for what in ("status", "bytes", "artifacts")]
+        if told == [self.status, self._rows_bytes(), len(self.artifacts)]:
             self.copy.has = self.state(self.experiment)
 
     @classmethod

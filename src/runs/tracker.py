@@ -52,11 +52,7 @@ class Tracker:
     """
 
     def __init__(
-        self,
-        directory: Path,
-        tracking: Tracking,
-        params: Mapping[str, object],
-        tags: Mapping[str, str],
+        self, directory: Path, tracking: Tracking, params: Mapping[str, object], tags: Mapping[str, str]
     ) -> None:
         self.tracking = tracking
         self._client: Any = None
@@ -314,8 +310,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     named, deleted = parser.parse_args(arguments).output_dir, []
     for directory in named:
         print(f"{directory}: delivered as run {deliver(directory)}", flush=True)
-    oldest_first = sorted(records_below(run_directory.ROOT), key=lambda found: found[1].start_time)
-    for directory in [directory for directory, _ in oldest_first if not named]:
+    found = [] if named else sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time)
+    for directory, _ in found:
         if not run_directory.is_held(directory):
             delivered, is_deleted = _bring_up_free(directory)
             deleted += [directory] if is_deleted else []
