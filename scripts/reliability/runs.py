@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 import subprocess
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from src.runs.record import METRICS, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
@@ -66,11 +67,10 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], 
 
 def rows(run: Path) -> list[tuple[str, int, float]]:
     """Every value in ``metrics.jsonl`` but times and memory, which differ from run to run."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        (key, line["step"], float(value))
-        for line in lines
-        for key, value in line["metrics"].items()
+        (key, row["step"], value)
+        for row in read_rows(run / METRICS)[0]
+        for key, value in row["metrics"].items()
         if not key.startswith(("time/", "memory/"))
     ]
 

@@ -145,7 +145,9 @@ def main(composed: DictConfig) -> dict[str, float]:
         print(f"{key:32} {value:6.2f}")
     if record:
         with run_directory.exclusive(directory):
-            tracker = Tracker(directory, cfg.tracking, {}, {})
+            name = "mlflow" if record.copy.for_mlflow else "jsonl"
+            tracking = replace(cfg.tracking, name=name, experiment=record.experiment, parent=None)
+            tracker = Tracker(directory, tracking, {}, {})
             tracker.log(metrics, saved["step"])
             tracker.close("FINISHED")
     return metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter, defaultdict
@@ -10,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from src.runs.record import METRICS
+from src.runs.record import METRICS, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,11 +44,10 @@ class Course(NamedTuple):
 def read(directory: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Each metric's steps and values, from the run's ``metrics.jsonl``."""
     curves: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
-    for line in (directory / METRICS).read_text().splitlines():
-        row = json.loads(line)
+    for row in read_rows(directory / METRICS)[0]:
         for key, value in row["metrics"].items():
             curves[key][0].append(row["step"])
-            curves[key][1].append(float(value))
+            curves[key][1].append(value)
     return dict(curves)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from src.config.identity import is_protocol, is_setting
 from src.config.names import LABELS, colour_of, label_of
 from src.config.renamed import modern
-from src.runs.query import Run
+from src.runs.record import Record
 
 FIGURES = {
     "val/knn_top1": "val kNN",
@@ -41,7 +41,7 @@ class Row:
     stored_bytes: int
     variant: str  # "key=value, ..." of the settings that, besides method and size, tell the report's rows apart
     label: str  # the method, and of the variant what is unusual
-    runs: tuple[Run, ...]
+    runs: tuple[Record, ...]
 
     @property
     def title(self) -> str:
@@ -61,7 +61,7 @@ class Row:
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def summarise(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
+def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:
     """Averages the runs that differ only in their seed, and no others.
 
     Returns:
@@ -70,7 +70,7 @@ def summarise(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
     kept, notes = select(runs)
     keys = differing(kept)
     names = distinguishing(kept, keys)
-    same: dict[tuple[str, str, int], list[Run]] = defaultdict(list)
+    same: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
     for run in kept:
         same[run.params["method.name"], _variant(run, names), int(run.params["support_set_size"])].append(run)
     common = usual(kept, keys)
@@ -128,9 +128,9 @@ def _remarks(
     return notes
 
 
-def select(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
     """Keeps the finished runs, of each configuration and seed the newest, and notes what it leaves out."""
-    repeats: dict[frozenset[tuple[str, str]], list[Run]] = defaultdict(list)
+    repeats: dict[frozenset[tuple[str, str]], list[Record]] = defaultdict(list)
     unfinished = []
     for run in sorted((replace(run, params=modern(run.params)) for run in runs), key=lambda run: run.start_time):
         if run.status == "FINISHED" and "method.name" in run.params:
@@ -150,12 +150,12 @@ def select(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     return [group[-1] for group in repeats.values()], notes
 
 
-def settings(run: Run) -> dict[str, str]:
+def settings(run: Record) -> dict[str, str]:
     """The params on which a run's figures depend: what makes it this experiment, and how it was evaluated."""
     return {key: value for key, value in run.params.items() if is_setting(key) or is_protocol(key)}
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
+def differing(runs: Sequence[Record]) -> list[str]:
     """The settings, besides method, support size and seed, in which the runs differ.
 
     The settings of a method itself are compared among its own runs only.
@@ -173,7 +173,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
     return sorted(filter(differs, keys))
 
 
-def distinguishing(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
+def distinguishing(runs: Sequence[Record], keys: Sequence[str]) -> list[str]:
     """As few of the keys as tell the same runs apart: a recipe is known by one of them.
 
     The names of options come first (``optimizer.name``), then the shortest keys.
@@ -190,12 +190,12 @@ def distinguishing(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
     return kept
 
 
-def usual(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, dict[str, str]]:
+def usual(runs: Sequence[Record], keys: Sequence[str]) -> dict[str, dict[str, str]]:
     """What a row need not say: for each method, the values of the keys that more than half of the runs have.
 
     A setting of the method itself is counted among its own runs; a key that some runs lack is always said.
     """
-    by_method: dict[str, list[Run]] = defaultdict(list)
+    by_method: dict[str, list[Record]] = defaultdict(list)
     for run in runs:
         by_method[run.params["method.name"]].append(run)
     common: dict[str, dict[str, str]] = {method: {} for method in by_method}
@@ -209,7 +209,7 @@ def usual(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, dict[str, str]]
     return common
 
 
-def _variant(run: Run, keys: Sequence[str]) -> str:
+def _variant(run: Record, keys: Sequence[str]) -> str:
     return ", ".join(_short(key, run.params[key]) for key in keys if key in run.params)
 
 
@@ -221,7 +221,7 @@ def _short(key: str, value: str) -> str:
     return f"{key.removeprefix(prefix)}={value}"
 
 
-def _label(run: Run, keys: Sequence[str], common: Mapping[str, str]) -> str:
+def _label(run: Record, keys: Sequence[str], common: Mapping[str, str]) -> str:
     unusual = [key for key in keys if run.params.get(key) != common.get(key)]
     more = sum(run.params.get(key) != value for key, value in common.items() if key not in keys)
     text = re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", _variant(run, unusual))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import sys
@@ -19,6 +20,7 @@ from rich.table import Table
 from src.reporting import curves
 from src.reporting.rows import FIGURES, Row
 from src.runs.record import METRICS
+from src.system.atomic_write import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -160,8 +162,7 @@ def courses(rows: Sequence[Row]) -> list[curves.Course]:
     """The rows' runs as curves over epochs, of those runs whose folders are here."""
     found = []
     for row in rows:
-        folders = [Path(run.directory) for run in row.runs if run.directory]
-        here = tuple(folder for folder in folders if (folder / METRICS).is_file())
+        here = tuple(run.directory for run in row.runs if run.directory and (run.directory / METRICS).is_file())
         if here:
             epochs = int(row.runs[0].params["epochs"])
             found.append(curves.Course(row.title, row.size, row.colour, epochs, here))
@@ -176,20 +177,22 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
     header, *body = table(rows)
     lines = [header, ["---"] * len(header), *body]
     markdown = [f"# {experiment}", "", caption(rows), "", *(f"| {' | '.join(line)} |" for line in lines), ""]
-    (out / "table.md").write_text("\n".join([*markdown, *(f"- {note}" for note in notes)]) + "\n")
+    page = "\n".join([*markdown, *(f"- {note}" for note in notes)])
+    write_whole(out / "table.md", f"{page}\n".encode())
 
     numbers = records(rows)
-    with (out / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(numbers[0]))
-        writer.writeheader()
-        writer.writerows(numbers)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(numbers[0]))
+    writer.writeheader()
+    writer.writerows(numbers)
+    write_whole(out / "table.csv", text.getvalue().encode())
     runs = [{"runs": [run.run_id for run in row.runs]} for row in rows]
     result = {
         "experiment": experiment,
         "rows": [one | two for one, two in zip(numbers, runs, strict=True)],
         "notes": list(notes),
     }
-    (out / "table.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_whole(out / "table.json", f"{json.dumps(result, indent=1, allow_nan=False)}\n".encode())
 
     paths = [out / name for name in ("table.md", "table.csv", "table.json", "plot.png", "plot.svg")]
     with rc_context({"font.size": 9, "svg.hashsalt": experiment}):  # the same runs, the same bytes

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from src.errors import UsageError
-from src.runs.record import METRICS, Record, read_rows
+from src.runs.record import METRICS, PARENT, Record, read_rows
 from src.system.redact import one_line, redact
 
 _AWAY = re.compile("database is locked|connection to server|could not connect|can't connect", re.IGNORECASE)
@@ -68,10 +69,14 @@ def prepare(experiment: str = "Default") -> Any:
             raise Busy(f"the MLflow store {redact(uri)} does not open now ({one_line(error)}): try again") from None
         remedy = "move it away, set MLFLOW_TRACKING_URI, or use tracking=jsonl"
         raise UsageError(f"the MLflow store {redact(uri)} does not open ({one_line(error)}): {remedy}") from None
-    if found and found.lifecycle_stage == "deleted":
-        remedy = f"run `mlflow experiments restore -x {found.experiment_id}`, or choose another tracking.experiment"
-        raise UsageError(f"the experiment {experiment!r} has been deleted in {redact(uri)}: {remedy}")
+    _refuse_deleted(found)
     return client
+
+
+def _refuse_deleted(experiment: Any) -> None:
+    if experiment and experiment.lifecycle_stage == "deleted":
+        remedy = f"run `mlflow experiments restore -x {experiment.experiment_id}`, or choose another"
+        raise UsageError(f"the experiment {experiment.name!r} has been deleted in MLflow: {remedy} tracking.experiment")
 
 
 def _import_mlflow() -> Any:
@@ -107,64 +112,144 @@ def existing() -> Any:
     return prepare()
 
 
-def experiment_id(client: Any, name: str) -> str:
+def _run(client: Any, run_id: str) -> Any:
+    """None where the store does not know the id."""
     from mlflow.exceptions import MlflowException
 
-    experiment = client.get_experiment_by_name(name)
-    if experiment:
-        return experiment.experiment_id
     try:
-        return client.create_experiment(name)
-    except MlflowException:  # another process was faster, or the store is down
-        experiment = client.get_experiment_by_name(name)
-        if not experiment:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return experiment.experiment_id
+        return None
 
 
-def find(client: Any, record: Record) -> Any:
-    """The record's run in the store, or None.
+def _experiment_for(client: Any, name: str, parent: Any) -> str:
+    """The id of the experiment that a run is to be created in: of that name, else its sweep's, which was renamed."""
+    from mlflow.exceptions import MlflowException
 
-    It is found by the uuid that it is tagged with, not by its id: a run whose creator was killed before it could write
-    the id down is found too.
+    found = client.get_experiment_by_name(name)
+    if not found and parent and parent.info.lifecycle_stage == "active":
+        return parent.info.experiment_id
+    if not found:
+        try:
+            return client.create_experiment(name)
+        except MlflowException:  # another process was faster, or the store is down
+            found = client.get_experiment_by_name(name)
+            if not found:
+                raise
+    _refuse_deleted(found)
+    return found.experiment_id
+
+
+class Delivery:
+    """A run in one of the experiments that it was asked for under: `push` brings MLflow up to the run's files.
+
+    MLflow's run is found by the id that was written down, wherever its experiment has been renamed to, else by the uuid
+    that it is tagged with, as its creator may have been killed before it could write the id down.
+
+    Args:
+        record: of a run that has a directory.
+        asked: whether the user names the experiment now. Where another one has taken the name since, the run is
+            delivered to that, and the record remembers both.
     """
-    experiment = experiment_id(client, record.experiment)
-    return next(iter(client.search_runs([experiment], f"tags.uuid = '{record.uuid}'", max_results=1)), None)
+
+    def __init__(self, client: Any, record: Record, experiment: str, asked: bool = False) -> None:
+        self.client, self.record, self.experiment = client, record, experiment
+        assert record.directory
+        self.directory, self.copy = record.directory, record.copies[experiment]
+        self.is_connected = False
+        # What was sent, so that no flush sends it again.
+        self.bytes, self.tags, self.artifacts = 0, dict[str, str](), set[str]()
+
+        copy = self.copy
+        run, named = _run(client, copy.run_id), client.get_experiment_by_name(experiment)
+        there = named.experiment_id if named and named.lifecycle_stage == "active" else None
+        if run and asked and there and run.info.experiment_id != there:
+            if run.info.lifecycle_stage == "active":
+                tags = {key: run.data.tags[key] for key in copy.tags if key in run.data.tags}
+                home = client.get_experiment(run.info.experiment_id)
+                record.copies.setdefault(home.name, replace(copy, tags=tags))
+            copy.run_id, copy.has, run = "", "", None
+        if run and run.info.lifecycle_stage == "deleted":
+            home = client.get_experiment(run.info.experiment_id)
+            run = None if home.lifecycle_stage == "deleted" else run  # to restore the run would not show it
+        if run is None and there:
+            found = client.search_runs([there], f"tags.uuid = '{record.uuid}'", max_results=1)
+            run = next(iter(found), None)
+            if run:
+                copy.run_id, copy.has = run.info.run_id, ""
+        self.run = run
+        # In MLflow's pages, or with all of the store that had it.
+        self.is_deleted = run.info.lifecycle_stage == "deleted" if run else self.is_whole or bool(named and not there)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.copy.has == self.record.state(self.experiment)
+
+    def push(self) -> None:
+        """Delivers what has come since. Harmless when repeated, also by another process: the store drops what it has.
+
+        Raises:
+            UsageError: the experiment has been deleted.
+        """
+        from mlflow.entities import Metric, Param, RunTag
+
+        client, record, copy = self.client, self.record, self.copy
+        params = {} if self.is_connected else record.params
+        if not self.is_connected:
+            self._connect()
+        rows, end = read_rows(self.directory / METRICS, self.bytes)
+        tags = record.tags | copy.tags
+        client.log_batch(  # which cuts it into requests of at most 1,000
+            copy.run_id,
+            [Metric(key, value, row["time"], row["step"]) for row in rows for key, value in row["metrics"].items()],
+            [Param(key, value) for key, value in params.items()],
+            [RunTag(key, value) for key, value in tags.items() if self.tags.get(key) != value],
+        )
+        self.is_connected, self.bytes, self.tags = True, end, tags
+        for name in record.artifacts:
+            path = self.directory / name
+            if name not in self.artifacts and path.exists():  # the folder may have been tidied
+                client.log_artifact(copy.run_id, str(path))
+            self.artifacts.add(name)
+        if record.status != "RUNNING":
+            client.set_terminated(copy.run_id, record.status, record.end_time)
+        copy.has = record.state(self.experiment)
+
+    def _connect(self) -> None:
+        """Creates the run, or takes up what there is of it."""
+        client, record, copy = self.client, self.record, self.copy
+        if self.run is None:
+            home = _experiment_for(client, self.experiment, _run(client, copy.tags.get(PARENT, "")))
+            tags = {"uuid": record.uuid}
+            self.run = client.create_run(home, start_time=record.start_time, tags=tags, run_name=record.name)
+        elif self.is_deleted:
+            client.restore_run(self.run.info.run_id)
+        copy.run_id, copy.has = self.run.info.run_id, ""
+        if "error" in self.run.data.tags and "error" not in record.tags:  # of a session before
+            client.delete_tag(copy.run_id, "error")
+            del self.run.data.tags["error"]
+        if record.status == "RUNNING":
+            client.update_run(copy.run_id, status="RUNNING")
 
 
-def connect(client: Any, record: Record) -> None:
-    """Finds the run or creates it, also one that the store has lost, and hands over its params and tags."""
-    from mlflow.entities import Param, RunTag
+def bring_up(client: Any, record: Record, asked: str = "", again: bool = False) -> tuple[list[str], bool]:
+    """Delivers what MLflow lacks of a run that has ended, in each experiment that it was asked for under.
 
-    run = find(client, record)
-    if run is None:
-        experiment, tags = experiment_id(client, record.experiment), {"uuid": record.uuid}
-        run = client.create_run(experiment, start_time=record.start_time, tags=tags, run_name=record.name)
-        record.delivered_bytes = record.delivered_artifacts = 0
-    record.run_id, record.delivered_status = run.info.run_id, ""
-    client.log_batch(
-        record.run_id,
-        params=[Param(key, value) for key, value in record.params.items()],
-        tags=[RunTag(key, value) for key, value in record.tags.items()],
-    )
-    if record.status == "RUNNING":
-        client.update_run(record.run_id, status="RUNNING")
+    Args:
+        asked: the experiment that the user names now.
+        again: whether to deliver all of it, also what is deleted in MLflow, which else stays so.
 
-
-def push(client: Any, directory: Path, record: Record) -> None:
-    """Brings the store's run up to the files. Harmless when repeated."""
-    from mlflow.entities import Metric
-
-    rows, end = read_rows(directory / METRICS, record.delivered_bytes)
-    metrics = [
-        Metric(key, float(value), row["time"], row["step"]) for row in rows for key, value in row["metrics"].items()
-    ]
-    client.log_batch(record.run_id, metrics)  # which cuts it into requests of at most 1,000
-    record.delivered_bytes = end
-    for name in record.artifacts[record.delivered_artifacts :]:
-        if (directory / name).exists():  # the folder may have been tidied before a late delivery
-            client.log_artifact(record.run_id, str(directory / name))
-        record.delivered_artifacts += 1
-    if record.status != "RUNNING":
-        client.set_terminated(record.run_id, record.status, record.end_time)
-    record.delivered_status = record.status
+    Returns:
+        MLflow's ids of what was delivered, and whether anything stays deleted.
+    """
+    delivered, stays_deleted = list[str](), False
+    for experiment in [name for name, copy in record.copies.items() if copy.for_mlflow]:
+        delivery = Delivery(client, record, experiment, experiment == asked)
+        if delivery.is_deleted and not again:
+            stays_deleted = True
+        elif again or not delivery.is_whole:
+            delivery.push()
+            delivered.append(delivery.copy.run_id)
+    return delivered, stays_deleted

@@ -1,32 +1,18 @@
-"""Reading runs back, from their files or from MLflow."""
+"""Reading runs back, from their files or from MLflow, as records (src/runs/record.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from src.errors import UsageError
 from src.runs import mlflow_store
-from src.runs.record import Record, records_below
+from src.runs.record import Copy, Record, records_below
 from src.system.redact import one_line
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run as it is listed: params as text, the last value of each metric, the start in seconds since the epoch."""
-
-    run_id: str
-    name: str
-    status: str
-    params: dict[str, str]
-    metrics: dict[str, float]
-    directory: str | None
-    tags: dict[str, str]
-    start_time: float
-
-
-def read_runs(experiment: str, backend: str, root: Path = Path("multirun")) -> list[Run]:
+def read_runs(experiment: str, backend: str, root: Path = Path("multirun")) -> list[Record]:
     """Lists an experiment's runs, oldest first, from MLflow or from the ``run.json`` files under ``root``.
 
     Raises:
@@ -36,7 +22,7 @@ def read_runs(experiment: str, backend: str, root: Path = Path("multirun")) -> l
     return sorted((run for run in runs if "sweep_id" not in run.tags), key=lambda run: run.start_time)
 
 
-def read_sweep(sweep: str, backend: str, root: Path = Path("multirun")) -> tuple[str, list[Run]]:
+def read_sweep(sweep: str, backend: str, root: Path = Path("multirun")) -> tuple[str, list[Record]]:
     """Lists a sweep's jobs, oldest first.
 
     Args:
@@ -52,38 +38,33 @@ def read_sweep(sweep: str, backend: str, root: Path = Path("multirun")) -> tuple
         names = [experiment.name for experiment in mlflow_store.existing().search_experiments()]
         runs = [run for name in names for run in _runs_in_store(name)]
     else:
-        runs = [_as_run(*found) for found in records_below(root)]
+        runs = [run for _, record in records_below(root) for run in _in_each_experiment(record)]
     sweeps = {run.tags["sweep_id"]: run for run in runs if "sweep_id" in run.tags}
     for identity, run in sweeps.items():
         if sweep in (identity, run.run_id):
             jobs = [each for each in runs if f"sweep.{identity}" in each.tags]
-            return f"{run.params['sweep']}-{identity}", sorted(jobs, key=lambda each: each.start_time)
+            jobs.sort(key=lambda each: each.experiment == run.experiment)  # that of a run in several experiments counts
+            return f"{run.params['sweep']}-{identity}", sorted(
+                {each.uuid: each for each in jobs}.values(), key=lambda each: each.start_time
+            )
     known = ", ".join(f"{identity} ({run.params['sweep']})" for identity, run in sweeps.items())
     raise UsageError(f"sweep={sweep}: there is no such sweep; choose from {known or 'none'}")
 
 
-def _runs_under(root: Path, experiment: str) -> list[Run]:
-    found = list(records_below(root))
-    runs = [_as_run(directory, record) for directory, record in found if record.experiment == experiment]
+def _runs_under(root: Path, experiment: str) -> list[Record]:
+    found = [run for _, record in records_below(root) for run in _in_each_experiment(record)]
+    runs = [run for run in found if run.experiment == experiment]
     if not runs:
-        raise _unknown(experiment, f"the run.json files under {root}/", {record.experiment for _, record in found})
+        raise _unknown(experiment, f"the run.json files under {root}/", {run.experiment for run in found})
     return runs
 
 
-def _as_run(directory: Path, r: Record) -> Run:  # not its output_dir: it may have been moved since
-    return Run(r.run_id, r.name, r.status, r.params, r.metrics, str(directory.resolve()), r.tags, r.start_time / 1000)
+def _in_each_experiment(record: Record) -> list[Record]:
+    """The run as each of the experiments has it that it was asked for under, with its tags there."""
+    return [replace(record, experiment=name, tags=record.tags | copy.tags) for name, copy in record.copies.items()]
 
 
-def run_in(directory: Path) -> Run:
-    """The run in an output directory.
-
-    Raises:
-        UsageError: there is none.
-    """
-    return _as_run(directory, Record.load(directory))
-
-
-def _runs_in_store(experiment: str) -> list[Run]:
+def _runs_in_store(experiment: str) -> list[Record]:
     client = mlflow_store.existing()
     try:
         found = client.get_experiment_by_name(experiment)
@@ -96,15 +77,18 @@ def _runs_in_store(experiment: str) -> list[Run]:
     if not found:
         raise _unknown(experiment, "MLflow", names)
     return [
-        Run(
-            run.info.run_id,
+        Record(
+            run.data.tags.get("uuid", run.info.run_id),
             run.info.run_name,
-            run.info.status,
-            run.data.params,
-            run.data.metrics,
-            run.data.tags.get("output_dir"),
-            run.data.tags,
-            run.info.start_time / 1000,
+            experiment,
+            run.info.start_time,
+            run.info.end_time,
+            status=run.info.status,
+            params=run.data.params,
+            tags=run.data.tags,
+            metrics=run.data.metrics,
+            copies={experiment: Copy(run.info.run_id)},
+            directory=Path(run.data.tags["output_dir"]) if "output_dir" in run.data.tags else None,
         )
         for page in pages
         for run in page
@@ -122,7 +106,7 @@ def find_run_directory(run_id: str, root: Path = Path("multirun")) -> Path:
         UsageError: no run has the id, or its folder is gone.
     """
     for directory, record in records_below(root):
-        if run_id in (record.run_id, record.uuid):
+        if run_id in (record.uuid, *(copy.run_id for copy in record.copies.values())):
             return directory
     client = mlflow_store.existing()
     try:

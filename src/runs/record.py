@@ -5,32 +5,47 @@ They are the truth; MLflow is a place that they are delivered to (src/runs/track
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from src.config.schema import Tracking
 from src.errors import UsageError
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line, redact
 
 METRICS = "metrics.jsonl"
 RECORD = "run.json"
+PARENT = "mlflow.parentRunId"  # a tag: MLflow's id of the sweep's run, under which its pages show a job
+
+
+@dataclass
+class Copy:
+    """A run in one of the experiments that it was asked for under."""
+
+    run_id: str = ""  # MLflow's; empty until MLflow has the run there
+    has: str = ""  # the `Record.state` of which MLflow has everything
+    tags: dict[str, str] = field(default_factory=dict)  # those of its sweeps there; MLflow has the run's as well
+    for_mlflow: bool = False  # whether that was ever with tracking=mlflow
 
 
 @dataclass
 class Record:
-    """What ``run.json`` holds. Times are in milliseconds since the epoch, as in MLflow."""
+    """What ``run.json`` holds. Times are in milliseconds since the epoch, as in MLflow.
+
+    A report's runs are records too: those that are read from MLflow hold what it has of them.
+    """
 
     uuid: str
-    run_id: str  # MLflow's; `uuid` until MLflow has the run
     name: str
-    experiment: str
+    experiment: str  # that it was last asked for under
     start_time: int
     end_time: int | None = None
     seconds: float = 0.0  # worked on it, in all its sessions
@@ -39,30 +54,57 @@ class Record:
     tags: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # the last value of each
     artifacts: list[str] = field(default_factory=list)  # relative to the output directory
-    delivered_bytes: int = 0  # how much of metrics.jsonl MLflow has
-    delivered_artifacts: int = 0
-    delivered_status: str = ""  # what MLflow was told with the last of it
-    for_mlflow: bool = True  # False with tracking=jsonl
+    copies: dict[str, Copy] = field(default_factory=dict)  # by the name of the experiment that was asked for
+    directory: Path | None = None  # where it was read or written, which is not in the file; None: not known
 
     @classmethod
     def new(cls, name: str, experiment: str) -> Record:
-        identity = uuid.uuid4().hex
-        return cls(identity, identity, name, experiment, now())
+        return cls(uuid.uuid4().hex, name, experiment, now(), copies={experiment: Copy()})
 
     @classmethod
     def load(cls, directory: Path) -> Record:
         path = directory / RECORD
         try:
-            record = cls(**json.loads(path.read_text()))
+            values = json.loads(path.read_text())
+            record = cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
+            record.directory = directory.resolve()
             record.metrics = {key: float(value) for key, value in record.metrics.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            record.copies = {name: Copy(**copy) for name, copy in values.get("copies", {}).items()}
+            if not record.copies:
+                record._take_over(values)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise UsageError(f"{path} is not the record of a run ({one_line(error)}): name another folder") from None
         return record
+
+    def _take_over(self, old: dict[str, Any]) -> None:
+        """What a file says of MLflow that is from the time when a run was in one experiment."""
+        sweeps = {key: self.tags.pop(key) for key in list(self.tags) if key == PARENT or key.startswith("sweep.")}
+        run_id = old["run_id"] if old["run_id"] != self.uuid else ""
+        self.copies = {self.experiment: Copy(run_id, "", sweeps, old["for_mlflow"])}
+        told = [old[f"delivered_{what}"] for what in ("status", "bytes", "artifacts")]
+        if told == [self.status, self._rows_bytes(), len(self.artifacts)]:
+            self.copy.has = self.state(self.experiment)
 
     @classmethod
     def find(cls, directory: Path) -> Record | None:
         """The directory's record; None before a run has begun there."""
         return cls.load(directory) if (directory / RECORD).exists() else None
+
+    @property
+    def copy(self) -> Copy:
+        return self.copies[self.experiment]
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's, in the experiment that was last asked for; `uuid` where MLflow does not have the run."""
+        return self.copy.run_id or self.uuid
+
+    def ask(self, tracking: Tracking) -> Copy:
+        """Notes that the run was asked for under an experiment."""
+        self.experiment = tracking.experiment
+        copy = self.copies.setdefault(tracking.experiment, Copy())
+        copy.for_mlflow |= tracking.name == "mlflow"
+        return copy
 
     def close(self, status: str, error: str = "") -> None:
         """Notes how the run ended, and why if it did not finish."""
@@ -70,19 +112,27 @@ class Record:
         if error:
             self.tags["error"] = error
 
-    def is_delivered(self, directory: Path) -> bool:
-        """Whether MLflow has all of it, or is not meant to."""
-        rows = (directory / METRICS).stat().st_size if (directory / METRICS).exists() else 0
-        told = (self.delivered_status, self.delivered_bytes, self.delivered_artifacts)
-        return not self.for_mlflow or told == (self.status, rows, len(self.artifacts))
+    def state(self, experiment: str) -> str:
+        """Twelve hex digits of all that MLflow is told of the run in an experiment."""
+        tags = self.tags | self.copies[experiment].tags
+        told = [self.status, self.end_time, self.params, tags, self.artifacts, self._rows_bytes()]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+    def _rows_bytes(self) -> int:
+        path = (self.directory or Path()) / METRICS
+        return path.stat().st_size if path.exists() else 0
 
     def save(self, directory: Path) -> None:
-        """Writes ``run.json``; params and tags lose what is secret in them."""
+        """Writes ``run.json``, unless that is what it says; params and tags lose what is secret in them."""
+        self.directory = directory.resolve()
         self.params, self.tags = (
             {key: redact(value) for key, value in each.items()} for each in (self.params, self.tags)
         )
         values = asdict(self) | {"metrics": encode(self.metrics)}
-        write_whole(directory / RECORD, json.dumps(values, indent=1, allow_nan=False).encode())
+        del values["directory"]
+        content = json.dumps(values, indent=1, allow_nan=False).encode()
+        if not (directory / RECORD).exists() or (directory / RECORD).read_bytes() != content:
+            write_whole(directory / RECORD, content)
 
 
 def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
@@ -90,24 +140,27 @@ def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
     return ((path.parent, Record.load(path.parent)) for path in root.rglob(RECORD))
 
 
-def cut_and_read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Removes a last row that a kill cut short; the rows, and the length of the file."""
+def cut_and_read(path: Path) -> list[dict[str, Any]]:
+    """Removes a last row that a kill cut short; the rows."""
     path.touch()
     rows, end = read_rows(path)
     os.truncate(path, end)
-    return rows, end
+    return rows
 
 
 def read_rows(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The complete rows from byte ``start``, and the byte after the last of them."""
+    """The complete rows from byte ``start``, their metrics as numbers, and the byte after the last of them."""
     with path.open("rb") as file:
         file.seek(start)
         data = file.read()
     complete = data[: data.rfind(b"\n") + 1]
     try:
-        return [json.loads(line) for line in complete.splitlines()], start + len(complete)
-    except ValueError as error:
-        raise UsageError(f"{path} holds a damaged row ({error}): remove that row") from None
+        rows = [json.loads(line) for line in complete.splitlines()]
+        for row in rows:
+            row["metrics"] = {key: float(value) for key, value in row["metrics"].items()}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} holds a damaged row ({one_line(error)}): remove that row") from None
+    return rows, start + len(complete)
 
 
 def encode(metrics: Mapping[str, float]) -> dict[str, float | str]:

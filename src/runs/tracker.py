@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from src.config.schema import Tracking
 from src.errors import UsageError
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
-from src.runs.record import METRICS, Record, cut_and_read, encode, now, records_below
+from src.runs.record import METRICS, PARENT, Record, cut_and_read, encode, now, records_below
 from src.system.redact import one_line
 
 COLOUR_TAG = "mlflow.runColor"  # of a run: its colour in every chart of MLflow's pages, such as "#0072b2"
@@ -41,8 +42,8 @@ class Tracker:
     again. What could not be delivered by the end is named by `close`, with the command that delivers it.
 
     Args:
-        directory: the run's output directory, whose name MLflow shows. A continued run keeps its name and experiment.
-        tracking: the config group.
+        directory: the run's output directory, whose name MLflow shows. A continued run keeps its name.
+        tracking: the config group. A run that was asked for under other experiments before belongs to all of them.
         params: the flattened config. A continued run keeps the values that it has.
         tags: replaced where they exist.
 
@@ -51,32 +52,28 @@ class Tracker:
     """
 
     def __init__(
-        self,
-        directory: Path,
-        tracking: Tracking,
-        params: Mapping[str, object],
-        tags: Mapping[str, str],
+        self, directory: Path, tracking: Tracking, params: Mapping[str, object], tags: Mapping[str, str]
     ) -> None:
+        self.tracking = tracking
         self._client: Any = None
-        if tracking.name == "mlflow":
-            with suppress(mlflow_store.Busy):
-                self._client = mlflow_store.prepare(tracking.experiment)
-        self._connected = self._warned = False
+        with suppress(mlflow_store.Busy):
+            self.client()
+        self._delivery: mlflow_store.Delivery | None = None
+        self._warned = False
         self._retry_at = 0.0
 
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.record = record = Record.find(directory) or Record.new(directory.resolve().name, tracking.experiment)
-        rows, end = cut_and_read(directory / METRICS)
+        record.ask(tracking).tags |= parent_tags(tracking.parent)
+        rows = cut_and_read(directory / METRICS)
         for row in rows:  # a kill may have come between a row and the record
-            record.metrics |= {key: float(value) for key, value in row["metrics"].items()}
+            record.metrics |= row["metrics"]
         self._opened = time.monotonic() - record.seconds
         finished = record.status == "FINISHED"
         self._last_step = {} if finished else {key: row["step"] for row in rows for key in row["metrics"]}
-        record.delivered_bytes = min(record.delivered_bytes, end)
 
         record.status, record.end_time = "RUNNING", None
-        record.for_mlflow = tracking.name == "mlflow"
         record.params = {key: str(value) for key, value in params.items()} | record.params
         record.tags |= dict(tags) | {"output_dir": str(directory.resolve())}
         record.tags.pop("error", None)  # of the session before
@@ -86,7 +83,7 @@ class Tracker:
 
     @property
     def run_id(self) -> str:
-        """MLflow's id of the run; a generated one where there is no MLflow, or none so far."""
+        """MLflow's id of the run where it was asked for; a generated one where there is no MLflow, or none so far."""
         return self.record.run_id
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -115,8 +112,12 @@ class Tracker:
         self._save()
 
     def artifact(self, path: Path) -> None:
-        """Uploads a file of the output directory."""
-        self.record.artifacts.append(os.path.relpath(path, self.directory))
+        """Uploads a file of the output directory, in the place of what it was before."""
+        name = os.path.relpath(path, self.directory)
+        if name not in self.record.artifacts:
+            self.record.artifacts.append(name)
+        if self._delivery:
+            self._delivery.artifacts.discard(name)
         self.flush()
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
@@ -132,7 +133,7 @@ class Tracker:
             if status == "FINISHED":
                 raise
         waits = status == "KILLED" and time.monotonic() < self._retry_at
-        if self.record.for_mlflow and (waits or not self._deliver()):
+        if waits or not self._deliver():
             logger.warning(
                 "MLflow lacks a part of this run; deliver it with: python -m src.tracking %s", self.directory
             )
@@ -145,15 +146,16 @@ class Tracker:
         self.record.save(self.directory)
 
     def _deliver(self) -> bool:
-        if not self.record.for_mlflow:
-            return True
         started = time.monotonic()
         try:
-            client = self.client()
-            if not self._connected:
-                mlflow_store.connect(client, self.record)
-                self._connected = True
-            mlflow_store.push(client, self.directory, self.record)
+            client, record = self.client(), self.record
+            if client is None:
+                return True
+            if self._delivery is None:
+                self._delivery = mlflow_store.Delivery(client, record, record.experiment, asked=True)
+            self._delivery.push()
+            if record.status != "RUNNING":
+                mlflow_store.bring_up(client, record)  # where it was asked for before
         except Exception as error:  # whatever it is, training matters more
             self._retry_at = time.monotonic() + 10 * (time.monotonic() - started)
             if not self._warned:
@@ -168,64 +170,74 @@ class Tracker:
         Raises:
             UsageError: the store does not open, or not now.
         """
-        if self._client is None and self.record.for_mlflow:
-            self._client = mlflow_store.prepare(self.record.experiment)
+        if self._client is None and self.tracking.name == "mlflow":
+            self._client = mlflow_store.prepare(self.tracking.experiment)
         return self._client
 
 
 def deliver(directory: Path) -> str:
-    """Delivers the whole of a run that is not being trained, from its files, and returns its MLflow run id.
+    """Delivers the whole of a run that is not being trained, from its files, also where MLflow has deleted it.
 
-    A run whose process ended without closing it, by a SIGKILL say, is closed as killed.
+    Returns:
+        MLflow's run id, and one for each further experiment that it was asked for under.
 
     Raises:
         UsageError: the folder holds no run, a process works on it, or the store does not take it.
     """
     Record.load(directory)
-    with run_directory.exclusive(directory):
-        record = Record.load(directory)
-        if record.status == "RUNNING":
-            record.close("KILLED", "its process is gone; the same command continues")
-        _deliver_whole(directory, record)
-    return record.run_id
+    return ", ".join(_bring_up_free(directory, again=True)[0])
 
 
-def catch_up(directory: Path) -> None:
-    """Delivers what MLflow lacks of a run that has ended, if a kill came in between; a failing store is only noted.
+def catch_up(directory: Path, tracking: Tracking) -> None:
+    """Delivers a run that has ended to the experiment that it is asked for under; a failing store is only noted.
 
     For the process that holds the directory.
     """
-    record = Record.load(directory)
-    if record.is_delivered(directory):
-        return
     try:
-        _deliver_whole(directory, record)
+        if _bring_up(directory, tracking)[1]:
+            logger.warning("%s", _deleted([directory]))
     except UsageError as error:
         logger.warning("%s", error)
 
 
-def _deliver_whole(directory: Path, record: Record) -> None:
-    client = mlflow_store.prepare(record.experiment)
-    record.delivered_bytes = record.delivered_artifacts = 0
+def _bring_up(directory: Path, asked: Tracking | None = None, again: bool = False) -> tuple[list[str], bool]:
+    """`mlflow_store.bring_up`, for the process that holds the directory of a run that has ended.
+
+    A run whose process ended without closing it, by a SIGKILL say, is closed as killed.
+
+    Raises:
+        UsageError: the store does not take it.
+    """
+    record = Record.load(directory)
+    if record.status == "RUNNING":
+        record.close("KILLED", "its process is gone; the same command continues")
+    if asked:
+        record.ask(asked)
+    record.copy.for_mlflow |= again
     try:
-        mlflow_store.connect(client, record)
-        mlflow_store.push(client, directory, record)
+        if asked.name == "mlflow" if asked else any(copy.for_mlflow for copy in record.copies.values()):
+            return mlflow_store.bring_up(mlflow_store.prepare(), record, asked.experiment if asked else "", again)
+        return [], False
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
     finally:
         record.save(directory)
 
 
-def waiting(root: Path) -> list[Path]:
-    """The folders below ``root`` of runs that MLflow lacks a part of, or believes to be running, oldest first.
+def _bring_up_free(directory: Path, asked: Tracking | None = None, again: bool = False) -> tuple[list[str], bool]:
+    with run_directory.exclusive(directory):
+        return _bring_up(directory, asked, again)
 
-    A run that a process works on is not waiting.
-    """
-    folders = []
-    for directory, record in records_below(root):
-        if record.status == "RUNNING" or not record.is_delivered(directory):
-            folders.append((record.start_time, directory))
-    return [folder for _, folder in sorted(folders) if not run_directory.is_held(folder)]
+
+def _deleted(directories: Sequence[Path]) -> str:
+    """What brings back runs that are deleted in MLflow's pages, or that went with the store that had them."""
+    what = "this run" if len(directories) == 1 else f"{len(directories)} runs"
+    folders = shlex.join(map(str, directories))
+    return (
+        f"MLflow no longer has {what} (deleted, or another store); deliver again with: python -m src.tracking {folders}"
+    )
 
 
 def parent_tags(parent: str | None) -> dict[str, str]:
@@ -234,49 +246,31 @@ def parent_tags(parent: str | None) -> dict[str, str]:
         return {}
     record = Record.load(Path(parent))
     tags = {f"sweep.{record.tags['sweep_id']}": "true"}
-    if record.run_id != record.uuid:  # else MLflow does not have the sweep so far, and `nest` does it in the end
-        tags["mlflow.parentRunId"] = record.run_id
+    if record.copy.run_id:  # else MLflow does not have the sweep so far, and `nest` does it in the end
+        tags[PARENT] = record.copy.run_id
     return tags
 
 
 def nest(parent: Tracker, children: Sequence[Path]) -> None:
     """Puts runs that have ended under a sweep's, and delivers what MLflow lacks of them; a failing store is only noted.
 
-    A run of several sweeps is shown under the last of them; its tags ``sweep.ID`` name all. One that another process
-    works on is left to that process.
+    A run of several sweeps in an experiment is shown under the last of them; its tags ``sweep.ID`` name all. One that
+    another process works on is left to that process.
     """
+    parent.flush()  # which may be the first to reach MLflow
     tags = parent_tags(str(parent.directory))
     for directory in children:
         with suppress(UsageError), run_directory.exclusive(directory):
             record = Record.load(directory)
-            if not tags.items() <= record.tags.items():
-                record.tags |= tags
-                record.delivered_status = ""
-                record.save(directory)
-    try:
-        client = parent.client()
-        for directory in children if client else []:
-            if not run_directory.is_held(directory):
-                _deliver_changes(client, directory)
-    except Exception as error:
-        logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, one_line(error))
-
-
-def _deliver_changes(client: Any, directory: Path) -> None:
-    """Delivers a run that MLflow lacks, and otherwise only the tags that are new."""
-    record = Record.load(directory)
-    found = mlflow_store.find(client, record)
-    if not found or found.info.status != record.status:
-        deliver(directory)
-        return
-    for key, value in record.tags.items():
-        if found.data.tags.get(key) != value:
-            client.set_tag(found.info.run_id, key, value)
-    with suppress(UsageError), run_directory.exclusive(directory):
-        record = Record.load(directory)
-        if record.status == found.info.status:
-            record.delivered_status = record.status
+            record.ask(parent.tracking).tags |= tags
             record.save(directory)
+    try:
+        if parent.client():
+            free = [directory for directory in children if not run_directory.is_held(directory)]
+            if deleted := [directory for directory in free if _bring_up_free(directory, parent.tracking)[1]]:
+                logger.warning("%s", _deleted(deleted))
+    except UsageError as error:
+        logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, one_line(error))
 
 
 def share(parent: Tracker, view: Callable[[str, str, str, int], tuple[str, str, str]]) -> str:
@@ -290,7 +284,7 @@ def share(parent: Tracker, view: Callable[[str, str, str, int], tuple[str, str, 
         client = parent.client()
         if client is None:
             return ""
-        experiment_id = mlflow_store.experiment_id(client, record.experiment)
+        experiment_id = client.get_run(record.run_id).info.experiment_id
         key, value, path = view(experiment_id, record.run_id, parent.directory.name, record.start_time)
         client.set_experiment_tag(experiment_id, key, value)
     except Exception as error:
@@ -307,9 +301,21 @@ def abandon(directory: Path, reason: str) -> None:
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    """Delivers the runs in the folders that are named, else all below ``multirun/`` that MLflow lacks a part of."""
+    """Delivers the runs in the folders that are named, else what MLflow lacks of any below ``multirun/``.
+
+    Those that are deleted in MLflow are delivered again if they are named, and otherwise listed.
+    """
     parser = argparse.ArgumentParser(prog="python -m src.tracking", description=main.__doc__)
     parser.add_argument("output_dir", type=Path, nargs="*", help="a run's output directory")
-    named = parser.parse_args(arguments).output_dir
-    for directory in named or waiting(run_directory.ROOT):
+    named, deleted = parser.parse_args(arguments).output_dir, []
+    for directory in named:
         print(f"{directory}: delivered as run {deliver(directory)}", flush=True)
+    found = [] if named else sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time)
+    for directory, _ in found:
+        if not run_directory.is_held(directory):
+            delivered, is_deleted = _bring_up_free(directory)
+            deleted += [directory] if is_deleted else []
+            if delivered:
+                print(f"{directory}: delivered as run {', '.join(delivered)}", flush=True)
+    if deleted:
+        print(_deleted(deleted), flush=True)

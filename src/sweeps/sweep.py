@@ -22,7 +22,7 @@ from src.reporting import mlflow_charts, table
 from src.reporting.rows import summarise
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
-from src.runs.query import run_in
+from src.runs.record import Record
 from src.runs.tracker import Tracker, abandon, nest, share
 from src.sweeps.jobs import Job
 from src.system.environment import TYPED
@@ -97,7 +97,7 @@ class Sweep:
             f"no result: {f'{job.label}: ' if job.cfg else ''}{job.reason}" for job in lacking
         ]  # a mistake in a setting names the setting
         notes += [f"pruned: {job.label}" for job in pruned]
-        rows, more = summarise([run_in(job.directory) for job in finished])
+        rows, more = summarise([Record.load(job.directory) for job in finished])
         if rows:
             for path in table.write(rows, [*notes, *more], f"{self.name} ({self.id})", self.directory):
                 self.tracker.artifact(path)

@@ -31,7 +31,8 @@ from src.evaluation.diagnostics import alignment, uniformity
 from src.runs import directory as run_directory
 from src.runs import mlflow_store, origin
 from src.runs.record import Record
-from src.runs.tracker import COLOUR_TAG, Tracker, catch_up, parent_tags
+from src.runs.tracker import COLOUR_TAG, Tracker, catch_up
+from src.system.atomic_write import write_whole
 from src.system.environment import environment_tags
 from src.system.measure import peak_gib
 from src.system.redact import one_line, redact
@@ -77,7 +78,7 @@ def run(cfg: Config, should_prune: ShouldPrune, draw: Callable[[Path], Path]) ->
         mlflow_store.check(cfg.tracking.experiment)  # refuses what is no store before the directory is made
     with run_directory.exclusive(directory), Stopper(cfg.max_minutes) as stopper:
         if run_directory.is_finished(directory, cfg):
-            catch_up(directory)
+            catch_up(directory, cfg.tracking)
             if changes := changed_protocol(cfg, directory):
                 logger.warning(
                     "%s was evaluated otherwise (%s): python -m src.evaluate checkpoint=%s adds other figures",
@@ -89,9 +90,8 @@ def run(cfg: Config, should_prune: ShouldPrune, draw: Callable[[Path], Path]) ->
         if resumed and (changes := changed_protocol(cfg, directory)):
             tags["evaluation_changed"] = f"{changes} at step {state.step}"
             logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, changes)
-        (directory / "config.yaml").write_text(
-            redact(OmegaConf.to_yaml(OmegaConf.create(identity.without_neutral(cfg))))
-        )
+        kept = redact(OmegaConf.to_yaml(OmegaConf.create(identity.without_neutral(cfg))))
+        write_whole(directory / "config.yaml", kept.encode())
         config = identity.flat(cfg)
         tracker = Tracker(
             directory,
@@ -103,8 +103,7 @@ def run(cfg: Config, should_prune: ShouldPrune, draw: Callable[[Path], Path]) ->
                 "config_hash": identity.config_hash(cfg),
                 COLOUR_TAG: colour_of(config),
             }
-            | tags
-            | parent_tags(cfg.tracking.parent),
+            | tags,
         )
         started = f"started from {cfg.init} ({tags['init.taken']})," if cfg.init is not None else "started"
         print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)

@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from safetensors import safe_open
 
 from src import cli
+from src.config.schema import Tracking
 from src.errors import UsageError
 from src.evaluation import protocol
 from src.runs import checkpoint
@@ -60,6 +61,17 @@ def test_another_protocol_has_names_of_its_own(finished):
     assert record.metrics["test_original/linear_top1"] == metrics["test_original/linear_top1"]
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert any("test_original/linear_top1" in row["metrics"] for row in rows)
+
+
+def test_figures_are_logged_where_the_run_was_last_asked_for(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    record = Record.load(tmp_path / "run")
+    before = {*record.copies, "other"}
+    record.ask(Tracking("jsonl", "other", 10, parent="a folder that is gone"))
+    record.save(tmp_path / "run")
+    run(f"checkpoint={tmp_path / 'run'}")
+    after = Record.load(tmp_path / "run")
+    assert (after.experiment, set(after.copies)) == ("other", before)
 
 
 def test_what_matters_in_training_only_makes_no_other_protocol(finished):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.reporting.rows import distinguishing, select, summarise
-from src.runs.query import Run
+from src.runs.record import Record
 from tests.made_up_runs import STUDY, run
 
 
@@ -134,7 +134,7 @@ def test_runs_without_a_result_are_named_and_left_out(status):
 
 
 def test_a_foreign_run_in_the_experiment_is_named_and_left_out():
-    foreign = Run("x", "someone's", "FINISHED", {}, {}, None, {}, 0.0)
+    foreign = Record("x", "someone's", "study", 0, status="FINISHED")
     rows, notes = summarise([run("simclr"), foreign])
     assert len(rows) == 1
     assert notes == ["left out: someone's (not a training run)"]

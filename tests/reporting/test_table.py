@@ -166,7 +166,7 @@ def test_curves_are_drawn_of_the_runs_whose_folders_are_here(tmp_path):
         row = {"step": 9, "time": 0, "metrics": {"val/knn_top1": 1.0}}
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     places = [tmp_path / "a", tmp_path / "b", tmp_path / "gone", None]
-    runs = [replace(run("kmclr", 50, seed), directory=place and str(place)) for seed, place in enumerate(places)]
+    runs = [replace(run("kmclr", 50, seed), directory=place) for seed, place in enumerate(places)]
     rows, notes = summarise([*runs, run("simclr")])
     (course,) = courses(rows)
     assert course[:2] + course[3:] == ("KMCLR 50", 50, 500, (tmp_path / "a", tmp_path / "b"))

@@ -76,7 +76,7 @@ def test_a_kill_while_the_store_is_created_leaves_none_or_a_whole_one(tmp_path):
     aside = tmp_path / "mlflow.db.new"
     for tenths in (12, 8, 4, 1):
         aside.unlink(missing_ok=True)
-        process = start("from src import store; mlflow_store.prepare()", tmp_path)
+        process = start("from src.runs import mlflow_store; mlflow_store.prepare()", tmp_path)
         while not aside.exists():
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)

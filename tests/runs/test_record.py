@@ -29,7 +29,8 @@ def test_rows_and_record(tmp_path):
     after = time.time_ns() // 1_000_000
 
     record = json.loads((tmp_path / "run.json").read_text())
-    assert record["run_id"] == tracker.run_id
+    assert record["uuid"] == tracker.run_id
+    assert record["copies"]["exp"] == {"run_id": "", "has": "", "tags": {}, "for_mlflow": False}
     assert (record["name"], record["experiment"], record["status"]) == (tmp_path.name, "exp", "FINISHED")
     assert record["params"] == {"k": "50", "projector.hidden": "[64, 64]"}
     assert record["tags"] == {"device": "cpu", "output_dir": str(tmp_path.resolve())}

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -19,13 +20,14 @@ from src.runs import mlflow_store, query, record
 from src.runs import tracker as tracking
 from src.runs.record import Record
 from src.runs.tracker import Tracker
+from tests.config.test_schema import composed
 from tests.conftest import PROJECT
 from tests.stores import JSONL, MLFLOW, RUN, break_store, history, rows, start, train, warnings
 
 
 @pytest.mark.parametrize("name", ["mlflow", "jsonl"])
 def test_the_config_files_fit_the_schema(name):
-    loaded = OmegaConf.merge(OmegaConf.structured(Tracking), OmegaConf.load(PROJECT / f"conf/tracking/{name}.yaml"))
+    loaded = OmegaConf.merge(OmegaConf.structured(Tracking), composed(f"tracking={name}").tracking)
     assert OmegaConf.to_object(loaded) == Tracking(name, "support-sets", 10)
 
 
@@ -139,7 +141,7 @@ def test_a_run_killed_between_its_record_and_mlflow_is_told_when_it_is_looked_at
     tracker = Tracker(directory, MLFLOW, {}, {})
     train(tracker, range(7))
     with monkeypatch.context() as patch:
-        patch.setattr(mlflow_store, "push", kill)
+        patch.setattr(mlflow_store.Delivery, "push", kill)
         with pytest.raises(Killed):
             tracker.close("FINISHED")
     assert Record.load(directory).status == "FINISHED"
@@ -147,42 +149,48 @@ def test_a_run_killed_between_its_record_and_mlflow_is_told_when_it_is_looked_at
 
     with monkeypatch.context() as patch:
         break_store(client, patch, "log_batch")
-        tracking.catch_up(directory)
+        tracking.catch_up(directory, MLFLOW)
     assert "try again later" in warnings(caplog)[0]
-    tracking.catch_up(directory)
+    tracking.catch_up(directory, MLFLOW)
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     assert [step for step, _ in history(client, tracker.run_id, "train/loss")] == [0, 3, 6]
-    monkeypatch.setattr(mlflow_store, "prepare", lambda *_: pytest.fail("MLflow has all of it already"))
-    tracking.catch_up(directory)
+    monkeypatch.setattr(mlflow_store.Delivery, "push", lambda _: pytest.fail("MLflow has all of it already"))
+    tracking.catch_up(directory, MLFLOW)
+    assert len(warnings(caplog)) == 1
 
 
 def test_a_failed_run_that_is_continued_runs_again(client, tmp_path):
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
+    tracker.record.tags["error"] = "why"
     tracker.close("FAILED")
     assert client.get_run(tracker.run_id).info.status == "FAILED"
+    assert client.get_run(tracker.run_id).data.tags["error"] == "why"
     resumed = Tracker(tmp_path / "run", MLFLOW, {}, {})
     assert client.get_run(tracker.run_id).info.status == "RUNNING"
+    assert "error" not in client.get_run(tracker.run_id).data.tags
     resumed.close("KILLED")
     assert client.get_run(tracker.run_id).info.status == "KILLED"
 
 
 def test_a_run_whose_creator_was_killed_before_it_knew_the_id_is_found(client, tmp_path):
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
-    tracker.record.run_id = tracker.record.uuid  # what the file said at that moment
+    tracker.record.copy.run_id = ""  # what the file said at that moment
     tracker.record.save(tmp_path / "run")
     again = Tracker(tmp_path / "run", MLFLOW, {}, {})
     experiment = client.get_experiment_by_name("exp").experiment_id
     assert [run.info.run_id for run in client.search_runs([experiment])] == [again.run_id]
 
 
-def test_a_run_that_the_store_lost_is_delivered_whole_again(client, tmp_path):
+def test_a_run_that_the_store_lost_is_delivered_whole_again(client, fresh_store, tmp_path, monkeypatch):
     directory = tmp_path / "run"
     tracker = Tracker(directory, MLFLOW, {"k": 50}, {})
     (directory / "a.txt").write_text("a")
     tracker.artifact(directory / "a.txt")
     train(tracker, range(20))
     tracker.close("KILLED")
-    client.delete_run(tracker.run_id)
+    shutil.copy(fresh_store, tmp_path / "other.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    client = mlflow_store.prepare()
 
     resumed = Tracker(directory, MLFLOW, {"k": 50}, {})
     train(resumed, range(20, 40))
@@ -367,9 +375,9 @@ def test_one_command_delivers_all_that_waits_and_no_dead_run_stays_running(clien
     Tracker(root / "not meant", JSONL, {}, {}).close("FINISHED")
     train(Tracker(root / "at work", MLFLOW, {}, {}), range(10))
     with run_directory.exclusive(root / "at work"):
-        assert [path.name for path in tracking.waiting(root)] == ["late", "later", "killed"]
         tracking.main([])
-    assert capsys.readouterr().out.count("delivered as run") == 3
+    said = [line.split(": delivered as run ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == [f"multirun/{name}" for name in ("late", "later", "killed")]
     status = {run.name: run.status for run in query.read_runs("exp", "mlflow")}
     assert status == {
         "late": "FINISHED",
@@ -398,7 +406,7 @@ def test_a_sweep_leaves_the_record_of_a_run_that_is_worked_on_alone(tmp_path):
     with run_directory.exclusive(folders[1]):
         tracking.nest(parent, folders)
         assert (folders[1] / "run.json").read_bytes() == before
-    assert Record.load(folders[0]).tags["sweep.0a"] == "true"
+    assert Record.load(folders[0]).copy.tags["sweep.0a"] == "true"
 
 
 @pytest.mark.slow
