@@ -79,7 +79,7 @@ def pretrain(composed: DictConfig) -> float:
     from src.sweeps import optuna_study
     from src.training import loop
 
-    return loop.run(cfg, optuna_study.is_hopeless, curves.plot)
+    return loop.run(cfg, optuna_study.should_prune, curves.plot)
 
 
 def evaluate_again(composed: DictConfig) -> dict[str, float]:

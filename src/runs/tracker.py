@@ -246,12 +246,12 @@ def parent_tags(parent: str | None) -> dict[str, str]:
         return {}
     record = Record.load(Path(parent))
     tags = {f"sweep.{record.tags['sweep_id']}": "true"}
-    if record.copy.run_id:  # else MLflow does not have the sweep so far, and `nest` does it in the end
+    if record.copy.run_id:  # else MLflow does not have the sweep so far, and `attach_children` does it in the end
         tags[PARENT] = record.copy.run_id
     return tags
 
 
-def nest(parent: Tracker, children: Sequence[Path]) -> None:
+def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
     """Puts runs that have ended under a sweep's, and delivers what MLflow lacks of them; a failing store is only noted.
 
     A run of several sweeps in an experiment is shown under the last of them; its tags ``sweep.ID`` name all. One that
@@ -293,7 +293,7 @@ def share(parent: Tracker, view: Callable[[str, str, str, int], tuple[str, str, 
     return path
 
 
-def abandon(directory: Path, reason: str) -> None:
+def mark_failed(directory: Path, reason: str) -> None:
     """Closes a run, as failed, whose process ended without doing so."""
     record = Record.load(directory)
     record.close("FAILED", reason)

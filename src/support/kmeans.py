@@ -10,7 +10,7 @@ from torch import Tensor
 
 from src.support.base import Neighbors, SupportSet
 from src.support.clusters import normalised_mutual_information, purity
-from src.support.ring_buffer import Ring
+from src.support.ring_buffer import RingBuffer
 from src.support.search import Search, cluster
 
 
@@ -72,7 +72,7 @@ class KMeans(SupportSet):
         self.decay = 0.5 ** (1 / half_life) if half_life else 1.0
         self.revive_after = revive_after
         self.refit_every = refit_every
-        self.window = Ring(refit_window, dim) if refit_every else None
+        self.window = RingBuffer(refit_window, dim) if refit_every else None
         self.seeded = 0  # centroids that hold an embedding; below k only at the start and after a reset
         self.step = 0
         self.register_buffer("means_KD", torch.zeros(size, dim))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.support.base import Neighbors, SupportSet
-from src.support.ring_buffer import Ring
+from src.support.ring_buffer import RingBuffer
 from src.support.search import InvertedLists, Search
 
 
@@ -50,7 +50,7 @@ class Queue(SupportSet):
         self.refresh_every = refresh_every
         self.step = 0
         self.refreshed = 0  # the step at which the lists were trained
-        self.ring = Ring(size, dim, dtype)
+        self.ring = RingBuffer(size, dim, dtype)
         self.register_buffer("images_N", torch.full((size,), -1))
         self.register_buffer("labels_N", torch.full((size,), -1))
         self.register_buffer("written_N", torch.zeros(size, dtype=torch.int64))

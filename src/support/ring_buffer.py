@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Ring(nn.Module):
+class RingBuffer(nn.Module):
     """Keeps the last N rows of everything written to it; writes of any length, larger than N included.
 
     Shapes: B rows of a write, D dimensions, N slots.

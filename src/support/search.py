@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from src.errors import UsageError
-from src.support.ring_buffer import Ring
+from src.support.ring_buffer import RingBuffer
 from src.system.redact import one_line
 
 Metric = Literal["cosine", "euclidean"]
@@ -177,7 +177,7 @@ class InvertedLists:
         """Of a ringful of listed vectors, their numbers, and the coarse centroids; overwritten ones are not counted."""
         return self.size * (self.index.code_size + 8) + self.index.nlist * self.dim * 4
 
-    def train(self, ring: Ring) -> None:
+    def train(self, ring: RingBuffer) -> None:
         """Find the centroids anew, from vectors evenly spaced over the ring, and list all that it holds."""
         import faiss
 
@@ -194,11 +194,11 @@ class InvertedLists:
         self.trained = trained
         self.index = self._untrained() if trained is None else faiss.deserialize_index(trained.cpu().numpy())
 
-    def fill(self, ring: Ring) -> None:
+    def fill(self, ring: RingBuffer) -> None:
         """List all that the ring holds."""
         self.add(ring, len(ring.filled_ND))
 
-    def add(self, ring: Ring, new: int) -> None:
+    def add(self, ring: RingBuffer, new: int) -> None:
         """List the ring's ``new`` newest vectors, oldest first."""
         for first in range(ring.total - new, ring.total, PIECE):
             numbers = torch.arange(first, min(first + PIECE, ring.total))

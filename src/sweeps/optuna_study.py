@@ -147,7 +147,7 @@ class Study:
         return self.study.best_trial.number, self.study.best_value
 
 
-def is_hopeless(folder: str | None, number: int | None, epoch: int, metrics: Mapping[str, float]) -> bool:
+def should_prune(folder: str | None, number: int | None, epoch: int, metrics: Mapping[str, float]) -> bool:
     """Tells a trial's study how the trial does after an epoch; returns whether it lags so far behind as to stop it.
 
     A study that does not answer prunes nothing, and stops nothing.

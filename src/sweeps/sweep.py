@@ -23,7 +23,7 @@ from src.reporting.rows import summarise
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
 from src.runs.record import Record
-from src.runs.tracker import Tracker, abandon, nest, share
+from src.runs.tracker import Tracker, attach_children, mark_failed, share
 from src.sweeps.jobs import Job
 from src.system.environment import TYPED
 from src.system.redact import redact
@@ -88,9 +88,9 @@ class Sweep:
                     suppress(UsageError),
                     run_directory.exclusive(job.directory),
                 ):  # refused where a cluster still works on it
-                    abandon(job.directory, job.error or "its process is gone")
+                    mark_failed(job.directory, job.error or "its process is gone")
         children = [job.directory for job in self.jobs if job.record]
-        nest(self.tracker, children)
+        attach_children(self.tracker, children)
         charts_path = share(self.tracker, mlflow_charts.sweep_view)
 
         notes = [

@@ -174,7 +174,7 @@ def test_a_deleted_experiment_keeps_no_other_run_waiting(client, tmp_path, monke
 
 def sweep_under(config, directory, children):
     sweep = Tracker(directory, config, {"sweep": "grid"}, {"sweep_id": directory.name})
-    tracking.nest(sweep, children)
+    tracking.attach_children(sweep, children)
     path = tracking.share(sweep, lambda experiment, run_id, *_: (f"view.{run_id}", "", experiment))
     sweep.close("FINISHED")
     return sweep.run_id, path

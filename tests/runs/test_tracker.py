@@ -404,7 +404,7 @@ def test_a_sweep_leaves_the_record_of_a_run_that_is_worked_on_alone(tmp_path):
         Tracker(folder, JSONL, {}, {}).close("FINISHED")
     before = (folders[1] / "run.json").read_bytes()
     with run_directory.exclusive(folders[1]):
-        tracking.nest(parent, folders)
+        tracking.attach_children(parent, folders)
         assert (folders[1] / "run.json").read_bytes() == before
     assert Record.load(folders[0]).copy.tags["sweep.0a"] == "true"
 

@@ -94,11 +94,11 @@ def test_a_trial_far_behind_is_hopeless_and_a_good_one_is_not(tmp_path):
     search = opened(tmp_path)
     for value in (50.0, 51.0, 52.0, 53.0, 54.0):
         number = search.propose()
-        assert not optuna_study.is_hopeless(str(tmp_path), number, 1, {"val/knn_top1": value + 10})
+        assert not optuna_study.should_prune(str(tmp_path), number, 1, {"val/knn_top1": value + 10})
         search.conclude(number, "COMPLETE", value)
     bad, good = search.propose(), search.propose()
-    assert optuna_study.is_hopeless(str(tmp_path), bad, 1, {"val/knn_top1": 20.0})
-    assert not optuna_study.is_hopeless(str(tmp_path), good, 1, {"val/knn_top1": 64.0})
+    assert optuna_study.should_prune(str(tmp_path), bad, 1, {"val/knn_top1": 20.0})
+    assert not optuna_study.should_prune(str(tmp_path), good, 1, {"val/knn_top1": 64.0})
     search.conclude(bad, "PRUNED")
     assert search.state(bad) == "PRUNED"
 
@@ -110,11 +110,11 @@ def test_the_tables_of_another_optuna_are_one_line(tmp_path):
         tables.execute("update alembic_version set version_num = 'v1.3.0.a'")
     with pytest.raises(UsageError, match=f"{tmp_path}.*upgrade --storage sqlite:///{tmp_path}/study.db`"):
         opened(tmp_path)
-    assert not optuna_study.is_hopeless(str(tmp_path), 0, 1, {"val/knn_top1": 0.0})
+    assert not optuna_study.should_prune(str(tmp_path), 0, 1, {"val/knn_top1": 0.0})
 
 
 def test_without_a_study_nothing_is_hopeless(tmp_path, caplog):
-    assert not optuna_study.is_hopeless(None, None, 1, {"val/knn_top1": 0.0})
-    assert not optuna_study.is_hopeless(str(tmp_path), 0, 1, {})
-    assert not optuna_study.is_hopeless(str(tmp_path / "nowhere"), 0, 1, {"val/knn_top1": 0.0})
+    assert not optuna_study.should_prune(None, None, 1, {"val/knn_top1": 0.0})
+    assert not optuna_study.should_prune(str(tmp_path), 0, 1, {})
+    assert not optuna_study.should_prune(str(tmp_path / "nowhere"), 0, 1, {"val/knn_top1": 0.0})
     assert "does not answer" in caplog.text

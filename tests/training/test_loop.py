@@ -317,11 +317,11 @@ def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(ru
     """The loss alone would not show it before the next step, and the last step of an epoch is saved."""
     real, calls = loop.TrainState.grad_norm, []
 
-    def poisoned(learner):
-        calls.append(learner.step)
-        if learner.step == 5:  # the last of the second epoch
-            next(learner.method.parameters()).grad[0] = math.inf
-        return real(learner)
+    def poisoned(state):
+        calls.append(state.step)
+        if state.step == 5:  # the last of the second epoch
+            next(state.method.parameters()).grad[0] = math.inf
+        return real(state)
 
     monkeypatch.setattr(loop.TrainState, "grad_norm", poisoned)
     with pytest.raises(Diverged, match=r"at step 5: loss [0-9.]+, norm of the gradient inf, of the weights [0-9.]+,"):
@@ -335,10 +335,10 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
     real = loop.TrainState.set_lr
     rates = {5: 1e38}  # a finite gradient, and a step into nowhere
 
-    def rate(learner, steps):
-        lr = real(learner, steps)
-        for group in learner.optimizer.param_groups:
-            group["lr"] = rates.get(learner.step, group["lr"])
+    def rate(state, steps):
+        lr = real(state, steps)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rates.get(state.step, group["lr"])
         return lr
 
     monkeypatch.setattr(loop.TrainState, "set_lr", rate)
@@ -387,9 +387,7 @@ class FullAtStep5(Tracker):
 
 def test_time_makes_checkpoints_too_also_within_an_epoch(run, tmp_path, monkeypatch):
     steps, save = [], loop.TrainState.save
-    monkeypatch.setattr(
-        loop.TrainState, "save", lambda learner, folder: (steps.append(learner.step), save(learner, folder))
-    )
+    monkeypatch.setattr(loop.TrainState, "save", lambda state, folder: (steps.append(state.step), save(state, folder)))
     unbroken = run("method=kmclr", "k=7", "checkpoint.minutes=0", directory="often")
     assert steps == [1, 2, 3, 4, 5, 6]
     steps.clear()
