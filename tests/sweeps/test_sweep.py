@@ -62,7 +62,7 @@ def test_which_statuses_continue(status, stop):
 
 @pytest.mark.slow
 def test_two_sets_are_swept_and_both_are_known_again(command, small, tmp_path):
-    settings = [*small, "data=image_folder", sets(tmp_path, 0, 1), "data.limit=null", "batch_size=8", "epochs=1"]
+    settings = [*small, "data=image_folder", sets(tmp_path, 0, 1), "data.limit=16", "batch_size=8", "epochs=1"]
     arguments = ["--multirun", *settings, "method=simclr", "tracking=jsonl"]
     done = command("src.train", *arguments)
     assert done.returncode == 0, done.stderr
