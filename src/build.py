@@ -7,7 +7,7 @@ from torch import nn
 
 from src import models
 from src.config import schema
-from src.config.outside import call, target
+from src.config.outside import make, settings
 from src.config.schema import Config
 from src.data import Dataset
 from src.data.augment import ViewMaker
@@ -78,7 +78,7 @@ def encoder(cfg: schema.Backbone, image_size: int) -> tuple[nn.Module, int]:
     """The backbone, and how many features it gives."""
     match cfg.name:
         case _ if cfg._target_ is not None:
-            model = call(cfg._target_, cfg.options, "backbone")
+            model = make(cfg._target_, "backbone", nn.Module, **cfg.options)
         case "resnet18" | "resnet34" | "resnet50":
             model = models.resnet(cfg.name, cfg.stem)  # type: ignore[arg-type]
         case "resnet_tiny":
@@ -104,7 +104,7 @@ def method(cfg: Config, classes: int, search: Search, device: torch.device) -> t
     if cfg.method._target_ is None:
         model: Method = Contrast(parts, cfg.objective)
     else:
-        model = target(cfg.method._target_, "method")(parts, cfg.method)
+        model = make(cfg.method._target_, "method", Method, parts, **settings(cfg.method))  # type: ignore[type-abstract]
     model.to(device).to(memory_format=torch.channels_last)
     if model.support is not None:
         model.support.stopwatch.device = device
@@ -122,14 +122,14 @@ def support(cfg: Config, space: Space) -> SupportSet | None:
         UsageError: it needs faiss, which is not installed or does not know the index.
     """
     match cfg.support:
+        case theirs if theirs._target_ is not None:
+            return make(theirs._target_, "support", SupportSet, space, **settings(theirs))  # type: ignore[type-abstract]
         case schema.Queue():
             assert cfg.queue_size is not None
             return queue(cfg.support, cfg.search, cfg.queue_size, space)
         case schema.KMeans():
             assert cfg.k is not None
             return kmeans(cfg.support, cfg.k, space)
-        case settings if settings._target_ is not None:
-            return target(settings._target_, "support")(settings, space)
     return None
 
 

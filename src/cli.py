@@ -119,7 +119,7 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     except Exception as error:
         if tracebacks or not _is_from_hydra(error):
             raise
-        fail(explain_composition(str(error)))
+        fail(explain_composition(error))
 
 
 def _for_the_sweeper(argument: str) -> str:
@@ -167,7 +167,7 @@ def _explained() -> Iterator[None]:
     except RunFailed as failure:
         fail(str(failure), failure.status)
     except (HydraException, OmegaConfBaseException) as error:  # one of Hydra's is an OSError too
-        fail(explain_composition(str(error)))
+        fail(explain_composition(error))
     except OSError as error:  # before a run had its directory: nothing has been written
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
 

@@ -117,13 +117,16 @@ def feature_dim(encoder: nn.Module, image_size: int) -> int:
     """F, measured, since not every model of timm returns what it says.
 
     Raises:
-        UsageError: the encoder does not take images of this size.
+        UsageError: the encoder does not take images of this size, or makes no vectors of them.
     """
     training = encoder.training
     try:
-        return encoder.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1]
-    except (RuntimeError, AssertionError) as error:
+        shape = tuple(encoder.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
+    except Exception as error:  # what a model raises depends on the model
         reason = str(error).splitlines()[0]
         raise UsageError(f"backbone: does not take images of data.image_size={image_size} ({reason})") from error
     finally:
         encoder.train(training)
+    if len(shape) != 2:
+        raise UsageError(f"backbone: gives {list(shape)} of one image, where [1, features] is needed")
+    return shape[1]

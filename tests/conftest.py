@@ -56,7 +56,7 @@ def command(cache_dir, tmp_path):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small(cache_dir):
     """Overrides that make a run take seconds: digits, the tiny ResNet, narrow heads."""
     return [

@@ -200,13 +200,13 @@ def composed_or_explained(overrides):
         with initialize_config_dir(str(cli.CONF), version_base="1.3"):
             return parse(compose("train", overrides=overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        return explain.explain_composition(str(error))
+        return explain.explain_composition(error)
     except (UsageError, OSError) as error:
         return str(error)
     except Exception as error:
         if not cli._is_from_hydra(error):
             raise
-        return explain.explain_composition(str(error))
+        return explain.explain_composition(error)
 
 
 @settings(max_examples=CASES, suppress_health_check=list(HealthCheck))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any, cast, get_type_hints
 
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
 from src.config import schema
@@ -26,8 +28,9 @@ BOUNDS = {
 }
 
 
-def explain_composition(message: str) -> str:
+def explain_composition(error: Exception) -> str:
     """What Hydra says in several lines of a command line that it cannot compose."""
+    message = str(error)
     if re.search(r"Could not (find|load) 'hydra/launcher/submitit_(slurm|local)'", message):
         return "hydra/launcher: SLURM needs submitit: pip install --constraint constraints.txt '.[slurm]'"
     if "hydra_plugins.hydra_ray_launcher" in message:
@@ -40,14 +43,14 @@ def explain_composition(message: str) -> str:
         options = re.findall(r"^\t(\S+)$", message, re.MULTILINE)
         return f"{group}={option}: there is no such option; choose one of {', '.join(options)}"
     if unknown := re.search(r"Could not (?:override|append to config)[^']*'([\w.@/-]+)'", message):
-        return explain_key(unknown.group(1))
+        return explain_key(unknown.group(1), _beside(unknown.group(1), error.__cause__))
     if several := re.search(r"Ambiguous value for argument '([^']+)'", message):
         return f"{several.group(1)}: several values; add --multirun to run each of them"
     return f"{message.splitlines()[0]} (--help shows what can be set)"
 
 
-def explain_key(key: str) -> str:
-    """A key that the composed config does not have."""
+def explain_key(key: str, there: Iterable[str] = ()) -> str:
+    """A key that the composed config does not have; of those that it has, the ones that may have been meant."""
     if key in OWNERS:
         return f"{key}: only {OWNERS[key]} has it; the chosen support set does not"
     if renamed := new_name(key):
@@ -55,14 +58,24 @@ def explain_key(key: str) -> str:
     group, _, setting = key.partition(".")
     if setting and key in known_keys():
         return f"{key}: the chosen options do not have it; choose {group}=... first (--help lists them)"
-    near = difflib.get_close_matches(key, [each for each in known_keys() if each != key], n=1, cutoff=0.6)
+    keys = [each for each in (*there, *known_keys()) if each != key]
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{key}: unknown key, or one that the chosen options do not have; {hint}(--help shows what can be set)"
+
+
+def _beside(key: str, error: BaseException | None) -> list[str]:
+    """The dotted keys beside one that OmegaConf did not find, the settings of somebody's own part among them."""
+    found = getattr(error, "parent_node", None)
+    prefix = "".join(key.rpartition(".")[:2])
+    return [prefix + str(each) for each in found] if isinstance(found, DictConfig) else []
 
 
 def explain_type(error: OmegaConfBaseException) -> str:
     """A value that is missing, or of the wrong type."""
     key = str(error.full_key or error.key)
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        return explain_key(key, _beside(key, error))
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: has no default; give it a value"
     reason = str(error.msg or error).splitlines()[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config.renamed import flatten, modern
-from src.config.schema import Config, KMeans, Support
+from src.config.schema import Config, KMeans
 from src.errors import UsageError
 
 # What may differ between two runs that are the same experiment: where it is stored, tracked, resumed and computed, and
@@ -18,7 +18,8 @@ from src.errors import UsageError
 NOT_IN_HASH = (
     *("output_dir", "resume", "max_minutes", "jobs", "dry_run", "device", "tracking", "checkpoint", "evaluation"),
     "init",
-    *("data.root", "data.cache_dir", "data.on_error", "method.label", "method.colour"),
+    *("data.root", "data.cache_dir", "data.on_error"),
+    *("method.label", "method.colour", "support.label", "support.colour"),
 )
 DERIVED = ("support_set_size", "support_bytes", "encoder_parameters", "skipped_images")  # params that follow from them
 
@@ -58,9 +59,11 @@ def inert(cfg: Config) -> set[str]:
         choices = {"forget_every": ("forget", "reset"), "half_life": ("forget", "decay")}
         choices |= {"refit_every": ("refit", "faiss"), "refit_window": ("refit", "faiss")}
         keys |= {f"support.{key}" for key, (by, value) in choices.items() if getattr(cfg.support, by) != value}
-    elif type(cfg.support) is Support or cfg.support.name == "queue":
+    elif cfg.support._target_ is None:
         keys.add("objective.same_prototype")
     keys.add("objective.name")  # a preset of the settings beside it
+    if cfg.method._target_ is not None:  # which is not told them
+        keys |= {f"objective.{each.name}" for each in fields(cfg.objective)}
     for number, view in (("1", cfg.augment.view1), ("2", cfg.augment.view2)):
         of = {"jitter": ("brightness", "contrast", "saturation", "hue"), "blur": ("blur_sigma",)}
         keys |= {f"augment.view{number}.{key}" for by, each in of.items() if not getattr(view, by) for key in each}

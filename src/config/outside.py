@@ -1,37 +1,97 @@
-"""Other people's parts: what a ``_target_`` in a config group names."""
+"""Other people's parts: what a ``_target_`` in a config group names, and the types of its settings."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any
+import traceback
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import field, make_dataclass
+from functools import cache
+from typing import Any, TypeVar, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import UsageError
 
-
-def target(path: str, group: str) -> Any:
-    """What a ``_target_`` names: a class or a function of somebody's package.
-
-    Raises:
-        UsageError: there is no such thing.
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        remedy = "write package.module.Name, and put the package's folder into PYTHONPATH"
-        raise UsageError(f"{group}._target_={path}: cannot be imported ({error}); {remedy}") from None
+T = TypeVar("T")
+_OURS = (__file__, importlib.__file__, inspect.__file__, typing.__file__)  # frames that tell nobody where a fault is
 
 
-def call(path: str, options: dict[str, Any], group: str) -> Any:
-    """What a function or a class of somebody's package makes of the options that its config group gives.
+@cache
+def settings_class(path: str, group: str, base: type) -> type:
+    """The dataclass ``base`` with the settings that a ``_target_`` takes after its first argument, typed as it says.
 
     Raises:
-        UsageError: it does not take them.
+        UsageError: there is no such thing, or what it takes cannot be found out.
     """
-    made_by = target(path, group)
+    found = _target(path, group)
+    with blamed(path, group):
+        _, *taken = inspect.signature(found).parameters.values()
+        hints = get_type_hints(found.__init__ if inspect.isclass(found) else found, include_extras=True)
+        own = [
+            (each.name, hints.get(each.name, Any), _field(each.default))
+            for each in taken
+            if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+        ]
+        made = make_dataclass(found.__name__, own, bases=(base,), kw_only=True)
     try:
-        inspect.signature(made_by).bind(**options)
-    except TypeError as error:
-        raise UsageError(f"{group}.options={options}: {path} does not take them ({error})") from None
-    return made_by(**options)
+        OmegaConf.structured(made)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{group}._target_={path}: {str(error).splitlines()[0]}") from error
+    return made
+
+
+def _field(default: Any) -> Any:
+    return field() if default is inspect.Parameter.empty else field(default_factory=lambda: default)
+
+
+def settings(node: Any) -> dict[str, Any]:
+    """The values of the settings that `settings_class` has added."""
+    return {key: getattr(node, key) for key in type(node).__annotations__}
+
+
+def make(path: str, group: str, kind: type[T], *arguments: Any, **options: Any) -> T:
+    """What the class or the function that a ``_target_`` names makes of its arguments.
+
+    Raises:
+        UsageError: it cannot be imported, it fails, or what it makes is no ``kind``.
+    """
+    found = _target(path, group)
+    with blamed(path, group):
+        made = found(*arguments, **options)
+    if not isinstance(made, kind):
+        raise UsageError(f"{group}._target_={path}: is a {_name(type(made))} when made, and must be a {_name(kind)}")
+    return made
+
+
+@contextmanager
+def blamed(path: str, group: str) -> Iterator[None]:
+    """Whatever other people's code raises, as a `UsageError` that says where."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [each for each in frames if each.filename not in _OURS and not each.filename.startswith("<frozen ")]
+        where = f"{theirs[0].filename}, line {theirs[0].lineno}: " if theirs else ""
+        raise UsageError(f"{group}._target_={path}: {where}{type(error).__name__}: {error}") from error
+
+
+def _target(path: str, group: str) -> Any:
+    module, _, name = str(path).rpartition(".")
+    try:
+        with blamed(path, group):
+            return getattr(importlib.import_module(module), name)
+    except UsageError as error:
+        if isinstance(error.__cause__, ImportError | AttributeError | ValueError):
+            raise UsageError(f"{error}; write package.module.Name, its folder in PYTHONPATH") from error
+        raise
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from src.config.explain import explain_type, explain_violation
-from src.config.outside import target
+from src.config.outside import settings_class
 from src.config.renamed import modernised, objective_name
 from src.config.schema import METHODS, SUPPORTS, Config, KMeans, Method, Queue, Support
 from src.errors import UsageError
@@ -51,12 +51,12 @@ def _adapter(schema: Any) -> TypeAdapter:
 
 
 def _schema(group: str, composed: DictConfig, own: dict[str, type], base: type) -> type:
-    """The dataclass of a group's node: by its name, or, of one from outside, its class's ``Config``."""
+    """The dataclass of a group's node: by its name, or, of one from outside, by what its class takes."""
     node = composed.get(group)
     if not isinstance(node, DictConfig):
         raise UsageError(f"{group}={node}: choose one of {', '.join(own)}")
     if path := node.get("_target_"):
-        return getattr(target(path, group), "Config", base)
+        return settings_class(path, group, base)
     if node.get("name") not in own:
         raise UsageError(f"{group}.name={node.get('name')}: choose one of {', '.join(own)}")
     return own[node.name]
@@ -95,5 +95,6 @@ def _canonical(cfg: Config) -> Config:
     if cfg.method._target_ is None:
         without = "nothing_stored" if weight else "simclr"
         names = {"none": without, "queue": "nnclr", "kmeans": "kmclr"}
-        cfg.method = Method(name=names.get(cfg.support.name, cfg.support.name))
+        name = names.get(cfg.support.name, cfg.support.name)
+        cfg.method = Method(name=name, label=cfg.support.label, colour=cfg.support.colour)
     return cfg

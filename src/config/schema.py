@@ -56,11 +56,18 @@ def _not_blank(text: str) -> str:
 
 
 @dataclass(kw_only=True)
-class Support:
-    """What every support set is told. One from outside this project adds its own, in its class's ``Config``."""
+class Part:
+    """What every method and support set has. One from outside this project adds what its class takes."""
 
     name: str
+    label: str | None = None  # its name in tables and plots
+    colour: Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")] | None = None
     _target_: str | None = None  # the class, of one from outside
+
+
+@dataclass(kw_only=True)
+class Support(Part):
+    """Of a run whose method is ours, label and colour are the support set's."""
 
 
 @dataclass(kw_only=True)
@@ -92,13 +99,8 @@ class Objective:
 
 
 @dataclass(kw_only=True)
-class Method:
-    """What every method is told. One from outside this project adds its own, in its class's ``Config``."""
-
-    name: str
-    label: str | None = None  # its name in tables and plots
-    colour: Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")] | None = None
-    _target_: str | None = None  # the class, of one from outside
+class Method(Part):
+    """Ours are told the objective's settings instead; to one from outside these mean nothing."""
 
 
 @dataclass

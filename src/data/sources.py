@@ -13,9 +13,11 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from src.config.outside import blamed, make
 from src.config.schema import Data
 from src.data.decoding import Contents, Part, Picture, Source, open_file, stamp
 from src.data.folders import files_below
@@ -45,6 +47,8 @@ def find(cfg: Data) -> Source:
     Raises:
         UsageError: If it is unknown, or its files are not where ``data.root`` says.
     """
+    if cfg._target_ is not None:
+        return outside(cfg._target_, cfg.options)
     if cfg.name == "digits":
         return digits()
     root = root_of(cfg)
@@ -61,6 +65,17 @@ def find(cfg: Data) -> Source:
     if cfg.name == "parquet":
         return parquet(root, cfg.image_column or "image", cfg.label_column or "label")
     raise UsageError(f"data.name={cfg.name}: unknown; choose cifar100, cifar10, digits, image_folder or parquet")
+
+
+def outside(path: str, options: dict[str, Any]) -> Source:
+    """What somebody's own function makes of the options; other options are other images, whatever its stamp says."""
+    source = make(path, "data", Source, **options)
+
+    def read() -> Contents:
+        with blamed(path, "data"):
+            return source.read()
+
+    return Source(f"{path} {options} {source.stamp}", read)
 
 
 def digits() -> Source:

@@ -32,8 +32,8 @@ class Parts(NamedTuple):
 class Method(nn.Module, ABC):
     """A module that turns two views into a loss.
 
-    One from outside this project is made as ``TheClass(parts, cfg.method)``. Its class attribute ``Config``, a
-    dataclass that extends `src.config.schema.Method`, types its own settings.
+    One from outside this project (docs/extending.md) is made as ``TheClass(parts, **settings)``: the annotations of its
+    constructor are the types of the settings that its YAML file may have.
 
     All that a resume needs is in ``state_dict()``. Parameters that require no gradient are left to the method.
     """

@@ -21,6 +21,7 @@ FIGURES = {
     "test/linear_top5": "test linear top-5",
 }
 OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs
+IN_THE_ROW = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
 SAME = (
     "dtype",
     "git_commit",
@@ -164,7 +165,7 @@ def differing(runs: Sequence[Record]) -> list[str]:
     for run in runs:
         by_method[run.params["method.name"]].append(settings(run))
     everyone = [each for group in by_method.values() for each in group]
-    keys = {key for each in everyone for key in each} - {"method.name", "support.name", "k", "queue_size", "seed"}
+    keys = {key for each in everyone for key in each} - set(IN_THE_ROW)
 
     def differs(key: str) -> bool:
         groups = by_method.values() if key.startswith(OWN) else [everyone]

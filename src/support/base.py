@@ -37,8 +37,8 @@ class SupportSet(nn.Module, ABC):
 
     Everything a resume needs is a persistent buffer (or in the extra state), so ``state_dict()`` carries it.
 
-    One from outside this project is made as ``TheClass(cfg.support, space)``. Its class attribute ``Config``, a
-    dataclass that extends `src.config.schema.Support`, types its settings; a setting ``size`` is its number of vectors.
+    One from outside this project (docs/extending.md) is made as ``TheClass(space, **settings)``: the annotations of its
+    constructor are the types of the settings that its YAML file may have. A setting ``size`` is its number of vectors.
 
     Args:
         size: N.

@@ -151,7 +151,8 @@ def refuse_unused(jobs: Sequence[Job]) -> None:
     """Raise a `UsageError` for a key that every job passed over."""
     unused = [set(job.passed_over) for job in jobs if job.cfg]
     if unused and (nowhere := set.intersection(*unused)):
-        raise UsageError(explain_key(min(nowhere)))
+        there = {key for job in jobs if job.cfg for key in identity.flat(job.cfg)}
+        raise UsageError(explain_key(min(nowhere), sorted(there)))
 
 
 def alternatives(union: Sequence[Grid], params: Grid, given: Grid, methods: Sequence[Sequence[str]]) -> Iterator[Grid]:

@@ -91,7 +91,7 @@ class Composer:
                     passed_over.append(each.split("=")[0])
             cfg = parse(composed)
         except (UsageError, HydraException, OmegaConfBaseException) as error:
-            reason = str(error) if isinstance(error, UsageError) else explain_composition(str(error))
+            reason = str(error) if isinstance(error, UsageError) else explain_composition(error)
             return Job(kept, None, Path(), passed_over, " ".join(reason.split()), status=2)
         return Job(kept, cfg, run_directory.choose(cfg), passed_over)
 

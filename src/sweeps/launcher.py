@@ -81,6 +81,8 @@ class LocalLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:  # noqa: ARG002
         self.config = config
+        sources = config.hydra.runtime.config_sources
+        self.config_dir = [f"--config-dir={each.path}" for each in sources if each.provider == "command-line"]
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; returns one `JobReturn` each, whose failure is a `JobFailed`."""
@@ -120,7 +122,7 @@ class LocalLauncher(Launcher):
         swept = [each for each in overrides if each.split("=")[0] in self.swept]
         print(f"job {number} starts: {' '.join(swept)} ({path})", flush=True)
         process = subprocess.Popen(
-            [sys.executable, "-m", "src.train", *overrides],
+            [sys.executable, "-m", "src.train", *self.config_dir, *overrides],
             stdin=subprocess.DEVNULL,
             stdout=log if self.jobs > 1 else None,
             stderr=log,

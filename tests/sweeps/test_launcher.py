@@ -29,7 +29,8 @@ def program(tmp_path, monkeypatch):
 
 def launch(jobs, *overrides, max_minutes=None):
     local = LocalLauncher(jobs)
-    config = OmegaConf.create({"max_minutes": max_minutes, "hydra": {"sweep": {"dir": "sweep"}}})
+    hydra = {"sweep": {"dir": "sweep"}, "runtime": {"config_sources": []}}
+    config = OmegaConf.create({"max_minutes": max_minutes, "hydra": hydra})
     local.setup(hydra_context=None, task_function=None, config=config)
     return local.launch([each.split() for each in overrides], initial_job_idx=5)
 
