@@ -6,7 +6,9 @@
 _src_completion() {
     [[ $COMP_LINE =~ ^[[:space:]]*([^ ]*python[0-9.]*)[[:space:]]+-m[[:space:]]+(src\.(train|evaluate))[[:space:]]+(.*)$ ]] || return
     local python=${BASH_REMATCH[1]} module=${BASH_REMATCH[2]} line="${BASH_REMATCH[2]} ${BASH_REMATCH[4]}" choices
-    choices=$(COMP_LINE=$line "$python" -m "$module" --shell-completion query=bash 2>/dev/null)
+    local folder=()
+    [[ $line =~ (--config-dir|-cd)[=\ ]+([^ ]+)\  ]] && folder=(--config-dir "${BASH_REMATCH[2]}")
+    choices=$(COMP_LINE=$line "$python" -m "$module" "${folder[@]}" --shell-completion query=bash 2>/dev/null)
     mapfile -t COMPREPLY < <(compgen -W "$choices" -- "${COMP_WORDS[COMP_CWORD]}")
 }
 COMP_WORDBREAKS=${COMP_WORDBREAKS//=}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import field, make_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
@@ -18,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from src.errors import UsageError
 
 T = TypeVar("T")
-_OURS = (__file__, importlib.__file__, inspect.__file__, typing.__file__)  # frames that tell nobody where a fault is
+# Where the frames of a traceback lie that tell nobody where the fault is: in src, and in what imports and inspects.
+_OURS = (str(Path(__file__).parent.parent), importlib.__file__, inspect.__file__, typing.__file__, "<frozen ")
 
 
 @cache
@@ -77,7 +79,7 @@ def blamed(path: str, group: str) -> Iterator[None]:
         raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        theirs = [each for each in frames if each.filename not in _OURS and not each.filename.startswith("<frozen ")]
+        theirs = [each for each in frames if not each.filename.startswith(_OURS)]
         where = f"{theirs[0].filename}, line {theirs[0].lineno}: " if theirs else ""
         raise UsageError(f"{group}._target_={path}: {where}{type(error).__name__}: {error}") from error
 

@@ -1,0 +1,131 @@
+import sys
+from types import ModuleType
+
+import pytest
+from torch import nn
+
+from src import build
+from src.config import identity
+from src.config.outside import make, settings, settings_class
+from src.config.parse import parse
+from src.config.schema import Backbone, Count, Data, Fraction, Method, Support
+from src.data import sources
+from src.data.decoding import Contents, Part, Source
+from src.errors import UsageError
+from tests.config.test_schema import composed
+
+
+class Net(nn.Linear):
+    def __init__(self, parts, momentum: Fraction, *, width: Count = 3, of: list[int] = [1]) -> None:  # noqa: B006
+        super().__init__(2, 2)
+
+
+class Pictures(nn.Flatten):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def theirs(monkeypatch):
+    """A module that anybody may import."""
+    module = ModuleType("theirs")
+    module.__dict__.update(Net=Net, Pictures=Pictures, seven=lambda: 7, fails=lambda first: 1 / 0, untyped=int)
+    module.typed_oddly = lambda parts, many: None
+    module.typed_oddly.__annotations__["many"] = complex
+    monkeypatch.setitem(sys.modules, "theirs", module)
+    settings_class.cache_clear()
+    return module
+
+
+def outside(group, target, *overrides, **values):
+    cfg = composed(*overrides)
+    cfg[group] = {"name": "mine", "_target_": f"theirs.{target}", **values}
+    return cfg
+
+
+def test_the_constructor_types_the_settings():
+    cfg = parse(outside("method", "Net", "support=none", momentum=1, label="Mine"))
+    assert isinstance(cfg.method, Method)
+    assert settings(cfg.method) == {"momentum": 1.0, "width": 3, "of": [1]}
+    assert (cfg.method.name, cfg.method.label) == ("mine", "Mine")
+
+
+@pytest.mark.parametrize(
+    ("target", "values", "says"),
+    [
+        ("Net", {"momentm": 0.9}, r"method.momentm: unknown key, .*; did you mean method.momentum\?"),
+        ("Net", {}, "method.momentum: has no default; give it a value"),
+        ("Net", {"momentum": 1.5}, "method.momentum=1.5: must be 1 or less"),
+        ("Net", {"momentum": "much"}, "method.momentum=much: .*could not be converted to Float"),
+        ("Net", {"momentum": 1, "width": 0}, "method.width=0: must be 1 or more"),
+        ("Nett", {}, "method._target_=theirs.Nett: AttributeError: .*; write package.module.Name"),
+        ("seven", {}, "method._target_=theirs.seven: ValueError: "),
+        ("typed_oddly", {}, "method._target_=theirs.typed_oddly: Unexpected type annotation: complex"),
+    ],
+)
+def test_a_mistake_in_them_is_one_line(target, values, says):
+    with pytest.raises(UsageError, match=says) as caught:
+        parse(outside("method", target, "support=none", **values))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_imported(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_module.py").write_text("\n1 / 0\n")
+    with pytest.raises(UsageError, match=r"broken_module.X: \S*broken_module.py, line 2: ZeroDivisionError") as caught:
+        make("broken_module.X", "method", nn.Module)
+    assert "PYTHONPATH" not in str(caught.value)
+    for path in ("no_such_module.X", "Method", "7"):
+        with pytest.raises(UsageError, match=rf"method._target_={path}: .*its folder in PYTHONPATH"):
+            make(path, "method", nn.Module)
+
+
+def test_what_fails_or_is_something_else():
+    with pytest.raises(UsageError, match=r"group._target_=theirs.fails: \S*test_outside.py, line \d+: ZeroDivision"):
+        make("theirs.fails", "group", nn.Module, 1)
+    with pytest.raises(UsageError, match=r"group._target_=theirs.fails: TypeError: .*missing 1 required"):
+        make("theirs.fails", "group", nn.Module)
+    with pytest.raises(UsageError, match=r"is a builtins.int when made, and must be a torch\S*Module"):
+        make("theirs.seven", "group", nn.Module)
+
+
+def test_its_settings_count_and_its_looks_and_the_objective_do_not():
+    def hashed(*overrides, **values):
+        return identity.config_hash(parse(outside("method", "Net", "support=none", *overrides, **values)))
+
+    base = hashed(momentum=0.9)
+    assert hashed(momentum=0.9, width=3, label="Mine", colour="#123456") == base
+    assert hashed("objective.temperature=0.7", momentum=0.9) == base
+    assert hashed(momentum=0.8) != base
+    assert hashed(momentum=0.9, width=4) != base
+
+
+def test_a_support_set_lends_its_looks_to_our_method():
+    cfg = parse(
+        outside("support", "Net", "method=simclr", "objective=mixed", momentum=0, label="Mine", colour="#123456")
+    )
+    assert isinstance(cfg.support, Support)
+    assert (cfg.method.name, cfg.method.label, cfg.method.colour) == ("mine", "Mine", "#123456")
+
+
+def test_a_backbone():
+    model, width = build.encoder(Backbone(name="mine", _target_="theirs.Pictures", options={}), 8)
+    assert isinstance(model, Pictures)
+    assert width == 3 * 8 * 8
+    with pytest.raises(UsageError, match=r"backbone: gives \[1, 3, 64\] of one image"):
+        build.encoder(Backbone(name="mine", _target_="theirs.Pictures", options={"start_dim": 2}), 8)
+    with pytest.raises(UsageError, match=r"backbone._target_=theirs.Pictures: TypeError: .*'strat_dim'"):
+        build.encoder(Backbone(name="mine", _target_="theirs.Pictures", options={"strat_dim": 2}), 8)
+
+
+def test_a_data_set(theirs):
+    contents = Contents(["one"], Part([0], []), Part([0], []))
+    theirs.images = lambda number: Source("as ever", lambda: contents if number else 1 / 0)
+
+    def found(number):
+        data = {"image_size": 8, "cache_dir": "", "val_fraction": 0.1, "split_seed": 0, "limit": None, "final": False}
+        return sources.find(Data(name="mine", **data, _target_="theirs.images", options={"number": number}))
+
+    assert found(1).read() == contents
+    assert found(1).stamp == found(1).stamp != found(2).stamp
+    with pytest.raises(UsageError, match=r"data._target_=theirs.images: \S*test_outside.py, line \d+: ZeroDivision"):
+        found(0).read()
