@@ -131,10 +131,11 @@ def _for_the_sweeper(argument: str) -> str:
     if argument[0] in "-+~" or "/" in key or key.split(".")[0] in ("hydra", *OF_THE_SWEEP) or not value:
         return argument
     try:
-        is_sweep = OverridesParser.create().parse_override(argument).is_sweep_override()
+        override = OverridesParser.create().parse_override(argument)
     except HydraException:  # which Hydra will say better
         return argument
-    return argument if is_sweep else f"{key}=choice({value})"
+    is_choice_already = override.is_sweep_override() or override.value() is None  # there is no choice(null)
+    return argument if is_choice_already else f"{key}=choice({value})"
 
 
 def _with_present_names(hydra_main: Callable[[], None]) -> None:

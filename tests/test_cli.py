@@ -164,6 +164,29 @@ def test_known_keys_reach_into_every_support_set():
     assert {"k", "queue_size", "support.forget", "projector.hidden", "augment.view1.blur", "seed"} <= set(keys)
 
 
+@pytest.mark.parametrize(
+    ("typed", "given"),
+    [
+        ("k=50", "k=choice(50)"),
+        ("k=50,100", "k=50,100"),
+        ("k=choice(50)", "k=choice(50)"),
+        ("k=interval(1,9)", "k=interval(1,9)"),
+        ("optimizer.betas=[0.9,0.95]", "optimizer.betas=choice([0.9,0.95])"),
+        ("tracking.experiment='a, b'", "tracking.experiment=choice('a, b')"),
+        ("data.limit=null", "data.limit=null"),
+        ("jobs=2", "jobs=2"),
+        ("hydra/launcher=slurm", "hydra/launcher=slurm"),
+        ("hydra.launcher.partition=gpu", "hydra.launcher.partition=gpu"),
+        ("+sweep=support_size", "+sweep=support_size"),
+        ("--multirun", "--multirun"),
+        ("k=", "k="),
+        ("k=(", "k=("),
+    ],
+)
+def test_what_hydra_leaves_to_the_sweeper(typed, given):
+    assert cli._for_the_sweeper(typed) == given
+
+
 def test_a_traceback_can_be_asked_for(command):
     done = command("src.train", "epocs=3", environment={"HYDRA_FULL_ERROR": "1"})
     assert "Traceback" in done.stderr
