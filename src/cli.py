@@ -69,7 +69,7 @@ def deliver() -> None:
 
 
 def pretrain(composed: DictConfig) -> float:
-    """One run, from a composed config to its last ``val/knn_top1`` (`src.training.loop.run`)."""
+    """One run, from a composed config to its last ``val/knn_top1`` (`src.training.run.run`)."""
     cfg = parse(composed)
     if cfg.dry_run:
         cfg.data.fingerprint = known_fingerprint(cfg.data) or cfg.data.fingerprint
@@ -77,9 +77,9 @@ def pretrain(composed: DictConfig) -> float:
         return math.nan
     from src.reporting import curves
     from src.sweeps import optuna_study
-    from src.training import loop
+    from src.training.run import run
 
-    return loop.run(cfg, optuna_study.should_prune, curves.plot)
+    return run(cfg, optuna_study.should_prune, curves.plot)
 
 
 def evaluate_again(composed: DictConfig) -> dict[str, float]:

@@ -29,6 +29,7 @@ from src.runs.tracker import Tracker
 from src.support.kmeans import KMeans
 from src.system.stopping import Stopper
 from src.training import loop
+from src.training import run as run_module
 from tests.conftest import CIFAR100, PROJECT
 from tests.data.layouts import LAYOUTS, random_image, write_set
 
@@ -156,7 +157,7 @@ def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(ru
     plain, compiled = run(*overrides, directory="plain"), run(*overrides, "compile=true", directory="compiled")
     assert losses(compiled) == pytest.approx(losses(plain), abs=0, rel=0.003)
     for steps in (2, 100):
-        monkeypatch.setattr(loop, "Stopper", lambda _, steps=steps: StopAfter(steps))
+        monkeypatch.setattr(run_module, "Stopper", lambda _, steps=steps: StopAfter(steps))
         with contextlib.suppress(SystemExit):
             run(*overrides, "compile=true", directory="broken")
     assert_same_run(compiled, compiled.parent / "broken")
@@ -242,7 +243,7 @@ def test_stopped_anywhere_and_continued_it_is_the_unbroken_run(run, monkeypatch,
     unbroken = run(*overrides, directory="unbroken")
     stops = 0
     for steps in (2, 1, 4, 1, 100):
-        monkeypatch.setattr(loop, "Stopper", lambda _, steps=steps: StopAfter(steps))
+        monkeypatch.setattr(run_module, "Stopper", lambda _, steps=steps: StopAfter(steps))
         try:
             run(*overrides, directory="broken")
         except SystemExit:
@@ -254,10 +255,10 @@ def test_stopped_anywhere_and_continued_it_is_the_unbroken_run(run, monkeypatch,
 
 def test_another_evaluation_starts_no_training_anew_and_is_said(run, monkeypatch, tmp_path, caplog):
     overrides = ["method=simclr", "epochs=2"]
-    monkeypatch.setattr(loop, "Stopper", lambda _: StopAfter(4))
+    monkeypatch.setattr(run_module, "Stopper", lambda _: StopAfter(4))
     with pytest.raises(SystemExit):
         run(*overrides)
-    monkeypatch.setattr(loop, "Stopper", Stopper)
+    monkeypatch.setattr(run_module, "Stopper", Stopper)
     directory = tmp_path / "run"
     assert Record.load(directory).status == "KILLED"
 
@@ -315,7 +316,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(run, tmp_path):
 
 def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(run, tmp_path, monkeypatch):
     """The loss alone would not show it before the next step, and the last step of an epoch is saved."""
-    real, calls = loop.TrainState.grad_norm, []
+    real, calls = run_module.TrainState.grad_norm, []
 
     def poisoned(state):
         calls.append(state.step)
@@ -323,7 +324,7 @@ def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(ru
             next(state.method.parameters()).grad[0] = math.inf
         return real(state)
 
-    monkeypatch.setattr(loop.TrainState, "grad_norm", poisoned)
+    monkeypatch.setattr(run_module.TrainState, "grad_norm", poisoned)
     with pytest.raises(Diverged, match=r"at step 5: loss [0-9.]+, norm of the gradient inf, of the weights [0-9.]+,"):
         run("method=simclr", "checkpoint.every=1")
     state = checkpoint.load_latest(tmp_path / "run/checkpoints")[1]
@@ -332,7 +333,7 @@ def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(ru
 
 
 def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
-    real = loop.TrainState.set_lr
+    real = run_module.TrainState.set_lr
     rates = {5: 1e38}  # a finite gradient, and a step into nowhere
 
     def rate(state, steps):
@@ -341,7 +342,7 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
             group["lr"] = rates.get(state.step, group["lr"])
         return lr
 
-    monkeypatch.setattr(loop.TrainState, "set_lr", rate)
+    monkeypatch.setattr(run_module.TrainState, "set_lr", rate)
     with pytest.raises(Diverged, match="of the weights inf"):
         run("method=simclr", "optimizer=sgd", "checkpoint.every=1")
     assert checkpoint.load_latest(tmp_path / "run/checkpoints")[1]["step"] == 3
@@ -354,7 +355,7 @@ def test_a_full_disk_stops_the_run_and_when_there_is_room_it_is_the_unbroken_one
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as patch:
         if where == "rows":
-            patch.setattr(loop, "Tracker", FullAtStep5)
+            patch.setattr(run_module, "Tracker", FullAtStep5)
         else:
             patch.setattr(f"src.runs.{where}.write_whole", failing(checkpoint.write_whole, full, after=2))
         with pytest.raises(CannotWrite, match=r"run(/metrics\.jsonl)?: No space left on device; mend that, and"):
@@ -386,8 +387,10 @@ class FullAtStep5(Tracker):
 
 
 def test_time_makes_checkpoints_too_also_within_an_epoch(run, tmp_path, monkeypatch):
-    steps, save = [], loop.TrainState.save
-    monkeypatch.setattr(loop.TrainState, "save", lambda state, folder: (steps.append(state.step), save(state, folder)))
+    steps, save = [], run_module.TrainState.save
+    monkeypatch.setattr(
+        run_module.TrainState, "save", lambda state, folder: (steps.append(state.step), save(state, folder))
+    )
     unbroken = run("method=kmclr", "k=7", "checkpoint.minutes=0", directory="often")
     assert steps == [1, 2, 3, 4, 5, 6]
     steps.clear()
@@ -483,7 +486,7 @@ def test_a_run_is_its_settings_and_its_images_wherever_they_lie(run, tmp_path, c
 def test_a_run_that_was_stopped_continues_on_its_own_images_only(run, tmp_path, monkeypatch, layout):
     a, b = (write_set(layout, tmp_path / name, seed) for seed, name in enumerate("ab"))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "Stopper", lambda _: StopAfter(2))
+        patch.setattr(run_module, "Stopper", lambda _: StopAfter(2))
         with pytest.raises(SystemExit):
             trained_on(run, layout, a, "output_dir=run")
     record = (tmp_path / "run/run.json").read_bytes()

@@ -1,0 +1,169 @@
+"""A run from its command to its result: pre-train, evaluate the frozen features, log.
+
+One configuration has one directory, ``multirun/NAME-HASH``. The same command again continues there, or says that the
+run is finished. Everything random is a pure function of the seed and the step (src/system/seeding.py), so on a CPU a
+resumed run ends with the very numbers of an unbroken one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from omegaconf import OmegaConf
+
+from src import build
+from src.config import identity, schema
+from src.config.names import colour_of
+from src.config.schema import Config
+from src.data import load
+from src.data.batches import check_batch_size
+from src.errors import Diverged
+from src.runs import directory as run_directory
+from src.runs import mlflow_store, origin
+from src.runs.record import Record
+from src.runs.tracker import COLOUR_TAG, Tracker, catch_up
+from src.system.atomic_write import write_whole
+from src.system.environment import environment_tags
+from src.system.redact import one_line, redact
+from src.system.stopping import Stopper
+from src.training import loop
+from src.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def run(cfg: Config, should_prune: loop.ShouldPrune, draw: Callable[[Path], Path]) -> float:
+    """Take one configuration from its start, or from where it was stopped, to its result.
+
+    Args:
+        cfg: what `src.config.parse.parse` returned.
+        should_prune: told the folder of the sweep, the number of the trial, the epoch and its metrics; whether the
+            trial lags so far behind others as to stop it.
+        draw: makes the picture of a run in its folder, and returns its path.
+
+    Returns:
+        The last ``val/knn_top1`` in percent, what a sweep may optimise; NaN with ``data.final``: no validation.
+
+    Raises:
+        UsageError: a mistake in the configuration or the data; nothing has been written then.
+        Diverged: the loss, the gradient or the weights stopped being finite, now or when it was last run.
+        CannotWrite: the disk is full or broken; the last checkpoint is kept.
+        Stopped: by a signal (128 + its number) or by ``max_minutes`` (75); the same command continues.
+    """
+    device = build.device(cfg.device)  # refuses a GPU that is not there before images are decoded
+    data = load(cfg.data).on(device)
+    cfg.data.fingerprint = data.fingerprint  # a run is its settings and its images
+    check_batch_size(cfg.batch_size, data.train)
+    state = TrainState(cfg, data)
+    warn_of_doubtful(cfg, len(data.train))
+    origin.identify(cfg)
+    tags = {"init.taken": state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
+
+    directory = run_directory.choose(cfg)
+    if cfg.tracking.name == "mlflow":
+        mlflow_store.check(cfg.tracking.experiment)  # refuses what is no store before the directory is made
+    with run_directory.exclusive(directory), Stopper(cfg.max_minutes) as stopper:
+        if run_directory.is_finished(directory, cfg):
+            catch_up(directory, cfg.tracking)
+            if changes := changed_protocol(cfg, directory):
+                logger.warning(
+                    "%s was evaluated otherwise (%s): python -m src.evaluate checkpoint=%s adds other figures",
+                    *(directory, changes, directory),
+                )
+            return say_result(directory)
+        run_directory.refuse_diverged(directory)
+        resumed = state.resume(directory / "checkpoints")
+        if resumed and (changes := changed_protocol(cfg, directory)):
+            tags["evaluation_changed"] = f"{changes} at step {state.step}"
+            logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, changes)
+        kept = redact(OmegaConf.to_yaml(OmegaConf.create(identity.without_neutral(cfg))))
+        write_whole(directory / "config.yaml", kept.encode())
+        config = identity.flat(cfg)
+        tracker = Tracker(
+            directory,
+            cfg.tracking,
+            params=config | state.sizes() | {"skipped_images": data.skipped},
+            tags=environment_tags(str(state.device))
+            | {
+                "dtype": str(state.dtype).removeprefix("torch."),
+                "config_hash": identity.config_hash(cfg),
+                COLOUR_TAG: colour_of(config),
+            }
+            | tags,
+        )
+        started = f"started from {cfg.init} ({tags['init.taken']})," if cfg.init is not None else "started"
+        print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)
+        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+        try:
+            loop.pretrain(state, data, tracker, stopper, directory, should_prune)
+            with stopper.at_once():
+                loop.finish(state, data, tracker, directory, draw)
+            status = "FINISHED"
+        except (KeyboardInterrupt, SystemExit):
+            status = "KILLED"
+            if stopper.pruned:
+                tracker.record.tags["pruned"] = "true"
+            raise
+        except Exception as error:
+            tracker.record.tags["error"] = one_line(error)
+            if isinstance(error, Diverged):
+                tracker.record.tags[run_directory.DIVERGED] = "true"
+            raise
+        finally:
+            tracker.close(status)
+            if status == "KILLED":
+                then = "pruned: other trials are far better" if stopper.pruned else "the same command continues"
+                print(f"{directory}: stopped at step {state.step}; {then}", flush=True)
+        return say_result(directory)
+
+
+def changed_protocol(cfg: Config, directory: Path) -> str:
+    """How the evaluation that is asked for differs from the record's; empty where it does not.
+
+    It is no part of a run's identity: another one starts no training anew.
+    """
+    record, now = Record.find(directory), identity.flat(cfg)
+    before = record.params if record else {}
+    keys = [key for key in now if identity.is_protocol(key) and before.get(key, str(now[key])) != str(now[key])]
+    return ", ".join(f"{key} was {before[key]} and is {now[key]}" for key in keys)
+
+
+def say_result(directory: Path) -> float:
+    """Print a finished run's figures."""
+    metrics = Record.load(directory).metrics
+    figures = [f"{key} {metrics[key]:.2f}" for key in sorted(metrics) if key.startswith(("val/", "test/"))]
+    print(f"{directory}: finished; {', '.join(figures)}", flush=True)
+    return metrics.get("val/knn_top1", math.nan)
+
+
+def warn_of_doubtful(cfg: Config, images: int) -> None:
+    """Say so where a legal setting can hardly be meant, such as a support set that the images cannot fill."""
+    if cfg.schedule.warmup_epochs >= cfg.epochs:
+        logger.warning(
+            "schedule.warmup_epochs=%g: not shorter than epochs=%d, so the learning rate only ever warms up",
+            *(cfg.schedule.warmup_epochs, cfg.epochs),
+        )
+    if cfg.queue_size is not None and cfg.queue_size > images * cfg.epochs:
+        logger.warning(
+            "queue_size=%d: %d images in %d epochs never fill it, so every positive will be the other view",
+            *(cfg.queue_size, images, cfg.epochs),
+        )
+    elif cfg.queue_size is not None and cfg.queue_size > images:
+        logger.warning(
+            "queue_size=%d: more than the %d training images, so many positives will be old embeddings of the anchor's "
+            "own image (support/self_hit tells)",
+            *(cfg.queue_size, images),
+        )
+    if isinstance(cfg.support, schema.KMeans) and (cfg.support.refit, cfg.support.forget) == ("faiss", "reset"):
+        between = images // cfg.batch_size * cfg.batch_size * cfg.support.forget_every
+        if between < cfg.support.refit_window:
+            logger.warning(
+                "support.refit_window=%d: %d embeddings between two resets never fill it, so nothing is re-clustered",
+                *(cfg.support.refit_window, between),
+            )
+    if cfg.k is not None and cfg.k > images:
+        logger.warning("k=%d: more prototypes than the %d training images; most will be single images", cfg.k, images)
