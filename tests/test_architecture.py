@@ -1,5 +1,6 @@
 """The house's rules: which package may import which (pyproject.toml), and what lies directly in src/."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -25,3 +26,33 @@ def test_an_entry_point_only_hands_over_to_the_command_line():
         lines = (PROJECT / "src" / f"{name}.py").read_text().splitlines()
         assert len(lines) <= 15
         assert [line for line in lines if "import" in line.split()] == ["from src import cli"]
+
+
+# Packages that take long to load, or need not be installed: imported where they are used, so that `--help`, a mistake
+# and a sweep's own process do not wait for them. So are our own modules that load them.
+HEAVY = {"faiss", "matplotlib", "mlflow", "optuna", "PIL", "pyarrow", "sklearn", "timm", "torch", "torchvision"}
+OURS = {
+    "src.data.batches",
+    "src.data.splits",
+    "src.reporting",
+    "src.runs",
+    "src.sweeps",
+    "src.evaluation",
+    "src.training.run",
+}
+
+
+def imports_inside_functions(tree):
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            for node in ast.walk(function):
+                if isinstance(node, ast.ImportFrom):
+                    yield node.module
+                elif isinstance(node, ast.Import):
+                    yield from (alias.name for alias in node.names)
+
+
+def test_imports_inside_functions_are_for_start_up_time():
+    for path in (PROJECT / "src").rglob("*.py"):
+        for module in imports_inside_functions(ast.parse(path.read_text())):
+            assert module.split(".")[0] in HEAVY or module in OURS, f"{path}: {module}"
