@@ -78,7 +78,7 @@ def tiny(small):
 def typed(folder, tiny):
     """What the tutorial's commands print, with smaller settings."""
     printed = []
-    for line in COMMANDS.replace("=512", "=32").splitlines():
+    for line in COMMANDS.replace("queue_size=512", "queue_size=32 support.size=32").splitlines():
         _, _, module, *arguments = shlex.split(line)
         printed.append(command(folder, module, *arguments, *(tiny if module == "src.train" else ["tracking=jsonl"])))
     return printed
