@@ -13,7 +13,8 @@ from src.system import environment
 def test_the_environment_names_code_versions_and_device(monkeypatch):
     import torch
 
-    monkeypatch.setattr(sys, "argv", ["src/train.py", "k=50", "a b"])
+    monkeypatch.setattr(sys, "argv", ["src/train.py", "k=choice(50)", "rewritten"])
+    monkeypatch.setattr(environment, "TYPED", ("k=50", "a b"))
     tags = environment.environment_tags("cpu")
     assert tags["torch"] == torch.__version__.partition("+")[0] or tags["torch"] == torch.__version__
     assert tags["python"] == ".".join(map(str, sys.version_info[:3]))
