@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from src.config.explain import explain_type, explain_violation
+from src.config.explain import explain_key, explain_type, explain_violation
 from src.config.outside import settings_class
 from src.config.renamed import modernised, objective_name
 from src.config.schema import METHODS, SUPPORTS, Config, KMeans, Method, Queue, Support
@@ -77,6 +77,9 @@ def _check_combinations(cfg: Config) -> None:
             f"support={support.name}: objective.support_weight=0 makes no use of what is stored; "
             "choose objective=mixed, or support=none"
         )
+    for key, owner in (("k", KMeans), ("queue_size", Queue)):
+        if getattr(cfg, key) is not None and not isinstance(support, owner):
+            raise UsageError(explain_key(key))
     if isinstance(support, KMeans):
         if cfg.k == 1 and objective.same_prototype == "mask":
             raise UsageError("k=1: all images share the one prototype, so none would be a negative; choose 2 or more")

@@ -126,6 +126,23 @@ def test_a_bad_value_is_one_line_that_names_it(override, says):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["method=simclr", "+k=50"], r"k: only support=kmeans \(method=kmclr\) has it"),
+        (["method=nnclr", "+k=50"], r"k: only support=kmeans \(method=kmclr\) has it"),
+        (["experiment=original_nnclr", "method=kmclr"], r"queue_size: only support=queue \(method=nnclr\) has it"),
+        (
+            ["method=simclr", "support=queue"],
+            "support=queue: objective.support_weight=0 makes no use of what is stored",
+        ),
+    ],
+)
+def test_what_the_parts_do_not_have_is_refused(overrides, says):
+    with pytest.raises(UsageError, match=says):
+        parsed(*overrides)
+
+
 def test_a_window_smaller_than_k_is_refused():
     with pytest.raises(UsageError, match="refit_window=100: must hold k=400"):
         parsed("support.refit=faiss", "support.refit_window=100")
