@@ -29,6 +29,7 @@ from scripts.workbench import compose, machine
 from src import build
 from src.config import identity, schema
 from src.config.schema import Config
+from src.data.cache import fingerprint
 from src.reporting import curves
 from src.runs import directory as run_directory
 from src.runs.record import Record
@@ -72,6 +73,7 @@ def flop_an_image(cfg: Config, classes: int) -> float:
 
 def timed_run(cfg: Config, overrides: list[str], minutes: float) -> tuple[Path, int]:
     """Train, or find that it is done; the run's folder, and the exit status."""
+    cfg.data.fingerprint = fingerprint(cfg.data)  # a run is its settings and its images
     directory = run_directory.ROOT / f"speed-{identity.run_name(cfg)}-b{cfg.batch_size}-{identity.config_hash(cfg)}"
     if run_directory.is_finished(directory, cfg):
         return directory, 0

@@ -25,9 +25,10 @@ from pathlib import Path
 
 import pytest
 
+from src.config.names import COLOURS
 from src.config.schema import Tracking
 from src.reporting.mlflow_charts import COURSE, SIZE, View, sweep_view
-from src.reporting.table import COLOURS, PLOTTED
+from src.reporting.table import PLOTTED
 from src.runs.mlflow_store import prepare
 from src.runs.tracker import COLOUR_TAG, Tracker
 
