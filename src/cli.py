@@ -31,6 +31,7 @@ from src.config.parse import parse
 from src.config.renamed import new_name
 from src.data.cache import known_fingerprint
 from src.errors import RunFailed, UsageError
+from src.runs import origin
 from src.sweeps import plugins
 from src.sweeps.dry_run import preview
 from src.sweeps.launcher import JobFailed
@@ -73,6 +74,7 @@ def pretrain(composed: DictConfig) -> float:
     cfg = parse(composed)
     if cfg.dry_run:
         cfg.data.fingerprint = known_fingerprint(cfg.data) or cfg.data.fingerprint
+        origin.identify(cfg)
         print(preview([cfg], at_a_time=1))
         return math.nan
     from src.reporting import curves

@@ -22,6 +22,7 @@ BOUNDS = {
     "less_than": "must be below {lt:g}",
     "less_than_equal": "must be {le:g} or less",
     "finite_number": "must be finite",
+    "string_pattern_mismatch": "is not of the form {pattern}",
     "too_short": "give {min_length} or more",
     "too_long": "give {max_length} at most",
     "value_error": "{error}",
@@ -90,7 +91,8 @@ def explain_violation(prefix: str, error: ValidationError) -> str:
         error: of the node's fields.
     """
     first = error.errors(include_url=False)[0]
-    what = BOUNDS.get(first["type"], first["msg"][:1].lower() + first["msg"][1:]).format(**first.get("ctx", {}))
+    bound = BOUNDS.get(first["type"])
+    what = bound.format(**first.get("ctx", {})) if bound else first["msg"][:1].lower() + first["msg"][1:]
     return f"{prefix}{first['loc'][0]}={first['input']}: {what}"
 
 

@@ -16,9 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from src.config.explain import explain_key, explain_type, explain_violation
+from src.config.names import LABELS
 from src.config.outside import settings_class
 from src.config.renamed import modernised, objective_name
-from src.config.schema import METHODS, SUPPORTS, Config, KMeans, Method, Queue, Support
+from src.config.schema import SUPPORTS, Config, KMeans, Method, Queue, Support
 from src.errors import UsageError
 
 
@@ -32,7 +33,8 @@ def parse(composed: DictConfig) -> Config:
     try:
         schema = OmegaConf.structured(Config)
         schema.support = OmegaConf.structured(_schema("support", composed, SUPPORTS, Support))
-        schema.method = OmegaConf.structured(_schema("method", composed, dict.fromkeys(METHODS, Method), Method))
+        ours = [*LABELS, OmegaConf.select(composed, "support.name")]  # with somebody's support set, ours has its name
+        schema.method = OmegaConf.structured(_schema("method", composed, dict.fromkeys(ours, Method), Method))
         cfg: Config = OmegaConf.to_object(OmegaConf.merge(schema, composed))  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise UsageError(explain_type(error)) from error
@@ -54,11 +56,11 @@ def _schema(group: str, composed: DictConfig, own: dict[str, type], base: type) 
     """The dataclass of a group's node: by its name, or, of one from outside, by what its class takes."""
     node = composed.get(group)
     if not isinstance(node, DictConfig):
-        raise UsageError(f"{group}={node}: choose one of {', '.join(own)}")
+        raise UsageError(f"{group}={node}: choose one of {', '.join(map(str, own))}")
     if path := node.get("_target_"):
         return settings_class(path, group, base)
     if node.get("name") not in own:
-        raise UsageError(f"{group}.name={node.get('name')}: choose one of {', '.join(own)}")
+        raise UsageError(f"{group}.name={node.get('name')}: choose one of {', '.join(map(str, own))}")
     return own[node.name]
 
 

@@ -248,4 +248,3 @@ class Config:
 
 
 SUPPORTS: dict[str, type[Support]] = {"none": Support, "queue": Queue, "kmeans": KMeans}
-METHODS = ("simclr", "nnclr", "kmclr", "nothing_stored")

@@ -22,13 +22,7 @@ FIGURES = {
 }
 OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs
 IN_THE_ROW = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
-SAME = (
-    "dtype",
-    "git_commit",
-    "git_dirty",
-    "device",
-    "evaluation_changed",
-)  # tags that runs should share to be compared
+SAME = ("dtype", "git_commit", "git_dirty", "device", "evaluation_changed")  # tags of runs that can be compared
 
 
 @dataclass(frozen=True)

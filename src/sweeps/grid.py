@@ -22,7 +22,7 @@ from src.config.explain import explain_key
 from src.config.renamed import new_name
 from src.errors import UsageError
 from src.sweeps.dry_run import preview
-from src.sweeps.jobs import Composer, Job
+from src.sweeps.jobs import Composer, Job, values
 from src.sweeps.launcher import JobFailed
 from src.sweeps.sweep import Sweep
 
@@ -85,9 +85,9 @@ class GridSweeper(Sweeper):
         params = self._grid([f"{key}={value}" for key, value in self.params.items()])
         union = [self._grid(shlex.split(line)) for line in self.union]
         jobs = [
-            self.compose([f"{key}={value}" for key, value in zip(grid, values, strict=True)])
+            self.compose([f"{key}={value}" for key, value in zip(grid, point, strict=True)])
             for grid in alternatives(union, params, given, [self._methods(grid) for grid in union])
-            for values in product(*grid.values())
+            for point in product(*grid.values())
         ]
         refuse_unused(jobs)
         distinct: dict[str, Job] = {}
@@ -111,13 +111,9 @@ class GridSweeper(Sweeper):
     def _grid(self, overrides: list[str]) -> Grid:
         grid: dict[str, list[str]] = {}
         for override in self.compose.parser.parse_overrides(overrides):
-            key = override.get_key_element()
-            if not override.is_sweep_override():
-                grid[key] = [override.get_value_element_as_str()]
-            elif override.is_discrete_sweep():
-                grid[key] = list(override.sweep_string_iterator())
-            else:
+            if (found := values(override)) is None:
                 raise UsageError(f"{override.input_line}: a grid wants single values; +sweep=optuna takes intervals")
+            grid[override.get_key_element()] = found
         return grid
 
     def prepare(self, sweep: Sweep) -> Sweep:
@@ -165,12 +161,12 @@ def alternatives(union: Sequence[Grid], params: Grid, given: Grid, methods: Sequ
         methods: of each alternative; none where it leaves that to the command line.
     """
     theirs = {key for grid in union for key in grid} - {"method"}
-    given = {new if (new := new_name(key)) in theirs else key: values for key, values in given.items()}
+    given = {new if (new := new_name(key)) in theirs else key: each for key, each in given.items()}
     for grid, names in zip(union, methods, strict=True):
         chosen = [each for each in names if each in given.get("method", names)]
         if names and not chosen:
             continue
-        replaced = {key: values for key, values in given.items() if key in grid or key not in theirs}
+        replaced = {key: each for key, each in given.items() if key in grid or key not in theirs}
         if "method" in grid:
             replaced |= {"method": chosen} if "method" in given else {}
         elif names:

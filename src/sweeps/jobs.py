@@ -131,6 +131,13 @@ class Composer:
         return composed
 
 
+def values(override: Override) -> list[str] | None:
+    """What an override sets or sweeps, as on the command line; None for an interval."""
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    return list(override.sweep_string_iterator()) if override.is_discrete_sweep() else None
+
+
 def _set(composed: DictConfig, override: Override) -> str:
     """Sets a value in place; returns the override under the key's present name, empty if there is no such key."""
     for key in (override.key_or_group, new_name(override.key_or_group)):

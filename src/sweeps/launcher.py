@@ -27,14 +27,7 @@ from omegaconf import DictConfig
 from src.system.stopping import PRUNED, Stopper, is_stop
 
 # Worth a word when a job starts, as is all in which the jobs differ.
-SWEPT = {
-    "method",
-    "support",
-    "objective",
-    "k",
-    "queue_size",
-    "seed",
-}
+SWEPT = {"method", "support", "objective", "k", "queue_size", "seed"}
 
 
 class JobFailed(Exception):  # noqa: N818

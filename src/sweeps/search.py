@@ -6,13 +6,11 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.types import Override
-
 from src.config import identity
 from src.errors import UsageError
 from src.sweeps.dry_run import preview
 from src.sweeps.grid import GridSweeper, refuse_unused
-from src.sweeps.jobs import Job
+from src.sweeps.jobs import Job, values
 from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED, is_stop
 
@@ -44,9 +42,9 @@ class StudySweeper(GridSweeper):
             [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         )
         overrides = {each.get_key_element(): each for each in parsed}
-        only = {key: value for key, each in overrides.items() if (value := _only_value(each)) is not None}
-        fixed = [f"{key}={value}" for key, value in only.items()]
-        space = studies.space([each for key, each in overrides.items() if key not in only], self.config)
+        fixed = [f"{key}={only[0]}" for key, each in overrides.items() if (only := values(each)) and len(only) == 1]
+        drawn = [each for each in overrides.values() if len(values(each) or ()) != 1]
+        space = studies.space(drawn, self.config)
         base = self.compose(fixed)
         refuse_unused([base])
         if not space:
@@ -96,16 +94,6 @@ class StudySweeper(GridSweeper):
             if best := study.best():
                 print(f"best: trial {best[0]}, val/knn_top1 {best[1]:.2f}, {study.points()[best[0]]}", flush=True)
         sys.exit(sweep.status)
-
-
-def _only_value(override: Override) -> str | None:
-    """The value of a key that is fixed; None where there are several."""
-    if not override.is_sweep_override():
-        return override.get_value_element_as_str()
-    if not override.is_discrete_sweep():
-        return None
-    values = list(override.sweep_string_iterator())
-    return values[0] if len(values) == 1 else None
 
 
 def _conclude(study: Study, job: Job) -> None:

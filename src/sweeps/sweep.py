@@ -1,9 +1,6 @@
-"""A sweep: many configurations under one roof, ``python -m src.train --multirun +sweep=support_size``.
+"""The folder of a sweep, ``multirun/sweep-NAME-HASH``, and its run in MLflow, under which the jobs are nested.
 
-Hydra composes each job; this module decides which jobs there are, leaves out those that are finished, hands the rest to
-the launcher, and makes one table and one plot of what came out. In MLflow a sweep is a run with its jobs nested under
-it. The truth is in the folders, ``multirun/NAME-HASH`` for each job and ``multirun/sweep-NAME-HASH`` for the sweep, so
-the same command again does what is left, and nothing else.
+However a sweep ends, one table and one plot show what has come out, and a line says how to get the rest.
 """
 
 from __future__ import annotations
@@ -12,9 +9,9 @@ import hashlib
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from src.config import schema
 from src.errors import UsageError
@@ -28,11 +25,6 @@ from src.sweeps.jobs import Job
 from src.system.environment import TYPED
 from src.system.redact import redact
 from src.system.stopping import PRUNED, is_stop
-
-if TYPE_CHECKING:
-    pass
-
-Grid = Mapping[str, Sequence[str]]  # key: its values, as on the command line
 
 
 class Sweep:
@@ -63,8 +55,7 @@ class Sweep:
         self.lock.__enter__()
         self.handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # closes what is open
         tags = {"sweep_id": self.id, "command": _command()}
-        params = {"sweep": self.name}
-        self.tracker = Tracker(self.directory, self.cfg, params, tags)
+        self.tracker = Tracker(self.directory, self.cfg, {"sweep": self.name}, tags)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -84,18 +75,14 @@ class Sweep:
         lacking = [job for job in self.jobs if job not in finished and job not in pruned]
         for job in self.jobs:
             if job.record and job.record.status == "RUNNING":
-                with (
-                    suppress(UsageError),
-                    run_directory.exclusive(job.directory),
-                ):  # refused where a cluster still works on it
+                # Another process still works on it where a cluster's queue has taken it up again.
+                with suppress(UsageError), run_directory.exclusive(job.directory):
                     mark_failed(job.directory, job.error or "its process is gone")
-        children = [job.directory for job in self.jobs if job.record]
-        attach_children(self.tracker, children)
+        attach_children(self.tracker, [job.directory for job in self.jobs if job.record])
         charts_path = share(self.tracker, mlflow_charts.sweep_view)
 
-        notes = [
-            f"no result: {f'{job.label}: ' if job.cfg else ''}{job.reason}" for job in lacking
-        ]  # a mistake in a setting names the setting
+        # A mistake in a setting names the setting, so the job need not be named.
+        notes = [f"no result: {f'{job.label}: ' if job.cfg else ''}{job.reason}" for job in lacking]
         notes += [f"pruned: {job.label}" for job in pruned]
         rows, more = summarise([Record.load(job.directory) for job in finished])
         if rows:

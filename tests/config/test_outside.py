@@ -2,6 +2,7 @@ import sys
 from types import ModuleType
 
 import pytest
+from omegaconf import OmegaConf
 from torch import nn
 
 from src import build
@@ -105,6 +106,14 @@ def test_a_support_set_lends_its_looks_to_our_method():
     )
     assert isinstance(cfg.support, Support)
     assert (cfg.method.name, cfg.method.label, cfg.method.colour) == ("mine", "Mine", "#123456")
+    saved = OmegaConf.create(identity.without_neutral(cfg))
+    assert identity.config_hash(parse(saved)) == identity.config_hash(cfg)
+
+
+@pytest.mark.parametrize("colour", ["red", "#12345", "#1234567", "{}", "{6}"])
+def test_a_colour_that_is_none_is_one_line(colour):
+    with pytest.raises(UsageError, match=r"support\.colour=\S+: is not of the form \^#"):
+        parse(outside("support", "Net", "method=simclr", "objective=mixed", momentum=0, colour=colour))
 
 
 def test_a_backbone():

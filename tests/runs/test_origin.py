@@ -32,7 +32,7 @@ def weights(directory):
     return checkpoint.load_latest(directory / "checkpoints")[1]["model"]
 
 
-def test_a_run_starts_from_another_in_a_directory_of_its_own(run, tmp_path):
+def test_a_run_starts_from_another_in_a_directory_of_its_own(run, small, tmp_path, capsys):
     first = run(*KMCLR)
     second = run(*KMCLR, f"init={first}", "optimizer.lr=1e-12")
     assert second != first
@@ -43,6 +43,22 @@ def test_a_run_starts_from_another_in_a_directory_of_its_own(run, tmp_path):
     for key in (key for key in learned if key.startswith(("encoder", "projector")) and key.endswith("weight")):
         torch.testing.assert_close(kept[key], learned[key], msg=key)
     assert kept["support._extra_state"]["step"] == 2 * learned["support._extra_state"]["step"]
+
+    cli.pretrain(
+        composed(
+            *small,
+            "epochs=1",
+            "tracking=jsonl",
+            "data.limit=128",
+            *KMCLR,
+            f"init={first}",
+            "optimizer.lr=1e-12",
+            "dry_run=true",
+        )
+    )
+    listed = capsys.readouterr().out
+    assert second.name in listed
+    assert "finished" in listed
 
     first.rename(tmp_path / "moved")  # the same weights, so the same run
     assert run(*KMCLR, "init=moved", "optimizer.lr=1e-12") == second
