@@ -73,7 +73,8 @@ def pretrain(
             support.clear_stats()
         clock = time.perf_counter()
         for images, labels, ids in epoch_batches(data.train, cfg.batch_size, cfg.seed, epoch, device, start):
-            torch.compiler.cudagraph_mark_step_begin()  # compiled parts may overwrite what they returned
+            if cfg.compile:  # compiled parts may overwrite what they returned; the compiler takes seconds to import
+                torch.compiler.cudagraph_mark_step_begin()
             seed_everything(cfg.seed, state.step)
             lr = state.set_lr(steps_per_epoch)
 

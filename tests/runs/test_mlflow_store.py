@@ -52,10 +52,10 @@ def test_a_deleted_experiment_is_one_line(client, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attempt", range(3))
-def test_eight_processes_may_start_together_in_an_empty_folder(tmp_path, monkeypatch, attempt):
+def test_processes_may_start_together_in_an_empty_folder(tmp_path, monkeypatch):
+    """`scripts/reliability/together.py` does it over and over."""
     pytest.importorskip("mlflow")
-    processes = [start(RUN, tmp_path, NAME=f"run{i}") for i in range(8)]
+    processes = [start(RUN, tmp_path, NAME=f"run{i}") for i in range(4)]
     for process in processes:
         out, err = process.communicate(timeout=300)
         assert (process.returncode, out, err) == (0, "", ""), "and none of MLflow's chatter"
@@ -64,7 +64,7 @@ def test_eight_processes_may_start_together_in_an_empty_folder(tmp_path, monkeyp
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     client = mlflow_store.prepare()
     found = query.read_runs("exp", "mlflow")
-    assert sorted(run.name for run in found) == [f"run{i}" for i in range(8)]
+    assert sorted(run.name for run in found) == [f"run{i}" for i in range(4)]
     for run in found:
         assert run.status == "FINISHED"
         assert [step for step, _ in history(client, run.run_id, "train/loss")] == list(range(50))
@@ -74,7 +74,7 @@ def test_eight_processes_may_start_together_in_an_empty_folder(tmp_path, monkeyp
 def test_a_kill_while_the_store_is_created_leaves_none_or_a_whole_one(tmp_path):
     pytest.importorskip("mlflow")
     aside = tmp_path / "mlflow.db.new"
-    for tenths in (12, 8, 4, 1):
+    for tenths in (8, 1):
         aside.unlink(missing_ok=True)
         process = start("from src.runs import mlflow_store; mlflow_store.prepare()", tmp_path)
         while not aside.exists():
