@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -72,7 +73,27 @@ def test_tab_completion_in_bash(line, offers):
     assert set(done.stdout.split()) == offers
 
 
-@pytest.mark.slow
+@pytest.fixture
+def typed(tmp_path, monkeypatch, capsys):
+    """Types a line that ends with an error, in this process and the test's own folder; its status and stderr.
+
+    `test_a_mistake_in_a_process_of_its_own` types the like as a user does, which takes seconds.
+    """
+
+    def run(entry, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["src", *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        try:
+            with pytest.raises(SystemExit) as end:
+                entry()
+        finally:
+            GlobalHydra.instance().clear()
+        return end.value.code, capsys.readouterr().err
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -106,18 +127,26 @@ def test_tab_completion_in_bash(line, offers):
         ("output_dir=a_file data=digits backbone=resnet_tiny", "output_dir=a_file: is a file"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(command, tmp_path, cache_dir, arguments, says):
+def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(typed, tmp_path, cache_dir, arguments, says):
     (tmp_path / "a_file").touch()
-    cache = [f"data.cache_dir={cache_dir}"]
-    done = command("src.train", *arguments.split(), *cache)
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("decoding digits")]
+    status, stderr = typed(cli.train, *arguments.split(), f"data.cache_dir={cache_dir}")
+    assert status == 2
+    (line,) = [line for line in stderr.splitlines() if not line.startswith("decoding digits")]
     assert line.startswith("error: ")
     assert says in line
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arguments", ["k=0", "epocs=3", "data=digits data.limit=3", "--multirun method=kmclr k=0,-1"])
+def test_a_mistake_in_a_process_of_its_own(command, tmp_path, cache_dir, arguments):
+    done = command("src.train", *arguments.split(), f"data.cache_dir={cache_dir}")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("decoding digits")]
+    assert line.startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -129,12 +158,12 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(command, tmp_
         ("evaluation.epochs=5", "evaluation.epochs: the chosen options do not have it; choose evaluation=... first"),
     ],
 )
-def test_mistakes_in_evaluate(command, tmp_path, arguments, says):
+def test_mistakes_in_evaluate(typed, tmp_path, arguments, says):
     (tmp_path / "a_file").touch()
-    done = command("src.evaluate", *arguments.split())
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert done.stderr.count("\n") == 1
+    status, stderr = typed(cli.evaluate, *arguments.split())
+    assert status == 2
+    assert says in stderr
+    assert stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
 
 

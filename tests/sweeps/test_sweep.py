@@ -224,14 +224,6 @@ def test_time_for_all_jobs_together(command, small, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_without_a_legal_job_is_one_line(command, tmp_path):
-    done = command("src.train", "--multirun", "method=kmclr", "k=0,-1")
-    assert done.returncode == 2
-    assert done.stderr == "error: k=0: must be 1 or more\n"
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
 def test_a_search_killed_and_run_again(command, small, tmp_path):
     arguments = [*small, "+sweep=optuna", "k=int(interval(5,60))", "hydra.sweeper.trials=4", "tracking=jsonl"]
     process = start(tmp_path, *arguments)
