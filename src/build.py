@@ -97,6 +97,7 @@ def method(cfg: Config, classes: int, search: Search, device: torch.device) -> t
         search: the back end, which the evaluation uses too: on a GPU each one reserves memory.
         device: where all of it goes.
     """
+    # First of all that is random, so that a seed stands for one untrained encoder, whatever the method.
     backbone, features = encoder(cfg.backbone, cfg.data.image_size)
     dim = cfg.projector.out
     projector = models.projector(features, cfg.projector.hidden, dim)

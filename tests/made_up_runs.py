@@ -29,6 +29,11 @@ def run(method, size=0, seed=0, top1=50.0, status="FINISHED", at=0.0, name=None,
     return replace(made, params=common | own | params, metrics=metrics)
 
 
+def with_untrained(one, **figures):
+    """The same run, as one that has measured its encoder before the first step."""
+    return replace(one, metrics=one.metrics | {f"untrained/{k.replace('_', '/', 1)}": v for k, v in figures.items()})
+
+
 def without(one, metric):
     return replace(one, metrics={key: value for key, value in one.metrics.items() if key != metric})
 

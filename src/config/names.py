@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+UNTRAINED = "untrained"  # the encoder before the first step: a row's name, and what its metrics' names begin with
 LABELS = {"simclr": "SimCLR", "nothing_stored": "nothing stored", "nnclr": "NNCLR", "kmclr": "KMCLR"}
 COLOURS = {"simclr": "#404040", "nothing_stored": "#999999", "nnclr": "#d55e00", "kmclr": "#0072b2"}
+COLOURS |= {UNTRAINED: "#8c6d31"}
 SPARE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from src import build
 from src.config import schema
+from src.config.names import UNTRAINED
 from src.config.parse import parse
 from src.data import Dataset, load
 from src.data.splits import Split, stratified_split
@@ -81,6 +82,17 @@ def final(frozen: FrozenEncoder, data: Dataset, cfg: schema.Evaluation, search: 
         "test/linear_top1": topk_percent(logits, test.labels_N, 1),
         "test/linear_top5": topk_percent(logits, test.labels_N, 5),
     }
+
+
+def untrained(
+    frozen: FrozenEncoder, data: Dataset, cfg: schema.Evaluation, search: Search, seed: int
+) -> dict[str, float]:
+    """The figures of an encoder that has learned nothing, below which no other should be: ``untrained/test/...``."""
+    figures = final(frozen, data, cfg, search, seed)
+    if data.val is not None:
+        train, val = frozen.features(data.train), frozen.features(data.val)
+        figures["val/knn_top1"] = _knn_percent(train, val, len(data.classes), cfg, search)
+    return {f"{UNTRAINED}/{key}": value for key, value in figures.items()}
 
 
 def _knn_percent(bank: Features, queries: Features, classes: int, cfg: schema.Evaluation, search: Search) -> float:

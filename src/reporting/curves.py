@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from src.config.names import COLOURS, UNTRAINED
 from src.runs.record import METRICS, read_rows
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Course(NamedTuple):
     colour: str
     epochs: int
     directories: tuple[Path, ...]
+    is_untrained: bool = False  # the runs' encoder before the first step, which is a level and no curve
 
 
 def read(directory: Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -60,6 +62,8 @@ def plot(directory: Path) -> Path:
     for axes, (title, keys) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         for key, style in zip(keys, ("-", "--"), strict=False):
             axes.plot(*curves.get(key, ([], [])), style, label=key.split("/")[1])
+        if level := curves.get(f"{UNTRAINED}/{keys[0]}"):
+            axes.axhline(level[1][-1], color=COLOURS[UNTRAINED], label=f"{keys[0].split('/')[1]}, untrained")
         axes.set(title=title, xlabel="step")
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
@@ -69,18 +73,23 @@ def plot(directory: Path) -> Path:
 
 
 def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]:
-    """Epoch, mean and sample standard deviation (0 for one run) of a metric, where every run has it."""
+    """Epoch, mean and sample standard deviation (0 for one run) of a metric, where every run has it.
+
+    Of the untrained encoder it is a level over all epochs.
+    """
     runs = [read(directory) for directory in course.directories]
+    metric = f"{UNTRAINED}/{metric}" if course.is_untrained else metric
     found: dict[float, list[float]] = defaultdict(list)
     for run in runs:
         last = max(step for steps, _ in run.values() for step in steps)
         for step, value in zip(*run.get(metric, ([], [])), strict=True):
             found[course.epochs * step / last].append(value)
-    return [
+    points = [
         (epoch, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
         for epoch, values in sorted(found.items())
         if len(values) == len(runs)
     ]
+    return [*points, *((course.epochs, mean, std) for _, mean, std in points)] if course.is_untrained else points
 
 
 def legend_columns(labels: Iterable[str]) -> int:

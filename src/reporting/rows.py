@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from src.config.identity import is_protocol, is_setting
-from src.config.names import LABELS, colour_of, label_of
+from src.config.names import COLOURS, LABELS, UNTRAINED, colour_of, label_of
 from src.config.renamed import modern
 from src.runs.record import Record
 
@@ -60,7 +60,8 @@ def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:
     """Averages the runs that differ only in their seed, and no others.
 
     Returns:
-        Rows by method, then support size; and notes on all that the figures alone would hide.
+        Rows by method, then support size, ahead of them the untrained encoder's; and notes on all that the figures
+        alone would hide.
     """
     kept, notes = select(runs)
     keys = differing(kept)
@@ -84,7 +85,26 @@ def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:
     ]
     order = {method: place for place, method in enumerate(LABELS)}
     rows.sort(key=lambda row: (order.get(row.method, len(order)), row.label, row.variant, row.size))
-    return rows, notes + _remarks(rows, keys, names, common)
+    return [*_untrained(kept, keys), *rows], notes + _remarks(rows, keys, names, common)
+
+
+def _untrained(runs: Sequence[Record], keys: Sequence[str]) -> list[Row]:
+    """What the runs' encoders were worth before the first step: the same for all runs of a seed, whatever the method.
+
+    Runs that started from others' weights, and those from before it was measured, have no such figures.
+    """
+    keys = [key for key in keys if key.startswith(("backbone.", "data.")) or is_protocol(key)]
+    prefix = f"{UNTRAINED}/"
+    seeds: dict[str, dict[str, Record]] = defaultdict(dict)
+    for run in runs:
+        figures = {key.removeprefix(prefix): run.metrics[key] for key in run.metrics if key.startswith(prefix)}
+        if figures:
+            seeds[_variant(run, keys)][run.params["seed"]] = replace(run, metrics=figures)
+    rows = []
+    for variant, by_seed in sorted(seeds.items()):
+        label = f"{UNTRAINED}, {variant}" if variant else UNTRAINED
+        rows.append(Row(UNTRAINED, UNTRAINED, COLOURS[UNTRAINED], 0, 0, variant, label, tuple(by_seed.values())))
+    return rows
 
 
 def _remarks(

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from src.config.names import UNTRAINED
 from src.reporting import curves
 from src.reporting.rows import FIGURES, Row
 from src.runs.record import METRICS
@@ -96,10 +97,12 @@ def caption(rows: Sequence[Row]) -> str:
 def plot(rows: Sequence[Row]) -> Figure:
     """Accuracy against support-set size: a panel a figure, a line a method, a level across for one that stores none.
 
-    Each variant has a line of its own; far more of them than markers, as in a search, are one cloud a method.
+    Each variant has a line of its own; far more of them than markers, as in a search, are one cloud a method. The
+    untrained encoder is far below, and would take the room that tells the others apart.
     """
     from matplotlib.figure import Figure
 
+    rows = [row for row in rows if row.method != UNTRAINED]
     is_cloud = len({row.label for row in rows}) > MOST_LINES
     series: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -165,7 +168,7 @@ def courses(rows: Sequence[Row]) -> list[curves.Course]:
         here = tuple(run.directory for run in row.runs if run.directory and (run.directory / METRICS).is_file())
         if here:
             epochs = int(row.runs[0].params["epochs"])
-            found.append(curves.Course(row.title, row.size, row.colour, epochs, here))
+            found.append(curves.Course(row.title, row.size, row.colour, epochs, here, row.method == UNTRAINED))
     return found
 
 

@@ -142,6 +142,8 @@ def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, 
     cfg = state.cfg
     print("evaluating on the test images", flush=True)
     tracker.log(protocol.final(state.frozen, data, cfg.evaluation, state.search, cfg.seed), state.step)
+    if cfg.init is None:  # else a run starts from what another has learned
+        tracker.log(protocol.untrained(state.untrained(), data, cfg.evaluation, state.search, cfg.seed), step=0)
     save_file(state.encoder_weights(), directory / "encoder.safetensors")
     draw(directory)
     for name in ("config.yaml", "encoder.safetensors", "curves.png"):

@@ -104,6 +104,13 @@ class TrainState:
             "encoder_parameters": sum(p.numel() for p in self.method.encoder.parameters()),
         }
 
+    def untrained(self) -> FrozenEncoder:
+        """The encoder as it was before the first step, made again: the seed is all that it depends on."""
+        seed_everything(self.cfg.seed)
+        encoder, _ = build.encoder(self.cfg.backbone, self.cfg.data.image_size)
+        encoder.to(self.device).to(memory_format=torch.channels_last)
+        return FrozenEncoder(encoder, self.frozen.mean, self.frozen.std, self.device, self.dtype)
+
     def encoder_weights(self) -> dict[str, Tensor]:
         """The encoder's state dict, on the CPU, contiguous."""
         return {key: value.cpu().contiguous() for key, value in self.method.encoder.state_dict().items()}

@@ -22,6 +22,14 @@ def test_a_course_is_the_mean_over_seeds_where_all_of_them_have_a_value(tmp_path
     assert over_epochs(course, "support/label_agreement") == []
 
 
+def test_the_untrained_encoder_is_a_level_over_all_epochs(tmp_path):
+    folders = tuple(write(tmp_path / str(i), [value], "untrained/val/knn_top1") for i, value in enumerate((10, 12)))
+    course = Course("untrained", 0, "black", 8, folders, is_untrained=True)
+    deviation = pytest.approx(2**0.5)
+    assert over_epochs(course, "val/knn_top1") == [(0, 11, deviation), (8, 11, deviation)]
+    assert over_epochs(course._replace(is_untrained=False), "val/knn_top1") == []
+
+
 def test_courses_are_lines_apart_in_colour_or_dashes_and_what_stores_nothing_has_no_nearest_vector(tmp_path):
     none, small, large = (
         (write(tmp_path / name, [0.1, 0.2], metric),)

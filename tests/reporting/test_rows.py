@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from src.reporting.rows import distinguishing, select, summarise
 from src.runs.record import Record
-from tests.made_up_runs import STUDY, run
+from tests.made_up_runs import STUDY, run, with_untrained
 
 
 def test_rows_are_in_the_order_of_methods_then_sizes_whatever_the_order_of_runs():
@@ -30,6 +30,33 @@ def test_mean_and_sample_deviation_over_seeds(accuracies):
         assert math.isnan(row.std("test/linear_top1"))
     else:
         assert row.std("test/linear_top1") == pytest.approx(np.std(accuracies, ddof=1), abs=1e-9)
+
+
+def test_the_untrained_encoder_is_one_row_whatever_was_trained_from_it_with_a_run_a_seed():
+    """Every run of a seed measures the same; a mean over all runs would weigh a seed by its number of runs."""
+    runs = [
+        with_untrained(run(method, size, seed), test_linear_top1=10.0 + seed, val_knn_top1=8.0 + seed)
+        for method, size, seed in [("simclr", 0, 0), ("kmclr", 50, 0), ("kmclr", 400, 0), ("kmclr", 50, 1)]
+    ]
+    (first, *others), notes = summarise(runs)
+    assert (first.title, first.size, len(first.runs)) == ("untrained", 0, 2)
+    assert first.values("test/linear_top1") == [10, 11]
+    assert first.mean("val/knn_top1") == 8.5
+    without, same_notes = summarise([replace(each, metrics=run("simclr").metrics) for each in runs])
+    assert [row.title for row in others] == [row.title for row in without]
+    assert notes == same_notes
+
+
+def test_each_encoder_and_data_set_has_an_untrained_row_of_its_own():
+    runs = [
+        with_untrained(run("simclr", **{"backbone.name": name, "epochs": epochs}), test_linear_top1=top1)
+        for name, epochs, top1 in [("resnet18", "5", 10), ("resnet18", "9", 10), ("resnet50", "5", 12)]
+    ]
+    rows = [row for row in summarise(runs)[0] if row.method == "untrained"]
+    assert [(row.label, row.values("test/linear_top1")) for row in rows] == [
+        ("untrained, backbone.name=resnet18", [10]),
+        ("untrained, backbone.name=resnet50", [12]),
+    ]
 
 
 def test_runs_that_differ_in_a_setting_are_not_averaged_and_the_row_says_which():

@@ -20,7 +20,7 @@ from src.reporting.rows import summarise
 from src.reporting.table import caption, courses, plot, records, table, write
 from src.runs.record import Record
 from tests.conftest import PROJECT
-from tests.made_up_runs import STUDY, run, without
+from tests.made_up_runs import STUDY, run, with_untrained, without
 
 ROOT = PROJECT
 
@@ -43,6 +43,13 @@ def test_the_table_reads_as_a_paper_would_print_it():
 def test_one_seed_has_no_deviation_and_no_queue_no_share():
     (row,), _ = summarise([run("kmclr", 50, top1=54.66)])
     assert table([row])[1][3:] == ["-", "1", "49.66", "55.66", "54.66", "84.66"]
+
+
+def test_the_untrained_encoder_is_in_the_table_but_leaves_the_plot_its_scale():
+    runs = [with_untrained(each, test_linear_top1=9.5, val_knn_top1=7.0) for each in STUDY]
+    rows, _ = summarise(runs)
+    assert table(rows)[1] == ["untrained", "0", "0 bytes", "0.00%", "3", "7.00 ± 0.00", "-", "9.50 ± 0.00", "-"]
+    assert drawn(plot(rows).axes[0]) == drawn(plot(summarise(STUDY)[0]).axes[0])
 
 
 def test_missing_figures_are_counted_and_shown():
@@ -169,7 +176,7 @@ def test_curves_are_drawn_of_the_runs_whose_folders_are_here(tmp_path):
     runs = [replace(run("kmclr", 50, seed), directory=place) for seed, place in enumerate(places)]
     rows, notes = summarise([*runs, run("simclr")])
     (course,) = courses(rows)
-    assert course[:2] + course[3:] == ("KMCLR 50", 50, 500, (tmp_path / "a", tmp_path / "b"))
+    assert course[:2] + course[3:5] == ("KMCLR 50", 50, 500, (tmp_path / "a", tmp_path / "b"))
     assert [path.name for path in write(rows, notes, "study", tmp_path / "out")][-1] == "curves.png"
     assert (tmp_path / "out/curves.png").read_bytes().startswith(b"\x89PNG")
 

@@ -49,6 +49,8 @@ METRICS = {
     "test/linear_top1",
     "test/linear_top5",
     "test/knn_top1",
+    *(f"untrained/{key}" for key in ("val/knn_top1", "val/linear_top1")),
+    *(f"untrained/test/{key}" for key in ("knn_top1", "linear_top1", "linear_top5")),
     "time/epoch_seconds",
     "time/images_per_second",
     "time/support_fraction",
@@ -128,6 +130,21 @@ def test_a_queue_of_none_stores_nothing(run):
     record = Record.load(run("method=nnclr", "queue_size=0"))
     assert record.metrics.keys() == METRICS | OF_METHOD["simclr"]
     assert record.params["support_set_size"] == record.params["support_bytes"] == "0"
+
+
+def test_the_untrained_encoder_is_that_of_step_0_and_a_seeds_whatever_the_method(run):
+    """Its kNN, measured when the run has ended, is the one that validation measured before the first step."""
+    figures = {}
+    for method, overrides in METHODS.items():
+        history_ = history(run(*overrides, directory=method))
+        assert history_["untrained/val/knn_top1", 0] == history_["val/knn_top1", 0]
+        figures[method] = {key: value for (key, step), value in history_.items() if key.startswith("untrained/")}
+    assert figures["simclr"] == figures["nnclr"] == figures["kmclr"]
+    assert figures["simclr"] != {
+        key: value for (key, _), value in history(run("seed=1", directory="1")).items() if key in figures["simclr"]
+    }
+    started_from_another = Record.load(run("init=simclr", directory="2")).metrics
+    assert not figures["simclr"].keys() & started_from_another.keys()
 
 
 def losses(directory):
@@ -475,7 +492,7 @@ def test_a_run_is_its_settings_and_its_images_wherever_they_lie(run, tmp_path, c
     trained_on(run, layout, b, "seed=8")
     experiment = Record.load(next((tmp_path / "multirun").iterdir())).experiment
     table, _ = summarise(read_runs(experiment, "jsonl"))
-    assert sorted(len(row.runs) for row in table) == [1, 1, 2]
+    assert sorted(len(row.runs) for row in table if row.method != "untrained") == [1, 1, 2]
     for directory in (tmp_path / "multirun").iterdir():
         fingerprint = Record.load(directory).params["data.fingerprint"]
         assert OmegaConf.load(directory / "config.yaml").data.fingerprint == fingerprint
