@@ -46,7 +46,7 @@ class Course(NamedTuple):
 def read(directory: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Each metric's steps and values, from the run's ``metrics.jsonl``."""
     curves: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
-    for row in read_rows(directory / METRICS)[0]:
+    for row in sorted(read_rows(directory / METRICS)[0], key=lambda row: row["step"]):
         for key, value in row["metrics"].items():
             curves[key][0].append(row["step"])
             curves[key][1].append(value)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import UsageError
+from src.runs.record import begins_with
 from src.system.atomic_write import write_whole
 
 FORMAT = 3
@@ -96,17 +97,33 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_latest(directory: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and where it is, or None. Damaged ones are passed over, with a warning.
+def load_latest(directory: Path, rows: Path | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that can be used, and where it is, or None. Others are passed over, with a warning.
+
+    Args:
+        directory: with the checkpoints.
+        rows: the run's ``metrics.jsonl``. What it held when a checkpoint was saved must still be there, because a run
+            that goes on from the checkpoint does not compute it again.
 
     Raises:
-        UsageError: the newest whole one cannot be used, say because it is of another format.
+        UsageError: the newest whole one cannot be used, say because it is of another format, or none has its rows.
     """
+    without_rows = None
     for _, path in sorted(_by_step(directory).items(), reverse=True):
         try:
-            return path, load(path)
+            state = load(path)
         except DamagedCheckpointError as error:
             logger.warning("%s; trying the one before", error)
+            continue
+        if rows is None or "rows" not in state or begins_with(rows, *state["rows"]):
+            return path, state
+        without_rows = without_rows or path
+        logger.warning("%s lacks rows from before %s; trying the checkpoint before", rows, path.name)
+    if without_rows:
+        raise UsageError(
+            f"{rows} lacks rows from before {without_rows.name}: put the whole file back, or remove {directory}; the "
+            "same command then trains from the start"
+        )
     return None
 
 

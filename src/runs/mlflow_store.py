@@ -214,8 +214,12 @@ class Delivery:
                 client.log_artifact(copy.run_id, str(path))
             self.artifacts.add(name)
         if record.status != "RUNNING":
-            client.set_terminated(copy.run_id, record.status, record.end_time)
+            self.terminate()
         copy.has = record.state(self.experiment)
+
+    def terminate(self) -> None:
+        """Tells MLflow how the run ended."""
+        self.client.set_terminated(self.copy.run_id, self.record.status, self.record.end_time)
 
     def _connect(self) -> None:
         """Creates the run, or takes up what there is of it."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -141,26 +140,53 @@ def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
 
 
 def cut_and_read(path: Path) -> list[dict[str, Any]]:
-    """Removes a last row that a kill cut short; the rows."""
+    """Removes a last row that a kill cut short, ends one that lacks nothing but its newline, and returns the rows."""
     path.touch()
     rows, end = read_rows(path)
-    os.truncate(path, end)
+    with path.open("r+b") as file:
+        file.truncate(end)
+        file.seek(max(end - 1, 0))
+        if file.read() not in (b"", b"\n"):
+            file.write(b"\n")
     return rows
 
 
 def read_rows(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The complete rows from byte ``start``, their metrics as numbers, and the byte after the last of them."""
+    """The complete rows from byte ``start``, their metrics as numbers, and the byte after the last of them.
+
+    The last row may lack its newline.
+    """
     with path.open("rb") as file:
         file.seek(start)
         data = file.read()
     complete = data[: data.rfind(b"\n") + 1]
+    if _is_row(data[len(complete) :]):
+        complete = data
     try:
         rows = [json.loads(line) for line in complete.splitlines()]
         for row in rows:
             row["metrics"] = {key: float(value) for key, value in row["metrics"].items()}
     except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{path} holds a damaged row ({one_line(error)}): remove that row") from None
+        raise UsageError(f"{path} holds a damaged row ({one_line(error)}): remove it and all rows after it") from None
     return rows, start + len(complete)
+
+
+def _is_row(text: bytes) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def begins_with(path: Path, size: int, digest: str) -> bool:
+    """Whether rows' first ``size`` bytes have the SHA-256 ``digest``; no file counts as an empty one."""
+    if not path.exists():
+        return size == 0
+    with path.open("rb") as file:
+        rows = file.read(size)
+    if len(rows) == size - 1:  # the last row lacks nothing but its newline
+        rows += b"\n"
+    return hashlib.sha256(rows).hexdigest() == digest
 
 
 def encode(metrics: Mapping[str, float]) -> dict[str, float | str]:

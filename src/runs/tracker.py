@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from src.config.schema import Tracking
-from src.errors import UsageError
+from src.errors import CannotWrite, UsageError
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
 from src.runs.record import METRICS, PARENT, Record, cut_and_read, encode, now, records_below
@@ -35,8 +36,8 @@ class Tracker:
     """The log of one run. A run whose output directory holds one already is continued.
 
     Training is deterministic, so a resumed run computes again what it had logged after its last checkpoint. Those rows
-    are kept as they are, and `log` skips a metric at or before the last step it has: no gaps, no duplicates. A finished
-    run that is opened again, to be evaluated, may log anything.
+    are kept as they are, and `log` skips a metric at a step that the file has: no gaps, no duplicates. A finished run
+    that is opened again, to be evaluated, may log anything.
 
     A store that fails does not stop training: one line is logged, the rows stay in the file, and the next flush tries
     again. What could not be delivered by the end is named by `close`, with the command that delivers it.
@@ -67,11 +68,12 @@ class Tracker:
         self.record = record = Record.find(directory) or Record.new(directory.resolve().name, tracking.experiment)
         record.ask(tracking).tags |= parent_tags(tracking.parent)
         rows = cut_and_read(directory / METRICS)
+        self._last_step: dict[str, int] = {}
         for row in rows:  # a kill may have come between a row and the record
-            record.metrics |= row["metrics"]
+            self._remember(row["metrics"], row["step"])
         self._opened = time.monotonic() - record.seconds
         finished = record.status == "FINISHED"
-        self._last_step = {} if finished else {key: row["step"] for row in rows for key in row["metrics"]}
+        self._logged = set() if finished else {(key, row["step"]) for row in rows for key in row["metrics"]}
 
         record.status, record.end_time = "RUNNING", None
         record.params = {key: str(value) for key, value in params.items()} | record.params
@@ -79,6 +81,7 @@ class Tracker:
         record.tags.pop("error", None)  # of the session before
         record.save(directory)
         self._rows = (directory / METRICS).open("ab", buffering=0)
+        self._digest = hashlib.sha256((directory / METRICS).read_bytes())
         self.flush()
 
     @property
@@ -92,17 +95,42 @@ class Tracker:
         Raises:
             OSError: there is no room for it.
         """
-        new = {key: float(value) for key, value in metrics.items() if step > self._last_step.get(key, -1)}
+        new = {key: float(value) for key, value in metrics.items() if (key, step) not in self._logged}
         if not new:
             return
         row = json.dumps({"step": step, "time": now(), "metrics": encode(new)}, allow_nan=False).encode() + b"\n"
         if self._rows.write(row) < len(row):  # a disk that is full takes a part, and refuses the next
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory / METRICS))
-        self.record.metrics |= new
+        self._digest.update(row)
+        self._remember(new, step)
+
+    def _remember(self, metrics: Mapping[str, float], step: int) -> None:
+        """Puts into the record what is not older than what it has."""
+        newest = {key: value for key, value in metrics.items() if step >= self._last_step.get(key, -1)}
+        self.record.metrics |= newest
+        self._last_step |= dict.fromkeys(newest, step)
+
+    @property
+    def written(self) -> tuple[int, str]:
+        """How many bytes of rows there are, and their SHA-256."""
+        return os.fstat(self._rows.fileno()).st_size, self._digest.hexdigest()
 
     def sync(self) -> None:
-        """Puts all rows on the disk, so that not even a power cut loses one."""
+        """Puts all rows on the disk, so that not even a power cut loses one. To be called before each save.
+
+        Raises:
+            CannotWrite: the run's directory is no longer the one that the run was started in.
+        """
         os.fsync(self._rows.fileno())
+        if not self._is_in_place():
+            raise CannotWrite(f"{self.directory}: was removed or replaced while the run worked in it, so the run stops")
+
+    def _is_in_place(self) -> bool:
+        """Whether the path still names the open file; a lock does not tell, because it goes with its folder."""
+        try:
+            return os.path.samestat(os.fstat(self._rows.fileno()), (self.directory / METRICS).stat())
+        except OSError:
+            return False
 
     def flush(self) -> None:
         """Delivers what has not been. Costs a failing store at most a tenth of the training time."""
@@ -127,6 +155,12 @@ class Tracker:
             OSError: there is no room to write that the run is finished. Another status is then told to MLflow only.
         """
         self.record.close(status)
+        if not self._is_in_place():  # what is there now belongs to another process; MLflow keeps what it has
+            with suppress(Exception):
+                if self._delivery:
+                    self._delivery.terminate()
+            self._rows.close()
+            return
         try:
             self._save()
         except OSError:

@@ -60,7 +60,7 @@ def pretrain(
         nonlocal saved
         check_weights()
         tracker.sync()  # no checkpoint is ahead of the rows
-        state.save(directory / "checkpoints")
+        state.save(directory / "checkpoints", tracker.written)
         saved = time.monotonic()
 
     if state.step == 0:
@@ -144,6 +144,7 @@ def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, 
     tracker.log(protocol.final(state.frozen, data, cfg.evaluation, state.search, cfg.seed), state.step)
     if cfg.init is None:  # else a run starts from what another has learned
         tracker.log(protocol.untrained(state.untrained(), data, cfg.evaluation, state.search, cfg.seed), step=0)
+    tracker.sync()  # as before each save
     save_file(state.encoder_weights(), directory / "encoder.safetensors")
     draw(directory)
     for name in ("config.yaml", "encoder.safetensors", "curves.png"):

@@ -24,7 +24,7 @@ from src.data.batches import check_batch_size
 from src.errors import Diverged
 from src.runs import directory as run_directory
 from src.runs import mlflow_store, origin
-from src.runs.record import Record
+from src.runs.record import METRICS, Record
 from src.runs.tracker import COLOUR_TAG, Tracker, catch_up
 from src.system.atomic_write import write_whole
 from src.system.environment import environment_tags
@@ -76,7 +76,7 @@ def run(cfg: Config, should_prune: loop.ShouldPrune, draw: Callable[[Path], Path
                 )
             return say_result(directory)
         run_directory.refuse_diverged(directory)
-        resumed = state.resume(directory / "checkpoints")
+        resumed = state.resume(directory / "checkpoints", directory / METRICS)
         if resumed and (changes := changed_protocol(cfg, directory)):
             tags["evaluation_changed"] = f"{changes} at step {state.step}"
             logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, changes)

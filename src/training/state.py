@@ -115,8 +115,13 @@ class TrainState:
         """The encoder's state dict, on the CPU, contiguous."""
         return {key: value.cpu().contiguous() for key, value in self.method.encoder.state_dict().items()}
 
-    def save(self, directory: Path) -> None:
-        """Write a checkpoint of all of it, and what an evaluation needs to know of the run."""
+    def save(self, directory: Path, rows: tuple[int, str]) -> None:
+        """Write a checkpoint of all of it, and what an evaluation needs to know of the run.
+
+        Args:
+            directory: of the checkpoints.
+            rows: what ``metrics.jsonl`` holds now (`src.runs.tracker.Tracker.written`).
+        """
         state = {
             "config": identity.without_neutral(self.cfg),
             "mean": self.frozen.mean,
@@ -126,6 +131,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "classifier_optimizer": self.classifier_optimizer.state_dict(),
             "seconds": [self.seconds, self._support_seconds()],
+            "rows": rows,
         }
         checkpoint.save(directory, self.step, state)
 
@@ -152,13 +158,17 @@ class TrainState:
                 taken.append(name)
         return ", ".join(taken)
 
-    def resume(self, directory: Path) -> bool:
+    def resume(self, directory: Path, rows: Path) -> bool:
         """Continue from the newest good checkpoint, if there is one.
+
+        Args:
+            directory: of the checkpoints.
+            rows: the run's ``metrics.jsonl``.
 
         Raises:
             UsageError: it is of another configuration, of another method or shape, or of something else.
         """
-        found = checkpoint.load_latest(directory)
+        found = checkpoint.load_latest(directory, rows)
         if found is None:
             return False
         path, state = found

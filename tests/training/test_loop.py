@@ -310,6 +310,57 @@ def test_a_crash_loses_at_most_the_steps_since_the_checkpoint(run, monkeypatch):
     assert_same_run(unbroken, run("method=kmclr", "k=7", "epochs=3", "checkpoint.every=1", directory="broken"))
 
 
+DAMAGES = {
+    "the last row is gone": (lambda lines: lines[:-1], 3),
+    "a row in the middle is gone": (lambda lines: [*lines[:-2], lines[-1]], None),
+    "all rows but two are gone": (lambda lines: lines[:2], None),
+    "the last row has lost its newline": (lambda lines: [*lines[:-1], lines[-1][:-1]], 4),
+}
+
+
+def test_rows_that_a_checkpoint_rests_on_are_missed(run, tmp_path, monkeypatch, caplog, capsys):
+    """There are checkpoints of steps 3 and 4, and the last row is that of the fourth step."""
+    overrides = ["method=kmclr", "k=7"]
+    unbroken = run(*overrides, directory="unbroken")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "Stopper", lambda _: StopAfter(4))
+        with pytest.raises(SystemExit):
+            run("checkpoint.minutes=0", *overrides, directory="stopped")
+    for name, (damage, goes_on_from) in DAMAGES.items():
+        shutil.copytree(tmp_path / "stopped", tmp_path / name)
+        metrics = tmp_path / name / "metrics.jsonl"
+        metrics.write_bytes(b"".join(damage(metrics.read_bytes().splitlines(keepends=True))))
+        caplog.clear()
+        if goes_on_from is None:
+            with pytest.raises(UsageError, match=r"metrics\.jsonl lacks rows from before step-00000004\.pt: put the"):
+                run(*overrides, directory=f"'{name}'")
+            continue
+        assert_same_run(unbroken, run(*overrides, directory=f"'{name}'").with_name(name))
+        assert f"continued at step {goes_on_from}" in capsys.readouterr().out
+        assert ("trying the checkpoint before" in caplog.text) == (goes_on_from == 3)
+
+
+@pytest.mark.parametrize("by_another", [False, True])
+def test_a_folder_that_is_taken_away_is_missed_and_what_is_put_there_stays(run, tmp_path, monkeypatch, by_another):
+    real = loop.seed_everything
+
+    def remove_at_step_4(*numbers):
+        if numbers[1:] == (4,):
+            shutil.rmtree(tmp_path / "run")
+            if by_another:
+                (tmp_path / "run").mkdir()
+                (tmp_path / "run/metrics.jsonl").write_text("another's\n")
+        real(*numbers)
+
+    monkeypatch.setattr(loop, "seed_everything", remove_at_step_4)
+    with pytest.raises(CannotWrite, match="run: was removed or replaced while the run worked in it"):
+        run("method=simclr", "checkpoint.every=1")
+    left = [path.name for path in (tmp_path / "run").glob("*")]
+    assert left == (["metrics.jsonl"] if by_another else [])
+    if by_another:
+        assert (tmp_path / "run/metrics.jsonl").read_text() == "another's\n"
+
+
 DIVERGES = ["method=simclr", "optimizer=sgd", "schedule.warmup_epochs=0"]
 
 
@@ -406,7 +457,7 @@ class FullAtStep5(Tracker):
 def test_time_makes_checkpoints_too_also_within_an_epoch(run, tmp_path, monkeypatch):
     steps, save = [], run_module.TrainState.save
     monkeypatch.setattr(
-        run_module.TrainState, "save", lambda state, folder: (steps.append(state.step), save(state, folder))
+        run_module.TrainState, "save", lambda state, *where: (steps.append(state.step), save(state, *where))
     )
     unbroken = run("method=kmclr", "k=7", "checkpoint.minutes=0", directory="often")
     assert steps == [1, 2, 3, 4, 5, 6]
