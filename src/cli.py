@@ -35,6 +35,7 @@ from src.runs import origin
 from src.sweeps import plugins
 from src.sweeps.dry_run import preview
 from src.sweeps.launcher import JobFailed
+from src.system.output import lost_reader, outlive_readers
 from src.system.redact import redact
 from src.system.stopping import Stopped
 
@@ -45,19 +46,21 @@ CONF = Path(__file__).parent.parent / "conf"
 
 def train() -> None:
     """``python -m src.train``."""
-    _compose_and("train", pretrain)
+    with _without_reader():
+        _compose_and("train", pretrain)
 
 
 def evaluate() -> None:
     """``python -m src.evaluate``."""
-    _compose_and("evaluate", evaluate_again)
+    with _without_reader():
+        _compose_and("evaluate", evaluate_again)
 
 
 def report() -> None:
     """``python -m src.report``."""
     from src.reporting import report  # matplotlib takes a second
 
-    with _explained():
+    with _without_reader(), _explained():
         report.main(sys.argv[1:])
 
 
@@ -65,7 +68,7 @@ def deliver() -> None:
     """``python -m src.tracking``."""
     from src.runs import tracker
 
-    with _explained():
+    with _without_reader(), _explained():
         tracker.main()
 
 
@@ -158,6 +161,17 @@ def _is_from_hydra(error: Exception) -> bool:
     """Of a line that Hydra cannot compose it may raise anything: a TypeError for ``tracking=[1]``."""
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return any(raised_in.is_relative_to(Path(package.__path__[0])) for package in (hydra, omegaconf))
+
+
+@contextmanager
+def _without_reader() -> Iterator[None]:
+    """Ends as SIGPIPE ends other programs where nobody reads the output to its end."""
+    outlive_readers()
+    yield
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    if lost_reader():
+        sys.exit(128 + signal.SIGPIPE)
 
 
 @contextmanager

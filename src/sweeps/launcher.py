@@ -61,8 +61,8 @@ class Job:
 class LocalLauncher(Launcher):
     """Starts ``python -m src.train OVERRIDES`` for every job.
 
-    The first SIGINT, SIGTERM or SIGUSR1 is passed on to the jobs, which save and stop; no other is started. A second
-    ends everything at once. ``max_minutes`` counts for all jobs together.
+    The first signal to stop is passed on to the jobs, which save and stop; no other is started. A second ends
+    everything at once. ``max_minutes`` counts for all jobs together.
 
     Args:
         jobs: how many at a time. With several, each gets its share of the threads, one GPU in turn, and a file for
@@ -85,7 +85,7 @@ class LocalLauncher(Launcher):
         times = Counter(each for overrides in job_overrides for each in overrides)
         self.swept = SWEPT | {each.split("=")[0] for each in times if times[each] < len(job_overrides)}
         waiting, running = deque(range(len(returns))), list[Job]()
-        passed_on = False
+        passed_on = 0
         with Stopper(self.config.max_minutes) as stopper:
             while running or (waiting and not stopper.status):
                 while waiting and len(running) < self.jobs and not stopper.status:
@@ -98,12 +98,12 @@ class LocalLauncher(Launcher):
                         overrides.append(f"max_minutes={left:.4f}")
                     running.append(self._start(place, slot, overrides, initial_job_idx + place))
                 if stopper.signal and not passed_on:
-                    passed_on = True
+                    passed_on = signal.SIGTERM if stopper.signal == signal.SIGPIPE else stopper.signal
                     for job in running:
-                        job.process.send_signal(stopper.signal)
+                        job.process.send_signal(passed_on)
                 for job in [job for job in running if job.process.poll() is not None]:
                     running.remove(job)
-                    self._collect(job, returns[job.place], stopper.signal)
+                    self._collect(job, returns[job.place], passed_on)
                 time.sleep(0.05)
         for place in waiting:
             _failed(returns[place], "not started: the sweep was stopped", stopper.status)

@@ -24,7 +24,7 @@ from src.runs.tracker import Tracker, attach_children, mark_failed, share
 from src.sweeps.jobs import Job
 from src.system.environment import TYPED
 from src.system.redact import redact
-from src.system.stopping import PRUNED, is_stop
+from src.system.stopping import PRUNED, ignored, is_stop
 
 
 class Sweep:
@@ -53,7 +53,8 @@ class Sweep:
             mlflow_store.check(self.cfg.experiment)  # once, ahead of the jobs
         self.lock = run_directory.exclusive(self.directory)
         self.lock.__enter__()
-        self.handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # closes what is open
+        numbers = {signal.SIGTERM, signal.SIGHUP} - ignored()
+        self.handlers = {number: signal.signal(number, _exit) for number in numbers}  # which closes what is open
         tags = {"sweep_id": self.id, "command": _command()}
         self.tracker = Tracker(self.directory, self.cfg, {"sweep": self.name}, tags)
         return self
@@ -67,7 +68,8 @@ class Sweep:
         finally:
             self.tracker.close(status)
             self.lock.__exit__(None, None, None)
-            signal.signal(signal.SIGTERM, self.handler)
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
 
     def _conclude(self) -> Literal["FINISHED", "FAILED", "KILLED"]:
         finished = [job for job in self.jobs if job.is_finished]
@@ -104,6 +106,10 @@ class Sweep:
             print(f"run again just what is missing: {_command()}", file=sys.stderr)
         self.status = (stopped[0] if stopped else 1) if lacking else 0
         return "FINISHED" if not lacking else "KILLED" if stopped else "FAILED"
+
+
+def _exit(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def _command() -> str:

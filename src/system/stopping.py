@@ -1,4 +1,4 @@
-"""Stopping between two steps: on a signal, or when the time is up."""
+"""Stopping between two steps: on a signal, when nobody reads the output any more, or when the time is up."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# SIGUSR1 is what SLURM can be told to send ahead of its time limit.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from src.system.output import lost_reader
+
+# SIGHUP is the end of the terminal. SIGUSR1 is what SLURM can be told to send ahead of its time limit.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # What submitit takes for it: its handler puts the job back into the queue, and ends the process.
 REQUEUING = (signal.SIGUSR1, signal.SIGUSR2)
 ECHO_SECONDS = 0.5  # `timeout` and some schedulers signal a process and then its group: that is one signal
@@ -23,6 +25,11 @@ def is_stop(status: int) -> bool:
     return status == TIME_IS_UP or status > 128
 
 
+def ignored() -> set[int]:
+    """SIGHUP where whoever started the process has asked that it outlive its terminal."""
+    return {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+
+
 class Stopped(SystemExit):
     """A run was told to stop, has saved, and can continue. Its code is the exit status.
 
@@ -33,7 +40,8 @@ class Stopped(SystemExit):
 class Stopper:
     """Notes the first signal, for the loop to look at; a second one ends the process at once.
 
-    A signal for which a scheduler's library had its own handler is handed on to it when the run has been closed.
+    A signal for which a scheduler's library had its own handler is handed on to it when the run has been closed. A
+    SIGHUP that is ignored, as by ``nohup``, stays so.
 
     Args:
         max_minutes: also stop after so long; None: never.
@@ -41,14 +49,15 @@ class Stopper:
 
     def __init__(self, max_minutes: float | None) -> None:
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
-        self.signal = 0
+        self._signal = 0
         self.pruned = False
         self._at_once = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopper:
         taken_over = [number for number in REQUEUING if callable(signal.getsignal(number))]
-        self._before = {number: signal.signal(number, self._note) for number in {*SIGNALS, *taken_over}}
+        own = {*SIGNALS, *taken_over} - ignored()
+        self._before = {number: signal.signal(number, self._note) for number in own}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -59,8 +68,8 @@ class Stopper:
             handler(self.signal, None)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if not self.signal:
-            self.signal, self._noted = number, time.monotonic()
+        if not self._signal:
+            self._signal, self._noted = number, time.monotonic()
             if self._at_once:
                 raise Stopped(self.status)
         elif time.monotonic() > self._noted + ECHO_SECONDS:
@@ -76,6 +85,11 @@ class Stopper:
             yield
         finally:
             self._at_once = False
+
+    @property
+    def signal(self) -> int:
+        """The first signal, SIGPIPE where output was printed that nobody reads; 0: none so far."""
+        return self._signal or (signal.SIGPIPE if lost_reader() else 0)
 
     @property
     def status(self) -> int:

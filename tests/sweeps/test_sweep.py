@@ -202,13 +202,13 @@ def test_killed_with_its_jobs_and_run_again_it_ends_as_an_unbroken_one(command, 
 
 
 @pytest.mark.slow
-def test_a_signal_stops_the_jobs_and_no_other_starts(small, tmp_path):
+def test_a_lost_terminal_stops_the_jobs_and_no_other_starts(small, tmp_path):
     process = start(tmp_path, *small, *SMALL_SWEEP, "k=10,20", "jobs=2", "epochs=200", "tracking=jsonl")
     running = wait_for(
         lambda: [d for d in folders(tmp_path) if (d / "metrics.jsonl").exists() and "sweep" not in d.name]
     )
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 128 + signal.SIGTERM
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(120) == 128 + signal.SIGHUP
     assert sweep_of(tmp_path)[1].status == "KILLED"
     assert len(folders(tmp_path)) <= 3
     assert Record.load(running[0]).status == "KILLED"

@@ -24,6 +24,23 @@ def test_a_signal_is_noted_its_echo_ignored_and_a_second_one_ends_the_process(nu
     assert signal.getsignal(number) == before
 
 
+def test_a_lost_terminal_is_ignored_where_nohup_has_said_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stopper(None) as stopper:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stopper.status == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_output_that_nobody_reads_is_a_reason_to_stop(monkeypatch):
+    with Stopper(None) as stopper:
+        assert stopper.status == 0
+        monkeypatch.setattr("src.system.stopping.lost_reader", lambda: True)
+        assert stopper.status == 128 + signal.SIGPIPE
+
+
 def test_time_is_up_when_it_is(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])

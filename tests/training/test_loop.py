@@ -634,6 +634,17 @@ def test_a_signal_stops_the_run_cleanly(small, tmp_path, number):
 
 
 @pytest.mark.slow
+def test_a_run_whose_output_nobody_reads_stops_as_by_a_signal(small, tmp_path):
+    arguments = " ".join([*small, "method=simclr", "tracking=jsonl", "epochs=1000", "output_dir=run"])
+    line = f"{sys.executable} -m src.train {arguments} | head -1; exit ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGPIPE, "run: started at step 0\n")
+    assert "Error" not in done.stderr
+    assert Record.load(tmp_path / "run").status == "KILLED"
+
+
+@pytest.mark.slow
 def test_max_minutes_stops_resumably(command, small, tmp_path):
     arguments = [*small, "method=simclr", "tracking=jsonl", "output_dir=run", "epochs=1000", "max_minutes=0.05"]
     first = command("src.train", *arguments)

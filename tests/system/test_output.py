@@ -1,0 +1,44 @@
+"""Output that somebody stops reading."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import PROJECT
+
+PROGRAM = """
+import sys
+from src.system.output import lost_reader, outlive_readers
+outlive_readers()
+print("read", "ü", file=getattr(sys, "{name}"), flush=True)
+sys.stdin.readline()  # until the reader has gone
+for _ in range(3):
+    print("not read", file=getattr(sys, "{name}"), flush=True)
+sys.exit(7 if lost_reader() else 0)
+"""
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("goes_away", [True, False])
+def test_what_nobody_reads_is_dropped_without_an_error(name, goes_away):
+    pipes = {"stdin": subprocess.PIPE, name: subprocess.PIPE}
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "PYTHONIOENCODING": "utf-8"}
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM.format(name=name)], env=environment, **pipes)
+    reader = getattr(process, name)
+    assert reader.readline().decode() == "read ü\n"
+    if goes_away:
+        reader.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    assert process.wait(60) == (7 if goes_away else 0)
+    if not goes_away:
+        assert reader.read().decode() == "not read\n" * 3
+        reader.close()
+
+
+def test_output_that_was_closed_from_the_start_stays_so():
+    program = "import sys; from src.system.output import outlive_readers; outlive_readers(); sys.exit(bool(sys.stdout))"
+    line = f"exec {sys.executable} -c '{program}' >&-"
+    assert subprocess.run(["bash", "-c", line], cwd=PROJECT, timeout=60).returncode == 0
