@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 UNTRAINED = "untrained"  # the encoder before the first step: a row's name, and what its metrics' names begin with
 LABELS = {"simclr": "SimCLR", "nothing_stored": "nothing stored", "nnclr": "NNCLR", "kmclr": "KMCLR"}
 COLOURS = {"simclr": "#404040", "nothing_stored": "#999999", "nnclr": "#d55e00", "kmclr": "#0072b2"}
 COLOURS |= {UNTRAINED: "#8c6d31"}
+COLOUR = "#[0-9a-fA-F]{6}"
 SPARE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
@@ -21,4 +23,5 @@ def colour_of(params: Mapping[str, object]) -> str:
     """Its colour, likewise; a method without one gets the same spare one every time."""
     name = str(params["method.name"])
     spare = SPARE_COLOURS[sum(name.encode()) % len(SPARE_COLOURS)]
-    return str(params.get("method.colour") or COLOURS.get(name, spare))
+    own = str(params.get("method.colour", ""))
+    return own if re.fullmatch(COLOUR, own) else COLOURS.get(name, spare)

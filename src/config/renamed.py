@@ -7,6 +7,8 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from src.errors import UsageError
+
 # Until the support set and the objective had groups of their own, a method held everything.
 RENAMED = {
     **{f"method.{key}": f"objective.{key}" for key in ("temperature", "support_weight", "predictor_hidden")},
@@ -19,7 +21,7 @@ RENAMED = {
 SUPPORTS = {"simclr": "none", "nnclr": "queue", "kmclr": "kmeans"}
 
 
-def objective_name(support_weight: float, predictor_hidden: int) -> str:
+def objective_name(support_weight: float, predictor_hidden: float) -> str:
     """What a loss with these settings is called, whichever way they were typed."""
     if support_weight == 0:
         return "nt_xent"
@@ -35,17 +37,28 @@ def new_name(key: str) -> str | None:
 
 
 def modern(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat record of settings under the names of now. One of today passes unchanged."""
+    """A flat record of settings under the names of now. One of today passes unchanged.
+
+    Raises:
+        UsageError: an old one is damaged.
+    """
     if "support.name" in flat or flat.get("method.name") not in SUPPORTS:
         return dict(flat)
     settings = {new_name(key) or key: value for key, value in flat.items()}
-    weight, hidden = (float(settings.get(f"objective.{key}", 0)) for key in ("support_weight", "predictor_hidden"))
+    weight, hidden = (_number(settings, f"objective.{key}") for key in ("support_weight", "predictor_hidden"))
     settings["support.name"] = SUPPORTS[flat["method.name"]]
-    settings["objective.name"] = objective_name(weight, int(hidden))
+    settings["objective.name"] = objective_name(weight, hidden)
     if str(flat.get("queue_size")) == "0":
         settings |= {"support.name": "none", "method.name": "nothing_stored"}
         settings = {key: value for key, value in settings.items() if key not in ("queue_size", "support.precision")}
     return settings
+
+
+def _number(settings: Mapping[str, Any], key: str) -> float:
+    try:
+        return float(settings.get(key, 0))
+    except (TypeError, ValueError):
+        raise UsageError(f"{key}={settings[key]}: is not a number") from None
 
 
 def modernised(composed: DictConfig) -> DictConfig:

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from src.config.names import COLOUR
+
 LARGEST = 2**63  # what torch and JSON hold of an integer
 
 Count = Annotated[int, Field(ge=1, lt=LARGEST)]
@@ -61,7 +63,7 @@ class Part:
 
     name: str
     label: str | None = None  # its name in tables and plots
-    colour: Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")] | None = None
+    colour: Annotated[str, Field(pattern=f"^{COLOUR}$")] | None = None
     _target_: str | None = None  # the class, of one from outside
 
 

@@ -81,7 +81,7 @@ def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]
     metric = f"{UNTRAINED}/{metric}" if course.is_untrained else metric
     found: dict[float, list[float]] = defaultdict(list)
     for run in runs:
-        last = max(step for steps, _ in run.values() for step in steps)
+        last = max((step for steps, _ in run.values() for step in steps), default=0) or 1
         for step, value in zip(*run.get(metric, ([], [])), strict=True):
             found[course.epochs * step / last].append(value)
     points = [

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     rows, notes = summarise(runs)
     if not rows:
         raise UsageError(f"{name}: no run has finished ({'; '.join(notes)}); train one first")
-    out = Path(asked.out or f"results/{name}")
+    out = Path(asked.out) if asked.out else _folder(name)
     write(rows, notes, name, out)
 
     show(rows, notes, name)
@@ -76,3 +76,12 @@ def main(arguments: Sequence[str]) -> None:
     print(f"plot: {out / 'plot.png'} (also .svg)")
     if asked.tracking == "mlflow":
         print(f"compare the runs in a browser: mlflow ui    ({name} at http://127.0.0.1:5000)")
+
+
+def _folder(name: str) -> Path:
+    """Where a report goes that is not told where; a name such as ``../x`` leads nowhere else."""
+    results = Path("results")
+    folder = Path(f"{results}/{name}")
+    if results.resolve() not in folder.resolve().parents:
+        raise UsageError(f"{name}: names no folder inside {results}/; say where the report goes: out=DIR")
+    return folder

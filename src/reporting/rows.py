@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from src.config.identity import is_protocol, is_setting
 from src.config.names import COLOURS, LABELS, UNTRAINED, colour_of, label_of
 from src.config.renamed import modern
+from src.errors import UsageError
 from src.runs.record import Record
 
 FIGURES = {
@@ -22,6 +23,7 @@ FIGURES = {
 }
 OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs
 IN_THE_ROW = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
+NUMBERS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
 SAME = ("dtype", "git_commit", "git_dirty", "device", "evaluation_changed")  # tags of runs that can be compared
 
 
@@ -147,15 +149,12 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
     """Keeps the finished runs, of each configuration and seed the newest, and notes what it leaves out."""
     repeats: dict[frozenset[tuple[str, str]], list[Record]] = defaultdict(list)
     unfinished = []
-    for run in sorted((replace(run, params=modern(run.params)) for run in runs), key=lambda run: run.start_time):
-        if run.status == "FINISHED" and "method.name" in run.params:
-            repeats[frozenset(settings(run).items())].append(run)
+    for run in sorted(runs, key=lambda run: run.start_time):
+        if reason := _unusable(run):
+            unfinished.append(f"{run.name} ({reason})")
         else:
-            unfinished.append(
-                f"{run.name} ({'pruned' if 'pruned' in run.tags else run.status.lower()})"
-                if run.status != "FINISHED"
-                else f"{run.name} (not a training run)"
-            )
+            usable = replace(run, params=modern(run.params))
+            repeats[frozenset(settings(usable).items())].append(usable)
     notes = [f"left out: {', '.join(unfinished)}"] if unfinished else []
     notes += [
         f"{group[-1].name} was run {len(group)} times: only the newest counts"
@@ -163,6 +162,21 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
         if len(group) > 1
     ]
     return [group[-1] for group in repeats.values()], notes
+
+
+def _unusable(run: Record) -> str:
+    """Why a run is no part of a report; empty where it is."""
+    if run.status != "FINISHED":
+        return "pruned" if "pruned" in run.tags else run.status.lower()
+    if "method.name" not in run.params:
+        return "not a training run"
+    if damaged := [key for key in NUMBERS if not re.fullmatch(r"\d{1,18}", run.params.get(key, ""), re.ASCII)]:
+        return f"its {damaged[0]} is {run.params.get(damaged[0], 'missing')}"
+    try:
+        modern(run.params)
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def settings(run: Record) -> dict[str, str]:

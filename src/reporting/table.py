@@ -198,7 +198,9 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
     write_whole(out / "table.json", f"{json.dumps(result, indent=1, allow_nan=False)}\n".encode())
 
     paths = [out / name for name in ("table.md", "table.csv", "table.json", "plot.png", "plot.svg")]
-    with rc_context({"font.size": 9, "svg.hashsalt": experiment}):  # the same runs, the same bytes
+    with rc_context(
+        {"font.size": 9, "svg.hashsalt": experiment, "text.parse_math": False}
+    ):  # the same runs, the same bytes
         figure = plot(rows)
         figure.savefig(out / "plot.png", dpi=200)
         figure.savefig(out / "plot.svg", metadata={"Date": None})
@@ -217,7 +219,7 @@ def show(rows: Sequence[Row], notes: Sequence[str], title: str) -> None:
         shown.add_column("\n".join(name.split()), justify="right")  # narrow, for the labels' sake
     for line in body:
         shown.add_row(*line)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False)
     console.print(shown)
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False)

@@ -55,7 +55,7 @@ def refuse_diverged(directory: Path) -> None:
     """
     record = Record.find(directory)
     if record and DIVERGED in record.tags:
-        raise Diverged(record.tags["error"])
+        raise Diverged(record.tags.get("error", "diverged before; resume=never tries again"))
 
 
 def is_held(directory: Path) -> bool:

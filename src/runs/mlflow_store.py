@@ -191,11 +191,12 @@ class Delivery:
         """Delivers what has come since. Harmless when repeated, also by another process: the store drops what it has.
 
         Raises:
-            UsageError: the experiment has been deleted.
+            UsageError: the experiment has been deleted, or an artifact is no file of the run's folder.
         """
         from mlflow.entities import Metric, Param, RunTag
 
         client, record, copy = self.client, self.record, self.copy
+        artifacts = record.artifact_paths()
         params = {} if self.is_connected else record.params
         if not self.is_connected:
             self._connect()
@@ -208,9 +209,8 @@ class Delivery:
             [RunTag(key, value) for key, value in tags.items() if self.tags.get(key) != value],
         )
         self.is_connected, self.bytes, self.tags = True, end, tags
-        for name in record.artifacts:
-            path = self.directory / name
-            if name not in self.artifacts and path.exists():  # the folder may have been tidied
+        for name, path in artifacts.items():
+            if name not in self.artifacts:
                 client.log_artifact(copy.run_id, str(path))
             self.artifacts.add(name)
         if record.status != "RUNNING":

@@ -44,10 +44,10 @@ def read_sweep(sweep: str, backend: str, root: Path = Path("multirun")) -> tuple
         if sweep in (identity, run.run_id):
             jobs = [each for each in runs if f"sweep.{identity}" in each.tags]
             jobs.sort(key=lambda each: each.experiment == run.experiment)  # that of a run in several experiments counts
-            return f"{run.params['sweep']}-{identity}", sorted(
+            return f"{run.params.get('sweep', 'sweep')}-{identity}", sorted(
                 {each.uuid: each for each in jobs}.values(), key=lambda each: each.start_time
             )
-    known = ", ".join(f"{identity} ({run.params['sweep']})" for identity, run in sweeps.items())
+    known = ", ".join(f"{identity} ({run.params.get('sweep', 'sweep')})" for identity, run in sweeps.items())
     raise UsageError(f"sweep={sweep}: there is no such sweep; choose from {known or 'none'}")
 
 

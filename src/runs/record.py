@@ -7,22 +7,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
+import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePath
+from typing import Annotated
 
-from src.config.schema import Tracking
+from pydantic import AfterValidator, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
+
+from src.config.schema import Natural, NotNegative, Tracking, one_of
 from src.errors import UsageError
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line, redact
+from src.system.regular_file import open_regular, read_regular
 
 METRICS = "metrics.jsonl"
 RECORD = "run.json"
 PARENT = "mlflow.parentRunId"  # a tag: MLflow's id of the sweep's run, under which its pages show a job
+
+logger = logging.getLogger(__name__)
+
+
+def _within(name: str) -> str:
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\0" in name:
+        raise ValueError(f"{name!r} is not inside the run's folder")
+    return name
 
 
 @dataclass
@@ -37,7 +51,7 @@ class Copy:
 
 @dataclass
 class Record:
-    """What ``run.json`` holds. Times are in milliseconds since the epoch, as in MLflow.
+    """What ``run.json`` must hold. Times are in milliseconds since the epoch, as in MLflow.
 
     A report's runs are records too: those that are read from MLflow hold what it has of them.
     """
@@ -45,14 +59,14 @@ class Record:
     uuid: str
     name: str
     experiment: str  # that it was last asked for under
-    start_time: int
-    end_time: int | None = None
-    seconds: float = 0.0  # worked on it, in all its sessions
-    status: str = "RUNNING"
+    start_time: Natural
+    end_time: Natural | None = None
+    seconds: NotNegative = 0.0  # worked on it, in all its sessions
+    status: Annotated[str, one_of("RUNNING", "FINISHED", "FAILED", "KILLED")] = "RUNNING"
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # the last value of each
-    artifacts: list[str] = field(default_factory=list)  # relative to the output directory
+    artifacts: list[Annotated[str, AfterValidator(_within)]] = field(default_factory=list)  # relative to the directory
     copies: dict[str, Copy] = field(default_factory=dict)  # by the name of the experiment that was asked for
     directory: Path | None = None  # where it was read or written, which is not in the file; None: not known
 
@@ -62,32 +76,37 @@ class Record:
 
     @classmethod
     def load(cls, directory: Path) -> Record:
+        """Reads a directory's record.
+
+        Raises:
+            UsageError: there is none, or it is damaged.
+        """
         path = directory / RECORD
         try:
-            values = json.loads(path.read_text())
-            record = cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
+            content = read_regular(path)
+            record = _RECORD.validate_json(content)
             record.directory = directory.resolve()
-            record.metrics = {key: float(value) for key, value in record.metrics.items()}
-            record.copies = {name: Copy(**copy) for name, copy in values.get("copies", {}).items()}
             if not record.copies:
-                record._take_over(values)
-        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-            raise UsageError(f"{path} is not the record of a run ({one_line(error)}): name another folder") from None
+                record._take_over(_OLD.validate_json(content))
+            if record.experiment not in record.copies:
+                raise ValueError(f"copies: lacks the experiment {record.experiment!r}")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} is not the record of a run ({_reason(error)}): name another folder") from None
         return record
 
-    def _take_over(self, old: dict[str, Any]) -> None:
+    def _take_over(self, old: Old) -> None:
         """What a file says of MLflow that is from the time when a run was in one experiment."""
         sweeps = {key: self.tags.pop(key) for key in list(self.tags) if key == PARENT or key.startswith("sweep.")}
         run_id = old["run_id"] if old["run_id"] != self.uuid else ""
         self.copies = {self.experiment: Copy(run_id, "", sweeps, old["for_mlflow"])}
-        told = [old[f"delivered_{what}"] for what in ("status", "bytes", "artifacts")]
-        if told == [self.status, self._rows_bytes(), len(self.artifacts)]:
+        told = (old["delivered_status"], old["delivered_bytes"], old["delivered_artifacts"])
+        if told == (self.status, self._rows_bytes(), len(self.artifacts)):
             self.copy.has = self.state(self.experiment)
 
     @classmethod
     def find(cls, directory: Path) -> Record | None:
         """The directory's record; None before a run has begun there."""
-        return cls.load(directory) if (directory / RECORD).exists() else None
+        return cls.load(directory) if os.path.lexists(directory / RECORD) else None
 
     @property
     def copy(self) -> Copy:
@@ -104,6 +123,19 @@ class Record:
         copy = self.copies.setdefault(tracking.experiment, Copy())
         copy.for_mlflow |= tracking.name == "mlflow"
         return copy
+
+    def artifact_paths(self) -> dict[str, Path]:
+        """The artifacts that are there; a folder may have been tidied.
+
+        Raises:
+            UsageError: one is no file of the run's own folder.
+        """
+        assert self.directory
+        paths = {name: self.directory / name for name in self.artifacts if os.path.lexists(self.directory / name)}
+        for name, path in paths.items():
+            if not (path.resolve().is_relative_to(self.directory.resolve()) and path.is_file()):
+                raise UsageError(f"{path} is not a file of the run's own folder: remove {name!r} from {RECORD}")
+        return paths
 
     def close(self, status: str, error: str = "") -> None:
         """Notes how the run ended, and why if it did not finish."""
@@ -134,13 +166,52 @@ class Record:
             write_whole(directory / RECORD, content)
 
 
+class Old(TypedDict):
+    """What else a file holds that is from the time when a run was in one experiment."""
+
+    run_id: str
+    for_mlflow: bool
+    delivered_status: str
+    delivered_bytes: int
+    delivered_artifacts: int
+
+
+class Row(TypedDict):
+    """A line of ``metrics.jsonl``."""
+
+    step: Natural
+    time: Natural
+    metrics: dict[str, float]
+
+
+_RECORD, _OLD, _ROW = TypeAdapter(Record), TypeAdapter(Old), TypeAdapter(Row)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong in a file, and where in it."""
+    if not isinstance(error, ValidationError):
+        return one_line(error)
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return one_line(ValueError(": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))))
+
+
 def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
-    """Every run's directory below a folder, and its record."""
-    return ((path.parent, Record.load(path.parent)) for path in root.rglob(RECORD))
+    """Every run's directory below a folder, and its record. A damaged one is passed over, with a warning."""
+    for path in root.rglob(RECORD):
+        try:
+            yield path.parent, Record.load(path.parent)
+        except UsageError as error:
+            logger.warning("passed over: %s", str(error).removesuffix(": name another folder"))
 
 
-def cut_and_read(path: Path) -> list[dict[str, Any]]:
-    """Removes a last row that a kill cut short, ends one that lacks nothing but its newline, and returns the rows."""
+def cut_and_read(path: Path) -> list[Row]:
+    """Removes a last row that a kill cut short, ends one that lacks nothing but its newline, and returns the rows.
+
+    Raises:
+        UsageError: another row is damaged, or the file is no regular one of this folder.
+    """
+    if path.is_symlink():
+        raise UsageError(f"{path} is a link, and what it names would be written to: put the rows themselves there")
     path.touch()
     rows, end = read_rows(path)
     with path.open("r+b") as file:
@@ -151,31 +222,33 @@ def cut_and_read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_rows(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
+def read_rows(path: Path, start: int = 0) -> tuple[list[Row], int]:
     """The complete rows from byte ``start``, their metrics as numbers, and the byte after the last of them.
 
     The last row may lack its newline.
     """
-    with path.open("rb") as file:
-        file.seek(start)
-        data = file.read()
+    try:
+        with open_regular(path) as file:
+            file.seek(start)
+            data = file.read()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): put the run's rows back") from None
     complete = data[: data.rfind(b"\n") + 1]
     if _is_row(data[len(complete) :]):
         complete = data
     try:
-        rows = [json.loads(line) for line in complete.splitlines()]
-        for row in rows:
-            row["metrics"] = {key: float(value) for key, value in row["metrics"].items()}
-    except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{path} holds a damaged row ({one_line(error)}): remove it and all rows after it") from None
+        rows = [_ROW.validate_json(line) for line in complete.removesuffix(b"\n").split(b"\n") if complete]
+    except ValidationError as error:
+        raise UsageError(f"{path} holds a damaged row ({_reason(error)}): remove it and all rows after it") from None
     return rows, start + len(complete)
 
 
 def _is_row(text: bytes) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
+        _ROW.validate_json(text)
+    except ValidationError:
         return False
+    return True
 
 
 def begins_with(path: Path, size: int, digest: str) -> bool:

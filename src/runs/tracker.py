@@ -279,6 +279,8 @@ def parent_tags(parent: str | None) -> dict[str, str]:
     if parent is None:
         return {}
     record = Record.load(Path(parent))
+    if "sweep_id" not in record.tags:
+        raise UsageError(f"tracking.parent={parent}: is not the folder of a sweep; leave it out")
     tags = {f"sweep.{record.tags['sweep_id']}": "true"}
     if record.copy.run_id:  # else MLflow does not have the sweep so far, and `attach_children` does it in the end
         tags[PARENT] = record.copy.run_id

@@ -51,10 +51,11 @@ def _seconds_an_epoch() -> dict[tuple[str, ...], float]:
     """Mean wall time of finished runs an epoch, by method and `_alike`, and by `_alike` alone with method ''."""
     samples: dict[tuple[str, ...], list[float]] = {}
     for _, record in records_below(run_directory.ROOT):
-        if record.status == "FINISHED" and "epochs" in record.params and record.seconds:
-            for method in ("", record.params["method.name"]):
+        epochs = record.params.get("epochs", "")
+        if record.status == "FINISHED" and epochs.isdecimal() and int(epochs) and record.seconds:
+            for method in ("", record.params.get("method.name", "")):
                 rates = samples.setdefault((method, *_alike(record.params)), [])
-                rates.append(record.seconds / int(record.params["epochs"]))
+                rates.append(record.seconds / int(epochs))
     return {key: sum(rates) / len(rates) for key, rates in samples.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,8 @@ class StudySweeper(GridSweeper):
 
 def _conclude(study: Study, job: Job) -> None:
     assert job.trial is not None
-    if job.is_finished and job.record:
-        study.conclude(job.trial, "COMPLETE", job.record.metrics["val/knn_top1"])
+    value = job.record.metrics.get("val/knn_top1", math.nan) if job.is_finished and job.record else math.nan
+    if math.isfinite(value):
+        study.conclude(job.trial, "COMPLETE", value)
     elif not is_stop(job.status):  # which stays open, and the next command continues it
         study.conclude(job.trial, "PRUNED" if job.status == PRUNED else "FAIL")

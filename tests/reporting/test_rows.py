@@ -172,3 +172,16 @@ def test_a_title_is_the_label_with_the_size_behind_the_method():
     assert [row.title for row in rows] == ["SimCLR", "KMCLR 4,096, forget=none", "KMCLR 4,096, forget=reset"]
     assert replace(rows[1], label="KMCLR and 3 more").title == "KMCLR 4,096 and 3 more"
     assert summarise([run("nnclr", 0)])[0][0].title == "nothing stored"
+
+
+@pytest.mark.parametrize("value", ["***", "", "-1", "1e400", "9" * 5000, "nan", "1.5", "\u0661"])
+@pytest.mark.parametrize("key", ["support_set_size", "support_bytes", "epochs"])
+def test_a_run_whose_sizes_are_no_numbers_is_left_out_and_named(key, value):
+    rows, notes = summarise([run("simclr"), run("nnclr", 64, **{key: value})])
+    assert [row.method for row in rows] == ["simclr"]
+    assert f"nnclr-64-seed0 (its {key} is {value})" in notes[0]
+
+
+def test_an_old_run_whose_settings_are_damaged_is_left_out_and_named():
+    _, notes = summarise([run("simclr"), run("nnclr", 64, **{"method.support_weight": "***"})])
+    assert "objective.support_weight=***: is not a number" in notes[0]

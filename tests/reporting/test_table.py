@@ -14,11 +14,12 @@ import pytest
 from rich.console import Console
 
 from src.errors import UsageError
+from src.reporting import report
 from src.reporting import table as table_module
 from src.reporting.report import Arguments, parse
 from src.reporting.rows import summarise
 from src.reporting.table import caption, courses, plot, records, table, write
-from src.runs.record import Record
+from src.runs.record import Copy, Record
 from tests.conftest import PROJECT
 from tests.made_up_runs import STUDY, run, with_untrained, without
 
@@ -260,3 +261,24 @@ def test_a_narrow_terminal_loses_no_figure(monkeypatch, capsys, width):
     for line in table(rows)[1:]:
         for number in " ".join(line[1:]).split():
             assert number in shown, "cut off"
+
+
+def test_no_name_of_a_run_is_read_as_markup_or_mathematics(tmp_path, capsys):
+    strange = {"method.label": "[/red] $x_{", "backbone.name": "[bold] $\\nope$ ${", "method.colour": "red; x"}
+    rows, notes = summarise([run("kmclr", 50, **strange), run("kmclr", 70, **strange)])
+    write(rows, notes, "[/x] $_{", tmp_path)
+    table_module.show(rows, notes, "[/x] $_{")
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("[/red] $x_{", "[bold] $\\nope$", "[/x] $_{"))
+    assert rows[0].colour == "#0072b2"
+
+
+@pytest.mark.parametrize("name", ["../../x", "..", ".", "a/../../x"])
+def test_a_report_is_not_written_outside_of_results(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    finished = replace(run("simclr"), experiment=name, copies={name: Copy()})
+    (tmp_path / "runs").mkdir()
+    finished.save(tmp_path / "runs")
+    with pytest.raises(UsageError, match="out=DIR"):
+        report.main([f"experiment={name}", "tracking=jsonl", "root=runs"])
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]

@@ -71,18 +71,112 @@ def test_killed_anywhere_and_resumed_from_any_checkpoint_the_rows_are_those_of_o
     assert resumed.record.name == directory.name
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "{}", '{"uuid": 1, "colour": "red"}'])
+def finished(folder):
+    tracker = Tracker(folder, JSONL, {"k": 50}, {})
+    tracker.log({"train/loss": 2.0}, 0)
+    tracker.close("FINISHED")
+    return folder
+
+
+def one_line(error):
+    return "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+STRANGE = [
+    None,
+    [],
+    {},
+    "text",
+    -1,
+    True,
+    math.nan,
+    math.inf,
+    10**400,
+    "../../x",
+    "/etc/hostname",
+    "\0",
+    ["/x"],
+    [None],
+]
+NOT_JSON = [
+    b"",
+    b"\xff\xfe{}",
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b"null",
+    b"{}",
+    b'{"uuid": 1, "colour": "red"}',
+    b"NaN",
+]
+
+
+@pytest.mark.parametrize("content", NOT_JSON)
 def test_a_foreign_record_is_named(tmp_path, content):
-    (tmp_path / "run.json").write_text(content)
+    (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(UsageError, match=r"run\.json is not the record of a run") as error:
         Tracker(tmp_path, JSONL, {}, {})
-    assert "\n" not in str(error.value)
+    assert one_line(error)
 
 
-def test_a_row_damaged_in_the_middle_is_named(tmp_path):
-    (tmp_path / record.METRICS).write_text('{"step": 0, "time": 0, "met\n{"step": 1, "time": 0, "metrics": {}}\n')
-    with pytest.raises(UsageError, match=r"metrics\.jsonl holds a damaged row"):
+@pytest.mark.parametrize("strange", STRANGE, ids=repr)
+@pytest.mark.parametrize("old", [False, True])
+def test_a_record_with_something_else_in_a_place_is_read_or_named(tmp_path, strange, old):
+    content = json.loads((finished(tmp_path) / "run.json").read_text())
+    if old:
+        del content["copies"]
+        content |= {"run_id": "", "for_mlflow": True, "delivered_status": "FINISHED"}
+        content |= {"delivered_bytes": 0, "delivered_artifacts": 0}
+    for key in content:
+        (tmp_path / "run.json").write_text(json.dumps(content | {key: strange}))
+        try:
+            read = Record.load(tmp_path)
+        except UsageError as error:
+            lines = str(error).splitlines()
+            assert len(lines) == 1  # the other outcome is as good
+            continue
+        read.state(read.experiment)
+        read.save(tmp_path)
+        assert Record.load(tmp_path) == read
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
+    for name in ("run.json", "metrics.jsonl"):
+        folder = finished(tmp_path / name)
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(UsageError, match=f"{name}.* regular file"):
+            Tracker(folder, JSONL, {}, {})
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        with pytest.raises(UsageError, match=name):
+            Tracker(folder, JSONL, {}, {})
+
+
+def test_rows_that_are_a_link_are_left_alone(tmp_path):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("no newline")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").symlink_to(notes)
+    with pytest.raises(UsageError, match="is a link"):
+        Tracker(tmp_path / "run", JSONL, {}, {})
+    assert notes.read_text() == "no newline"
+
+
+@pytest.mark.parametrize("row", ["{}", "[]", "text", "null", "1", "[" * 100_000, '{"step": 0, "time": 0, "met', "\x00"])
+def test_a_row_damaged_in_the_middle_is_named(tmp_path, row):
+    path = finished(tmp_path) / record.METRICS
+    path.write_text(f"{row}\n{path.read_text()}")
+    with pytest.raises(UsageError, match=r"metrics\.jsonl holds a damaged row") as error:
         Tracker(tmp_path, JSONL, {}, {})
+    assert one_line(error)
+
+
+def test_a_damaged_record_hides_no_other(tmp_path, caplog):
+    for name in ("good", "bad"):
+        finished(tmp_path / name)
+    (tmp_path / "bad/run.json").write_text("[]")
+    assert [directory.name for directory, _ in record.records_below(tmp_path)] == ["good"]
+    assert f"{tmp_path}/bad/run.json is not the record of a run" in caplog.text
 
 
 def test_values_logged_just_before_a_kill_are_in_the_record_of_the_continued_run(tmp_path):

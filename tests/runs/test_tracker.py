@@ -1,5 +1,6 @@
 """The log of a run: delivery to MLflow, kills and outages."""
 
+import json
 import math
 import os
 import shutil
@@ -421,3 +422,23 @@ def test_a_store_that_is_locked_at_the_start_gets_the_run_later(client, tmp_path
     tracking.deliver(tmp_path / "run")
     (run,) = query.read_runs("exp", "mlflow")
     assert [step for step, _ in history(client, run.run_id, "train/loss")] == list(range(5))
+
+
+@pytest.mark.parametrize(
+    "name", ["../private.txt", "/etc/hostname", "link", "linked/private.txt", "pipe", "folder", ".."]
+)
+def test_nothing_but_files_of_its_own_folder_goes_to_mlflow(client, tmp_path, name):
+    (tmp_path / "private.txt").write_text("private")
+    directory = tmp_path / "multirun" / "run"
+    tracker = Tracker(directory, MLFLOW, {}, {})
+    tracker.close("FINISHED")
+    (directory / "link").symlink_to(tmp_path / "private.txt")
+    (directory / "linked").symlink_to(tmp_path)
+    (directory / "folder").mkdir()
+    os.mkfifo(directory / "pipe")
+    values = json.loads((directory / "run.json").read_text())
+    (directory / "run.json").write_text(json.dumps(values | {"artifacts": [name]}))
+    with pytest.raises(UsageError, match="folder") as error:
+        tracking.deliver(directory)
+    assert "\n" not in str(error.value)
+    assert not client.list_artifacts(tracker.run_id)
