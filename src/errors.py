@@ -25,6 +25,12 @@ class Diverged(RunFailed):
     status = 65  # sysexits.h's EX_DATAERR: the same command ends the same way
 
 
+class Collapsed(RunFailed):
+    """The features or embeddings of different images have become alike, and ``on_collapse=stop``."""
+
+    status = 65  # as of `Diverged`: the same command ends the same way
+
+
 class CannotWrite(RunFailed):
     """The disk is full, read-only or broken."""
 

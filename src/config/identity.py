@@ -17,7 +17,7 @@ from src.errors import UsageError
 # what is only measured of it.
 NOT_IN_HASH = (
     *("output_dir", "resume", "max_minutes", "jobs", "dry_run", "device", "tracking", "checkpoint", "evaluation"),
-    *("init", "data.root", "data.cache_dir", "data.on_error"),
+    *("init", "on_collapse", "data.root", "data.cache_dir", "data.on_error"),
     *("method.label", "method.colour", "support.label", "support.colour"),
 )
 DERIVED = ("support_set_size", "support_bytes", "encoder_parameters", "skipped_images")  # params that follow from them

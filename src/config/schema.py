@@ -241,6 +241,7 @@ class Config:
     resume: Annotated[str, one_of("auto", "never")]
     jobs: Count
     dry_run: bool
+    on_collapse: Annotated[str, one_of("warn", "stop")] = "warn"
     output_dir: str | None = None
     max_minutes: Positive | None = None
     k: Count | None = None

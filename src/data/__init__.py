@@ -27,6 +27,7 @@ class Dataset:
     """A data set as a run sees it.
 
     ``mean`` and ``std`` are those of each channel over all training images, validation included, for pixels in [0, 1].
+    The deviation of a channel that is constant counts as 1.
     """
 
     name: str

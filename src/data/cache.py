@@ -62,7 +62,7 @@ class Cache:
         self.classes: list[str] = json.loads(notes["classes"])
         self.skipped: list[str] = json.loads(notes["skipped"])  # why, for each image left out
         self.mean: list[float] = self._file.get_tensor("mean").tolist()
-        self.std: list[float] = self._file.get_tensor("std").tolist()
+        self.std: list[float] = [std or 1.0 for std in self._file.get_tensor("std").tolist()]  # 0: a constant channel
 
     def part(self, name: str) -> Split:
         """The part ``train`` or ``test``."""

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from src.support.clusters import entropy
 
+SAME = 0.01  # the distance from the mean, over the norm, below which features are constant: bfloat16 rounds to 0.004
+NEAR_ONE = 1.5  # an effective rank of collapsed features; two directions that are used alike make 2
+FEWEST = 8  # rows and columns from which an effective rank tells anything
+
 
 def alignment(x_BF: Tensor, y_BF: Tensor) -> float:
     """Mean squared distance between the unit features of two views of the same images: 0 (identical) to 4.
@@ -41,6 +45,25 @@ def effective_rank(x_NF: Tensor) -> float:
     Source: Roy and Vetterli, "The Effective Rank: A Measure of Effective Dimensionality", EUSIPCO 2007. Deviation: the
     features' mean is taken off first, since a common offset tells no two images apart.
     """
-    centred_NF = (x_NF - x_NF.mean(0)).double()
+    return _rank((x_NF - x_NF.mean(0)).double())
+
+
+def collapsed_rank(x_NF: Tensor) -> float | None:
+    """The effective rank of features that have collapsed onto a line, 0 for those that are constant, else None.
+
+    Few rows or columns have a low rank anyway, and are never said to have collapsed.
+    """
+    images, width = x_NF.shape
+    if min(images - 1, width) < FEWEST:
+        return None
+    x_NF = x_NF.double()
+    centred_NF = x_NF - x_NF.mean(0)
+    if centred_NF.norm() <= SAME * x_NF.norm():
+        return 0.0
+    rank = _rank(centred_NF.T if images < width else centred_NF)
+    return rank if rank < NEAR_ONE else None
+
+
+def _rank(centred_NF: Tensor) -> float:
     squared_singular = torch.linalg.eigvalsh(centred_NF.T @ centred_NF)
     return float(entropy(squared_singular.clamp(min=0).sqrt()).exp())

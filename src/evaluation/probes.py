@@ -17,6 +17,7 @@ from src.config.schema import View
 from src.data.augment import ViewMaker, normalise
 from src.data.batches import epoch_batches
 from src.data.splits import Split
+from src.errors import Diverged
 from src.support.search import Search
 from src.system.seeding import mix, seed_everything
 
@@ -76,12 +77,22 @@ class FrozenEncoder:
         return features.float()
 
     def features(self, split: Split, batch_size: int = 512) -> Features:
-        """Features of all images of a split, as they are, in order."""
+        """Features of all images of a split, as they are, in order.
+
+        Raises:
+            Diverged: some are not finite.
+        """
         blocks = [
             self.encode(normalise(block.images.to(self.device), self.mean, self.std))
             for block in split.blocks(batch_size)
         ]
-        return Features(torch.cat(blocks), split.labels.to(self.device))
+        x_NF = torch.cat(blocks)
+        if lost := len(x_NF) - int(x_NF.isfinite().all(1).sum()):
+            raise Diverged(
+                f"the features of {lost} of {len(x_NF)} images are not finite: the encoder's weights are too large; "
+                "lower optimizer.lr or raise schedule.warmup_epochs"
+            )
+        return Features(x_NF, split.labels.to(self.device))
 
 
 def topk_percent(scores_NC: Tensor, labels_N: Tensor, k: int) -> float:

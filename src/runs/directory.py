@@ -9,12 +9,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from src.config import identity, schema
-from src.errors import Diverged, UsageError
+from src.errors import Collapsed, Diverged, UsageError
 from src.runs.record import Record
 from src.system.atomic_write import cannot_write
 
 ROOT = Path("multirun")
 DIVERGED = "diverged"  # a tag: the run is not worth continuing
+COLLAPSED = "collapsed"  # a tag: at which step, and how
 
 
 def choose(cfg: schema.Config) -> Path:
@@ -47,15 +48,18 @@ def is_finished(directory: Path, cfg: schema.Config) -> bool:
     return record.status == "FINISHED"
 
 
-def refuse_diverged(directory: Path) -> None:
-    """Keeps a run that has diverged from doing so again and again.
+def refuse_hopeless(directory: Path, cfg: schema.Config) -> None:
+    """Keeps a run that has diverged or collapsed from doing so again and again.
 
     Raises:
         Diverged: as it was said then.
+        Collapsed: it has, and ``on_collapse=stop``.
     """
-    record = Record.find(directory)
-    if record and DIVERGED in record.tags:
-        raise Diverged(record.tags.get("error", "diverged before; resume=never tries again"))
+    tags = record.tags if (record := Record.find(directory)) else {}
+    if DIVERGED in tags:
+        raise Diverged(tags.get("error", "diverged before; resume=never tries again"))
+    if COLLAPSED in tags and cfg.on_collapse == "stop":
+        raise Collapsed(f"collapsed {tags[COLLAPSED]}; on_collapse=warn trains on")
 
 
 def is_held(directory: Path) -> bool:

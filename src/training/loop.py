@@ -20,6 +20,7 @@ from src.runs.tracker import Tracker
 from src.system.measure import peak_gib
 from src.system.seeding import seed_everything
 from src.system.stopping import Stopped, Stopper
+from src.training import collapse
 from src.training.progress import Progress
 from src.training.state import TrainState
 
@@ -39,6 +40,8 @@ def pretrain(
 
     Raises:
         Stopped: before its end; there is a checkpoint of where it stopped.
+        Diverged: the loss, the gradient, the weights or the features stopped being finite.
+        Collapsed: the features of different images became alike, and ``on_collapse=stop``.
     """
     cfg, device, method = state.cfg, state.device, state.method
     support = method.support
@@ -123,12 +126,15 @@ def pretrain(
         if support is not None:
             metrics |= support.stats()
         last = epoch + 1 == cfg.epochs
-        if last or (epoch + 1) % cfg.evaluation.every == 0:
+        evaluates = last or (epoch + 1) % cfg.evaluation.every == 0
+        if evaluates:
             metrics |= validate()
         if not last:
             stopper.pruned = should_prune(cfg.tracking.parent, cfg.tracking.trial, epoch + 1, metrics)
         tracker.log(metrics, state.step)
         progress.epoch(epoch, loss, metrics)
+        if evaluates:
+            collapse.look(outcome, state.step, tracker, cfg.on_collapse)
         stopping, overdue = stopper.status, time.monotonic() >= saved + 60 * cfg.checkpoint.minutes
         if last or stopping or overdue or (epoch + 1) % cfg.checkpoint.every == 0:
             save()

@@ -51,6 +51,7 @@ def run(cfg: Config, should_prune: loop.ShouldPrune, draw: Callable[[Path], Path
     Raises:
         UsageError: a mistake in the configuration or the data; nothing has been written then.
         Diverged: the loss, the gradient or the weights stopped being finite, now or when it was last run.
+        Collapsed: the features of different images became alike, and ``on_collapse=stop``.
         CannotWrite: the disk is full or broken; the last checkpoint is kept.
         Stopped: by a signal (128 + its number) or by ``max_minutes`` (75); the same command continues.
     """
@@ -75,7 +76,7 @@ def run(cfg: Config, should_prune: loop.ShouldPrune, draw: Callable[[Path], Path
                     *(directory, changes, directory),
                 )
             return say_result(directory)
-        run_directory.refuse_diverged(directory)
+        run_directory.refuse_hopeless(directory, cfg)
         resumed = state.resume(directory / "checkpoints", directory / METRICS)
         if resumed and (changes := changed_protocol(cfg, directory)):
             tags["evaluation_changed"] = f"{changes} at step {state.step}"

@@ -56,6 +56,15 @@ def test_the_file_is_what_safetensors_itself_would_read_and_write(config, folder
     assert all(torch.equal(reread[name], tensor) for name, tensor in tensors.items())
 
 
+def test_a_constant_channel_has_a_standard_deviation_of_1(config, folder):
+    for path in folder.rglob("*.png"):
+        red, green, blue = Image.open(path).split()
+        Image.merge("RGB", (red, green, blue.point(lambda _: 77))).save(path)
+    opened = cached(config("image_folder", folder))
+    assert opened.std[2] == 1
+    assert opened.mean[2] == pytest.approx(77 / 255)
+
+
 def test_mean_and_std_are_those_of_the_training_pixels(config, tmp_path):
     images = write_shard(tmp_path / "train-0.parquet", [0, 1] * 50)
     write_shard(tmp_path / "test-0.parquet", [0, 1], seed=1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src.evaluation.diagnostics import alignment, effective_rank, uniformity
+from src.evaluation.diagnostics import alignment, collapsed_rank, effective_rank, uniformity
 
 
 def test_alignment_of_known_pairs():
@@ -27,3 +27,22 @@ def test_effective_rank_counts_equal_directions(rank):
     directions = torch.linalg.qr(torch.randn(8, rank))[0]
     around = torch.cat([torch.eye(rank), -torch.eye(rank)])  # their mean is 0
     assert effective_rank(around @ directions.T + 3) == pytest.approx(rank, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64)])
+def test_collapse_is_a_line_or_a_point(shape):
+    images, width = shape
+    offset, direction = torch.randn(width), torch.randn(width)
+    assert collapsed_rank(torch.randn(shape)) is None
+    assert collapsed_rank(offset.expand(shape)) == 0
+    assert collapsed_rank(offset + 1e-4 * torch.randn(shape)) == 0, "constant but for rounding"
+    line = 5 * torch.randn(images, 1) * direction
+    assert collapsed_rank(line) == pytest.approx(1, rel=0.01)
+    assert collapsed_rank(line + offset) == pytest.approx(effective_rank(line + offset), rel=0.01)
+    around = torch.cat([torch.eye(2), -torch.eye(2)]).repeat(4, width // 2)
+    assert collapsed_rank(around) is None, "two directions"
+
+
+def test_few_images_or_dimensions_are_no_collapse():
+    assert collapsed_rank(torch.randn(2, 64)) is None
+    assert collapsed_rank(torch.randn(64, 1)) is None

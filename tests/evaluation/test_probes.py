@@ -8,6 +8,7 @@ from torch import nn
 
 from src.config.schema import View
 from src.data.splits import Split
+from src.errors import Diverged
 from src.evaluation import probes
 from src.evaluation.probes import Features, FrozenEncoder, LinearHeads
 from src.support.search import TorchSearch
@@ -134,3 +135,12 @@ def test_the_original_protocol_sees_new_crops_every_epoch_and_learns():
 def test_crop_and_flip_is_a_complete_view():
     assert isinstance(probes.CROP_AND_FLIP, View)
     assert probes.CROP_AND_FLIP.jitter == probes.CROP_AND_FLIP.blur == probes.CROP_AND_FLIP.solarize == 0
+
+
+def test_features_that_are_not_finite_end_in_one_line():
+    images = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
+    images[1:3] = 255
+    overflow = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.ReLU())
+    frozen = FrozenEncoder(overflow, [0.0] * 3, [1e-40] * 3, torch.device("cpu"), torch.float32)
+    with pytest.raises(Diverged, match=r"the features of 2 of 4 images are not finite: .* lower optimizer\.lr"):
+        frozen.features(Split(images, torch.zeros(4, dtype=torch.int64)))

@@ -18,8 +18,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from src import cli
-from src.errors import CannotWrite, Diverged, UsageError
+from src import cli, models
+from src.errors import CannotWrite, Collapsed, Diverged, UsageError
 from src.reporting import curves
 from src.reporting.rows import summarise
 from src.runs import checkpoint
@@ -414,6 +414,27 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
     with pytest.raises(Diverged, match="of the weights inf"):
         run("method=simclr", "optimizer=sgd", "checkpoint.every=1")
     assert checkpoint.load_latest(tmp_path / "run/checkpoints")[1]["step"] == 3
+
+
+def test_a_collapse_is_said_once_and_tagged_or_ends_the_run(run, tmp_path, monkeypatch, caplog):
+    real = models.ResNetTiny.forward
+
+    def collapsed(encoder, images):
+        features = real(encoder, images)
+        return features.mean(1, keepdim=True) * torch.arange(features.shape[1])
+
+    monkeypatch.setattr(models.ResNetTiny, "forward", collapsed)
+    said = r"collapsed at step 3: features of different images are alike \(effective rank 1\.00 of 128\); lower optim"
+    record = Record.load(run("method=simclr"))
+    assert len(re.findall(said, caplog.text)) == caplog.text.count("collapsed at step") == 1
+    assert record.tags["collapsed"].startswith("at step 3: features of different images are alike")
+
+    with pytest.raises(Collapsed, match=said):
+        run("method=simclr", "on_collapse=stop", directory="stopped")
+    with pytest.raises(Collapsed, match="on_collapse=warn trains on"):  # without another epoch
+        run("method=simclr", "on_collapse=stop", directory="stopped")
+    assert Record.load(tmp_path / "stopped").status == "FAILED"
+    assert max(step for _, step in history(tmp_path / "stopped")) == 3
 
 
 @pytest.mark.parametrize("where", ["rows", "checkpoint", "record"])

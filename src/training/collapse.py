@@ -1,0 +1,35 @@
+"""Whether the features or embeddings of different images have become alike, which no loss tells."""
+
+from __future__ import annotations
+
+import logging
+
+from src.errors import Collapsed
+from src.evaluation.diagnostics import collapsed_rank
+from src.methods.base import Output
+from src.runs.directory import COLLAPSED
+from src.runs.tracker import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+def look(outcome: Output, step: int, tracker: Tracker, on_collapse: str) -> None:
+    """Says so once in a run's life, and tags the run, when the features or embeddings of a batch have collapsed.
+
+    Raises:
+        Collapsed: they have, and ``on_collapse=stop``.
+    """
+    if COLLAPSED in tracker.record.tags:
+        return
+    parts = {"features": outcome.features.chunk(2)[0], "embeddings": outcome.embeddings}
+    for name, x_BF in parts.items():
+        rank = collapsed_rank(x_BF.float())
+        if rank is None:
+            continue
+        how = f"effective rank {rank:.2f} of {x_BF.shape[1]}" if rank else "constant"
+        tracker.record.tags[COLLAPSED] = f"at step {step}: {name} of different images are alike ({how})"
+        line = f"collapsed {tracker.record.tags[COLLAPSED]}; lower optimizer.lr or raise schedule.warmup_epochs"
+        if on_collapse == "stop":
+            raise Collapsed(f"{line}; on_collapse=warn trains on")
+        logger.warning("%s; on_collapse=stop ends such a run", line)
+        return
