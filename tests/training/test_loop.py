@@ -620,13 +620,13 @@ def test_doubtful_settings_are_warned_of(run, caplog):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_sigkill_at_any_moment_changes_nothing(command, small, tmp_path, method):
-    """The real command line, killed at growing delays after its start until it comes to its end."""
+    """The real command line, killed twice and then left alone; `scripts/reliability/kills.py` does it at random."""
     arguments = [*small, *METHODS[method], "tracking=jsonl", "epochs=6", "checkpoint.every=1"]
     assert command("src.train", *arguments, "output_dir=unbroken").returncode == 0
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     broken, kills = [sys.executable, "-m", "src.train", *arguments, "output_dir=broken"], 0
     metrics = tmp_path / "broken" / "metrics.jsonl"
-    for rows in (1, 4, 9, 14, 10**9):
+    for rows in (2, 11, 10**9):
         process = subprocess.Popen(broken, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
         while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < rows):
             time.sleep(0.003)
@@ -634,12 +634,12 @@ def test_sigkill_at_any_moment_changes_nothing(command, small, tmp_path, method)
         process.kill()
         if process.wait() == 0:
             break
-    assert kills >= 3
+    assert kills == 2
     assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_run_cleanly(small, tmp_path, number):
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     arguments = [*small, "method=kmclr", "k=7", "tracking=jsonl", "epochs=1000", "output_dir=run"]
@@ -693,8 +693,8 @@ def test_neither_mlflow_nor_faiss_is_needed(command, small, tmp_path):
 @pytest.mark.slow
 @pytest.mark.cifar
 @pytest.mark.parametrize("method", METHODS)
-def test_real_images_and_mlflow(command, cache_dir, tmp_path, method):
-    """The issue's second demand, on fewer images: every metric is in MLflow."""
+def test_real_images_and_mlflow(command, cache_dir, tmp_path, monkeypatch, method):
+    """On CIFAR-100, every metric is in MLflow."""
     done = command(
         "src.train",
         *METHODS[method],
@@ -708,13 +708,9 @@ def test_real_images_and_mlflow(command, cache_dir, tmp_path, method):
         "tracking.experiment=cifar",
     )
     assert done.returncode == 0, done.stderr
-    listing = "import json; from src.runs.query import read_runs; r, = read_runs('cifar', 'mlflow'); " \
-        "print(json.dumps([r.status, sorted(r.metrics), r.params['support_set_size']]))"  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
-    found = subprocess.run(
-        [sys.executable, "-c", listing], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    status, metrics, size = json.loads(found.stdout.splitlines()[-1])
-    assert status == "FINISHED"
-    assert set(metrics) == METRICS | OF_METHOD[method]
-    assert size == {"simclr": "0", "nnclr": "100", "kmclr": "7"}[method]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (found,) = read_runs("cifar", "mlflow")
+    assert found.status == "FINISHED"
+    assert found.metrics.keys() == METRICS | OF_METHOD[method]
+    assert found.params["support_set_size"] == {"simclr": "0", "nnclr": "100", "kmclr": "7"}[method]
