@@ -14,6 +14,7 @@ from src.data.augment import ViewMaker
 from src.errors import UsageError
 from src.methods.base import Method, Parts
 from src.methods.contrast import Contrast
+from src.methods.teacher import Teacher
 from src.support.base import Space, SupportSet
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
@@ -100,18 +101,21 @@ def method(cfg: Config, classes: int, search: Search, device: torch.device) -> t
     # First of all that is random, so that a seed stands for one untrained encoder, whatever the method.
     backbone, features = encoder(cfg.backbone, cfg.data.image_size)
     dim = cfg.projector.out
-    projector = models.projector(features, cfg.projector.hidden, dim)
+    projector = models.projector(features, cfg.projector.hidden, dim, final_norm=cfg.projector.final_norm)
     parts = Parts(backbone, projector, features, dim, support(cfg, Space(dim, classes, search)))
-    if cfg.method._target_ is None:
-        model: Method = Contrast(parts, cfg.objective)
-    else:
+    model: Method
+    if cfg.method._target_ is not None:
         model = make(cfg.method._target_, "method", Method, parts, **settings(cfg.method))  # type: ignore[type-abstract]
+    elif isinstance(cfg.objective, schema.Teacher):
+        model = Teacher(parts, cfg.objective)
+    else:
+        model = Contrast(parts, cfg.objective)
     model.to(device).to(memory_format=torch.channels_last)
     if model.support is not None:
         model.support.stopwatch.device = device
     if cfg.compile:
-        model.encoder.compile(mode=COMPILE_MODE)
-        model.projector.compile(mode=COMPILE_MODE)
+        for network in model.networks:
+            network.compile(mode=COMPILE_MODE)
         torch.backends.cudnn.benchmark = True  # the graphs keep what is fastest; processes may differ by a rounding
     return model, features
 

@@ -125,6 +125,39 @@ def support_contrast(
     return loss
 
 
+def cosine_distance(predictions_BD: Tensor, targets_BD: Tensor) -> Tensor:
+    """2 - 2 cosine similarity, the mean over the rows: the squared distance of the unit vectors, 0 to 4.
+
+    Source: Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, equation 2.
+    """
+    return (2 - 2 * F.cosine_similarity(predictions_BD.float(), targets_BD.float())).mean()
+
+
+def teacher_regression(predictions_BD: Tensor, targets_BD: Tensor, neighbours_BKD: Tensor, shares_B: Tensor) -> Tensor:
+    """Distance of predictions to a teacher's embeddings, and to the same mixed with what a support set returned.
+
+    With p = predictions, t = targets, n = the K neighbours of t, all normalised, and s = the row's share::
+
+        l(i) = 2 - 2 p_i . t_i  +  mean over k of (2 - 2 p_i . (s_i n_ik + (1 - s_i) t_i))
+
+    Args:
+        predictions_BD: of one view.
+        targets_BD: the teacher's embeddings of the other view, without a gradient.
+        neighbours_BKD: stored vectors.
+        shares_B: 0 to 1, of the neighbours in the mixture.
+
+    Returns:
+        The mean over the rows, a scalar.
+
+    Source: Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, equation 2 (the first term); the second is that of
+    MNN as its authors' code has it (https://github.com/pc-cp/MNN), where a mixture is not normalised again.
+    """
+    p, t = F.normalize(predictions_BD.float(), dim=1), F.normalize(targets_BD.float(), dim=1)
+    n = F.normalize(neighbours_BKD.float(), dim=2).mean(1)
+    mixed = torch.lerp(t, n, shares_B[:, None])
+    return (4 - 2 * (p * (t + mixed)).sum(1)).mean()
+
+
 def _products(a_BD: Tensor, b_BD: Tensor) -> Tensor:
     """Every row of one with every row of the other, in float32, which autocast would make bfloat16."""
     with torch.autocast(a_BD.device.type, enabled=False):

@@ -90,8 +90,10 @@ def timm_model(name: str, options: dict[str, Any]) -> nn.Module:
         raise UsageError(f"backbone.options={options}: {name} does not take them ({error})") from error
 
 
-def projector(in_dim: int, hidden: list[int], out: int) -> nn.Sequential:
+def projector(in_dim: int, hidden: list[int], out: int, *, final_norm: bool = True) -> nn.Sequential:
     """Linear layers, each followed by batch norm; ReLU between them, none after the last.
+
+    Without ``final_norm`` the last layer has a bias in place of its batch norm, as in BYOL.
 
     Source: Dwibedi et al., ICCV 2021, section 4.1 ("all the fc layers are followed by batch normalization, all the
     batch-norm layers except the last are followed by ReLU").
@@ -99,7 +101,9 @@ def projector(in_dim: int, hidden: list[int], out: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for before, width in itertools.pairwise([in_dim, *hidden, out]):
         layers += [nn.Linear(before, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
+    if final_norm:
+        return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*layers[:-3], nn.Linear([in_dim, *hidden][-1], out))
 
 
 def predictor(dim: int, hidden: int) -> nn.Sequential:

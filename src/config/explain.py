@@ -99,7 +99,11 @@ def explain_violation(prefix: str, error: ValidationError) -> str:
 def known_keys() -> list[str]:
     """Every dotted key that some composition can have."""
     keys: list[str] = []
-    unions: dict[str, list[Any]] = {"support": list(schema.SUPPORTS.values()), "method": [schema.Method]}
+    unions: dict[str, list[Any]] = {
+        "support": list(schema.SUPPORTS.values()),
+        "objective": list(dict.fromkeys(schema.OBJECTIVES.values())),
+        "method": [schema.Method],
+    }
 
     def visit(prefix: str, node: type) -> None:
         hints = get_type_hints(node)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config.renamed import flatten, modern
-from src.config.schema import Config, KMeans
+from src.config.schema import Config, KMeans, Teacher
 from src.errors import UsageError
 
 # What may differ between two runs that are the same experiment: where it is stored, tracked, resumed and computed, and
@@ -60,6 +60,8 @@ def inert(cfg: Config) -> set[str]:
         keys |= {f"support.{key}" for key, (by, value) in choices.items() if getattr(cfg.support, by) != value}
     elif cfg.support._target_ is None:
         keys.add("objective.same_prototype")
+    if isinstance(cfg.objective, Teacher) and cfg.support.name == "none":
+        keys.add("objective.neighbours")
     keys.add("objective.name")  # a preset of the settings beside it
     if cfg.method._target_ is not None:  # which is not told them
         keys |= {f"objective.{each.name}" for each in fields(cfg.objective)}

@@ -6,11 +6,39 @@ import re
 from collections.abc import Mapping
 
 UNTRAINED = "untrained"  # the encoder before the first step: a row's name, and what its metrics' names begin with
-LABELS = {"simclr": "SimCLR", "nothing_stored": "nothing stored", "nnclr": "NNCLR", "kmclr": "KMCLR"}
-COLOURS = {"simclr": "#404040", "nothing_stored": "#999999", "nnclr": "#d55e00", "kmclr": "#0072b2"}
-COLOURS |= {UNTRAINED: "#8c6d31"}
+LABELS = {
+    "simclr": "SimCLR",
+    "nothing_stored": "nothing stored",
+    "nnclr": "NNCLR",
+    "kmclr": "KMCLR",
+    "byol": "BYOL",
+    "mnn": "MNN",
+    "mnn_prototypes": "MNN, prototypes",
+}
+COLOURS = {
+    "simclr": "#404040",
+    "nothing_stored": "#999999",
+    "nnclr": "#d55e00",
+    "kmclr": "#0072b2",
+    "byol": "#000000",
+    "mnn": "#e69f00",
+    "mnn_prototypes": "#56b4e9",
+    UNTRAINED: "#8c6d31",
+}
 COLOUR = "#[0-9a-fA-F]{6}"
 SPARE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+
+def method_name(objective: str, support: str) -> str:
+    """What a loss with a support set is called; a support set from outside this project gives its own name."""
+    contrast = {"none": "nothing_stored", "queue": "nnclr", "kmeans": "kmclr"}
+    ours = {
+        "nt_xent": {"none": "simclr"},
+        "mixed": contrast,
+        "published": contrast,
+        "teacher": {"none": "byol", "queue": "mnn", "kmeans": "mnn_prototypes"},
+    }
+    return ours[objective].get(support, support)
 
 
 def label_of(params: Mapping[str, object]) -> str:

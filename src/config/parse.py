@@ -16,10 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from src.config.explain import explain_key, explain_type, explain_violation
-from src.config.names import LABELS
+from src.config.names import LABELS, method_name
 from src.config.outside import settings_class
 from src.config.renamed import modernised, objective_name
-from src.config.schema import SUPPORTS, Config, KMeans, Method, Queue, Support
+from src.config.schema import OBJECTIVES, SUPPORTS, Config, Contrast, KMeans, Method, Objective, Queue, Support, Teacher
 from src.errors import UsageError
 
 
@@ -33,6 +33,7 @@ def parse(composed: DictConfig) -> Config:
     try:
         schema = OmegaConf.structured(Config)
         schema.support = OmegaConf.structured(_schema("support", composed, SUPPORTS, Support))
+        schema.objective = OmegaConf.structured(_schema("objective", composed, OBJECTIVES, Objective))
         ours = [*LABELS, OmegaConf.select(composed, "support.name")]  # with somebody's support set, ours has its name
         schema.method = OmegaConf.structured(_schema("method", composed, dict.fromkeys(ours, Method), Method))
         cfg: Config = OmegaConf.to_object(OmegaConf.merge(schema, composed))  # type: ignore[assignment]
@@ -74,7 +75,8 @@ def _nodes(key: str, node: Any) -> Iterator[tuple[str, Any]]:
 
 def _check_combinations(cfg: Config) -> None:
     support, objective = cfg.support, cfg.objective
-    if support.name != "none" and not objective.support_weight and cfg.method._target_ is None:
+    is_ours = cfg.method._target_ is None
+    if support.name != "none" and isinstance(objective, Contrast) and not objective.support_weight and is_ours:
         raise UsageError(
             f"support={support.name}: objective.support_weight=0 makes no use of what is stored; "
             "choose objective=mixed, or support=none"
@@ -83,23 +85,27 @@ def _check_combinations(cfg: Config) -> None:
         if getattr(cfg, key) is not None and not isinstance(support, owner):
             raise UsageError(explain_key(key))
     if isinstance(support, KMeans):
-        if cfg.k == 1 and objective.same_prototype == "mask":
+        if cfg.k == 1 and isinstance(objective, Contrast) and objective.same_prototype == "mask":
             raise UsageError("k=1: all images share the one prototype, so none would be a negative; choose 2 or more")
         if support.refit == "faiss" and cfg.k is not None and support.refit_window < cfg.k:
             raise UsageError(f"support.refit_window={support.refit_window}: must hold k={cfg.k} embeddings or more")
     if cfg.search.name == "ivf" and not isinstance(support, Queue):
         raise UsageError(f"search=ivf: only support=queue can use it; choose search=auto for support={support.name}")
+    if isinstance(objective, Teacher) and is_ours and objective.neighbours > 1:
+        few = f"objective.neighbours={objective.neighbours}: "
+        if (size := cfg.k or cfg.queue_size) and size < objective.neighbours:
+            raise UsageError(f"{few}more than the {size} vectors that are stored; lower it")
+        if cfg.search.name == "ivf":
+            raise UsageError(f"{few}search=ivf finds one; choose search=auto, or objective.neighbours=1")
 
 
 def _canonical(cfg: Config) -> Config:
     """One way to say each thing: a queue of none is no queue, and the parts name the method, not the preset typed."""
     if isinstance(cfg.support, Queue) and cfg.queue_size == 0:
         cfg.support, cfg.queue_size = Support(name="none"), None
-    weight = cfg.objective.support_weight
-    cfg.objective.name = objective_name(weight, cfg.objective.predictor_hidden)
+    if isinstance(cfg.objective, Contrast):
+        cfg.objective.name = objective_name(cfg.objective.support_weight, cfg.objective.predictor_hidden)
     if cfg.method._target_ is None:
-        without = "nothing_stored" if weight else "simclr"
-        names = {"none": without, "queue": "nnclr", "kmeans": "kmclr"}
-        name = names.get(cfg.support.name, cfg.support.name)
+        name = method_name(cfg.objective.name, cfg.support.name)
         cfg.method = Method(name=name, label=cfg.support.label, colour=cfg.support.colour)
     return cfg

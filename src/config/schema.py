@@ -91,13 +91,26 @@ class KMeans(Support):
 
 @dataclass
 class Objective:
+    """What all losses have."""
+
+    name: str
+
+
+@dataclass
+class Contrast(Objective):
     """``nt_xent`` has a temperature and nothing else, which is the loss below with no share for the support set."""
 
-    name: Annotated[str, one_of("nt_xent", "mixed", "published")]
     temperature: Positive
     support_weight: Fraction = 0.0
     predictor_hidden: Natural = 0
     same_prototype: Annotated[str, one_of("mask", "negative")] = "mask"
+
+
+@dataclass
+class Teacher(Objective):
+    momentum: Fraction
+    predictor_hidden: Count
+    neighbours: Count
 
 
 @dataclass(kw_only=True)
@@ -109,6 +122,7 @@ class Method(Part):
 class Projector:
     hidden: list[Count]
     out: Count
+    final_norm: bool = True
 
 
 @dataclass
@@ -220,7 +234,7 @@ class Config:
     """Everything a run is told. ``k`` belongs to ``support=kmeans``, ``queue_size`` to ``support=queue``."""
 
     support: Any
-    objective: Objective
+    objective: Any
     method: Any
     projector: Projector
     backbone: Backbone
@@ -251,3 +265,9 @@ class Config:
 
 
 SUPPORTS: dict[str, type[Support]] = {"none": Support, "queue": Queue, "kmeans": KMeans}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "nt_xent": Contrast,
+    "mixed": Contrast,
+    "published": Contrast,
+    "teacher": Teacher,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ class Output(NamedTuple):
 
     loss: Tensor  # scalar, float32
     features: Tensor  # [2B, F] the encoder's, view 1 then view 2, detached: the online classifier learns from them
-    embeddings: Tensor  # [B, D] view 1's projections, detached, of any norm: what the support set takes in
+    embeddings: Tensor  # [B, D] detached, of any norm: what the support set takes in
     ids: Tensor | None  # [2B] the entries nearest to view 1, then view 2; None: none were looked up
 
 
@@ -47,6 +48,14 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, view1: Tensor, view2: Tensor) -> Output:
         """Two views [B, 3, S, S] of the same images, in the same order."""
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """What ``compile=true`` compiles, each as a whole."""
+        return [self.encoder, self.projector]
+
+    def after_init(self, taken: Collection[str]) -> None:
+        """Called when ``init`` has given the children named in ``taken`` the weights of another run."""
 
     def after_step(self, progress: float) -> None:
         """Called after every step of the optimizer, before the support set takes in the batch.

@@ -28,7 +28,7 @@ class Contrast(Method):
         objective: the loss's settings.
     """
 
-    def __init__(self, parts: Parts, objective: schema.Objective) -> None:
+    def __init__(self, parts: Parts, objective: schema.Contrast) -> None:
         super().__init__(parts)
         self.objective = objective
         self.predictor = predictor(parts.dim, objective.predictor_hidden) if objective.predictor_hidden else None

@@ -56,7 +56,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 
 def shares(rows: Sequence[Row]) -> list[float | None]:
     """Each row's support size over that of the largest queue; None where no run has a queue."""
-    largest = max((row.size for row in rows if row.method == "nnclr"), default=None)
+    largest = max((row.size for row in rows if "queue_size" in row.runs[0].params), default=None)
     return [row.size / largest if largest else None for row in rows]
 
 

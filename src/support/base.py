@@ -12,16 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from src.errors import UsageError
 from src.support.clusters import entropy
 from src.support.search import Search
 from src.system.measure import Stopwatch
 
 
 class Neighbors(NamedTuple):
-    """What a lookup found."""
+    """What a lookup found: one for each query, or the K nearest, nearest first."""
 
-    embeddings: Tensor  # [B, D] float32, unit norm, detached
-    ids: Tensor  # [B] int64, queue slot or prototype
+    embeddings: Tensor  # [B, D] or [B, K, D] float32, unit norm, detached
+    ids: Tensor  # [B] or [B, K] int64, queue slot or prototype
 
 
 class Space(NamedTuple):
@@ -70,6 +71,19 @@ class SupportSet(nn.Module, ABC):
     @abstractmethod
     def lookup(self, embeddings_BD: Tensor) -> Neighbors:
         """Find each embedding's nearest stored vector. Never changes the support set."""
+
+    def nearest(self, embeddings_BD: Tensor, count: int) -> Neighbors:
+        """Find each embedding's ``count`` nearest stored vectors, [B, K, D] and [B, K]; as `lookup` otherwise.
+
+        Raises:
+            UsageError: this support set finds no more than one.
+        """
+        if count > 1:
+            raise UsageError(
+                f"objective.neighbours={count}: {type(self).__name__} finds one; set objective.neighbours=1"
+            )
+        found = self.lookup(embeddings_BD)
+        return Neighbors(found.embeddings[:, None], found.ids[:, None])
 
     @abstractmethod
     def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:

@@ -112,10 +112,15 @@ class KMeans(SupportSet):
         Raises:
             ValueError: fewer than k embeddings have been seen since the start or the last reset.
         """
+        found = self.nearest(embeddings_BD, 1)
+        return Neighbors(found.embeddings[:, 0], found.ids[:, 0])
+
+    @torch.no_grad()
+    def nearest(self, embeddings_BD: Tensor, count: int) -> Neighbors:
         if not self.ready:
             raise ValueError(f"only {self.seeded} of {self.size} prototypes are seeded: update first")
-        ids_B = self._nearest(self._points(embeddings_BD))
-        return Neighbors(F.normalize(self.means_KD[ids_B], dim=1), ids_B)
+        ids = self._nearest(self._points(embeddings_BD), count)
+        return Neighbors(F.normalize(self.means_KD[ids], dim=2), ids)
 
     @torch.no_grad()
     def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
@@ -181,9 +186,8 @@ class KMeans(SupportSet):
     def _points(self, embeddings_BD: Tensor) -> Tensor:
         return F.normalize(embeddings_BD.float(), dim=1) if self.spherical else embeddings_BD.float()
 
-    def _nearest(self, points_BD: Tensor) -> Tensor:
-        _, ids_B1 = self.search(points_BD, self.centroids_KD, metric="cosine" if self.spherical else "euclidean")
-        return ids_B1[:, 0]
+    def _nearest(self, points_BD: Tensor, count: int = 1) -> Tensor:
+        return self.search(points_BD, self.centroids_KD, count, "cosine" if self.spherical else "euclidean")[1]
 
     def _place(self, slots: Tensor, points: Tensor, images: Tensor, labels: Tensor) -> None:
         """Make each point a centroid of its own: mean, count and all that is known of the old one go together."""
@@ -195,7 +199,7 @@ class KMeans(SupportSet):
         self.classes_KC[slots] = F.one_hot(labels, self.classes_KC.shape[1]).float()
 
     def _move(self, points_BD: Tensor, labels_B: Tensor) -> None:
-        ids_B = self._nearest(points_BD)
+        ids_B = self._nearest(points_BD)[:, 0]
         # A product with the membership matrix, where a scatter would add in no fixed order on a GPU.
         member_KB = (ids_B == torch.arange(self.size, device=ids_B.device)[:, None]).float()
         gained_K = member_KB.sum(1)

@@ -85,15 +85,28 @@ class Queue(SupportSet):
         Raises:
             ValueError: nothing has been stored yet.
         """
-        bank_ND = self.ring.filled_ND
-        if len(bank_ND) == 0:
-            raise ValueError("lookup in an empty queue: update it first")
-        queries_BD = F.normalize(embeddings_BD.float(), dim=1)
-        ids_B = self._by_lists(queries_BD) if self.lists is not None and self.ready else self._exactly(queries_BD)
-        return Neighbors(bank_ND[ids_B].float(), ids_B)
+        found = self.nearest(embeddings_BD, 1)
+        return Neighbors(found.embeddings[:, 0], found.ids[:, 0])
 
-    def _exactly(self, queries_BD: Tensor) -> Tensor:
-        return self.search(queries_BD, self.ring.filled_ND)[1][:, 0]
+    @torch.no_grad()
+    def nearest(self, embeddings_BD: Tensor, count: int) -> Neighbors:
+        """Search the filled part, exactly where it is for more than one.
+
+        Raises:
+            ValueError: fewer have been stored yet.
+        """
+        bank_ND = self.ring.filled_ND
+        if len(bank_ND) < count:
+            raise ValueError(f"lookup of {count} in a queue that holds {len(bank_ND)}: update it first")
+        queries_BD = F.normalize(embeddings_BD.float(), dim=1)
+        if self.lists is not None and self.ready and count == 1:
+            ids_BK = self._by_lists(queries_BD)[:, None]
+        else:
+            ids_BK = self._exactly(queries_BD, count)
+        return Neighbors(bank_ND[ids_BK].float(), ids_BK)
+
+    def _exactly(self, queries_BD: Tensor, count: int = 1) -> Tensor:
+        return self.search(queries_BD, self.ring.filled_ND, count)[1]
 
     def _by_lists(self, queries_BD: Tensor) -> Tensor:
         assert self.lists is not None
@@ -102,7 +115,7 @@ class Queue(SupportSet):
         ids_B = self.lists.nearest(queries_BD, self.ring.total)
         lost_B = ids_B < 0
         if lost_B.any():
-            ids_B[lost_B] = self._exactly(queries_BD[lost_B])
+            ids_B[lost_B] = self._exactly(queries_BD[lost_B])[:, 0]
         return ids_B
 
     @torch.no_grad()

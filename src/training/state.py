@@ -156,6 +156,7 @@ class TrainState:
             if name == "encoder" or checkpoint.fits(part, own):
                 checkpoint.restore(part, own, path)
                 taken.append(name)
+        self.method.after_init(taken)
         return ", ".join(taken)
 
     def resume(self, directory: Path, rows: Path) -> bool:

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from src.config import identity
 from src.config.parse import parse
-from src.config.schema import Objective
+from src.config.schema import Contrast
 from src.errors import UsageError
 from tests.config.test_schema import parsed
 
@@ -27,6 +27,7 @@ from tests.config.test_schema import parsed
         (["method=nnclr", "support=kmeans", "k=50"], ["method=kmclr", "k=50"]),
         (["objective.support_weight=1", "objective.predictor_hidden=4096"], ["objective=published"]),
         (["method=nnclr", "support=none", "objective=nt_xent"], ["method=simclr"]),
+        (["objective=teacher", "support=none", "objective.neighbours=5"], ["objective=teacher", "support=none"]),
     ],
 )
 def test_what_has_no_effect_and_how_it_was_typed_do_not_count(one, other):
@@ -49,7 +50,7 @@ def test_what_has_an_effect_counts(override):
 
 def test_a_field_that_is_added_changes_no_hash_and_no_saved_config():
     cfg = parsed("method=nnclr")
-    newer = make_dataclass("Objective", [("margin", float, 0.0)], bases=(Objective,))
+    newer = make_dataclass("Contrast", [("margin", float, 0.0)], bases=(Contrast,))
     before = identity.config_hash(cfg), identity.without_neutral(cfg)
     cfg.objective = newer(**asdict(cfg.objective))
     assert (identity.config_hash(cfg), identity.without_neutral(cfg)) == before

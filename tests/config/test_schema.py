@@ -2,7 +2,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from src.config import identity
+from src.config import identity, schema
 from src.config.parse import parse
 from src.errors import UsageError
 from tests.conftest import PROJECT
@@ -43,20 +43,22 @@ def test_every_option_of_every_group_composes(group, option):
 @pytest.mark.parametrize("experiment", options("experiment"))
 @pytest.mark.parametrize("method", ["simclr", "nnclr", "kmclr"])
 def test_every_experiment_composes_with_every_method_unless_it_names_one(experiment, method):
-    names_one = experiment.startswith("original_")
-    cfg = parsed(f"experiment={experiment}", *([] if names_one else [f"method={method}"]))
-    assert cfg.method.name == (experiment.removeprefix("original_") if names_one else method)
+    teachers = {"simclr": "byol", "nnclr": "mnn", "kmclr": "mnn_prototypes"}
+    named = experiment.removeprefix("original_") if experiment.startswith("original_") else None
+    named = {"mnn": "mnn", "teacher": teachers[method]}.get(experiment, named)  # which choose the objective
+    cfg = parsed(f"experiment={experiment}", *([] if experiment.startswith("original_") else [f"method={method}"]))
+    assert cfg.method.name == (named or method)
 
 
 def test_the_issues_groups_are_all_there():
     assert options("method") == ["kmclr", "nnclr", "simclr"]
     assert options("support") == ["kmeans", "none", "queue"]
-    assert options("objective") == ["mixed", "nt_xent", "published"]
+    assert options("objective") == ["mixed", "nt_xent", "published", "teacher"]
     assert options("backbone") == ["resnet18", "resnet34", "resnet50", "resnet_tiny", "timm"]
     assert options("schedule") == ["constant", "cosine", "step"]
     assert options("optimizer") == ["adamw", "lars", "sgd"]
     assert options("data") == ["cifar10", "cifar100", "digits", "image_folder", "parquet"]
-    assert options("augment") == ["asymmetric", "crop_only", "symmetric"]
+    assert options("augment") == ["asymmetric", "crop_only", "strong_weak", "symmetric"]
     assert options("search") == ["auto", "faiss", "ivf", "torch"]
     assert options("tracking") == ["jsonl", "mlflow"]
     assert options("evaluation") == ["linear", "original"]
@@ -89,6 +91,24 @@ def test_the_original_study_to_the_letter():
     assert cfg.data.val_fraction == 0.1
     cfg = parsed("experiment=original_nnclr")
     assert (cfg.queue_size, cfg.objective.predictor_hidden, cfg.objective.support_weight) == (98304, 4096, 1)
+
+
+def test_mnn_as_its_authors_train_it():
+    cfg = parsed("experiment=mnn")
+    assert (cfg.method.name, cfg.queue_size, cfg.epochs, cfg.batch_size) == ("mnn", 4096, 200, 256)
+    objective = schema.Teacher("teacher", momentum=0.99, predictor_hidden=2048, neighbours=5)
+    assert cfg.objective == objective
+    assert cfg.projector == schema.Projector([2048], 128, final_norm=False)
+    o = cfg.optimizer
+    assert (o.name, o.lr, o.scale_lr, o.momentum, o.weight_decay) == ("sgd", 0.06, True, 0.9, 5e-4)
+    assert (cfg.schedule.name, cfg.schedule.warmup_epochs) == ("cosine", 5)
+    strong, weak = cfg.augment.view1, cfg.augment.view2
+    assert strong.crop_scale == weak.crop_scale == [0.2, 1.0]
+    assert (strong.flip, strong.jitter, strong.grey, strong.blur, strong.solarize) == (0.5, 0.8, 0.2, 0.5, 0.0)
+    assert (strong.brightness, strong.contrast, strong.saturation, strong.hue) == (0.4, 0.4, 0.4, 0.1)
+    assert (weak.flip, weak.jitter, weak.grey, weak.blur, weak.solarize) == (0.9, 0.0, 0.0, 0.0, 0.0)
+    assert parsed("experiment=teacher", "support=none").method.name == "byol"
+    assert parsed("experiment=teacher", "support=kmeans", "k=50").k == 50
 
 
 @pytest.mark.parametrize(
@@ -135,6 +155,12 @@ def test_a_bad_value_is_one_line_that_names_it(override, says):
         (
             ["method=simclr", "support=queue"],
             "support=queue: objective.support_weight=0 makes no use of what is stored",
+        ),
+        (["objective=teacher", "k=3", "objective.neighbours=4"], "objective.neighbours=4: more than the 3 vectors"),
+        (["experiment=mnn", "search=ivf"], "objective.neighbours=5: search=ivf finds one; choose search=auto"),
+        (
+            ["objective=teacher", "objective.temperature=0.2"],
+            "objective.temperature: the chosen options do not have it",
         ),
     ],
 )

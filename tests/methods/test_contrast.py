@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from src import models
-from src.config.schema import Objective
+from src.config import schema
 from src.losses import info_nce, nt_xent
 from src.methods.base import Parts
 from src.methods.contrast import Contrast
@@ -20,7 +20,7 @@ BATCH, DIM = 8, 6
 def contrast(support, support_weight=1.0, predictor=True, mask_shared=True, temperature=0.2):
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10), nn.ReLU())
     same_prototype = "mask" if mask_shared else "negative"
-    objective = Objective("mixed", temperature, support_weight, 12 if predictor else 0, same_prototype)
+    objective = schema.Contrast("mixed", temperature, support_weight, 12 if predictor else 0, same_prototype)
     return Contrast(Parts(encoder, models.projector(10, [12], DIM), 10, DIM, support), objective)
 
 

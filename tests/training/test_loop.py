@@ -33,7 +33,9 @@ from src.training import run as run_module
 from tests.conftest import CIFAR100, PROJECT
 from tests.data.layouts import LAYOUTS, random_image, write_set
 
-METHODS = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=100"], "kmclr": ["method=kmclr", "k=7"]}
+CONTRAST = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=100"], "kmclr": ["method=kmclr", "k=7"]}
+TEACHER = ["method=nnclr", "objective=teacher", "queue_size=100", "objective.neighbours=3"]
+METHODS = CONTRAST | {"mnn": TEACHER}
 # DESIGN's names: what every run logs.
 METRICS = {
     "train/loss",
@@ -58,7 +60,7 @@ METRICS = {
 }
 OF_ENTRIES = {f"support/{name}" for name in ("label_agreement", "self_hit", "perplexity", "dead", "age_steps")}
 OF_PROTOTYPES = {f"support/{name}" for name in ("purity", "nmi", "drift")}
-OF_METHOD = {"simclr": set(), "nnclr": OF_ENTRIES, "kmclr": OF_ENTRIES | OF_PROTOTYPES}
+OF_METHOD = {"simclr": set(), "nnclr": OF_ENTRIES, "kmclr": OF_ENTRIES | OF_PROTOTYPES, "mnn": OF_ENTRIES}
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ def test_a_run_leaves_what_it_promises(run, method, capsys):
     assert record.status == "FINISHED"
     assert record.metrics.keys() == METRICS | OF_METHOD[method]
     assert all(value == value for value in record.metrics.values())
-    size = {"simclr": 0, "nnclr": 100, "kmclr": 7}[method]
+    size = {"simclr": 0, "nnclr": 100, "kmclr": 7, "mnn": 100}[method]
     assert record.params["support_set_size"] == str(size)
     assert record.params["support_bytes"] == str(size * 16 * 4)
     assert record.tags["config_hash"]
@@ -169,8 +171,9 @@ def test_what_makes_a_step_fast_leaves_the_loss_curve(run, monkeypatch, method, 
 
 
 @pytest.mark.slow
-def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(run, monkeypatch):
-    overrides = [*METHODS["kmclr"], "optimizer.lr=0.0003"]
+@pytest.mark.parametrize("method", ["kmclr", "mnn"])
+def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(run, monkeypatch, method):
+    overrides = [*METHODS[method], "optimizer.lr=0.0003"]
     plain, compiled = run(*overrides, directory="plain"), run(*overrides, "compile=true", directory="compiled")
     assert losses(compiled) == pytest.approx(losses(plain), abs=0, rel=0.003)
     for steps in (2, 100):
@@ -248,6 +251,7 @@ class StopAfter(Stopper):
     [
         ("simclr", []),
         ("nnclr", []),
+        ("mnn", []),
         ("nnclr", ["support.precision=bfloat16"]),
         ("nnclr", ["search=ivf", "search.index='IVF4,Flat'", "search.nprobe=1", "search.refresh_every=3"]),
         ("kmclr", ["support.forget_every=1"]),
@@ -618,7 +622,7 @@ def test_doubtful_settings_are_warned_of(run, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONTRAST)
 def test_sigkill_at_any_moment_changes_nothing(command, small, tmp_path, method):
     """The real command line, killed twice and then left alone; `scripts/reliability/kills.py` does it at random."""
     arguments = [*small, *METHODS[method], "tracking=jsonl", "epochs=6", "checkpoint.every=1"]
@@ -692,7 +696,7 @@ def test_neither_mlflow_nor_faiss_is_needed(command, small, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.cifar
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONTRAST)
 def test_real_images_and_mlflow(command, cache_dir, tmp_path, monkeypatch, method):
     """On CIFAR-100, every metric is in MLflow."""
     done = command(

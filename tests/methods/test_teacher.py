@@ -1,0 +1,194 @@
+"""The teacher's objective against a few lines of plain torch, and over the first steps on real images."""
+
+import copy
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.functional import normalize
+
+from src import models
+from src.config import schema
+from src.evaluation.diagnostics import effective_rank
+from src.methods.base import Output, Parts
+from src.methods.teacher import Teacher
+from src.support.kmeans import KMeans
+from src.support.queue import Queue
+from src.support.search import TorchSearch
+
+BATCH, DIM = 8, 6
+
+
+def teacher(support=None, **settings):
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10), nn.ReLU())
+    objective = schema.Teacher(
+        **({"name": "teacher", "momentum": 0.9, "predictor_hidden": 12, "neighbours": 1} | settings)
+    )
+    made = Teacher(Parts(encoder, models.projector(10, [12], DIM), 10, DIM, support), objective)
+    with torch.no_grad():  # as after some steps: a teacher that is no copy of the student
+        for parameter in (*made.encoder.parameters(), *made.projector.parameters()):
+            parameter += 0.1 * torch.randn_like(parameter)
+    if support is not None:
+        support.update(torch.randn(64, DIM), torch.arange(64), torch.arange(64) % 4)
+    return made
+
+
+def queue():
+    return Queue(32, DIM, TorchSearch())
+
+
+def prototypes():
+    return KMeans(5, DIM, 4, TorchSearch())
+
+
+def views():
+    return torch.randn(2, BATCH, 3, 4, 4)
+
+
+def expected(method, view1, view2, shares):
+    """The loss, image by image and neighbour by neighbour."""
+
+    def student(view):
+        return normalize(method.predictor(method.projector(method.encoder(view))), dim=1)
+
+    def slow(view):
+        return normalize(method.teacher_projector(method.teacher_encoder(view)), dim=1)
+
+    directions = []
+    for view, other, share in ((view2, view1, shares[0]), (view1, view2, shares[1])):
+        losses = []
+        for p, t in zip(student(view), slow(other), strict=True):
+            stored = [t]
+            if method.support is not None:
+                vectors = method.support.ring.rows_ND if isinstance(method.support, Queue) else method.support.means_KD
+                vectors = normalize(vectors, dim=1)
+                stored = vectors[(vectors @ t).argsort(descending=True)[: method.objective.neighbours]]
+            mixtures = [share * n + (1 - share) * t for n in stored]
+            losses.append(2 - 2 * p @ t + sum(2 - 2 * p @ mixture for mixture in mixtures) / len(mixtures))
+        directions.append(sum(losses) / BATCH)
+    return sum(directions) / 2
+
+
+@pytest.mark.parametrize("neighbours", [1, 3])
+@pytest.mark.parametrize("support", [lambda: None, queue, prototypes], ids=["nothing", "queue", "prototypes"])
+def test_the_loss_is_the_mean_of_both_directions_to_the_target_and_to_the_mixtures(support, neighbours):
+    method = teacher(support(), neighbours=neighbours)
+    view1, view2 = views()
+    torch.manual_seed(5)
+    loss = method(view1, view2).loss
+    torch.manual_seed(5)
+    torch.testing.assert_close(loss, expected(method, view1, view2, torch.rand(2)))
+
+
+def test_with_nothing_stored_it_is_byol_whatever_the_shares():
+    method = teacher()
+    view1, view2 = views()
+    losses = {method(view1, view2).loss.item() for _ in range(3)}
+    assert len(losses) == 1
+    cosines = [
+        torch.cosine_similarity(
+            method.predictor(method.projector(method.encoder(view))),
+            method.teacher_projector(method.teacher_encoder(other)),
+        ).mean()
+        for view, other in ((view1, view2), (view2, view1))
+    ]
+    torch.testing.assert_close(torch.tensor(losses.pop()), 4 - 2 * sum(cosines).detach())
+
+
+def test_the_shares_are_drawn_anew_at_every_step():
+    method = teacher(queue())
+    view1, view2 = views()
+    assert len({method(view1, view2).loss.item() for _ in range(5)}) == 5
+
+
+@pytest.mark.parametrize("support", [queue, prototypes])
+def test_the_teacher_asks_and_feeds_the_support_set(support):
+    method = teacher(support(), neighbours=3)
+    before = {key: value.clone() for key, value in method.support.state_dict().items() if torch.is_tensor(value)}
+    view1, view2 = views()
+    outcome = method(view1, view2)
+    outcome.loss.backward()
+    embeddings = [method.teacher_projector(method.teacher_encoder(view)) for view in (view1, view2)]
+    assert torch.equal(outcome.embeddings, embeddings[1])
+    assert torch.equal(outcome.ids, method.support.lookup(torch.cat(embeddings)).ids)
+    after = method.support.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    for name, parameter in method.named_parameters():
+        assert (parameter.grad is None) == name.startswith("teacher_")
+    assert not outcome.embeddings.requires_grad
+    assert not outcome.features.requires_grad
+    assert torch.equal(outcome.features, torch.cat([method.encoder(view) for view in (view1, view2)]))
+
+
+def test_until_it_is_filled_the_support_set_has_no_say():
+    method = teacher()
+    waiting = copy.deepcopy(method)
+    waiting.support = Queue(32, DIM, TorchSearch())
+    view1, view2 = views()
+    outcome = waiting(view1, view2)
+    assert outcome.ids is None
+    assert torch.equal(outcome.loss, method(view1, view2).loss)
+
+
+def test_the_teacher_is_the_running_mean_of_the_student():
+    method = teacher(momentum=0.75)
+    before = [parameter.clone() for parameter in method.teacher_encoder.parameters()]
+    method.after_step(0.5)
+    for slow, old, fast in zip(method.teacher_encoder.parameters(), before, method.encoder.parameters(), strict=True):
+        torch.testing.assert_close(slow, 0.75 * old + 0.25 * fast)
+
+
+def test_a_teacher_without_weights_of_its_own_starts_as_the_student_that_was_given_some():
+    method = teacher()
+    method.after_init(["encoder", "teacher_projector"])
+    assert torch.equal(method.teacher_encoder[1].weight, method.encoder[1].weight)
+    assert not torch.equal(method.teacher_projector[0].weight, method.projector[0].weight)
+
+
+def train(method, steps=40):
+    """Steps on the digits, whose views are noisy; how alike different images' embeddings are then, and their rank."""
+    images = torch.tensor(load_digits().images[:256] / 16, dtype=torch.float32)[:, None].repeat(1, 3, 1, 1)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    for step in range(steps):
+        rows = torch.arange(64) + 64 * (step % 4)
+        outcome = method(*(images[rows] + 0.2 * torch.randn(2, 64, 3, 8, 8)))
+        optimizer.zero_grad()
+        outcome.loss.backward()
+        optimizer.step()
+        method.after_step(1.0)
+        if method.support is not None:
+            method.support.update(outcome.embeddings, rows, rows % 10)
+    with torch.no_grad():
+        unit = normalize(method.projector(method.encoder(images)), dim=1)
+    cosine = (unit @ unit.T)[~torch.eye(256, dtype=bool)].mean().item()
+    return cosine, effective_rank(unit)
+
+
+def on_digits(kind, support, **settings):
+    encoder = models.ResNetTiny("small")
+    objective = schema.Teacher("teacher", **({"momentum": 0.99, "predictor_hidden": 64, "neighbours": 1} | settings))
+    return kind(Parts(encoder, models.projector(128, [32], 16, final_norm=False), 128, 16, support), objective)
+
+
+@pytest.mark.parametrize(
+    ("support", "settings"),
+    [(None, {}), (Queue(128, 16, TorchSearch()), {"neighbours": 5}), (KMeans(20, 16, 10, TorchSearch()), {})],
+    ids=["nothing", "queue", "prototypes"],
+)
+def test_the_embeddings_do_not_collapse(support, settings):
+    cosine, rank = train(on_digits(Teacher, support, **settings))
+    assert cosine < 0.7
+    assert rank > 4
+
+
+def test_without_predictor_and_teacher_they_would_collapse():
+    class Collapsing(Teacher):
+        def forward(self, view1, view2):
+            h1, h2 = self.encoder(view1), self.encoder(view2)
+            z1, z2 = self.projector(h1), self.projector(h2)
+            loss = 2 - 2 * torch.cosine_similarity(z1, z2).mean()
+            return Output(loss, torch.cat([h1, h2]).detach(), z2.detach(), None)
+
+    cosine, _ = train(on_digits(Collapsing, None))
+    assert cosine > 0.9
