@@ -13,7 +13,7 @@ from src.config.identity import is_protocol, is_setting
 from src.config.names import COLOURS, LABELS, UNTRAINED, colour_of, label_of
 from src.config.renamed import modern
 from src.errors import UsageError
-from src.runs.record import Record
+from src.runs.record import CHANGED, UNUSED, Record
 
 FIGURES = {
     "val/knn_top1": "val kNN",
@@ -134,6 +134,9 @@ def _remarks(
             notes.append(f"the runs of a row differ in {tag}: {', '.join(mixed)}")
         elif len(set().union(*found)) > 1:
             notes.append(f"rows differ in {tag}")
+    for run in (run for row in rows for run in row.runs):
+        if CHANGED in run.tags:
+            notes.append(f"{run.name} is exact up to roundings only: {run.tags[CHANGED]}")
     seeds = sorted({len(row.runs) for row in rows})
     if len(seeds) > 1:
         notes.append(f"the rows differ in their number of seeds: {seeds[0]} to {seeds[-1]}")
@@ -170,6 +173,8 @@ def _unusable(run: Record) -> str:
         return "pruned" if "pruned" in run.tags else run.status.lower()
     if "method.name" not in run.params:
         return "not a training run"
+    if UNUSED in run.tags:  # it would stand in the plot as what it is not
+        return "its support set was never filled"
     if damaged := [key for key in NUMBERS if not re.fullmatch(r"\d{1,18}", run.params.get(key, ""), re.ASCII)]:
         return f"its {damaged[0]} is {run.params.get(damaged[0], 'missing')}"
     try:

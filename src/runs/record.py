@@ -28,6 +28,8 @@ from src.system.regular_file import open_regular, read_regular
 
 METRICS = "metrics.jsonl"
 RECORD = "run.json"
+CHANGED = "conditions_changed"  # a tag: that of which rounding depends, and where
+UNUSED = "support_unused"  # a tag: the support set was never filled, so the positives were the other views
 PARENT = "mlflow.parentRunId"  # a tag: MLflow's id of the sweep's run, under which its pages show a job
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class Record:
     tags: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # the last value of each
     artifacts: list[Annotated[str, AfterValidator(_within)]] = field(default_factory=list)  # relative to the directory
+    conditions: list[dict[str, str]] = field(default_factory=list)  # that bits depend on, each from a step on
     copies: dict[str, Copy] = field(default_factory=dict)  # by the name of the experiment that was asked for
     directory: Path | None = None  # where it was read or written, which is not in the file; None: not known
 
@@ -142,6 +145,21 @@ class Record:
         self.status, self.end_time = status, now()
         if error:
             self.tags["error"] = error
+
+    def changes(self, now: Mapping[str, str]) -> str:
+        """In which conditions the run was worked on last and is not now; empty where they are the same."""
+        before = self.conditions[-1] if self.conditions else {}
+        return ", ".join(
+            f"{key} was {before[key]} and is {now[key]}" for key in now if before.get(key, now[key]) != now[key]
+        )
+
+    def continue_under(self, now: Mapping[str, str], step: int) -> None:
+        """Adds conditions to the history, unless the run was worked on under the same."""
+        changes = self.changes(now)
+        if changes:
+            self.tags[CHANGED] = "; ".join(filter(None, [self.tags.get(CHANGED), f"{changes} from step {step} on"]))
+        if changes or not self.conditions:
+            self.conditions.append({"step": str(step), **now})
 
     def state(self, experiment: str) -> str:
         """Twelve hex digits of all that MLflow is told of the run in an experiment."""

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 TYPED = tuple(sys.argv[1:])  # before anything rewrites it
@@ -35,6 +36,27 @@ def environment_tags(device: str) -> dict[str, str]:
         tags["git_commit"] = tags["mlflow.source.git.commit"] = commit
         tags["git_dirty"] = str(bool(_git("status", "--porcelain", "--", "src", "conf"))).lower()
     return tags
+
+
+def conditions(device: str, dtype: str) -> dict[str, str]:
+    """What the bits of a result depend on besides the config and the code: by these, rounding differs.
+
+    Args:
+        device: what the run computes on, as torch names it.
+        dtype: what ``precision`` has come to.
+    """
+    import torch
+
+    found = {"precision": dtype, "torch": torch.__version__}
+    if "cuda" in device:
+        found["device"] = torch.cuda.get_device_name(device)
+    else:
+        found |= {"device": device, "threads": str(torch.get_num_threads())}
+        found["instructions"] = torch.backends.cpu.get_cpu_capability()
+    for package in ("faiss-cpu", "faiss-gpu"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found["faiss"] = importlib.metadata.version(package)
+    return found
 
 
 def _git(*arguments: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from src.data import Dataset
 from src.data.batches import epoch_batches
 from src.evaluation import protocol
 from src.evaluation.diagnostics import alignment, uniformity
+from src.runs.record import UNUSED
 from src.runs.tracker import Tracker
 from src.system.measure import peak_gib
 from src.system.seeding import seed_everything
@@ -23,6 +25,8 @@ from src.system.stopping import Stopped, Stopper
 from src.training import collapse
 from src.training.progress import Progress
 from src.training.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 # Of a sweep's folder, a trial's number, an epoch and its metrics.
 ShouldPrune = Callable[[str | None, int | None, int, Mapping[str, float]], bool]
@@ -100,6 +104,7 @@ def pretrain(
 
             if support is not None:
                 if outcome.ids is not None:
+                    state.served = True
                     support.record(outcome.ids, ids.repeat(2), labels.repeat(2))
                 with support.stopwatch:
                     support.update(outcome.embeddings, ids, labels)
@@ -146,6 +151,9 @@ def pretrain(
 def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, draw: Callable[[Path], Path]) -> None:
     """The final evaluation, and the files that stay."""
     cfg = state.cfg
+    if state.method.support is not None and cfg.method._target_ is None and not state.served:  # it may be an outsider's
+        tracker.record.tags[UNUSED] = "true"
+        logger.warning("%s: the support set was never filled, so reports leave the run out", directory)
     print("evaluating on the test images", flush=True)
     tracker.log(protocol.final(state.frozen, data, cfg.evaluation, state.search, cfg.seed), state.step)
     if cfg.init is None:  # else a run starts from what another has learned

@@ -21,13 +21,13 @@ from src.config.names import colour_of
 from src.config.schema import Config
 from src.data import load
 from src.data.batches import check_batch_size
-from src.errors import Diverged
+from src.errors import Diverged, UsageError
 from src.runs import directory as run_directory
 from src.runs import mlflow_store, origin
 from src.runs.record import METRICS, Record
 from src.runs.tracker import COLOUR_TAG, Tracker, catch_up
 from src.system.atomic_write import write_whole
-from src.system.environment import environment_tags
+from src.system.environment import conditions, environment_tags
 from src.system.redact import one_line, redact
 from src.system.stopping import Stopper
 from src.training import loop
@@ -60,6 +60,7 @@ def run(cfg: Config, should_prune: loop.ShouldPrune, draw: Callable[[Path], Path
     cfg.data.fingerprint = data.fingerprint  # a run is its settings and its images
     check_batch_size(cfg.batch_size, data.train)
     state = TrainState(cfg, data)
+    refuse_unfillable(cfg, len(data.train))
     warn_of_doubtful(cfg, len(data.train))
     origin.identify(cfg)
     tags = {"init.taken": state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
@@ -81,6 +82,10 @@ def run(cfg: Config, should_prune: loop.ShouldPrune, draw: Callable[[Path], Path
         if resumed and (changes := changed_protocol(cfg, directory)):
             tags["evaluation_changed"] = f"{changes} at step {state.step}"
             logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, changes)
+        dtype = str(state.dtype).removeprefix("torch.")
+        now = conditions(str(state.device), dtype)
+        if resumed:
+            warn_of_other_conditions(directory, now, state.step)
         kept = redact(OmegaConf.to_yaml(OmegaConf.create(identity.without_neutral(cfg))))
         write_whole(directory / "config.yaml", kept.encode())
         config = identity.flat(cfg)
@@ -90,12 +95,13 @@ def run(cfg: Config, should_prune: loop.ShouldPrune, draw: Callable[[Path], Path
             params=config | state.sizes() | {"skipped_images": data.skipped},
             tags=environment_tags(str(state.device))
             | {
-                "dtype": str(state.dtype).removeprefix("torch."),
+                "dtype": dtype,
                 "config_hash": identity.config_hash(cfg),
                 COLOUR_TAG: colour_of(config),
             }
             | tags,
         )
+        tracker.record.continue_under(now, state.step)
         started = f"started from {cfg.init} ({tags['init.taken']})," if cfg.init is not None else "started"
         print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
@@ -141,6 +147,42 @@ def say_result(directory: Path) -> float:
     return metrics.get("val/knn_top1", math.nan)
 
 
+def warn_of_other_conditions(directory: Path, now: dict[str, str], step: int) -> None:
+    """Says so where the run goes on under conditions in which it would have come to other bits.
+
+    Raises:
+        UsageError: the precision is another one, which is more than a rounding.
+    """
+    record = Record.find(directory)
+    if record is None:
+        return
+    if (before := record.tags.get("dtype", now["precision"])) != now["precision"]:
+        raise UsageError(
+            f"{directory}: was computed in {before} up to step {step}, and precision=auto means {now['precision']} on "
+            f"this machine: continue on one like the first, or start another run with precision={now['precision']}"
+        )
+    if changes := record.changes(now):
+        logger.warning("%s: %s, so the end differs by roundings from that of an unbroken run", directory, changes)
+
+
+def refuse_unfillable(cfg: Config, images: int) -> None:
+    """Keeps a run from being the control where it is named after a support set, which would never be filled.
+
+    Raises:
+        UsageError: the support set has not had enough embeddings when it is asked for the last time.
+    """
+    epochs, key = cfg.epochs, "epochs"
+    if isinstance(cfg.support, schema.KMeans) and cfg.support.forget == "reset" and cfg.support.forget_every < epochs:
+        epochs, key = cfg.support.forget_every, "support.forget_every"
+    seen = (images // cfg.batch_size * epochs - 1) * cfg.batch_size
+    name, size = ("k", cfg.k) if cfg.k is not None else ("queue_size", cfg.queue_size)
+    if size is not None and size > seen:
+        raise UsageError(
+            f"{name}={size}: is never filled, because the last batch of {key}={epochs} comes after {seen} embeddings; "
+            f"set {name} lower or {key} higher"
+        )
+
+
 def warn_of_doubtful(cfg: Config, images: int) -> None:
     """Say so where a legal setting can hardly be meant, such as a support set that the images cannot fill."""
     if cfg.schedule.warmup_epochs >= cfg.epochs:
@@ -148,12 +190,7 @@ def warn_of_doubtful(cfg: Config, images: int) -> None:
             "schedule.warmup_epochs=%g: not shorter than epochs=%d, so the learning rate only ever warms up",
             *(cfg.schedule.warmup_epochs, cfg.epochs),
         )
-    if cfg.queue_size is not None and cfg.queue_size > images * cfg.epochs:
-        logger.warning(
-            "queue_size=%d: %d images in %d epochs never fill it, so every positive will be the other view",
-            *(cfg.queue_size, images, cfg.epochs),
-        )
-    elif cfg.queue_size is not None and cfg.queue_size > images:
+    if cfg.queue_size is not None and cfg.queue_size > images:
         logger.warning(
             "queue_size=%d: more than the %d training images, so many positives will be old embeddings of the anchor's "
             "own image (support/self_hit tells)",

@@ -47,6 +47,7 @@ class TrainState:
         }
         self.frozen = FrozenEncoder(self.method.encoder, data.mean, data.std, self.device, self.dtype)
         self.step = 0
+        self.served = False  # whether the support set has given any positive
         self.seconds = 0.0  # spent in the current epoch
         self.support_seconds = 0.0
 
@@ -132,6 +133,7 @@ class TrainState:
             "classifier_optimizer": self.classifier_optimizer.state_dict(),
             "seconds": [self.seconds, self._support_seconds()],
             "rows": rows,
+            "served": self.served,
         }
         checkpoint.save(directory, self.step, state)
 
@@ -180,6 +182,7 @@ class TrainState:
             self.optimizer.load_state_dict(state["optimizer"])
             self.classifier_optimizer.load_state_dict(state["classifier_optimizer"])
             self.step = state["step"]
+            self.served = state.get("served", True)
             self.seconds, self.support_seconds = state["seconds"]
         except UsageError:
             raise

@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from src import cli, models
+from src import build, cli, models
 from src.errors import CannotWrite, Collapsed, Diverged, UsageError
 from src.reporting import curves
 from src.reporting.rows import summarise
@@ -608,17 +608,73 @@ def test_a_directory_in_use_is_refused(run, tmp_path):
 
 
 def test_doubtful_settings_are_warned_of(run, caplog):
-    run("method=nnclr", "queue_size=401", "epochs=2")
-    assert "queue_size=401: 200 images in 2 epochs never fill it" in caplog.text
     run("method=nnclr", "queue_size=201", "epochs=2", directory="large")
     assert "queue_size=201: more than the 200 training images" in caplog.text
-    run("method=nnclr", "queue_size=200", "epochs=1", directory="fits")
-    assert "queue_size=200" not in caplog.text
-    run("method=kmclr", "k=201", "epochs=1", directory="other")
+    run("method=kmclr", "k=201", "epochs=2", directory="other")
     assert "k=201: more prototypes than the 200 training images" in caplog.text
     run("method=kmclr", "k=7", "epochs=1", "support.refit=faiss", directory="refit")
     assert "support.refit_window=16384: 576 embeddings between two resets never fill it" in caplog.text
     assert "schedule.warmup_epochs=2: not shorter than epochs=1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["method=nnclr", "queue_size=321"], "queue_size=321: is never filled, because the last batch of epochs=2"),
+        (
+            ["method=kmclr", "k=129", "support.forget_every=1"],
+            "k=129: .* of support.forget_every=1 comes after 128 emb",
+        ),
+        (["method=kmclr", "k=321", "support.forget_every=5"], "k=321: is never filled"),
+        (["method=kmclr", "k=321", "support.forget=none"], "k=321: is never filled"),
+    ],
+)
+def test_a_support_set_that_is_never_filled_is_refused(run, tmp_path, overrides, says):
+    """Two epochs of three batches of 64 of 200 images: the last batch comes after 320 embeddings."""
+    with pytest.raises(UsageError, match=says):
+        run(*overrides)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "largest", [["method=nnclr", "queue_size=320"], ["method=kmclr", "k=128", "support.forget_every=1"]]
+)
+def test_a_support_set_that_is_filled_in_the_last_moment_is_used(run, largest):
+    assert Record.load(run(*largest)).metrics["support/perplexity"] >= 1
+
+
+def test_a_run_whose_support_set_was_never_filled_is_not_reported_as_what_it_is_not(run, monkeypatch, caplog):
+    """As of a support set from outside, of which nobody knows how it is filled."""
+    monkeypatch.setattr(KMeans, "ready", property(lambda _: False))
+    record = Record.load(run("method=kmclr", "k=7", "epochs=1"))
+    assert "the support set was never filled, so reports leave the run out" in caplog.text
+    rows, notes = summarise([record])
+    assert rows == []
+    assert notes == ["left out: run (its support set was never filled)"]
+
+
+def test_other_conditions_on_resume_are_said_and_another_precision_is_refused(run, tmp_path, monkeypatch, caplog):
+    overrides = ["method=simclr", "precision=auto", "epochs=1"]
+    monkeypatch.setattr(build, "precision", lambda *_: torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "Stopper", lambda _: StopAfter(1))
+        with pytest.raises(SystemExit):
+            run(*overrides)
+    before = Record.load(tmp_path / "run").conditions
+    assert [(each["step"], each["precision"], each["threads"]) for each in before] == [("0", "float32", "1")]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "precision", lambda *_: torch.bfloat16)
+        with pytest.raises(UsageError, match="computed in float32 up to step 2, and precision=auto means bfloat16 on"):
+            run(*overrides)
+    assert Record.load(tmp_path / "run").conditions == before
+
+    torch.set_num_threads(2)
+    run(*overrides)
+    assert "run: threads was 1 and is 2, so the end differs by roundings from that of an unbroken run" in caplog.text
+    record = Record.load(tmp_path / "run")
+    assert [(each["step"], each["threads"]) for each in record.conditions] == [("0", "1"), ("2", "2")]
+    assert "run is exact up to roundings only: threads was 1 and is 2 from step 2 on" in summarise([record])[1]
 
 
 @pytest.mark.slow
