@@ -159,7 +159,7 @@ def test_a_bad_value_is_one_line_that_names_it(override, says):
         (["objective=teacher", "k=3", "objective.neighbours=4"], "objective.neighbours=4: more than the 3 vectors"),
         (["experiment=mnn", "search=ivf"], "objective.neighbours=5: search=ivf finds one; choose search=auto"),
         (
-            ["objective=teacher", "objective.temperature=0.2"],
+            ["objective=teacher", "+objective.temperature=0.2"],
             "objective.temperature: the chosen options do not have it",
         ),
     ],
