@@ -36,7 +36,7 @@ from src.sweeps import plugins
 from src.sweeps.dry_run import preview
 from src.sweeps.launcher import JobFailed
 from src.system.output import lost_reader, outlive_readers
-from src.system.redact import redact
+from src.system.redact import redact, redact_output
 from src.system.stopping import Stopped
 
 OF_THE_SWEEP = ("jobs", "dry_run", "max_minutes")  # keys that concern a sweep as a whole
@@ -60,6 +60,7 @@ def report() -> None:
     """``python -m src.report``."""
     from src.reporting import report  # matplotlib takes a second
 
+    _say_warnings()
     with _without_reader(), _explained():
         report.main(sys.argv[1:])
 
@@ -68,6 +69,7 @@ def deliver() -> None:
     """``python -m src.tracking``."""
     from src.runs import tracker
 
+    _say_warnings()
     with _without_reader(), _explained():
         tracker.main()
 
@@ -102,7 +104,7 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     plugins.register()
     if {"--multirun", "-m"} & set(sys.argv):
         sys.argv[1:] = [_for_the_sweeper(argument) for argument in sys.argv[1:]]
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    _say_warnings()
 
     def task(composed: DictConfig) -> Any:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper collects how its jobs end
@@ -125,6 +127,11 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
         if tracebacks or not _is_from_hydra(error):
             raise
         fail(explain_composition(error))
+
+
+def _say_warnings() -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    redact_output()
 
 
 def _for_the_sweeper(argument: str) -> str:

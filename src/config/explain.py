@@ -47,7 +47,7 @@ def explain_composition(error: Exception) -> str:
         return explain_key(unknown.group(1), _beside(unknown.group(1), error.__cause__))
     if several := re.search(r"Ambiguous value for argument '([^']+)'", message):
         return f"{several.group(1)}: several values; add --multirun to run each of them"
-    return f"{message.splitlines()[0]} (--help shows what can be set)"
+    return f"{_first_line(message)} (--help shows what can be set)"
 
 
 def explain_key(key: str, there: Iterable[str] = ()) -> str:
@@ -72,6 +72,10 @@ def _beside(key: str, error: BaseException | None) -> list[str]:
     return [prefix + str(each) for each in found] if isinstance(found, DictConfig) else []
 
 
+def _first_line(message: str) -> str:
+    return (message.splitlines() or [""])[0].removeprefix("UsageError raised while resolving interpolation: ")
+
+
 def explain_type(error: OmegaConfBaseException) -> str:
     """A value that is missing, or of the wrong type."""
     key = str(error.full_key or error.key)
@@ -79,7 +83,7 @@ def explain_type(error: OmegaConfBaseException) -> str:
         return explain_key(key, _beside(key, error))
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: has no default; give it a value"
-    reason = str(error.msg or error).splitlines()[0]
+    reason = _first_line(str(error.msg or error))
     return f"{key}={error.value}: {reason}" if error.value is not None else f"{key}: {reason}"
 
 

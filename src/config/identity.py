@@ -12,6 +12,7 @@ from typing import Any
 from src.config.renamed import flatten, modern
 from src.config.schema import Config, KMeans, Teacher
 from src.errors import UsageError
+from src.system.redact import hide_in_settings
 
 # What may differ between two runs that are the same experiment: where it is stored, tracked, resumed and computed, and
 # what is only measured of it.
@@ -87,18 +88,31 @@ def settings(cfg: Config) -> dict[str, Any]:
     return {key: value for key, value in counted.items() if is_setting(key) and key not in without}
 
 
-def check_same(saved: Mapping[str, Any], cfg: Config, where: Path) -> None:
+def check_same(saved: Mapping[str, Any], cfg: Config, where: Path, saved_hash: str = "") -> None:
     """Compare the config that a run was started with (nested, or flat and as text) with the present one.
+
+    Args:
+        saved: a record's has lost what is secret in it.
+        cfg: the present one.
+        where: what ``saved`` was read from.
+        saved_hash: `config_hash` of then, which was made before anything was hidden.
 
     Raises:
         UsageError: they are not the same experiment; the line names the keys that differ.
     """
+    if saved_hash == config_hash(cfg):
+        return
     before, now, counted, without = modern(flatten(saved)), flat(cfg), settings(cfg), inert(cfg)
-    keys = [key for key in now if (str(before[key]) != str(now[key]) if key in before else key in counted)]
+    shown_before, shown = hide_in_settings(before), hide_in_settings(now)
+
+    def differs(key: str) -> bool:
+        return str(before[key]) not in (str(now[key]), str(shown[key])) if key in before else key in counted
+
+    keys = [key for key in now if differs(key)]
     keys += [key for key in before if key not in now]
     keys = [key for key in keys if is_setting(key) and key not in without]
     if keys:
-        differences = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in keys[:4])
+        differences = ", ".join(f"{key} was {shown_before.get(key)} and is {shown.get(key)}" for key in keys[:4])
         more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
         raise UsageError(f"{where} is of another configuration ({differences}{more}): set another output_dir")
 

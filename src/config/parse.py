@@ -20,6 +20,7 @@ from src.config.names import LABELS, method_name
 from src.config.outside import settings_class
 from src.config.renamed import modernised, objective_name
 from src.config.schema import OBJECTIVES, SUPPORTS, Config, Contrast, KMeans, Method, Objective, Queue, Support, Teacher
+from src.config.secrets import refuse_secrets
 from src.errors import UsageError
 
 
@@ -44,6 +45,7 @@ def parse(composed: DictConfig) -> Config:
             _adapter(node.__class__).validate_python({each.name: getattr(node, each.name) for each in fields(node)})
         except ValidationError as error:
             raise UsageError(explain_violation(key, error)) from None
+    refuse_secrets(cfg)
     _check_combinations(cfg)
     return _canonical(cfg)
 

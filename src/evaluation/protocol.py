@@ -135,17 +135,20 @@ def main(composed: DictConfig) -> dict[str, float]:
         # Test figures of a run in progress could guide its choices; and its status must stay what it is.
         raise UsageError(f"{directory}: the run is {record.status}, not FINISHED; run its training command again first")
 
-    before = parse(OmegaConf.create(saved["config"]))
-    cfg = _merged(saved["config"], composed)
+    with checkpoint.understood(path):
+        before = parse(OmegaConf.create(saved["config"]))
+        cfg = _merged(saved["config"], composed)
     device = build.device(cfg.device)
     data = load(cfg.data).on(device)
     encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
     prefix = "encoder."
-    weights = {key.removeprefix(prefix): v for key, v in saved["model"].items() if key.startswith(prefix)}
-    checkpoint.restore(encoder, weights, path)
+    with checkpoint.understood(path):
+        weights = {key.removeprefix(prefix): v for key, v in saved["model"].items() if key.startswith(prefix)}
+        checkpoint.restore(encoder, weights, path)
+        mean, std = ([float(each) for each in saved[key]] for key in ("mean", "std"))
     encoder.to(device).to(memory_format=torch.channels_last)
     dtype = build.precision(cfg.precision, device)
-    frozen = FrozenEncoder(encoder, saved["mean"], saved["std"], device, dtype)
+    frozen = FrozenEncoder(encoder, mean, std, device, dtype)
 
     metrics = final(frozen, data, cfg.evaluation, build.search(cfg.search, device), cfg.seed)
     trained_in = record.tags.get("dtype") if record else None

@@ -11,7 +11,8 @@ import io
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from src.errors import UsageError
 from src.runs.record import begins_with
 from src.system.atomic_write import write_whole
+from src.system.redact import one_line
+from src.system.regular_file import read_regular
 
 FORMAT = 3
 """What the keys of the state mean. To be raised when they change."""
@@ -38,8 +41,7 @@ class DamagedCheckpointError(UsageError):
 def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
     """Writes ``directory/step-<step>.pt`` and leaves the newest ``keep`` checkpoints up to this step.
 
-    Those of later steps go too: a run that saves step 90 was not continued from step 100, so that one is damaged or
-    belongs to a run that was started over.
+    Those of later steps are set aside: a run that saves step 90 was not continued from step 100.
 
     Args:
         directory: written by one process at a time; created if absent.
@@ -64,9 +66,27 @@ def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 2) ->
 
     saved = _by_step(directory)
     kept = sorted(other for other in saved if other <= step)[-keep:]
-    for other in saved.keys() - set(kept):
+    for other in {other for other in saved if other <= step} - set(kept):
         saved[other].unlink()
+    set_aside_after(directory, step)
     return path
+
+
+def set_aside_after(directory: Path, step: int) -> None:
+    """Renames the checkpoints of later steps, which are damaged or of something else, so that none counts as good."""
+    for path in (path for other, path in _by_step(directory).items() if other > step):
+        aside = path.with_name(f"{path.name}.damaged")
+        logger.warning("%s is set aside as %s", path, aside.name)
+        path.rename(aside)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is what `save` wrote, unaltered."""
+    try:
+        content = read_regular(path)
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -77,8 +97,10 @@ def load(path: Path) -> dict[str, Any]:
         UsageError: it is missing, of another format, or holds more than tensors and plain values.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
+        if path.exists() and not path.is_file():
+            raise DamagedCheckpointError(f"{path} is not a regular file: choose another one") from None
         raise UsageError(f"checkpoint {path} cannot be read: {error.strerror}") from None
     payload, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
     if hashlib.sha256(payload).digest() != digest:
@@ -143,6 +165,17 @@ def restore(module: nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> 
         found = "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in differences.items() if keys)
         raise UsageError(f"{path} is of another method or shape: {found}. Give the config that it was trained with")
     module.load_state_dict(dict(state_dict))
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Whatever a whole checkpoint lacks that a run's has, as a `UsageError` that names the file."""
+    try:
+        yield
+    except (UsageError, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} is not the checkpoint of a run ({one_line(error)}): choose another one") from None
 
 
 def fits(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from src.config import identity, schema
 from src.errors import Collapsed, Diverged, UsageError
-from src.runs.record import Record
+from src.runs.record import METRICS, RECORD, Record
 from src.system.atomic_write import cannot_write
 
 ROOT = Path("multirun")
@@ -44,7 +45,7 @@ def is_finished(directory: Path, cfg: schema.Config) -> bool:
     record = Record.find(directory)
     if record is None:
         return False
-    identity.check_same(record.params, cfg, directory)
+    identity.check_same(record.params, cfg, directory, record.tags.get("config_hash", ""))
     return record.status == "FINISHED"
 
 
@@ -62,6 +63,31 @@ def refuse_hopeless(directory: Path, cfg: schema.Config) -> None:
         raise Collapsed(f"collapsed {tags[COLLAPSED]}; on_collapse=warn trains on")
 
 
+def refuse_foreign(directory: Path) -> None:
+    """Keeps a run out of a folder in which it would overwrite what another program has put there.
+
+    A run's record is the first that it writes. One that has lost its record is known by a whole checkpoint.
+
+    Raises:
+        UsageError: the folder has files, and none is a record or a checkpoint.
+    """
+    if not directory.is_dir() or os.path.lexists(directory / RECORD):
+        return
+    from src.runs import checkpoint  # torch takes seconds
+
+    if any(map(checkpoint.is_whole, directory.glob("checkpoints/step-*.pt"))):
+        return
+    if others := sorted(path.name for path in directory.iterdir() if not _is_of_a_start(path)):
+        raise UsageError(
+            f"output_dir={directory}: holds {others[0]!r} but no {RECORD}, so it is not a run's; name a new folder"
+        )
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """Whether a run that was killed before it had its record may have left the file."""
+    return path.name in (".lock", f"{RECORD}.tmp") or (path.name == METRICS and not path.stat().st_size)
+
+
 def is_held(directory: Path) -> bool:
     """Whether a process works on the run."""
     try:
@@ -76,9 +102,10 @@ def exclusive(directory: Path) -> Iterator[None]:
     """Make the directory and hold it against other processes; the lock goes with the process, however it ends.
 
     Raises:
-        UsageError: another process holds it, or it cannot be made.
+        UsageError: another process holds it, it cannot be made, or it is another program's.
         CannotWrite: what was done there met a disk that is full, read-only or broken.
     """
+    refuse_foreign(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / ".lock")

@@ -23,7 +23,7 @@ from typing_extensions import TypedDict  # typing's own is refused by pydantic b
 from src.config.schema import Natural, NotNegative, Tracking, one_of
 from src.errors import UsageError
 from src.system.atomic_write import write_whole
-from src.system.redact import one_line, redact
+from src.system.redact import hide_in_settings, one_line, redact
 from src.system.regular_file import open_regular, read_regular
 
 METRICS = "metrics.jsonl"
@@ -31,6 +31,7 @@ RECORD = "run.json"
 CHANGED = "conditions_changed"  # a tag: that of which rounding depends, and where
 UNUSED = "support_unused"  # a tag: the support set was never filled, so the positives were the other views
 PARENT = "mlflow.parentRunId"  # a tag: MLflow's id of the sweep's run, under which its pages show a job
+FOR_PEOPLE = ("command", "error", "evaluation_changed")  # tags, which may quote anything
 
 logger = logging.getLogger(__name__)
 
@@ -174,9 +175,8 @@ class Record:
     def save(self, directory: Path) -> None:
         """Writes ``run.json``, unless that is what it says; params and tags lose what is secret in them."""
         self.directory = directory.resolve()
-        self.params, self.tags = (
-            {key: redact(value) for key, value in each.items()} for each in (self.params, self.tags)
-        )
+        self.params, self.tags = hide_in_settings(self.params), hide_in_settings(self.tags)
+        self.tags |= {key: redact(self.tags[key]) for key in FOR_PEOPLE if key in self.tags}
         values = asdict(self) | {"metrics": encode(self.metrics)}
         del values["directory"]
         content = json.dumps(values, indent=1, allow_nan=False).encode()

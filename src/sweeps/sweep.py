@@ -113,4 +113,4 @@ def _exit(number: int, _: object) -> None:
 
 
 def _command() -> str:
-    return redact(shlex.join(["python", "-m", "src.train", *TYPED]))
+    return shlex.join(["python", "-m", "src.train", *map(redact, TYPED)])

@@ -15,8 +15,9 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
         OSError: there is no room; what was there before is untouched.
     """
     aside = path.with_name(f"{path.name}.tmp")
+    aside.unlink(missing_ok=True)  # it may be a link, and what that names would be overwritten
     try:
-        with aside.open("wb") as file:
+        with aside.open("xb") as file:
             for part in parts:
                 file.write(part)
             file.flush()

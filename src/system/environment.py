@@ -10,6 +10,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from src.system.redact import redact
+
 TYPED = tuple(sys.argv[1:])  # before anything rewrites it
 
 
@@ -21,7 +23,7 @@ def environment_tags(device: str) -> dict[str, str]:
     """
     import torch
 
-    tags = {"python": platform.python_version(), "command": shlex.join([sys.argv[0], *TYPED])}
+    tags = {"python": platform.python_version(), "command": shlex.join([sys.argv[0], *map(redact, TYPED)])}
     tags["device"] = (
         torch.cuda.get_device_name(device) if "cuda" in device else f"{device} ({torch.get_num_threads()} threads)"
     )

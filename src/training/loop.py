@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from src import build
 from src.data import Dataset
@@ -19,6 +19,7 @@ from src.evaluation import protocol
 from src.evaluation.diagnostics import alignment, uniformity
 from src.runs.record import UNUSED
 from src.runs.tracker import Tracker
+from src.system.atomic_write import write_whole
 from src.system.measure import peak_gib
 from src.system.seeding import seed_everything
 from src.system.stopping import Stopped, Stopper
@@ -159,7 +160,7 @@ def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, 
     if cfg.init is None:  # else a run starts from what another has learned
         tracker.log(protocol.untrained(state.untrained(), data, cfg.evaluation, state.search, cfg.seed), step=0)
     tracker.sync()  # as before each save
-    save_file(state.encoder_weights(), directory / "encoder.safetensors")
+    write_whole(directory / "encoder.safetensors", safetensors.torch.save(state.encoder_weights()))
     draw(directory)
     for name in ("config.yaml", "encoder.safetensors", "curves.png"):
         tracker.artifact(directory / name)

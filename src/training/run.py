@@ -28,7 +28,7 @@ from src.runs.record import METRICS, Record
 from src.runs.tracker import COLOUR_TAG, Tracker, catch_up
 from src.system.atomic_write import write_whole
 from src.system.environment import conditions, environment_tags
-from src.system.redact import one_line, redact
+from src.system.redact import hide_in_settings, one_line
 from src.system.stopping import Stopper
 from src.training import loop
 from src.training.state import TrainState
@@ -86,8 +86,6 @@ def run(cfg: Config, should_prune: loop.ShouldPrune, draw: Callable[[Path], Path
         now = conditions(str(state.device), dtype)
         if resumed:
             warn_of_other_conditions(directory, now, state.step)
-        kept = redact(OmegaConf.to_yaml(OmegaConf.create(identity.without_neutral(cfg))))
-        write_whole(directory / "config.yaml", kept.encode())
         config = identity.flat(cfg)
         tracker = Tracker(
             directory,
@@ -102,6 +100,8 @@ def run(cfg: Config, should_prune: loop.ShouldPrune, draw: Callable[[Path], Path
             | tags,
         )
         tracker.record.continue_under(now, state.step)
+        kept = OmegaConf.to_yaml(OmegaConf.create(hide_in_settings(identity.without_neutral(cfg))))
+        write_whole(directory / "config.yaml", kept.encode())
         started = f"started from {cfg.init} ({tags['init.taken']})," if cfg.init is not None else "started"
         print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"

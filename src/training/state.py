@@ -145,19 +145,20 @@ class TrainState:
         Raises:
             UsageError: the file is damaged, or holds no encoder of this architecture.
         """
-        if path.suffix == ".pt":
-            weights = checkpoint.load(path)["model"]
-        else:
-            try:
-                weights = {f"encoder.{key}": value for key, value in load_file(path).items()}
-            except SafetensorError as error:
-                raise UsageError(f"init={path}: not a safetensors file ({one_line(error)})") from None
         taken = []
-        for name, part in self.method.named_children():
-            own = {key.removeprefix(f"{name}."): v for key, v in weights.items() if key.startswith(f"{name}.")}
-            if name == "encoder" or checkpoint.fits(part, own):
-                checkpoint.restore(part, own, path)
-                taken.append(name)
+        with checkpoint.understood(path):
+            if path.suffix == ".pt":
+                weights = checkpoint.load(path)["model"]
+            else:
+                try:
+                    weights = {f"encoder.{key}": value for key, value in load_file(path).items()}
+                except (OSError, SafetensorError) as error:
+                    raise UsageError(f"init={path}: not a safetensors file ({one_line(error)})") from None
+            for name, part in self.method.named_children():
+                own = {key.removeprefix(f"{name}."): v for key, v in weights.items() if key.startswith(f"{name}.")}
+                if name == "encoder" or checkpoint.fits(part, own):
+                    checkpoint.restore(part, own, path)
+                    taken.append(name)
         self.method.after_init(taken)
         return ", ".join(taken)
 
@@ -172,10 +173,11 @@ class TrainState:
             UsageError: it is of another configuration, of another method or shape, or of something else.
         """
         found = checkpoint.load_latest(directory, rows)
+        checkpoint.set_aside_after(directory, found[1]["step"] if found else -1)
         if found is None:
             return False
         path, state = found
-        try:
+        with checkpoint.understood(path):
             identity.check_same(state["config"], self.cfg, path)
             checkpoint.restore(self.method, state["model"], path)
             checkpoint.restore(self.classifier, state["classifier"], path)
@@ -184,8 +186,4 @@ class TrainState:
             self.step = state["step"]
             self.served = state.get("served", True)
             self.seconds, self.support_seconds = state["seconds"]
-        except UsageError:
-            raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # whole, but not what `save` makes
-            raise UsageError(f"{path} is not the checkpoint of a run ({one_line(error)}): remove it") from None
         return True

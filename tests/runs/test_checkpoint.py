@@ -166,7 +166,8 @@ def test_later_steps_are_of_an_abandoned_run(tmp_path):
     checkpoint.save(tmp_path, 90, {})
     checkpoint.save(tmp_path, 100, {})
     checkpoint.save(tmp_path, 95, {})
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000090.pt", "step-00000095.pt"]
+    kept = ["step-00000090.pt", "step-00000095.pt", "step-00000100.pt.damaged"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == kept, "and nothing is deleted that is not understood"
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, caplog):
@@ -180,6 +181,18 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, caplog):
     assert "\n" not in warning
     first.write_bytes(b"")
     assert checkpoint.load_latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_what_is_no_file_is_passed_over_and_not_waited_for(tmp_path, kind):
+    good, bad = checkpoint.save(tmp_path, 1, {}), tmp_path / "step-00000002.pt"
+    (os.mkfifo if kind == "fifo" else os.mkdir)(bad)
+    with pytest.raises(UsageError, match="not a regular file"):
+        checkpoint.load(bad)
+    assert checkpoint.load_latest(tmp_path)[0] == good
+    checkpoint.set_aside_after(tmp_path, 1)
+    assert not bad.exists()
+    assert (tmp_path / "step-00000002.pt.damaged").exists()
 
 
 def save_forever(directory: Path, step: int) -> None:
@@ -232,3 +245,15 @@ def test_restore_names_the_keys_that_differ_and_changes_nothing():
     assert "4 unexpected: centroids.0, centroids.1, centroids.2, ...;" in text
     assert "1 of another shape: encoder.weight (5, 2) for (3, 2)" in text
     torch.testing.assert_close(dict(module.state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("model"), TypeError("x\ny"), RuntimeError("shape"), IndexError(), AttributeError()]
+)
+def test_what_a_checkpoint_lacks_is_one_line(tmp_path, error):
+    with (
+        pytest.raises(UsageError, match=f"{tmp_path} is not the checkpoint of a run") as caught,
+        checkpoint.understood(tmp_path),
+    ):
+        raise error
+    assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 import pytest
 
 from src.errors import UsageError
+from src.runs import checkpoint
 from src.runs import directory as run_directory
 from tests.config.test_schema import parsed
 
@@ -43,4 +44,28 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         pytest.raises(UsageError, match="file/run: cannot be written"),
         run_directory.exclusive(tmp_path / "file" / "run"),
     ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints/step-00000100.pt", "notes", ".hidden"])
+def test_a_folder_of_another_program_is_left_alone(tmp_path, name):
+    theirs = tmp_path / name
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("theirs")
+    with pytest.raises(UsageError, match=r"so it is not a run's; name a new folder"), run_directory.exclusive(tmp_path):
+        pass
+    assert theirs.read_text() == "theirs"
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_what_a_kill_at_the_start_leaves_is_ours(tmp_path):
+    for name in (".lock", "run.json.tmp", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    with run_directory.exclusive(tmp_path):
+        pass
+
+
+def test_a_run_that_has_lost_its_record_is_known_by_its_checkpoint(tmp_path):
+    checkpoint.save(tmp_path / "checkpoints", 10, {})
+    with run_directory.exclusive(tmp_path):
         pass

@@ -30,3 +30,12 @@ def test_the_line_names_the_file_or_else_the_folder(tmp_path):
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x/metrics.jsonl")
     assert str(atomic_write.cannot_write(tmp_path, error)).startswith("x/metrics.jsonl: No space left on device; ")
     assert str(atomic_write.cannot_write(tmp_path, OSError("broken"))).startswith(f"{tmp_path}: broken; ")
+
+
+def test_what_a_link_names_is_not_written_to(tmp_path):
+    (tmp_path / "notes").write_text("theirs")
+    for name in ("a", "a.tmp"):
+        (tmp_path / name).symlink_to("notes")
+    atomic_write.write_whole(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert (tmp_path / "notes").read_text() == "theirs"
