@@ -34,13 +34,17 @@ from src.errors import RunFailed, UsageError
 from src.runs import origin
 from src.sweeps import plugins
 from src.sweeps.dry_run import preview
-from src.sweeps.launcher import JobFailed
+from src.sweeps.launcher import JobFailed, refuse_foreign_sweeper
 from src.system.output import lost_reader, outlive_readers
-from src.system.redact import redact, redact_output
+from src.system.redact import one_line, redact, redact_output
 from src.system.stopping import Stopped
 
 OF_THE_SWEEP = ("jobs", "dry_run", "max_minutes")  # keys that concern a sweep as a whole
 LONGEST = 600  # characters of a line for people
+_LACKS_MEMORY = re.compile(
+    "MemoryError|out of memory|(can't|cannot) allocate memory|bad_alloc|failed to map segment|can't start new thread",
+    re.I,
+)
 CONF = Path(__file__).parent.parent / "conf"
 
 
@@ -105,9 +109,14 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     if {"--multirun", "-m"} & set(sys.argv):
         sys.argv[1:] = [_for_the_sweeper(argument) for argument in sys.argv[1:]]
     _say_warnings()
+    for argument in sys.argv[1:]:  # Hydra makes that folder before it hands the config over
+        if re.match(r"\+*hydra\.run\.dir=", argument) and "hydra.job.chdir=true" not in sys.argv:
+            fail(f"{argument}: has no effect; a run's folder is output_dir")
 
     def task(composed: DictConfig) -> Any:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper collects how its jobs end
+            if main is pretrain:
+                refuse_foreign_sweeper(HydraConfig.get())
             return _job(main, composed)
         if "sweep" in HydraConfig.get().runtime.choices and not composed.tracking.parent:
             fail(f"+sweep={HydraConfig.get().runtime.choices['sweep']}: a sweep is many runs; add --multirun")
@@ -165,9 +174,12 @@ def _with_present_names(hydra_main: Callable[[], None]) -> None:
 
 
 def _is_from_hydra(error: Exception) -> bool:
-    """Of a line that Hydra cannot compose it may raise anything: a TypeError for ``tracking=[1]``."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return any(raised_in.is_relative_to(Path(package.__path__[0])) for package in (hydra, omegaconf))
+    """Of what Hydra cannot compose it may raise anything: a TypeError for ``tracking=[1]``, YAML's for a file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    raised_in = Path(frames[-1].filename)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(CONF.parent / "src")]
+    is_composing = not ours or ours[-1].name == _with_present_names.__name__
+    return is_composing or any(raised_in.is_relative_to(Path(package.__path__[0])) for package in (hydra, omegaconf))
 
 
 @contextmanager
@@ -186,14 +198,26 @@ def _explained() -> Iterator[None]:
     """Ends with one line and a status where the fault is not in the program."""
     try:
         yield
-    except UsageError as error:
-        fail(str(error))
-    except RunFailed as failure:
-        fail(str(failure), failure.status)
-    except (HydraException, OmegaConfBaseException) as error:  # one of Hydra's is an OSError too
-        fail(explain_composition(error))
-    except OSError as error:  # before a run had its directory: nothing has been written
-        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except Exception as error:
+        if lacking := _lack_of_memory(error):
+            fail(f"there is not enough memory ({one_line(lacking)}): lower batch_size, or give it more", 1)
+        if isinstance(error, UsageError):
+            fail(str(error))
+        if isinstance(error, RunFailed):
+            fail(str(error), error.status)
+        if isinstance(error, HydraException | OmegaConfBaseException):  # one of Hydra's is an OSError too
+            fail(explain_composition(error))
+        if isinstance(error, OSError):  # before a run had its directory: nothing has been written
+            fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+        raise
+
+
+def _lack_of_memory(error: BaseException | None) -> BaseException | None:
+    """The error, or the one on which it was raised, that says so: any line of any library may meet the limit."""
+    kinds = MemoryError | RuntimeError | ImportError | OSError
+    while error and not (isinstance(error, kinds) and _LACKS_MEMORY.search(repr(error))):
+        error = error.__context__
+    return error
 
 
 def _job(main: Callable[[DictConfig], Any], composed: DictConfig) -> Any:

@@ -125,6 +125,10 @@ def typed(tmp_path, monkeypatch, capsys):
         ("data=parquet data.root=.", "no shards train-*.parquet in or below that folder"),
         ("data=image_folder", "data.root"),
         ("output_dir=a_file data=digits backbone=resnet_tiny", "output_dir=a_file: is a file"),
+        ("hydra.run.dir=elsewhere", "hydra.run.dir=elsewhere: has no effect; a run's folder is output_dir"),
+        ("--multirun hydra.sweep.dir=elsewhere k=5,6", "hydra.sweep.* out"),
+        ("--multirun hydra/sweeper=optuna k=5,6", "hydra/sweeper=optuna: leave it out for a grid"),
+        ("--multirun hydra/sweeper=basic k=5,6", "hydra/sweeper=basic: leave it out for a grid"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(typed, tmp_path, cache_dir, arguments, says):
@@ -187,6 +191,41 @@ def test_a_launcher_that_is_not_installed_is_one_line(command, tmp_path, small, 
     assert done.stderr.startswith("error: hydra/launcher")
     assert remedy in done.stderr
     assert not list(tmp_path.glob("multirun/*/"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"a: [", b"\xff\xfe", b"a: &x [*x, *x]", b'!!python/object/apply:os.system ["true"]', b"\0"]
+)
+def test_a_damaged_config_file_is_one_line(command, tmp_path, content):
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/experiment/bad.yaml").write_bytes(content)
+    done = command("src.train", "--config-dir=mine", "experiment=bad", "dry_run=true")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("megabytes", [200, 3000])
+def test_too_little_memory_is_one_line(tmp_path, megabytes):
+    limited = f"ulimit -v {megabytes * 1024}; exec {sys.executable} -m src.train data=digits backbone=resnet_tiny"
+    fixed = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-c", limited], cwd=tmp_path, env=os.environ | fixed, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: there is not enough memory (")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_lack_of_memory_is_found_below_what_was_made_of_it():
+    try:
+        try:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        except RuntimeError:
+            raise UsageError("backbone: does not take such images") from None
+    except UsageError as error:
+        assert "can't allocate" in str(cli._lack_of_memory(error))  # noqa: PT017
+    assert cli._lack_of_memory(UsageError("experiment=out of memory: there is no such")) is None
 
 
 def test_known_keys_reach_into_every_support_set():

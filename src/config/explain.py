@@ -11,11 +11,13 @@ from typing import Any, cast, get_type_hints
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
+from yaml import YAMLError
 
 from src.config import schema
 from src.config.renamed import new_name
 
 OWNERS = {"k": "support=kmeans (method=kmclr)", "queue_size": "support=queue (method=nnclr)"}
+LONGEST_VALUE = 100  # characters of it in a message, whose end says what is wrong
 BOUNDS = {
     "greater_than": "must be above {gt:g}",
     "greater_than_equal": "must be {ge:g} or more",
@@ -23,6 +25,7 @@ BOUNDS = {
     "less_than_equal": "must be {le:g} or less",
     "finite_number": "must be finite",
     "string_pattern_mismatch": "is not of the form {pattern}",
+    "string_too_long": "is longer than {max_length} characters",
     "too_short": "give {min_length} or more",
     "too_long": "give {max_length} at most",
     "value_error": "{error}",
@@ -32,6 +35,8 @@ BOUNDS = {
 def explain_composition(error: Exception) -> str:
     """What Hydra says in several lines of a command line that it cannot compose."""
     message = str(error)
+    if isinstance(error, YAMLError | UnicodeDecodeError):
+        return f"a config file is not YAML in UTF-8: {message}"
     if re.search(r"Could not (find|load) 'hydra/launcher/submitit_(slurm|local)'", message):
         return "hydra/launcher: SLURM needs submitit: pip install --constraint constraints.txt '.[slurm]'"
     if "hydra_plugins.hydra_ray_launcher" in message:
@@ -47,7 +52,7 @@ def explain_composition(error: Exception) -> str:
         return explain_key(unknown.group(1), _beside(unknown.group(1), error.__cause__))
     if several := re.search(r"Ambiguous value for argument '([^']+)'", message):
         return f"{several.group(1)}: several values; add --multirun to run each of them"
-    return f"{_first_line(message)} (--help shows what can be set)"
+    return f"{_first_line(message) or type(error).__name__} (--help shows what can be set)"
 
 
 def explain_key(key: str, there: Iterable[str] = ()) -> str:
@@ -97,7 +102,9 @@ def explain_violation(prefix: str, error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     bound = BOUNDS.get(first["type"])
     what = bound.format(**first.get("ctx", {})) if bound else first["msg"][:1].lower() + first["msg"][1:]
-    return f"{prefix}{first['loc'][0]}={first['input']}: {what}"
+    given = str(first["input"])
+    given = given if len(given) <= LONGEST_VALUE else f"{given[:LONGEST_VALUE]}..."
+    return f"{prefix}{first['loc'][0]}={given}: {what}"
 
 
 def known_keys() -> list[str]:

@@ -37,7 +37,7 @@ def parse(composed: DictConfig) -> Config:
         schema.objective = OmegaConf.structured(_schema("objective", composed, OBJECTIVES, Objective))
         ours = [*LABELS, OmegaConf.select(composed, "support.name")]  # with somebody's support set, ours has its name
         schema.method = OmegaConf.structured(_schema("method", composed, dict.fromkeys(ours, Method), Method))
-        cfg: Config = OmegaConf.to_object(OmegaConf.merge(schema, composed))  # type: ignore[assignment]
+        cfg: Config = _without_minus_zero(OmegaConf.to_object(OmegaConf.merge(schema, composed)))
     except OmegaConfBaseException as error:
         raise UsageError(explain_type(error)) from error
     for key, node in _nodes("", cfg):
@@ -73,6 +73,20 @@ def _nodes(key: str, node: Any) -> Iterator[tuple[str, Any]]:
     for each in fields(node):
         if is_dataclass(value := getattr(node, each.name)):
             yield from _nodes(f"{key}{each.name}.", value)
+
+
+def _without_minus_zero(value: Any) -> Any:
+    """The same with 0.0 for -0.0, which is equal and is written otherwise."""
+    if isinstance(value, float):
+        return value + 0.0
+    if isinstance(value, list):
+        return [_without_minus_zero(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _without_minus_zero(each) for key, each in value.items()}
+    if is_dataclass(value):
+        for each in fields(value):
+            setattr(value, each.name, _without_minus_zero(getattr(value, each.name)))
+    return value
 
 
 def _check_combinations(cfg: Config) -> None:

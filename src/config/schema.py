@@ -217,7 +217,7 @@ class Evaluation:
 @dataclass
 class Tracking:
     name: Annotated[str, one_of("mlflow", "jsonl")]
-    experiment: Annotated[str, AfterValidator(_not_blank)]
+    experiment: Annotated[str, Field(max_length=500), AfterValidator(_not_blank)]  # MLflow takes no longer name
     log_every: Count
     parent: str | None = None  # the folder of the sweep that the run is a job of
     trial: int | None = None  # its number in the sweep's Optuna study

@@ -6,6 +6,7 @@ An image is an encoded file, either a binary cell or a struct with a field ``byt
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -87,7 +88,7 @@ def _read(train: list[Path], test: list[Path], image_column: str, label_column: 
 
     with _readable(train[0]):
         names = _class_names(pq.read_schema(train[0]), label_column)
-    if doubles := [name for name in names if names.count(name) > 1]:
+    if doubles := [name for name, times in Counter(names).items() if times > 1]:
         raise UsageError(f"{train[0]}: two classes are called {doubles[0]!r}; rename one")
     values = {}
     for shard in train + test:
@@ -111,7 +112,10 @@ def _read(train: list[Path], test: list[Path], image_column: str, label_column: 
 def _class_names(schema: pyarrow.Schema, label_column: str) -> list[str]:
     """Names that the hub's ``ClassLabel`` feature keeps in the schema's metadata; empty without it."""
     written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    return written.get("info", {}).get("features", {}).get(label_column, {}).get("names") or []
+    names = written.get("info", {}).get("features", {}).get(label_column, {}).get("names") or []
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError("the class names are no list of texts")
+    return names
 
 
 def _pictures(shards: list[Path], column: str) -> Iterator[Picture]:

@@ -47,11 +47,17 @@ def prepare(experiment: str = "Default") -> Any:
 
     Raises:
         Busy: the database is locked or away.
-        UsageError: MLflow is not installed, the store does not open, or the experiment has been deleted in it.
+        UsageError: MLflow is not installed, the store is a folder of files or does not open, or the experiment has been
+            deleted in it.
     """
     mlflow = _import_mlflow()
     uri = mlflow.get_tracking_uri()
     path = _sqlite_path(uri)
+    if path is None and mlflow.utils.uri.is_local_uri(uri):
+        raise UsageError(
+            f"the MLflow store {redact(uri)} is a folder of files, in which a value that is delivered twice counts "
+            "twice: set MLFLOW_TRACKING_URI=sqlite:///mlflow.db, or use tracking=jsonl"
+        )
     try:
         if path is None:
             return mlflow.MlflowClient(uri)
@@ -91,6 +97,7 @@ def _import_mlflow() -> Any:
         os.environ.setdefault(name, value)
     try:
         import mlflow
+        import mlflow.utils.uri
     except ImportError as error:
         remedy = "run `make setup`, or use tracking=jsonl"
         raise UsageError(f"tracking=mlflow cannot import MLflow ({one_line(error)}): {remedy}") from None

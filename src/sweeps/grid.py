@@ -49,6 +49,8 @@ class GridSweeper(Sweeper):
         self.params = {key: str(value) for key, value in params.items()}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        if (config.hydra.sweep.dir, config.hydra.sweep.subdir) != ("multirun", "."):
+            raise UsageError("hydra.sweep: a sweep's folder is multirun/sweep-NAME-ID; leave hydra.sweep.* out")
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
         self.compose = Composer(hydra_context.config_loader, config)
         self.launched = 0

@@ -17,17 +17,31 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from src.errors import UsageError
 from src.system.stopping import PRUNED, Stopper, is_stop
 
 # Worth a word when a job starts, as is all in which the jobs differ.
 SWEPT = {"method", "support", "objective", "k", "queue_size", "seed"}
+
+
+def refuse_foreign_sweeper(hydra: Any) -> None:
+    """A sweeper of Hydra's own, or of a plugin, waits for values that a job in a process of its own does not return.
+
+    Raises:
+        UsageError: the sweeper is not one of this project's.
+    """
+    if not hydra.sweeper._target_.startswith("hydra_plugins.support_sets."):
+        chosen = hydra.runtime.choices.get("hydra/sweeper", hydra.sweeper._target_)
+        raise UsageError(
+            f"hydra/sweeper={chosen}: leave it out for a grid, or use +sweep=optuna for a search by Optuna"
+        )
 
 
 class JobFailed(Exception):  # noqa: N818
@@ -73,6 +87,7 @@ class LocalLauncher(Launcher):
         self.jobs = jobs
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:  # noqa: ARG002
+        refuse_foreign_sweeper(config.hydra)
         self.config = config
         sources = config.hydra.runtime.config_sources
         self.config_dir = [f"--config-dir={each.path}" for each in sources if each.provider == "command-line"]

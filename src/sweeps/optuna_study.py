@@ -7,8 +7,10 @@ does not repeat itself, points are distinct, a trial that was cut off is taken u
 from __future__ import annotations
 
 import logging
+import sqlite3
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from src.errors import UsageError
+from src.system.redact import one_line
 from src.system.seeding import mix
 
 OBJECTIVE = "val/knn_top1"  # never a figure of the test images
@@ -91,7 +94,7 @@ class Study:
 
     def __init__(self, folder: Path, distributions: Mapping[str, Any], pruner: str, seed: int) -> None:
         self.distributions, self.seed = dict(distributions), seed
-        self.study = _open(folder)
+        self.study = _open(folder, check=True)
         self.study.set_user_attr("pruner", pruner)
         for trial in self.study.trials:
             if trial.state.name == "RUNNING" and trial.params.keys() != self.distributions.keys():
@@ -173,16 +176,37 @@ def should_prune(folder: str | None, number: int | None, epoch: int, metrics: Ma
         return False
 
 
-def _open(folder: Path) -> Any:
+def _open(folder: Path, check: bool = False) -> Any:
+    """The study in a folder; what there is of it is checked if that is asked for.
+
+    Raises:
+        UsageError: its file is damaged, another Optuna's or something else.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url = f"sqlite:///{folder / FILE}"
+    path, url = folder / FILE, f"sqlite:///{folder / FILE}"
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
         storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+        study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
+        if check:
+            _check(path, study)
     except RuntimeError as error:  # the tables are another Optuna's; it names the command that upgrades them
-        raise UsageError(f"{folder / FILE}: {error}".replace("$STORAGE_URL", url)) from None
-    return optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
+        raise UsageError(f"{path}: {one_line(error)}".replace("$STORAGE_URL", url)) from None
+    except Exception as error:  # whatever is in the file decides what is raised
+        raise UsageError(f"{path} is not the study of a sweep ({one_line(error)}): move it away") from None
+    return study
+
+
+def _check(path: Path, study: Any) -> None:
+    with closing(sqlite3.connect(path)) as tables:
+        (found,) = tables.execute("PRAGMA integrity_check(1)").fetchone()
+    if found != "ok":
+        raise ValueError(found)
+    for trial in study.trials:
+        trial._validate()
 
 
 def _tell(study: Any, number: int, state: str, value: float | None = None) -> None:

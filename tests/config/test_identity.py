@@ -119,3 +119,9 @@ def test_flatten_leaves_out_what_does_not_apply():
     assert flat["augment.view1.crop_scale"] == [0.08, 1.0]
     assert "k" not in flat
     assert "data.limit" not in flat
+
+
+def test_minus_zero_is_zero():
+    one, other = (parsed(f"optimizer.weight_decay={zero}", f"augment.view1.flip={zero}") for zero in ("0", "-0.0"))
+    assert identity.config_hash(one) == identity.config_hash(other)
+    assert str(other.optimizer.weight_decay) == "0.0"

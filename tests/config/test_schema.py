@@ -178,3 +178,10 @@ def test_evaluate_composes_and_needs_no_data():
     cfg = composed(name="evaluate")
     assert OmegaConf.select(cfg, "data") is None
     assert composed("data=digits", "evaluation=original", name="evaluate").data.name == "digits"
+
+
+def test_a_name_that_mlflow_does_not_take_is_refused_and_the_line_says_why():
+    with pytest.raises(UsageError, match="is longer than 500 characters") as error:
+        parsed(f"tracking.experiment={'x' * 501}")
+    assert len(str(error.value)) < 200
+    assert len(parsed(f"tracking.experiment={'x' * 500}").tracking.experiment) == 500

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 
 import numpy as np
 import pytest
@@ -152,3 +153,19 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(config, folder, monkeypatch)
     monkeypatch.setattr(cache_module.os, "fsync", full)
     assert "cache: No space left on device; make room" in refusal(cfg)
     assert [path.suffix for path in (folder.parent / "cache").iterdir()] == [".lock"]
+
+
+def test_many_names_of_classes_take_no_long_time(config, tmp_path):
+    names = [f"class {number}" for number in range(200_000)]
+    for name in ("train-0", "test-0"):
+        write_shard(tmp_path / f"{name}.parquet", [0, 1], names=[*names, "class 0"])
+    started = time.process_time()
+    assert "two classes are called 'class 0'" in refusal(config("parquet", tmp_path))
+    assert time.process_time() < started + 10
+
+
+@pytest.mark.parametrize("names", ["ab", {"a": 1}, [1, 2], [None, "a"], 7])
+def test_names_of_classes_that_are_no_names_are_one_line(config, tmp_path, names):
+    for name in ("train-0", "test-0"):
+        write_shard(tmp_path / f"{name}.parquet", [0, 1], names=names)
+    assert "train-0.parquet: not a readable parquet file" in refusal(config("parquet", tmp_path))

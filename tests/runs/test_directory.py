@@ -69,3 +69,9 @@ def test_a_run_that_has_lost_its_record_is_known_by_its_checkpoint(tmp_path):
     checkpoint.save(tmp_path / "checkpoints", 10, {})
     with run_directory.exclusive(tmp_path):
         pass
+
+
+def test_a_name_leads_nowhere_but_into_the_folder_of_runs():
+    cfg = parsed("k=50", "data.name=../../../x")
+    with pytest.raises(UsageError, match="names no folder inside multirun"):
+        run_directory.choose(cfg)

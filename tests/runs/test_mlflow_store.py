@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from src.config.schema import Tracking
 from src.errors import UsageError
 from src.runs import mlflow_store, query
 from src.runs.tracker import Tracker
@@ -42,6 +43,24 @@ def test_a_uri_of_no_known_kind_is_one_line(fresh_store, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="gopher") as error:
         Tracker(tmp_path / "run", MLFLOW, {}, {})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "./mlruns", "file:mlruns", "file:///tmp/mlruns"])
+def test_a_folder_of_files_is_refused(fresh_store, tmp_path, monkeypatch, uri):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    with pytest.raises(UsageError, match="a folder of files") as error:
+        Tracker(tmp_path / "run", MLFLOW, {}, {})
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_longest_name_and_values_arrive(client, tmp_path):
+    long = Tracker(tmp_path / ("r" * 255), Tracking("mlflow", "e" * 500, 10), {"p": "v" * 10_000}, {"t": "v" * 10_000})
+    long.log({"x": 1.0}, 0)
+    long.close("FINISHED")
+    assert client.get_run(long.run_id).data.metrics == {"x": 1.0}
 
 
 def test_a_deleted_experiment_is_one_line(client, tmp_path):

@@ -1,4 +1,6 @@
+import os
 import sqlite3
+from functools import partial
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -110,6 +112,30 @@ def test_the_tables_of_another_optuna_are_one_line(tmp_path):
         tables.execute("update alembic_version set version_num = 'v1.3.0.a'")
     with pytest.raises(UsageError, match=f"{tmp_path}.*upgrade --storage sqlite:///{tmp_path}/study.db`"):
         opened(tmp_path)
+    assert not optuna_study.should_prune(str(tmp_path), 0, 1, {"val/knn_top1": 0.0})
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "zeros", "state", "folder", "fifo"])
+def test_a_damaged_study_is_one_line(tmp_path, damage):
+    run(opened(tmp_path), lambda point: point["k"], 2)
+    path = tmp_path / optuna_study.FILE
+    content = bytearray(path.read_bytes())
+    if damage == "text":
+        path.write_text("garbage, " * 1000)
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "zeros":
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+        path.write_bytes(content)
+    elif damage == "state":
+        with sqlite3.connect(path) as tables:
+            tables.execute("update trial_params set distribution_json = '[]'")
+    else:
+        path.unlink()
+        (path.mkdir if damage == "folder" else partial(os.mkfifo, path))()
+    with pytest.raises(UsageError, match=r"study\.db is not the study of a sweep") as error:
+        opened(tmp_path)
+    assert "\n" not in str(error.value)
     assert not optuna_study.should_prune(str(tmp_path), 0, 1, {"val/knn_top1": 0.0})
 
 
