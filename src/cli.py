@@ -64,8 +64,8 @@ def report() -> None:
     """``python -m src.report``."""
     from src.reporting import report  # matplotlib takes a second
 
-    _say_warnings()
     with _without_reader(), _explained():
+        _say_warnings()
         report.main(sys.argv[1:])
 
 
@@ -73,8 +73,8 @@ def deliver() -> None:
     """``python -m src.tracking``."""
     from src.runs import tracker
 
-    _say_warnings()
     with _without_reader(), _explained():
+        _say_warnings()
         tracker.main()
 
 
