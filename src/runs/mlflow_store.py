@@ -17,8 +17,10 @@ from filelock import FileLock
 
 from src.errors import UsageError
 from src.runs.record import METRICS, PARENT, Record, read_rows
+from src.system.deadline import Overdue, within
 from src.system.redact import one_line, redact
 
+PATIENCE = 30.0  # seconds that a run waits for a store, whatever it does meanwhile
 _AWAY = re.compile("database is locked|connection to server|could not connect|can't connect", re.IGNORECASE)
 
 
@@ -32,8 +34,8 @@ def check(experiment: str) -> None:
     Raises:
         UsageError: as `prepare`.
     """
-    with suppress(Busy):
-        prepare(experiment)
+    with suppress(Busy, Overdue):
+        within(PATIENCE, lambda: prepare(experiment))
 
 
 def prepare(experiment: str = "Default") -> Any:
@@ -92,6 +94,7 @@ def _import_mlflow() -> Any:
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the next flush is the retry: do not stop training for minutes
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # it would wait as long as a server likes
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)

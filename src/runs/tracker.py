@@ -17,6 +17,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +26,12 @@ from src.errors import CannotWrite, UsageError
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
 from src.runs.record import METRICS, PARENT, Record, cut_and_read, encode, now, records_below
+from src.system.deadline import Call, Overdue, within
 from src.system.redact import one_line
 
+WHEN_STOPPED = 5.0  # seconds for a delivery of a run that has been told to stop
+LONGEST = 600.0  # seconds for the whole of a run, for the command that does nothing else
+SLOW = 1.0  # seconds, above which a delivery is held to a tenth of the time
 COLOUR_TAG = "mlflow.runColor"  # of a run: its colour in every chart of MLflow's pages, such as "#0072b2"
 
 logger = logging.getLogger(__name__)
@@ -39,28 +44,36 @@ class Tracker:
     are kept as they are, and `log` skips a metric at a step that the file has: no gaps, no duplicates. A finished run
     that is opened again, to be evaluated, may log anything.
 
-    A store that fails does not stop training: one line is logged, the rows stay in the file, and the next flush tries
-    again. What could not be delivered by the end is named by `close`, with the command that delivers it.
+    A store that fails or hangs does not stop training: each delivery has a deadline, one line is logged, the rows stay
+    in the file, and a later flush tries again. What could not be delivered by the end is named by `close`, with the
+    command that delivers it.
 
     Args:
         directory: the run's output directory, whose name MLflow shows. A continued run keeps its name.
         tracking: the config group. A run that was asked for under other experiments before belongs to all of them.
         params: the flattened config. A continued run keeps the values that it has.
         tags: replaced where they exist.
+        is_stopping: whether the run has been told to stop, which no delivery delays by more than `WHEN_STOPPED`.
 
     Raises:
         UsageError: MLflow is not installed, or its local store does not open.
     """
 
     def __init__(
-        self, directory: Path, tracking: Tracking, params: Mapping[str, object], tags: Mapping[str, str]
+        self,
+        directory: Path,
+        tracking: Tracking,
+        params: Mapping[str, object],
+        tags: Mapping[str, str],
+        is_stopping: Callable[[], object] = lambda: False,
     ) -> None:
-        self.tracking = tracking
+        self.tracking, self.is_stopping = tracking, is_stopping
         self._client: Any = None
-        with suppress(mlflow_store.Busy):
-            self.client()
+        self._call: Call[None] | None = None
+        with suppress(mlflow_store.Busy, Overdue):
+            within(mlflow_store.PATIENCE, self.client)
         self._delivery: mlflow_store.Delivery | None = None
-        self._warned = False
+        self._warned = self._fails = False
         self._retry_at = 0.0
 
         directory.mkdir(parents=True, exist_ok=True)
@@ -133,7 +146,7 @@ class Tracker:
             return False
 
     def flush(self) -> None:
-        """Delivers what has not been. Costs a failing store at most a tenth of the training time."""
+        """Delivers what has not been. A store that fails or is slow costs at most a tenth of the training time."""
         self.sync()  # the store is never told of a row which the file could still lose
         if time.monotonic() >= self._retry_at:
             self._deliver()
@@ -166,7 +179,7 @@ class Tracker:
         except OSError:
             if status == "FINISHED":
                 raise
-        waits = status == "KILLED" and time.monotonic() < self._retry_at
+        waits = status == "KILLED" and self._fails and time.monotonic() < self._retry_at
         if waits or not self._deliver():
             logger.warning(
                 "MLflow lacks a part of this run; deliver it with: python -m src.tracking %s", self.directory
@@ -180,23 +193,35 @@ class Tracker:
         self.record.save(self.directory)
 
     def _deliver(self) -> bool:
+        if self.tracking.name != "mlflow":
+            return True
         started = time.monotonic()
         try:
-            client, record = self.client(), self.record
-            if client is None:
-                return True
-            if self._delivery is None:
-                self._delivery = mlflow_store.Delivery(client, record, record.experiment, asked=True)
-            self._delivery.push()
-            if record.status != "RUNNING":
-                mlflow_store.bring_up(client, record)  # where it was asked for before
+            if self._call is not None and self._call.is_running:  # given up before, and still at work
+                self._call.result(self._patience)
+            self._call = Call(self._push)
+            self._call.result(self._patience)
         except Exception as error:  # whatever it is, training matters more
             self._retry_at = time.monotonic() + 10 * (time.monotonic() - started)
             if not self._warned:
                 logger.warning("MLflow does not take rows, they are kept in %s: %s", METRICS, one_line(error))
-            self._warned = True
+            self._warned = self._fails = True
             return False
+        self._fails = False
+        if time.monotonic() - started > SLOW:
+            self._retry_at = time.monotonic() + 10 * (time.monotonic() - started)
         return True
+
+    def _patience(self) -> float:
+        return WHEN_STOPPED if self.is_stopping() else mlflow_store.PATIENCE
+
+    def _push(self) -> None:
+        client, record = self.client(), self.record
+        if self._delivery is None:
+            self._delivery = mlflow_store.Delivery(client, record, record.experiment, asked=True)
+        self._delivery.push()
+        if record.status != "RUNNING":
+            mlflow_store.bring_up(client, record)  # where it was asked for before
 
     def client(self) -> Any:
         """MLflow's client. None with ``tracking=jsonl``.
@@ -250,7 +275,10 @@ def _bring_up(directory: Path, asked: Tracking | None = None, again: bool = Fals
     record.copy.for_mlflow |= again
     try:
         if asked.name == "mlflow" if asked else any(copy.for_mlflow for copy in record.copies.values()):
-            return mlflow_store.bring_up(mlflow_store.prepare(), record, asked.experiment if asked else "", again)
+            experiment = asked.experiment if asked else ""
+            bring_up = partial(mlflow_store.bring_up, record=record, asked=experiment, again=again)
+            seconds = mlflow_store.PATIENCE if asked else LONGEST  # a run or a sweep waits for it; or nobody does
+            return within(seconds, lambda: bring_up(mlflow_store.prepare()))
         return [], False
     except UsageError:
         raise
@@ -316,17 +344,21 @@ def share(parent: Tracker, view: Callable[[str, str, str, int], tuple[str, str, 
         view: `src.reporting.mlflow_charts.sweep_view`.
     """
     record = parent.record
-    try:
+
+    def tag() -> str:
         client = parent.client()
         if client is None:
             return ""
         experiment_id = client.get_run(record.run_id).info.experiment_id
         key, value, path = view(experiment_id, record.run_id, parent.directory.name, record.start_time)
         client.set_experiment_tag(experiment_id, key, value)
+        return path
+
+    try:
+        return within(mlflow_store.PATIENCE, tag)
     except Exception as error:
         logger.warning("MLflow does not take the view of %s: %s", parent.directory, one_line(error))
         return ""
-    return path
 
 
 def mark_failed(directory: Path, reason: str) -> None:

@@ -98,6 +98,7 @@ def run(cfg: Config, should_prune: loop.ShouldPrune, draw: Callable[[Path], Path
                 COLOUR_TAG: colour_of(config),
             }
             | tags,
+            is_stopping=lambda: stopper.status,
         )
         tracker.record.continue_under(now, state.step)
         kept = OmegaConf.to_yaml(OmegaConf.create(hide_in_settings(identity.without_neutral(cfg))))

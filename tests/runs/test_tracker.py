@@ -1,5 +1,6 @@
 """The log of a run: delivery to MLflow, kills and outages."""
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,9 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from omegaconf import OmegaConf
@@ -338,6 +341,80 @@ def test_a_server_that_is_not_there_does_not_stop_training(fresh_store, tmp_path
     assert len(rows(tmp_path)) == 4
     with pytest.raises(UsageError, match="does not answer"):
         query.read_runs("exp", "mlflow")
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Answers so that no timeout of a read ends it: for ever a byte at a time, or to be asked again much later."""
+
+    drips = True
+
+    def do_GET(self):
+        self.send_response(200 if self.drips else 503)
+        self.send_header("Retry-After", "100")
+        self.send_header("Content-Length", "10000" if self.drips else "0")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while self.drips:
+                self.wfile.write(b" ")
+                time.sleep(0.1)
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def slow_server(monkeypatch):
+    pytest.importorskip("mlflow")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield
+    monkeypatch.setattr(Slow, "drips", False)
+    server.shutdown()
+
+
+@pytest.mark.parametrize("drips", [True, False])
+def test_a_server_that_never_comes_to_an_end_holds_no_run(slow_server, tmp_path, monkeypatch, caplog, drips):
+    monkeypatch.setattr(Slow, "drips", drips)
+    monkeypatch.setattr(mlflow_store, "PATIENCE", 1.0 if drips else 50.0)
+    started = time.monotonic()
+    tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
+    train(tracker, range(10))
+    tracker.flush()
+    tracker.close("FINISHED")
+    assert time.monotonic() - started < 40
+    first, last = warnings(caplog)
+    assert "MLflow does not take rows, they are kept in metrics.jsonl" in first
+    assert "no answer in 1 s" in first or not drips
+    assert "python -m src.tracking" in last
+    assert (Record.load(tmp_path / "run").status, len(rows(tmp_path / "run"))) == ("FINISHED", 4)
+
+
+def test_who_is_told_to_stop_waits_for_no_server(slow_server, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "WHEN_STOPPED", 0.2)
+    started = time.monotonic()
+    told_at = started + 1
+    tracker = Tracker(tmp_path / "run", MLFLOW, {}, {}, is_stopping=lambda: time.monotonic() > told_at)
+    tracker.close("KILLED")
+    assert time.monotonic() - started < 10
+    assert Record.load(tmp_path / "run").status == "KILLED"
+
+
+def test_a_slow_store_gets_no_more_than_a_tenth_of_the_time_and_all_in_the_end(client, tmp_path, monkeypatch):
+    tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
+    monkeypatch.setattr(tracking, "SLOW", 0.0)
+    pushed, push = [], mlflow_store.Delivery.push
+    monkeypatch.setattr(mlflow_store.Delivery, "push", lambda one: (pushed.append(1), time.sleep(0.3), push(one)))
+    for step in range(50):
+        tracker.log({"x": step}, step)
+        tracker.flush()
+    assert len(pushed) == 1
+    tracker.close("KILLED")
+    assert history(client, tracker.run_id, "x") == [(step, step) for step in range(50)]
+    assert client.get_run(tracker.run_id).info.status == "KILLED"
 
 
 @pytest.mark.slow

@@ -1,0 +1,28 @@
+"""Calls that hang."""
+
+import threading
+import time
+
+import pytest
+
+from src.system.deadline import Call, Overdue, within
+
+
+def test_a_call_gives_what_its_function_gives():
+    assert within(60, lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        within(60, lambda: 1 / 0)
+
+
+def test_nobody_waits_longer_than_asked_and_the_call_goes_on():
+    go_on = threading.Event()
+    call = Call(lambda: go_on.wait(60))
+    started = time.monotonic()
+    with pytest.raises(Overdue, match="no answer in 0 s"):
+        call.result(lambda: 0.3)
+    with pytest.raises(Overdue):  # told to hurry while it waits
+        call.result(lambda: 60 if time.monotonic() < started + 0.5 else 0)
+    assert time.monotonic() < started + 30
+    assert call.is_running
+    go_on.set()
+    assert call.result(lambda: 60) is True
