@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,9 @@ from src.runs.record import METRICS, PARENT, Record, read_rows
 from src.system.deadline import Overdue, within
 from src.system.redact import one_line, redact
 
+ATTEMPTS = 5  # to open a database whose tables another process may be creating
 PATIENCE = 30.0  # seconds that a run waits for a store, whatever it does meanwhile
+_RACE = re.compile("UniqueViolation|DuplicateTable|duplicate key|already exists", re.IGNORECASE)
 _AWAY = re.compile("database is locked|connection to server|could not connect|can't connect", re.IGNORECASE)
 
 
@@ -62,7 +66,7 @@ def prepare(experiment: str = "Default") -> Any:
         )
     try:
         if path is None:
-            return mlflow.MlflowClient(uri)
+            return _opened(mlflow.MlflowClient, uri)
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if not path.exists():
@@ -79,6 +83,21 @@ def prepare(experiment: str = "Default") -> Any:
         raise UsageError(f"the MLflow store {redact(uri)} does not open ({one_line(error)}): {remedy}") from None
     _refuse_deleted(found)
     return client
+
+
+def _opened(client: Callable[[str], Any], uri: str) -> Any:
+    """A client of a server or its database; where another process creates the tables now, once they are there.
+
+    A database of its own creates tables in one transaction: whoever comes second is refused when the first is done.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return client(uri)
+        except Exception as error:
+            if not _RACE.search(f"{type(error).__name__} {error}"):
+                raise
+            time.sleep(1)
+    return client(uri)
 
 
 def _refuse_deleted(experiment: Any) -> None:

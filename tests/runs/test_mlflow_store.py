@@ -63,6 +63,26 @@ def test_the_longest_name_and_values_arrive(client, tmp_path):
     assert client.get_run(long.run_id).data.metrics == {"x": 1.0}
 
 
+def test_two_that_create_the_tables_of_a_database_together_both_get_it(fresh_store, monkeypatch):
+    """As PostgreSQL refuses the second of them: a stub in the place of MLflow's client."""
+    calls = []
+
+    def client(uri):
+        calls.append(uri)
+        if len(calls) < 3:
+            raise RuntimeError("(psycopg2.errors.UniqueViolation) duplicate key value violates a unique constraint")
+        return "the client"
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://somewhere/db")
+    monkeypatch.setattr("mlflow.MlflowClient", client)
+    monkeypatch.setattr(mlflow_store.time, "sleep", lambda _: None)
+    assert mlflow_store.prepare() == "the client"
+    calls.clear()
+    monkeypatch.setattr(mlflow_store, "ATTEMPTS", 2)
+    with pytest.raises(UsageError, match="does not open"):
+        mlflow_store.prepare()
+
+
 def test_a_deleted_experiment_is_one_line(client, tmp_path):
     client.delete_experiment(client.create_experiment("exp"))
     with pytest.raises(UsageError, match="mlflow experiments restore"):
