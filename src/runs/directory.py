@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,6 +17,8 @@ from src.system.atomic_write import cannot_write
 
 ROOT = Path("multirun")
 DIVERGED = "diverged"  # a tag: the run is not worth continuing
+HOLDER = ".holder"  # a file beside the lock: which process it is
+PATIENCE = 10.0  # seconds in which a process that was told to stop has saved, and let its directory go
 COLLAPSED = "collapsed"  # a tag: at which step, and how
 
 
@@ -100,20 +103,25 @@ def is_held(directory: Path) -> bool:
 
 
 @contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
+def exclusive(directory: Path, patience: float = 0.0) -> Iterator[None]:
     """Make the directory and hold it against other processes; the lock goes with the process, however it ends.
 
+    Args:
+        directory: a run's or a sweep's.
+        patience: seconds to wait for a process that is about to let it go.
+
     Raises:
-        UsageError: another process holds it, it cannot be made, or it is another program's.
+        UsageError: another process keeps it, it cannot be made, or it is another program's.
         CannotWrite: what was done there met a disk that is full, read-only or broken.
     """
     refuse_foreign(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / ".lock")
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
+        _write_holder(directory)
     except Timeout as error:
-        raise UsageError(f"{directory}: another process is using it; wait for it, or set another output_dir") from error
+        raise UsageError(f"{directory}: {_holder(directory)} is using it; wait for it, or stop it") from error
     except OSError as error:
         raise UsageError(f"output_dir={directory}: cannot be written ({error.strerror}); set another") from error
     try:
@@ -121,4 +129,24 @@ def exclusive(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise cannot_write(directory, error) from error
     finally:
+        with suppress(OSError):
+            if _holder(directory) == _this_process():  # not another's, whose folder has taken the place of this one
+                (directory / HOLDER).unlink()
         lock.release()
+
+
+def _write_holder(directory: Path) -> None:
+    """Notes who holds the directory, for whoever wants it meanwhile."""
+    with suppress(OSError):  # a full disk: what matters more will say so
+        (directory / HOLDER).write_text(_this_process())
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _holder(directory: Path) -> str:
+    try:
+        return (directory / HOLDER).read_text() or "another process"
+    except OSError:  # it has only just begun
+        return "another process"

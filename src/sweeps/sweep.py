@@ -51,7 +51,7 @@ class Sweep:
     def __enter__(self) -> Sweep:
         if self.cfg.name == "mlflow":
             mlflow_store.check(self.cfg.experiment)  # once, ahead of the jobs
-        self.lock = run_directory.exclusive(self.directory)
+        self.lock = run_directory.exclusive(self.directory, run_directory.PATIENCE)
         self.lock.__enter__()
         numbers = {signal.SIGTERM, signal.SIGHUP} - ignored()
         self.handlers = {number: signal.signal(number, _exit) for number in numbers}  # which closes what is open

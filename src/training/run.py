@@ -68,7 +68,7 @@ def run(cfg: Config, should_prune: loop.ShouldPrune, draw: Callable[[Path], Path
     directory = run_directory.choose(cfg)
     if cfg.tracking.name == "mlflow":
         mlflow_store.check(cfg.tracking.experiment)  # refuses what is no store before the directory is made
-    with run_directory.exclusive(directory), Stopper(cfg.max_minutes) as stopper:
+    with run_directory.exclusive(directory, run_directory.PATIENCE), Stopper(cfg.max_minutes) as stopper:
         if run_directory.is_finished(directory, cfg):
             catch_up(directory, cfg.tracking)
             if changes := changed_protocol(cfg, directory):

@@ -1,4 +1,8 @@
+import os
+import threading
+
 import pytest
+from filelock import FileLock
 
 from src.errors import UsageError
 from src.runs import checkpoint
@@ -31,11 +35,19 @@ def test_a_file_in_the_way_is_refused(tmp_path):
 
 
 def test_a_directory_is_held_once_and_let_go(tmp_path):
-    refused = pytest.raises(UsageError, match="another process is using it")
+    refused = pytest.raises(UsageError, match=rf"b: process {os.getpid()} on \S+ is using it; wait for it, or stop it$")
     with run_directory.exclusive(tmp_path / "a" / "b"), refused, run_directory.exclusive(tmp_path / "a" / "b"):
         pass
     with run_directory.exclusive(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_process_that_stops_is_waited_for(tmp_path):
+    held = FileLock(tmp_path / ".lock", thread_local=False)
+    held.acquire()
+    threading.Timer(0.5, held.release).start()
+    with run_directory.exclusive(tmp_path, patience=60):
+        assert not held.is_locked
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -471,7 +471,10 @@ def test_one_command_delivers_all_that_waits_and_no_dead_run_stays_running(clien
 
 def test_a_run_that_is_worked_on_is_not_delivered(client, tmp_path):
     Tracker(tmp_path / "run", MLFLOW, {}, {})
-    with run_directory.exclusive(tmp_path / "run"), pytest.raises(UsageError, match="another process is using it"):
+    with (
+        run_directory.exclusive(tmp_path / "run"),
+        pytest.raises(UsageError, match=f"process {os.getpid()} on .* is using it"),
+    ):
         tracking.deliver(tmp_path / "run")
 
 

@@ -23,6 +23,7 @@ from src.errors import CannotWrite, Collapsed, Diverged, UsageError
 from src.reporting import curves
 from src.reporting.rows import summarise
 from src.runs import checkpoint
+from src.runs import directory as run_directory
 from src.runs.query import read_runs
 from src.runs.record import Record
 from src.runs.tracker import Tracker
@@ -600,7 +601,8 @@ def test_resume_never_starts_beside_what_is_there(run, tmp_path):
     assert history(tmp_path / "run") == history(tmp_path / "run.2")
 
 
-def test_a_directory_in_use_is_refused(run, tmp_path):
+def test_a_directory_in_use_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "PATIENCE", 0.1)
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"), pytest.raises(UsageError, match="another process is using it"):
         run("method=simclr")
