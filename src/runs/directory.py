@@ -90,7 +90,7 @@ def refuse_foreign(directory: Path) -> None:
 
 def _is_of_a_start(path: Path) -> bool:
     """Whether a run that was killed before it had its record may have left the file."""
-    return path.name in (".lock", f"{RECORD}.tmp") or (path.name == METRICS and not path.stat().st_size)
+    return path.name in (".lock", HOLDER, f"{RECORD}.tmp") or (path.name == METRICS and not path.stat().st_size)
 
 
 def is_held(directory: Path) -> bool:

@@ -71,7 +71,7 @@ def test_a_folder_of_another_program_is_left_alone(tmp_path, name):
 
 
 def test_what_a_kill_at_the_start_leaves_is_ours(tmp_path):
-    for name in (".lock", "run.json.tmp", "metrics.jsonl"):
+    for name in (".lock", ".holder", "run.json.tmp", "metrics.jsonl"):
         (tmp_path / name).touch()
     with run_directory.exclusive(tmp_path):
         pass
