@@ -30,7 +30,19 @@ def test_an_entry_point_only_hands_over_to_the_command_line():
 
 # Packages that take long to load, or need not be installed: imported where they are used, so that `--help`, a mistake
 # and a sweep's own process do not wait for them. So are our own modules that load them.
-HEAVY = {"faiss", "matplotlib", "mlflow", "optuna", "PIL", "pyarrow", "sklearn", "timm", "torch", "torchvision"}
+HEAVY = {
+    "faiss",
+    "matplotlib",
+    "mlflow",
+    "optuna",
+    "PIL",
+    "pyarrow",
+    "scipy",
+    "sklearn",
+    "timm",
+    "torch",
+    "torchvision",
+}
 OURS = {
     "src.data.batches",
     "src.data.splits",

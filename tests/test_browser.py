@@ -28,7 +28,7 @@ import pytest
 from src.config.names import COLOURS
 from src.config.schema import Tracking
 from src.reporting.mlflow_charts import COURSE, SIZE, View, sweep_view
-from src.reporting.table import PLOTTED
+from src.reporting.plots import PLOTTED
 from src.runs.mlflow_store import prepare
 from src.runs.tracker import COLOUR_TAG, Tracker
 

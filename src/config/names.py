@@ -53,3 +53,19 @@ def colour_of(params: Mapping[str, object]) -> str:
     spare = SPARE_COLOURS[sum(name.encode()) % len(SPARE_COLOURS)]
     own = str(params.get("method.colour", ""))
     return own if re.fullmatch(COLOUR, own) else COLOURS.get(name, spare)
+
+
+TITLES = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "digits": "scikit-learn's digits",
+    "resnet18": "ResNet-18",
+    "resnet34": "ResNet-34",
+    "resnet50": "ResNet-50",
+    "resnet_tiny": "16-wide ResNet",
+}
+
+
+def title_of(name: str) -> str:
+    """A data set's or a backbone's name, for people."""
+    return TITLES.get(name, name)

@@ -4,69 +4,102 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from src.config.names import COLOURS, UNTRAINED
+from src.reporting.plots import frame
 from src.runs.record import METRICS, read_rows
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# A panel's title, and what it shows.
+Curves = dict[str, tuple[list[int], list[float]]]  # each metric's steps and values
+
+NEIGHBOUR = "support/neighbour_agreement"
+# A panel's title, and what it shows: metrics and what they are called there.
 PANELS = {
-    "loss": ("train/loss",),
-    "validation accuracy (%)": ("val/knn_top1", "val/online_top1"),
-    "nearest entries": ("support/label_agreement", "support/self_hit"),
-    "entries in use": ("support/perplexity", "support/dead"),
+    "loss": {"train/loss": "loss"},
+    "validation accuracy (%)": {"val/knn_top1": "kNN", "val/online_top1": "online linear classifier"},
+    "nearest entries": {
+        NEIGHBOUR: "of the anchor's class, if of another image",
+        "support/self_hit": "of its own image",
+    },
+    "entries in use": {"support/perplexity": "perplexity", "support/dead": "never the nearest"},
 }
 # What is compared over the epochs, and what a value is multiplied by.
 COMPARED = {
-    "val/knn_top1": ("kNN accuracy on validation images (%)", 1),
-    "support/label_agreement": ("nearest stored vector of the same class (%)", 100),
+    "val/knn_top1": ("kNN accuracy on\nvalidation images (%)", 1),
+    NEIGHBOUR: ("nearest entry of another image:\nof the anchor's class (%)", 100),
+    "support/self_hit": ("nearest entry is of\nthe anchor's own image (%)", 100),
 }
-LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
-MARKERS = ("", "o", "s", "^", "D")  # once the lines of a colour are used up
-LEGEND_WIDTH = 88  # characters that fit beside each other below a figure of 7.2 inches
+MOST_TOGETHER = 5  # more courses than that get panels of their own, a column a method
+MOST_NAMED = 5  # more courses of a method than that are thin lines behind the best
+LONGEST = 24  # characters of a name in a legend
+RARE = 0.005
+FEW = 12  # so few points get markers
 
 
 class Course(NamedTuple):
-    """Runs that differ only in their seed: a name, how many vectors they store, a colour, epochs, directories."""
+    """Runs that differ only in their seed: names, how many vectors they store, a colour, epochs, directories."""
 
-    name: str
+    title: str
+    method: str
     size: int
     colour: str
     epochs: int
     directories: tuple[Path, ...]
+    cycle: int = 1  # epochs from one reset of the support set to the next
     is_untrained: bool = False  # the runs' encoder before the first step, which is a level and no curve
 
 
-def read(directory: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Each metric's steps and values, from the run's ``metrics.jsonl``."""
-    curves: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
+def read(directory: Path) -> Curves:
+    """Each metric's steps and values, from the run's ``metrics.jsonl``, and the agreement of neighbours."""
+    curves: Curves = defaultdict(lambda: ([], []))
     for row in sorted(read_rows(directory / METRICS)[0], key=lambda row: row["step"]):
-        for key, value in row["metrics"].items():
+        for key, value in (row["metrics"] | neighbour_agreement(row["metrics"])).items():
             curves[key][0].append(row["step"])
             curves[key][1].append(value)
     return dict(curves)
 
 
+def neighbour_agreement(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The share of the nearest entries that are of the anchor's class, among those that are not of its own image.
+
+    The anchor's own image is of its class always, and tells nothing of how good a neighbour is.
+    """
+    agreement, own = metrics.get("support/label_agreement"), metrics.get("support/self_hit", 0.0)
+    if agreement is None or not own < 1:
+        return {}
+    return {NEIGHBOUR: max(0.0, agreement - own) / (1 - own)}
+
+
 def plot(directory: Path) -> Path:
-    """Draw ``curves.png`` into the run's directory."""
+    """Draw ``curves.png`` into the run's directory: a panel for everything that the run has measured."""
     from matplotlib.figure import Figure
 
     curves = read(directory)
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
-        for key, style in zip(keys, ("-", "--"), strict=False):
-            axes.plot(*curves.get(key, ([], [])), style, label=key.split("/")[1])
-        if level := curves.get(f"{UNTRAINED}/{keys[0]}"):
-            axes.axhline(level[1][-1], color=COLOURS[UNTRAINED], label=f"{keys[0].split('/')[1]}, untrained")
+    shown = {title: keys for title, keys in PANELS.items() if curves.keys() & keys.keys()}
+    rows, columns = max(1, math.ceil(len(shown) / 2)), 2 if len(shown) > 1 else 1
+    figure = Figure(figsize=(4.2 * columns, 3 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in list(panels)[len(shown) :]:
+        axes.remove()
+    for axes, (title, keys) in zip(figure.axes, shown.items(), strict=True):
+        for (key, name), style in zip(keys.items(), ("-", "--"), strict=False):
+            if key in curves:
+                steps, values = curves[key]
+                axes.plot(steps, values, style, marker="o" if len(steps) < FEW else "", markersize=3, label=name)
+        first = next(iter(keys))
+        if level := curves.get(f"{UNTRAINED}/{first}"):
+            axes.axhline(level[1][-1], color=COLOURS[UNTRAINED], label=f"{keys[first]}, untrained")
         axes.set(title=title, xlabel="step")
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize("medium")
+        axes.legend(frameon=False, fontsize="small")
+        frame(axes)
     path = directory / "curves.png"
     figure.savefig(path, dpi=120)
     return path
@@ -75,7 +108,8 @@ def plot(directory: Path) -> Path:
 def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]:
     """Epoch, mean and sample standard deviation (0 for one run) of a metric, where every run has it.
 
-    Of the untrained encoder it is a level over all epochs.
+    Of the untrained encoder it is a level over all epochs. Of a support set that is reset, its metrics are compared
+    where it is oldest: at the last epoch before each reset.
     """
     runs = [read(directory) for directory in course.directories]
     metric = f"{UNTRAINED}/{metric}" if course.is_untrained else metric
@@ -87,41 +121,114 @@ def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]
     points = [
         (epoch, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
         for epoch, values in sorted(found.items())
-        if len(values) == len(runs)
+        if len(values) == len(runs) and not (metric.startswith("support/") and round(epoch) % course.cycle)
     ]
     return [*points, *((course.epochs, mean, std) for _, mean, std in points)] if course.is_untrained else points
 
 
-def legend_columns(labels: Iterable[str]) -> int:
-    """As many as fit, three at most."""
-    return max(1, min(3, LEGEND_WIDTH // (max(map(len, labels), default=1) + 8)))
-
-
 def compare(courses: Sequence[Course]) -> Figure:
-    """A panel a metric, a line a course in a band of its deviation over seeds."""
+    """A row of panels, one a metric; of more than a few courses a grid, with a column for each method that stores.
+
+    There those that store nothing are drawn in every column, and of a method with many courses only the best has a
+    name: the one with the highest last kNN accuracy on validation images.
+    """
     from matplotlib.figure import Figure
 
-    columns = legend_columns(course.name for course in courses)
-    figure = Figure(figsize=(7.2, 3.3 + 0.2 * math.ceil(len(courses) / columns)), layout="constrained")
-    panels = figure.subplots(1, len(COMPARED))
-    for axes, (metric, (title, factor)) in zip(panels, COMPARED.items(), strict=True):
-        places: Counter[str] = Counter()
-        for course in courses:
-            round_, place = divmod(places[course.colour], len(LINES))
-            places[course.colour] += 1
-            if metric.startswith("support/") and not course.size:
-                continue
-            points = over_epochs(course, metric)
-            epochs, means = [epoch for epoch, _, _ in points], [factor * mean for _, mean, _ in points]
-            band = [[factor * (mean + side * std) for _, mean, std in points] for side in (-1, 1)]
-            style: dict[str, Any] = {"color": course.colour, "linestyle": LINES[place], "linewidth": 1.3}
-            style |= {"marker": MARKERS[round_ % len(MARKERS)], "markersize": 3}
-            axes.plot(epochs, means, label=course.name, **style)
-            axes.fill_between(epochs, *band, color=course.colour, alpha=0.12, linewidth=0)
-        axes.set(title=title, xlabel="epoch")
-        axes.title.set_size("medium")
-        axes.grid(axis="y", color="0.9", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
+    drawn = {metric: {each: p for each in courses if (p := _points(each, metric))} for metric in COMPARED}
+    metrics = [metric for metric, each in drawn.items() if each]
+    styles = _styles(courses, {each: points[-1][1] for each, points in drawn["val/knn_top1"].items()})
+    methods = list(dict.fromkeys(course.method for course in courses if course.size))
+    if len(courses) > MOST_TOGETHER and methods:
+        controls = [course for course in courses if not course.size]
+        groups = [controls + [each for each in courses if each.size and each.method == method] for method in methods]
+        cells = [[(metric, group) for group in groups] for metric in metrics]
+    else:
+        methods, cells = [], [[(metric, list(courses)) for metric in metrics]]
+    rows, columns = len(cells), len(cells[0])
+    figure = Figure(figsize=(max(4.0, 3.5 * columns), 0.4 + 2.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, max(1, columns), squeeze=False, sharey="row" if methods else False)
+    for line, some in zip(panels, cells, strict=True):
+        for place, (axes, (metric, group)) in enumerate(zip(line, some, strict=True)):
+            title, factor = COMPARED[metric]
+            _panel(axes, [each for each in group if each in drawn[metric]], drawn[metric], factor, styles)
+            if place == 0 or not methods:
+                axes.set_ylabel(title)
+    for line in panels:  # once all is drawn, because the panels of a line may share their axis
+        for axes in line[:1] if methods else line:
+            _make_room(axes, max(len(each.get_legend_handles_labels()[0]) for each in line))
+    for axes, method in zip(panels[0], methods, strict=False):
+        axes.set_title(method, fontsize="medium")
     return figure
+
+
+def _points(course: Course, metric: str) -> list[tuple[float, float, float]]:
+    """What there is to draw: nothing of a support set where there is none, and no self-hits where they are rare."""
+    points = [] if metric.startswith("support/") and not course.size else over_epochs(course, metric)
+    return [] if metric == "support/self_hit" and max((mean for _, mean, _ in points), default=0) < RARE else points
+
+
+def _styles(courses: Sequence[Course], accuracy: Mapping[Course, float]) -> dict[Course, dict[str, Any]]:
+    """Of a few courses of a method, the larger the support set the fuller the colour; of many, all faint but one."""
+    by_method: dict[str, list[Course]] = defaultdict(list)
+    for course in sorted(courses, key=lambda each: each.size):
+        by_method[course.method].append(course)
+    styles: dict[Course, dict[str, Any]] = {}
+    for method, some in by_method.items():
+        best = max(some, key=lambda each: accuracy.get(each, -1.0))
+        for place, course in enumerate(some):
+            if len(some) <= MOST_NAMED:
+                styles[course] = {"color": _shade(course.colour, (place + 1) / len(some)), "label": course.title}
+            elif course == best:
+                title = course.title if len(course.title) < LONGEST else method
+                styles[course] = {"color": course.colour, "label": f"{title}, best of {len(some)}", "zorder": 3}
+            else:
+                styles[course] = {"color": course.colour, "alpha": 0.35, "linewidth": 0.7}
+    return styles
+
+
+def _panel(
+    axes: Axes,
+    courses: Sequence[Course],
+    points_of: Mapping[Course, Sequence[tuple[float, float, float]]],
+    factor: float,
+    styles: Mapping[Course, Mapping[str, Any]],
+) -> None:
+    if not courses:
+        axes.remove()
+        return
+    for course in courses:
+        points, style = points_of[course], styles[course]
+        epochs, means = [epoch for epoch, _, _ in points], [factor * mean for _, mean, _ in points]
+        marker = "o" if len(points) < FEW and ("label" in style or len(points) == 1) else ""
+        usual: dict[str, Any] = {"linewidth": 1.5, "marker": marker, "markersize": 3}
+        axes.plot(epochs, means, **usual | dict(style))
+        if "label" in style:
+            low, high = ([factor * (mean + side * std) for _, mean, std in points] for side in (-1, 1))
+            axes.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    axes.set(xlabel="epoch")
+    axes.set_xlim(left=0)
+    frame(axes)
+    if axes.get_legend_handles_labels()[0]:
+        corner: Any = "lower right" if _starts_untrained(axes) else "upper left"
+        axes.legend(fontsize="small", handlelength=1.6, loc=corner, edgecolor="none", framealpha=0.8)
+
+
+def _starts_untrained(axes: Axes) -> bool:
+    """Whether all lines rise from the untrained network, and so leave the lower right corner free."""
+    return all(line.get_xdata()[0] == 0 for line in axes.lines)  # type: ignore[index]
+
+
+def _make_room(axes: Axes, names: int) -> None:
+    """Leaves the lines of a legend free above the curves."""
+    low, high = axes.get_ylim()
+    if not _starts_untrained(axes):
+        axes.set_ylim(max(0.0, low), high + 0.07 * names * (high - low))
+
+
+def _shade(colour: str, share: float) -> tuple[float, float, float]:
+    """The colour mixed with white: the larger the support set among a method's, the fuller."""
+    from matplotlib.colors import to_rgb
+
+    weight = 0.35 + 0.65 * share
+    red, green, blue = (weight * part + 1 - weight for part in to_rgb(colour))
+    return red, green, blue

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from src.reporting.table import PLOTTED
+from src.reporting.plots import PLOTTED
 
 SIZE = "support_set_size"
 COURSE = "val/knn_top1"  # what is drawn over the steps of training

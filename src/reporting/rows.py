@@ -8,6 +8,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from src.config.identity import is_protocol, is_setting
 from src.config.names import COLOURS, LABELS, UNTRAINED, colour_of, label_of
@@ -22,6 +23,7 @@ FIGURES = {
     "test/linear_top5": "test linear top-5",
 }
 OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs
+NOTHING_STORED = LABELS["nothing_stored"]
 IN_THE_ROW = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
 NUMBERS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
 SAME = ("dtype", "git_commit", "git_dirty", "device", "evaluation_changed")  # tags of runs that can be compared
@@ -56,6 +58,71 @@ class Row:
         """The sample standard deviation, NaN for fewer than two runs."""
         values = self.values(figure)
         return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+class Difference(NamedTuple):
+    """A row's figure less its control's, in percentage points, over the seeds that both have."""
+
+    mean: float
+    half_width: float  # of the 95% interval; NaN for fewer than two pairs
+    pairs: int
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half_width
+
+
+NO_DIFFERENCE = Difference(math.nan, math.nan, 0)
+
+
+def difference(row: Row, control: Row, figure: str) -> Difference:
+    """Mean of the differences between runs of one seed, with its 95% interval by Student's t distribution.
+
+    A seed gives both runs the same initial weights, order of images and views, so that what they have in common
+    cancels. The interval assumes that the differences are normal; with two or three seeds it is wide, as it should be.
+
+    Source: Student, "The Probable Error of a Mean", Biometrika 6, 1908.
+    """
+    ours, theirs = (
+        {run.params["seed"]: run.metrics.get(figure, math.nan) for run in each.runs} for each in (row, control)
+    )
+    gains = [gain for seed in ours.keys() & theirs.keys() if math.isfinite(gain := ours[seed] - theirs[seed])]
+    if len(gains) < 2:
+        return Difference(statistics.fmean(gains or [math.nan]), math.nan, len(gains))
+    from scipy import stats
+
+    error = statistics.stdev(gains) / math.sqrt(len(gains))
+    return Difference(statistics.fmean(gains), float(stats.t.ppf(0.975, len(gains) - 1)) * error, len(gains))
+
+
+def control_of(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The row that does the same and stores nothing; None where there is none, or several that could be meant.
+
+    They agree in every setting that both have, but for what belongs to the support set. SimCLR is the control's own
+    other loss, so it need not agree in the objective.
+    """
+    free: tuple[str, ...] = ("method.", "support.", "k", "queue_size", "seed")
+    free += ("objective.",) if row.method == "simclr" else ()
+
+    if row.method == UNTRAINED:
+        return None
+
+    def agree(one: Mapping[str, str], two: Mapping[str, str]) -> bool:
+        shared = [key for key in one.keys() & two.keys() if not key.startswith(free)]
+        return all(one[key] == two[key] for key in shared)
+
+    found = [
+        other
+        for other in rows
+        if other.method == "nothing_stored"
+        and other is not row
+        and agree(settings(row.runs[0]), settings(other.runs[0]))
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:

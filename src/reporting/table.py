@@ -1,4 +1,4 @@
-"""Support-set size against accuracy: the table and the plot of a report's rows."""
+"""A report's rows as a table, in the terminal and as files, beside the plots of them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import io
 import json
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -19,25 +18,36 @@ from rich.table import Table
 
 from src.config.names import UNTRAINED
 from src.reporting import curves
-from src.reporting.rows import FIGURES, Row
+from src.reporting.plots import caption, plot
+from src.reporting.rows import FIGURES, NO_DIFFERENCE, NOTHING_STORED, Row, control_of, difference
 from src.runs.record import METRICS
 from src.system.atomic_write import write_whole
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-PLOTTED = {"test/linear_top1": "Linear top-1 accuracy (%)", "test/linear_top5": "Linear top-5 accuracy (%)"}
-MARKERS, LINES = "Dsov^PX*", ("--", "-.", "-", ":")
-MOST_LINES = 2 * len(MARKERS)  # more series than that are a cloud
+WORTH = "test/linear_top1"
+FOR_WIDE = ("bytes", "of largest queue")  # columns that a narrower terminal leaves to the files
+WIDE = 100
+GAIN = f"beyond {NOTHING_STORED}"
+GAIN_NOTE = (
+    f"{GAIN}: {FIGURES[WORTH]} less that of the same settings with nothing stored, the mean over pairs of runs with "
+    "one seed ± the half-width of its 95% interval (Student's t)"
+)
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """The table as text, its header first."""
+    """The table as text, its header first.
+
+    The last column is there where a row has a control (`GAIN_NOTE`).
+    """
 
     def number(row: Row, figure: str) -> str:
         mean, std = row.mean(figure), row.std(figure)
         return "-" if math.isnan(mean) else f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}"
+
+    def worth(row: Row) -> str:
+        control = control_of(row, rows)
+        if control is None or not (found := difference(row, control, WORTH)).pairs:
+            return "-"
+        return f"{found.mean:+.2f}" + ("" if math.isnan(found.half_width) else f" ± {found.half_width:.2f}")
 
     header = ["method", "vectors", "bytes", "of largest queue", "seeds", *FIGURES.values()]
     body = [
@@ -51,6 +61,9 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
         ]
         for row, share in zip(rows, shares(rows), strict=True)
     ]
+    if any(control_of(row, rows) for row in rows):
+        header.append(GAIN)
+        body = [[*line, worth(row)] for line, row in zip(body, rows, strict=True)]
     return [header, *body]
 
 
@@ -62,10 +75,6 @@ def shares(rows: Sequence[Row]) -> list[float | None]:
 
 def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The table as numbers; None for a figure that is missing."""
-
-    def known(value: float) -> float | None:
-        return None if math.isnan(value) else value
-
     return [
         {
             "method": row.method,
@@ -75,90 +84,26 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "share_of_largest_queue": share,
             "seeds": len(row.runs),
         }
-        | {f"{figure}_mean": known(row.mean(figure)) for figure in FIGURES}
-        | {f"{figure}_std": known(row.std(figure)) for figure in FIGURES}
+        | {f"{figure}_mean": _known(row.mean(figure)) for figure in FIGURES}
+        | {f"{figure}_std": _known(row.std(figure)) for figure in FIGURES}
+        | _differences(row, rows)
         for row, share in zip(rows, shares(rows), strict=True)
     ]
 
 
-def caption(rows: Sequence[Row]) -> str:
-    """What all runs have in common, and what the bars mean."""
-    runs = [run for row in rows for run in row.runs]
-    parts = []
-    for key, text in (("data.name", "{}"), ("backbone.name", "{}"), ("epochs", "{} epochs")):
-        values = {run.params.get(key) for run in runs}
-        if len(values) == 1:
-            parts.append(text.format(*values))
-    if max(len(row.runs) for row in rows) > 1:
-        parts.append("mean ± standard deviation over seeds")
-    return ", ".join(parts)
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
-def plot(rows: Sequence[Row]) -> Figure:
-    """Accuracy against support-set size: a panel a figure, a line a method, a level across for one that stores none.
-
-    Each variant has a line of its own; far more of them than markers, as in a search, are one cloud a method. The
-    untrained encoder is far below, and would take the room that tells the others apart.
-    """
-    from matplotlib.figure import Figure
-
-    rows = [row for row in rows if row.method != UNTRAINED]
-    is_cloud = len({row.label for row in rows}) > MOST_LINES
-    series: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        series[row.name if is_cloud else row.label].append(row)
-    columns = curves.legend_columns(series)
-    canvas = Figure(figsize=(7.2, 3.3 + 0.2 * math.ceil(len(series) / columns)), layout="constrained")
-    panels = canvas.subplots(1, len(PLOTTED))
-    for axes, (figure, title) in zip(panels, PLOTTED.items(), strict=True):
-        zero = _size_axis(axes, sorted({row.size for row in rows} - {0}))
-        axes.set(ylabel=title, xlabel="Support-set size (vectors)")
-        axes.grid(axis="y", color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        for place, (label, group) in enumerate(series.items()):
-            points = [row for row in group if row.values(figure)]
-            line = "" if is_cloud else LINES[(place + place // len(MARKERS)) % len(LINES)]
-            if points:
-                _series(axes, label, points, figure, zero, MARKERS[place % len(MARKERS)], line)
-    canvas.suptitle(caption(rows), fontsize=9)
-    handles, labels = max((axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[0]))
-    if handles:
-        canvas.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
-    return canvas
-
-
-def _size_axis(axes: Axes, sizes: Sequence[int]) -> float:
-    """A logarithmic axis that has room for 0 at its left, behind a break. Returns where 0 is."""
-    smallest, largest = (sizes[0], sizes[-1]) if sizes else (1, 1)
-    zero = smallest / max(3.0, (largest / smallest) ** 0.2)
-    labelled: list[int] = []
-    for size in reversed(sizes):  # each has a tick; its label has to find room
-        characters = len(f"{size:,}{labelled[-1]:,}") if labelled else 0
-        if not labelled or size * (largest / zero) ** (0.02 * characters) <= labelled[-1]:
-            labelled.append(size)
-    margin = (largest / zero) ** 0.07
-    axes.set_xscale("log")
-    axes.set_xlim(zero / margin, largest * margin)
-    axes.set_xticks([zero, *labelled], ["0", *(f"{size:,}" for size in labelled)])
-    axes.set_xticks(sizes, minor=True, labels=[""] * len(sizes))
-    for side in (-1, 1) if sizes else ():
-        middle = (zero * smallest) ** 0.5 * margin ** (side * 0.15)
-        slash = [(-0.5, -1), (0.5, 1)]
-        transform = axes.get_xaxis_transform()
-        axes.plot([middle], [0], transform=transform, marker=slash, markersize=9, color="black", clip_on=False)
-    return zero
-
-
-def _series(axes: Axes, label: str, rows: Sequence[Row], figure: str, zero: float, marker: str, line: str) -> None:
-    colour = rows[0].colour
-    means, stds = [row.mean(figure) for row in rows], [row.std(figure) for row in rows]
-    style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "capsize": 3, "linewidth": 1.3}
-    axes.errorbar([row.size or zero for row in rows], means, stds, label=label, linestyle=line, **style)
-    if rows[-1].size == 0 and line:
-        axes.axhline(means[0], color=colour, linestyle=line, linewidth=1)
-        if not math.isnan(stds[0]):
-            axes.axhspan(means[0] - stds[0], means[0] + stds[0], color=colour, alpha=0.12, linewidth=0)
+def _differences(row: Row, rows: Sequence[Row]) -> dict[str, float | None]:
+    """Beyond the control, of every figure: the mean over pairs, the ends of its 95% interval, the number of pairs."""
+    control = control_of(row, rows)
+    numbers: dict[str, float | None] = {}
+    for figure in FIGURES:
+        found = difference(row, control, figure) if control else NO_DIFFERENCE
+        numbers |= {f"{figure}_difference": _known(found.mean), f"{figure}_difference_low": _known(found.low)}
+        numbers |= {f"{figure}_difference_high": _known(found.high), f"{figure}_pairs": found.pairs}
+    return numbers
 
 
 def courses(rows: Sequence[Row]) -> list[curves.Course]:
@@ -167,8 +112,21 @@ def courses(rows: Sequence[Row]) -> list[curves.Course]:
     for row in rows:
         here = tuple(run.directory for run in row.runs if run.directory and (run.directory / METRICS).is_file())
         if here:
-            epochs = int(row.runs[0].params["epochs"])
-            found.append(curves.Course(row.title, row.size, row.colour, epochs, here, row.method == UNTRAINED))
+            params = row.runs[0].params
+            is_reset = params.get("support.forget") == "reset"
+            cycle = int(params["support.forget_every"]) if is_reset and "support.forget_every" in params else 1
+            found.append(
+                curves.Course(
+                    row.title,
+                    row.name,
+                    row.size,
+                    row.colour,
+                    int(params["epochs"]),
+                    here,
+                    cycle,
+                    row.method == UNTRAINED,
+                )
+            )
     return found
 
 
@@ -180,6 +138,7 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
     header, *body = table(rows)
     lines = [header, ["---"] * len(header), *body]
     markdown = [f"# {experiment}", "", caption(rows), "", *(f"| {' | '.join(line)} |" for line in lines), ""]
+    notes = [GAIN_NOTE, *notes] if GAIN in header else notes
     page = "\n".join([*markdown, *(f"- {note}" for note in notes)])
     write_whole(out / "table.md", f"{page}\n".encode())
 
@@ -212,14 +171,16 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
 
 def show(rows: Sequence[Row], notes: Sequence[str], title: str) -> None:
     """Prints the table."""
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False)
     header, *body = table(rows)
+    is_wide = console.width >= WIDE or GAIN not in header
+    columns = [place for place, name in enumerate(header) if is_wide or name not in FOR_WIDE]
     shown = Table(title=title, caption=caption(rows), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     shown.add_column(header[0], overflow="fold")
-    for name in header[1:]:
-        shown.add_column("\n".join(name.split()), justify="right")  # narrow, for the labels' sake
+    for place in columns[1:]:
+        shown.add_column("\n".join(header[place].split()), justify="right")  # narrow, for the labels' sake
     for line in body:
-        shown.add_row(*line)
-    console = Console(width=None if sys.stdout.isatty() else 120, markup=False)
+        shown.add_row(*(line[place] for place in columns))
     console.print(shown)
-    for note in notes:
+    for note in [GAIN_NOTE, *notes] if GAIN in header else notes:
         console.print(f"note: {note}", markup=False, highlight=False)

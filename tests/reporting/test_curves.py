@@ -3,58 +3,80 @@ import json
 import pytest
 
 from src.reporting import curves
-from src.reporting.curves import Course, compare, over_epochs
+from src.reporting.curves import NEIGHBOUR, Course, compare, over_epochs
 
 
-def write(directory, values, metric="val/knn_top1", apart=5):
+def write(directory, values, metric="val/knn_top1"):
     directory.mkdir()
-    rows = [{"step": apart * i, "time": 0, "metrics": {metric: value}} for i, value in enumerate(values)]
+    rows = [{"step": 5 * i, "time": 0, "metrics": {metric: value}} for i, value in enumerate(values)]
     rows.append({"step": 20, "time": 0, "metrics": {"train/loss": 1.0}})
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return directory
 
 
+def course(title, size, directories, colour="blue", cycle=1, method=None):
+    return Course(title, method or title.split()[0], size, colour, 8, directories, cycle)
+
+
 def test_a_course_is_the_mean_over_seeds_where_all_of_them_have_a_value(tmp_path):
     folders = (write(tmp_path / "0", [10, 20, 30]), write(tmp_path / "1", [12, 26]))
-    course = Course("SimCLR", 0, "black", 8, folders)
-    assert over_epochs(course, "val/knn_top1") == [(0, 11, pytest.approx(2**0.5)), (2, 23, pytest.approx(18**0.5))]
-    assert over_epochs(course._replace(directories=folders[:1]), "val/knn_top1") == [(0, 10, 0), (2, 20, 0), (4, 30, 0)]
-    assert over_epochs(course, "support/label_agreement") == []
+    both = course("SimCLR", 0, folders)
+    assert over_epochs(both, "val/knn_top1") == [(0, 11, pytest.approx(2**0.5)), (2, 23, pytest.approx(18**0.5))]
+    assert over_epochs(both._replace(directories=folders[:1]), "val/knn_top1") == [(0, 10, 0), (2, 20, 0), (4, 30, 0)]
+    assert over_epochs(both, NEIGHBOUR) == []
 
 
 def test_the_untrained_encoder_is_a_level_over_all_epochs(tmp_path):
     folders = tuple(write(tmp_path / str(i), [value], "untrained/val/knn_top1") for i, value in enumerate((10, 12)))
-    course = Course("untrained", 0, "black", 8, folders, is_untrained=True)
+    untrained = course("untrained", 0, folders)._replace(is_untrained=True)
     deviation = pytest.approx(2**0.5)
-    assert over_epochs(course, "val/knn_top1") == [(0, 11, deviation), (8, 11, deviation)]
-    assert over_epochs(course._replace(is_untrained=False), "val/knn_top1") == []
+    assert over_epochs(untrained, "val/knn_top1") == [(0, 11, deviation), (8, 11, deviation)]
+    assert over_epochs(untrained._replace(is_untrained=False), "val/knn_top1") == []
 
 
-def test_courses_are_lines_apart_in_colour_or_dashes_and_what_stores_nothing_has_no_nearest_vector(tmp_path):
-    none, small, large = (
+def test_prototypes_that_are_reset_are_compared_where_they_are_oldest(tmp_path):
+    folder = (write(tmp_path / "0", [0.1, 0.2, 0.3, 0.4, 0.5], "support/purity"),)  # every second epoch
+    reset = course("KMCLR 50", 50, folder, cycle=4)
+    assert [epoch for epoch, _, _ in over_epochs(reset, "support/purity")] == [0, 4, 8]
+    assert [epoch for epoch, _, _ in over_epochs(reset._replace(cycle=1), "support/purity")] == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("agreement", "own", "expected"), [(0.8, 0.7, 1 / 3), (0.3, 0.0, 0.3), (0.3, None, 0.3), (1.0, 1.0, None)]
+)
+def test_the_anchors_own_image_is_no_neighbour(agreement, own, expected):
+    metrics = {"support/label_agreement": agreement} | ({} if own is None else {"support/self_hit": own})
+    found = curves.neighbour_agreement(metrics)
+    assert found == ({} if expected is None else {NEIGHBOUR: pytest.approx(expected)})
+    assert curves.neighbour_agreement({"train/loss": 1.0}) == {}
+
+
+def test_a_few_courses_share_their_panels_and_what_stores_nothing_has_no_nearest_entry(tmp_path):
+    none, small, large, own = (
         (write(tmp_path / name, [0.1, 0.2], metric),)
-        for name, metric in [("a", "val/knn_top1"), ("b", "support/label_agreement"), ("c", "support/label_agreement")]
+        for name, metric in zip(
+            "abcd", ["val/knn_top1", *["support/label_agreement"] * 2, "support/self_hit"], strict=True
+        )
     )
-    figure = compare(
-        [
-            Course("SimCLR", 0, "black", 8, none),
-            Course("KMCLR 50", 50, "blue", 8, small),
-            Course("KMCLR 4,096", 4096, "blue", 8, large),
-        ]
-    )
-    accuracy, agreement = figure.axes
-    assert [line.get_label() for line in accuracy.lines] == ["SimCLR", "KMCLR 50", "KMCLR 4,096"]
+    some = [course("SimCLR", 0, none, "black"), course("KMCLR 50", 50, small), course("KMCLR 4,096", 4096, large)]
+    accuracy, agreement = compare(some).axes
+    assert [line.get_label() for line in accuracy.lines] == ["SimCLR"]
     assert [line.get_label() for line in agreement.lines] == ["KMCLR 50", "KMCLR 4,096"]
-    assert len({(line.get_color(), line.get_linestyle()) for line in accuracy.lines}) == 3
-    many = [Course("KMCLR, support_weight=1 and 15 more", k, "blue", 8, none) for k in range(1, 31)]
-    figure = compare(many)
-    styles = {(line.get_linestyle(), line._dash_pattern[1] and tuple(line._dash_pattern[1]), line.get_marker())
-              for line in figure.axes[0].lines}  # fmt: skip
-    assert len(styles) == 30
-    figure.canvas.draw()
-    assert figure.legends[0].get_window_extent().width <= figure.bbox.width
-    assert list(agreement.lines[0].get_ydata()) == [10, 20]  # a fraction, in percent
+    assert len({tuple(line.get_color()) for line in agreement.lines}) == 2
+    assert list(agreement.lines[0].get_ydata()) == pytest.approx([10, 20])  # a fraction, in percent
     assert list(agreement.lines[0].get_xdata()) == [0, 2]
+    assert "own image" in compare([course("NNCLR 9", 9, own, "red"), *some]).axes[-1].get_ylabel()
+
+
+def test_many_courses_have_a_column_a_method_and_only_the_best_of_a_crowd_has_a_name(tmp_path):
+    folders = [(write(tmp_path / str(i), [10, 20 + i % 7]),) for i in range(20)]
+    many = [course(f"KMCLR {i}", i, folders[i], method="KMCLR") for i in range(1, 13)]
+    few = [course(f"NNCLR {i}", i, folders[i], "red") for i in (13, 14)]
+    left, right = compare([course("SimCLR", 0, folders[0], "black"), *few, *many]).axes
+    assert (left.get_title(), right.get_title()) == ("NNCLR", "KMCLR")
+    assert [text.get_text() for text in left.get_legend().texts] == ["SimCLR", "NNCLR 13", "NNCLR 14"]
+    assert [text.get_text() for text in right.get_legend().texts] == ["SimCLR", "KMCLR 6, best of 12"]
+    assert len(right.lines) == 13  # the control and all of the crowd
 
 
 @pytest.mark.parametrize("keys", [("train/loss", "val/knn_top1", "support/dead"), ("train/loss",)])

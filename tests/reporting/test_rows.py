@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from src.reporting.rows import distinguishing, select, summarise
+from src.reporting.rows import control_of, difference, distinguishing, select, summarise
 from src.runs.record import Record
 from tests.made_up_runs import STUDY, run, with_untrained
 
@@ -185,3 +186,47 @@ def test_a_run_whose_sizes_are_no_numbers_is_left_out_and_named(key, value):
 def test_an_old_run_whose_settings_are_damaged_is_left_out_and_named():
     _, notes = summarise([run("simclr"), run("nnclr", 64, **{"method.support_weight": "***"})])
     assert "objective.support_weight=***: is not a number" in notes[0]
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(-5, 5)), min_size=2, max_size=6))
+@settings(max_examples=50)
+def test_the_interval_of_a_difference_is_that_of_a_paired_t_test(pairs):
+    control = [run("nnclr", 0, seed, top1) for seed, (top1, _) in enumerate(pairs)]
+    rows, _ = summarise([*control, *(run("kmclr", 50, seed, sum(both)) for seed, both in enumerate(pairs))])
+    found = difference(rows[1], rows[0], "test/linear_top1")
+    gains = [(top1 + gain) - top1 for top1, gain in pairs]
+    expected = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
+    assert (found.mean, found.pairs) == (pytest.approx(np.mean(gains)), len(pairs))
+    if np.std(gains) > 1e-9:
+        assert (found.low, found.high) == pytest.approx(tuple(expected))
+
+
+def test_seeds_that_only_one_of_two_rows_has_are_no_pair():
+    rows, _ = summarise(
+        [run("nnclr", 0, 0, 50), run("nnclr", 0, 1, 90), run("kmclr", 50, 0, 52), run("kmclr", 50, 2, 0)]
+    )
+    found = difference(rows[1], rows[0], "test/linear_top1")
+    assert (found.mean, found.pairs) == (2, 1)
+    assert math.isnan(found.half_width)
+    assert difference(rows[1], rows[0], "of nobody").pairs == 0
+
+
+def test_the_control_does_the_same_but_for_what_it_stores():
+    def weighed(method, size, weight):
+        more = {"method.support_weight": weight, "method.predictor_hidden": "0"}
+        return run(method, size, **more, **{"method.same_prototype": "mask"} if method == "kmclr" else {})
+
+    runs = [
+        weighed(*each, weight) for weight in ("0.5", "0.3") for each in (("nnclr", 0), ("nnclr", 400), ("kmclr", 50))
+    ]
+    rows, _ = summarise([*runs, run("simclr"), weighed("kmclr", 50, "0.1")])
+    found = {row.title: control_of(row, rows) for row in rows}
+    assert found["NNCLR 400, support_weight=0.3"].label == found["KMCLR 50, support_weight=0.3"].label
+    assert found["NNCLR 400, support_weight=0.5"].label != found["KMCLR 50, support_weight=0.3"].label
+    assert found["KMCLR 50, support_weight=0.1"] is None  # nobody ran that
+    assert found["SimCLR"] is None  # both could be meant
+    (one, two), _ = summarise([weighed("nnclr", 0, "0.5"), run("simclr")])
+    assert control_of(one, [one, two]) is two
+    assert control_of(two, [one, two]) is None
+    rows, _ = summarise([weighed("nnclr", 0, "0.5"), run("simclr", epochs="9")])
+    assert control_of(rows[0], rows) is None  # of other epochs

@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 from rich.console import Console
@@ -18,7 +17,7 @@ from src.reporting import report
 from src.reporting import table as table_module
 from src.reporting.report import Arguments, parse
 from src.reporting.rows import summarise
-from src.reporting.table import caption, courses, plot, records, table, write
+from src.reporting.table import GAIN_NOTE, courses, records, table, write
 from src.runs.record import Copy, Record
 from tests.conftest import PROJECT
 from tests.made_up_runs import STUDY, run, with_untrained, without
@@ -46,11 +45,10 @@ def test_one_seed_has_no_deviation_and_no_queue_no_share():
     assert table([row])[1][3:] == ["-", "1", "49.66", "55.66", "54.66", "84.66"]
 
 
-def test_the_untrained_encoder_is_in_the_table_but_leaves_the_plot_its_scale():
+def test_the_untrained_encoder_is_in_the_table():
     runs = [with_untrained(each, test_linear_top1=9.5, val_knn_top1=7.0) for each in STUDY]
     rows, _ = summarise(runs)
     assert table(rows)[1] == ["untrained", "0", "0 bytes", "0.00%", "3", "7.00 ± 0.00", "-", "9.50 ± 0.00", "-"]
-    assert drawn(plot(rows).axes[0]) == drawn(plot(summarise(STUDY)[0]).axes[0])
 
 
 def test_missing_figures_are_counted_and_shown():
@@ -66,86 +64,24 @@ def test_missing_figures_are_counted_and_shown():
     assert records(rows)[0]["test/linear_top1_mean"] is None
 
 
-def test_the_caption_holds_only_what_all_runs_share():
-    assert caption(summarise(STUDY)[0]) == "cifar100, resnet18, 500 epochs, mean ± standard deviation over seeds"
-    rows, _ = summarise([run("simclr", epochs="5"), run("simclr")])
-    assert caption(rows) == "cifar100, resnet18"
-
-
-def drawn(axes):
-    """Each labelled series of a panel: its label, sizes and means."""
-    return {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axes.containers}
-
-
-def test_the_plot_shows_every_row_where_it_belongs():
-    rows, _ = summarise(STUDY)
-    figure = plot(rows)
-    for axes, metric in zip(figure.axes, table_module.PLOTTED, strict=True):
-        series = drawn(axes)
-        assert list(series) == ["SimCLR", "NNCLR", "KMCLR"]
-        assert series["NNCLR"] == [[row.size, row.mean(metric)] for row in rows if row.method == "nnclr"]
-        assert series["KMCLR"] == [[row.size, row.mean(metric)] for row in rows if row.method == "kmclr"]
-        ((zero, level),) = series["SimCLR"]
-        low, high = axes.get_xlim()
-        assert low < zero < 50 < 98304 < high  # 0 has a place of its own, left of the smallest size
-        ticks = dict(zip(axes.get_xticks(), (tick.get_text() for tick in axes.get_xticklabels()), strict=True))
-        assert ticks[zero] == "0"
-        assert all(text == f"{int(size):,}" for size, text in ticks.items() if size != zero)
-        assert level == pytest.approx(rows[0].mean(metric))
-        assert any(list(line.get_ydata()) == [level, level] for line in axes.lines)  # the level across
-        assert "%" in axes.get_ylabel()
-    styles = {(c.lines[0].get_marker(), c.lines[0].get_linestyle()) for c in figure.axes[0].containers}
-    assert len({marker for marker, _ in styles}) == len({line for _, line in styles}) == 3  # readable without colour
-
-
-def test_nothing_stored_is_a_level_of_its_own():
-    rows, _ = summarise([run("simclr"), run("nnclr", 0), run("nnclr", 400)])
-    assert [row.title for row in rows] == ["SimCLR", "nothing stored", "NNCLR 400"]
-    axes = plot(rows).axes[0]
-    series = drawn(axes)
-    assert [size for size, _ in series["NNCLR"]] == [400]
-    assert series["nothing stored"][0][0] == series["SimCLR"][0][0]
-    assert sum(list(line.get_xdata()) == [0, 1] for line in axes.lines) == 2  # both levels go across
-
-
-@pytest.mark.parametrize("sizes", [(50, 400, 1600, 4096, 4496, 16384, 300000), (1, 2, 3, 4), (50,), (98304, 100000)])
-def test_labels_of_sizes_do_not_run_into_each_other(sizes):
-    figure = plot(summarise([run("simclr"), *(run("kmclr", size) for size in sizes)])[0])
-    figure.canvas.draw()
-    for axes in figure.axes:
-        shown = [tick.get_window_extent() for tick in axes.get_xticklabels() if tick.get_text()]
-        assert len(shown) > 1
-        assert all(left.x1 < right.x0 for left, right in pairwise(sorted(shown, key=lambda box: box.x0)))
-
-
-def test_each_variant_is_one_line_of_the_plot():
-    runs = [run("kmclr", k, **{"method.forget": forget}) for k in (50, 400) for forget in ("reset", "decay")]
-    series = drawn(plot(summarise(runs)[0]).axes[0])
-    assert {label: [size for size, _ in points] for label, points in series.items()} == {
-        "KMCLR, forget=decay": [50, 400],
-        "KMCLR, forget=reset": [50, 400],
-    }
-
-
-def test_more_variants_than_markers_are_one_cloud_and_lose_no_point():
-    few, _ = summarise([run("kmclr", k, **{"optimizer.lr": f"0.1{k}234567"}) for k in range(50, 65)])
-    bars = plot(few).axes[0].containers
-    assert len({(bar.lines[0].get_marker(), bar.lines[0].get_linestyle()) for bar in bars}) == 15
-    rows, _ = summarise([run("kmclr", k, **{"optimizer.lr": f"0.1{k}234567"}) for k in range(50, 70)])
-    assert rows[0].label == "KMCLR, optimizer.lr=0.15"
-    axes = plot(rows).axes[0]
-    assert {label: len(points) for label, points in drawn(axes).items()} == {"KMCLR": 20}
-    assert axes.containers[0].lines[0].get_linestyle() == "None"
-
-
-@pytest.mark.parametrize("runs", [[run("simclr")], [run("kmclr", 50)], [without(run("simclr"), "test/linear_top1")]])
-def test_small_experiments_are_drawn_and_written_too(runs, tmp_path):
-    write(*summarise(runs), "small", tmp_path)
-    assert (tmp_path / "plot.png").stat().st_size > 0
+def test_what_storing_is_worth_stands_beside_the_figures_where_there_is_a_control():
+    control = [run("nnclr", 0, seed, top1) for seed, top1 in enumerate((50, 51, 52))]
+    stored = [run("kmclr", 50, seed, top1) for seed, top1 in enumerate((51, 52.5, 53))]
+    rows, _ = summarise([*control, *stored, run("simclr", 0, 2, 51)])
+    header, *body = table(rows)
+    assert header[-1] == "beyond nothing stored"
+    # gains of 1, 1.5 and 1: mean 1.1667, deviation 0.2887, and t of two degrees of freedom is 4.3027
+    assert [line[-1] for line in body] == ["-1.00", "-", f"+1.17 ± {4.3027 * 0.28868 / 3**0.5:.2f}"]
+    numbers = {one["method"]: one for one in records(rows)}
+    assert numbers["kmclr"]["test/linear_top5_pairs"] == 3
+    assert numbers["kmclr"]["test/linear_top1_difference_low"] == pytest.approx(1.1667 - 0.7171, abs=1e-3)
+    assert numbers["simclr"]["test/linear_top1_difference_low"] is None
+    assert numbers["nothing_stored"]["test/linear_top1_difference"] is None
+    assert table(summarise(STUDY)[0])[0][-1] == "test linear top-5"
 
 
 def test_the_files_hold_the_same_table_and_do_not_change_when_written_again(tmp_path):
-    rows, notes = summarise([*STUDY, run("simclr", seed=9, status="KILLED")])
+    rows, notes = summarise([*STUDY, run("nnclr", 0), run("simclr", seed=9, status="KILLED")])
     write(rows, notes, "study", tmp_path)
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert sorted(first) == ["plot.png", "plot.svg", "table.csv", "table.json", "table.md"]
@@ -156,9 +92,10 @@ def test_the_files_hold_the_same_table_and_do_not_change_when_written_again(tmp_
     lines = re.findall(r"^\| (.*) \|$", markdown, re.MULTILINE)
     assert [line.split(" | ") for line in lines if "---" not in line] == table(rows)
     assert "- left out: simclr-0-seed9 (killed)" in markdown
+    assert f"- {GAIN_NOTE}" in markdown
 
     saved = json.loads(first["table.json"])
-    assert saved["notes"] == notes
+    assert saved["notes"] == [GAIN_NOTE, *notes]
     assert [{key: value for key, value in one.items() if key != "runs"} for one in saved["rows"]] == records(rows)
     with (tmp_path / "table.csv").open(newline="") as file:
         for line, one in zip(csv.DictReader(file), records(rows), strict=True):
@@ -177,7 +114,16 @@ def test_curves_are_drawn_of_the_runs_whose_folders_are_here(tmp_path):
     runs = [replace(run("kmclr", 50, seed), directory=place) for seed, place in enumerate(places)]
     rows, notes = summarise([*runs, run("simclr")])
     (course,) = courses(rows)
-    assert course[:2] + course[3:5] == ("KMCLR 50", 50, 500, (tmp_path / "a", tmp_path / "b"))
+    assert (course.title, course.size, course.epochs) == ("KMCLR 50", 50, 500)
+    assert course.directories == (tmp_path / "a", tmp_path / "b")
+    assert course.cycle == 1  # as the records do not say how often it is reset
+    three = {"support.forget": "reset", "support.forget_every": "3"}
+    again = replace(runs[0], params=runs[0].params | three)
+    assert courses([replace(rows[-1], runs=(again,))])[0].cycle == 3
+    assert (
+        courses([replace(rows[-1], runs=(replace(again, params=again.params | {"support.forget": "none"}),))])[0].cycle
+        == 1
+    )
     assert [path.name for path in write(rows, notes, "study", tmp_path / "out")][-1] == "curves.png"
     assert (tmp_path / "out/curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -255,11 +201,12 @@ def test_the_command_reports_on_the_runs_in_a_folder(tmp_path):
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_narrow_terminal_loses_no_figure(monkeypatch, capsys, width):
     monkeypatch.setattr(table_module, "Console", lambda **_: Console(width=width))
-    rows, notes = summarise(STUDY)
+    rows, notes = summarise([*STUDY, run("nnclr", 0), run("nnclr", 0, 1)])
     table_module.show(rows, notes, "study")
     shown = capsys.readouterr().out
     for line in table(rows)[1:]:
-        for number in " ".join(line[1:]).split():
+        figures = [line[1], *line[2 if width >= table_module.WIDE else 4 :]]
+        for number in " ".join(figures).split():
             assert number in shown, "cut off"
 
 

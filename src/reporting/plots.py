@@ -1,0 +1,196 @@
+"""Support-set size against accuracy, as a plot: a line a method, or with many variants a dot a row, sorted."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from src.config.names import UNTRAINED, title_of
+from src.reporting.rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+PLOTTED = {"test/linear_top1": "Linear top-1 accuracy (%)", "test/linear_top5": "Linear top-5 accuracy (%)"}
+MARKERS = {"simclr": "D", "nothing_stored": "s", "nnclr": "o", "kmclr": "v"}
+SPARE_MARKERS = "^P*X"
+LINES = ("-", "--", ":", "-.")  # the variants of a method
+MOST_LINES = 2 * len(LINES)  # more series than that are drawn as dots, one a row
+MOST_DOTS = 80
+LONGEST = 60  # characters of a dot's label
+
+
+def plot(rows: Sequence[Row]) -> Figure:
+    """Accuracy against support-set size where there are few variants, and otherwise a dot for each row.
+
+    The untrained encoder is far below, and would take the room that tells the others apart.
+    """
+    rows = [row for row in rows if row.method != UNTRAINED]
+    return dots(rows) if len({row.label for row in rows}) > MOST_LINES else by_size(rows)
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """What all runs have in common, how many seeds a row has, and what the bars mean."""
+    runs = [run for row in rows for run in row.runs]
+    parts = []
+    for key, text in (("data.name", "{}"), ("backbone.name", "{}"), ("epochs", "{} epochs")):
+        values = {run.params.get(key) for run in runs}
+        if len(values) == 1 and (value := values.pop()):
+            parts.append("1 epoch" if (key, value) == ("epochs", "1") else text.format(title_of(value)))
+    fewest, most = (pick(len(row.runs) for row in rows) for pick in (min, max))
+    seeds = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+    parts.append(f"mean ± standard deviation over {seeds}" if most > 1 else "one seed")
+    return ", ".join(parts)
+
+
+def by_size(rows: Sequence[Row]) -> Figure:
+    """A panel a figure, a line a method and variant, a level across for one that stores nothing."""
+    from matplotlib.figure import Figure
+
+    series: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        series[row.label].append(row)
+    styles = _styles(series)
+    sizes = sorted({row.size for row in rows} - {0})
+    figure = Figure(figsize=(7.2, 3.7), layout="constrained")
+    handles: dict[str, Line2D] = {}
+    for axes, (metric, title) in zip(figure.subplots(1, len(PLOTTED)), PLOTTED.items(), strict=True):
+        zero, beside = _size_axis(axes, sizes)
+        axes.set(ylabel=title, xlabel="Support-set size (vectors)")
+        frame(axes)
+        met: Counter[int] = Counter()
+        for label, group in series.items():
+            points = [row for row in group if row.values(metric)]
+            places = []
+            for row in points:  # rows of one size stand beside each other
+                alike = sum(any(other.size == row.size for other in each) for each in series.values())
+                places.append((row.size or zero) * beside ** (met[row.size] - (alike - 1) / 2))
+                met[row.size] += 1
+            if points:
+                handles[label] = _series(axes, points, places, metric, styles[label])
+        _cap(axes)
+    figure.suptitle(caption(rows), fontsize=9)
+    if handles:
+        columns = min(4, len(handles), max(1, 96 // (max(map(len, handles)) + 8)))
+        names = list(handles)
+        figure.legend(list(handles.values()), names, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def dots(rows: Sequence[Row]) -> Figure:
+    """A dot a row with its deviation over seeds, the most accurate at the top; the control is a line down."""
+    from matplotlib.figure import Figure
+
+    metric = next(iter(PLOTTED))
+    found = sorted((row for row in rows if row.values(metric)), key=lambda row: row.mean(metric))[-MOST_DOTS:]
+    figure = Figure(figsize=(7.2, 1.1 + 0.165 * len(found)), layout="constrained")
+    controls = [row for row in found if row.method == "nothing_stored"]
+    panels = figure.subplots(1, len(PLOTTED), sharey=True)
+    for axes, (figure_name, title) in zip(panels, PLOTTED.items(), strict=True):
+        for place, row in enumerate(found):
+            std = row.std(figure_name)
+            style: dict[str, Any] = {"color": row.colour, "marker": marker_of(row.method), "markersize": 4.5}
+            error = None if math.isnan(std) else std
+            axes.errorbar(row.mean(figure_name), place, xerr=error, capsize=2, linewidth=1, linestyle="none", **style)
+        if len(controls) == 1:
+            axes.axvline(controls[0].mean(figure_name), color=controls[0].colour, linewidth=1, linestyle="--", zorder=0)
+        axes.set(xlabel=title, ylim=(-0.8, len(found) - 0.2))
+        frame(axes, "x")
+        axes.grid(axis="y", color="0.94", linewidth=0.6)
+    panels[0].set_yticks(range(len(found)), [_short(row.title) for row in found], fontsize=7)
+    for label, row in zip(panels[0].get_yticklabels(), found, strict=True):
+        label.set_color(row.colour)
+    for axes in panels:
+        axes.tick_params(axis="y", length=0)
+    left_out = f"; the {MOST_DOTS} best of {len(rows)}" if len(rows) > MOST_DOTS else ""
+    figure.suptitle(caption(rows) + left_out, fontsize=9)
+    return figure
+
+
+def marker_of(method: str) -> str:
+    """The same for a method in every plot."""
+    return MARKERS.get(method, SPARE_MARKERS[sum(method.encode()) % len(SPARE_MARKERS)])
+
+
+def frame(axes: Axes, grid: str = "y") -> None:
+    """Two spines and a light grid behind the data."""
+    axes.grid(axis=grid, color="0.9", linewidth=0.6)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1].rstrip(' ,')}…"
+
+
+def _styles(series: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
+    """The method's colour and marker; its variants differ in their lines, and every second has hollow markers."""
+    seen: Counter[str] = Counter()
+    styles: dict[str, dict[str, Any]] = {}
+    for label, rows in series.items():
+        row, variant = rows[0], seen[rows[0].method]
+        seen[row.method] += 1
+        fill = "white" if variant % 2 else row.colour
+        styles[label] = {"color": row.colour, "marker": marker_of(row.method), "markerfacecolor": fill}
+        styles[label] |= {"linestyle": LINES[variant % len(LINES)], "markersize": 5, "linewidth": 1.3}
+    return styles
+
+
+def _size_axis(axes: Axes, sizes: Sequence[int]) -> tuple[float, float]:
+    """A logarithmic axis that has room for 0 at its left, behind a break, and a label for each size.
+
+    Returns:
+        Where 0 is, and the factor between two sizes that are drawn beside each other.
+    """
+    smallest, largest = (sizes[0], sizes[-1]) if sizes else (1, 1)
+    zero = smallest / max(3.0, (largest / smallest) ** 0.2)
+    width = largest / zero
+    is_crowded = any(right / left < width ** (0.018 * len(f"{left:,}{right:,}")) for left, right in pairwise(sizes))
+    slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if is_crowded else {}
+    labelled: list[int] = []
+    for size in reversed(sizes):  # even slanted labels need a line's height
+        if not labelled or size * width ** (0.065 if is_crowded else 0) <= labelled[-1]:
+            labelled.append(size)
+    margin = width**0.07
+    axes.set_xscale("log")
+    axes.set_xlim(zero / margin, largest * margin)
+    axes.set_xticks([zero, *labelled], ["0", *(f"{size:,}" for size in labelled)], **slant)
+    axes.set_xticks(sizes, minor=True, labels=[""] * len(sizes))
+    for side in (-1, 1) if sizes else ():
+        middle = (zero * smallest) ** 0.5 * margin ** (side * 0.15)
+        slash = [(-0.5, -1), (0.5, 1)]
+        transform = axes.get_xaxis_transform()
+        axes.plot([middle], [0], transform=transform, marker=slash, markersize=9, color="black", clip_on=False)
+    return zero, width**0.012
+
+
+def _series(axes: Axes, rows: Sequence[Row], places: Sequence[float], metric: str, style: Mapping[str, Any]) -> Line2D:
+    """Draws the rows of a series, those that store something joined by a line; returns what the legend shows."""
+    from matplotlib.lines import Line2D
+
+    stored = [(place, row.mean(metric)) for place, row in zip(places, rows, strict=True) if row.size]
+    levels = [row for row in rows if not row.size]
+    for place, row in zip(places, rows, strict=True):
+        error = None if math.isnan(row.std(metric)) else row.std(metric)
+        single = dict(style) | {"linestyle": "none"}
+        axes.errorbar(place, row.mean(metric), error, capsize=3, elinewidth=1.2, label=f"{row.title}", **single)
+    if len(stored) > 1:
+        axes.plot(*zip(*stored, strict=True), **dict(style) | {"marker": "", "label": rows[0].label})
+    for row in levels:
+        axes.axhline(row.mean(metric), color=style["color"], linestyle=style["linestyle"], linewidth=1, zorder=1)
+        if not math.isnan(row.std(metric)):
+            low, high = (row.mean(metric) + side * row.std(metric) for side in (-1, 1))
+            axes.axhspan(low, high, color=style["color"], alpha=0.1, linewidth=0, zorder=0)
+    has_line = len(stored) > 1 or levels
+    return Line2D([], [], **dict(style) | ({} if has_line else {"linestyle": "none"}))
+
+
+def _cap(axes: Axes) -> None:
+    """Accuracies end at 100%."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, min(high, 100.0) if low < 100 else high)

@@ -1,0 +1,127 @@
+"""The plot of support-set size against accuracy."""
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from src.reporting import plots
+from src.reporting.plots import caption, marker_of, plot
+from src.reporting.rows import summarise
+from tests.made_up_runs import STUDY, run, with_untrained, without
+
+
+def drawn(axes):
+    """Each point of a panel: its row's title, place on the axis, mean, and the length of its bar on one side."""
+    found = {}
+    for each in axes.containers:
+        ((place, mean),) = each.lines[0].get_xydata()
+        bars = each.lines[2][0].get_segments()[0] if each.lines[2] else None
+        found[each.get_label()] = (place, mean, (bars[1][1] - bars[0][1]) / 2 if bars is not None else math.nan)
+    return found
+
+
+def test_the_caption_says_what_all_runs_share_in_words_for_people_and_how_many_seeds():
+    rows, _ = summarise(STUDY)
+    assert caption(rows) == "CIFAR-100, ResNet-18, 500 epochs, mean ± standard deviation over 3 seeds"
+    rows, _ = summarise([run("simclr", epochs="5"), run("simclr")])
+    assert caption(rows) == "CIFAR-100, ResNet-18, one seed"
+    rows, _ = summarise([run("simclr", epochs="1"), run("kmclr", 50, epochs="1"), run("kmclr", 50, 1, epochs="1")])
+    assert caption(rows) == "CIFAR-100, ResNet-18, 1 epoch, mean ± standard deviation over 1 to 2 seeds"
+
+
+def test_every_row_is_where_its_size_and_mean_are_with_a_bar_as_long_as_its_deviation():
+    rows, _ = summarise(STUDY)
+    for axes, metric in zip(plot(rows).axes, plots.PLOTTED, strict=True):
+        points = drawn(axes)
+        assert list(points) == [row.title for row in rows]
+        ticks = dict(zip(axes.get_xticks(), (tick.get_text() for tick in axes.get_xticklabels()), strict=True))
+        (zero,) = (place for place, text in ticks.items() if text == "0")
+        low, high = axes.get_xlim()
+        assert low < zero < 50 < 98304 < high  # 0 has a place of its own, left of the smallest size
+        for row in rows:
+            assert points[row.title] == pytest.approx((row.size or zero, row.mean(metric), row.std(metric)))
+        assert {text for text in ticks.values() if text} == {"0", "50", "400", "1,000", "4,096", "98,304"}
+        assert "%" in axes.get_ylabel()
+
+
+def test_the_untrained_encoder_leaves_the_plot_its_scale():
+    rows, _ = summarise([with_untrained(each, test_linear_top1=9.5) for each in STUDY])
+    assert drawn(plot(rows).axes[0]) == drawn(plot(summarise(STUDY)[0]).axes[0])
+
+
+def test_only_sizes_of_one_method_are_joined_and_what_stores_nothing_is_a_level():
+    runs = [run("simclr"), run("nnclr", 0), run("nnclr", 400), run("kmclr", 50), run("kmclr", 400)]
+    rows, _ = summarise(runs)
+    assert [row.title for row in rows] == ["SimCLR", "nothing stored", "NNCLR 400", "KMCLR 50", "KMCLR 400"]
+    figure = plot(rows)
+    axes = figure.axes[0]
+    joined = {line.get_label(): line.get_xdata() for line in axes.lines if len(line.get_xdata()) > 1}
+    assert len(joined["KMCLR"]) == 2
+    assert "NNCLR" not in joined
+    levels = [line for line in axes.lines if list(line.get_xdata()) == [0, 1]]
+    assert len(levels) == 2
+    handles = dict(
+        zip((text.get_text() for text in figure.legends[0].texts), figure.legends[0].legend_handles, strict=True)
+    )
+    assert handles["NNCLR"].get_linestyle() == "None"  # a point alone promises no line
+    assert handles["KMCLR"].get_linestyle() == "-"
+    places = {title: place for title, (place, _, _) in drawn(axes).items()}
+    assert places["NNCLR 400"] != places["KMCLR 400"]  # beside each other, so that no bar hides another
+    assert places["NNCLR 400"] * places["KMCLR 400"] == pytest.approx(400**2)
+    assert places["SimCLR"] != places["nothing stored"]
+
+
+def test_a_method_looks_the_same_alone_and_among_others():
+    alone = plot(summarise([run("kmclr", 50)])[0]).axes[0].containers[0].lines[0]
+    among = plot(summarise(STUDY)[0]).axes[0].containers[-1].lines[0]
+    assert (alone.get_marker(), alone.get_color()) == (among.get_marker(), among.get_color())
+    assert len({marker_of(method) for method in ("simclr", "nothing_stored", "nnclr", "kmclr", "byol")}) == 5
+
+
+def test_one_seed_has_no_bar_and_axes_end_at_100_percent():
+    axes = plot(summarise([run("simclr", top1=99.5), run("kmclr", 50, top1=98)])[0]).axes[0]
+    assert all(math.isnan(bar) for _, _, bar in drawn(axes).values())
+    assert axes.get_ylim()[1] <= 100
+
+
+@pytest.mark.parametrize("sizes", [(50, 400, 1600, 4096, 4496, 16384, 300000), (1, 2, 3, 4), (50,), (98304, 100000)])
+def test_labels_of_sizes_do_not_run_into_each_other(sizes):
+    figure = plot(summarise([run("simclr"), *(run("kmclr", size) for size in sizes)])[0])
+    figure.canvas.draw()
+    for axes in figure.axes:
+        shown = [tick for tick in axes.get_xticklabels() if tick.get_text()]
+        assert len(shown) > 1
+        if shown[0].get_rotation():  # apart by more than a line's height, measured across the slanted lines
+            places = sorted(axes.transData.transform((tick.get_position()[0], 0))[0] for tick in shown)
+            height = shown[0].get_fontsize() * figure.dpi / 72
+            assert all((right - left) * math.sin(math.pi / 4) > height for left, right in pairwise(places))
+        else:
+            boxes = sorted((tick.get_window_extent() for tick in shown), key=lambda box: box.x0)
+            assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+def test_each_variant_is_one_line_of_the_plot_and_differs_from_the_others():
+    runs = [run("kmclr", k, **{"method.forget": forget}) for k in (50, 400) for forget in ("reset", "decay")]
+    axes = plot(summarise(runs)[0]).axes[0]
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_label().startswith("KMCLR")]
+    assert [line.get_label() for line in lines] == ["KMCLR, forget=decay", "KMCLR, forget=reset"]
+    assert len({line.get_linestyle() for line in lines}) == 2
+
+
+def test_many_variants_are_dots_sorted_by_accuracy_and_none_is_lost():
+    runs = [run("kmclr", k, top1=40 + k % 7, **{"optimizer.lr": f"0.{k}"}) for k in range(50, 70)] + [run("nnclr", 0)]
+    rows, _ = summarise(runs)
+    axes = plot(rows).axes[0]
+    points = sorted((place, mean) for mean, place in (tuple(each.lines[0].get_xydata()[0]) for each in axes.containers))
+    assert [place for place, _ in points] == list(range(len(rows)))
+    assert [mean for _, mean in points] == sorted(row.mean("test/linear_top1") for row in rows)
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert sorted(labels) == sorted(row.title for row in rows)
+    assert any(line.get_xdata()[0] == line.get_xdata()[1] == 50 for line in axes.lines if len(line.get_xdata()) == 2)
+
+
+@pytest.mark.parametrize("runs", [[run("simclr")], [run("kmclr", 50)], [without(run("simclr"), "test/linear_top1")]])
+def test_small_experiments_are_drawn_too(runs, tmp_path):
+    plot(summarise(runs)[0]).savefig(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
