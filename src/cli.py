@@ -86,11 +86,11 @@ def pretrain(composed: DictConfig) -> float:
         origin.identify(cfg)
         print(preview([cfg], at_a_time=1))
         return math.nan
-    from src.reporting import curves
+    from src.reporting import curves, pictures
     from src.sweeps import optuna_study
     from src.training.run import run
 
-    return run(cfg, optuna_study.should_prune, curves.plot)
+    return run(cfg, optuna_study.should_prune, curves.plot, pictures.illustrate)
 
 
 def evaluate_again(composed: DictConfig) -> dict[str, float]:

@@ -240,7 +240,7 @@ class Delivery:
         self.is_connected, self.bytes, self.tags = True, end, tags
         for name, path in artifacts.items():
             if name not in self.artifacts:
-                client.log_artifact(copy.run_id, str(path))
+                client.log_artifact(copy.run_id, str(path), os.path.dirname(name) or None)
             self.artifacts.add(name)
         if record.status != "RUNNING":
             self.terminate()

@@ -17,6 +17,8 @@ from src.data import Dataset
 from src.data.batches import epoch_batches
 from src.evaluation import protocol
 from src.evaluation.diagnostics import alignment, uniformity
+from src.evaluation.probes import FrozenEncoder
+from src.methods.base import Method
 from src.runs.record import UNUSED
 from src.runs.tracker import Tracker
 from src.system.atomic_write import write_whole
@@ -31,6 +33,13 @@ logger = logging.getLogger(__name__)
 
 # Of a sweep's folder, a trial's number, an epoch and its metrics.
 ShouldPrune = Callable[[str | None, int | None, int, Mapping[str, float]], bool]
+# Of a method, its frozen encoder, the data, the run's folder, the epochs done and whether these are all: files to log.
+Illustrate = Callable[[Method, FrozenEncoder, Dataset, Path, int, bool], list[Path]]
+
+
+def no_pictures(*_: object) -> list[Path]:
+    """Draws nothing."""
+    return []
 
 
 def pretrain(
@@ -40,6 +49,7 @@ def pretrain(
     stopper: Stopper,
     directory: Path,
     should_prune: ShouldPrune,
+    illustrate: Illustrate = no_pictures,
 ) -> None:
     """The loop.
 
@@ -133,11 +143,15 @@ def pretrain(
             metrics |= support.stats()
         last = epoch + 1 == cfg.epochs
         evaluates = last or (epoch + 1) % cfg.evaluation.every == 0
+        pictures = []
         if evaluates:
             metrics |= validate()
+            pictures = illustrate(method, state.frozen, data, directory, epoch + 1, last)
         if not last:
             stopper.pruned = should_prune(cfg.tracking.parent, cfg.tracking.trial, epoch + 1, metrics)
         tracker.log(metrics, state.step)
+        for picture in pictures:
+            tracker.artifact(picture)
         progress.epoch(epoch, loss, metrics)
         if evaluates:
             collapse.look(outcome, state.step, tracker, cfg.on_collapse)

@@ -36,7 +36,12 @@ from src.training.state import TrainState
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: Config, should_prune: loop.ShouldPrune, draw: Callable[[Path], Path]) -> float:
+def run(
+    cfg: Config,
+    should_prune: loop.ShouldPrune,
+    draw: Callable[[Path], Path],
+    illustrate: loop.Illustrate = loop.no_pictures,
+) -> float:
     """Take one configuration from its start, or from where it was stopped, to its result.
 
     Args:
@@ -44,6 +49,7 @@ def run(cfg: Config, should_prune: loop.ShouldPrune, draw: Callable[[Path], Path
         should_prune: told the folder of the sweep, the number of the trial, the epoch and its metrics; whether the
             trial lags so far behind others as to stop it.
         draw: makes the picture of a run in its folder, and returns its path.
+        illustrate: draws what the support set gives, after each validation.
 
     Returns:
         The last ``val/knn_top1`` in percent, what a sweep may optimise; NaN with ``data.final``: no validation.
@@ -107,7 +113,7 @@ def run(cfg: Config, should_prune: loop.ShouldPrune, draw: Callable[[Path], Path
         print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
-            loop.pretrain(state, data, tracker, stopper, directory, should_prune)
+            loop.pretrain(state, data, tracker, stopper, directory, should_prune, illustrate)
             with stopper.at_once():
                 loop.finish(state, data, tracker, directory, draw)
             status = "FINISHED"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -123,6 +124,12 @@ def test_a_run_leaves_what_it_promises(run, method, capsys):
     assert record.tags["config_hash"]
     for name in ("config.yaml", "encoder.safetensors", "curves.png", "metrics.jsonl"):
         assert (directory / name).stat().st_size > 0
+    drawn = {path.name for path in directory.glob("*.png")} - {"curves.png"}
+    expected = {"simclr": set(), "nnclr": {"positives.png", "map.png"}}
+    assert drawn == expected.get(method, {"positives.png", "prototypes.png", "map.png"})
+    assert {Path(name).name for name in record.artifacts if name.startswith("pictures/")} == {
+        f"{name.removesuffix('.png')}-epoch-{epoch:04}.png" for name in drawn - {"map.png"} for epoch in (1, 2)
+    }
     assert len(list((directory / "checkpoints").glob("*.pt"))) <= 2
     steps, _ = curves.read(directory)["train/loss"]
     assert steps == list(range(6))  # 2 epochs of 200 images in batches of 64

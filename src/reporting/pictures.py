@@ -1,0 +1,265 @@
+"""Pictures of what a support set gives: anchors beside their positives, prototypes beside their members, a map.
+
+Images enter as they are, through the network in evaluation mode; nothing here changes the run or its random numbers.
+
+Shapes: A anchors, D dimensions, N images of a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from src.data import Dataset
+from src.data.splits import Split
+from src.evaluation.probes import FrozenEncoder
+from src.methods.base import Method
+from src.support.base import SupportSet
+from src.system.atomic_write import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ANCHORS = 16
+SAMPLE = 4096  # at most so many training images show which members prototypes have; a tenth of few images will do
+MEMBERS = 8
+PROTOTYPES = 24  # of each kind
+MAPPED = 1000  # validation images
+NAMED = 10  # classes that have a colour of their own, where there are more than twice as many
+GAP = 6  # pixels between tiles of 64
+TILE = 64
+FRAME = (213, 94, 0)  # of a queue's entry that is the anchor's own image
+
+
+class Tile(NamedTuple):
+    image: Tensor  # [3, S, S] uint8
+    text: str = ""
+    colour: str = "#404040"
+    framed: bool = False
+
+
+def illustrate(
+    method: Method, frozen: FrozenEncoder, data: Dataset, directory: Path, epoch: int, last: bool
+) -> list[Path]:
+    """Draw ``positives.png``, and of prototypes ``prototypes.png``, as the run stands; after the last epoch, a map.
+
+    Those of each epoch are kept in ``pictures/``. Nothing is drawn where nothing is stored, or not enough so far.
+
+    Returns:
+        What is to be logged.
+    """
+    support = method.support
+    if support is None or not support.ready:
+        return []
+    size = min(SAMPLE, max(1000, len(data.train) // 10)) if support.shared else ANCHORS
+    rows_N = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:size]
+    rows_N = rows_N.to(data.train.labels.device)
+    sample = data.train.take(rows_N)
+    z_ND = embed(method, frozen, sample)
+    drawn = {"positives": positives(support, sample, rows_N, z_ND, data)}
+    if support.shared:
+        drawn["prototypes"] = prototypes(support, sample, z_ND, data)
+    paths = []
+    for name, figure in drawn.items():
+        if figure is not None:
+            kept = directory / "pictures" / f"{name}-epoch-{epoch:04}.png"
+            kept.parent.mkdir(exist_ok=True)
+            figure.savefig(kept, dpi=100)
+            write_whole(directory / f"{name}.png", kept.read_bytes())
+            paths.append(kept)
+    if last and data.val is not None:
+        val = data.val.take(mapped(data.val.labels, len(data.classes)))
+        z_ND = embed(method, frozen, val)
+        marked = support.lookup(z_ND) if support.shared else None
+        stored = None if marked is None else marked.embeddings[_first_of_each(marked.ids)]
+        paths.append(directory / "map.png")
+        draw_map(F.normalize(z_ND, dim=1), val.labels, data.classes, stored).savefig(paths[-1], dpi=120)
+    return paths
+
+
+def mapped(labels_N: Tensor, classes: int) -> Tensor:
+    """Rows for a map: random ones, of which up to half are of the classes that have colours of their own."""
+    rows_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0)).to(labels_N.device)
+    if classes <= 2 * NAMED:
+        return rows_N[:MAPPED]
+    is_named_N = labels_N[rows_N] < NAMED
+    named, others = rows_N[is_named_N][: MAPPED // 2], rows_N[~is_named_N]
+    return torch.cat([others[: MAPPED - len(named)], named])
+
+
+@torch.no_grad()
+def embed(method: Method, frozen: FrozenEncoder, split: Split) -> Tensor:
+    """Embeddings [N, D] of a split's images, as they are."""
+    training = method.projector.training
+    method.projector.eval()
+    with torch.compiler.set_stance("force_eager"):
+        z_ND = method.projector(frozen.features(split).x_NF)
+    method.projector.train(training)
+    return z_ND.float()
+
+
+def positives(support: SupportSet, sample: Split, rows_N: Tensor, z_ND: Tensor, data: Dataset) -> Figure | None:
+    """A few anchors, each beside the images that its nearest entry stands for; None where these are not known.
+
+    Args:
+        support: filled.
+        sample: images; the first are the anchors.
+        rows_N: which images of the training split these are.
+        z_ND: their embeddings.
+        data: the class names, and the images that a queue remembers.
+    """
+    found = support.lookup(z_ND)
+    blocks = []
+    images_N = None if support.shared else support.images_of(found.ids)
+    if images_N is None and not support.shared:
+        return None
+    cosine_N = (F.normalize(z_ND, dim=1) * found.embeddings).sum(1)
+    for anchor in range(min(ANCHORS, len(sample))):
+        label = int(sample.labels[anchor])
+        tiles = [Tile(sample.take(_at(anchor, sample)).images[0], _name(data, label))]
+        if images_N is not None:
+            row = int(images_N[anchor])
+            other = data.train.take(torch.tensor([row], device=data.train.labels.device))
+            framed = row == int(rows_N[anchor])
+            tiles.append(_member(data, other, label, framed))
+        else:
+            others = (found.ids == found.ids[anchor]).nonzero().flatten()
+            others = others[others != anchor]
+            nearest = others[cosine_N[others].argsort(descending=True)][:MEMBERS]
+            tiles += [_member(data, sample.take(_at(int(each), sample)), label) for each in nearest]
+        blocks.append(tiles)
+    what = "the nearest members of its prototype" if support.shared else "the nearest entry (framed: its own image)"
+    return sheet(blocks, [""] * (2 if support.shared else 4), f"Anchors, and beside each {what}")
+
+
+def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) -> Figure | None:
+    """The largest, the purest and the most mixed prototypes, with the members nearest to them; None of too few."""
+    found = support.lookup(z_ND)
+    cosine_N = (F.normalize(z_ND, dim=1) * found.embeddings).sum(1)
+    groups = {}
+    for prototype in found.ids.unique().tolist():
+        members = (found.ids == prototype).nonzero().flatten()
+        if len(members) >= MEMBERS:
+            counts = sample.labels.to(members.device)[members].bincount(minlength=len(data.classes))
+            purity = float(counts.max()) / len(members)
+            nearest = members[cosine_N[members].argsort(descending=True)][:MEMBERS]
+            groups[prototype] = (len(members), purity, int(counts.argmax()), nearest.tolist())
+    if not groups:
+        return None
+    by_size = sorted(groups.values(), key=lambda each: -each[0])[:PROTOTYPES]
+    by_purity = sorted(groups.values(), key=lambda each: -each[1])
+    columns = [by_size, by_purity[:PROTOTYPES], by_purity[::-1][:PROTOTYPES]]
+    blocks: list[list[Tile]] = []
+    for line in range(max(map(len, columns))):
+        for column in columns:
+            tiles: list[Tile] = []
+            if line < len(column):
+                size, purity, common, members = column[line]
+                tiles = [Tile(sample.take(_at(each, sample)).images[0]) for each in members]
+                tiles[0] = tiles[0]._replace(text=f"{size} members, {purity:.0%} {_name(data, common)}")
+            blocks.append(tiles)
+    heads = ("largest", "purest", "most mixed")
+    return sheet(blocks, heads, f"Prototypes, with {MEMBERS} of their members among {len(sample):,} training images")
+
+
+def draw_map(x_ND: Tensor, labels_N: Tensor, classes: Sequence[str], marked_KD: Tensor | None = None) -> Figure:
+    """Vectors in two dimensions by t-SNE, coloured by class; prototypes are black crosses.
+
+    Of more than twenty classes, the first ten have colours and the others are grey. Vectors without a label have
+    label -1.
+
+    Source: van der Maaten and Hinton, "Visualizing Data using t-SNE", JMLR 2008.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from sklearn.manifold import TSNE
+
+    everything = torch.cat([x_ND, *([] if marked_KD is None else [marked_KD.to(x_ND)])]).cpu().numpy()
+    perplexity = min(30, max(1, (len(everything) - 1) // 3))
+    places = TSNE(perplexity=perplexity, init="pca", max_iter=500, random_state=0).fit_transform(everything)
+    points, marks = places[: len(x_ND)], places[len(x_ND) :]
+    labels = labels_N.cpu().numpy()
+    figure = Figure(figsize=(6.4, 5), layout="constrained")
+    axes = figure.subplots()
+    named = len(classes) if len(classes) <= 2 * NAMED else NAMED
+    others = (labels < 0) | (labels >= named)
+    if others.any():
+        what = "no label" if (labels < 0).all() else f"the other {len(classes) - named} classes"
+        axes.scatter(points[others, 0], points[others, 1], s=6, color="0.82", linewidth=0, label=what)
+    palette = colormaps["tab10" if named <= NAMED else "tab20"]
+    for label in range(named):
+        here = labels == label
+        if here.any():
+            axes.scatter(
+                points[here, 0], points[here, 1], s=14, color=palette(label), linewidth=0, label=classes[label]
+            )
+    if len(marks):
+        axes.scatter(marks[:, 0], marks[:, 1], s=18, marker="x", color="black", linewidth=0.8, label="prototypes")
+    axes.set(xticks=[], yticks=[], title=f"{len(x_ND):,} images by t-SNE")
+    axes.spines[:].set_color("0.8")
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=1.4)
+    return figure
+
+
+def sheet(blocks: Sequence[Sequence[Tile]], heads: Sequence[str], title: str) -> Figure:
+    """Blocks of tiles in a grid with a column a head; each tile's text is below it."""
+    from matplotlib.figure import Figure
+
+    columns, width = len(heads), max(map(len, blocks))
+    lines = -(-len(blocks) // columns)
+    column_width = (width + 0.4) * (TILE + GAP)
+    top = 6 * GAP if any(heads) else 4 * GAP
+    size = (math.ceil(columns * column_width - 0.4 * TILE), math.ceil(top + lines * (TILE + 3 * GAP)))
+    canvas = torch.full((3, size[1], size[0]), 255, dtype=torch.uint8)
+    figure = Figure(figsize=(max(3.0, size[0] / 100), size[1] / 100))  # a pixel of the canvas is one of the picture's
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    axes.text(GAP / 2, 2 * GAP, title, fontsize=8, va="center")
+    for column, head in enumerate(heads):
+        axes.text(column * column_width, 4.5 * GAP, head, fontsize=8, va="center", weight="bold")
+    for number, tiles in enumerate(blocks):
+        line, column = divmod(number, columns)
+        for place, tile in enumerate(tiles):
+            x, y = round(column * column_width) + place * (TILE + GAP), top + line * (TILE + 3 * GAP)
+            canvas[:, y : y + TILE, x : x + TILE] = _enlarged(tile)
+            axes.text(x, y + TILE + 1.4 * GAP, tile.text, fontsize=6, color=tile.colour, va="center")
+    axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
+    axes.set(xlim=(0, max(300, size[0])), ylim=(size[1], 0))
+    return figure
+
+
+def _enlarged(tile: Tile) -> Tensor:
+    """[3, TILE, TILE] uint8."""
+    image = F.interpolate(tile.image.cpu()[None].float(), size=(TILE, TILE), mode="nearest")[0].to(torch.uint8)
+    if tile.framed:
+        frame = torch.tensor(FRAME, dtype=torch.uint8)[:, None, None].expand(3, TILE, TILE).clone()
+        frame[:, 3:-3, 3:-3] = image[:, 3:-3, 3:-3]
+        return frame
+    return image
+
+
+def _member(data: Dataset, image: Split, wanted: int, framed: bool = False) -> Tile:
+    label = int(image.labels[0])
+    return Tile(image.images[0], _name(data, label), "#009e73" if label == wanted else "#404040", framed)
+
+
+def _at(place: int, split: Split) -> Tensor:
+    return torch.tensor([place], device=split.labels.device)
+
+
+def _name(data: Dataset, label: int) -> str:
+    return data.classes[label][:14]
+
+
+def _first_of_each(ids_N: Tensor) -> Tensor:
+    """The place of each distinct id's first appearance."""
+    seen: dict[int, int] = {}
+    for place, each in enumerate(ids_N.tolist()):
+        seen.setdefault(each, place)
+    return torch.tensor(list(seen.values()), device=ids_N.device)

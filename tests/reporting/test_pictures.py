@@ -1,0 +1,168 @@
+"""Pictures of what a support set gives."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from src.data import Dataset
+from src.data.splits import Split
+from src.evaluation.probes import FrozenEncoder
+from src.methods.base import Method, Output, Parts
+from src.reporting import pictures
+from src.support.kmeans import KMeans
+from src.support.queue import Queue
+from src.support.search import TorchSearch
+
+CLASSES = 3
+
+
+class Still(Method):
+    """The mean colour of an image is its embedding; a batch norm would notice a pass in training mode."""
+
+    def forward(self, view1, view2):
+        return Output(torch.zeros(()), view1, view2, None)
+
+
+def data_of(count=60):
+    """Images of one colour each, which is that of their class, a little off."""
+    labels = torch.arange(count) % CLASSES
+    images = 40 * torch.eye(3)[labels] + torch.arange(count)[:, None] + 60
+    store = images[:, :, None, None].expand(-1, -1, 8, 8).to(torch.uint8)
+    split = Split(store, labels)
+    return Dataset("made", ["red", "green", "blue"], [0.3] * 3, [0.1] * 3, split, split, 0, None)
+
+
+def method_with(support, data):
+    encoder = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3))
+    method = Still(Parts(encoder, nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), 3, 3, support))
+    frozen = FrozenEncoder(encoder, data.mean, data.std, torch.device("cpu"), torch.float32)
+    if support is not None:
+        z = pictures.embed(method, frozen, data.train)
+        support.update(z, torch.arange(len(z)), data.train.labels)
+    return method, frozen
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.axes[0].texts if text.get_text()]
+
+
+def test_nothing_is_drawn_where_nothing_is_stored_or_not_enough_so_far(tmp_path):
+    data = data_of()
+    for support in (None, Queue(100, 3, TorchSearch())):
+        method, frozen = method_with(support, data)
+        assert pictures.illustrate(method, frozen, data, tmp_path, 1, True) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_queue_that_holds_the_images_gives_each_anchor_itself_framed(monkeypatch):
+    data = data_of()
+    queue = Queue(60, 3, TorchSearch())
+    method, frozen = method_with(queue, data)
+    rows = torch.arange(10, 26)
+    seen = []
+    monkeypatch.setattr(pictures, "sheet", lambda blocks, *_: seen.extend(blocks))
+    pictures.positives(queue, data.train.take(rows), rows, pictures.embed(method, frozen, data.train.take(rows)), data)
+    assert len(seen) == pictures.ANCHORS
+    for anchor, positive in seen:
+        assert torch.equal(anchor.image, positive.image)
+        assert anchor.text == positive.text
+        assert positive.framed
+    queue.images_N += 3  # the entries are said to be of other images, of the same class
+    queue.images_N %= 60
+    seen.clear()
+    pictures.positives(queue, data.train.take(rows), rows, pictures.embed(method, frozen, data.train.take(rows)), data)
+    assert not any(positive.framed for _, positive in seen)
+    assert all(
+        torch.equal(positive.image, data.train.images[row + 3]) for row, (_, positive) in zip(rows, seen, strict=True)
+    )
+    assert all(positive.colour == "#009e73" for _, positive in seen)
+
+
+def test_members_are_of_the_anchors_prototype_and_never_the_anchor(monkeypatch):
+    data = data_of()
+    kmeans = KMeans(CLASSES, 3, CLASSES, TorchSearch())
+    method, frozen = method_with(kmeans, data)
+    z = pictures.embed(method, frozen, data.train)
+    ids = kmeans.lookup(z).ids
+    cosine = (F.normalize(z, dim=1) * kmeans.lookup(z).embeddings).sum(1)
+    seen = []
+    monkeypatch.setattr(pictures, "sheet", lambda blocks, *_: seen.extend(blocks))
+    pictures.positives(kmeans, data.train, torch.arange(60), z, data)
+    for row, (anchor, *members) in enumerate(seen):
+        assert torch.equal(anchor.image, data.train.images[row])
+        others = [other for other in range(60) if other != row and ids[other] == ids[row]]
+        best = sorted(others, key=lambda other: -float(cosine[other]))[: pictures.MEMBERS]
+        found = sorted(int(each.image.sum()) for each in members)
+        assert found == sorted(int(data.train.images[other].sum()) for other in best)
+
+
+def test_prototypes_are_sorted_by_size_and_by_purity():
+    data = data_of()
+    kmeans = KMeans(2, 3, CLASSES, TorchSearch())
+    method, frozen = method_with(kmeans, data)
+    z = pictures.embed(method, frozen, data.train)
+    ids = kmeans.lookup(z).ids
+    shown = texts(pictures.prototypes(kmeans, data.train, z, data))
+    assert shown[1:4] == ["largest", "purest", "most mixed"]
+    sizes = ids.bincount(minlength=2)
+    purities = [max(data.train.labels[ids == each].bincount()) / sizes[each] for each in range(2)]
+    (first, second) = sorted(range(2), key=lambda each: -int(sizes[each]))
+    assert [text.split()[0] for text in shown[4::3]] == [str(int(sizes[first])), str(int(sizes[second]))]
+    pure = max(range(2), key=lambda each: purities[each])
+    assert f"{purities[pure]:.0%}" in shown[5]
+    alone = KMeans(60, 3, CLASSES, TorchSearch())
+    alone.update(z, torch.arange(60), data.train.labels)
+    assert pictures.prototypes(alone, data.train, z, data) is None  # no prototype has eight members
+
+
+def test_the_sheet_has_every_tile_in_its_place_enlarged_and_framed():
+    red, blue = (
+        torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, 8, 8) for colour in ([255, 0, 0], [0, 0, 255])
+    )
+    figure = pictures.sheet([[pictures.Tile(red, "one"), pictures.Tile(blue, "two", framed=True)]], [""], "a title")
+    canvas = torch.from_numpy(figure.axes[0].images[0].get_array())
+    assert int((canvas == torch.tensor([255, 0, 0])).all(2).sum()) == pictures.TILE**2
+    assert int((canvas == torch.tensor([0, 0, 255])).all(2).sum()) == (pictures.TILE - 6) ** 2
+    assert int((canvas == torch.tensor(pictures.FRAME)).all(2).sum()) == pictures.TILE**2 - (pictures.TILE - 6) ** 2
+    assert texts(figure) == ["a title", "one", "two"]
+
+
+def test_a_run_is_not_changed_by_its_pictures_and_keeps_those_of_each_epoch(tmp_path):
+    data = data_of()
+    kmeans = KMeans(4, 3, CLASSES, TorchSearch())
+    method, frozen = method_with(kmeans, data)
+    before = {
+        key: torch.as_tensor(value).clone() for key, value in method.state_dict().items() if torch.is_tensor(value)
+    }
+    random = torch.get_rng_state()
+    paths = pictures.illustrate(method, frozen, data, tmp_path, 5, False)
+    paths += pictures.illustrate(method, frozen, data, tmp_path, 10, True)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(method.state_dict()[key], value) for key, value in before.items())
+    assert all(module.training for module in method.modules())
+    names = [str(path.relative_to(tmp_path)) for path in paths]
+    assert names[0] == "pictures/positives-epoch-0005.png"
+    assert names[-1] == "map.png"
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    latest = (tmp_path / "pictures/positives-epoch-0010.png").read_bytes()
+    assert (tmp_path / "positives.png").read_bytes() == latest
+
+
+@pytest.mark.parametrize(("classes", "named"), [(3, 3), (100, 10)])
+def test_a_map_names_few_classes_and_shows_every_image(classes, named):
+    x = F.normalize(torch.randn(200, 4), dim=1)
+    labels = torch.arange(200) % classes
+    figure = pictures.draw_map(x, labels, [str(each) for each in range(classes)], x[:5])
+    drawn = {each.get_label(): len(each.get_offsets()) for each in figure.axes[0].collections}
+    assert sum(drawn.values()) == 205
+    assert drawn["prototypes"] == 5
+    assert len(drawn) == named + 1 + (classes > named)
+
+
+def test_of_many_classes_half_of_a_map_is_of_those_that_have_colours():
+    labels = torch.arange(6000) % 100
+    chosen = pictures.mapped(labels, 100)
+    assert len(chosen) == len(set(chosen.tolist())) == pictures.MAPPED
+    assert int((labels[chosen] < pictures.NAMED).sum()) == pictures.MAPPED // 2
+    assert len(pictures.mapped(labels[:40], 3)) == 40
