@@ -69,6 +69,7 @@ def small(cache_dir):
         "projector.out=16",
         "evaluation.every=1",
         "evaluation.epochs=5",
+        "evaluation.pictures=false",
         "tracking.log_every=1",
         "precision=float32",
     ]

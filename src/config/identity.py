@@ -79,7 +79,7 @@ def is_setting(key: str) -> bool:
 
 def is_protocol(key: str) -> bool:
     """Whether a dotted key says how the final figures are measured, rather than what is looked at on the way."""
-    return key.startswith("evaluation.") and key not in ("evaluation.every", "evaluation.online_lr")
+    return key.startswith("evaluation.") and key not in ("evaluation.every", "evaluation.online_lr", "evaluation.pictures")
 
 
 def settings(cfg: Config) -> dict[str, Any]:

@@ -212,6 +212,7 @@ class Evaluation:
     epochs: Count
     batch_size: Count
     lr: Annotated[list[Positive], Field(min_length=1)]
+    pictures: bool = False
 
 
 @dataclass

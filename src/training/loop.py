@@ -143,10 +143,10 @@ def pretrain(
             metrics |= support.stats()
         last = epoch + 1 == cfg.epochs
         evaluates = last or (epoch + 1) % cfg.evaluation.every == 0
-        pictures = []
         if evaluates:
             metrics |= validate()
-            pictures = illustrate(method, state.frozen, data, directory, epoch + 1, last)
+        draws = evaluates and cfg.evaluation.pictures
+        pictures = illustrate(method, state.frozen, data, directory, epoch + 1, last) if draws else []
         if not last:
             stopper.pruned = should_prune(cfg.tracking.parent, cfg.tracking.trial, epoch + 1, metrics)
         tracker.log(metrics, state.step)

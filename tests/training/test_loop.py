@@ -113,7 +113,7 @@ def assert_equal(one, other, where):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_what_it_promises(run, method, capsys):
-    directory = run(*METHODS[method])
+    directory = run(*METHODS[method], "evaluation.pictures=true")
     record = Record.load(directory)
     assert record.status == "FINISHED"
     assert record.metrics.keys() == METRICS | OF_METHOD[method]

@@ -28,6 +28,7 @@ def common(cache_dir):
         "epochs=8",  # of five steps
         "evaluation.every=8",
         "evaluation.epochs=2",
+        "evaluation.pictures=false",
         "tracking=jsonl",
         "tracking.log_every=1",
         "precision=float32",
