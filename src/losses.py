@@ -158,6 +158,55 @@ def teacher_regression(predictions_BD: Tensor, targets_BD: Tensor, neighbours_BK
     return (4 - 2 * (p * (t + mixed)).sum(1)).mean()
 
 
+def relation(
+    predictions_BD: Tensor,
+    targets_BD: Tensor,
+    stored_ND: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> Tensor:
+    """Cross entropy of how predictions relate to the stored vectors, against how a teacher's embeddings do.
+
+    With p = predictions and t = targets, normalised, and v the stored vectors::
+
+        l(i) = -sum over n of softmax_n(t_i . v_n / teacher_temperature) log softmax_n(p_i . v_n / student_temperature)
+
+    Args:
+        predictions_BD: of one view.
+        targets_BD: the teacher's embeddings of the other view, without a gradient.
+        stored_ND: unit vectors.
+        student_temperature: above 0.
+        teacher_temperature: the smaller one, so that the teacher's relation is the sharper.
+
+    Returns:
+        The mean over the rows, a scalar.
+
+    Source: Zheng et al., "ReSSL: Relational Self-Supervised Learning with Weak Augmentation", NeurIPS 2021, equations
+    3 to 5. Deviation: the predictor's output stands for the student, where the original has no predictor.
+    """
+    p, t = F.normalize(predictions_BD.float(), dim=1), F.normalize(targets_BD.float(), dim=1)
+    wanted_BN = (_products(t, stored_ND) / teacher_temperature).softmax(1)
+    return F.cross_entropy(_products(p, stored_ND) / student_temperature, wanted_BN)
+
+
+def cross_correlation(z1_BD: Tensor, z2_BD: Tensor, off_diagonal: float) -> Tensor:
+    """How far the dimensions of two views' projections are from agreeing, each with itself and with no other.
+
+    With c the D x D matrix of correlations between dimensions of view 1 and of view 2 over the batch::
+
+        l = sum over i of (1 - c_ii)^2  +  off_diagonal * sum over i != j of c_ij^2
+
+    Returns:
+        A scalar, of the order of D.
+
+    Source: Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", ICML 2021, equation 1.
+    """
+    z1, z2 = (F.batch_norm(z.float(), None, None, training=True) for z in (z1_BD, z2_BD))
+    c = _products(z1.T, z2.T) / len(z1)
+    own = c.diagonal()
+    return (1 - own).square().sum() + off_diagonal * (c.square().sum() - own.square().sum())
+
+
 def _products(a_BD: Tensor, b_BD: Tensor) -> Tensor:
     """Every row of one with every row of the other, in float32, which autocast would make bfloat16."""
     with torch.autocast(a_BD.device.type, enabled=False):

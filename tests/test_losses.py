@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.losses import info_nce, nt_xent, support_contrast
+from src.losses import cross_correlation, info_nce, nt_xent, relation, support_contrast
 
 BATCHES = st.integers(2, 9)
 TEMPERATURES = st.floats(0.05, 2)
@@ -140,3 +140,25 @@ def test_gradient_pulls_the_pair_together():
     closer = z1.detach() - 0.1 * z1.grad
     assert info_nce(z2, closer, 0.5) < info_nce(z2, z1, 0.5)
     assert F.cosine_similarity(closer, z2).mean() > F.cosine_similarity(z1, z2).mean()
+
+
+def test_cross_correlation_is_barlow_twins_loss_by_hand():
+    z1, z2 = torch.randn(2, 12, 5) * 3 + 1
+    loss = 0.0
+    for i in range(5):
+        for j in range(5):
+            c = torch.corrcoef(torch.stack([z1[:, i], z2[:, j]]))[0, 1].item()
+            loss += (1 - c) ** 2 if i == j else 0.08 * c**2
+    assert cross_correlation(z1, z2, 0.08).item() == pytest.approx(loss, rel=1e-4)
+    q, _ = torch.linalg.qr(torch.cat([torch.ones(12, 1), torch.randn(12, 5)], 1))
+    assert cross_correlation(q[:, 1:], 7 * q[:, 1:] - 2, 0.08).item() == pytest.approx(0, abs=1e-3)  # of eps
+
+
+def test_relation_is_ressls_loss_by_hand():
+    p, t, stored = torch.randn(4, 5), 3 * torch.randn(4, 5), F.normalize(torch.randn(7, 5), dim=1)
+    loss = 0.0
+    for i in range(4):
+        wanted = [math.exp(float(t[i] @ v / t[i].norm()) / 0.04) for v in stored]
+        found = [math.exp(float(p[i] @ v / p[i].norm()) / 0.1) for v in stored]
+        loss -= sum(w / sum(wanted) * math.log(f / sum(found)) for w, f in zip(wanted, found, strict=True)) / 4
+    assert relation(p, t, stored, 0.1, 0.04).item() == pytest.approx(loss, rel=1e-5)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config.renamed import flatten, modern
-from src.config.schema import Config, KMeans, Teacher
+from src.config.schema import Config, KMeans, WithTeacher
 from src.errors import UsageError
 from src.system.redact import hide_in_settings
 
@@ -61,8 +61,10 @@ def inert(cfg: Config) -> set[str]:
         keys |= {f"support.{key}" for key, (by, value) in choices.items() if getattr(cfg.support, by) != value}
     elif cfg.support._target_ is None:
         keys.add("objective.same_prototype")
-    if isinstance(cfg.objective, Teacher) and cfg.support.name == "none":
-        keys.add("objective.neighbours")
+    if not cfg.objective.decorrelation:
+        keys.add("objective.off_diagonal")
+    if isinstance(cfg.objective, WithTeacher) and cfg.support.name == "none":  # how the stored vectors have a say
+        keys |= {f"objective.{key}" for key in ("neighbours", "teacher_temperature", "student_temperature")}
     keys.add("objective.name")  # a preset of the settings beside it
     if cfg.method._target_ is not None:  # which is not told them
         keys |= {f"objective.{each.name}" for each in fields(cfg.objective)}

@@ -14,6 +14,8 @@ LABELS = {
     "byol": "BYOL",
     "mnn": "MNN",
     "mnn_prototypes": "MNN, prototypes",
+    "relation_queue": "Relation, queue",
+    "relation_prototypes": "Relation, prototypes",
 }
 COLOURS = {
     "simclr": "#404040",
@@ -23,6 +25,8 @@ COLOURS = {
     "byol": "#000000",
     "mnn": "#e69f00",
     "mnn_prototypes": "#56b4e9",
+    "relation_queue": "#cc79a7",
+    "relation_prototypes": "#009e73",
     UNTRAINED: "#8c6d31",
 }
 COLOUR = "#[0-9a-fA-F]{6}"
@@ -37,6 +41,7 @@ def method_name(objective: str, support: str) -> str:
         "mixed": contrast,
         "published": contrast,
         "teacher": {"none": "byol", "queue": "mnn", "kmeans": "mnn_prototypes"},
+        "relation": {"none": "byol", "queue": "relation_queue", "kmeans": "relation_prototypes"},
     }
     return ours[objective].get(support, support)
 

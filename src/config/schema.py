@@ -94,6 +94,8 @@ class Objective:
     """What all losses have."""
 
     name: str
+    decorrelation: NotNegative = field(default=0.0, kw_only=True)
+    off_diagonal: Positive = field(default=0.08, kw_only=True)
 
 
 @dataclass
@@ -107,10 +109,20 @@ class Contrast(Objective):
 
 
 @dataclass
-class Teacher(Objective):
+class WithTeacher(Objective):
     momentum: Fraction
     predictor_hidden: Count
+
+
+@dataclass
+class Teacher(WithTeacher):
     neighbours: Count
+
+
+@dataclass
+class Relation(WithTeacher):
+    teacher_temperature: Positive
+    student_temperature: Positive
 
 
 @dataclass(kw_only=True)
@@ -271,4 +283,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "mixed": Contrast,
     "published": Contrast,
     "teacher": Teacher,
+    "relation": Relation,
 }

@@ -50,4 +50,5 @@ class Contrast(Method):
         loss = support_contrast(
             (z1, z2), predictions, (q1, q2), self.objective.temperature, self.objective.support_weight, mask_ids
         )
+        loss = self.decorrelated(loss, z1, z2, self.objective)
         return Output(loss, torch.cat([h1, h2]).detach(), z1.detach(), ids)

@@ -1,8 +1,9 @@
-"""BYOL and MNN: no negatives; a slow copy of the networks gives the targets, and a support set mixes into them."""
+"""BYOL, MNN and relations: no negatives; a slow copy of the networks gives the targets, and a support set has a say."""
 
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Collection
 
 import torch
@@ -10,30 +11,27 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from src.config import schema
-from src.losses import cosine_distance, teacher_regression
+from src.losses import cosine_distance, relation, teacher_regression
 from src.methods.base import Method, Output, Parts
 from src.models import predictor
 from src.support.base import SupportSet
 
 
-class Teacher(Method):
-    """Each view's prediction is pulled towards the teacher's embedding of the other view, and towards a mixture.
+class WithTeacher(Method):
+    """Each view's prediction is pulled towards a teacher's embedding of the other view, and to what is stored near it.
 
-    The mixture is of that embedding and of what the support set finds nearest to it, in shares drawn anew at every step
-    for either direction. The teacher is a running mean of encoder and projector: it has no gradient, and batch
-    statistics of its own. Until a support set is filled, and where nothing is stored, the mixture is the embedding
-    itself, and the loss is BYOL's. The support set takes in the teacher's embeddings of view 2, the weak one. Features
-    are the student's.
+    The teacher is a running mean of encoder and projector: it has no gradient, and batch statistics of its own. Until a
+    support set is filled, and where nothing is stored, the loss is BYOL's. The support set is asked with the teacher's
+    embeddings, and takes in those of view 2, the weak one. Features are the student's.
 
-    Source: BYOL: Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, section 3.1, with a constant momentum. MNN:
-    https://github.com/pc-cp/MNN. Deviation: batch norm is over the whole batch, and the queue starts empty, not random.
+    Source: Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, section 3.1, with a constant momentum.
 
     Args:
         parts: encoder, projector, support set.
         objective: the loss's settings.
     """
 
-    def __init__(self, parts: Parts, objective: schema.Teacher) -> None:
+    def __init__(self, parts: Parts, objective: schema.WithTeacher) -> None:
         super().__init__(parts)
         self.objective = objective
         self.predictor = predictor(parts.dim, objective.predictor_hidden)
@@ -57,8 +55,10 @@ class Teacher(Method):
             loss, ids = self.with_stored(self.support, predictions, targets)
         else:
             loss, ids = 2 * cosine_distance(predictions, targets), None
+        loss = self.decorrelated(loss, z1, z2, self.objective)
         return Output(loss, torch.cat([h1, h2]).detach(), targets.chunk(2)[1], ids)
 
+    @abstractmethod
     def with_stored(self, support: SupportSet, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The loss where the support set has a say, and the stored vector [2B] nearest to each target.
 
@@ -67,10 +67,6 @@ class Teacher(Method):
             predictions: [2B, D] of view 2, then of view 1.
             targets: [2B, D] the teacher's embeddings of view 1, then of view 2.
         """
-        with support.stopwatch:
-            neighbours, ids = support.nearest(targets, self.objective.neighbours)
-        shares = torch.rand(2).repeat_interleave(len(targets) // 2).to(targets.device, non_blocking=True)
-        return teacher_regression(predictions, targets, neighbours, shares), ids[:, 0]
 
     def after_init(self, taken: Collection[str]) -> None:
         """Start the teacher as a copy of what the student has been given, unless it has been given weights itself."""
@@ -82,3 +78,36 @@ class Teacher(Method):
         """Move the teacher towards the student."""
         for slow, fast in ((self.teacher_encoder, self.encoder), (self.teacher_projector, self.projector)):
             self._average(list(slow.parameters()), list(fast.parameters()), 0)
+
+
+class Teacher(WithTeacher):
+    """The support set's say is a mixture: of the target and of what is found nearest to it.
+
+    Their shares are drawn anew at every step, for either direction.
+
+    Source: MNN, https://github.com/pc-cp/MNN. Deviations: batch norm is over the whole batch, not over eighths, and a
+    queue has no say until it is full, where the original starts from random vectors.
+    """
+
+    objective: schema.Teacher
+
+    def with_stored(self, support: SupportSet, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with support.stopwatch:
+            neighbours, ids = support.nearest(targets, self.objective.neighbours)
+        shares = torch.rand(2).repeat_interleave(len(targets) // 2).to(targets.device, non_blocking=True)
+        return teacher_regression(predictions, targets, neighbours, shares), ids[:, 0]
+
+
+class Relation(WithTeacher):
+    """The support set's say is a relation: a prediction is to be as near to each stored vector as the target is.
+
+    Source: ReSSL, see `src.losses.relation`. Deviation: the pull towards the target stays beside it.
+    """
+
+    objective: schema.Relation
+
+    def with_stored(self, support: SupportSet, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with support.stopwatch:
+            ids, stored = support.lookup(targets).ids, support.vectors_ND
+        temperatures = self.objective.student_temperature, self.objective.teacher_temperature
+        return cosine_distance(predictions, targets) + relation(predictions, targets, stored, *temperatures), ids

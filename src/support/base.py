@@ -85,6 +85,15 @@ class SupportSet(nn.Module, ABC):
         found = self.lookup(embeddings_BD)
         return Neighbors(found.embeddings[:, None], found.ids[:, None])
 
+    @property
+    def vectors_ND(self) -> Tensor:
+        """All stored vectors, float32, of unit norm.
+
+        Raises:
+            UsageError: this support set does not give them.
+        """
+        raise UsageError(f"objective=relation: {type(self).__name__} has no vectors_ND; choose objective=teacher")
+
     @abstractmethod
     def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
         """Take in a batch: embeddings, the images they come from, and (for diagnostics only) their classes."""

@@ -105,6 +105,10 @@ class KMeans(SupportSet):
     def centroids_KD(self) -> Tensor:
         return F.normalize(self.means_KD, dim=1) if self.spherical else self.means_KD
 
+    @property
+    def vectors_ND(self) -> Tensor:
+        return F.normalize(self.means_KD, dim=1)
+
     @torch.no_grad()
     def lookup(self, embeddings_BD: Tensor) -> Neighbors:
         """Find the nearest prototype of each embedding ([B, D]; unit norm is given to it where the metric wants it).

@@ -75,6 +75,10 @@ class Queue(SupportSet):
     def stored_bytes(self) -> int:
         return self.ring.rows_ND.nbytes + (self.lists.stored_bytes if self.lists is not None else 0)
 
+    @property
+    def vectors_ND(self) -> Tensor:
+        return self.ring.filled_ND.float()
+
     @torch.no_grad()
     def lookup(self, embeddings_BD: Tensor) -> Neighbors:
         """Search the filled part.

@@ -21,6 +21,7 @@ from tests.config.test_schema import parsed
         (["optimizer=adamw", "+optimizer.momentum=0.5"], ["optimizer=adamw"]),
         (["optimizer=sgd", "+optimizer.clip_trust=true"], ["optimizer=sgd"]),
         (["+schedule.gamma=0.5"], []),
+        (["objective.off_diagonal=0.5"], []),
         (["augment.view1.blur=0", "augment.view1.blur_sigma=[1,2]"], ["augment.view1.blur=0"]),
         (["method=nnclr", "queue_size=0"], ["method=nnclr", "support=none"]),
         (["method=kmclr", "support=queue"], ["method=nnclr"]),
@@ -28,6 +29,7 @@ from tests.config.test_schema import parsed
         (["objective.support_weight=1", "objective.predictor_hidden=4096"], ["objective=published"]),
         (["method=nnclr", "support=none", "objective=nt_xent"], ["method=simclr"]),
         (["objective=teacher", "support=none", "objective.neighbours=5"], ["objective=teacher", "support=none"]),
+        (["objective=relation", "support=none"], ["objective=teacher", "support=none"]),
     ],
 )
 def test_what_has_no_effect_and_how_it_was_typed_do_not_count(one, other):
@@ -70,7 +72,11 @@ def test_a_config_saved_when_the_method_held_everything_means_the_same():
     old = asdict(parsed("method=kmclr", "k=50"))
     support, objective = old.pop("support"), old.pop("objective")
     old["method"] = {
-        **{key: value for key, value in (support | objective).items() if key not in ("name", "_target_")},
+        **{
+            key: value
+            for key, value in (support | objective).items()
+            if key not in ("name", "_target_", "decorrelation", "off_diagonal")
+        },
         "name": "kmclr",
         "projector": old.pop("projector"),
     }

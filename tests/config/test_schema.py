@@ -53,7 +53,7 @@ def test_every_experiment_composes_with_every_method_unless_it_names_one(experim
 def test_the_issues_groups_are_all_there():
     assert options("method") == ["kmclr", "nnclr", "simclr"]
     assert options("support") == ["kmeans", "none", "queue"]
-    assert options("objective") == ["mixed", "nt_xent", "published", "teacher"]
+    assert options("objective") == ["mixed", "nt_xent", "published", "relation", "teacher"]
     assert options("backbone") == ["resnet18", "resnet34", "resnet50", "resnet_tiny", "timm"]
     assert options("schedule") == ["constant", "cosine", "step"]
     assert options("optimizer") == ["adamw", "lars", "sgd"]

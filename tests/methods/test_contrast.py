@@ -7,7 +7,7 @@ from torch import nn
 
 from src import models
 from src.config import schema
-from src.losses import info_nce, nt_xent
+from src.losses import cross_correlation, info_nce, nt_xent
 from src.methods.base import Parts
 from src.methods.contrast import Contrast
 from src.support.kmeans import KMeans
@@ -51,6 +51,16 @@ def test_simclr_is_nt_xent_of_the_projections():
     z1, z2 = (method.projector(method.encoder(view)) for view in (view1, view2))
     assert torch.equal(outcome.loss, nt_xent(z1, z2, 0.3))
     assert outcome.ids is None
+
+
+@pytest.mark.parametrize("make", [simclr, nnclr, kmclr])
+def test_decorrelation_stands_beside_the_loss(make):
+    method = make()
+    view1, view2 = views()
+    z1, z2 = (method.projector(method.encoder(view)) for view in (view1, view2))
+    without = method(view1, view2).loss
+    method.objective.decorrelation, method.objective.off_diagonal = 0.02, 0.3
+    torch.testing.assert_close(method(view1, view2).loss, without + 0.02 * cross_correlation(z1, z2, 0.3))
 
 
 def expected(method, view1, view2, positives=None, groups=None):

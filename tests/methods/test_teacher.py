@@ -11,8 +11,9 @@ from torch.nn.functional import normalize
 from src import models
 from src.config import schema
 from src.evaluation.diagnostics import effective_rank
+from src.losses import cross_correlation, relation
 from src.methods.base import Output, Parts
-from src.methods.teacher import Teacher
+from src.methods.teacher import Relation, Teacher
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
 from src.support.search import TorchSearch
@@ -81,6 +82,27 @@ def test_the_loss_is_the_mean_of_both_directions_to_the_target_and_to_the_mixtur
     torch.testing.assert_close(loss, expected(method, view1, view2, torch.rand(2)))
 
 
+@pytest.mark.parametrize("support", [queue, prototypes])
+def test_a_relation_is_to_all_stored_vectors(support):
+    settings = {"name": "relation", "momentum": 0.9, "predictor_hidden": 12}
+    objective = schema.Relation(**settings, teacher_temperature=0.04, student_temperature=0.1)
+    method = Relation(
+        Parts(nn.Sequential(nn.Flatten(), nn.Linear(48, 10)), nn.Linear(10, DIM), 10, DIM, support()), objective
+    )
+    method.support.update(torch.randn(64, DIM), torch.arange(64), torch.arange(64) % 4)
+    view1, view2 = views()
+    outcome = method(view1, view2)
+    p = [method.predictor(method.projector(method.encoder(view))) for view in (view1, view2)]
+    t = [method.teacher_projector(method.teacher_encoder(view)) for view in (view1, view2)]
+    assert torch.equal(outcome.ids, (normalize(torch.cat(t), dim=1) @ method.support.vectors_ND.T).argmax(1))
+    losses = [
+        (2 - 2 * torch.cosine_similarity(p[i], t[j])).mean()
+        + relation(p[i], t[j], method.support.vectors_ND, 0.1, 0.04)
+        for i, j in ((0, 1), (1, 0))
+    ]
+    torch.testing.assert_close(outcome.loss, sum(losses) / 2)
+
+
 def test_with_nothing_stored_it_is_byol_whatever_the_shares():
     method = teacher()
     view1, view2 = views()
@@ -119,6 +141,15 @@ def test_the_teacher_asks_and_feeds_the_support_set(support):
     assert not outcome.embeddings.requires_grad
     assert not outcome.features.requires_grad
     assert torch.equal(outcome.features, torch.cat([method.encoder(view) for view in (view1, view2)]))
+
+
+def test_decorrelation_is_of_the_students_projections():
+    method = teacher()
+    view1, view2 = views()
+    z1, z2 = (method.projector(method.encoder(view)) for view in (view1, view2))
+    without = method(view1, view2).loss
+    method.objective.decorrelation, method.objective.off_diagonal = 0.02, 0.3
+    torch.testing.assert_close(method(view1, view2).loss, without + 0.02 * cross_correlation(z1, z2, 0.3))
 
 
 def test_until_it_is_filled_the_support_set_has_no_say():
@@ -167,17 +198,28 @@ def train(method, steps=40):
 
 def on_digits(kind, support, **settings):
     encoder = models.ResNetTiny("small")
-    objective = schema.Teacher("teacher", **({"momentum": 0.99, "predictor_hidden": 64, "neighbours": 1} | settings))
+    common = {"momentum": 0.99, "predictor_hidden": 64}
+    if kind is Relation:
+        objective = schema.Relation("relation", **common, teacher_temperature=0.04, student_temperature=0.1)
+    else:
+        objective = schema.Teacher("teacher", **(common | {"neighbours": 1} | settings))
     return kind(Parts(encoder, models.projector(128, [32], 16, final_norm=False), 128, 16, support), objective)
 
 
 @pytest.mark.parametrize(
-    ("support", "settings"),
-    [(None, {}), (Queue(128, 16, TorchSearch()), {"neighbours": 5}), (KMeans(20, 16, 10, TorchSearch()), {})],
-    ids=["nothing", "queue", "prototypes"],
+    ("kind", "support", "settings"),
+    [
+        (Teacher, None, {}),
+        (Teacher, Queue(128, 16, TorchSearch()), {"neighbours": 5}),
+        (Teacher, KMeans(20, 16, 10, TorchSearch()), {}),
+        (Teacher, None, {"decorrelation": 0.05}),
+        (Relation, Queue(128, 16, TorchSearch()), {}),
+        (Relation, KMeans(20, 16, 10, TorchSearch()), {}),
+    ],
+    ids=["byol", "queue", "prototypes", "decorrelation", "relation-queue", "relation-prototypes"],
 )
-def test_the_embeddings_do_not_collapse(support, settings):
-    cosine, rank = train(on_digits(Teacher, support, **settings))
+def test_the_embeddings_do_not_collapse(kind, support, settings):
+    cosine, rank = train(on_digits(kind, support, **settings))
     assert cosine < 0.7
     assert rank > 4
 
