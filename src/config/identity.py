@@ -19,6 +19,7 @@ from src.system.redact import hide_in_settings
 NOT_IN_HASH = (
     *("output_dir", "resume", "max_minutes", "jobs", "dry_run", "device", "tracking", "checkpoint", "evaluation"),
     *("init", "on_collapse", "data.root", "data.cache_dir", "data.on_error"),
+    "data.background",  # the fingerprint tells the images that it changes
     *("method.label", "method.colour", "support.label", "support.colour"),
 )
 DERIVED = ("support_set_size", "support_bytes", "encoder_parameters", "skipped_images")  # params that follow from them

@@ -51,6 +51,13 @@ def _device(name: str) -> str:
     return name
 
 
+def _counts(value: Any) -> Any:
+    each = value if isinstance(value, list) else [value]
+    if not each or not all(type(count) is int and 1 <= count < LARGEST for count in each):
+        raise ValueError("give a number of 1 or more, or a list of several")
+    return value
+
+
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty; give it a name")
@@ -178,6 +185,11 @@ class Data:
     root: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    resize: Annotated[str, one_of("crop", "squash", "pad")] = "crop"
+    background: Annotated[str, one_of("white", "grey", "black")] | None = None  # null: transparency is dropped
+    config: str | None = None  # of a parquet data set with several
+    train_split: str | None = None  # null: the one that is called train
+    test_split: str | None = None  # null: test, or else validation, or else a part of the training images
     options: dict[str, Any] = field(default_factory=dict)
     _target_: str | None = None  # what makes a source of the options, of a data set from outside
     fingerprint: str | None = None  # which images these are; filled in when they are found
@@ -218,7 +230,7 @@ class Search:
 class Evaluation:
     name: Annotated[str, one_of("linear", "original")]
     every: Count
-    knn_k: Count
+    knn_k: Annotated[Any, AfterValidator(_counts)]  # one, or several of which the validation images choose
     knn_temperature: Positive
     online_lr: Positive
     epochs: Count

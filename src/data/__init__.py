@@ -31,18 +31,29 @@ class Dataset:
     """
 
     name: str
-    classes: list[str]
+    classes: list[str]  # empty where no image has a label: there is nothing to evaluate
     mean: list[float]
     std: list[float]
     train: Split
     val: Split | None  # None with data.final
     skipped: int  # images that could not be read, with data.on_error=skip
     _cache: Cache = field(repr=False)
+    apart: Split | None = None  # labelled images, where those of ``train`` have no labels
 
     @property
     def fingerprint(self) -> str:
         """Which images these are: `src.data.cache.fingerprint`."""
         return self._cache.fingerprint
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the training images have labels."""
+        return bool(self.classes) and self.apart is None
+
+    @property
+    def probe(self) -> Split:
+        """What probes and neighbours learn from."""
+        return self.train if self.apart is None else self.apart
 
     @property
     def test(self) -> Split:
@@ -56,16 +67,19 @@ class Dataset:
         """
         from src.data.batches import room
 
-        if device.type == "cpu" or self.train.nbytes + (self.val.nbytes if self.val else 0) > room(device):
+        others = [split for split in (self.val, self.apart) if split is not None]
+        if device.type == "cpu" or sum(split.nbytes for split in (self.train, *others)) > room(device):
             return self
-        return replace(self, train=self.train.to(device), val=self.val.to(device) if self.val else None)
+        val, apart = (None if split is None else split.to(device) for split in (self.val, self.apart))
+        return replace(self, train=self.train.to(device), val=val, apart=apart)
 
 
 def load(cfg: Data) -> Dataset:
     """Decodes the images unless the cache has them, then splits them.
 
-    The validation images are cut off first and ``limit`` applies to the rest, so that every limit validates on the same
-    images. No image is copied: all splits, and all processes that use the cache, share its memory-mapped pages.
+    Where no split validates, a part of the labelled images is cut off for that, and ``limit`` applies to the rest, so
+    that every limit validates on the same images. No image is copied: all splits, and all processes that use the cache,
+    share its memory-mapped pages.
 
     Raises:
         UsageError: If the source is missing or damaged, its images are others than ``cfg.fingerprint`` says, or the
@@ -73,23 +87,30 @@ def load(cfg: Data) -> Dataset:
     """
     import torch
 
-    from src.data.splits import class_balanced_subset, stratified_split
+    from src.data.splits import class_balanced_subset
 
     cache = cached(cfg)
-    images = cache.part("train")
-    rows, val = torch.arange(len(images)), None
-    if not cfg.final:
-        rows, val_rows = stratified_split(images.labels, cfg.val_fraction, cfg.split_seed)
-        if not len(val_rows):
-            raise UsageError(
-                f"data.val_fraction={cfg.val_fraction}: no image to validate on; raise it, or data.final=true"
-            )
-        val = images.take(val_rows)
+    train, probe, val = cache.part("train"), cache.part("probe"), None
+    if not cfg.final and (held_out := cache.counts["val"]):
+        train, val = train.take(torch.arange(len(train))[:-held_out]), train.take(torch.arange(len(train))[-held_out:])
+    elif not cfg.final and len(probe):
+        probe, val = _cut_off_validation(probe, cfg)
+    elif not cfg.final:
+        train, val = _cut_off_validation(train, cfg)
     if cfg.limit is not None:
-        labels = images.labels[rows]
-        _check_limit(cfg.limit, labels)
-        rows = rows[class_balanced_subset(labels, cfg.limit, cfg.split_seed)]
-    return Dataset(cfg.name, cache.classes, cache.mean, cache.std, images.take(rows), val, len(cache.skipped), cache)
+        _check_limit(cfg.limit, train.labels)
+        train = train.take(class_balanced_subset(train.labels, cfg.limit, cfg.split_seed))
+    apart = probe if len(probe) else None
+    return Dataset(cfg.name, cache.classes, cache.mean, cache.std, train, val, len(cache.skipped), cache, apart)
+
+
+def _cut_off_validation(split: Split, cfg: Data) -> tuple[Split, Split]:
+    from src.data.splits import stratified_split
+
+    rest, held_out = stratified_split(split.labels, cfg.val_fraction, cfg.split_seed)
+    if not len(held_out):
+        raise UsageError(f"data.val_fraction={cfg.val_fraction}: no image to validate on; raise it, or data.final=true")
+    return split.take(rest), split.take(held_out)
 
 
 def _check_limit(limit: int, labels: torch.Tensor) -> None:

@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from itertools import compress, islice
 from math import prod
 from pathlib import Path
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # part of the state: raise it with any change of decoding or of the layout
+FORMAT = 4  # part of the state: raise it with any change of decoding or of the layout
 NO_CHECKSUM, NO_FINGERPRINT = "0" * 64, "0" * 16
 CHUNK = 64  # images decoded before they are written, which bounds memory
 
@@ -61,14 +60,20 @@ class Cache:
         self.fingerprint = notes["fingerprint"]
         self.classes: list[str] = json.loads(notes["classes"])
         self.skipped: list[str] = json.loads(notes["skipped"])  # why, for each image left out
+        self.notes: list[str] = json.loads(notes["notes"])  # what a user has to know of the splits
+        self.counts: dict[str, int] = json.loads(notes["counts"])  # how many images each part has
         self.mean: list[float] = self._file.get_tensor("mean").tolist()
         self.std: list[float] = [std or 1.0 for std in self._file.get_tensor("std").tolist()]  # 0: a constant channel
 
     def part(self, name: str) -> Split:
-        """The part ``train`` or ``test``."""
+        """The part ``train``, whose last ``counts["val"]`` images validate, ``test`` or ``probe``.
+
+        Images without labels count as one class, 0.
+        """
         from src.data.splits import Split  # torch takes seconds, and fingerprints do without it
 
-        return Split(self._file.get_tensor(f"{name}_images"), self._file.get_tensor(f"{name}_labels"))
+        labels = self._file.get_tensor(f"{name}_labels")
+        return Split(self._file.get_tensor(f"{name}_images"), labels.clamp(min=0))
 
 
 def cached(cfg: Data) -> Cache:
@@ -91,6 +96,8 @@ def cached(cfg: Data) -> Cache:
                     outdated.unlink()
                 cache = Cache(path)
     _check_meant(cfg, cache.skipped, cache.fingerprint)
+    for note in cache.notes:
+        log.warning("%s: %s", _where(cfg), note)
     if cache.skipped:
         log.warning("%d images are left out, first %s", len(cache.skipped), cache.skipped[0])
     return cache
@@ -127,7 +134,10 @@ def known_fingerprint(cfg: Data) -> str | None:
 def _place(cfg: Data) -> tuple[Source, Path, Path]:
     """The source, and its cache: what the names of all states begin with, and the file of the present state."""
     source = find(cfg)
-    identity = f"{cfg.name}-{_digest(cfg.name, root_of(cfg), cfg.image_size, cfg.image_column, cfg.label_column)}"
+    columns, splits = (cfg.image_column, cfg.label_column, cfg.config), (cfg.train_split, cfg.test_split)
+    identity = (
+        f"{cfg.name}-{_digest(cfg.name, root_of(cfg), cfg.image_size, *columns, *splits, cfg.resize, cfg.background)}"
+    )
     folder = Path(cfg.cache_dir).expanduser().resolve()
     return source, folder / identity, folder / f"{identity}-{_digest(FORMAT, source.stamp)}.safetensors"
 
@@ -137,7 +147,7 @@ def _check_meant(cfg: Data, skipped: list[str], found: str) -> None:
         raise UsageError(f"{skipped[0]} ({len(skipped)} such images; data.on_error=skip leaves them out)")
     if cfg.fingerprint not in (None, found):
         raise UsageError(
-            f"data.root={root_of(cfg)}: holds other images ({found}) than those of data.fingerprint={cfg.fingerprint}; "
+            f"{_where(cfg)}: holds other images ({found}) than those of data.fingerprint={cfg.fingerprint}; "
             "set data.root (of src.evaluate: data_root) to the folder that holds those"
         )
 
@@ -216,7 +226,7 @@ def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
 
     def problem(picture: Picture) -> str:
         try:
-            decode(picture, cfg.image_size)
+            decode(picture, cfg.image_size, cfg.resize, cfg.background)
         except UsageError as error:
             return str(error)
         return ""
@@ -230,7 +240,8 @@ def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
         return Part(list(compress(part.labels, kept)), compress(part.pictures, kept))
 
     tried, again = source.read(), source.read()
-    contents = Contents(again.classes, without(again.train, rows(tried.train)), without(again.test, rows(tried.test)))
+    parts = {name: without(part, rows(tried.parts()[name])) for name, part in again.parts().items()}
+    contents = Contents(again.classes, **parts, notes=again.notes)
     if lost := set(tried.train.labels) - set(contents.train.labels):
         names = ", ".join(contents.classes[label] for label in sorted(lost))
         raise UsageError(f"data.on_error=skip: no training image of {names} can be read, first {skipped[0]}")
@@ -246,20 +257,22 @@ def _mapped(function: Callable[[Picture], T], pictures: Iterable[Picture]) -> It
 
 
 def _check(contents: Contents, cfg: Data) -> None:
-    present = set(contents.train.labels)
-    if len(present) < 2:
-        only = "".join(f" ({contents.classes[label]})" for label in present)
-        raise UsageError(
-            f"data.root={root_of(cfg)}: {len(present)} class{only} in the training images; at least 2 are needed"
-        )
-    if not contents.test.labels:
-        raise UsageError(
-            f"data.root={root_of(cfg)}: no test images; too few images to hold some out, or empty test shards"
-        )
+    if not contents.train.labels:
+        raise UsageError(f"{_where(cfg)}: no training images")
+    if contents.train.labelled and len(set(contents.train.labels)) < 2:
+        only = contents.classes[contents.train.labels[0]]
+        raise UsageError(f"{_where(cfg)}: 1 class ({only}) in the labelled images; at least 2 are needed")
+    if contents.classes and not contents.test.labels:
+        raise UsageError(f"{_where(cfg)}: no test images; too few images to hold some out, or empty test shards")
+
+
+def _where(cfg: Data) -> str:
+    """How a message names the data set."""
+    return f"data={cfg.name}" if cfg.root is None else f"data.root={root_of(cfg)}"
 
 
 def _check_room(folder: Path, contents: Contents, size: int) -> None:
-    needed = (len(contents.train.labels) + len(contents.test.labels)) * 3 * size * size
+    needed = sum(len(part.labels) for part in contents.parts().values()) * 3 * size * size
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UsageError(
@@ -270,34 +283,34 @@ def _check_room(folder: Path, contents: Contents, size: int) -> None:
 
 def _stream(file: BinaryIO, contents: Contents, skipped: list[str], cfg: Data) -> str:
     """Writes all but the checksum; returns the fingerprint."""
-    counts = [len(contents.train.labels), len(contents.test.labels)]
-    log.info("decoding %d images of %s into %s", sum(counts), cfg.name, file.name)
+    parts = contents.parts()
+    total = sum(len(part.labels) for part in parts.values())
+    log.info("decoding %d images of %s into %s", total, cfg.name, file.name)
     file.write(_header(contents, skipped, cfg.image_size))
     file.write(bytes(2 * 3 * 8))  # mean and std, known at the end
-    digest = hashlib.sha256(json.dumps([contents.classes, counts]).encode())
+    digest = hashlib.sha256(json.dumps([contents.classes, _counted(contents)]).encode())
 
     def write(array: np.ndarray) -> None:
         written = array.tobytes()
         file.write(written)
         digest.update(written)
 
-    for part in (contents.train, contents.test):
+    for part in parts.values():
         write(np.asarray(part.labels, np.int64))
 
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"decoding {cfg.name}", total=sum(counts))
+        task = progress.add_task(f"decoding {cfg.name}", total=total)
         sums, squares = np.zeros(3, np.int64), np.zeros(3, np.int64)
-        for images in _decoded(contents.train, cfg.image_size):
-            write(images)
-            sums += images.sum((0, 2, 3), dtype=np.int64)
-            squares += np.square(images, dtype=np.int64).sum((0, 2, 3))
-            progress.advance(task, len(images))
-        for images in _decoded(contents.test, cfg.image_size):
-            write(images)
-            progress.advance(task, len(images))
+        for name, part in parts.items():
+            for images in _decoded(part, cfg):
+                write(images)
+                if name in ("train", "val"):
+                    sums += images.sum((0, 2, 3), dtype=np.int64)
+                    squares += np.square(images, dtype=np.int64).sum((0, 2, 3))
+                progress.advance(task, len(images))
 
     fingerprint = digest.hexdigest()[: len(NO_FINGERPRINT)]
-    pixels = len(contents.train.labels) * cfg.image_size**2
+    pixels = (len(contents.train.labels) + len(contents.val.labels)) * cfg.image_size**2
     mean = sums / pixels
     std = np.sqrt(squares / pixels - mean**2)
     file.seek(0)
@@ -306,9 +319,15 @@ def _stream(file: BinaryIO, contents: Contents, skipped: list[str], cfg: Data) -
     return fingerprint
 
 
-def _decoded(part: Part, size: int) -> Iterator[np.ndarray]:
+def _counted(contents: Contents) -> list[int]:
+    """What a fingerprint says of the parts' sizes: validation and probe images only where there are some."""
+    train, val, test, probe = (len(part.labels) for part in contents.parts().values())
+    return [train, test, *([val, probe] if val or probe else [])]
+
+
+def _decoded(part: Part, cfg: Data) -> Iterator[np.ndarray]:
     """The images of a part in chunks [n, 3, S, S] uint8."""
-    images, count = _mapped(partial(decode, size=size), part.pictures), 0
+    images, count = _mapped(lambda each: decode(each, cfg.image_size, cfg.resize, cfg.background), part.pictures), 0
     while chunk := list(islice(images, CHUNK)):
         yield np.stack(chunk)
         count += len(chunk)
@@ -325,22 +344,24 @@ def _header(
 ) -> bytes:
     """The safetensors header, of one length whatever fingerprint and checksum.
 
+    The images that validate follow those that train, so that a run on both needs no copy.
+
     Types of 8 bytes come first, so that they are aligned whatever the number of pixels.
 
     Source: the format's description, https://huggingface.co/docs/safetensors. The library itself writes only tensors
     that are complete in memory.
     """
-    train, test = len(contents.train.labels), len(contents.test.labels)
+    counts = {name: len(part.labels) for name, part in contents.parts().items()}
+    tensors = {"train": counts["train"] + counts["val"], "test": counts["test"], "probe": counts["probe"]}
     layout = {
         "mean": ("F64", [3]),
         "std": ("F64", [3]),
-        "train_labels": ("I64", [train]),
-        "test_labels": ("I64", [test]),
-        "train_images": ("U8", [train, 3, size, size]),
-        "test_images": ("U8", [test, 3, size, size]),
+        **{f"{name}_labels": ("I64", [count]) for name, count in tensors.items()},
+        **{f"{name}_images": ("U8", [count, 3, size, size]) for name, count in tensors.items()},
     }
-    notes = {"classes": json.dumps(contents.classes), "skipped": json.dumps(skipped)}
-    notes |= {"fingerprint": fingerprint, "sha256": checksum}
+    notes = {"fingerprint": fingerprint, "sha256": checksum}
+    lists = {"classes": contents.classes, "skipped": skipped, "notes": contents.notes, "counts": counts}
+    notes |= {name: json.dumps(each) for name, each in lists.items()}
     header: dict[str, Any] = {"__metadata__": notes}
     end = 0
     for name, (dtype, shape) in layout.items():

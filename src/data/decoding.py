@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow would hand PostScript to an interpreter
+SUFFIXES = (  # of those formats, by Pillow's registry
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+)
+UNLABELLED = -1
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb: a quarter of a gigabyte of RGB
 
 
@@ -30,14 +35,30 @@ class Picture(NamedTuple):
 
 
 class Part(NamedTuple):
-    labels: Sequence[int]
+    labels: Sequence[int]  # all `UNLABELLED`, or none of them
     pictures: Iterable[Picture]  # as many, in the same order; may be a generator
+
+    @property
+    def labelled(self) -> bool:
+        return len(self.labels) > 0 and self.labels[0] != UNLABELLED
+
+
+NOTHING = Part([], [])
 
 
 class Contents(NamedTuple):
-    classes: list[str]
+    """The images of a data set, by what they are for."""
+
+    classes: list[str]  # empty where no image has a label
     train: Part
-    test: Part
+    test: Part  # empty where no image has a label
+    val: Part = NOTHING  # validates; empty: a part of the labelled images is cut off for that
+    probe: Part = NOTHING  # labelled images on which features are evaluated where those of ``train`` have no labels
+    notes: Sequence[str] = ()  # what a user has to know of these choices, a line each
+
+    def parts(self) -> dict[str, Part]:
+        """In the order in which the cache holds them."""
+        return {"train": self.train, "val": self.val, "test": self.test, "probe": self.probe}
 
 
 class Source(NamedTuple):
@@ -72,10 +93,15 @@ def open_bytes(encoded: bytes) -> Image.Image:
     return Image.open(io.BytesIO(encoded), formats=FORMATS)
 
 
-def decode(picture: Picture, size: int) -> np.ndarray:
-    """[3, S, S] uint8 RGB: upright, the shorter side resized to ``size`` (bicubic, antialiased), cropped at the centre.
+def decode(picture: Picture, size: int, resize: str = "crop", background: str | None = None) -> np.ndarray:
+    """[3, S, S] uint8 RGB, upright, resized with antialiasing (bicubic). Grey, palette and CMYK become Pillow's RGB.
 
-    Grey, palette and CMYK become the RGB of Pillow.
+    Args:
+        picture: what to decode.
+        size: S.
+        resize: ``crop`` keeps the middle along the longer side, ``squash`` all of it without its aspect, ``pad`` all of
+            it and its aspect, between bars.
+        background: the colour behind transparent pixels and of the bars; None: transparency is dropped, bars are black.
 
     Raises:
         UsageError: If the picture is damaged, animated, too large, or has more than 8 bits a channel.
@@ -86,8 +112,14 @@ def decode(picture: Picture, size: int) -> np.ndarray:
     try:
         with picture.open() as image:
             _check(picture.where, image)
-            rgb = ImageOps.exif_transpose(image).convert("RGB")
-            fitted = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
+            rgb = _opaque(ImageOps.exif_transpose(image), background)
+            target, bicubic = (size, size), Image.Resampling.BICUBIC
+            if resize == "crop":
+                fitted = ImageOps.fit(rgb, target, bicubic)
+            elif resize == "squash":
+                fitted = rgb.resize(target, bicubic)
+            else:
+                fitted = ImageOps.pad(rgb, target, bicubic, color=background or "black")
     except UsageError:
         raise
     except Image.DecompressionBombError as error:
@@ -98,6 +130,15 @@ def decode(picture: Picture, size: int) -> np.ndarray:
     except Exception as error:  # what Pillow raises depends on what it is fed
         raise UsageError(f"{picture.where}: truncated, or not an image; mend or remove it") from error
     return np.asarray(fitted).transpose(2, 0, 1)
+
+
+def _opaque(image: Image.Image, background: str | None) -> Image.Image:
+    from PIL import Image
+
+    if background is None or not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
 
 
 def _check(where: str, image: Image.Image) -> None:

@@ -1,13 +1,118 @@
-"""Every file below a folder, or the reason why not: nothing that cannot be read goes missing in silence."""
+"""Image files in folders, with a folder for each class or without; nothing that cannot be read is lost in silence."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
+from src.data.decoding import SUFFIXES, UNLABELLED, Part, Picture, Source, open_file, stamp
+from src.data.roles import SPELLINGS, TRAIN, arrange, split_name, used_splits
 from src.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+
+class Files(NamedTuple):
+    """The images of a split."""
+
+    folder: Path
+    by_class: dict[str, list[str]]  # in order; empty where images lie in the split's folder itself
+    everything: list[str]
+
+
+def image_folder(root: Path, train_split: str | None = None, test_split: str | None = None) -> Source:
+    """Images in a folder for each split, or all of them in ``root``; each with a folder for each class, or without.
+
+    Fewer than two class folders tell nothing apart: such images have no labels.
+
+    Args:
+        root: holds ``train`` with or without ``val`` and ``test`` beside it, or the images.
+        train_split: which folder is trained on; None: `src.data.roles.arrange` finds it.
+        test_split: which folder is the test; None: the same.
+
+    Raises:
+        UsageError: A folder cannot be read or holds no image, a class has no training image, or a split is missing.
+    """
+    seen: set[str] = set()
+    folders = _folders_of_splits(root, train_split, test_split)
+    splits = {name: _files(folders[name], seen) for name in used_splits(folders, train_split, test_split)}
+    classes = _classes(splits.values())
+    parts = {name: _part(files, classes) for name, files in splits.items()}
+    paths = [picture.where for part in parts.values() for picture in part.pictures]
+    return Source(stamp(paths), lambda: arrange(classes, parts, train_split, test_split))
+
+
+def _folders_of_splits(root: Path, *named: str | None) -> dict[str, Path]:
+    """The splits' folders; ``root`` itself as the training split where its folders are none."""
+    folders = {each.name: each for each in sorted(root.iterdir()) if each.is_dir() and not each.name.startswith(".")}
+    known = {split_name(name) for name in folders}
+    if not (any(named) or TRAIN in known or (known and known <= set(SPELLINGS.values()))):
+        return {TRAIN: root}
+    found: dict[str, Path] = {}
+    for name in [each for each in folders if each in named or each.lower() in SPELLINGS]:
+        if (other := found.setdefault(split_name(name), folders[name])) != folders[name]:
+            raise UsageError(f"{folders[name]}: the same split as {other.name} beside it; remove one of the two")
+    return found
+
+
+def _files(folder: Path, seen: set[str]) -> Files:
+    """The images of a split, by class folder unless some lie beside those. A folder without images is no class."""
+    try:
+        names = [name for name in sorted(os.listdir(folder)) if (folder / name).is_dir() and not name.startswith(".")]
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be read ({error.strerror}); make it readable") from error
+    spellings: dict[str, str] = {}
+    for name in names:  # "é" may be one character or two
+        if (other := spellings.setdefault(unicodedata.normalize("NFC", name), name)) != name:
+            raise UsageError(f"{folder / name}: looks the same as the class {other!r} beside it; rename one")
+
+    below = {name: list(files_below(folder / name, seen)) for name in names}
+    beside = [str(path) for path in sorted(folder.iterdir()) if not path.is_dir() and not path.name.startswith(".")]
+    by_class = {name: images for name in names if (images := list(filter(_is_image, below[name])))}
+    loose = list(filter(_is_image, beside))
+    if loose and len(by_class) > 1:
+        log.warning("%s: %d images beside the class folders are left out, first %s", folder, len(loose), loose[0])
+        beside, loose = [], []
+    files = [*beside, *(path for name in names for path in below[name])]
+    images = list(filter(_is_image, files))
+    if not images:
+        raise UsageError(
+            f"{folder}: holds no images ({' '.join(SUFFIXES)}), in class folders or without; set data.root"
+        )
+    if others := [path for path in files if not _is_image(path)]:
+        log.warning("%s: %d files that are not images are left out, first %s", folder, len(others), others[0])
+    return Files(folder, {} if loose else by_class, images)
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES)
+
+
+def _classes(splits: Iterable[Files]) -> list[str]:
+    """Those of the first split that tells two or more apart."""
+    return next((list(files.by_class) for files in splits if len(files.by_class) > 1), [])
+
+
+def _part(files: Files, classes: list[str]) -> Part:
+    """Labels and pictures of a split.
+
+    Raises:
+        UsageError: It has a class that is none of ``classes``.
+    """
+    pictures = [Picture(path, partial(open_file, path)) for path in files.everything]
+    strangers = sorted(set(files.by_class) - set(classes))
+    if not classes or not files.by_class or (strangers and len(files.by_class) == 1):
+        return Part([UNLABELLED] * len(pictures), pictures)
+    if strangers:
+        where = files.folder / strangers[0]
+        raise UsageError(f"{where}: a class without training images; add some, or remove the folder")
+    label_of = {name: label for label, name in enumerate(classes)}
+    return Part([label_of[name] for name, paths in files.by_class.items() for _ in paths], pictures)
 
 
 def files_below(folder: Path, seen: set[str]) -> Iterator[str]:

@@ -1,48 +1,116 @@
-"""Image data sets in the parquet layout of the Hugging Face hub: shards whose names start with the split's name.
+"""Image data sets in the Hugging Face hub's parquet layouts: the shards' names or folders tell the splits.
 
-An image is an encoded file, either a binary cell or a struct with a field ``bytes``; a label is an integer or a string.
+An image is an encoded file, either a binary cell or a struct with a field ``bytes``. A label is an integer, a string, a
+truth value or a whole number written as a float; a cell without a value, and -1, is no label.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
 
-from src.data.decoding import Contents, Part, Picture, Source, open_bytes, stamp
+from src.data.decoding import UNLABELLED, Contents, Part, Picture, Source, open_bytes, stamp
 from src.data.folders import files_below
+from src.data.roles import SPELLINGS, arrange, split_name, used_splits
 from src.errors import UsageError
 
 if TYPE_CHECKING:
     import pyarrow
 
 ROWS_AT_ONCE = 256  # bounds memory: a shard holds many thousand encoded images
+NO_LABELS = "none"  # data.label_column of images that have none
+NUMBERING = re.compile(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]+)?$")
+KNOWN_SPLIT = re.compile(rf"(?:partial-)?({'|'.join(SPELLINGS)})(?=[-.]|$)", re.IGNORECASE)
 
 
-def parquet(root: Path, image_column: str, label_column: str) -> Source:
-    """The shards ``train-*`` and ``test-*`` (else ``validation-*`` or ``valid-*``) at any depth below ``root``.
+def parquet(
+    root: Path,
+    image_column: str,
+    label_column: str,
+    config: str | None = None,
+    train_split: str | None = None,
+    test_split: str | None = None,
+) -> Source:
+    """The shards at any depth below ``root``.
+
+    Args:
+        root: the folder.
+        image_column: the images' column.
+        label_column: the labels' column, or ``none``.
+        config: which of several configurations below the root.
+        train_split: which split is trained on; None: `src.data.roles.arrange` finds it.
+        test_split: which split is the test; None: the same.
 
     Raises:
-        UsageError: If a split has no shards, a shard cannot be read, or a column is absent or of another type.
+        UsageError: If there are no shards, or those of several configurations, a split that is named does not exist, a
+            shard cannot be read, or a column is absent or of another type.
     """
-    shards = [Path(path) for path in files_below(root, set()) if path.endswith(".parquet")]
-    train, *tests = (
-        sorted(shard for shard in shards if shard.name.startswith(f"{split}-"))
-        for split in ("train", "test", "validation", "valid")
-    )
-    test = next(filter(None, tests), [])
-    if not train:
-        raise UsageError(f"data.root={root}: no shards train-*.parquet in or below that folder")
-    if not test:
-        raise UsageError(f"data.root={root}: no test split; add test-*.parquet or validation-*.parquet")
-    for shard in train + test:
+    names = [path for path in files_below(root, set()) if path.endswith(".parquet")]
+    if not names:
+        raise UsageError(f"data.root={root}: no parquet files (train-*.parquet, ...) in or below that folder")
+    splits = shards_of_splits((PurePath(name).relative_to(root) for name in names), config)
+    used = {name: [root / shard for shard in splits[name]] for name in used_splits(splits, train_split, test_split)}
+    shards = [shard for each in used.values() for shard in each]
+    if all(_has_nothing_but(shard, image_column) for shard in shards):
+        label_column = NO_LABELS
+    for shard in shards:
         _check_columns(shard, image_column, label_column)
-    read = partial(_read, train, test, image_column, label_column)
-    return Source(f"{image_column} {label_column}\n{stamp(train + test)}", read)
+
+    def read() -> Contents:
+        classes, parts = _read(used, image_column, label_column)
+        return arrange(classes, parts, train_split, test_split)
+
+    return Source(f"{image_column} {label_column}\n{stamp(shards)}", read)
+
+
+def shards_of_splits(shards: Iterable[PurePath], config: str | None) -> dict[str, list[PurePath]]:
+    """The shards of each split, in order, as the hub lays them out.
+
+    A split is named by the shard (``data/train-00000-of-00002.parquet``, ``train.parquet``), or by its folder where the
+    shard has nothing but a number (``default/train/0000.parquet``). What is above is the configuration.
+
+    Args:
+        shards: paths relative to the data set's root.
+        config: which configuration; None: the only one.
+
+    Raises:
+        UsageError: There is no such configuration, or one has to be chosen.
+    """
+    configs: dict[str, dict[str, list[PurePath]]] = defaultdict(lambda: defaultdict(list))
+    for shard in sorted(shards):
+        split, folder = _split_and_folder(shard)
+        configs["/".join(part for part in folder.parts if part != "data") or "default"][split].append(shard)
+    names = ", ".join(configs)
+    if config is not None:
+        if config not in configs:
+            raise UsageError(f"data.config={config}: there is no such configuration; choose one of {names}")
+        return dict(configs[config])
+    splits: dict[str, list[PurePath]] = {}
+    for each in configs.values():
+        if splits.keys() & each.keys():
+            raise UsageError(f"several configurations of one data set: {names}; choose one with data.config=NAME")
+        splits |= each
+    return splits
+
+
+def _split_and_folder(shard: PurePath) -> tuple[str, PurePath]:
+    """The split of a shard, and the folder that holds all splits of its configuration."""
+    stem, folder = NUMBERING.sub("", shard.stem), shard.parent
+    if known := KNOWN_SPLIT.match(shard.stem):
+        stem = known[1]
+    elif in_folder := KNOWN_SPLIT.fullmatch(folder.name):
+        return split_name(in_folder[1]), folder.parent
+    elif not stem and folder.name:
+        return split_name(folder.name), folder.parent
+    if KNOWN_SPLIT.fullmatch(folder.name):  # train/train-0000.parquet
+        folder = folder.parent
+    return split_name(stem), folder
 
 
 @contextmanager
@@ -60,72 +128,136 @@ def _readable(shard: Path) -> Iterator[None]:
         ) from error
 
 
+def _has_nothing_but(shard: Path, column: str) -> bool:
+    """Whether no other column could hold labels."""
+    import pyarrow.parquet as pq
+
+    with _readable(shard):
+        return not any(_holds_labels(each.type) for each in pq.read_schema(shard) if each.name != column)
+
+
 def _check_columns(shard: Path, image_column: str, label_column: str) -> None:
     import pyarrow.parquet as pq
-    import pyarrow.types as types
 
     with _readable(shard):
         schema = pq.read_schema(shard)
-    for column in (image_column, label_column):
+    for column in (image_column, *([label_column] if label_column != NO_LABELS else [])):
         if column not in schema.names:
             raise UsageError(
                 f"{shard}: no column {column}; it has {', '.join(schema.names)}: "
-                "use data=parquet with data.image_column and data.label_column"
+                "use data=parquet with data.image_column and data.label_column (none: no labels)"
             )
-    image, label = schema.field(image_column).type, schema.field(label_column).type
-    if types.is_struct(image) and image.get_field_index("bytes") >= 0:
-        image = image.field("bytes").type
-    if not (types.is_binary(image) or types.is_large_binary(image)):
+    if not _holds_images(image := schema.field(image_column).type):
         raise UsageError(f"{shard}: column {image_column} holds {image}, not encoded images; set data.image_column")
-    if not (types.is_integer(label) or types.is_string(label) or types.is_large_string(label)):
+    if label_column != NO_LABELS and not _holds_labels(label := schema.field(label_column).type):
         raise UsageError(
             f"{shard}: column {label_column} holds {label}, not integers or strings; set data.label_column"
         )
 
 
-def _read(train: list[Path], test: list[Path], image_column: str, label_column: str) -> Contents:
-    import pyarrow.parquet as pq
+def _holds_images(kind: pyarrow.DataType) -> bool:
+    import pyarrow.types as types
 
-    with _readable(train[0]):
-        names = _class_names(pq.read_schema(train[0]), label_column)
-    if doubles := [name for name, times in Counter(names).items() if times > 1]:
-        raise UsageError(f"{train[0]}: two classes are called {doubles[0]!r}; rename one")
-    values = {}
-    for shard in train + test:
-        with _readable(shard):
-            values[shard] = pq.read_table(shard, columns=[label_column])[label_column].to_pylist()
-    known = range(len(names)) if names else sorted({value for shard in train for value in values[shard]} - {None})
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _holds_labels(kind: pyarrow.DataType) -> bool:
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):  # a pandas categorical
+        kind = kind.value_type
+    tests = (types.is_integer, types.is_floating, types.is_boolean, types.is_null)
+    return any(test(kind) for test in (*tests, types.is_string, types.is_large_string, types.is_string_view))
+
+
+def _read(splits: dict[str, list[Path]], image_column: str, label_column: str) -> tuple[list[str], dict[str, Part]]:
+    """The classes, which are those of the first split that has some, and the splits."""
+    values = {
+        name: {shard: _values(shard, label_column) for shard in shards if label_column != NO_LABELS}
+        for name, shards in splits.items()
+    }
+    found = {name: {value for each in shards.values() for value in each} - {None} for name, shards in values.items()}
+    first = next((name for name in splits if found[name]), None)
+    names = _class_names(splits[first][0], label_column) if first else []
+    known = range(len(names)) if names else sorted(found[first]) if first else []
+    if len(found.get(first or "", [])) < 2:  # which tells nothing apart
+        names, known, found = [], [], {}
     index = {value: label for label, value in enumerate(known)}
 
-    def part(shards: list[Path]) -> Part:
-        for shard in shards:
-            if strange := [(row, value) for row, value in enumerate(values[shard]) if value not in index]:
+    def labels(name: str) -> list[int]:
+        for shard in splits[name] if found.get(name) else ():
+            if strange := [(row, value) for row, value in enumerate(values[name][shard]) if value not in index]:
                 row, value = strange[0]
-                raise UsageError(
-                    f"{shard} row {row}: {label_column}={value} is none of the {len(index)} training classes"
-                )
-        return Part([index[value] for shard in shards for value in values[shard]], _pictures(shards, image_column))
+                what = "no label" if value is None else f"{label_column}={value} is none of the {len(index)} classes"
+                raise UsageError(f"{shard} row {row}: {what}, while other rows have one; remove or mend the row")
+        if found.get(name):
+            return [index[value] for each in values[name].values() for value in each]
+        return [UNLABELLED] * sum(map(_count, splits[name]))
 
-    return Contents(names or [str(value) for value in known], part(train), part(test))
+    parts = {name: Part(labels(name), _Pictures(shards, image_column)) for name, shards in splits.items()}
+    return names or [str(value) for value in known], parts
 
 
-def _class_names(schema: pyarrow.Schema, label_column: str) -> list[str]:
+def _values(shard: Path, column: str) -> list[Any]:
+    """The labels of a shard; None where there is none.
+
+    Raises:
+        UsageError: A label is a number between the whole ones.
+    """
+    import pyarrow.parquet as pq
+
+    with _readable(shard):
+        values = pq.read_table(shard, columns=[column])[column].to_pylist()
+    return [_label(value, f"{shard} row {row}: {column}") for row, value in enumerate(values)]
+
+
+def _label(value: Any, where: str) -> Any:
+    if isinstance(value, float):
+        if value != value:  # how pandas writes a missing number
+            return None
+        if not value.is_integer():
+            raise UsageError(f"{where}={value}: a class is no fraction; set data.label_column (none: no labels)")
+        value = int(value)
+    return None if not isinstance(value, bool) and value == UNLABELLED else value
+
+
+def _count(shard: Path) -> int:
+    import pyarrow.parquet as pq
+
+    with _readable(shard):
+        return pq.read_metadata(shard).num_rows
+
+
+def _class_names(shard: Path, label_column: str) -> list[str]:
     """Names that the hub's ``ClassLabel`` feature keeps in the schema's metadata; empty without it."""
-    written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = written.get("info", {}).get("features", {}).get(label_column, {}).get("names") or []
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError("the class names are no list of texts")
+    import pyarrow.parquet as pq
+
+    with _readable(shard):
+        written = json.loads((pq.read_schema(shard).metadata or {}).get(b"huggingface", b"{}"))
+        names = written.get("info", {}).get("features", {}).get(label_column, {}).get("names") or []
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError("the class names are no list of texts")
+    if doubles := [name for name, times in Counter(names).items() if times > 1]:
+        raise UsageError(f"{shard}: two classes are called {doubles[0]!r}; rename one")
     return names
 
 
-def _pictures(shards: list[Path], column: str) -> Iterator[Picture]:
-    import pyarrow.parquet as pq
+class _Pictures:
+    """The pictures of some shards, in order, read anew whenever they are asked for."""
 
-    for shard in shards:
-        row = 0
-        with _readable(shard):
-            for batch in pq.ParquetFile(shard).iter_batches(ROWS_AT_ONCE, columns=[column]):
-                for cell in batch.column(0).to_pylist():
-                    encoded = cell["bytes"] if isinstance(cell, dict) else cell
-                    yield Picture(f"{shard} row {row}", partial(open_bytes, encoded or b""))
-                    row += 1
+    def __init__(self, shards: list[Path], column: str) -> None:
+        self.shards, self.column = shards, column
+
+    def __iter__(self) -> Iterator[Picture]:
+        import pyarrow.parquet as pq
+
+        for shard in self.shards:
+            row = 0
+            with _readable(shard):
+                for batch in pq.ParquetFile(shard).iter_batches(ROWS_AT_ONCE, columns=[self.column]):
+                    for cell in batch.column(0).to_pylist():
+                        encoded = cell["bytes"] if isinstance(cell, dict) else cell
+                        yield Picture(f"{shard} row {row}", partial(open_bytes, encoded or b""))
+                        row += 1

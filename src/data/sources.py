@@ -6,12 +6,8 @@ without reading a single image.
 
 from __future__ import annotations
 
-import logging
-import os
-import unicodedata
 from functools import partial
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +15,16 @@ import numpy as np
 
 from src.config.outside import blamed, make
 from src.config.schema import Data
-from src.data.decoding import Contents, Part, Picture, Source, open_file, stamp
-from src.data.folders import files_below
+from src.data.decoding import Contents, Part, Picture, Source
+from src.data.folders import image_folder
 from src.data.parquet import parquet
+from src.data.roles import hold_out_test
 from src.errors import UsageError
-
-log = logging.getLogger(__name__)
 
 CIFAR_MD5 = {  # of torchvision's archives, whose content it checks
     "cifar10": "c58f30108f718f92721af3b95e74349a",
     "cifar100": "eb9058c3a382ffc7106e4002c42a8d85",
 }
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
-# Sources that ship without a test split get this one, which no option changes, so that results stay comparable.
-TEST_FRACTION = 0.2
-TEST_SEED = 0
 
 
 def root_of(cfg: Data) -> Path | None:
@@ -61,9 +51,10 @@ def find(cfg: Data) -> Source:
             f"data.root={root}: {'not a folder' if root.exists() else 'no such folder'}; set data.root=DIR"
         )
     if cfg.name == "image_folder":
-        return image_folder(root)
+        return image_folder(root, cfg.train_split, cfg.test_split)
     if cfg.name == "parquet":
-        return parquet(root, cfg.image_column or "image", cfg.label_column or "label")
+        columns = cfg.image_column or "image", cfg.label_column or "label"
+        return parquet(root, *columns, cfg.config, cfg.train_split, cfg.test_split)
     raise UsageError(f"data.name={cfg.name}: unknown; choose cifar100, cifar10, digits, image_folder or parquet")
 
 
@@ -86,7 +77,8 @@ def digits() -> Source:
 
         bunch = load_digits()
         grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-        return _hold_out_test([str(name) for name in bunch.target_names], Part(bunch.target, _arrays("digits", grey)))
+        everything = Part(bunch.target.tolist(), _arrays("digits", grey))
+        return Contents([str(name) for name in bunch.target_names], *hold_out_test(everything))
 
     return Source(f"scikit-learn {version('scikit-learn')}", read)
 
@@ -117,64 +109,13 @@ def cifar(name: str, root: Path) -> Source:
                 f"{kind.filename}, or Hugging Face shards train-*.parquet and test-*.parquet, into that folder; "
                 "data=digits needs no download"
             ) from error
-        return Contents(train.classes, *(Part(part.targets, _arrays(name, part.data)) for part in (train, test)))
-
-    return Source(f"torchvision {CIFAR_MD5[name]}", read)
-
-
-def image_folder(root: Path) -> Source:
-    """Class folders of JPEG, PNG or WebP files, below ``train`` and ``test`` (or ``val``), or directly below ``root``.
-
-    Folders directly below ``root`` give a fixed, stratified fifth of their images to the test set.
-    """
-    seen: set[str] = set()
-    if not (root / "train").is_dir():
-        everything = _files_of_classes(root, seen)
-        classes = list(everything)
-        return Source(
-            stamp(chain(*everything.values())), lambda: _hold_out_test(classes, _folder_part(classes, everything))
+        return Contents(
+            train.classes,
+            train=Part(train.targets, _arrays(name, train.data)),
+            test=Part(test.targets, _arrays(name, test.data)),
         )
 
-    folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if folder is None:
-        raise UsageError(f"data.root={root}: no test split; add a folder test or val beside train")
-    train, test = _files_of_classes(root / "train", seen), _files_of_classes(folder, seen)
-    classes = list(train)
-    if strangers := sorted(set(test) - set(train)):
-        raise UsageError(f"{folder / strangers[0]}: a class without training images; add some, or remove the folder")
-    return Source(
-        stamp(chain(*train.values(), *test.values())),
-        lambda: Contents(classes, _folder_part(classes, train), _folder_part(classes, test)),
-    )
-
-
-def _files_of_classes(folder: Path, seen: set[str]) -> dict[str, list[str]]:
-    """Class names in order, each with its images. A folder without images is no class."""
-    try:
-        names = [name for name in sorted(os.listdir(folder)) if (folder / name).is_dir() and not name.startswith(".")]
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be read ({error.strerror}); make it readable") from error
-    spellings: dict[str, str] = {}
-    for name in names:  # "é" may be one character or two
-        if (other := spellings.setdefault(unicodedata.normalize("NFC", name), name)) != name:
-            raise UsageError(f"{folder / name}: looks the same as the class {other!r} beside it; rename one")
-
-    files = {name: list(files_below(folder / name, seen)) for name in names}
-    classes = {name: images for name in names if (images := [path for path in files[name] if _is_image(path)])}
-    if not classes:
-        raise UsageError(f"{folder}: holds no class folders with images ({' '.join(SUFFIXES)}); set data.root")
-    if others := [path for name in names for path in files[name] if not _is_image(path)]:
-        log.warning("%s: %d files that are not images are left out, first %s", folder, len(others), others[0])
-    return classes
-
-
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES)
-
-
-def _folder_part(classes: list[str], files: dict[str, list[str]]) -> Part:
-    rows = [(label, path) for label, name in enumerate(classes) for path in files.get(name, [])]
-    return Part([label for label, _ in rows], [Picture(path, partial(open_file, path)) for _, path in rows])
+    return Source(f"torchvision {CIFAR_MD5[name]}", read)
 
 
 def _arrays(name: str, images: np.ndarray) -> list[Picture]:
@@ -182,17 +123,3 @@ def _arrays(name: str, images: np.ndarray) -> list[Picture]:
     from PIL import Image
 
     return [Picture(f"{name} image {i}", partial(Image.fromarray, image)) for i, image in enumerate(images)]
-
-
-def _hold_out_test(classes: list[str], everything: Part) -> Contents:
-    import torch
-
-    from src.data.splits import stratified_split
-
-    pictures = list(everything.pictures)
-    train_rows, test_rows = stratified_split(torch.as_tensor(everything.labels), TEST_FRACTION, TEST_SEED)
-
-    def part(rows: list[int]) -> Part:
-        return Part([everything.labels[i] for i in rows], [pictures[i] for i in rows])
-
-    return Contents(classes, part(train_rows.tolist()), part(test_rows.tolist()))

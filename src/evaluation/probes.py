@@ -101,18 +101,21 @@ def topk_percent(scores_NC: Tensor, labels_N: Tensor, k: int) -> float:
     return 100 * int((top_NK == labels_N[:, None]).any(1).sum()) / len(labels_N)
 
 
-def knn_scores(bank: Features, queries_NF: Tensor, classes: int, k: int, temperature: float, search: Search) -> Tensor:
-    """Class votes [N, C] of the k nearest bank images, each weighing exp(cosine / temperature).
+def knn_scores(
+    bank: Features, queries_NF: Tensor, classes: int, ks: list[int], temperature: float, search: Search
+) -> list[Tensor]:
+    """Class votes [N, C] of the k nearest bank images, each weighing exp(cosine / temperature), for each k.
 
     ``k`` larger than the bank means all of it.
 
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, sec. 3.4.
     """
-    k = min(k, len(bank.x_NF))
-    cosine_NK, ids_NK = search(F.normalize(queries_NF, dim=1), F.normalize(bank.x_NF, dim=1), k)
+    most = min(max(ks), len(bank.x_NF))
+    cosine_NK, ids_NK = search(F.normalize(queries_NF, dim=1), F.normalize(bank.x_NF, dim=1), most)
     # Relative to the nearest, so that no temperature overflows; the ranking of the classes stays.
     votes_NK = ((cosine_NK - cosine_NK[:, :1]) / temperature).exp()
-    return votes_NK.new_zeros(len(queries_NF), classes).scatter_add_(1, bank.labels_N[ids_NK], votes_NK)
+    labels_NK, nothing_NC = bank.labels_N[ids_NK], votes_NK.new_zeros(len(queries_NF), classes)
+    return [nothing_NC.scatter_add(1, labels_NK[:, :k], votes_NK[:, :k]) for k in ks]
 
 
 class LinearHeads:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,48 +38,61 @@ from src.runs.record import Record
 from src.runs.tracker import Tracker
 from src.support.search import Search
 
+logger = logging.getLogger(__name__)
+
 
 def validation(
     frozen: FrozenEncoder, classifier: nn.Module, data: Dataset, cfg: schema.Evaluation, search: Search
 ) -> dict[str, float]:
-    """kNN and the online classifier on the validation images, in percent; nothing where there are none."""
+    """kNN and the online classifier on the validation images, in percent; nothing where there are none.
+
+    What needs labels is left out where the images have none: kNN where no image has, the classifier, which learns as
+    the encoder does, where the training images have none.
+    """
     if data.val is None:
         return {}
-    train, val = frozen.features(data.train), frozen.features(data.val)
-    with torch.no_grad():
-        logits = classifier(val.x_NF)
-    return {
-        "val/knn_top1": _knn_percent(train, val, len(data.classes), cfg, search),
-        "val/online_top1": topk_percent(logits, val.labels_N, 1),
-        "val/online_top5": topk_percent(logits, val.labels_N, 5),
-        "val/effective_rank": effective_rank(val.x_NF),
-    }
+    val = frozen.features(data.val)
+    metrics: dict[str, float] = {}
+    if data.classes:
+        bank = frozen.features(data.probe)
+        k = best_k(bank, val, len(data.classes), cfg, search)
+        metrics |= {"val/knn_top1": _knn_percent(bank, val, len(data.classes), k, cfg, search), "val/knn_k": k}
+    if data.labelled:
+        with torch.no_grad():
+            logits = classifier(val.x_NF)
+        metrics |= {f"val/online_top{k}": topk_percent(logits, val.labels_N, k) for k in (1, 5)}
+    return metrics | {"val/effective_rank": effective_rank(val.x_NF)}
 
 
 def final(frozen: FrozenEncoder, data: Dataset, cfg: schema.Evaluation, search: Search, seed: int) -> dict[str, float]:
     """kNN and a linear probe on the test images, which are read here and nowhere else; in percent.
 
-    The probe's learning rate is chosen on the validation images. With ``data.final`` there are none: it is chosen on a
-    tenth of the training images, and the probe is then trained on all of them.
+    The number of neighbours and the probe's learning rate are chosen on the validation images. With ``data.final``
+    there are none: they are chosen on a tenth of the training images, and the probe is then trained on all of them.
+    Nothing where no image has a label.
     """
+    if not data.classes:
+        return {}
     classes = len(data.classes)
-    train = frozen.features(data.train)
-    metrics = {}
+    train = frozen.features(data.probe)
+    metrics: dict[str, float] = {}
     if data.val is not None:
         val = frozen.features(data.val)
-        heads = _probe(cfg, frozen, data.train, train, classes, cfg.lr, seed)
-        head = heads.best(val)
+        heads = _probe(cfg, frozen, data.probe, train, classes, cfg.lr, seed)
+        head, k = heads.best(val), best_k(train, val, classes, cfg, search)
         metrics["val/linear_top1"] = topk_percent(heads.scores(val.x_NF, head), val.labels_N, 1)
     else:
-        rows, held_out = stratified_split(data.train.labels.cpu(), 0.1, seed)
-        inner = _probe(cfg, frozen, data.train.take(rows), train.take(rows), classes, cfg.lr, seed)
+        rows, held_out = stratified_split(data.probe.labels.cpu(), 0.1, seed)
+        inner = _probe(cfg, frozen, data.probe.take(rows), train.take(rows), classes, cfg.lr, seed)
         best_lr = cfg.lr[inner.best(train.take(held_out))]
-        heads, head = _probe(cfg, frozen, data.train, train, classes, [best_lr], seed), 0
+        k = best_k(train.take(rows), train.take(held_out), classes, cfg, search)
+        heads, head = _probe(cfg, frozen, data.probe, train, classes, [best_lr], seed), 0
 
     test = frozen.features(data.test)
     logits = heads.scores(test.x_NF, head)
     return metrics | {
-        "test/knn_top1": _knn_percent(train, test, classes, cfg, search),
+        "test/knn_top1": _knn_percent(train, test, classes, k, cfg, search),
+        "test/knn_k": k,
         "test/linear_top1": topk_percent(logits, test.labels_N, 1),
         "test/linear_top5": topk_percent(logits, test.labels_N, 5),
     }
@@ -89,16 +103,47 @@ def untrained(
 ) -> dict[str, float]:
     """The figures of an encoder that has learned nothing, below which no other should be: ``untrained/test/...``."""
     figures = final(frozen, data, cfg, search, seed)
-    if data.val is not None:
-        train, val = frozen.features(data.train), frozen.features(data.val)
-        figures["val/knn_top1"] = _knn_percent(train, val, len(data.classes), cfg, search)
+    if data.classes and data.val is not None:
+        train, val = frozen.features(data.probe), frozen.features(data.val)
+        k = best_k(train, val, len(data.classes), cfg, search)
+        figures["val/knn_top1"] = _knn_percent(train, val, len(data.classes), k, cfg, search)
     return {f"{UNTRAINED}/{key}": value for key, value in figures.items()}
 
 
-def _knn_percent(bank: Features, queries: Features, classes: int, cfg: schema.Evaluation, search: Search) -> float:
-    # With more neighbours than a class has images, most of the votes would have to come from other classes.
-    k = max(1, min(cfg.knn_k, len(bank.labels_N) // classes))
-    votes = knn_scores(bank, queries.x_NF, classes, k, cfg.knn_temperature, search)
+def neighbours(cfg: schema.Evaluation, images_a_class: int) -> list[int]:
+    """The numbers of neighbours among which the validation images choose.
+
+    With more neighbours than a class has images, most of the votes would have to come from other classes: such a number
+    becomes that of the images.
+    """
+    asked = cfg.knn_k if isinstance(cfg.knn_k, list) else [cfg.knn_k]
+    return sorted({max(1, min(k, images_a_class)) for k in asked})
+
+
+def warn_of_few_neighbours(cfg: schema.Evaluation, data: Dataset) -> None:
+    """Say so where a number of neighbours that is asked for is not the one that votes."""
+    if (
+        data.classes
+        and isinstance(cfg.knn_k, int)
+        and [cfg.knn_k] != neighbours(cfg, images := len(data.probe) // len(data.classes))
+    ):
+        logger.warning("evaluation.knn_k=%d: a class has %d training images, so that many vote", cfg.knn_k, images)
+
+
+def best_k(bank: Features, held_out: Features, classes: int, cfg: schema.Evaluation, search: Search) -> int:
+    """The number of neighbours with the highest top-1 on held-out features; the smallest of equals."""
+    ks = neighbours(cfg, len(bank.labels_N) // classes)
+    if len(ks) == 1:
+        return ks[0]
+    votes = knn_scores(bank, held_out.x_NF, classes, ks, cfg.knn_temperature, search)
+    accuracy = [topk_percent(each, held_out.labels_N, 1) for each in votes]
+    return ks[accuracy.index(max(accuracy))]
+
+
+def _knn_percent(
+    bank: Features, queries: Features, classes: int, k: int, cfg: schema.Evaluation, search: Search
+) -> float:
+    (votes,) = knn_scores(bank, queries.x_NF, classes, [k], cfg.knn_temperature, search)
     return topk_percent(votes, queries.labels_N, 1)
 
 
@@ -140,6 +185,9 @@ def main(composed: DictConfig) -> dict[str, float]:
         cfg = _merged(saved["config"], composed)
     device = build.device(cfg.device)
     data = load(cfg.data).on(device)
+    warn_of_few_neighbours(cfg.evaluation, data)
+    if not data.classes:
+        raise UsageError(f"data={cfg.data.name}: no image has a label to evaluate with; choose other images with data=")
     encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
     prefix = "encoder."
     with checkpoint.understood(path):
@@ -176,9 +224,11 @@ def _protocol(cfg: schema.Config) -> schema.Evaluation:
 def _merged(saved: dict[str, Any], composed: DictConfig) -> schema.Config:
     """The run's config with what this command line chose."""
     cfg = OmegaConf.create(saved)
-    for key in ("evaluation", "search", "device", "precision", "data"):
+    for key in ("search", "device", "precision", "data"):
         if composed.get(key):
             cfg[key] = composed[key]
+    chosen = {key: value for key, value in composed.evaluation.items() if value is not None}
+    cfg.evaluation = chosen if "name" in chosen else {**cfg.evaluation, **chosen}
     if composed.data_root:
         cfg.data.root = composed.data_root
     return parse(cfg)

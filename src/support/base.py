@@ -17,6 +17,8 @@ from src.support.clusters import entropy
 from src.support.search import Search
 from src.system.measure import Stopwatch
 
+NEED_LABELS = ("support/label_agreement", "support/purity", "support/nmi")  # figures that say nothing without them
+
 
 class Neighbors(NamedTuple):
     """What a lookup found: one for each query, or the K nearest, nearest first."""

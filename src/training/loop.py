@@ -21,6 +21,7 @@ from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method
 from src.runs.record import UNUSED
 from src.runs.tracker import Tracker
+from src.support.base import NEED_LABELS
 from src.system.atomic_write import write_whole
 from src.system.measure import peak_gib
 from src.system.seeding import seed_everything
@@ -140,7 +141,8 @@ def pretrain(
         state.seconds += time.perf_counter() - clock
         metrics = state.pop_times(steps_per_epoch) | {"memory/peak_gib": peak_gib(device)}
         if support is not None:
-            metrics |= support.stats()
+            known = support.stats()
+            metrics |= {key: known[key] for key in known if data.labelled or key not in NEED_LABELS}
         last = epoch + 1 == cfg.epochs
         evaluates = last or (epoch + 1) % cfg.evaluation.every == 0
         if evaluates:
@@ -169,7 +171,8 @@ def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, 
     if state.method.support is not None and cfg.method._target_ is None and not state.served:  # it may be an outsider's
         tracker.record.tags[UNUSED] = "true"
         logger.warning("%s: the support set was never filled, so reports leave the run out", directory)
-    print("evaluating on the test images", flush=True)
+    if data.classes:
+        print("evaluating on the test images", flush=True)
     tracker.log(protocol.final(state.frozen, data, cfg.evaluation, state.search, cfg.seed), state.step)
     if cfg.init is None:  # else a run starts from what another has learned
         tracker.log(protocol.untrained(state.untrained(), data, cfg.evaluation, state.search, cfg.seed), step=0)

@@ -22,6 +22,7 @@ from src.config.schema import Config
 from src.data import load
 from src.data.batches import check_batch_size
 from src.errors import Diverged, UsageError
+from src.evaluation.protocol import warn_of_few_neighbours
 from src.runs import directory as run_directory
 from src.runs import mlflow_store, origin
 from src.runs.record import METRICS, Record
@@ -68,6 +69,7 @@ def run(
     state = TrainState(cfg, data)
     refuse_unfillable(cfg, len(data.train))
     warn_of_doubtful(cfg, len(data.train))
+    warn_of_few_neighbours(cfg.evaluation, data)
     origin.identify(cfg)
     tags = {"init.taken": state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
 

@@ -35,8 +35,9 @@ class TrainState:
         self.dtype = build.precision(cfg.precision, self.device)
         self.search = build.search(cfg.search, self.device)
         seed_everything(cfg.seed)
-        self.method, features = build.method(cfg, len(data.classes), self.search, self.device)
-        self.classifier = nn.Linear(features, len(data.classes)).to(self.device)
+        classes = len(data.classes) if data.labelled else 1  # images without labels are of one
+        self.method, features = build.method(cfg, classes, self.search, self.device)
+        self.classifier = nn.Linear(features, classes).to(self.device)
         self.optimizer = optim.build(cfg.optimizer, self.method, cfg.batch_size)
         # Apart from the method's optimizer: no decay, no adaptation, a learning rate of its own.
         self.classifier_optimizer = torch.optim.SGD(

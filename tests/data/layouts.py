@@ -34,7 +34,7 @@ def write_folder(root: Path, counts: dict[str, int], suffix: str = ".png", seed:
 
 def write_shard(
     path: Path,
-    labels: list,
+    labels: list | pa.Array,
     image_column: str = "image",
     label_column: str = "label",
     names: list[str] | None = None,
@@ -45,8 +45,8 @@ def write_shard(
     images = [random_image(1000 * seed + i) for i in range(len(labels))]
     cells = [{"bytes": encoded(image), "path": None} if struct else encoded(image) for image in images]
     image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if struct else pa.binary()
-    label_type = pa.array(labels).type if labels else pa.int64()
-    table = pa.table({image_column: pa.array(cells, image_type), label_column: pa.array(labels, label_type)})
+    column = labels if isinstance(labels, pa.Array) else pa.array(labels, None if labels else pa.int64())
+    table = pa.table({image_column: pa.array(cells, image_type), label_column: column})
     if names:
         features = {label_column: {"names": names, "_type": "ClassLabel"}, image_column: {"_type": "Image"}}
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
@@ -70,3 +70,11 @@ def write_set(layout: str, root: Path, seed: int = 0, count: int = 24) -> Path:
 def pixels(images: list[Image.Image]) -> np.ndarray:
     """[N, 3, S, S] uint8, by Pillow and numpy alone."""
     return np.stack([np.asarray(image.convert("RGB")).transpose(2, 0, 1) for image in images])
+
+
+def write_flat(folder: Path, count: int, seed: int = 0) -> Path:
+    """Images that lie in the folder itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        random_image(1000 * seed + i).save(folder / f"{i:03}.png")
+    return folder

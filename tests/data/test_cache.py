@@ -28,9 +28,9 @@ def decodings(monkeypatch) -> list[str]:
     seen: list[str] = []
     decode = cache_module.decode
 
-    def counting(picture, size):
+    def counting(picture, *options):
         seen.append(picture.where)
-        return decode(picture, size)
+        return decode(picture, *options)
 
     monkeypatch.setattr(cache_module, "decode", counting)
     return seen
@@ -48,8 +48,9 @@ def test_the_file_is_what_safetensors_itself_would_read_and_write(config, folder
     cfg = config("image_folder", folder, image_size=7)  # 7x7x3 bytes an image: sizes that are no multiple of 8
     opened = cached(cfg)
     tensors = safetensors.torch.load_file(files(cfg)[0])
-    assert set(tensors) == {"mean", "std", "train_labels", "test_labels", "train_images", "test_images"}
-    for part in ("train", "test"):
+    parts = ("train", "test", "probe")
+    assert set(tensors) == {"mean", "std"} | {f"{part}_{what}" for part in parts for what in ("images", "labels")}
+    for part in parts:
         assert torch.equal(tensors[f"{part}_images"], opened.part(part).images)
         assert torch.equal(tensors[f"{part}_labels"], opened.part(part).labels)
     reread = safetensors.torch.load(safetensors.torch.save(tensors))
@@ -176,7 +177,7 @@ def test_a_failed_decoding_leaves_nothing_and_the_old_cache_alone(config, folder
 
 
 def test_an_interrupt_leaves_nothing(config, folder, monkeypatch):
-    def interrupted(picture, size):
+    def interrupted(picture, *options):
         raise KeyboardInterrupt
 
     cfg = config("image_folder", folder)
@@ -213,10 +214,10 @@ def _load_counting(cfg, tally: Path, ready, results) -> None:
     """Loads in its own process once all are ready, and adds a byte to ``tally`` for each picture it decodes."""
     decode = cache_module.decode
 
-    def counting(picture, size):
+    def counting(picture, *options):
         with tally.open("ab", buffering=0) as file:
             file.write(b".")
-        return decode(picture, size)
+        return decode(picture, *options)
 
     cache_module.decode = counting
     ready.wait()

@@ -3,6 +3,8 @@ from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from layouts import SIZE, encoded, pixels, random_image, write_folder, write_shard
@@ -12,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from src.config.schema import Data
 from src.data import load
-from src.data.decoding import Picture, decode, open_bytes
+from src.data.decoding import FORMATS, SUFFIXES, Picture, decode, open_bytes
 from src.errors import UsageError
 from tests.config.test_schema import composed
 
@@ -122,6 +124,40 @@ class TestDecode:
         got = decode(Picture("x", lambda: open_bytes(content)), SIZE)
         assert got.reshape(3, -1).tolist() == [[value] * SIZE**2 for value in (10, 20, 30)]
 
+    def test_suffixes_are_those_of_the_formats_that_are_read(self):
+        Image.init()
+        assert sorted(SUFFIXES) == sorted(key for key, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+    @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+    @pytest.mark.parametrize(("background", "behind"), [("white", 255), ("grey", 128), ("black", 0), (None, 7)])
+    def test_what_is_transparent_shows_the_background(self, mode, background, behind):
+        image = Image.new("RGBA", (SIZE, SIZE), (7, 7, 7, 0))  # the picture is in the alpha channel alone
+        image.paste((7, 7, 7, 255), (0, 0, SIZE // 2, SIZE))
+        image = image.quantize(2) if mode == "P" else image.convert(mode)
+        got = decode(Picture("x", lambda: open_bytes(encoded(image))), SIZE, "crop", background)
+        assert (got[:, :, : SIZE // 2] == 7).all()
+        assert (got[:, :, SIZE // 2 :] == behind).all()
+
+    def test_half_transparent_is_half_the_background(self):
+        image = Image.new("RGBA", (SIZE, SIZE), (100, 100, 100, 51))
+        got = decode(Picture("x", lambda: image), SIZE, "crop", "white")
+        assert (got == round(0.2 * 100 + 0.8 * 255)).all()
+
+    def test_squash_keeps_all_of_a_wide_image(self):
+        image = random_image(1, 64, 16)
+        want = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        assert np.array_equal(decode(Picture("x", lambda: image), SIZE, "squash"), pixels([want])[0])
+
+    @pytest.mark.parametrize(("background", "bar"), [("white", 255), (None, 0)])
+    def test_pad_keeps_all_of_a_wide_image_and_its_aspect(self, background, bar):
+        image = random_image(1, 32, 16)
+        got = decode(Picture("x", lambda: image), SIZE, "pad", background)
+        want = image.resize((SIZE, SIZE // 2), Image.Resampling.BICUBIC)
+        quarter = SIZE // 4
+        assert np.array_equal(got[:, quarter:-quarter], pixels([want])[0])
+        assert (got[:, :quarter] == bar).all()
+        assert (got[:, -quarter:] == bar).all()
+
     def test_postscript_is_not_handed_to_an_interpreter(self, monkeypatch):
         def run(*args, **kwargs):
             pytest.fail("a program was started")
@@ -166,7 +202,7 @@ class TestDigits:
 
 class TestImageFolder:
     @pytest.mark.parametrize("part", ["test", "val"])
-    @pytest.mark.parametrize("suffix", [".png", ".webp", ".PNG"])
+    @pytest.mark.parametrize("suffix", [".png", ".webp", ".PNG", ".bmp", ".tif", ".ppm"])
     def test_train_and_test_folders(self, config, tmp_path, part, suffix):
         counts = {"train/dog": 4, "train/cat": 3, f"{part}/cat": 2, f"{part}/dog": 1}
         root = write_folder(tmp_path / "Bilder für uns", counts, suffix)
@@ -212,17 +248,7 @@ class TestImageFolder:
 
     def test_empty_folder(self, refusal, tmp_path):
         (tmp_path / "empty").mkdir()
-        assert f"{tmp_path / 'empty'}: holds no class folders with images" in refusal(
-            "image_folder", tmp_path / "empty"
-        )
-
-    @pytest.mark.parametrize("counts", [{"cat": 9}, {"train/cat": 9, "test/cat": 1}])
-    def test_one_class(self, refusal, tmp_path, counts):
-        assert "1 class (cat)" in refusal("image_folder", write_folder(tmp_path / "one", counts))
-
-    def test_no_test_split(self, refusal, tmp_path):
-        root = write_folder(tmp_path / "x", {"train/a": 2, "train/b": 2})
-        assert "no test split; add a folder test or val" in refusal("image_folder", root)
+        assert f"{tmp_path / 'empty'}: holds no images" in refusal("image_folder", tmp_path / "empty")
 
     def test_too_few_images_to_hold_any_out(self, refusal, tmp_path):
         assert "no test images" in refusal("image_folder", write_folder(tmp_path / "x", {"a": 1, "b": 1}))
@@ -272,6 +298,73 @@ class TestParquet:
         assert dataset.train.labels.tolist() == [1, 0, 2, 1]
         assert dataset.test.labels.tolist() == [1]
 
+    @pytest.mark.parametrize(
+        ("labels", "classes"),
+        [
+            (pa.array(["b", "a", "b", "a"]).dictionary_encode(), ["a", "b"]),  # a pandas categorical
+            (pa.array([True, False, True, False]), ["False", "True"]),
+            (pa.array([30.0, 4.0, 30.0, 4.0]), ["4", "30"]),
+        ],
+        ids=["categories", "truth values", "whole floats"],
+    )
+    def test_labels_of_any_kind_that_names_classes(self, config, tmp_path, labels, classes):
+        for name in ("train", "test"):
+            write_shard(tmp_path / f"{name}-0.parquet", labels)
+        dataset = load(config("parquet", tmp_path, final=True))
+        assert dataset.classes == classes
+        assert dataset.train.labels.tolist() == [1, 0, 1, 0]
+
+    def test_a_fraction_is_no_class(self, refusal, tmp_path):
+        write_shard(tmp_path / "train-0.parquet", [1.0, 0.37])
+        assert "train-0.parquet row 1: label=0.37: a class is no fraction" in refusal("parquet", tmp_path)
+
+    @pytest.mark.parametrize("labels", [[None] * 8, [float("nan")] * 8, [-1] * 8, [5] * 8])
+    def test_labels_that_tell_nothing_are_none(self, config, tmp_path, labels):
+        write_shard(tmp_path / "train-0.parquet", labels)
+        dataset = load(config("parquet", tmp_path))
+        assert (dataset.classes, dataset.labelled, len(dataset.train)) == ([], False, 6)
+
+    @pytest.mark.parametrize(("drop", "changes"), [(["label"], {}), ([], {"label_column": "none"})])
+    def test_no_label_column(self, config, tmp_path, drop, changes):
+        write_shard(tmp_path / "train-0.parquet", [0, 1] * 4)
+        pq.write_table(pq.read_table(tmp_path / "train-0.parquet").drop_columns(drop), tmp_path / "train-0.parquet")
+        assert load(config("parquet", tmp_path, **changes)).classes == []
+
+    @pytest.mark.parametrize(
+        ("train", "test"),
+        [
+            ("default/train/0000.parquet", "default/test/0000.parquet"),
+            ("default/partial-train/0000.parquet", "default/partial-test/0000.parquet"),
+            ("train.parquet", "test.parquet"),
+            ("data/train-00000-of-00001-a1b2.parquet", "data/test-00000-of-00001-c3d4.parquet"),
+            ("data/train/part-0.parquet", "data/test/part-0.parquet"),
+            ("train/train-0000.parquet", "test/test-0000.parquet"),
+            ("plain_text/train-0.parquet", "plain_text/validation-0.parquet"),
+        ],
+    )
+    def test_layouts_of_the_hub(self, config, tmp_path, train, test):
+        images = write_shard(tmp_path / train, [0, 1, 1])
+        tests = write_shard(tmp_path / test, [0, 1], seed=1)
+        dataset = load(config("parquet", tmp_path, final=True))
+        assert np.array_equal(dataset.train.images, pixels(images))
+        assert np.array_equal(dataset.test.images, pixels(tests))
+
+    def test_several_configurations_have_to_be_chosen_from(self, refusal, config, tmp_path):
+        for seed, name in enumerate(("full", "small")):
+            write_shard(tmp_path / name / "train/0000.parquet", [0, 1] * (seed + 1), seed=seed)
+            write_shard(tmp_path / name / "test/0000.parquet", [0, 1], seed=seed + 5)
+        message = refusal("parquet", tmp_path)
+        assert "several configurations of one data set: full, small; choose one with data.config=NAME" in message
+        assert "choose one of full, small" in refusal("parquet", tmp_path, config="large")
+        assert len(load(config("parquet", tmp_path, config="full", final=True)).train) == 2
+        assert len(load(config("parquet", tmp_path, config="small", final=True)).train) == 4
+
+    def test_splits_of_other_names_can_be_named(self, config, tmp_path):
+        write_shard(tmp_path / "data/train_full-00000-of-00001.parquet", [0, 1, 0, 1])
+        write_shard(tmp_path / "data/exam-00000-of-00001.parquet", [0, 1], seed=1)
+        dataset = load(config("parquet", tmp_path, final=True, train_split="train_full", test_split="exam"))
+        assert (len(dataset.train), len(dataset.test)) == (4, 2)
+
     def test_test_shards_come_before_validation_shards(self, config, tmp_path):
         write_shard(tmp_path / "train-0.parquet", [0, 1])
         write_shard(tmp_path / "validation-0.parquet", [0])
@@ -279,11 +372,7 @@ class TestParquet:
         assert load(config("parquet", tmp_path, final=True)).test.labels.tolist() == [1, 1]
 
     def test_no_shards(self, refusal, tmp_path):
-        assert "no shards train-*.parquet" in refusal("parquet", tmp_path)
-
-    def test_no_test_split(self, refusal, tmp_path):
-        write_shard(tmp_path / "train-0.parquet", [0, 1])
-        assert "no test split" in refusal("parquet", tmp_path)
+        assert "no parquet files (train-*.parquet, ...) in or below that folder" in refusal("parquet", tmp_path)
 
     @pytest.mark.parametrize("part", ["train", "test"])
     def test_missing_columns_list_those_there_are(self, refusal, tmp_path, part):
@@ -311,27 +400,27 @@ class TestParquet:
         assert "test-0.parquet: not a readable parquet file" in refusal("parquet", tmp_path)
 
     @pytest.mark.parametrize("names", [["a", "b"], None])
+    @pytest.mark.parametrize("part", ["train", "test"])
     @pytest.mark.parametrize("hidden", [-1, None])
-    def test_hidden_labels_are_named_by_row(self, refusal, tmp_path, names, hidden):
-        write_shard(tmp_path / "train-0.parquet", [0, 1], names=names)
-        write_shard(tmp_path / "test-0.parquet", [0, hidden], names=names)
-        assert f"test-0.parquet row 1: label={hidden} is none of the 2 training classes" in refusal("parquet", tmp_path)
+    def test_a_label_that_is_missing_among_others_is_named_by_row(self, refusal, tmp_path, names, part, hidden):
+        for each in ("train", "test"):
+            labels = [0, 1, hidden] if each == part else [0, 1]
+            write_shard(tmp_path / f"{each}-0.parquet", labels, names=names)
+        assert f"{part}-0.parquet row 2: no label, while other rows have one" in refusal("parquet", tmp_path)
 
-    def test_one_class(self, refusal, tmp_path):
-        write_shard(tmp_path / "train-0.parquet", [1, 1], names=["a", "b"])
-        write_shard(tmp_path / "test-0.parquet", [1], names=["a", "b"])
-        assert "1 class (b)" in refusal("parquet", tmp_path)
+    @pytest.mark.parametrize("names", [["a", "b"], None])
+    def test_a_class_of_the_test_that_is_not_trained_is_named_by_row(self, refusal, tmp_path, names):
+        write_shard(tmp_path / "train-0.parquet", [0, 1], names=names)
+        write_shard(tmp_path / "test-0.parquet", [0, 2], names=names)
+        assert "test-0.parquet row 1: label=2 is none of the 2 classes" in refusal("parquet", tmp_path)
 
     def test_empty_shards(self, refusal, tmp_path):
         write_shard(tmp_path / "train-0.parquet", [])
         write_shard(tmp_path / "test-0.parquet", [])
-        assert "0 class" in refusal("parquet", tmp_path)
+        assert "no images in the training split (train)" in refusal("parquet", tmp_path)
 
     @pytest.mark.parametrize("cell", [encoded(random_image(0, 64, 64))[:-2000], b"", None])
     def test_a_truncated_image_is_named_by_shard_and_row(self, refusal, tmp_path, cell):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         write_shard(tmp_path / "test-0.parquet", [0, 1])
         cells = [encoded(random_image(i)) for i in range(5)] + [cell]
         pq.write_table(

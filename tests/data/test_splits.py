@@ -20,7 +20,7 @@ def test_stratified_split_is_a_partition_in_proportion(labels, fraction, seed):
     for label in labels.unique():
         count = int((labels == label).sum())
         held = int((labels[held_out] == label).sum())
-        assert abs(held - count * fraction) < 1 or held == count - 1
+        assert abs(held - count * fraction) <= 1 or held == count - 1
         assert held < count
 
 

@@ -33,7 +33,7 @@ def test_top5_of_two_classes_is_everything():
 @pytest.mark.parametrize("k", [1, 10, 1000])
 def test_knn_is_wu_et_al_by_loops(k):
     bank, queries = blobs(60), blobs(20)
-    votes = probes.knn_scores(bank, queries.x_NF, 5, k, 0.1, TorchSearch())
+    _, votes = probes.knn_scores(bank, queries.x_NF, 5, [2, k], 0.1, TorchSearch())
     for query, vote in zip(queries.x_NF.double(), votes, strict=True):
         cosine = F.cosine_similarity(query[None], bank.x_NF.double(), dim=1)
         expected = torch.zeros(5, dtype=torch.float64)
@@ -44,7 +44,7 @@ def test_knn_is_wu_et_al_by_loops(k):
 
 def test_knn_at_a_tiny_temperature_neither_overflows_nor_errs():
     bank = blobs(60)
-    votes = probes.knn_scores(bank, bank.x_NF, 5, 60, 1e-4, TorchSearch())
+    (votes,) = probes.knn_scores(bank, bank.x_NF, 5, [60], 1e-4, TorchSearch())
     assert probes.topk_percent(votes, bank.labels_N, 1) == 100
 
 

@@ -1,17 +1,22 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from safetensors import safe_open
 
 from src import cli
+from src.config.parse import parse
 from src.config.schema import Tracking
 from src.errors import UsageError
 from src.evaluation import protocol
+from src.evaluation.probes import Features
 from src.runs import checkpoint
 from src.runs.record import Record
+from src.support.search import TorchSearch
 from tests.config.test_schema import composed
 from tests.conftest import PROJECT
 from tests.data.layouts import LAYOUTS, write_set
@@ -30,6 +35,10 @@ def finished(tmp_path_factory):
         ])  # fmt: skip
     cli.pretrain(cfg)
     return folder / "run"
+
+
+def load_config(directory):
+    return parse(OmegaConf.create(checkpoint.load_latest(directory / "checkpoints")[1]["config"]))
 
 
 def run(*overrides):
@@ -85,6 +94,33 @@ def test_another_setting_of_the_same_protocol_does_not_pass_for_the_runs_own(fin
     assert "test_linear/linear_top1" in metrics
     after = Record.load(finished).metrics
     assert all(after[key] == before[key] for key in before if key.startswith(("val/", "test/")))
+
+
+def test_a_setting_of_the_runs_own_protocol_needs_nothing_beside_it(finished):
+    metrics = run(f"checkpoint={finished}", "evaluation.knn_k=20")
+    assert metrics["test_linear/knn_k"] == 20
+    assert metrics["test_linear/linear_top1"] == Record.load(finished).metrics["test/linear_top1"]
+
+
+def test_the_number_of_neighbours_is_chosen_on_validation_images_and_recorded(finished):
+    """Features that lie on two arcs: few neighbours are right, and many ask the other class."""
+    angle = torch.linspace(0, 3.1, 40).repeat(2)
+    x_NF = torch.stack([angle.cos(), angle.sin(), torch.tensor([0.05, -0.05]).repeat_interleave(40)], dim=1)
+    features = Features(x_NF, torch.tensor([0, 1]).repeat_interleave(40))
+    cfg = replace(load_config(finished).evaluation, knn_k=[1, 10, 39])
+    ks = {k: protocol.best_k(features, features, 2, replace(cfg, knn_k=k), TorchSearch()) for k in (1, 10, 39, 200)}
+    assert ks == {1: 1, 10: 10, 39: 39, 200: 40}
+    top1 = [protocol._knn_percent(features, features, 2, k, cfg, TorchSearch()) for k in cfg.knn_k]
+    chosen = protocol.best_k(features, features, 2, cfg, TorchSearch())
+    assert chosen == cfg.knn_k[top1.index(max(top1))]
+    metrics = Record.load(finished).metrics
+    assert metrics["val/knn_k"] == metrics["test/knn_k"]
+    assert metrics["test/knn_k"] in (10, 16, 20)  # 161 training images of ten classes
+
+
+def test_more_neighbours_than_a_class_has_images_are_said(finished, caplog):
+    metrics = run(f"checkpoint={finished}", "evaluation.knn_k=200")
+    assert f"evaluation.knn_k=200: a class has {metrics['test_linear/knn_k']:.0f} training images" in caplog.text
 
 
 def test_transfer_has_the_data_sets_name(finished):

@@ -29,6 +29,7 @@ def common(cache_dir):
         "evaluation.every=8",
         "evaluation.epochs=2",
         "evaluation.pictures=false",
+        "evaluation.knn_k=200",
         "tracking=jsonl",
         "tracking.log_every=1",
         "precision=float32",

@@ -1,0 +1,50 @@
+"""Images without labels: they train, and what needs labels is left out, from the first line to the report."""
+
+import json
+
+import pytest
+
+from src import cli
+from src.runs.record import Record
+from tests.config.test_schema import composed
+from tests.data.layouts import write_flat, write_folder
+
+LABELS = ("knn", "linear", "online", "label_agreement", "purity", "nmi")
+
+
+@pytest.mark.slow
+def test_a_flat_folder_is_trained_on_and_reported(command, small, tmp_path):
+    root = write_flat(tmp_path / "photos", 200)
+    images = ["data=image_folder", f"data.root={root}", "data.limit=null", "tracking=jsonl", "output_dir=multirun/flat"]
+    done = command("src.train", *small, *images, "method=nnclr", "queue_size=64")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no image has a label: accuracy, and whatever else needs labels, is left out") == 1
+    assert "test images" not in done.stdout
+    metrics = Record.load(tmp_path / "multirun/flat").metrics
+    assert not [key for key in metrics if any(each in key for each in LABELS)]
+    assert {"train/loss", "train/uniformity", "val/effective_rank", "support/self_hit"} <= metrics.keys()
+    assert {"encoder.safetensors", "curves.png"} <= {path.name for path in (tmp_path / "multirun/flat").iterdir()}
+
+    report = command("src.report", "experiment=demo", "tracking=jsonl", "out=report")
+    assert report.returncode == 0, report.stderr
+    header, _, row = [line for line in (tmp_path / "report/table.md").read_text().splitlines() if line[:1] == "|"]
+    cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+    assert (cells["val kNN"], cells["test linear top-1"]) == ("-", "-")
+    (figures,) = json.loads((tmp_path / "report/table.json").read_text())["rows"]
+    assert figures["test/linear_top1_mean"] is None
+
+    refused = command("src.evaluate", "checkpoint=multirun/flat")
+    assert refused.returncode == 2
+    assert "no image has a label to evaluate with" in refused.stderr
+
+
+@pytest.mark.parametrize("method", [["method=kmclr", "k=5"], ["method=simclr"]])
+def test_labelled_images_beside_them_are_for_the_probes(small, tmp_path, caplog, method):
+    root = write_folder(tmp_path / "photos", {"val/a": 20, "val/b": 20, "test/a": 10, "test/b": 10})
+    write_flat(root / "train", 100)
+    images = ["data=image_folder", f"data.root={root}", "data.limit=null", "data.image_size=8"]
+    cli.pretrain(composed(*small, *images, *method, "tracking=jsonl", f"output_dir={tmp_path}/run"))
+    assert caplog.text.count("the probes learn from the split validation") == 1
+    metrics = Record.load(tmp_path / "run").metrics
+    assert {"val/knn_top1", "val/linear_top1", "test/knn_top1", "test/linear_top1"} <= metrics.keys()
+    assert not {"val/online_top1", "support/label_agreement", "support/purity", "support/nmi"} & metrics.keys()
