@@ -82,7 +82,8 @@ def is_setting(key: str) -> bool:
 
 def is_protocol(key: str) -> bool:
     """Whether a dotted key says how the final figures are measured, rather than what is looked at on the way."""
-    return key.startswith("evaluation.") and key not in ("evaluation.every", "evaluation.online_lr", "evaluation.pictures")
+    on_the_way = ("evaluation.every", "evaluation.online_lr", "evaluation.pictures")
+    return key.startswith("evaluation.") and key not in on_the_way
 
 
 def settings(cfg: Config) -> dict[str, Any]:

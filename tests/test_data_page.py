@@ -1,0 +1,47 @@
+"""docs/data.md: each row of its table is built as it says, and loads with the line that it says to type."""
+
+import re
+
+import pytest
+
+from src.config.parse import parse
+from src.data import load
+from tests.config.test_schema import composed
+from tests.conftest import PROJECT
+from tests.data.layouts import write_flat, write_folder, write_shard
+
+PAGE = (PROJECT / "docs" / "data.md").read_text()
+ROWS = re.findall(r"^\| (.*) \| `(data=.*)` \|$", PAGE, re.MULTILINE)
+
+
+def build(root, places, columns):
+    """Of each path in the first cell, a dozen images; of a class's folder, those of a second class too."""
+    for seed, place in enumerate(places):
+        path = root / place.removeprefix("DIR/")
+        if path.suffix == ".parquet":
+            write_shard(path, [0, 1] * 12, *columns, seed=seed)
+        elif path.parent.name in ("dogs", "cats"):
+            for name in ("dogs", "cats"):
+                if not (path.parent.parent / name).exists():
+                    write_folder(path.parent.parent, {name: 12}, seed=1000 * seed + 100 * len(name))
+        else:
+            write_flat(path.parent, 12, seed)
+
+
+@pytest.mark.parametrize(("layout", "line"), ROWS)
+def test_each_layout_loads_as_its_row_says(tmp_path, layout, line):
+    root = tmp_path / "images"
+    columns = ("img", "fine_label") if "cifar100" in line or "img" in line else ()
+    build(root, re.findall(r"`(DIR/[^`]*)`", layout), columns)
+    overrides = [each.replace("DIR", str(root)) for each in line.split()]
+    dataset = load(parse(composed(*overrides, f"data.cache_dir={tmp_path}/cache", "data.image_size=8")).data)
+    assert len(dataset.train) > 0
+    assert len(dataset.val) > 0
+    unlabelled = "no labels" in layout
+    assert (len(dataset.test) == 0) == unlabelled == (not dataset.classes)
+    assert dataset.labelled == (not unlabelled and "for the probes" not in layout and "unlabeled" not in layout)
+
+
+def test_the_table_has_all_data_sets():
+    names = {path.stem for path in (PROJECT / "conf" / "data").glob("*.yaml")}
+    assert {re.match(r"data=(\w+)", line)[1] for _, line in ROWS} == names - {"cifar10"}
