@@ -24,8 +24,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 demo: setup ## SimCLR, NNCLR and KMCLR on scikit-learn's digits: a table, a plot, an MLflow comparison
-	$(TRAIN) --multirun +sweep=support_size experiment=demo queue_size=0,64,1024 k=10,50,200 seed=0 jobs=2
-	$(BIN)/python -m src.report experiment=demo
+	$(TRAIN) --multirun +sweep=demo jobs=2
 
 # A process a core, and a thread a process: threads of several processes would wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
@@ -59,7 +58,8 @@ format: setup ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-ui: setup ## Compare the runs in a browser
+ui: setup ## Compare the runs in a browser: prints the link of the newest sweep's charts
+	@$(BIN)/python -m src.report charts
 	$(BIN)/mlflow ui --host 127.0.0.1
 
 clean: ## Remove the virtual environments and the caches, never a result

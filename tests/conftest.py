@@ -61,6 +61,7 @@ def small(cache_dir):
     """Overrides that make a run take seconds: digits, the tiny ResNet, narrow heads."""
     return [
         "experiment=demo",
+        "data.image_size=32",
         "epochs=2",
         "batch_size=64",
         "data.limit=200",

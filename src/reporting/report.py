@@ -3,6 +3,7 @@
     python -m src.report experiment=NAME
     python -m src.report sweep=ID
     python -m src.report experiment=NAME out=DIR tracking=jsonl root=RUNS
+    python -m src.report charts                (only says where MLflow's pages show the newest sweep's charts)
 
 Writes table.md, table.csv, table.json, plot.png, plot.svg and, of runs whose folders are here, curves.png to DIR:
 results/NAME, or results/NAME-ID of a sweep, unless it is set. The runs are read from MLflow, or with tracking=jsonl
@@ -18,7 +19,7 @@ from pathlib import Path
 from src.errors import UsageError
 from src.reporting.rows import summarise
 from src.reporting.table import show, write
-from src.runs.query import read_runs, read_sweep
+from src.runs.query import newest_charts, read_runs, read_sweep
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ def main(arguments: Sequence[str]) -> None:
     """
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
+        return
+    if list(arguments) == ["charts"]:
+        if link := newest_charts():
+            print(f"the newest sweep's charts: {link}")
         return
     asked = parse(arguments)
     if asked.sweep:

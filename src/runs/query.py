@@ -11,6 +11,16 @@ from src.runs import mlflow_store
 from src.runs.record import Copy, Record, records_below
 from src.system.redact import one_line
 
+CHARTS = "charts"  # a tag of a sweep: where MLflow's pages show it,
+CHARTS_AT = "http://127.0.0.1:5000/"  # after the address at which `mlflow ui` serves them
+
+
+def newest_charts(root: Path = Path("multirun")) -> str:
+    """Where MLflow's pages show the newest sweep; empty where no sweep below ``root`` has reached MLflow."""
+    sweeps = [record for _, record in records_below(root) if CHARTS in record.tags]
+    newest = max(sweeps, key=lambda record: record.end_time or record.start_time, default=None)
+    return CHARTS_AT + newest.tags[CHARTS] if newest else ""
+
 
 def read_runs(experiment: str, backend: str, root: Path = Path("multirun")) -> list[Record]:
     """Lists an experiment's runs, oldest first, from MLflow or from the ``run.json`` files under ``root``.

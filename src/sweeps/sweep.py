@@ -19,6 +19,7 @@ from src.reporting import mlflow_charts, table
 from src.reporting.rows import summarise
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
+from src.runs.query import CHARTS, CHARTS_AT
 from src.runs.record import Record
 from src.runs.tracker import Tracker, attach_children, mark_failed, share
 from src.sweeps.jobs import Job
@@ -82,13 +83,17 @@ class Sweep:
                     mark_failed(job.directory, job.error or "its process is gone")
         attach_children(self.tracker, [job.directory for job in self.jobs if job.record])
         charts_path = share(self.tracker, mlflow_charts.sweep_view)
+        self.tracker.record.tags |= {CHARTS: charts_path} if charts_path else {}
 
         # A mistake in a setting names the setting, so the job need not be named.
         notes = [f"no result: {f'{job.label}: ' if job.cfg else ''}{job.reason}" for job in lacking]
         notes += [f"pruned: {job.label}" for job in pruned]
         rows, more = summarise([Record.load(job.directory) for job in finished])
+        pictures = []
         if rows:
-            for path in table.write(rows, [*notes, *more], f"{self.name} ({self.id})", self.directory):
+            paths = table.write(rows, [*notes, *more], f"{self.name} ({self.id})", self.directory)
+            pictures = [path for path in paths if path.suffix == ".png"]
+            for path in paths:
                 self.tracker.artifact(path)
             table.show(rows, more, f"{self.name} ({self.id})")
         stopped = [job.status for job in lacking if is_stop(job.status)]
@@ -98,8 +103,10 @@ class Sweep:
 
         print(f"{self.directory}: {len(finished)} of {len(self.jobs)} jobs finished, {len(pruned)} pruned", flush=True)
         print(f"report: python -m src.report sweep={self.id} tracking={self.cfg.name}", flush=True)
+        for path in pictures:
+            print(f"plot: {path}", flush=True)
         if charts_path:
-            print(f"charts: mlflow ui, then http://127.0.0.1:5000/{charts_path}", flush=True)
+            print(f"charts: mlflow ui, then {CHARTS_AT}{charts_path}", flush=True)
         for note in notes:
             print(note, file=sys.stderr)
         if lacking:

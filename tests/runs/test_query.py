@@ -9,6 +9,8 @@ import pytest
 from src.config.schema import Tracking
 from src.errors import UsageError
 from src.runs import query
+from src.runs.query import CHARTS, newest_charts
+from src.runs.record import Record
 from src.runs.tracker import Tracker
 from tests.stores import MLFLOW
 
@@ -58,3 +60,13 @@ def test_a_run_is_found_by_its_id(client, tmp_path):
         with pytest.raises(UsageError, match=reason) as error:
             query.find_run_directory(run_id)
         assert "\n" not in str(error.value)
+
+
+def test_the_newest_sweeps_charts(tmp_path):
+    assert newest_charts(tmp_path) == ""
+    for name, at, tags in [("old", 1, {CHARTS: "#/old"}), ("new", 2, {CHARTS: "#/new"}), ("run", 3, {})]:
+        (tmp_path / name).mkdir()
+        record = Record.new(name, "study")
+        record.start_time, record.tags = at, tags
+        record.save(tmp_path / name)
+    assert newest_charts(tmp_path) == "http://127.0.0.1:5000/#/new"

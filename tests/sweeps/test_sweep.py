@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -132,6 +133,7 @@ def test_a_sweep_with_a_bad_value_then_again(command, small, tmp_path):
     assert record.metrics["sweep/failed"] == 1
     rows = json.loads((folder / "table.json").read_text())["rows"]
     assert [(row["method"], row["support_set_size"]) for row in rows] == [
+        ("untrained", 0),
         ("nnclr", 64),
         ("kmclr", 10),
     ]
@@ -244,3 +246,22 @@ def test_a_search_killed_and_run_again(command, small, tmp_path):
         by_trial.setdefault(trial, set()).add((name, value))
     assert len({frozenset(point) for point in by_trial.values()}) == 3
     assert len(folders(tmp_path, "kmclr")) == 3
+
+
+@pytest.mark.slow
+def test_the_demo_learns(command, cache_dir, tmp_path):
+    """Three of its rows, at a third of its epochs: each is far above the untrained encoder."""
+    line = ["--multirun", "+sweep=demo", "queue_size=0", "k=50", "epochs=20", "jobs=2", f"data.cache_dir={cache_dir}"]
+    done = command("src.train", *line, "precision=float32")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^plot: multirun/sweep-demo-\w+/plot.png$", done.stdout, re.MULTILINE)
+    (link,) = re.findall(r"^charts: mlflow ui, then (http\S+)$", done.stdout, re.MULTILINE)
+    assert command("src.report", "charts").stdout == f"the newest sweep's charts: {link}\n"
+
+    (written,) = tmp_path.glob("multirun/sweep-demo-*/table.json")
+    untrained, *trained = json.loads(written.read_text())["rows"]
+    assert untrained["method"] == "untrained"
+    assert [row["method"] for row in trained] == ["simclr", "nothing_stored", "kmclr"]
+    for row in trained:
+        for figure in ("val/knn_top1_mean", "val/linear_top1_mean"):
+            assert row[figure] > untrained[figure] + 3, (row["method"], figure)
