@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -17,12 +16,12 @@ from src.data import Dataset
 from src.data.batches import epoch_batches
 from src.evaluation import protocol
 from src.evaluation.diagnostics import alignment, uniformity
+from src.evaluation.encoder import save_encoder
 from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method
 from src.runs.record import UNUSED
 from src.runs.tracker import Tracker
 from src.support.base import NEED_LABELS
-from src.system.atomic_write import write_whole
 from src.system.measure import peak_gib
 from src.system.seeding import seed_everything
 from src.system.stopping import Stopped, Stopper
@@ -177,7 +176,11 @@ def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, 
     if cfg.init is None:  # else a run starts from what another has learned
         tracker.log(protocol.untrained(state.untrained(), data, cfg.evaluation, state.search, cfg.seed), step=0)
     tracker.sync()  # as before each save
-    write_whole(directory / "encoder.safetensors", safetensors.torch.save(state.encoder_weights()))
+    figures = {key: value for key, value in tracker.record.metrics.items() if key.startswith(("val/", "test/"))}
+    save_encoder(
+        *(directory / "encoder.safetensors", state.encoder_weights(), cfg, data.mean, data.std, data.classes),
+        *(figures, tracker.record.tags.get("git_commit", "")),
+    )
     draw(directory)
     for name in ("config.yaml", "encoder.safetensors", "curves.png"):
         tracker.artifact(directory / name)

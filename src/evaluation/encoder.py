@@ -1,0 +1,114 @@
+"""The encoder to take away: one file of weights that says what they are, and a module that needs nothing else.
+
+from src.evaluation.encoder import load_encoder
+
+encoder = load_encoder("multirun/NAME/encoder.safetensors")  # images [B, 3, S, S]: uint8, or floats from 0 to 1
+features = encoder(images)                                   # [B, F] float32
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from src import build
+from src.config import schema
+from src.config.identity import without_neutral
+from src.errors import UsageError
+from src.runs import checkpoint
+from src.system.atomic_write import write_whole
+from src.system.redact import one_line
+
+
+class Encoder(nn.Module):
+    """A backbone that normalises its images itself.
+
+    Args:
+        backbone: normalised images [B, 3, S, S] to features [B, F].
+        image_size: S, at which it was trained.
+        mean, std: of each channel, for pixels from 0 to 1.
+    """
+
+    def __init__(self, backbone: nn.Module, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.image_size = image_size
+        self.mean_C11: Tensor
+        self.std_C11: Tensor
+        self.register_buffer("mean_C11", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std_C11", torch.tensor(std)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [B, F] float32 of images [B, 3, S, S], uint8 from 0 to 255 or floats from 0 to 1.
+
+        Raises:
+            ValueError: the images have another shape.
+        """
+        if images.ndim != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
+            size = self.image_size
+            raise ValueError(f"images are {list(images.shape)}, and must be [B, 3, {size}, {size}]: resize them")
+        pixels = images if images.is_floating_point() else images / 255
+        return self.backbone((pixels - self.mean_C11) / self.std_C11).float()
+
+
+def save_encoder(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    cfg: schema.Config,
+    mean: Sequence[float],
+    std: Sequence[float],
+    classes: Sequence[str],
+    figures: Mapping[str, float],
+    commit: str,
+) -> None:
+    """Write the backbone's weights, and in the file's metadata, as JSON, what else a user has to know.
+
+    Args:
+        classes: the names of those in the training images, in the order of their labels.
+        figures: what the encoder was found to be worth, in percent.
+        commit: of the code that trained it; empty where it is not known.
+    """
+    options = {key: value for key, value in without_neutral(cfg.backbone).items() if key != "name"}
+    facts = {
+        "architecture": cfg.backbone.name,
+        "options": options,
+        "image_size": cfg.data.image_size,
+        "mean": list(mean),
+        "std": list(std),
+        "classes": list(classes),
+        "figures": dict(figures),
+        "commit": commit,
+    }
+    write_whole(path, save(dict(weights), {key: json.dumps(value) for key, value in facts.items()}))
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """The encoder that a run has left, in evaluation mode on the CPU, with the normalisation it was trained with.
+
+    Raises:
+        UsageError: there is no such file, or it is not one that `save_encoder` wrote.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+        backbone_cfg = schema.Backbone(facts["architecture"], **facts["options"])
+        size, mean, std = facts["image_size"], facts["mean"], facts["std"]
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file; give a run's encoder.safetensors") from None
+    except SafetensorError as error:
+        raise UsageError(f"{path} is not a safetensors file ({one_line(error)}): choose another one") from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{path} does not say what its weights are, as encoders of older versions do not: "
+            "build it from its run's config.yaml, or train again"
+        ) from None
+    backbone, _ = build.encoder(backbone_cfg, size)
+    checkpoint.restore(backbone, weights, Path(path))
+    return Encoder(backbone, size, mean, std).eval()

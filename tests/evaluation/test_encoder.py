@@ -1,0 +1,66 @@
+"""The encoder's file says what it is, and the module made of it is the encoder that was evaluated."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from src import build
+from src.data import load
+from src.errors import UsageError
+from src.evaluation.encoder import load_encoder, save_encoder
+from src.evaluation.probes import FrozenEncoder
+from tests.config.test_schema import parsed
+
+CPU = torch.device("cpu")
+FIGURES = {"test/linear_top1": 12.5}
+
+
+@pytest.fixture(scope="module", params=["resnet_tiny", "timm"])
+def written(request, cache_dir, tmp_path_factory):
+    """An encoder's file, and how the evaluation sees the same encoder."""
+    named = {"timm": ["backbone.name=test_vit", "+backbone.options.img_size=32"]}.get(request.param, [])
+    cfg = parsed("data=digits", f"data.cache_dir={cache_dir}", f"backbone={request.param}", *named)
+    data = load(cfg.data)
+    encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
+    with torch.no_grad():  # running statistics that are not those of a fresh network
+        encoder.train()(torch.randn(16, 3, 32, 32))
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    save_encoder(path, encoder.state_dict(), cfg, data.mean, data.std, data.classes, FIGURES, "abc123")
+    return path, data, FrozenEncoder(encoder, data.mean, data.std, CPU, torch.float32)
+
+
+def test_features_are_those_of_the_evaluation_from_bytes_and_from_floats(written):
+    path, data, frozen = written
+    split = data.val.take(torch.arange(40))
+    expected = frozen.features(split).x_NF
+    encoder = load_encoder(path)
+    assert not encoder.training
+    with torch.no_grad():
+        for images in (split.images, split.images / 255):
+            torch.testing.assert_close(encoder(images), expected, rtol=0, atol=1e-5)
+
+
+def test_the_file_says_what_it_is(written):
+    path, data, _ = written
+    with safe_open(path, "pt") as file:
+        facts = {key: json.loads(value) for key, value in file.metadata().items()}
+    assert facts.keys() == {"architecture", "options", "image_size", "mean", "std", "classes", "figures", "commit"}
+    assert (facts["image_size"], facts["commit"], facts["figures"]) == (32, "abc123", FIGURES)
+    assert (facts["classes"], facts["mean"]) == (data.classes, data.mean)
+
+
+def test_images_of_another_size_are_refused(written):
+    with pytest.raises(ValueError, match=r"images are \[2, 3, 64, 64\], and must be \[B, 3, 32, 32\]: resize them"):
+        load_encoder(written[0])(torch.zeros(2, 3, 64, 64))
+
+
+def test_other_files_are_refused_in_a_line(written, tmp_path):
+    save_file(load_file(written[0]), tmp_path / "old.safetensors")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    for name, reason in (("old", "does not say what"), ("text", "not a safetensors file"), ("gone", "no such file")):
+        with pytest.raises(UsageError, match=reason) as refused:
+            load_encoder(tmp_path / f"{name}.safetensors")
+        assert "\n" not in str(refused.value)
