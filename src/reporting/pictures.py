@@ -125,9 +125,9 @@ def positives(support: SupportSet, sample: Split, rows_N: Tensor, z_ND: Tensor, 
         tiles = [Tile(sample.take(_at(anchor, sample)).images[0], _name(data, label))]
         if images_N is not None:
             row = int(images_N[anchor])
-            other = data.train.take(torch.tensor([row], device=data.train.labels.device))
-            framed = row == int(rows_N[anchor])
-            tiles.append(_member(data, other, label, framed))
+            if row >= 0:  # or the entry is of no one image
+                other = data.train.take(torch.tensor([row], device=data.train.labels.device))
+                tiles.append(_member(data, other, label, framed=row == int(rows_N[anchor])))
         else:
             others = (found.ids == found.ids[anchor]).nonzero().flatten()
             others = others[others != anchor]

@@ -126,8 +126,8 @@ def test_a_run_leaves_what_it_promises(run, method, capsys):
     for name in ("config.yaml", "encoder.safetensors", "curves.png", "metrics.jsonl"):
         assert (directory / name).stat().st_size > 0
     drawn = {path.name for path in directory.glob("*.png")} - {"curves.png"}
-    expected = {"simclr": set(), "nnclr": {"positives.png", "map.png"}}
-    assert drawn == expected.get(method, {"positives.png", "prototypes.png", "map.png"})
+    prototypes = {"prototypes.png"} if record.params["support.name"] == "kmeans" else set()
+    assert drawn == ({"positives.png", "map.png"} | prototypes if size else set())
     assert {Path(name).name for name in record.artifacts if name.startswith("pictures/")} == {
         f"{name.removesuffix('.png')}-epoch-{epoch:04}.png" for name in drawn - {"map.png"} for epoch in (1, 2)
     }
