@@ -1,4 +1,4 @@
-"""What README and the pages in docs/ point to is there, and the names of metrics that they explain are all that exist."""
+"""What README and docs/ point to is there, and every metric is explained."""
 
 import re
 
