@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -65,11 +67,15 @@ def search(cfg: schema.Search, device: torch.device) -> Search:
     return FaissSearch(device) if wants_faiss else TorchSearch()
 
 
-def views(cfg: Config, data: Dataset) -> tuple[ViewMaker, ViewMaker]:
-    """What makes view 1 and view 2."""
+def views(cfg: Config, data: Dataset, part: tuple[int, int] = (0, 1)) -> tuple[ViewMaker, ViewMaker]:
+    """What makes view 1 and view 2 of each batch, or of one of its equal parts (`ViewMaker`)."""
     mode = COMPILE_MODE if cfg.compile else None
     view1, view2 = (
-        ViewMaker(view, cfg.augment.interpolation, cfg.data.image_size, data.mean, data.std, compile_mode=mode)
+        ViewMaker(
+            *(view, cfg.augment.interpolation, cfg.data.image_size, data.mean, data.std),
+            part=part,
+            compile_mode=mode,
+        )
         for view in (cfg.augment.view1, cfg.augment.view2)
     )
     return view1, view2
@@ -89,7 +95,13 @@ def encoder(cfg: schema.Backbone, image_size: int) -> tuple[nn.Module, int]:
     return model, models.feature_dim(model, image_size)
 
 
-def method(cfg: Config, classes: int, search: Search, device: torch.device) -> tuple[Method, int]:
+def method(
+    cfg: Config,
+    classes: int,
+    search: Search,
+    device: torch.device,
+    share_out: Callable[[nn.Module], nn.Module] = lambda encoder: encoder,
+) -> tuple[Method, int]:
     """The method with its networks and its support set, on the device, and how many features its encoder gives.
 
     Args:
@@ -97,9 +109,11 @@ def method(cfg: Config, classes: int, search: Search, device: torch.device) -> t
         classes: of the data set, for the support set's diagnostics.
         search: the back end, which the evaluation uses too: on a GPU each one reserves memory.
         device: where all of it goes.
+        share_out: makes an encoder work with those of other processes.
     """
     # First of all that is random, so that a seed stands for one untrained encoder, whatever the method.
     backbone, features = encoder(cfg.backbone, cfg.data.image_size)
+    backbone = share_out(backbone)
     dim = cfg.projector.out
     projector = models.projector(features, cfg.projector.hidden, dim, final_norm=cfg.projector.final_norm)
     parts = Parts(backbone, projector, features, dim, support(cfg, Space(dim, classes, search)))

@@ -35,6 +35,7 @@ from src.runs import origin
 from src.sweeps import plugins
 from src.sweeps.dry_run import preview
 from src.sweeps.launcher import JobFailed, refuse_foreign_sweeper
+from src.system.environment import is_rank
 from src.system.output import lost_reader, outlive_readers
 from src.system.redact import one_line, redact, redact_output
 from src.system.stopping import Stopped
@@ -107,6 +108,8 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     """
     plugins.register()
     if {"--multirun", "-m"} & set(sys.argv):
+        if is_rank():
+            fail("--multirun: a sweep starts its jobs itself; leave out torchrun, which is for one run")
         sys.argv[1:] = [_for_the_sweeper(argument) for argument in sys.argv[1:]]
     _say_warnings()
     for argument in sys.argv[1:]:  # Hydra makes that folder before it hands the config over
@@ -231,5 +234,15 @@ def _job(main: Callable[[DictConfig], Any], composed: DictConfig) -> Any:
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """Print one line, without secrets, and end with the status."""
-    print(f"error: {redact(' '.join(message.split()))[:LONGEST]}", file=sys.stderr)
+    if _speaks():
+        print(f"error: {redact(' '.join(message.split()))[:LONGEST]}", file=sys.stderr)
     sys.exit(status)
+
+
+def _speaks() -> bool:
+    """Of a run's several processes, the first with something to say is the only one to say it."""
+    if not is_rank():
+        return True
+    from src.training.distributed import is_first_to_say
+
+    return is_first_to_say()

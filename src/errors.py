@@ -31,6 +31,12 @@ class Collapsed(RunFailed):
     status = 65  # as of `Diverged`: the same command ends the same way
 
 
+class RankLost(RunFailed):
+    """Of a run on several devices, another process has ended."""
+
+    status = 69  # sysexits.h's EX_UNAVAILABLE: the same command continues
+
+
 class CannotWrite(RunFailed):
     """The disk is full, read-only or broken."""
 

@@ -51,6 +51,7 @@ OURS = {
     "src.sweeps",
     "src.evaluation",
     "src.training.run",
+    "src.training.distributed",
 }
 
 

@@ -46,6 +46,7 @@ class ViewMaker:
         image_size: S, in pixels.
         mean: Of each channel of the data set, in [0, 1].
         std: Of each channel of the data set, in [0, 1].
+        part: Which of how many equal parts of a batch the images are. The draws are those of the whole batch.
         compile_mode: In which torch.compile fuses the arithmetic; None: it does not. The draws stay as they are.
     """
 
@@ -57,15 +58,17 @@ class ViewMaker:
         mean: Sequence[float],
         std: Sequence[float],
         *,
+        part: tuple[int, int] = (0, 1),
         compile_mode: str | None = None,
     ) -> None:
         self.view, self.kernel, self.image_size = view, KERNELS[interpolation], image_size
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.part = mean, std, part
         self._apply = torch.compile(self.apply, mode=compile_mode) if compile_mode else self.apply
 
-    def draw(self, batch_size: int, height: int, width: int, device: torch.device | str) -> Params:
-        """Draws from torch's default generator, on the CPU, so that a run's views do not depend on its device."""
-        v = self.view
+    def draw(self, images: int, height: int, width: int, device: torch.device | str) -> Params:
+        """Draws from torch's default generator, on the CPU, so that a run's views do not depend on its devices."""
+        v, (number, parts) = self.view, self.part
+        batch_size = parts * images
 
         def chosen(probability: float) -> Tensor:
             return torch.rand(batch_size, 1) < probability
@@ -83,7 +86,8 @@ class ViewMaker:
             solarize=chosen(v.solarize),
         )
         # One copy for all of them, which the host does not wait for.
-        packed = torch.cat([p.float() for p in params], 1).to(device, non_blocking=True)
+        own = torch.cat([p.float() for p in params], 1).chunk(parts)[number]
+        packed = own.to(device, non_blocking=True)
         return Params(*packed.split([p.shape[1] for p in params], 1))
 
     def apply(self, images_BCHW: Tensor, params: Params) -> Tensor:

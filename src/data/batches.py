@@ -23,7 +23,7 @@ SHARE = 0.25
 
 
 class Batch(NamedTuple):
-    images: Tensor  # [B, 3, S, S] uint8
+    images: Tensor  # [B, 3, S, S] uint8, or those of them that were asked for
     labels: Tensor  # [B] int64
     ids: Tensor  # [B] int64, rows of the split
 
@@ -55,7 +55,13 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def epoch_batches(
-    split: Split, batch_size: int, seed: int, epoch: int, device: torch.device | str, start: int = 0
+    split: Split,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    device: torch.device | str,
+    start: int = 0,
+    rows: slice = slice(None),
 ) -> Iterator[Batch]:
     """All full batches of one epoch in random order; the images left over at its end are dropped.
 
@@ -69,6 +75,7 @@ def epoch_batches(
         epoch: Which epoch; each has its own order.
         device: Where the batches are wanted.
         start: How many batches to leave out, when resuming inside an epoch.
+        rows: Of each batch, the images that are wanted; labels and ids are those of the whole batch.
 
     Raises:
         UsageError: If ``batch_size`` exceeds the number of images.
@@ -79,8 +86,8 @@ def epoch_batches(
     ids_of_batches = order[: len(split) // batch_size * batch_size].view(-1, batch_size)[start:]
 
     def batch(ids_B: Tensor) -> Batch:
-        part = split.take(ids_B)
-        return Batch(*(each.to(device, non_blocking=True) for each in (part.images, part.labels, ids_B)))
+        images, labels_B = split.take(ids_B[rows]).images, split.labels[ids_B]
+        return Batch(*(each.to(device, non_blocking=True) for each in (images, labels_B, ids_B)))
 
     is_there = split.store.device.type == device.type and (device.type != "cpu" or split.nbytes <= room(device))
     return map(batch, ids_of_batches) if is_there else _ahead(batch, ids_of_batches)

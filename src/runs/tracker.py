@@ -234,6 +234,35 @@ class Tracker:
         return self._client
 
 
+class NoTracker(Tracker):
+    """Of a process that has no log of its own, since another one of the same run has it; takes what a tracker does."""
+
+    def __init__(
+        self,
+        directory: Path,
+        tracking: Tracking,
+        params: Mapping[str, object],  # noqa: ARG002
+        tags: Mapping[str, str],  # noqa: ARG002
+        is_stopping: Callable[[], object] = lambda: False,  # noqa: ARG002
+    ) -> None:
+        self.record = Record.new(directory.name, tracking.experiment)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def artifact(self, path: Path) -> None:
+        pass
+
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        pass
+
+
 def deliver(directory: Path) -> str:
     """Delivers the whole of a run that is not being trained, from its files, also where MLflow has deleted it.
 

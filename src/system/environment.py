@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -13,6 +14,11 @@ from pathlib import Path
 from src.system.redact import redact
 
 TYPED = tuple(sys.argv[1:])  # before anything rewrites it
+
+
+def is_rank() -> bool:
+    """Whether ``torchrun``, or what sets the same variables, started this process as one of several of a run."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def environment_tags(device: str) -> dict[str, str]:

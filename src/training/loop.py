@@ -58,9 +58,10 @@ def pretrain(
         Diverged: the loss, the gradient, the weights or the features stopped being finite.
         Collapsed: the features of different images became alike, and ``on_collapse=stop``.
     """
-    cfg, device, method = state.cfg, state.device, state.method
+    cfg, device, method, ranks = state.cfg, state.device, state.method, state.ranks
     support = method.support
-    view1, view2 = build.views(cfg, data)
+    rows = ranks.rows(cfg.batch_size)
+    view1, view2 = build.views(cfg, data, ranks.part)
     steps_per_epoch = len(data.train) // cfg.batch_size
     progress = Progress(cfg.epochs, steps_per_epoch)
     saved = time.monotonic()
@@ -77,8 +78,9 @@ def pretrain(
     def save() -> None:
         nonlocal saved
         check_weights()
-        tracker.sync()  # no checkpoint is ahead of the rows
-        state.save(directory / "checkpoints", tracker.written)
+        if ranks.first:
+            tracker.sync()  # no checkpoint is ahead of the rows
+            state.save(directory / "checkpoints", tracker.written)
         saved = time.monotonic()
 
     if state.step == 0:
@@ -90,7 +92,7 @@ def pretrain(
             support.start_epoch(epoch)
             support.clear_stats()
         clock = time.perf_counter()
-        for images, labels, ids in epoch_batches(data.train, cfg.batch_size, cfg.seed, epoch, device, start):
+        for images, labels, ids in epoch_batches(data.train, cfg.batch_size, cfg.seed, epoch, device, start, rows):
             if cfg.compile:  # compiled parts may overwrite what they returned; the compiler takes seconds to import
                 torch.compiler.cudagraph_mark_step_begin()
             seed_everything(cfg.seed, state.step)
@@ -104,6 +106,7 @@ def pretrain(
             state.optimizer.zero_grad()
             state.classifier_optimizer.zero_grad()
             (outcome.loss + online_loss).backward()
+            ranks.sum_gradients(method.encoder)
             log_now = state.step % cfg.tracking.log_every == 0
             if log_now or device.type == "cpu":  # reading makes the host wait for a GPU; `save` never keeps a bad step
                 loss, grad_norm = torch.stack([outcome.loss.detach(), state.grad_norm()]).tolist()
@@ -127,7 +130,8 @@ def pretrain(
                 tracker.log({"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr} | spread, state.step)
             state.step += 1
             progress.step(state.step, loss)
-            stopping, overdue = stopper.status, time.monotonic() >= saved + 60 * cfg.checkpoint.minutes
+            stopping = ranks.agree(stopper.status)
+            overdue = time.monotonic() >= saved + 60 * cfg.checkpoint.minutes
             if state.step % steps_per_epoch and (stopping or overdue):
                 state.seconds += time.perf_counter() - clock
                 save()
@@ -142,21 +146,23 @@ def pretrain(
         if support is not None:
             known = support.stats()
             metrics |= {key: known[key] for key in known if data.labelled or key not in NEED_LABELS}
+        ranks.check_same(method, state.classifier)
         last = epoch + 1 == cfg.epochs
         evaluates = last or (epoch + 1) % cfg.evaluation.every == 0
         if evaluates:
             metrics |= validate()
-        draws = evaluates and cfg.evaluation.pictures
-        pictures = illustrate(method, state.frozen, data, directory, epoch + 1, last) if draws else []
-        if not last:
+        draws = evaluates and cfg.evaluation.pictures and ranks.first
+        pictures = illustrate(method, state.frozen_here, data, directory, epoch + 1, last) if draws else []
+        if not last and ranks.first:
             stopper.pruned = should_prune(cfg.tracking.parent, cfg.tracking.trial, epoch + 1, metrics)
         tracker.log(metrics, state.step)
         for picture in pictures:
             tracker.artifact(picture)
         progress.epoch(epoch, loss, metrics)
-        if evaluates:
+        if evaluates and ranks.first:
             collapse.look(outcome, state.step, tracker, cfg.on_collapse)
-        stopping, overdue = stopper.status, time.monotonic() >= saved + 60 * cfg.checkpoint.minutes
+        stopping = ranks.agree(stopper.status, wait=True)
+        overdue = time.monotonic() >= saved + 60 * cfg.checkpoint.minutes
         if last or stopping or overdue or (epoch + 1) % cfg.checkpoint.every == 0:
             save()
         if stopping:
@@ -175,6 +181,8 @@ def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, 
     tracker.log(protocol.final(state.frozen, data, cfg.evaluation, state.search, cfg.seed), state.step)
     if cfg.init is None:  # else a run starts from what another has learned
         tracker.log(protocol.untrained(state.untrained(), data, cfg.evaluation, state.search, cfg.seed), step=0)
+    if not state.ranks.first:
+        return
     tracker.sync()  # as before each save
     figures = {key: value for key, value in tracker.record.metrics.items() if key.startswith(("val/", "test/"))}
     save_encoder(

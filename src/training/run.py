@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
 from omegaconf import OmegaConf
 
-from src import build
 from src.config import identity, schema
 from src.config.names import colour_of
 from src.config.schema import Config
@@ -26,13 +26,15 @@ from src.evaluation.protocol import warn_of_few_neighbours
 from src.runs import directory as run_directory
 from src.runs import mlflow_store, origin
 from src.runs.record import METRICS, Record
-from src.runs.tracker import COLOUR_TAG, Tracker, catch_up
+from src.runs.tracker import COLOUR_TAG, NoTracker, Tracker, catch_up
 from src.system.atomic_write import write_whole
 from src.system.environment import conditions, environment_tags
 from src.system.redact import hide_in_settings, one_line
-from src.system.stopping import Stopper
-from src.training import loop
+from src.system.stopping import Stopped, Stopper
+from src.training import distributed, loop
 from src.training.state import TrainState
+
+LARGEST_FOR_SMALL_STEM = 64  # pixels a side
 
 logger = logging.getLogger(__name__)
 
@@ -62,23 +64,26 @@ def run(
         CannotWrite: the disk is full or broken; the last checkpoint is kept.
         Stopped: by a signal (128 + its number) or by ``max_minutes`` (75); the same command continues.
     """
-    device = build.device(cfg.device)  # refuses a GPU that is not there before images are decoded
-    data = load(cfg.data).on(device)
+    ranks = distributed.join(cfg.device)  # refuses a GPU that is not there before images are decoded
+    data = load(cfg.data).on(ranks.device)
     cfg.data.fingerprint = data.fingerprint  # a run is its settings and its images
     check_batch_size(cfg.batch_size, data.train)
-    state = TrainState(cfg, data)
+    ranks.check(cfg)
+    state = TrainState(cfg, data, ranks)
     refuse_unfillable(cfg, len(data.train))
     warn_of_doubtful(cfg, len(data.train))
     warn_of_few_neighbours(cfg.evaluation, data)
     origin.identify(cfg)
     tags = {"init.taken": state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
 
-    directory = run_directory.choose(cfg)
-    if cfg.tracking.name == "mlflow":
+    directory = ranks.told(run_directory.choose(cfg))
+    if cfg.tracking.name == "mlflow" and ranks.first:
         mlflow_store.check(cfg.tracking.experiment)  # refuses what is no store before the directory is made
-    with run_directory.exclusive(directory, run_directory.PATIENCE), Stopper(cfg.max_minutes) as stopper:
-        if run_directory.is_finished(directory, cfg):
-            catch_up(directory, cfg.tracking)
+    hold = run_directory.exclusive(directory, run_directory.PATIENCE) if ranks.first else nullcontext()
+    with hold, Stopper(cfg.max_minutes) as stopper:
+        if ranks.told(run_directory.is_finished(directory, cfg)):
+            if ranks.first:
+                catch_up(directory, cfg.tracking)
             if changes := changed_protocol(cfg, directory):
                 logger.warning(
                     "%s was evaluated otherwise (%s): python -m src.evaluate checkpoint=%s adds other figures",
@@ -91,11 +96,12 @@ def run(
             tags["evaluation_changed"] = f"{changes} at step {state.step}"
             logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, changes)
         dtype = str(state.dtype).removeprefix("torch.")
-        now = conditions(str(state.device), dtype)
+        now = conditions(str(state.device), dtype) | {"processes": str(ranks.count)}
         if resumed:
             warn_of_other_conditions(directory, now, state.step)
+        ranks.check_same(state.method, images=data.fingerprint, step=state.step)
         config = identity.flat(cfg)
-        tracker = Tracker(
+        tracker = (Tracker if ranks.first else NoTracker)(
             directory,
             cfg.tracking,
             params=config | state.sizes() | {"skipped_images": data.skipped},
@@ -110,17 +116,20 @@ def run(
         )
         tracker.record.continue_under(now, state.step)
         kept = OmegaConf.to_yaml(OmegaConf.create(hide_in_settings(identity.without_neutral(cfg))))
-        write_whole(directory / "config.yaml", kept.encode())
+        if ranks.first:
+            write_whole(directory / "config.yaml", kept.encode())
         started = f"started from {cfg.init} ({tags['init.taken']})," if cfg.init is not None else "started"
         print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+        together = trained = False  # whether all ranks end at one place
         try:
             loop.pretrain(state, data, tracker, stopper, directory, should_prune, illustrate)
+            trained = True
             with stopper.at_once():
                 loop.finish(state, data, tracker, directory, draw)
-            status = "FINISHED"
-        except (KeyboardInterrupt, SystemExit):
-            status = "KILLED"
+            status, together = "FINISHED", True
+        except (KeyboardInterrupt, SystemExit) as end:
+            status, together = "KILLED", isinstance(end, Stopped) and not trained
             if stopper.pruned:
                 tracker.record.tags["pruned"] = "true"
             raise
@@ -134,6 +143,8 @@ def run(
             if status == "KILLED":
                 then = "pruned: other trials are far better" if stopper.pruned else "the same command continues"
                 print(f"{directory}: stopped at step {state.step}; {then}", flush=True)
+            if together:
+                ranks.leave()
         return say_result(directory)
 
 
@@ -198,6 +209,11 @@ def warn_of_doubtful(cfg: Config, images: int) -> None:
         logger.warning(
             "schedule.warmup_epochs=%g: not shorter than epochs=%d, so the learning rate only ever warms up",
             *(cfg.schedule.warmup_epochs, cfg.epochs),
+        )
+    if cfg.data.image_size > LARGEST_FOR_SMALL_STEM and cfg.backbone.stem in ("small", "small_padded"):
+        logger.warning(
+            "backbone.stem=%s: keeps all %d x %d pixels, 16 times the work of backbone.stem=large",
+            *(cfg.backbone.stem, cfg.data.image_size, cfg.data.image_size),
         )
     if cfg.queue_size is not None and cfg.queue_size > images:
         logger.warning(

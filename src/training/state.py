@@ -19,6 +19,7 @@ from src.runs import checkpoint
 from src.system.redact import one_line
 from src.system.seeding import seed_everything
 from src.training import optim
+from src.training.distributed import Ranks
 
 
 class TrainState:
@@ -27,16 +28,18 @@ class TrainState:
     Args:
         cfg: the run's config.
         data: tells the number of classes and the normalisation.
+        ranks: the processes that train it together; None: this one alone.
     """
 
-    def __init__(self, cfg: Config, data: Dataset) -> None:
+    def __init__(self, cfg: Config, data: Dataset, ranks: Ranks | None = None) -> None:
         self.cfg = cfg
-        self.device = build.device(cfg.device)
+        self.ranks = ranks or Ranks(build.device(cfg.device))
+        self.device = self.ranks.device
         self.dtype = build.precision(cfg.precision, self.device)
         self.search = build.search(cfg.search, self.device)
         seed_everything(cfg.seed)
         classes = len(data.classes) if data.labelled else 1  # images without labels are of one
-        self.method, features = build.method(cfg, classes, self.search, self.device)
+        self.method, features = build.method(cfg, classes, self.search, self.device, self.ranks.share_out)
         self.classifier = nn.Linear(features, classes).to(self.device)
         self.optimizer = optim.build(cfg.optimizer, self.method, cfg.batch_size)
         # Apart from the method's optimizer: no decay, no adaptation, a learning rate of its own.
@@ -46,7 +49,9 @@ class TrainState:
         self.base_lrs = {
             each: [group["lr"] for group in each.param_groups] for each in (self.optimizer, self.classifier_optimizer)
         }
-        self.frozen = FrozenEncoder(self.method.encoder, data.mean, data.std, self.device, self.dtype)
+        self.frozen = self.ranks.frozen(self.method.encoder, data.mean, data.std, self.dtype)
+        # For what the first rank does by itself.
+        self.frozen_here = FrozenEncoder(self.method.encoder, data.mean, data.std, self.device, self.dtype)
         self.step = 0
         self.served = False  # whether the support set has given any positive
         self.seconds = 0.0  # spent in the current epoch
@@ -111,7 +116,7 @@ class TrainState:
         seed_everything(self.cfg.seed)
         encoder, _ = build.encoder(self.cfg.backbone, self.cfg.data.image_size)
         encoder.to(self.device).to(memory_format=torch.channels_last)
-        return FrozenEncoder(encoder, self.frozen.mean, self.frozen.std, self.device, self.dtype)
+        return self.ranks.frozen(encoder, self.frozen.mean, self.frozen.std, self.dtype)
 
     def encoder_weights(self) -> dict[str, Tensor]:
         """The encoder's state dict, on the CPU, contiguous."""

@@ -44,9 +44,10 @@ def test_every_option_of_every_group_composes(group, option):
 @pytest.mark.parametrize("method", ["simclr", "nnclr", "kmclr"])
 def test_every_experiment_composes_with_every_method_unless_it_names_one(experiment, method):
     teachers = {"simclr": "byol", "nnclr": "mnn", "kmclr": "mnn_prototypes"}
-    named = experiment.removeprefix("original_") if experiment.startswith("original_") else None
+    names_one = experiment.startswith(("original_", "imagenet_"))
+    named = experiment.rpartition("_")[2] if names_one else None
     named = {"mnn": "mnn", "teacher": teachers[method]}.get(experiment, named)  # which choose the objective
-    cfg = parsed(f"experiment={experiment}", *([] if experiment.startswith("original_") else [f"method={method}"]))
+    cfg = parsed(f"experiment={experiment}", *([] if names_one else [f"method={method}"]))
     assert cfg.method.name == (named or method)
 
 
@@ -172,6 +173,16 @@ def test_what_the_parts_do_not_have_is_refused(overrides, says):
 def test_a_window_smaller_than_k_is_refused():
     with pytest.raises(UsageError, match="refit_window=100: must hold k=400"):
         parsed("support.refit=faiss", "support.refit_window=100")
+
+
+def test_imagenet_has_the_settings_of_the_paper():
+    """NNCLR's, section 4.1, which are published for 224 pixels and a batch of 4,096."""
+    cfg = parsed("experiment=imagenet_kmclr", "data.root=images")
+    assert (cfg.backbone.name, cfg.backbone.stem, cfg.data.image_size) == ("resnet50", "large", 224)
+    assert (cfg.batch_size, cfg.epochs, cfg.schedule.warmup_epochs) == (4096, 1000, 10)
+    assert (cfg.optimizer.name, cfg.optimizer.lr, cfg.optimizer.weight_decay) == ("lars", 0.3, 1e-6)
+    assert (cfg.projector.hidden, cfg.projector.out, cfg.objective.predictor_hidden) == ([2048, 2048], 256, 4096)
+    assert (cfg.method.name, cfg.k) == ("kmclr", 4000)
 
 
 def test_evaluate_composes_and_needs_no_data():

@@ -61,6 +61,18 @@ def images(count, height=32, width=32, seed=0):
     return noise
 
 
+def test_the_parts_of_a_batch_have_the_views_of_the_whole():
+    def view(number, parts):
+        torch.manual_seed(5)
+        made = ViewMaker(EVERYTHING, "bicubic", 32, MEAN, STD, part=(number, parts))(images(6).chunk(parts)[number])
+        return made, torch.rand(1)  # what the next view draws is the same, too
+
+    whole, then = view(0, 1)
+    parts, thens = zip(*(view(number, 3) for number in range(3)), strict=True)
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
+    assert all(each == then for each in thens)
+
+
 def by_torchvision(image, params, row, size, mode, radius):
     """What torchvision makes of one uint8 image, given the draws of that row."""
     top, left, height, width = params.box[row].int().tolist()

@@ -63,6 +63,15 @@ def test_start_resumes_inside_an_epoch(start):
         assert all(map(torch.equal, resumed, original))
 
 
+def test_of_each_batch_only_the_wanted_images_are_read():
+    whole = list(epoch_batches(split_of(50), 8, 3, 5, "cpu"))
+    rest = list(epoch_batches(split_of(50), 8, 3, 5, "cpu", rows=slice(2, 5)))
+    for part, batch in zip(rest, whole, strict=True):
+        assert torch.equal(part.images, batch.images[2:5])
+        assert torch.equal(part.labels, batch.labels)
+        assert torch.equal(part.ids, batch.ids)
+
+
 def test_streamed_batches_are_the_same(monkeypatch):
     split = split_of(50)
     direct = list(epoch_batches(split, 8, 3, 5, "cpu", start=1))

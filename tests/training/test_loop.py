@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from src import build, cli, models
+from src.config.parse import parse
 from src.errors import CannotWrite, Collapsed, Diverged, UsageError
 from src.reporting import curves
 from src.reporting.rows import summarise
@@ -627,6 +628,14 @@ def test_doubtful_settings_are_warned_of(run, caplog):
     run("method=kmclr", "k=7", "epochs=1", "support.refit=faiss", directory="refit")
     assert "support.refit_window=16384: 576 embeddings between two resets never fill it" in caplog.text
     assert "schedule.warmup_epochs=2: not shorter than epochs=1" in caplog.text
+
+
+@pytest.mark.parametrize(("size", "stem", "warns"), [(224, "small", True), (224, "large", False), (64, "small", False)])
+def test_a_stem_that_keeps_every_pixel_of_a_large_image_is_warned_of(caplog, size, stem, warns):
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        cfg = parse(compose("train", overrides=[f"data.image_size={size}", f"backbone.stem={stem}"]))
+    run_module.warn_of_doubtful(cfg, 50_000)
+    assert ("backbone.stem=small: keeps all 224 x 224 pixels, 16 times the work" in caplog.text) == warns
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,381 @@
+"""One run on several devices: a process, called a rank, for each of them, started by ``torchrun``.
+
+The encoder works on the rank's own share of the batch, and its features are gathered. From there on every rank does the
+same arithmetic on the whole batch: heads, lookup, loss, support set and online classifier are the same everywhere, and
+methods and support sets need not know that there are ranks. Since every rank computes the complete loss, the gradient
+of its own rows is exact, and the sum over the ranks is the encoder's gradient.
+
+With one process, which no launcher has started, nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from src import build
+from src.config.schema import Config
+from src.data.splits import Split
+from src.errors import RankLost, RunFailed, UsageError
+from src.evaluation.probes import Features, FrozenEncoder
+from src.system.environment import is_rank
+
+T = TypeVar("T")
+_left = threading.Event()  # set when this rank has no more need of the others
+
+# A collective waits as long as it takes, for one rank may decode images for an hour: `_Pulse` finds out who has died.
+PATIENCE = timedelta(days=7)
+BEAT_SECONDS, SILENT_BEATS = 2.0, 10
+LOST = (
+    "another process of this run has ended, so this one ends too; the same command continues from the last checkpoint"
+)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, seen from one of them. Those without a group are one process."""
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+    group: dist.ProcessGroup | None = None  # for words between the hosts, beside the devices' own traffic
+    _pending: list[tuple[Any, Tensor]] = field(default_factory=list)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that prints, logs, holds the run's directory and saves."""
+        return self.rank == 0
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which of how many equal parts of a batch is this rank's."""
+        return self.rank, self.count
+
+    def rows(self, batch_size: int) -> slice:
+        """Which rows of a batch these are."""
+        share = batch_size // self.count
+        return slice(share * self.rank, share * (self.rank + 1))
+
+    def check(self, cfg: Config) -> None:
+        """Refuse what several ranks cannot do.
+
+        Raises:
+            UsageError: the batch has no equal shares, or the networks are to be compiled.
+        """
+        if cfg.batch_size % self.count:
+            raise UsageError(f"batch_size={cfg.batch_size}: has no {self.count} equal shares; choose a multiple")
+        if cfg.compile and self.count > 1:
+            raise UsageError("compile=true: works in one process only; choose compile=false")
+
+    def share_out(self, encoder: nn.Module) -> nn.Module:
+        """Let an encoder be given each rank's rows, and return the features of the whole batch while it trains.
+
+        Its batch norm takes the statistics of the whole batch. The keys of its state dict stay.
+
+        Raises:
+            UsageError: it has batch norms that cannot be taken over the whole batch.
+        """
+        if self.group is None:
+            return encoder
+        if self.device.type == "cuda":
+            from timm.layers import convert_sync_batchnorm
+
+            encoder = convert_sync_batchnorm(encoder)
+        else:
+            _replace_batch_norms(encoder)
+        encoder.register_forward_hook(_gather_features)  # a copy of the encoder, such as a teacher, has it too
+        return encoder
+
+    def sum_gradients(self, encoder: nn.Module) -> None:
+        """Make each rank's gradient, of its own rows, that of the whole batch."""
+        if self.group is None:
+            return
+        gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
+        with _together():
+            total = torch.cat([each.flatten() for each in gradients])
+            dist.all_reduce(total)
+        for each, summed in zip(gradients, total.split([each.numel() for each in gradients]), strict=True):
+            each.copy_(summed.view_as(each))
+
+    def agree(self, status: int, *, wait: bool = False) -> int:
+        """The highest status that any rank gave, the same for all of them, so that they stop at the same step.
+
+        Args:
+            status: of this rank.
+            wait: for the other ranks; otherwise the answer is the one to the call before, and no step waits for it.
+        """
+        if self.group is None:
+            return status
+        with _together():
+            highest = torch.tensor(status)
+            self._pending.append((dist.all_reduce(highest, dist.ReduceOp.MAX, self.group, async_op=True), highest))
+            known = 0
+            while len(self._pending) > (0 if wait else 1):
+                work, highest = self._pending.pop(0)
+                work.wait()
+                known = max(known, int(highest))
+        return known
+
+    def told(self, value: T) -> T:
+        """What the first rank says."""
+        if self.group is None:
+            return value
+        said = [value]
+        with _together():
+            dist.broadcast_object_list(said, group=self.group, group_src=0)
+        return said[0]
+
+    def check_same(self, *modules: nn.Module, **values: object) -> None:
+        """Refuse to go on where ranks would not do the same arithmetic.
+
+        Args:
+            modules: their weights, statistics and stored vectors have to be the same.
+            values: so have these; the line calls them by their keywords.
+
+        Raises:
+            RunFailed: a rank has others than the first.
+        """
+        if self.group is None:
+            return
+        found: list[Any] = [None] * self.count
+        with _together():
+            dist.all_gather_object(found, values | {"weights and support set": checksum(*modules)}, self.group)
+        for rank, theirs in enumerate(found):
+            for name, value in theirs.items():
+                if value != found[0][name]:
+                    raise RunFailed(
+                        f"rank {rank} differs from rank 0 in its {name} ({value}, not {found[0][name]}): "
+                        "all ranks need the same code, images, folders and kind of device"
+                    )
+
+    def leave(self) -> None:
+        """Wait for the other ranks: the launcher would end one that still saves if another had ended with a status."""
+        if self.group is not None:
+            with _together():
+                dist.barrier(self.group)
+            _left.set()
+
+    def frozen(self, encoder: nn.Module, mean: list[float], std: list[float], dtype: torch.dtype) -> FrozenEncoder:
+        """The encoder for evaluation, to which every rank contributes."""
+        kind = FrozenEncoder if self.group is None else _SharedEncoder
+        return kind(encoder, mean, std, self.device, dtype)
+
+
+class _SharedEncoder(FrozenEncoder):
+    """Each rank encodes every so many-th block of images, and has the features of all of them."""
+
+    def features(self, split: Split, batch_size: int = 512) -> Features:
+        blocks, count = list(split.blocks(batch_size)), dist.get_world_size()
+        found: list[Tensor] = []
+        for start in range(0, len(blocks), count):
+            turn = blocks[start : start + count]
+            mine = super().features(turn[min(dist.get_rank(), len(turn) - 1)], batch_size).x_NF
+            whole = mine.new_zeros(batch_size, mine.shape[1])
+            whole[: len(mine)] = mine
+            found += [x_NF[: len(block)] for x_NF, block in zip(_gather(whole).split(batch_size), turn, strict=False)]
+        return Features(torch.cat(found), split.labels.to(self.device))
+
+
+def checksum(*modules: nn.Module) -> int:
+    """Of all weights, statistics and stored vectors: what ranks must have in common."""
+    total = 0
+    for module in modules:
+        for key, value in module.state_dict().items():
+            if isinstance(value, Tensor):
+                content: Any = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            else:
+                content = repr(value).encode()
+            total = zlib.crc32(content, zlib.crc32(key.encode(), total))
+    return total
+
+
+def join(device: str) -> Ranks:
+    """Find the other ranks of this run, on the given kind of device; a process that no launcher started is alone.
+
+    With ``cuda`` or ``auto`` each takes the GPU of its number on its machine. All but the first fall silent.
+
+    Raises:
+        UsageError: a GPU is asked for that is not there.
+    """
+    if not is_rank():
+        return Ranks(build.device(device))
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    wanted = build.device(device)
+    if wanted.type == "cuda":
+        wanted = build.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    if not dist.is_initialized():
+        backend = "nccl" if wanted.type == "cuda" else "gloo"
+        with _together():
+            dist.init_process_group(backend, store=_store(), rank=rank, world_size=count, timeout=PATIENCE)
+        _Pulse(rank, count).start()
+        atexit.register(dist.destroy_process_group)
+    if rank:
+        logging.disable(logging.WARNING)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    with _together():
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    return Ranks(wanted, rank, count, group)
+
+
+def is_first_to_say() -> bool:
+    """Whether no other rank has said why the run ends; from then on, this one has."""
+    if not is_rank():
+        return True
+    try:
+        return _store().add("said", 1) == 1
+    except RuntimeError:  # the store went with the rank that kept it
+        return True
+
+
+@cache
+def _store() -> Any:
+    return next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))[0]
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what torch raises where a connection is closed
+        raise RankLost(LOST) from error
+
+
+class _Pulse(threading.Thread):
+    """Notices within 30 seconds that another rank is gone, also where a device's collective would wait for ever.
+
+    Every rank counts up a number of its own in the store that they share. The first rank looks at all of them, and says
+    when one stands still; the others look at the first.
+    """
+
+    def __init__(self, rank: int, count: int) -> None:
+        super().__init__(daemon=True, name="pulse")
+        self.rank, self.watched = rank, range(count) if rank == 0 else range(1)
+        self.store = _store().clone()
+
+    def run(self) -> None:
+        seen = dict.fromkeys(self.watched, (0, 0))  # a rank's number, and for how many beats it has been that
+        while not _left.wait(BEAT_SECONDS):
+            try:
+                self.store.add(f"pulse/{self.rank}", 1)
+                for each, (before, beats) in seen.items():
+                    number = self.store.add(f"pulse/{each}", 0)
+                    seen[each] = (number, beats + 1 if number == before else 0)
+                if any(beats >= SILENT_BEATS for _, beats in seen.values()):
+                    self.store.add("lost", 1)
+                lost = self.store.add("lost", 0) > 0
+            except RuntimeError:
+                lost = True
+            if lost and not _left.is_set():
+                if is_first_to_say():
+                    print(f"error: {LOST}", file=sys.stderr, flush=True)
+                os._exit(RankLost.status)  # the main thread may wait in a collective for ever
+
+
+class _Gather(Function):
+    """The rows of all ranks, in their order. Backwards, a rank's own rows get their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:  # noqa: ARG004
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        with _together():
+            dist.all_gather(gathered, own)
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+class _Sum(Function):
+    """The sum over the ranks. Backwards it is a sum, too: what every rank made of it depends on this rank's part."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:  # noqa: ARG004
+        total = own.clone()
+        with _together():
+            dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradient)
+
+
+def _gather(own: Tensor) -> Tensor:
+    return _Gather.apply(own.contiguous())
+
+
+def _gather_features(encoder: nn.Module, _: Any, features: Tensor) -> Tensor:
+    return _gather(features) if encoder.training else features
+
+
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """`torch.nn.SyncBatchNorm` for CPUs, which that one refuses: the statistics are those of all ranks' rows.
+
+    All ranks must have as many rows. The arithmetic is float32.
+    """
+
+    @classmethod
+    def of(cls, module: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
+        made = cls(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+        made.load_state_dict(module.state_dict())
+        return made.train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, ...] of this rank to the same shape."""
+        if not self.training:
+            return super().forward(x)
+        wide = x.float()
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        shape = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = _Sum.apply(wide.sum(axes)) / count
+        centred = wide - mean.view(shape)
+        variance = _Sum.apply(centred.square().sum(axes)) / count
+        if self.track_running_stats:
+            self._track(mean.detach(), variance.detach() * count / (count - 1))
+        normal = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            normal = normal * self.weight.view(shape) + self.bias.view(shape)
+        return normal.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, rate)
+        self.running_var.lerp_(variance, rate)
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's name
+        pass
+
+
+def _replace_batch_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if not isinstance(child, nn.modules.batchnorm._BatchNorm):
+            _replace_batch_norms(child)
+        elif type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            setattr(module, name, GlobalBatchNorm.of(child))
+        else:
+            raise UsageError(
+                f"backbone: its {type(child).__name__} cannot span several CPU processes; train with one, or on GPUs"
+            )

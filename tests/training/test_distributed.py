@@ -1,0 +1,213 @@
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from src import build
+from src.errors import UsageError
+from src.runs import checkpoint
+from src.runs.record import METRICS, Record
+from src.training import distributed
+from src.training.distributed import GlobalBatchNorm, Ranks
+from tests.config.test_schema import parsed
+from tests.conftest import PROJECT
+from tests.training.test_loop import assert_same_run, history
+
+KILLS = int(os.environ.get("KILLS", "1"))  # of each kind; patience may want more
+CPU = torch.device("cpu")
+SUPPORTS = {
+    "simclr": ["method=simclr"],
+    "nnclr": ["method=nnclr", "queue_size=50", "objective=published"],
+    "kmclr": ["method=kmclr", "k=7", "support.forget_every=2", "support.revive_after=1"],
+    "teacher": ["method=nnclr", "queue_size=50", "objective=teacher"],
+}
+
+
+@pytest.fixture
+def tiny(cache_dir):
+    """Three epochs of five steps on digits of 8 pixels."""
+    return [
+        *("experiment=demo", "epochs=3", "batch_size=32", "data.limit=160", "data.image_size=8"),
+        *("projector.hidden=[32]", "projector.out=16", "evaluation.every=3", "evaluation.epochs=2"),
+        *("tracking=jsonl", "tracking.log_every=1", "checkpoint.every=1", "precision=float32", "device=cpu"),
+        f"data.cache_dir={cache_dir}",
+    ]
+
+
+def start(folder, *command, ranks=2):
+    """A module's command line in the test's folder, by torchrun where there is more than one rank."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *torchrun, "-m", *command],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def ranks_of(process):
+    """The ids of the processes that torchrun has started, in the order of their ranks."""
+    return [int(each) for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def wait_for_rows(folder, process, count):
+    metrics = folder / METRICS
+    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < count):
+        time.sleep(0.003)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_process(tmp_path, tiny):
+    """All support sets, and a teacher, after 15 steps of float64: weights, statistics, what is stored, every figure."""
+    cases = {name: [*overrides, *tiny] for name, overrides in SUPPORTS.items()}
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    for folder, ranks in (("one", 1), ("two", 2)):
+        finish(start(tmp_path, "tests.training.in_ranks", str(tmp_path), folder, ranks=ranks))
+    for name in cases:
+        one, two = tmp_path / "one" / name, tmp_path / "two" / name
+        assert history(two) == pytest.approx(history(one), rel=1e-6)
+        ours, theirs = (checkpoint.load_latest(each / "checkpoints")[1]["model"] for each in (one, two))
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            if torch.is_tensor(value):
+                torch.testing.assert_close(theirs[key], value, rtol=1e-8, atol=1e-8, msg=f"{name} {key}")
+        assert [Record.load(each).conditions[-1]["processes"] for each in (one, two)] == ["1", "2"]
+
+
+@pytest.mark.slow
+def test_ranks_killed_and_continued_are_the_unbroken_ones(tmp_path, tiny):
+    """Bit for bit; a rank that survives another says so in one line, within 30 seconds."""
+    arguments = ["src.train", *tiny, *SUPPORTS["kmclr"]]
+    finish(start(tmp_path, *arguments, "output_dir=unbroken"))
+    rng = random.Random(KILLS)
+    for turn in range(2 * KILLS):
+        process = start(tmp_path, *arguments, "output_dir=broken")
+        wait_for_rows(tmp_path / "broken", process, rng.randrange(2, 15))
+        ids = ranks_of(process)
+        killed = ids if turn % 2 else [rng.choice(ids)]
+        for each in killed:
+            os.kill(each, signal.SIGKILL)
+        end = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        assert process.returncode
+        assert time.monotonic() - end < 30
+        said = re.findall(r"^error: .*", err, re.MULTILINE)
+        assert said == ([f"error: {distributed.LOST}"] if len(killed) == 1 else [])
+    out, _ = finish(start(tmp_path, *arguments, "output_dir=broken"))
+    assert len(re.findall(r"(started|continued) at step", out)) == 1  # only the first rank prints
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
+@pytest.mark.slow
+def test_ranks_stop_at_one_step_and_one_process_continues(tmp_path, tiny):
+    """The signal comes to the rank that does not save."""
+    arguments = ["src.train", *tiny, *SUPPORTS["nnclr"], "epochs=500", "evaluation.every=500", "output_dir=run"]
+    process = start(tmp_path, *arguments)
+    wait_for_rows(tmp_path / "run", process, 3)
+    os.kill(ranks_of(process)[1], signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert "the same command continues" in out
+    assert "exitcode  : 143" in err
+    record = Record.load(tmp_path / "run")
+    assert record.status == "KILLED"
+    step = checkpoint.load_latest(tmp_path / "run" / "checkpoints")[1]["step"]
+    assert f"stopped at step {step};" in out
+
+    out, err = start(tmp_path, *arguments, "max_minutes=0.01", ranks=1).communicate(timeout=60)
+    assert f"continued at step {step}" in out
+    assert "processes was 2 and is 1, so the end differs by roundings from that of an unbroken run" in err
+    assert Record.load(tmp_path / "run").conditions[-1]["processes"] == "1"
+
+
+def test_what_ranks_cannot_do_is_refused():
+    two = Ranks(CPU, 1, 2)
+    assert two.rows(10) == slice(5, 10)
+    with pytest.raises(UsageError, match="batch_size=33: has no 2 equal shares; choose a multiple"):
+        two.check(parsed("batch_size=33"))
+    with pytest.raises(UsageError, match="compile=true: works in one process only"):
+        two.check(parsed("compile=true"))
+    Ranks(CPU).check(parsed("batch_size=33", "compile=true"))
+
+
+def test_a_sweep_is_not_started_by_torchrun(command):
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = command("src.train", "--multirun", "k=2,3", environment=rank)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr == "error: --multirun: a sweep starts its jobs itself; leave out torchrun, which is for one run\n"
+    )
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.new_group(backend="gloo")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (6, 4, 3, 3)])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_the_batch_norm_of_cpus_is_torchs(group, shape, momentum):
+    """Of one rank; what it is of several, the trainings show."""
+    kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
+    theirs = kinds[len(shape)](4, momentum=momentum)
+    nn.init.normal_(theirs.weight)
+    ours = GlobalBatchNorm.of(theirs)
+    for module in (ours, theirs):
+        torch.manual_seed(1)
+        for _ in range(3):
+            x = torch.randn(shape, requires_grad=True)
+            y = module(x + 2)
+            (y * torch.randn(shape)).sum().backward()
+        module.seen = [y, x.grad, module.weight.grad, module.bias.grad, module.eval()(x), *module.buffers()]
+    for mine, reference in zip(ours.seen, theirs.seen, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_an_encoder_of_ranks_has_its_keys_and_gathers_while_it_trains(group):
+    encoder, _ = build.encoder(parsed("backbone=resnet_tiny").backbone, 8)
+    keys = encoder.state_dict().keys()
+    shared = Ranks(CPU, 0, 1, group).share_out(encoder)
+    assert shared.state_dict().keys() == keys
+    kinds = {type(each) for each in shared.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)}
+    assert kinds == {GlobalBatchNorm}
+    images = torch.randn(4, 3, 8, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert shared(images).shape == shared.eval()(images).shape
+
+
+class NormAndReLU(nn.BatchNorm2d):
+    """Which plain batch norm cannot stand for."""
+
+
+def test_a_batch_norm_of_another_kind_is_refused(group):
+    with pytest.raises(UsageError, match="backbone: its NormAndReLU cannot span several CPU processes"):
+        Ranks(CPU, 0, 1, group).share_out(nn.Sequential(nn.Sequential(NormAndReLU(3))))
+
+
+def test_checksums_tell_states_apart():
+    one, other = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    assert distributed.checksum(one) == distributed.checksum(other)
+    assert distributed.checksum(one, other) != distributed.checksum(one)
+    other.running_mean[2] += 1e-6
+    assert distributed.checksum(one) != distributed.checksum(other)
