@@ -31,7 +31,8 @@ def finished(tmp_path_factory):
         cfg = compose("train", overrides=[
             "experiment=demo", "method=kmclr", "k=5", "epochs=1", "data.limit=200", "batch_size=64",
             f"data.cache_dir={folder}/cache", f"output_dir={folder}/run", "tracking=jsonl", "precision=float32",
-            "projector.hidden=[32]", "projector.out=16", "evaluation.epochs=5",
+            "projector.hidden=[32]", "projector.out=16", "evaluation.epochs=5", "evaluation.knn_k=[10,20,50,200]",
+            "data.image_size=32", "evaluation.pictures=false",
         ])  # fmt: skip
     cli.pretrain(cfg)
     return folder / "run"
@@ -145,7 +146,7 @@ def test_two_sets_of_a_layout_have_metrics_of_their_own(finished, tmp_path, layo
 def test_a_runs_own_images_may_have_moved_but_not_changed(tmp_path, small):
     root = write_set("image_folder", tmp_path / "images")
     images = ["data=image_folder", f"data.root={root}", f"data.cache_dir={tmp_path}/c", "data.limit=null"]
-    more = ["batch_size=8", "epochs=1", "tracking=jsonl", f"output_dir={tmp_path}/run"]
+    more = ["k=5", "batch_size=8", "epochs=1", "tracking=jsonl", f"output_dir={tmp_path}/run"]
     cli.pretrain(composed(*small, *images, *more))
     before = Record.load(tmp_path / "run").metrics
     root = root.rename(tmp_path / "moved")
