@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed-$(FAISS)
 TRAIN := $(BIN)/python -m src.train
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-next bench reliability check format ui clean
+.PHONY: help setup demo test test-fast test-next bench reliability clusters check format ui clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,10 @@ CAMPAIGNS := kills signals faults servers together soak
 reliability: setup ## Kills, signals, full disks, lost servers, a soak: an hour; figures in results/reliability.md
 	dir=$$(mktemp -d) && for each in $(CAMPAIGNS); do $(BIN)/python -m scripts.reliability.$$each $$dir/$$each || exit; done
 	CASES=600 $(PYTEST) tests/test_cli.py tests/data/test_damage.py
+
+clusters: setup ## Sweeps on a real SLURM and a real Ray, started on this machine; needs root and Debian's slurm-wlm
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) '.[slurm,ray]'
+	dir=$$(mktemp -d) && $(BIN)/python -m scripts.reliability.clusters $$dir
 
 check: setup ## Lint, formatting, types, and which file may import which
 	$(BIN)/ruff check .

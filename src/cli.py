@@ -34,11 +34,10 @@ from src.errors import RunFailed, UsageError
 from src.runs import origin
 from src.sweeps import plugins
 from src.sweeps.dry_run import preview
-from src.sweeps.launcher import JobFailed, refuse_foreign_sweeper
+from src.sweeps.launcher import refuse_foreign_sweeper
 from src.system.environment import is_rank
 from src.system.output import lost_reader, outlive_readers
 from src.system.redact import one_line, redact, redact_output
-from src.system.stopping import Stopped
 
 OF_THE_SWEEP = ("jobs", "dry_run", "max_minutes")  # keys that concern a sweep as a whole
 LONGEST = 600  # characters of a line for people
@@ -117,10 +116,8 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
             fail(f"{argument}: has no effect; a run's folder is output_dir")
 
     def task(composed: DictConfig) -> Any:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper collects how its jobs end
-            if main is pretrain:
-                refuse_foreign_sweeper(HydraConfig.get())
-            return _job(main, composed)
+        if HydraConfig.get().mode == RunMode.MULTIRUN and main is pretrain:
+            refuse_foreign_sweeper(HydraConfig.get())
         if "sweep" in HydraConfig.get().runtime.choices and not composed.tracking.parent:
             fail(f"+sweep={HydraConfig.get().runtime.choices['sweep']}: a sweep is many runs; add --multirun")
         with _explained():  # here, because Hydra would print a line of its own first
@@ -221,15 +218,6 @@ def _lack_of_memory(error: BaseException | None) -> BaseException | None:
     while error and not (isinstance(error, kinds) and _LACKS_MEMORY.search(repr(error))):
         error = error.__context__
     return error
-
-
-def _job(main: Callable[[DictConfig], Any], composed: DictConfig) -> Any:
-    try:
-        return main(composed)
-    except Stopped as end:  # launchers carry exceptions, but would end with this one
-        raise JobFailed("stopped; the same command continues", int(end.code or 0)) from None
-    except RunFailed as failure:
-        raise JobFailed(str(failure), failure.status) from None
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

@@ -37,13 +37,6 @@ def explain_composition(error: Exception) -> str:
     message = str(error)
     if isinstance(error, YAMLError | UnicodeDecodeError):
         return f"a config file is not YAML in UTF-8: {message}"
-    if re.search(r"Could not (find|load) 'hydra/launcher/submitit_(slurm|local)'", message):
-        return "hydra/launcher: SLURM needs submitit: pip install --constraint constraints.txt '.[slurm]'"
-    if "hydra_plugins.hydra_ray_launcher" in message:
-        return (
-            "hydra/launcher=ray: needs Ray and its launcher: pip install --constraint constraints.txt '.[ray]' && "
-            "pip install --no-deps hydra-ray-launcher==1.2.2"
-        )
     if missing := re.search(r"Could not find '([\w./-]+)/([^']*)'", message):
         group, option = missing.groups()
         options = re.findall(r"^\t(\S+)$", message, re.MULTILINE)

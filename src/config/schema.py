@@ -278,11 +278,11 @@ class Config:
     precision: Annotated[str, one_of("auto", "float32", "bfloat16")]
     compile: bool
     resume: Annotated[str, one_of("auto", "never")]
-    jobs: Count
     dry_run: bool
     on_collapse: Annotated[str, one_of("warn", "stop")] = "warn"
     output_dir: str | None = None
     max_minutes: Positive | None = None
+    jobs: Count | None = None
     k: Count | None = None
     queue_size: Natural | None = None
     init: str | None = None  # a run's folder, a checkpoint or an encoder's file, to start from

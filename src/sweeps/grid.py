@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobStatus
-from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, flag_override
+from omegaconf import DictConfig
 
 from src.config import identity
 from src.config.explain import explain_key
@@ -23,10 +20,12 @@ from src.config.renamed import new_name
 from src.errors import UsageError
 from src.sweeps.dry_run import preview
 from src.sweeps.jobs import Composer, Job, values
-from src.sweeps.launcher import JobFailed
+from src.sweeps.launcher import JobLauncher
 from src.sweeps.sweep import Sweep
 
 Grid = Mapping[str, Sequence[str]]  # key: its values, as on the command line
+# Worth a word when a job starts, as is all in which the jobs differ.
+SWEPT = {"method", "support", "objective", "k", "queue_size", "seed"}
 
 
 class GridSweeper(Sweeper):
@@ -42,7 +41,7 @@ class GridSweeper(Sweeper):
 
     config: DictConfig
     hydra_context: HydraContext
-    launcher: Launcher
+    launcher: JobLauncher
 
     def __init__(self, params: Mapping[str, Any], union: Sequence[str] = ("",)) -> None:
         self.union = list(union)
@@ -53,8 +52,6 @@ class GridSweeper(Sweeper):
             raise UsageError("hydra.sweep: a sweep's folder is multirun/sweep-NAME-ID; leave hydra.sweep.* out")
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
         self.compose = Composer(hydra_context.config_loader, config)
-        self.launched = 0
-        self.deadline = time.monotonic() + 60 * (config.max_minutes or math.inf)
 
     def sweep(self, arguments: list[str]) -> None:
         """Run what is not finished, and summarise all of it.
@@ -71,14 +68,18 @@ class GridSweeper(Sweeper):
             if not job.cfg:
                 print(f"not possible: {job.error} ({' '.join(job.overrides)})", file=sys.stderr, flush=True)
         if self.config.dry_run:
-            print(preview(legal, self.config.jobs))
+            print(preview(legal, self.jobs_at_a_time(len(legal))))
             sys.exit(2 if len(legal) < len(jobs) else 0)
         name = self.config.hydra.runtime.choices.get("sweep") or "grid"
         hashes = sorted(identity.config_hash(job.cfg) for job in jobs if job.cfg)
         with self.prepare(Sweep(name, hashes, jobs, legal[0].tracking)) as sweep:
             done = sum(job.is_finished for job in jobs)
             print(f"{sweep.directory}: {len(jobs)} jobs, {done} finished already", flush=True)
-            self.launch(sweep, [job for job in jobs if job.cfg and not job.is_finished])
+            pending = [job for job in jobs if job.cfg and not job.is_finished]
+            times = Counter(each for job in pending for each in job.overrides)
+            swept = SWEPT | {each.split("=")[0] for each in times if times[each] < len(pending)}
+            for _ in self.launch(sweep, pending, swept, self.launcher.at_a_time):
+                pass
         sys.exit(sweep.status)
 
     def jobs(self, arguments: list[str]) -> list[Job]:
@@ -118,31 +119,28 @@ class GridSweeper(Sweeper):
             grid[override.get_key_element()] = found
         return grid
 
+    def jobs_at_a_time(self, count: int) -> int:
+        """How many of so many jobs run at once: with ``jobs=null`` one on this machine, all of them on a cluster."""
+        on_a_cluster = self.config.hydra.runtime.choices["hydra/launcher"] != "local"
+        return self.config.jobs or (count if on_a_cluster else 1)
+
     def prepare(self, sweep: Sweep) -> Sweep:
         """Make the launcher, which fails where its package is not installed, before the sweep writes anything."""
-        with flag_override(self.config.hydra, ["struct", "readonly"], False):  # Hydra 1.4 locks this node by itself
-            self.config.hydra.sweep.dir = str(sweep.directory)
-        self.launcher = Plugins.instance().instantiate_launcher(
+        launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
         )
+        if not isinstance(launcher, JobLauncher):
+            choice = self.config.hydra.runtime.choices["hydra/launcher"]
+            raise UsageError(f"hydra/launcher={choice}: returns all results or none; choose local, slurm or ray")
+        self.launcher = launcher
         return sweep
 
-    def launch(self, sweep: Sweep, pending: Sequence[Job]) -> None:
-        """Hand jobs to Hydra's launcher, and note how each ended."""
-        if not pending:
-            return
-        if self.config.max_minutes is not None:  # all jobs together, also of several launches
-            with flag_override(self.config, ["struct", "readonly"], False):
-                self.config.max_minutes = max(self.deadline - time.monotonic(), 0.1) / 60
-        returns = self.launcher.launch(
-            [[*job.overrides, *sweep.overrides(job)] for job in pending], initial_job_idx=self.launched
-        )
-        self.launched += len(pending)
-        for job, returned in zip(pending, returns, strict=True):
-            if returned.status == JobStatus.FAILED:
-                error = returned._return_value  # the property prints before it raises
-                job.error = " ".join(str(error).split()) or type(error).__name__
-                job.status = error.status if isinstance(error, JobFailed) else 1
+    def launch(self, sweep: Sweep, jobs: Iterable[Job], swept: set[str], at_a_time: int | None) -> Iterator[Job]:
+        """Have the launcher run jobs (`JobLauncher.run`); where it was stopped, those that did not start say so."""
+        yield from self.launcher.run(sweep, jobs, swept, at_a_time)
+        for job in sweep.jobs if self.launcher.status else ():
+            if job.cfg and not job.status and not job.is_finished:
+                job.error, job.status = "not started: the sweep was stopped", self.launcher.status
 
 
 def refuse_unused(jobs: Sequence[Job]) -> None:

@@ -1,34 +1,24 @@
-"""``hydra/launcher=local``: each job of a sweep is a process of its own, ``jobs`` of them at a time.
-
-A process a job, rather than a pool that several share: a job that is killed or runs out of memory takes no other with
-it, memory goes back to the system, threads and GPU are set before anything loads, and what runs is the very command
-that a user would type.
-"""
+"""What the launchers have in common: each job is the command ``python -m src.train OVERRIDES``, collected by itself."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
-import subprocess
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NoReturn
 
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from src.errors import UsageError
+from src.sweeps.jobs import Job
+from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED, Stopper, is_stop
-
-# Worth a word when a job starts, as is all in which the jobs differ.
-SWEPT = {"method", "support", "objective", "k", "queue_size", "seed"}
 
 
 def refuse_foreign_sweeper(hydra: Any) -> None:
@@ -44,156 +34,101 @@ def refuse_foreign_sweeper(hydra: Any) -> None:
         )
 
 
-class JobFailed(Exception):  # noqa: N818
-    """A job ended without its result.
+class JobLauncher(Launcher):
+    """Starts jobs as there is room for them, and says how each of them ends; one that fails stops no other.
 
-    Args:
-        reason: one line.
-        status: its exit status; that of a process killed by a signal is the signal's number, negative.
+    A subclass says how jobs are started and how it is known that they have ended. Hydra's own launchers run a function
+    for all jobs and return all results or none, so the sweepers here take only these.
     """
 
-    def __init__(self, reason: str, status: int) -> None:
-        super().__init__(reason, status)
-        self.status = status
-
-    def __str__(self) -> str:
-        return self.args[0]
-
-
-@dataclass
-class Job:
-    """A process that runs, and where it stands in the list."""
-
-    place: int
-    slot: int
-    number: int  # in the sweep, counted from the launcher's first
-    started: float
-    process: subprocess.Popen[bytes]
-    log: IO[bytes]
-
-
-class LocalLauncher(Launcher):
-    """Starts ``python -m src.train OVERRIDES`` for every job.
-
-    The first signal to stop is passed on to the jobs, which save and stop; no other is started. A second ends
-    everything at once. ``max_minutes`` counts for all jobs together.
-
-    Args:
-        jobs: how many at a time. With several, each gets its share of the threads, one GPU in turn, and a file for
-            its output, ``N.log`` in the sweep's folder.
-    """
-
-    def __init__(self, jobs: int) -> None:
-        self.jobs = jobs
+    at_a_time: int | None  # how many jobs; None: all of them
+    pause: float  # seconds between two looks at the jobs
+    max_minutes: float | None = None  # for all jobs together
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:  # noqa: ARG002
         refuse_foreign_sweeper(config.hydra)
         self.config = config
         sources = config.hydra.runtime.config_sources
         self.config_dir = [f"--config-dir={each.path}" for each in sources if each.provider == "command-line"]
+        self.status = 0  # that of whatever stopped the sweep
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs; returns one `JobReturn` each, whose failure is a `JobFailed`."""
-        self.folder = Path(self.config.hydra.sweep.dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        returns = [JobReturn(overrides=each) for each in job_overrides]
-        times = Counter(each for overrides in job_overrides for each in overrides)
-        self.swept = SWEPT | {each.split("=")[0] for each in times if times[each] < len(job_overrides)}
-        waiting, running = deque(range(len(returns))), list[Job]()
-        passed_on = 0
-        with Stopper(self.config.max_minutes) as stopper:
-            while running or (waiting and not stopper.status):
-                while waiting and len(running) < self.jobs and not stopper.status:
-                    place = waiting.popleft()
-                    slot = min(set(range(self.jobs)) - {job.slot for job in running})
-                    overrides = list(job_overrides[place])
-                    if self.config.max_minutes is not None:
-                        left = max(stopper.deadline - time.monotonic(), 0.1) / 60
-                        overrides = [each for each in overrides if not each.startswith("max_minutes=")]
-                        overrides.append(f"max_minutes={left:.4f}")
-                    running.append(self._start(place, slot, overrides, initial_job_idx + place))
-                if stopper.signal and not passed_on:
-                    passed_on = signal.SIGTERM if stopper.signal == signal.SIGPIPE else stopper.signal
-                    for job in running:
-                        job.process.send_signal(passed_on)
-                for job in [job for job in running if job.process.poll() is not None]:
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> NoReturn:  # noqa: ARG002
+        """What Hydra's own sweepers would call, which `setup` has refused."""
+        raise NotImplementedError
+
+    def run(self, sweep: Sweep, jobs: Iterable[Job], swept: set[str], at_a_time: int | None) -> Iterator[Job]:
+        """Start the jobs, and yield each when it has ended, its ``error`` and ``status`` filled in.
+
+        A job is asked for when there is room for it: a search proposes it knowing how the others ended. When the sweep
+        is stopped, no other is asked for.
+
+        Args:
+            sweep: whose jobs they are; files about them go to its folder.
+            jobs: those to start, in order.
+            swept: the keys that are worth a word when a job starts.
+            at_a_time: how many; None: all of them.
+        """
+        self.sweep, self.swept = sweep, swept
+        self.numbers: dict[int, int] = {}
+        left, running = iter(jobs), list[Job]()
+        with Stopper(self.max_minutes) as stopper:
+            while True:
+                if not stopper.status:
+                    room = None if at_a_time is None else at_a_time - len(running)
+                    batch = list(islice(left, room))
+                    for job in batch:
+                        self.numbers[id(job)] = len(self.numbers)
+                    if batch:
+                        self.start(batch, stopper)
+                    running += batch
+                if not running:
+                    break
+                for job in self.ended(stopper):
                     running.remove(job)
-                    self._collect(job, returns[job.place], passed_on)
-                time.sleep(0.05)
-        for place in waiting:
-            _failed(returns[place], "not started: the sweep was stopped", stopper.status)
-        return returns
+                    yield job
+                time.sleep(self.pause)
+            self.status = stopper.status
 
-    def _start(self, place: int, slot: int, overrides: list[str], number: int) -> Job:
-        path = self.folder / f"{number}.log"
-        log = path.open("w+b")
-        swept = [each for each in overrides if each.split("=")[0] in self.swept]
-        print(f"job {number} starts: {' '.join(swept)} ({path})", flush=True)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "src.train", *self.config_dir, *overrides],
-            stdin=subprocess.DEVNULL,
-            stdout=log if self.jobs > 1 else None,
-            stderr=log,
-            env=os.environ | self._share(slot),
-            # Apart from the terminal's group: Ctrl-C reaches a job through the launcher, once.
-            start_new_session=True,
-            preexec_fn=_end_with_parent,
-        )
-        return Job(place, slot, number, time.monotonic(), process, log)
+    @abstractmethod
+    def start(self, jobs: Sequence[Job], stopper: Stopper) -> None:
+        """Start the jobs."""
 
-    def _share(self, slot: int) -> dict[str, str]:
-        """The environment that gives a job its part of the machine."""
-        if self.jobs == 1:
-            return {}
-        threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-        share = {"OMP_NUM_THREADS": str(max(1, threads // self.jobs))}
-        if gpus := _visible_gpus():
-            share["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-        return share
+    @abstractmethod
+    def ended(self, stopper: Stopper) -> list[Job]:
+        """Those of the jobs that have ended since the last call."""
 
-    def _collect(self, job: Job, returned: JobReturn, passed_on: int) -> None:
-        status = job.process.returncode
-        if passed_on and status == -passed_on:  # told to stop while it was still loading
-            status = 128 + passed_on
-        job.log.seek(0)
-        output = job.log.read().decode(errors="replace").strip()
-        job.log.close()
-        if self.jobs == 1 and output:
-            print(output, file=sys.stderr, flush=True)
+    def command(self, job: Job) -> list[str]:
+        """What a user would type for the job alone, and what the sweep tells it."""
+        return [sys.executable, "-m", "src.train", *self.config_dir, *job.overrides, *self.sweep.overrides(job)]
+
+    def say(self, job: Job, what: str) -> None:
+        """Print a line about a job."""
+        print(f"job {self.numbers[id(job)]} {what}", flush=True)
+
+    def describe(self, job: Job) -> str:
+        """Its swept settings."""
+        return " ".join(each for each in job.overrides if each.split("=")[0] in self.swept)
+
+    def conclude(self, job: Job, status: int, output: str, log: Path, after: str = "") -> None:
+        """Say how a job ended, and note it.
+
+        Args:
+            job: which.
+            status: its exit status; that of a process killed by a signal is the signal's number, negative.
+            output: what it printed, of which the last line may be the reason.
+            log: where that is.
+            after: how long it took, in words.
+        """
         how = "finished" if status == 0 else "was pruned" if status == PRUNED else f"ended with status {status}"
-        print(f"job {job.number} {how} after {time.monotonic() - job.started:.0f} s", flush=True)
-        if status == 0:
-            returned.status = JobStatus.COMPLETED
-        elif status < 0:
+        self.say(job, f"{how}{after}")
+        job.status = status
+        if status < 0:
             name = signal.Signals(-status).name
-            hint = "; is there enough memory?" if name == "SIGKILL" else ""
-            _failed(returned, f"its process was ended by {name}{hint}", status)
+            job.error = f"its process was ended by {name}{'; is there enough memory?' if name == 'SIGKILL' else ''}"
         elif status == PRUNED:
-            _failed(returned, "pruned", status)
+            job.error = "pruned"
         elif is_stop(status):
-            _failed(returned, "stopped; the same command continues", status)
-        else:
-            lines = output.splitlines() or [f"exit status {status}, see {job.log.name}"]
-            _failed(returned, lines[-1].removeprefix("error: "), status)
-
-
-def _failed(returned: JobReturn, reason: str, status: int) -> None:
-    returned.status = JobStatus.FAILED
-    returned.return_value = JobFailed(reason, status)
-
-
-def _visible_gpus() -> list[str]:
-    """The names by which CUDA knows the GPUs that this process may use; none where there is no driver."""
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in named.split(",") if name.strip()]
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [str(number) for number in range(len(listed.splitlines()))]
-
-
-def _end_with_parent() -> None:
-    """Have the kernel stop this process, as SIGTERM would, when its parent is gone: no job outlives its sweep."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+            job.error = "stopped; the same command continues"
+        elif status:
+            lines = output.strip().splitlines() or [f"exit status {status}, see {log}"]
+            job.error = lines[-1].removeprefix("error: ")

@@ -1,4 +1,4 @@
-"""The sweepers and the launcher, made known to Hydra, which wants plugins to live in its namespace package."""
+"""The sweepers and the launchers, made known to Hydra, which wants plugins to live in its namespace package."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import sys
 from hydra.core.plugins import Plugins
 
 from src.sweeps.grid import GridSweeper
-from src.sweeps.launcher import LocalLauncher
+from src.sweeps.local import LocalLauncher
+from src.sweeps.ray_jobs import RayLauncher
 from src.sweeps.search import StudySweeper
+from src.sweeps.slurm import SlurmLauncher
 
 PACKAGE = "hydra_plugins.support_sets"
 
@@ -16,6 +18,6 @@ PACKAGE = "hydra_plugins.support_sets"
 def register() -> None:
     """Hydra finds them under the names that conf/hydra gives as their ``_target_``."""
     sys.modules[PACKAGE] = sys.modules[__name__]
-    for plugin in (GridSweeper, StudySweeper, LocalLauncher):
+    for plugin in (GridSweeper, StudySweeper, LocalLauncher, SlurmLauncher, RayLauncher):
         plugin.__module__ = PACKAGE
         Plugins.instance().register(plugin)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from src.config import identity
 from src.errors import UsageError
 from src.sweeps.dry_run import preview
-from src.sweeps.grid import GridSweeper, refuse_unused
+from src.sweeps.grid import SWEPT, GridSweeper, refuse_unused
 from src.sweeps.jobs import Job, values
 from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED, is_stop
@@ -34,7 +34,7 @@ class StudySweeper(GridSweeper):
         self.trials, self.pruner, self.seed = trials, pruner, seed
 
     def sweep(self, arguments: list[str]) -> None:
-        """Take up the trials that were cut off, then propose others, ``jobs`` at a time, until there are enough."""
+        """Take up the trials that were cut off, then propose another whenever one ends, until there are enough."""
         from src.sweeps import optuna_study as studies  # optuna and torch take seconds
 
         if self.pruner not in studies.PRUNERS:
@@ -73,25 +73,32 @@ class StudySweeper(GridSweeper):
             known = (sweep.directory / studies.FILE).exists()
             study = studies.Study(sweep.directory, space, self.pruner, self.seed) if known else None
             there = [job(number).cfg for number in study.points()] if study else []
-            print(preview([cfg for cfg in there if cfg], self.config.jobs))
+            print(preview([cfg for cfg in there if cfg], self.jobs_at_a_time(len(there) or 1)))
             print(f"{max(self.trials - len(there), 0)} trials to propose")
             return
-        with self.prepare(sweep):
+        self.prepare(sweep)
+        at_a_time = self.config.jobs or self.launcher.at_a_time
+        if at_a_time is None:
+            raise UsageError("jobs: say how many trials run at a time, as in jobs=4; all at once would be no search")
+        with sweep:
             study = studies.Study(sweep.directory, space, self.pruner, self.seed)
             sweep.jobs += [job(number) for number in study.points()]
             print(f"{sweep.directory}: {len(sweep.jobs)} of {self.trials} trials are there", flush=True)
-            batch = [each for each in sweep.jobs if study.state(each.trial or 0) == "RUNNING"]
-            while batch or len(sweep.jobs) < self.trials:
-                if not batch:
-                    room = min(self.config.jobs, self.trials - len(sweep.jobs))
-                    batch = [job(study.propose()) for _ in range(room)]
-                    sweep.jobs += batch
-                self.launch(sweep, [each for each in batch if each.cfg and not each.is_finished])
-                for each in batch:
-                    _conclude(study, each)
-                if any(is_stop(each.status) for each in batch):
-                    break
-                batch = []
+
+            def trials() -> Iterator[Job]:
+                there = [each for each in sweep.jobs if study.state(each.trial or 0) == "RUNNING"]
+                while there or len(sweep.jobs) < self.trials:
+                    if not there:
+                        there = [job(study.propose())]
+                        sweep.jobs.append(there[0])
+                    each = there.pop(0)
+                    if each.cfg and not each.is_finished:
+                        yield each
+                    else:
+                        _conclude(study, each)
+
+            for each in self.launch(sweep, trials(), SWEPT | space.keys(), at_a_time):
+                _conclude(study, each)
             if best := study.best():
                 print(f"best: trial {best[0]}, val/knn_top1 {best[1]:.2f}, {study.points()[best[0]]}", flush=True)
         sys.exit(sweep.status)

@@ -63,8 +63,10 @@ class Sweep:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         stopped = kind is not None and not issubclass(kind, Exception)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED" if stopped else "FAILED"
+        outcome: Literal["FINISHED", "FAILED", "KILLED"]
+        refused = kind is not None and issubclass(kind, UsageError) and not any(job.record for job in self.jobs)
         try:
-            outcome = self._conclude()
+            outcome = "FAILED" if refused else self._conclude()  # a mistake in the command: it says all there is to say
             status = outcome if kind is None else status
         finally:
             self.tracker.close(status)

@@ -1,0 +1,334 @@
+"""Sweeps on a real SLURM and a real Ray (scripts/reliability/one_node.py): what goes well, and what goes wrong.
+
+    python -m scripts.reliability.clusters FOLDER [SITUATION...]
+
+Prints a row of results/reliability.md for each situation, and ends with status 1 if one of them is not as it should be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+from scripts.reliability import one_node
+from scripts.reliability.runs import SMALL, output, start
+
+SLURM = ["hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1.5"]
+RAY = ["hydra/launcher=ray_cpu", "hydra.launcher.ray.remote.num_cpus=1"]
+LONG = 24  # epochs: half a minute and more
+
+
+class Wrong(Exception):  # noqa: N818
+    """It is not as it should be."""
+
+
+class Sweep:
+    """The command, in a folder of its own."""
+
+    begun: ClassVar[list[Sweep]] = []
+
+    def __init__(self, folder: Path, *overrides: str, **environment: str) -> None:
+        self.folder = folder
+        self.overrides = [
+            "--multirun",
+            *SMALL,
+            "tracking=jsonl",
+            f"data.cache_dir={folder.parent / 'cache'}",
+            *overrides,
+        ]
+        self.environment = environment
+        self.begin()
+        self.begun.append(self)
+
+    def begin(self) -> None:
+        """Type it, perhaps again."""
+        self.process = start(self.folder, self.overrides, **self.environment)
+
+    def said(self) -> str:
+        return output(self.folder)
+
+    def until(self, pattern: str, count: int = 1, seconds: float = 240) -> list[str]:
+        """Wait until a pattern has been printed so often; the matches."""
+        return self.see(
+            lambda: (found := re.findall(pattern, self.said())) and len(found) >= count and found, pattern, seconds
+        )
+
+    def until_steps(self, k: int, steps: int = 3) -> None:
+        """Wait until a job trains."""
+
+        def trains() -> bool:
+            found = list(self.folder.glob(f"multirun/kmclr-k{k}-*/metrics.jsonl"))
+            return bool(found) and found[0].read_bytes().count(b"train/loss") >= steps
+
+        self.see(trains, f"k={k} to train", 240)
+
+    def see(self, condition: Callable[[], object], what: str, seconds: float) -> list[str]:
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            if time.monotonic() > deadline or (self.process.poll() is not None and not condition()):
+                raise Wrong(f"no {what}: {self.said()[-500:]}")
+            time.sleep(0.1)
+        return found  # type: ignore[return-value]
+
+    def ends(self, status: int, seconds: float = 300) -> str:
+        """Wait for its end; what it said."""
+        try:
+            ended = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise Wrong(f"it does not end: {self.said()[-500:]}") from None
+        if ended != status:
+            raise Wrong(f"status {ended}, not {status}: {self.said()[-500:]}")
+        if "Traceback" in self.said():
+            raise Wrong("it ends in a traceback")
+        return self.said()
+
+    def states(self) -> dict[int, str]:
+        """The status of each run, by its k."""
+        records = [json.loads(path.read_text()) for path in self.folder.glob("multirun/kmclr-*/run.json")]
+        return {int(record["params"]["k"]): record["status"] for record in records}
+
+    def logs(self) -> dict[int, str]:
+        """The output of each job, by its k."""
+        paths = self.folder.glob("multirun/sweep-*/jobs/*.log")
+        return {int(path.name.split("-")[1][1:]): path.read_text() for path in paths}
+
+
+def expect(condition: object, what: object) -> None:
+    if not condition:
+        raise Wrong(str(what))
+
+
+def worker_of(k: int) -> int:
+    """The process of the scheduler that holds a job's command."""
+    listed = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
+    lines = [line.split(None, 1) for line in listed.splitlines()]
+    (parent,) = {
+        int(ppid) for ppid, line in lines if f" k={k} " in line and "src.train" in line and "tracking.parent" in line
+    }
+    return parent
+
+
+def good(folder: Path, engine: list[str]) -> str:
+    sweep = Sweep(folder, "method=kmclr", "k=10,20,30", "epochs=6", *engine)
+    sweep.until("runs", 2)
+    both = sweep.said().count("finished after") == 0
+    sweep.ends(0)
+    expect(both and sweep.states() == dict.fromkeys((10, 20, 30), "FINISHED"), sweep.states())
+    expect(re.findall(r"submitted to \w+ as \w+: .*k=10 .*/jobs/.*\.log\)", sweep.said()), "no id or no log")
+    return "three jobs on two cores, two at once without `jobs=`: all finished, status 0, ids and logs printed"
+
+
+def killed_worker(folder: Path, engine: list[str]) -> str:
+    sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={LONG}", *engine)
+    sweep.until_steps(10)
+    sweep.until_steps(20)
+    os.kill(worker_of(10), signal.SIGKILL)
+    said = sweep.ends(1)
+    expect(sweep.states()[20] == "FINISHED", sweep.states())
+    (line,) = re.findall(r"no result: kmclr-k10-.*", said)
+    sweep.begin()
+    sweep.ends(0)
+    expect(sweep.states() == {10: "FINISHED", 20: "FINISHED"}, sweep.states())
+    expect("continued at step" in sweep.logs()[10], "it began anew")
+    return f'the other job finished; status 1, one line: "{line.split(": ", 2)[2]}"; the same command continued it'
+
+
+def typed_again(folder: Path, engine: list[str], number: int) -> str:
+    sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={LONG}", *engine)
+    sweep.until_steps(10)
+    sweep.until_steps(20)
+    sweep.process.send_signal(number)
+    sweep.process.wait(60)
+    sweep.begin()
+    said = sweep.ends(0)
+    expect(said.count("is submitted to") == 2, "submitted twice")
+    expect(said.count("already, as") == 2, "not found again")
+    expect(
+        all(log.count("started at step") == 1 and "continued" not in log for log in sweep.logs().values()), "stopped"
+    )
+    name = signal.Signals(number).name
+    return f"{name}, and typed again: both jobs went on, were found by their ids and waited for, none twice"
+
+
+def cancelled(folder: Path, engine: list[str]) -> str:
+    tools = folder / "tools"
+    tools.mkdir(parents=True)
+    (tools / "sacct").write_text("#!/bin/sh\necho 'sacct: error: no accounting' >&2; exit 1\n")
+    (tools / "sacct").chmod(0o755)
+    sweep = Sweep(folder, "method=kmclr", "k=10,20,30", f"epochs={LONG}", *engine, PATH=f"{tools}:{os.environ['PATH']}")
+    identity = sweep.until(r"as (\d+_2):")[0]
+    sweep.until_steps(10)
+    subprocess.run(["scancel", identity], check=True)
+    began = time.monotonic()
+    sweep.until(r"failed: it ended without a result")
+    seconds = time.monotonic() - began
+    said = sweep.ends(1)
+    expect({10: "FINISHED", 20: "FINISHED"}.items() <= sweep.states().items(), sweep.states())
+    (line,) = re.findall(r"no result: kmclr-k30-.*", said)
+    return f'reported after {seconds:.0f} s, "{line.split(": ", 2)[2]}", while sacct failed; the others finished'
+
+
+def refused(folder: Path, engine: list[str]) -> str:
+    lines = []
+    for name, override in {
+        "gres": "hydra.launcher.gpus_per_node=1",
+        "cores": "hydra.launcher.cpus_per_task=64",
+    }.items():
+        sweep = Sweep(folder / name, "method=kmclr", "k=10,20", "epochs=1", *engine, override)
+        said = sweep.process.wait(120), sweep.said()
+        errors = re.findall("(?:error|no result): .*", said[1])
+        expect(said[0] in (1, 2) and "Traceback" not in said[1] and errors, said)
+        lines.append(f'status {said[0]}, "{errors[0]}"')
+    sweep = Sweep(folder / "short", "method=kmclr", "k=10,20", "epochs=1", *engine, "hydra.launcher.partition=short")
+    said_last = sweep.ends(1, 60)
+    lines.append("a time limit beyond the partition's: " + re.findall("SLURM can never start it.*", said_last)[0])
+    expect(not _queue(), "something is left in the queue")
+    return "; ".join(lines)
+
+
+def time_limit(folder: Path, engine: list[str]) -> str:
+    limits = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=60"]
+    sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={4 * LONG}", *engine, *limits)
+    sweep.ends(0, 900)
+    expect(sweep.states() == {10: "FINISHED", 20: "FINISHED"}, sweep.states())
+    times = [log.count("continued at step") for log in sweep.logs().values()]
+    expect(min(times) > 0, f"continued {times}")
+    return (
+        f"two jobs of two minutes each went back to the queue {times[0]} and {times[1]} times, continued, and finished"
+    )
+
+
+def search(folder: Path, engine: list[str]) -> str:
+    arguments = ["+sweep=optuna", "k=int(interval(5,60))", "epochs=choice(2,12)", "hydra.sweeper.trials=6", "jobs=2"]
+    began = time.monotonic()
+    sweep = Sweep(folder, *arguments, *engine)
+    said = sweep.ends(0, 600)
+    seconds = time.monotonic() - began
+    (study,) = sweep.folder.glob("multirun/sweep-*/study.db")
+    with sqlite3.connect(study) as tables:
+        trials = tables.execute(
+            "select state, julianday(datetime_start), julianday(datetime_complete) from trials"
+        ).fetchall()
+    expect(len(trials) == 6 and {state for state, *_ in trials} <= {"COMPLETE", "PRUNED"}, trials)
+    starts, ends = sorted(row[1] for row in trials)[2:], sorted(row[2] for row in trials)
+    idle = max(86400 * (begin - end) for begin, end in zip(starts, ends, strict=False))
+    pruned = sum(state == "PRUNED" for state, *_ in trials)
+    expect("best: trial" in said and idle < 5, idle)
+    return (
+        f"6 trials, two at a time, in {seconds:.0f} s; each was proposed {max(idle, 0):.1f} s after another ended, "
+        f"or sooner; {pruned} pruned"
+    )
+
+
+def no_gpu(folder: Path) -> str:
+    sweep = Sweep(folder, "method=kmclr", "k=10,20", "epochs=1", "hydra/launcher=ray")
+    said = sweep.ends(2, 60)
+    (line,) = re.findall("error: .*", said)
+    expect(not list(folder.glob("multirun/*")), "it has written something")
+    return f'status 2, nothing written, "{line}"'
+
+
+def job_submit(folder: Path, engine: list[str]) -> str:
+    tool = str(Path(sys.executable).with_name("ray"))
+    sweep = Sweep.__new__(Sweep)
+    sweep.folder = folder
+    folder.mkdir()
+    line = [
+        "--multirun",
+        *SMALL,
+        "tracking=jsonl",
+        f"data.cache_dir={folder.parent / 'cache'}",
+        "method=kmclr",
+        "k=10,20",
+        "epochs=6",
+        *engine,
+    ]
+    inside = f"cd {folder} && PYTHONPATH={one_node_root()} {sys.executable} -m src.train " + " ".join(
+        f"'{each}'" for each in line
+    )
+    address = f"http://127.0.0.1:{one_node.PORTS['dashboard']}"
+    done = subprocess.run(
+        [tool, "job", "submit", f"--address={address}", "--", "bash", "-c", f'"{inside}"'],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    expect(sweep.states() == {10: "FINISHED", 20: "FINISHED"}, (sweep.states(), done.stdout[-800:], done.stderr[-500:]))
+    return "the whole sweep as a job of Ray's: finished"
+
+
+def one_node_root() -> Path:
+    return Path(__file__).resolve().parents[2]
+
+
+def _queue() -> str:
+    return subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout
+
+
+SITUATIONS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
+    "slurm-good": ("SLURM", "a sweep", lambda folder: good(folder, SLURM)),
+    "slurm-limit": ("SLURM", "the time limit", lambda folder: time_limit(folder, SLURM)),
+    "slurm-search": ("SLURM", "`+sweep=optuna`", lambda folder: search(folder, SLURM)),
+    "slurm-killed": ("SLURM", "a job's worker killed with -9", lambda folder: killed_worker(folder, SLURM)),
+    "slurm-cancelled": ("SLURM", "scancel of a task that waits", lambda folder: cancelled(folder, SLURM)),
+    "slurm-again": ("SLURM", "the command killed with -9", lambda folder: typed_again(folder, SLURM, signal.SIGKILL)),
+    "slurm-refused": ("SLURM", "what cannot be had", lambda folder: refused(folder, SLURM)),
+    "ray-good": ("Ray", "a sweep", lambda folder: good(folder, RAY)),
+    "ray-search": ("Ray", "`+sweep=optuna`", lambda folder: search(folder, RAY)),
+    "ray-killed": ("Ray", "a job's worker killed with -9", lambda folder: killed_worker(folder, RAY)),
+    "ray-again": ("Ray", "the command stopped", lambda folder: typed_again(folder, RAY, signal.SIGTERM)),
+    "ray-no-gpu": ("Ray", "no node has a GPU", lambda folder: no_gpu(folder)),
+    "ray-submit": ("Ray", "`ray job submit`", lambda folder: job_submit(folder, RAY)),
+}
+
+
+@contextmanager
+def engine(name: str, folder: Path) -> Iterator[None]:
+    """The scheduler; where its tools are to find it is in the environment."""
+    with one_node.slurm(folder / "slurm") if name == "SLURM" else one_node.ray() as found:
+        before = dict(os.environ)
+        os.environ.update(found, OMP_NUM_THREADS="1")
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def main(folder: Path, chosen: list[str]) -> int:
+    """Run the situations; 1 if one is wrong."""
+    wrong = 0
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which stops the daemons
+    for each in ("SLURM", "Ray"):
+        names = [name for name in SITUATIONS if SITUATIONS[name][0] == each and name in (chosen or SITUATIONS)]
+        if not names:
+            continue
+        with engine(each, folder):
+            for name in names:
+                _, what, run = SITUATIONS[name]
+                began = time.monotonic()
+                try:
+                    came = run(folder / name)
+                except Wrong as error:
+                    came, wrong = f"WRONG: {error}", 1
+                finally:
+                    for sweep in Sweep.begun:
+                        sweep.process.kill()
+                print(f"| {each} | {what} | {came} |", flush=True)
+                print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]).resolve(), sys.argv[2:]))

@@ -1,0 +1,208 @@
+"""What the launchers for clusters have in common: jobs that outlive the command, and are found again by their ids.
+
+The folder ``jobs`` in the sweep's has of each job ``NAME.id``, who runs it and as what, ``NAME.log``, its output, and,
+when it has ended, ``NAME.status``. The command only waits; when it is typed again, it waits for the jobs that are still
+there. A scheduler may take a job up again that has been stopped, so a status other than 0 counts when the scheduler no
+longer has the job.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from src.errors import UsageError
+from src.sweeps.jobs import Job
+from src.sweeps.launcher import JobLauncher
+from src.sweeps.worker import Work
+from src.system.atomic_write import write_whole
+from src.system.stopping import Stopper
+
+
+@dataclass
+class Standing:
+    """What a scheduler says of a job."""
+
+    phase: Literal["waits", "cannot start", "runs", "is gone"]
+    why: str = ""
+
+
+@dataclass
+class Submitted:
+    """A job that a scheduler has."""
+
+    job: Job
+    id: str
+    said: Standing | None = None  # the last that was said of it
+    gone_since: float | None = None
+
+
+class Silent(Exception):  # noqa: N818
+    """The scheduler does not answer."""
+
+
+class ClusterLauncher(JobLauncher):
+    """Submits the jobs, and waits for each of them."""
+
+    engine: str  # for people
+    pause = 1.0
+    ask_seconds = 10.0  # between two questions to the scheduler
+    grace_seconds = 20.0  # a shared file system may show a job's status so late
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.submitted: list[Submitted] = []
+        self.asked = 0.0
+        self.silent = ""
+
+    @abstractmethod
+    def submit(self, work: Mapping[str, Work]) -> Sequence[str]:
+        """Hand work to the scheduler, each under a name; returns the ids.
+
+        Raises:
+            UsageError: it refuses them.
+        """
+
+    @abstractmethod
+    def standings(self, ids: Collection[str]) -> Mapping[str, Standing]:
+        """What the scheduler says of jobs; those that it does not know are left out.
+
+        Raises:
+            Silent: it does not answer.
+        """
+
+    @abstractmethod
+    def cancel(self, identity: str) -> None:
+        """Take a job that waits out of the queue."""
+
+    @abstractmethod
+    def how_to_stop(self, ids: Sequence[str]) -> str:
+        """What a user types to stop jobs."""
+
+    def start(self, jobs: Sequence[Job], stopper: Stopper) -> None:  # noqa: ARG002
+        """Find those that the scheduler has already, and submit the others."""
+        self._file(jobs[0], "log").parent.mkdir(parents=True, exist_ok=True)
+        before = {id(job): known for job in jobs if (known := self._known(job))}
+        try:
+            standings = self.standings(set(before.values())) if before else {}
+        except Silent as silence:
+            raise UsageError(
+                f"{self.engine} may still run jobs of this sweep, but {silence}; try again later"
+            ) from None
+        fresh = []
+        for job in jobs:
+            standing = standings.get(before.get(id(job), ""), Standing("is gone"))
+            if standing.phase == "is gone":
+                fresh.append(job)
+            else:
+                self.say(job, f"is with {self.engine} already, as {before[id(job)]}: {self._description(job)}")
+                self.submitted.append(Submitted(job, before[id(job)]))
+        if not fresh:
+            return
+        for job in fresh:
+            self._file(job, "status").unlink(missing_ok=True)
+            self._file(job, "id").unlink(missing_ok=True)
+        ids = self.submit({job.directory.name: self._work(job) for job in fresh})
+        for job, identity in zip(fresh, ids, strict=True):
+            write_whole(self._file(job, "id"), f"{self.engine} {identity}".encode())
+            self.say(job, f"is submitted to {self.engine} as {identity}: {self._description(job)}")
+            self.submitted.append(Submitted(job, identity))
+
+    def _work(self, job: Job) -> Work:
+        minutes = [] if self.config.max_minutes is None else [f"max_minutes={self.config.max_minutes}"]
+        return Work(
+            [*self.command(job), *minutes],
+            Path.cwd(),
+            self._file(job, "log").resolve(),
+            self._file(job, "status").resolve(),
+            dict(os.environ),
+        )
+
+    def _file(self, job: Job, kind: str) -> Path:
+        return self.sweep.directory / "jobs" / f"{job.directory.name}.{kind}"
+
+    def _description(self, job: Job) -> str:
+        return f"{self.describe(job)} ({self._file(job, 'log')})"
+
+    def _known(self, job: Job) -> str:
+        path = self._file(job, "id")
+        engine, _, identity = path.read_text().partition(" ") if path.exists() else ("", "", "")
+        return identity if engine == self.engine else ""
+
+    def ended(self, stopper: Stopper) -> list[Job]:
+        """Those that have noted that they are finished, and, now and then, what the scheduler says of the others."""
+        if stopper.status:
+            return self._leave(stopper.status)
+        over = [each for each in self.submitted if self._status(each.job) == 0]
+        for each in over:
+            self._conclude(each, 0)
+        if time.monotonic() > self.asked + self.ask_seconds:
+            self.asked = time.monotonic()
+            over += self._ask([each for each in self.submitted if each not in over])
+        self.submitted = [each for each in self.submitted if each not in over]
+        return [each.job for each in over]
+
+    def _leave(self, status: int) -> list[Job]:
+        ids = [each.id for each in self.submitted]
+        print(f"{len(ids)} jobs stay with {self.engine}; the same command waits for them again", flush=True)
+        print(f"to stop them: {self.how_to_stop(ids)}", flush=True)
+        for each in self.submitted:
+            each.job.error, each.job.status = f"it is still with {self.engine}, as {each.id}", status
+        left, self.submitted = self.submitted, []
+        return [each.job for each in left]
+
+    def _ask(self, waiting: Sequence[Submitted]) -> list[Submitted]:
+        if not waiting:
+            return []
+        try:
+            standings = self.standings({each.id for each in waiting})
+        except Silent as silence:
+            if self.silent != str(silence):
+                print(f"{silence}; waiting until it does", file=sys.stderr, flush=True)
+            self.silent = str(silence)
+            return []
+        self.silent = ""
+        nothing = Standing("is gone", f"{self.engine} no longer knows it")
+        return [each for each in waiting if self._is_over(each, standings.get(each.id, nothing))]
+
+    def _is_over(self, each: Submitted, standing: Standing) -> bool:
+        """Say what is new about a job; whether it has ended."""
+        if standing.phase == "cannot start":
+            self.cancel(each.id)
+            self._fail(each, f"{self.engine} can never start it ({standing.why}); it has been cancelled", 1)
+            return True
+        if standing.phase != "is gone":
+            if standing not in (each.said, Standing("waits")):
+                self.say(each.job, f"({each.id}) {standing.phase}{standing.why and f': {standing.why}'}")
+            each.said, each.gone_since = standing, None
+            return False
+        if (status := self._status(each.job)) is not None:
+            self._conclude(each, status)
+            return True
+        each.gone_since = each.gone_since or time.monotonic()
+        if time.monotonic() < each.gone_since + self.grace_seconds:
+            return False
+        self._fail(each, f"it ended without a result: {standing.why}", 1)
+        return True
+
+    def _status(self, job: Job) -> int | None:
+        path = self._file(job, "status")
+        return int(path.read_text()) if path.exists() else None
+
+    def _conclude(self, each: Submitted, status: int) -> None:
+        log = self._file(each.job, "log")
+        output = log.read_text(errors="replace") if log.exists() else ""
+        self.conclude(each.job, status, output, log)
+
+    def _fail(self, each: Submitted, error: str, status: int) -> None:
+        self.say(each.job, f"({each.id}) failed: {error}")
+        each.job.error, each.job.status = error, status

@@ -1,0 +1,134 @@
+"""``hydra/launcher=local``: each job of a sweep is a process of its own, ``jobs`` of them at a time.
+
+A process a job, rather than a pool that several share: a job that is killed or runs out of memory takes no other with
+it, memory goes back to the system, threads and GPU are set before anything loads, and what runs is the very command
+that a user would type.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from src.sweeps.jobs import Job
+from src.sweeps.launcher import JobLauncher
+from src.sweeps.worker import end_with_parent
+from src.system.stopping import Stopper
+
+
+@dataclass
+class Process:
+    """A job that runs."""
+
+    job: Job
+    slot: int
+    started: float
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+
+
+class LocalLauncher(JobLauncher):
+    """Starts a process for every job.
+
+    The first signal to stop is passed on to the jobs, which save and stop; no other is started. A second ends
+    everything at once. ``max_minutes`` counts for all jobs together.
+
+    Args:
+        jobs: how many at a time; None: one. With several, each gets its share of the threads, one GPU in turn, and a
+            file for its output, ``N.log`` in the sweep's folder.
+    """
+
+    pause = 0.05
+
+    def __init__(self, jobs: int | None) -> None:
+        self.at_a_time = self.slots = jobs or 1
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.max_minutes = config.max_minutes
+        self.processes: list[Process] = []
+        self.passed_on = 0
+
+    def start(self, jobs: Sequence[Job], stopper: Stopper) -> None:
+        """Each in a free slot."""
+        for job in jobs:
+            slot = min(set(range(self.slots)) - {each.slot for each in self.processes})
+            command = self.command(job)
+            if self.max_minutes is not None:
+                left = max(stopper.deadline - time.monotonic(), 0.1) / 60
+                command = [
+                    *(each for each in command if not each.startswith("max_minutes=")),
+                    f"max_minutes={left:.4f}",
+                ]
+            self.processes.append(self._start(job, slot, command))
+
+    def _start(self, job: Job, slot: int, command: list[str]) -> Process:
+        path = self.sweep.directory / f"{self.numbers[id(job)]}.log"
+        log = path.open("w+b")
+        self.say(job, f"starts: {self.describe(job)} ({path})")
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log if self.slots > 1 else None,
+            stderr=log,
+            env=os.environ | self._share(slot),
+            # Apart from the terminal's group: Ctrl-C reaches a job through the launcher, once.
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
+        return Process(job, slot, time.monotonic(), process, log)
+
+    def _share(self, slot: int) -> dict[str, str]:
+        """The environment that gives a job its part of the machine."""
+        if self.slots == 1:
+            return {}
+        threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+        share = {"OMP_NUM_THREADS": str(max(1, threads // self.slots))}
+        if gpus := _visible_gpus():
+            share["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+        return share
+
+    def ended(self, stopper: Stopper) -> list[Job]:
+        """Pass a signal on, and collect the processes that are no more."""
+        if stopper.signal and not self.passed_on:
+            self.passed_on = signal.SIGTERM if stopper.signal == signal.SIGPIPE else stopper.signal
+            for each in self.processes:
+                each.process.send_signal(self.passed_on)
+        over = [each for each in self.processes if each.process.poll() is not None]
+        for each in over:
+            self.processes.remove(each)
+            self._collect(each)
+        return [each.job for each in over]
+
+    def _collect(self, each: Process) -> None:
+        status = each.process.returncode
+        if self.passed_on and status == -self.passed_on:  # told to stop while it was still loading
+            status = 128 + self.passed_on
+        each.log.seek(0)
+        output = each.log.read().decode(errors="replace").strip()
+        each.log.close()
+        if self.slots == 1 and output:
+            print(output, file=sys.stderr, flush=True)
+        after = f" after {time.monotonic() - each.started:.0f} s"
+        self.conclude(each.job, status, output, Path(each.log.name), after)
+
+
+def _visible_gpus() -> list[str]:
+    """The names by which CUDA knows the GPUs that this process may use; none where there is no driver."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in named.split(",") if name.strip()]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [str(number) for number in range(len(listed.splitlines()))]

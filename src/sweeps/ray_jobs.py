@@ -1,0 +1,156 @@
+"""``hydra/launcher=ray``: each job of a sweep is held by a detached actor of Ray, which outlives the command.
+
+Ray's own jobs (``ray job submit``) would do as well, but one that finds no room within 15 minutes fails.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from src.errors import UsageError
+from src.sweeps.cluster import ClusterLauncher, Silent, Standing
+from src.sweeps.worker import Work
+
+NAMESPACE = "support-sets"
+CHECKOUT = Path(__file__).parents[2]
+
+
+class Holder:
+    """The actor: it lives as long as the job's process, so that what the job had reserved is free when it ends."""
+
+    def __init__(self, work: Work) -> None:
+        import ray
+
+        self.work = work
+        self.work.start()
+        self.itself: Any = ray.get_runtime_context().current_actor
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def _wait(self) -> None:
+        self.work.wait()
+        self.itself.__ray_terminate__.remote()
+
+    def stop(self) -> None:
+        """Tell the job to save and stop."""
+        self.work.stop()
+
+
+class RayLauncher(ClusterLauncher):
+    """Hands jobs to a Ray cluster.
+
+    Args:
+        jobs: how many at a time; None: all of them, of which Ray starts as many as it has room for.
+        ray: ``init``, the arguments of ``ray.init``, and ``remote``, what each job reserves.
+    """
+
+    engine = "Ray"
+    ask_seconds = 3.0
+
+    def __init__(self, jobs: int | None, ray: DictConfig) -> None:
+        self.at_a_time = jobs
+        self.options: Any = OmegaConf.to_container(ray, resolve=True)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Join the cluster."""
+        try:
+            import ray
+        except ImportError:
+            raise UsageError(
+                "hydra/launcher=ray: needs Ray: pip install --constraint constraints.txt '.[ray]'"
+            ) from None
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        search = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        runtime = {"env_vars": {"PYTHONPATH": os.pathsep.join(search)}}
+        try:
+            ray.init(
+                namespace=NAMESPACE,
+                runtime_env=runtime,
+                log_to_driver=False,
+                logging_level="error",
+                **self.options["init"],
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"hydra.launcher.ray.init: {reason}; is a cluster running (ray start --head)?") from None
+        self._refuse_impossible()
+
+    def submit(self, work: Mapping[str, Work]) -> Sequence[str]:
+        """An actor for each, under the job's name."""
+        import ray
+
+        actor: Any = ray.remote(Holder)
+        ids = []
+        for name, each in work.items():
+            options = {"name": name, "lifetime": "detached", "max_restarts": 0, **self.options["remote"]}
+            try:
+                ids.append(actor.options(**options).remote(each)._actor_id.hex())
+            except ValueError as error:  # the name is taken
+                raise UsageError(f"hydra/launcher=ray: {' '.join(str(error).split())}") from None
+        return ids
+
+    def _refuse_impossible(self) -> None:
+        """Keep jobs out of the queue of a cluster none of whose nodes has what they reserve."""
+        import ray
+
+        remote = self.options["remote"]
+        wanted = {"CPU": remote.get("num_cpus") or 0, "GPU": remote.get("num_gpus") or 0}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(all(node.get(key, 0) >= wanted[key] for key in wanted) for node in nodes):
+            there = " or ".join(f"{node.get('CPU', 0):g} cores and {node.get('GPU', 0):g} GPUs" for node in nodes)
+            raise UsageError(
+                f"hydra.launcher.ray.remote: no node has num_cpus={wanted['CPU']} and num_gpus={wanted['GPU']}; "
+                f"they have {there}"
+            )
+
+    def standings(self, ids: Collection[str]) -> Mapping[str, Standing]:
+        """What Ray says of the actors."""
+        from ray.util.state import list_actors
+
+        try:
+            actors = list_actors(filters=[("ray_namespace", "=", NAMESPACE)], detail=True, limit=10_000)
+        except Exception as error:
+            raise Silent(f"Ray does not answer ({' '.join(str(error).split())[:200]})") from None
+        return {actor.actor_id: _standing(actor) for actor in actors if actor.actor_id in ids}
+
+    def cancel(self, identity: str) -> None:
+        """Nothing waits that cannot start: it has been refused."""
+
+    def how_to_stop(self, ids: Sequence[str]) -> str:
+        """By the actor's method, on which the job saves."""
+        names = [each.job.directory.name for each in self.submitted if each.id in ids]
+        return f"{sys.executable} -m src.sweeps.ray_jobs {' '.join(names)}"
+
+
+def _standing(actor: Any) -> Standing:
+    if actor.state == "ALIVE":
+        return Standing("runs", f"on node {actor.node_id[:8]}")
+    if actor.state != "DEAD":
+        return Standing("waits", "for room")
+    cause: dict[str, Any] = next(iter((actor.death_cause or {}).values()), {})
+    message = str(cause.get("error_message", "its actor is dead"))
+    return Standing("is gone", " ".join(message.split())[:200])
+
+
+def main(names: Sequence[str]) -> None:
+    """``python -m src.sweeps.ray_jobs NAME...``: tell jobs that Ray holds to save and stop."""
+    import ray
+
+    ray.init("auto", namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+    for name in names:
+        try:
+            ray.get(ray.get_actor(name).stop.remote())
+            print(f"{name}: told to save and stop")
+        except ValueError:
+            print(f"{name}: Ray has no such job")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

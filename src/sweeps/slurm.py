@@ -1,0 +1,140 @@
+"""``hydra/launcher=slurm``: each job of a sweep is a job of SLURM, submitted by submitit, several as an array."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import redirect_stderr
+from typing import Any
+
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from src.errors import UsageError
+from src.sweeps.cluster import ClusterLauncher, Silent, Standing
+from src.sweeps.worker import Work
+
+# sbatch's man page and squeue's, "JOB STATE CODES" and "JOB REASON CODES".
+OVER = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("REVOKED", "TIMEOUT"),
+}
+NEVER = re.compile(
+    "AccountNotAllowed|BadConstraints|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|PartitionConfig"
+    "|PartitionTimeLimit|QOSNotAllowed|.*PerJob(Limit)?"
+)
+ASK_LESS = "hydra.launcher.* asks for what this cluster does not give"
+
+
+class SlurmLauncher(ClusterLauncher):
+    """Submits jobs to SLURM.
+
+    Two minutes (``signal_delay_s``) before its time limit a job saves, and submitit puts it back into the queue.
+
+    Args:
+        jobs: how many of an array run at once; None: all of them.
+        max_num_timeout: how often a job goes back to the queue at its time limit.
+        sbatch: the other settings of submitit's executor. One that is None is left to the cluster.
+    """
+
+    engine = "SLURM"
+    at_a_time = None  # an array limits itself, also when this command has ended
+
+    def __init__(self, jobs: int | None, max_num_timeout: int, **sbatch: Any) -> None:
+        self.jobs, self.max_num_timeout = jobs, max_num_timeout
+        self.sbatch = {key: value for key, value in sbatch.items() if value is not None}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        try:
+            import submitit  # noqa: F401
+        except ImportError:
+            raise UsageError(
+                "hydra/launcher=slurm: needs submitit: pip install --constraint constraints.txt '.[slurm]'"
+            ) from None
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def submit(self, work: Mapping[str, Work]) -> Sequence[str]:
+        """One job, or an array of them."""
+        from submitit import SlurmExecutor
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        settings = {
+            key: OmegaConf.to_object(each) if OmegaConf.is_config(each) else each for key, each in self.sbatch.items()
+        }
+        try:
+            executor = SlurmExecutor(self.sweep.directory / "jobs" / "slurm", self.max_num_timeout)
+            executor.update_parameters(
+                **executor._convert_parameters(settings),
+                array_parallelism=self.jobs or len(work),
+                stderr_to_stdout=True,
+            )
+            with redirect_stderr(io.StringIO()):  # to which submitit prints what it raises as well
+                submitted = executor.submit_array(list(work.values()))
+        except (FailedJobError, FailedSubmissionError, OSError) as error:
+            raise UsageError(f"hydra/launcher=slurm: {_one_line(str(error))}; {ASK_LESS}") from None
+        except (RuntimeError, ValueError) as error:  # no srun here; a setting that submitit does not have
+            raise UsageError(f"hydra/launcher=slurm: {' '.join(str(error).splitlines()[:1])}") from None
+        return [each.job_id for each in submitted]
+
+    def standings(self, ids: Collection[str]) -> Mapping[str, Standing]:
+        """What squeue says, and of those that it has forgotten sacct, where there is one."""
+        listed = _ask("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T|%r|%N")
+        found = {}
+        for line in listed.splitlines():
+            identity, state, reason, nodes = line.split("|", 3)
+            if identity in ids:
+                found[identity] = _standing(state, reason, nodes)
+        if forgotten := [each for each in ids if each not in found]:
+            try:
+                listed = _ask(
+                    "sacct",
+                    "--allocations",
+                    "--noheader",
+                    "--parsable2",
+                    "--format=JobID,State",
+                    f"--jobs={','.join(forgotten)}",
+                )
+            except Silent:
+                listed = ""
+            for line in listed.splitlines():
+                identity, state = line.split("|", 1)
+                if identity in forgotten:
+                    found[identity] = _standing(state, "", "")
+        return found
+
+    def cancel(self, identity: str) -> None:
+        """By scancel."""
+        subprocess.run(["scancel", identity], capture_output=True, timeout=60)
+
+    def how_to_stop(self, ids: Sequence[str]) -> str:
+        """By scancel, on whose SIGTERM a job saves."""
+        return f"scancel {' '.join(dict.fromkeys(each.split('_')[0] for each in ids))}"
+
+
+def _standing(state: str, reason: str, nodes: str) -> Standing:
+    state, _, more = state.partition(" ")  # sacct's "CANCELLED by 1000"
+    if state in OVER:
+        return Standing("is gone", f"{state} {more}".strip())
+    if state == "PENDING" and NEVER.fullmatch(reason):
+        return Standing("cannot start", f"{reason}, {ASK_LESS}")
+    if state == "PENDING":
+        return Standing("waits", "" if reason in ("None", "Priority") else reason)
+    return Standing("runs", f"on {nodes}" if nodes and state == "RUNNING" else state)
+
+
+def _ask(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Silent(f"{command[0]} does not answer ({error})") from None
+    if done.returncode:
+        raise Silent(f"{command[0]} does not answer ({_one_line(done.stderr)})")
+    return done.stdout
+
+
+def _one_line(said: str) -> str:
+    """What a tool of SLURM complains of, without its own name before every line."""
+    lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in said.splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line)) or "no reason given"

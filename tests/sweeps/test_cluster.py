@@ -1,0 +1,203 @@
+"""The launchers for clusters: SLURM's commands are programs of ours on the PATH, Ray is an object of ours."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from src.errors import UsageError
+from src.sweeps import cluster
+from src.sweeps.slurm import SlurmLauncher
+from src.sweeps.worker import Work
+from tests.sweeps.launching import jobs_of, run
+
+pytest.importorskip("submitit")
+
+
+@pytest.fixture
+def slurm(program, monkeypatch):
+    """sbatch notes each submission, squeue and sacct print what a file holds, scancel notes whom; returns the folder.
+
+    What sbatch accepts does not run: a test writes the status that a job would leave.
+    """
+    tools = program / "tools"
+    tools.mkdir()
+    for name, text in {
+        "srun": "exit 0",
+        "sbatch": f"cp $1 {program}/submitted; echo Submitted batch job 7",
+        "squeue": f"cat {program}/queue",
+        "sacct": f"cat {program}/accounting",
+        "scancel": f"echo $1 >> {program}/cancelled",
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    (program / "queue").touch()
+    (program / "accounting").touch()
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    for key, value in {"pause": 0.01, "ask_seconds": 0.02, "grace_seconds": 0.1}.items():
+        monkeypatch.setattr(cluster.ClusterLauncher, key, value)
+    return program
+
+
+def launcher(**settings):
+    return SlurmLauncher(jobs=None, max_num_timeout=3, timeout_min=10, **settings)
+
+
+def leave(folder, name, status):
+    (folder / "sweep" / "jobs" / f"{name}.status").write_text(str(status))
+
+
+@pytest.fixture
+def look(monkeypatch):
+    """Does something each time before the scheduler is asked: a function of how often it has been asked before."""
+
+    def use(what):
+        asked = []
+
+        def ask(self, waiting):
+            what(len(asked))
+            asked.append(waiting)
+            return real(self, waiting)
+
+        monkeypatch.setattr(cluster.ClusterLauncher, "_ask", ask)
+        return asked
+
+    real = cluster.ClusterLauncher._ask
+    return use
+
+
+def test_a_sweep_is_one_array_of_which_all_run_at_once(slurm, look, capsys):
+    a, b = jobs_of("k=a status=0", "k=b status=0")
+    look(lambda _: [leave(slurm, name, 0) for name in ("k=a", "k=b")])
+    (slurm / "queue").write_text("7_0|PENDING|Resources|\n7_1|RUNNING|None|n1\n")
+    assert len(list(run(launcher(partition="gpu"), [a, b]))) == 2
+    said, script = capsys.readouterr().out.splitlines(), (slurm / "submitted").read_text()
+    assert "job 1 is submitted to SLURM as 7_1: k=b (sweep/jobs/k=b.log)" in said
+    assert {"job 0 (7_0) waits: Resources", "job 1 (7_1) runs: on n1", "job 0 finished"} <= set(said)
+    assert "--array=0-1%2" in script
+    assert "--partition=gpu" in script
+    assert (a.status, b.status, a.error) == (0, 0, "")
+
+
+def test_without_a_result_a_job_fails_and_the_others_do_not(slurm, look):
+    given = killed, cancelled, failed, fine = jobs_of("k=a", "k=b", "k=c", "k=d")
+    (slurm / "queue").write_text("7_1|CANCELLED|None|\n7_2|FAILED|NonZeroExitCode|n1\n7_3|RUNNING|None|n1\n")
+    (slurm / "accounting").write_text("7_0|FAILED\n")
+    leaves = {0: ("k=c", 2), 1: ("k=d", 0)}
+    look(lambda times: times in leaves and leave(slurm, *leaves[times]))
+    assert len(list(run(launcher(), given))) == 4
+    assert killed.error == "it ended without a result: FAILED"
+    assert cancelled.error == "it ended without a result: CANCELLED"
+    assert (failed.error, failed.status) == ("exit status 2, see sweep/jobs/k=c.log", 2)
+    assert (fine.error, fine.status) == ("", 0)
+
+
+def test_a_failing_sacct_leaves_no_job_waiting(slurm):
+    (slurm / "tools" / "sacct").write_text("#!/bin/sh\nexit 1\n")
+    (job,) = jobs_of("k=a")
+    assert list(run(launcher(), [job])) == [job]
+    assert job.error == "it ended without a result: SLURM no longer knows it"
+
+
+def test_the_status_of_a_job_that_is_queued_again_is_not_its_end(slurm, look):
+    def next_state(times):
+        leave(slurm, "k=a", 0 if times == 4 else 143)
+        (slurm / "queue").write_text("7|PENDING|BeginTime|\n")
+
+    (job,) = jobs_of("k=a")
+    asked = look(next_state)
+    assert list(run(launcher(), [job])) == [job]
+    assert (job.status, job.error) == (0, "")
+    assert len(asked) >= 5
+
+
+def test_a_job_that_can_never_start_is_cancelled_and_reported(slurm):
+    (job,) = jobs_of("k=a")
+    (slurm / "queue").write_text("7|PENDING|PartitionConfig|\n")
+    assert list(run(launcher(), [job])) == [job]
+    assert job.error.startswith("SLURM can never start it (PartitionConfig, ")
+    assert (slurm / "cancelled").read_text() == "7\n"
+
+
+def test_a_silent_scheduler_is_waited_for(slurm, look, capsys):
+    (slurm / "tools" / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: no controller' >&2; exit 1\n")
+    (job,) = jobs_of("k=a")
+    look(lambda times: times == 3 and leave(slurm, "k=a", 0))
+    assert list(run(launcher(), [job])) == [job]
+    assert capsys.readouterr().err.count("squeue does not answer") == 1
+    assert job.status == 0
+
+
+def test_a_refusal_is_one_line(slurm):
+    (slurm / "tools" / "sbatch").write_text(
+        "#!/bin/sh\necho 'sbatch: error: Batch job submission failed: Invalid generic resource' >&2; exit 1\n"
+    )
+    with pytest.raises(
+        UsageError, match=r"^hydra/launcher=slurm: .*Invalid generic resource; hydra\.launcher\.\*"
+    ) as caught:
+        list(run(launcher(), jobs_of("k=a", "k=b")))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match=r"^hydra/launcher=slurm: Unavailable parameter.*colour"):
+        list(run(launcher(colour="red"), jobs_of("k=a")))
+
+
+def test_typed_again_the_command_waits_for_the_jobs_that_are_there(slurm, look, capsys):
+    a, b, c = jobs_of("k=a", "k=b", "k=c")
+    first = launcher()
+    (slurm / "queue").write_text("7_0|RUNNING|None|n1\n7_1|RUNNING|None|n1\n")
+    look(lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert len(list(run(first, [a, b]))) == 2
+    assert first.status == a.status == b.status == 128 + signal.SIGTERM
+    assert a.error == "it is still with SLURM, as 7_0"
+    assert "to stop them: scancel 7\n" in capsys.readouterr().out
+
+    (slurm / "submitted").unlink()
+    look(lambda _: [leave(slurm, name, 0) for name in ("k=a", "k=c")])
+    assert len(list(run(launcher(), [a, c]))) == 2
+    said = capsys.readouterr().out
+    assert "job 0 is with SLURM already, as 7_0: k=a" in said
+    assert "job 1 is submitted to SLURM as 7: k=c" in said
+    assert "--array" not in (slurm / "submitted").read_text()
+
+
+def test_work_notes_its_status_and_keeps_the_output_of_all_attempts(program, monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    log, note = program / "log", program / "note"
+    line = [sys.executable, "-m", "src.train", "k=a", "status=2"]
+    for _ in range(2):
+        assert Work(line, program, log, note, {"CUDA_VISIBLE_DEVICES": "5"})() == 2
+    assert note.read_text() == "2"
+    assert log.read_text().count("error: no such thing") == 2
+    assert (program / "a").read_text() == "3 53 5"
+
+
+def test_ahead_of_a_time_limit_work_saves_and_can_be_queued_again(program):
+    """What submitit does on SIGUSR2, which SLURM sends to all processes of a job: checkpoint, queue again, exit."""
+    script = (
+        "import signal, sys\nfrom pathlib import Path\nfrom src.sweeps.worker import Work\n"
+        "saves = 'import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(138)); "
+        "print(1, flush=True); time.sleep(60)'\n"
+        "work = Work([sys.executable, '-c', saves], Path(), Path('log'), Path('note'), {})\n"
+        "def handler(*_):\n"
+        "    again = work.checkpoint()\n"
+        "    print(again.function == work, work.process.poll(), flush=True)\n"
+        "    sys.exit(9)\n"
+        "signal.signal(signal.SIGUSR2, handler)\nwork()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(cluster.__file__).partition("/src/")[0]}
+    (program / "src" / "train.py").unlink()
+    (program / "src").rmdir()
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+    while not (program / "log").exists() or not (program / "log").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    (child,) = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+    os.kill(int(child), signal.SIGUSR2)  # is not meant for it
+    time.sleep(0.2)
+    process.send_signal(signal.SIGUSR2)
+    assert process.communicate(timeout=30)[0] == "True 138\n"
+    assert process.returncode == 9
+    assert not (program / "note").exists()
