@@ -60,6 +60,8 @@ class GridSweeper(Sweeper):
             UsageError: no job is legal, or another process runs the same sweep; nothing has been written then.
             SystemExit: with status 1 if a job failed, or that of whatever stopped the jobs.
         """
+        if not self.config.dry_run:
+            self.prepare()
         jobs = self.jobs(arguments)
         legal = [job.cfg for job in jobs if job.cfg]
         if not legal:
@@ -72,7 +74,7 @@ class GridSweeper(Sweeper):
             sys.exit(2 if len(legal) < len(jobs) else 0)
         name = self.config.hydra.runtime.choices.get("sweep") or "grid"
         hashes = sorted(identity.config_hash(job.cfg) for job in jobs if job.cfg)
-        with self.prepare(Sweep(name, hashes, jobs, legal[0].tracking)) as sweep:
+        with Sweep(name, hashes, jobs, legal[0].tracking) as sweep:
             done = sum(job.is_finished for job in jobs)
             print(f"{sweep.directory}: {len(jobs)} jobs, {done} finished already", flush=True)
             pending = [job for job in jobs if job.cfg and not job.is_finished]
@@ -124,8 +126,8 @@ class GridSweeper(Sweeper):
         on_a_cluster = self.config.hydra.runtime.choices["hydra/launcher"] != "local"
         return self.config.jobs or (count if on_a_cluster else 1)
 
-    def prepare(self, sweep: Sweep) -> Sweep:
-        """Make the launcher, which fails where its package is not installed, before the sweep writes anything."""
+    def prepare(self) -> None:
+        """Make the launcher, which fails where its package is not installed, before anything is written."""
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
         )
@@ -133,7 +135,6 @@ class GridSweeper(Sweeper):
             choice = self.config.hydra.runtime.choices["hydra/launcher"]
             raise UsageError(f"hydra/launcher={choice}: returns all results or none; choose local, slurm or ray")
         self.launcher = launcher
-        return sweep
 
     def launch(self, sweep: Sweep, jobs: Iterable[Job], swept: set[str], at_a_time: int | None) -> Iterator[Job]:
         """Have the launcher run jobs (`JobLauncher.run`); where it was stopped, those that did not start say so."""

@@ -39,6 +39,11 @@ class StudySweeper(GridSweeper):
 
         if self.pruner not in studies.PRUNERS:
             raise UsageError(f"hydra.sweeper.pruner={self.pruner}: choose one of {', '.join(studies.PRUNERS)}")
+        at_a_time = self.jobs_at_a_time(self.trials)
+        if not self.config.dry_run:
+            self.prepare()
+            if self.config.jobs is None and at_a_time > 1:
+                raise UsageError("jobs: say how many trials run at a time, as in jobs=4; all at once is no search")
         parsed = self.compose.parser.parse_overrides(
             [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         )
@@ -73,13 +78,9 @@ class StudySweeper(GridSweeper):
             known = (sweep.directory / studies.FILE).exists()
             study = studies.Study(sweep.directory, space, self.pruner, self.seed) if known else None
             there = [job(number).cfg for number in study.points()] if study else []
-            print(preview([cfg for cfg in there if cfg], self.jobs_at_a_time(len(there) or 1)))
+            print(preview([cfg for cfg in there if cfg], at_a_time))
             print(f"{max(self.trials - len(there), 0)} trials to propose")
             return
-        self.prepare(sweep)
-        at_a_time = self.config.jobs or self.launcher.at_a_time
-        if at_a_time is None:
-            raise UsageError("jobs: say how many trials run at a time, as in jobs=4; all at once would be no search")
         with sweep:
             study = studies.Study(sweep.directory, space, self.pruner, self.seed)
             sweep.jobs += [job(number) for number in study.points()]
