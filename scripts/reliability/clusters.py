@@ -63,7 +63,7 @@ class Sweep:
             lambda: (found := re.findall(pattern, self.said())) and len(found) >= count and found, pattern, seconds
         )
 
-    def until_steps(self, k: int, steps: int = 3) -> None:
+    def until_steps(self, k: int, steps: int = 7) -> None:
         """Wait until a job trains."""
 
         def trains() -> bool:

@@ -52,8 +52,8 @@ class JobLauncher(Launcher):
         self.config_dir = [f"--config-dir={each.path}" for each in sources if each.provider == "command-line"]
         self.status = 0  # that of whatever stopped the sweep
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> NoReturn:  # noqa: ARG002
-        """What Hydra's own sweepers would call, which `setup` has refused."""
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> NoReturn:
+        """What Hydra's own sweepers call, and `setup` refuses."""
         raise NotImplementedError
 
     def run(self, sweep: Sweep, jobs: Iterable[Job], swept: set[str], at_a_time: int | None) -> Iterator[Job]:
