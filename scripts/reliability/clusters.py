@@ -243,7 +243,7 @@ def job_submit(folder: Path, engine: list[str]) -> str:
     tool = str(Path(sys.executable).with_name("ray"))
     sweep = Sweep.__new__(Sweep)
     sweep.folder = folder
-    folder.mkdir()
+    folder.mkdir(parents=True)
     line = [
         "--multirun",
         *SMALL,
@@ -259,7 +259,7 @@ def job_submit(folder: Path, engine: list[str]) -> str:
     )
     address = f"http://127.0.0.1:{one_node.PORTS['dashboard']}"
     done = subprocess.run(
-        [tool, "job", "submit", f"--address={address}", "--", "bash", "-c", f'"{inside}"'],
+        [tool, "job", "submit", f"--address={address}", "--", "bash", "-c", inside],
         capture_output=True,
         text=True,
         timeout=300,
