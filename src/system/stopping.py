@@ -13,8 +13,6 @@ from src.system.output import lost_reader
 
 # SIGHUP is the end of the terminal. SIGUSR1 is what SLURM can be told to send ahead of its time limit.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-# What submitit takes for it: its handler puts the job back into the queue, and ends the process.
-REQUEUING = (signal.SIGUSR1, signal.SIGUSR2)
 ECHO_SECONDS = 0.5  # `timeout` and some schedulers signal a process and then its group: that is one signal
 TIME_IS_UP = 75  # sysexits.h's EX_TEMPFAIL: the same command continues
 PRUNED = 76  # a trial of a study that others have left behind
@@ -31,17 +29,13 @@ def ignored() -> set[int]:
 
 
 class Stopped(SystemExit):
-    """A run was told to stop, has saved, and can continue. Its code is the exit status.
-
-    A type of its own, because a scheduler's own exit, by which submitit puts a job back into the queue, must pass.
-    """
+    """A run was told to stop, has saved, and can continue. Its code is the exit status."""
 
 
 class Stopper:
     """Notes the first signal, for the loop to look at; a second one ends the process at once.
 
-    A signal for which a scheduler's library had its own handler is handed on to it when the run has been closed. A
-    SIGHUP that is ignored, as by ``nohup``, stays so.
+    A SIGHUP that is ignored, as by ``nohup``, stays so.
 
     Args:
         max_minutes: also stop after so long; None: never.
@@ -55,17 +49,12 @@ class Stopper:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopper:
-        taken_over = [number for number in REQUEUING if callable(signal.getsignal(number))]
-        own = {*SIGNALS, *taken_over} - ignored()
-        self._before = {number: signal.signal(number, self._note) for number in own}
+        self._before = {number: signal.signal(number, self._note) for number in {*SIGNALS} - ignored()}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        handler = self._before.get(self.signal)
-        if kind is Stopped and self.signal in REQUEUING and callable(handler):
-            handler(self.signal, None)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if not self._signal:

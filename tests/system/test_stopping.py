@@ -72,24 +72,3 @@ def stopped_by(number, called):
         os.kill(os.getpid(), number)
         assert not called
         raise Stopped(stopper.status)
-
-
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
-def test_a_schedulers_handler_is_called_once_the_run_has_been_closed(number):
-    called = []
-    before = signal.signal(number, lambda got, _: called.append(got))
-    try:
-        with Stopper(None):
-            os.kill(os.getpid(), number)  # in the last step: the run ends as finished
-        assert not called
-        with pytest.raises(Stopped):
-            stopped_by(number, called)
-        assert called == [number]
-    finally:
-        signal.signal(number, before)
-
-
-def test_sigusr2_is_left_to_itself_where_nobody_listens():
-    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
-    with Stopper(None):
-        assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
