@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from src.runs import mlflow_store
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine fails no test
 settings.load_profile("no deadline")
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup every process of a test would ignore it
 
 PROJECT = Path(__file__).parent.parent
 CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", PROJECT.parent / "shared" / "data" / "cifar100"))

@@ -218,7 +218,7 @@ def main(composed: DictConfig) -> dict[str, float]:
 
 def _protocol(cfg: schema.Config) -> schema.Evaluation:
     """The evaluation without what matters during training only."""
-    return replace(cfg.evaluation, every=0, online_lr=0.0)
+    return replace(cfg.evaluation, every=0, online_lr=0.0, pictures=False)
 
 
 def _merged(saved: dict[str, Any], composed: DictConfig) -> schema.Config:

@@ -118,6 +118,7 @@ def test_a_set_is_looked_for_once_also_where_it_is_missing(sweeper, on_images, t
 
 
 def test_a_sweep_without_its_images_is_one_line_and_writes_nothing(sweeper, on_images, tmp_path):
+    sweeper.prepare = lambda: None  # which Hydra has to do with
     with pytest.raises(UsageError, match="nowhere: no such folder") as error:
         sweeper.sweep([*on_images, f"data.root={tmp_path}/nowhere", "seed=0,1"])
     assert "\n" not in str(error.value)

@@ -171,6 +171,12 @@ def wait_for(condition):
     raise AssertionError("it never came")
 
 
+def jobs_of(small):
+    """The processes of jobs that share this test's cache, which no other test does at the same time."""
+    (cache,) = [each for each in small if each.startswith("data.cache_dir=")]
+    return subprocess.run(["pgrep", "-f", f"{cache}.*tracking.parent"], capture_output=True).stdout
+
+
 def finished(path):
     return [d for d in folders(path) if (d / "run.json").exists() and Record.load(d).status == "FINISHED"]
 
@@ -184,7 +190,7 @@ def test_killed_with_its_jobs_and_run_again_it_ends_as_an_unbroken_one(command, 
     process.kill()
     process.wait()
     # The kernel tells the jobs, which save and stop: none goes on without its sweep.
-    wait_for(lambda: not subprocess.run(["pgrep", "-f", str(tmp_path / "killed")], capture_output=True).stdout)
+    wait_for(lambda: not jobs_of(small))
     done = subprocess.run(
         [sys.executable, "-m", "src.train", "--multirun", *arguments],
         cwd=tmp_path / "killed",
@@ -231,7 +237,7 @@ def test_a_search_killed_and_run_again(command, small, tmp_path):
     wait_for(lambda: finished(tmp_path))
     process.kill()
     process.wait()
-    wait_for(lambda: not subprocess.run(["pgrep", "-f", f"{small[4]}.*tracking.parent"], capture_output=True).stdout)
+    wait_for(lambda: not jobs_of(small))
     done = command("src.train", "--multirun", *arguments)
     assert done.returncode == 0, done.stderr
     folder, record = sweep_of(tmp_path)
