@@ -126,8 +126,10 @@ def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]
     return [*points, *((course.epochs, mean, std) for _, mean, std in points)] if course.is_untrained else points
 
 
-def compare(courses: Sequence[Course]) -> Figure:
+def compare(courses: Sequence[Course]) -> Figure | None:
     """A row of panels, one a metric; of more than a few courses a grid, with a column for each method that stores.
+
+    None where nothing has been measured over the epochs, as with ``data.final``.
 
     There those that store nothing are drawn in every column, and of a method with many courses only the best has a
     name: the one with the highest last kNN accuracy on validation images.
@@ -136,6 +138,8 @@ def compare(courses: Sequence[Course]) -> Figure:
 
     drawn = {metric: {each: p for each in courses if (p := _points(each, metric))} for metric in COMPARED}
     metrics = [metric for metric, each in drawn.items() if each]
+    if not metrics:
+        return None
     styles = _styles(courses, {each: points[-1][1] for each, points in drawn["val/knn_top1"].items()})
     methods = list(dict.fromkeys(course.method for course in courses if course.size))
     if len(courses) > MOST_TOGETHER and methods:

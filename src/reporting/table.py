@@ -163,9 +163,9 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
         figure = plot(rows)
         figure.savefig(out / "plot.png", dpi=200)
         figure.savefig(out / "plot.svg", metadata={"Date": None})
-        if found := courses(rows):
+        if drawn := curves.compare(courses(rows)):
             paths.append(out / "curves.png")
-            curves.compare(found).savefig(paths[-1], dpi=200)
+            drawn.savefig(paths[-1], dpi=200)
     return paths
 
 

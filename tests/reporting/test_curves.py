@@ -68,6 +68,13 @@ def test_a_few_courses_share_their_panels_and_what_stores_nothing_has_no_nearest
     assert "own image" in compare([course("NNCLR 9", 9, own, "red"), *some]).axes[-1].get_ylabel()
 
 
+def test_runs_that_validate_on_nothing_have_no_picture_together(tmp_path):
+    some = [course(f"SimCLR {i}", 0, (write(tmp_path / str(i), []),)) for i in range(7)]
+    assert compare(some[:1]) is None
+    assert compare(some) is None
+    assert compare([]) is None
+
+
 def test_many_courses_have_a_column_a_method_and_only_the_best_of_a_crowd_has_a_name(tmp_path):
     folders = [(write(tmp_path / str(i), [10, 20 + i % 7]),) for i in range(20)]
     many = [course(f"KMCLR {i}", i, folders[i], method="KMCLR") for i in range(1, 13)]
