@@ -2,6 +2,8 @@
 # What a GPU makes of it: a table of speeds, then the long runs, as far as the time allows. The same command continues.
 #
 #   MINUTES=9 scripts/gpu_suite.sh data.root=DIR         arguments go to every run
+#   scripts/gpu_suite.sh PLAN data.root=DIR              instead, in OUT: check (scripts/gpu_check.py), or the runs of
+#                                                        teacher, screen, long, curve, published (scripts/gpu_plan.py)
 #
 # BATCHES="256 512 1024"   batch sizes of the table; "": no table
 # EPOCHS="200 500"         lengths of the long runs
@@ -16,8 +18,18 @@ minutes=${MINUTES:-60}
 out=${OUT:-results/gpu}
 started=$SECONDS
 
+plan=
+case ${1-} in check | teacher | screen | long | curve | published) plan=$1 && shift ;; esac
+
 set -- compile=true "$@"
 "$python" -c "import mlflow" 2>/dev/null || set -- tracking=jsonl "$@"
+
+arguments=(--out "$out" ${MINUTES:+--minutes "$MINUTES"} -- "$@")
+case $plan in
+"") ;;
+check) exec "$python" -m scripts.gpu_check "${arguments[@]}" ;;
+*) exec "$python" -m scripts.gpu_plan --plan "$plan" "${arguments[@]}" ;;
+esac
 
 left() { # minutes until the time is up; ends the suite when too few are left to begin anything
     local seconds=$((minutes * 60 - (SECONDS - started)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import cast
@@ -46,8 +48,13 @@ def images(count: int = 50_000) -> Images:
     if CIFAR100.is_dir():
         split = load(compose("data.final=true", f"data.root={CIFAR100}").data).train
         return Images(split, 100, f"CIFAR-100, {len(split.labels):,} images")
-    noise = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
-    return Images(Split(noise, torch.arange(count) % 100), 100, f"uniform noise, {count:,} images of 32 x 32")
+    return noise(count)
+
+
+def noise(count: int = 50_000) -> Images:
+    """Uniform noise in the shape of CIFAR-100."""
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+    return Images(Split(pixels, torch.arange(count) % 100), 100, f"uniform noise, {count:,} images of 32 x 32")
 
 
 def dataset(measured_on: Images) -> Dataset:
@@ -68,6 +75,12 @@ def machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     python = f"Python {platform.python_version()}"
     return f"{device}, {os.cpu_count()} cores, {python}, {', '.join(versions)}; {date.today()}"
+
+
+def shown(module: str, arguments: Sequence[str]) -> str:
+    """A command for the foot of a table: what it was, but for where the images lie."""
+    elsewhere = ["data.root=DIR" if each.startswith("data.root=") else each for each in arguments]
+    return shlex.join(["python", "-m", module, *elsewhere])
 
 
 def processor() -> str:

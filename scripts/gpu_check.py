@@ -1,0 +1,156 @@
+"""Whether a GPU does what the plans need (`scripts.gpu_plan`), and how fast: FAISS, timed steps, tests marked ``gpu``.
+
+    python -m scripts.gpu_check --out results/gpu -- data.root=DIR
+
+FAISS is compared with exact arithmetic by .gpu/0/check_faiss.py where that is present. Steps are those of the training
+loop with a filled support set, compiled and plain, on the images that are asked for or, where they are not there, on
+noise. OUT/check.md is written after each part; a part for which there is no time is left out, and said to be. Status 1:
+a part failed; 75: one was left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from scripts.rivals.ours import Paced, Unlogged, fill
+from scripts.workbench import compose, dataset, machine, noise, shown
+from src import build
+from src.data import load
+from src.data.batches import check_batch_size
+from src.errors import UsageError
+from src.runs.tracker import Tracker
+from src.system.atomic_write import write_whole
+from src.system.redact import one_line
+from src.system.stopping import TIME_IS_UP, Stopper
+from src.training import loop
+from src.training.state import TrainState
+
+FAISS = Path(".gpu/0/check_faiss.py")
+BATCHES = (512, 1024)
+WARM, STEPS = 10, 20  # steps in which graphs are recorded, and those that are timed
+START = 20.0  # seconds without which no part is begun
+
+Part = Callable[[float], tuple[bool, list[str]]]  # of the seconds left: whether it went well, and lines of Markdown
+
+
+class EnoughError(Exception):
+    """All steps have been seen."""
+
+
+def step_seconds(overrides: Sequence[str]) -> tuple[float, str]:
+    """Mean time of `STEPS` steps of the loop itself, and which images they were taken on.
+
+    Raises:
+        UsageError: there are fewer images than a batch holds.
+    """
+    lasting = ("data.final=true", "checkpoint.every=1000000", "checkpoint.minutes=1000000", "epochs=1000000")
+    cfg = compose(*overrides, *lasting)
+    try:
+        data, source = load(cfg.data), cfg.data.name
+    except UsageError:
+        data, source = dataset(noise()), "noise"
+    check_batch_size(cfg.batch_size, data.train)
+    state = TrainState(cfg, data)
+    fill(state)
+    clock: list[float] = []
+
+    def pace() -> None:
+        if len(clock) in (WARM, WARM + STEPS) and state.device.type == "cuda":
+            torch.cuda.synchronize(state.device)
+        clock.append(time.perf_counter())
+        if len(clock) > WARM + STEPS:
+            raise EnoughError
+
+    stopper, tracker = cast(Stopper, Paced(pace)), cast(Tracker, Unlogged())
+    try:
+        loop.pretrain(state, data.on(state.device), tracker, stopper, Path(os.devnull), lambda *_: False)
+    except EnoughError:
+        pass
+    finally:
+        if cfg.compile:
+            torch.compiler.reset()
+    return (clock[WARM + STEPS] - clock[WARM]) / STEPS, source
+
+
+def steps(overrides: Sequence[str], _: float) -> tuple[bool, list[str]]:
+    """A line on the speed of a configuration."""
+    cfg = compose(*overrides)
+    what = f"{cfg.method.name}, batch {cfg.batch_size:,}, {'compiled' if cfg.compile else 'plain'}"
+    try:
+        seconds, source = step_seconds(overrides)
+    except Exception as error:
+        traceback.print_exc()
+        return False, [f"- {what}: failed ({one_line(error)})"]
+    return True, [f"- {what}: {1000 * seconds:.1f} ms a step, {cfg.batch_size / seconds:,.0f} images/s on {source}"]
+
+
+def program(title: str, command: Sequence[str], last: int, seconds: float) -> tuple[bool, list[str]]:
+    """Another program's last lines, and whether it ended well, within the time."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return False, [f"- {title}: not done after {seconds:.0f} s"]
+    said = done.stdout.strip().splitlines()[-last:]
+    return done.returncode == 0, [f"- {title}: status {done.returncode}", "", *(f"      {line}" for line in said), ""]
+
+
+def parts(overrides: Sequence[str]) -> dict[str, Part]:
+    """What is checked, in its order."""
+    on_gpu = build.device(compose(*overrides).device).type == "cuda"
+    chosen: dict[str, Part] = {}
+    if on_gpu and FAISS.is_file():
+        chosen["FAISS"] = partial(program, "FAISS", [sys.executable, str(FAISS)], 60)
+    for compiled, batch in itertools.product(("true", "false") if on_gpu else ("false",), BATCHES):
+        settings = [f"batch_size={batch}", *overrides, f"compile={compiled}"]
+        chosen[f"steps, batch {batch}, compile={compiled}"] = partial(steps, settings)
+    if on_gpu:
+        chosen["tests"] = partial(program, "tests", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"], 15)
+    return chosen
+
+
+def check(chosen: dict[str, Part], end: float, page: Path, head: Sequence[str]) -> int:
+    """Runs the parts, as long as there is time, and writes the page after each; the exit status."""
+    lines, status = list(head), 0
+    for title, part in chosen.items():
+        left = end - time.monotonic()
+        if left < START:
+            lines.append(f"- {title}: left out, for the time was up")
+            status = status or TIME_IS_UP
+        else:
+            went_well, said = part(left)
+            lines += said
+            status = status if went_well else 1
+        write_whole(page, ("\n".join(lines) + "\n").encode())
+    return status
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Checks; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.gpu_check", description="Does a GPU do what plans need?")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=4.0, help="begin nothing after so long")
+    parser.add_argument("overrides", nargs="*", help="for the steps")
+    asked = parser.parse_args(arguments)
+    end = time.monotonic() + 60 * asked.minutes
+    asked.out.mkdir(parents=True, exist_ok=True)
+    page = asked.out / "check.md"
+    head = ["# Check", "", f"{machine()}.", "", f"    {shown('scripts.gpu_check', arguments)}", ""]
+    status = check(parts(asked.overrides), end, page, head)
+    print(page.read_text())
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,264 @@
+"""A question, and the runs that answer it on one GPU, one after another in one process, in the minutes that there are.
+
+    python -m scripts.gpu_plan --plan teacher --out results/gpu --minutes 9 -- data.root=DIR
+
+What comes after ``--`` goes to every run and wins over the plan's own settings. The same command continues: finished
+runs are passed over, and a run that was stopped goes on where its folder in multirun/ is still there. After each run
+OUT/PLAN holds the report of those that are finished, the record and the metrics of each, and log.md, an entry for
+results/LOG.md. Status 75: the time is up; otherwise that of the last run that failed.
+
+The numbers of epochs fit an H100: an epoch of 50,000 images at batch 512 takes 1.32 s, with a teacher a third more, a
+run 25 s for its start and its evaluation, and what is compiled first 90 s. ``epochs=N`` asks for more, in several
+slices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import shutil
+import sys
+import textwrap
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from hydra.errors import HydraException
+
+from scripts.workbench import compose, machine, shown
+from src import cli
+from src.config import identity
+from src.config.explain import explain_composition
+from src.config.schema import Config
+from src.data.cache import fingerprint
+from src.errors import RunFailed, UsageError
+from src.reporting import curves, table
+from src.reporting.rows import FIGURES, summarise
+from src.runs import directory as run_directory
+from src.runs import origin
+from src.runs.record import METRICS, RECORD, Record, records_below
+from src.system.stopping import TIME_IS_UP, Stopped, is_stop
+from src.training.run import run
+
+RESERVE = 30.0  # seconds for a last evaluation, which no deadline cuts short
+FAST = [
+    *("batch_size=512", "evaluation.every=20", "evaluation.pictures=false", "tracking.log_every=50"),
+    *("checkpoint.every=1000", "checkpoint.minutes=3"),  # besides those at a run's stop and end
+]
+KMCLR = ["method=kmclr", "k=400", *FAST]
+TEACHER = ["experiment=teacher", *FAST]
+NOTHING, PROTOTYPES, QUEUE = ["support=none"], ["support=kmeans"], ["support=queue", "objective.neighbours=5"]
+BEST = [*TEACHER, *PROTOTYPES, "k=400"]  # until `screen` says otherwise
+DECAY = ["optimizer.weight_decay=1e-4"]
+DECORRELATION = ["objective.decorrelation=0.02", "projector.hidden=[2048,2048]", "projector.out=256"]
+
+Overrides = list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked, the minutes of a slice, and the runs in the order of their worth."""
+
+    question: str
+    minutes: float
+    runs: Sequence[Overrides]
+    fit: bool = False  # whether the first is repeated with as many epochs as fit into a slice
+
+
+PLANS = {
+    "teacher": Plan(
+        "With a teacher, what is storing worth, and do 400 prototypes equal a queue of 4,096?",
+        9,
+        [[*TEACHER, *stored, "epochs=70"] for stored in (NOTHING, [*QUEUE, "queue_size=4096"], [*PROTOTYPES, "k=400"])],
+    ),
+    "screen": Plan(
+        "Which ingredient gains a point or more on validation?",
+        9,
+        [
+            [*ingredients, "epochs=25"]
+            for ingredients in (
+                KMCLR,
+                [*KMCLR, *DECAY],
+                [*KMCLR, *DECORRELATION],
+                [*KMCLR, *DECORRELATION, *DECAY],
+                BEST,
+                [*BEST, *DECORRELATION],
+                [*BEST, "objective=relation"],
+            )
+        ],
+    ),
+    "long": Plan(
+        "How far does the best come in 200 epochs of all images, and in as many as fit?",
+        10,
+        [[*BEST, "data.final=true", "epochs=200"]],
+        fit=True,
+    ),
+    "curve": Plan(
+        "How many vectors must be stored?",
+        10,
+        [
+            [*TEACHER, *stored, "epochs=40", f"seed={seed}"]
+            for seed, stored in itertools.product(
+                range(3),
+                (
+                    NOTHING,
+                    *([*PROTOTYPES, f"k={k}"] for k in (400, 50, 100, 200, 800, 1600)),
+                    *([*QUEUE, f"queue_size={size}"] for size in (4096, 400, 1024, 16384, 65536, 98304)),
+                ),
+            )
+        ],
+    ),
+    "published": Plan(
+        "What do the published loss and the original study's settings give?",
+        10,
+        [
+            [*KMCLR, "objective=published", "epochs=80"],
+            ["method=nnclr", "queue_size=98304", *FAST, "objective=published", "epochs=80"],
+            # All its 500 epochs, as far as they come; its own probe would take minutes at the end.
+            ["experiment=original_kmclr", "k=400", *FAST, "batch_size=64", "evaluation=linear"],
+        ],
+    ),
+}
+
+
+def configurations(plan: Plan, minutes: float, out: Path, overrides: Overrides) -> Iterator[Config]:
+    """The plan's distinct runs, each composed when it is its turn.
+
+    Raises:
+        UsageError: a setting is impossible, or the images are not there.
+    """
+    seen = set()
+    for settings in plan.runs:
+        cfg = configuration([*settings, *overrides])
+        if (found := identity.config_hash(cfg)) not in seen:
+            seen.add(found)
+            yield cfg
+    if plan.fit and (first := Record.find(kept(out, configuration([*plan.runs[0], *overrides])))):
+        epochs = as_many_as_fit(first, minutes, out)
+        cfg = configuration([*plan.runs[0], f"epochs={epochs}", *overrides])
+        if epochs > int(first.params["epochs"]) and identity.config_hash(cfg) not in seen:
+            yield cfg
+
+
+def configuration(overrides: Overrides) -> Config:
+    """A run's config, complete: a run is its settings, its images and the weights that it starts from."""
+    cfg = compose(*overrides)
+    cfg.data.fingerprint = fingerprint(cfg.data)
+    origin.identify(cfg)
+    return cfg
+
+
+def as_many_as_fit(first: Record, minutes: float, out: Path) -> int:
+    """How many epochs like the first run's a slice has room for: found once, for a run's length is part of it."""
+    noted = out / "epochs.txt"
+    if not noted.is_file():
+        seconds = first.seconds / int(first.params["epochs"])
+        noted.write_text(f"{int((60 * minutes - RESERVE) / seconds)}\n")
+    return int(noted.read_text())
+
+
+def kept(out: Path, cfg: Config) -> Path:
+    """Where the files of a run are that are worth keeping."""
+    return out / "runs" / run_directory.choose(cfg).name
+
+
+def train(cfg: Config, minutes: float) -> int:
+    """One run, as ``python -m src.train`` has it; its exit status.
+
+    Whatever becomes of it, the plan's other runs still have the time.
+    """
+    cfg.max_minutes = minutes
+    try:
+        run(cfg, lambda *_: False, curves.plot)
+    except Stopped as stopped:
+        return int(stopped.code or 0)
+    except (RunFailed, UsageError) as error:
+        print(f"{identity.run_name(cfg)}: {error}", file=sys.stderr, flush=True)
+        return error.status if isinstance(error, RunFailed) else 2
+    except Exception:
+        traceback.print_exc()
+        return 1
+    finally:
+        if cfg.compile:  # else the next run counts as a recompilation of this one, of which there may be eight
+            torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+    return 0
+
+
+def follow(name: str, minutes: float, out: Path, overrides: Overrides, command: str) -> int:
+    """Trains what the plan has, in its order, until the time is up; the exit status."""
+    end, status = time.monotonic() + 60 * minutes, 0
+    for cfg in configurations(PLANS[name], minutes, out, overrides):
+        if run_directory.is_finished(kept(out, cfg), cfg):
+            continue
+        left = end - time.monotonic() - RESERVE
+        ended = train(cfg, left / 60) if left > 0 else TIME_IS_UP
+        keep(run_directory.choose(cfg), kept(out, cfg))
+        try:
+            report(name, out, command)
+        except Exception:  # a table can be made again, and the minutes cannot
+            traceback.print_exc()
+        status = ended or status
+        if is_stop(ended):
+            break
+    return status
+
+
+def keep(directory: Path, copy: Path) -> None:
+    """Copies a run's record and metrics, if it has begun."""
+    for file in (METRICS, RECORD):
+        if (directory / file).is_file():
+            copy.mkdir(parents=True, exist_ok=True)
+            shutil.copy(directory / file, copy / file)
+
+
+def report(name: str, out: Path, command: str) -> None:
+    """Writes the table and its plots, and the entry for the log."""
+    records = sorted((record for _, record in records_below(out / "runs")), key=lambda record: record.start_time)
+    rows, notes = summarise(records)
+    if rows:
+        table.write(rows, notes, name, out)
+        header, *body = table.table(rows)
+        test, val = (header.index(FIGURES[figure]) for figure in ("test/linear_top1", "val/linear_top1"))
+        figures = [f"{row.title} {line[test]} ({line[val]})" for row, line in zip(rows, body, strict=True)]
+        seconds = sum(record.seconds for record in records)
+        text = f"test linear (validation linear): {'; '.join(figures)}. In {seconds:.0f} s on {machine()}."
+        unfinished = [f"{record.name} ({record.status.lower()})" for record in records if record.status != "FINISHED"]
+        text += f" Not finished: {', '.join(unfinished)}." if unfinished else ""
+        came_out = textwrap.fill(f"*Asked:* {PLANS[name].question} *Came out,* {text}", 120)
+        entry = f"## {date.today()}: the plan `{name}` (`{out}/`)\n\n{came_out}\n\n    {command}\n"
+        (out / "log.md").write_text(entry)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Follows a plan; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.gpu_plan", description="Runs for one GPU, by plan.")
+    parser.add_argument("--plan", choices=list(PLANS), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, help="stop cleanly after so long; the plan's own unless it is set")
+    parser.add_argument("overrides", nargs="*", help="for every run")
+    asked = parser.parse_args(arguments)
+    out, minutes = asked.out / asked.plan, asked.minutes or PLANS[asked.plan].minutes
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        status = follow(asked.plan, minutes, out, asked.overrides, shown("scripts.gpu_plan", arguments))
+    except UsageError as error:
+        cli.fail(str(error))
+    except HydraException as error:
+        cli.fail(explain_composition(error))
+    for page in (out / "table.md", out / "log.md"):
+        if page.is_file():
+            print(page.read_text())
+    if status == TIME_IS_UP:
+        print("the time is up; the same command continues", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,165 @@
+"""scripts/gpu_plan.py: what runs, in which order, for how long; and every plan with networks that take seconds."""
+
+import json
+
+import pytest
+
+from scripts import gpu_plan
+from scripts.workbench import compose
+from src.config import identity, schema
+from src.runs import directory as run_directory
+from src.runs.record import Record
+from src.system.stopping import TIME_IS_UP
+
+EPOCH, START, RUN = 1.32, 90, 25  # seconds on an H100: an epoch at batch 512, the first compilation, what a run adds
+
+
+def seconds(cfg):
+    with_teacher = isinstance(cfg.objective, schema.WithTeacher)
+    return RUN + cfg.epochs * EPOCH * (4 / 3 if with_teacher else 1)
+
+
+@pytest.mark.parametrize(("name", "runs"), [("teacher", 3), ("screen", 7), ("long", 1), ("published", 2), ("curve", 5)])
+def test_so_many_runs_fit_into_a_slice(name, runs):
+    plan = gpu_plan.PLANS[name]
+    taken = START + sum(seconds(compose(*each)) for each in plan.runs[:runs])
+    assert taken <= 60 * plan.minutes
+
+
+@pytest.fixture
+def trained(tmp_path, cache_dir, monkeypatch):
+    """Follow a plan whose runs end at once, as they are told to; what was trained, and the minutes it was given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu_plan, "report", lambda *_: None)
+
+    def follow(name, *overrides, minutes=10.0, **statuses):
+        runs = []
+
+        def train(cfg, left):
+            what = identity.run_name(cfg).removesuffix("-digits-resnet18-seed0")
+            runs.append((what, cfg.epochs, left))
+            status = statuses.get(what.replace("-", "_"), 0)
+            end(cfg, "FINISHED" if status == 0 else "KILLED" if status == TIME_IS_UP else "FAILED")
+            return status
+
+        monkeypatch.setattr(gpu_plan, "train", train)
+        images = ["data=digits", f"data.cache_dir={cache_dir}"]
+        out = tmp_path / "out"
+        out.mkdir(exist_ok=True)
+        return gpu_plan.follow(name, minutes, out, [*images, *overrides], "the command"), runs
+
+    def end(cfg, status):
+        directory = run_directory.choose(cfg)
+        directory.mkdir(parents=True, exist_ok=True)
+        record = Record.new(identity.run_name(cfg), "support-sets")
+        record.params = {key: str(value) for key, value in identity.flat(cfg).items()}
+        record.seconds, record.status = 2.0 * cfg.epochs, status
+        record.save(directory)
+
+    return follow
+
+
+def test_runs_in_order_and_none_twice(trained):
+    status, runs = trained("teacher")
+    assert status == 0
+    assert [what for what, *_ in runs] == ["byol", "mnn-queue4096", "mnn_prototypes-k400"]
+    lefts = [left for *_, left in runs]
+    assert lefts == sorted(lefts, reverse=True)
+    assert 9 < lefts[0] <= 10 - gpu_plan.RESERVE / 60
+    assert trained("teacher") == (0, [])
+
+
+def test_the_records_that_were_kept_are_enough(trained, tmp_path):
+    """A lent machine keeps nothing but OUT."""
+    trained("teacher", mnn_prototypes_k400=1)
+    (tmp_path / "multirun").rename(tmp_path / "lost")
+    _, runs = trained("teacher")
+    assert [what for what, *_ in runs] == ["mnn_prototypes-k400"]
+
+
+def test_a_stop_ends_the_plan_which_goes_on_there(trained):
+    status, runs = trained("teacher", mnn_queue4096=TIME_IS_UP)
+    assert (status, len(runs)) == (TIME_IS_UP, 2)
+    _, runs = trained("teacher")
+    assert [what for what, *_ in runs] == ["mnn-queue4096", "mnn_prototypes-k400"]
+
+
+def test_a_failure_leaves_the_others_their_time(trained):
+    status, runs = trained("teacher", byol=65)
+    assert (status, len(runs)) == (65, 3)
+
+
+def test_nothing_is_begun_without_time_for_its_end(trained):
+    assert trained("teacher", minutes=gpu_plan.RESERVE / 60) == (TIME_IS_UP, [])
+
+
+def test_runs_that_overrides_make_the_same_run_once(trained):
+    _, runs = trained("screen", "optimizer.weight_decay=1e-4", "objective.decorrelation=0")
+    assert len(runs) == 5  # two of KMCLR and of the teacher, for the projectors still differ, and the relation
+
+
+def test_as_many_epochs_as_fit_are_found_once(trained):
+    status, runs = trained("long", minutes=20)
+    fit = int((20 * 60 - gpu_plan.RESERVE) / 2.0)  # at two seconds an epoch
+    assert (status, [epochs for _, epochs, _ in runs]) == (0, [200, fit])
+    assert trained("long", minutes=60) == (0, [])
+
+
+def test_no_more_epochs_fit(trained):
+    _, runs = trained("long", minutes=5)
+    assert [epochs for _, epochs, _ in runs] == [200]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"), [("data=image_folder data.root=nowhere", "nowhere"), ("epoch=3", "epoch"), ("k=0", "k")]
+)
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, override, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        gpu_plan.main(["--plan", "teacher", "--out", "out", "--", *override.split()])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+
+
+def test_a_table_that_fails_costs_no_run(trained, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_plan, "report", lambda *_: 1 / 0)
+    status, runs = trained("teacher")
+    assert (status, len(runs)) == (0, 3)
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_plan_at_a_tiny_size(tmp_path, cache_dir, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny = [
+        *("data=digits", "data.image_size=8", "data.limit=256", f"data.cache_dir={cache_dir}", "backbone=resnet_tiny"),
+        *("batch_size=64", "epochs=2", "seed=0", "projector.hidden=[32]", "projector.out=16"),
+        *("objective.predictor_hidden=32", "evaluation.epochs=1", "precision=float32", "device=cpu", "tracking=jsonl"),
+    ]
+    report, reports = gpu_plan.report, []
+    monkeypatch.setattr(gpu_plan, "report", lambda *arguments: reports.append(arguments))
+
+    def rows(name):
+        status = gpu_plan.main(["--plan", name, "--out", "out", "--", *tiny])
+        report(*reports[-1])
+        found = json.loads((tmp_path / f"out/{name}/table.json").read_text())["rows"]
+        return status, [(row["method"], row["support_set_size"]) for row in found if row["method"] != "untrained"]
+
+    prototypes = [("mnn_prototypes", k) for k in (50, 100, 200, 400)]
+    assert rows("teacher") == (2, [("byol", 0), prototypes[-1]])
+    assert "queue_size=4096: is never filled" in capsys.readouterr().err  # by so few images
+    assert rows("screen") == (0, [*[("kmclr", 400)] * 4, *[prototypes[-1]] * 2, ("relation_prototypes", 400)])
+    assert rows("long") == (0, prototypes[-1:])
+    assert rows("curve") == (2, [("byol", 0), ("mnn", 400), *prototypes])
+    assert rows("published") == (2, [("kmclr", 400)] * 2)
+    assert len(reports) == 3 + 7 + 1 + 13 + 3
+
+    log = (tmp_path / "out/curve/log.md").read_text()
+    assert "How many vectors must be stored?" in log
+    assert "BYOL" in log
+    assert "--plan curve --out out --" in log
+    capsys.readouterr()
+    gpu_plan.main(["--plan", "teacher", "--out", "out", "--", *tiny])
+    assert "started" not in capsys.readouterr().out
