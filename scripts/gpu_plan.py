@@ -138,7 +138,8 @@ def configurations(plan: Plan, minutes: float, out: Path, overrides: Overrides) 
         if (found := identity.config_hash(cfg)) not in seen:
             seen.add(found)
             yield cfg
-    if plan.fit and (first := Record.find(kept(out, configuration([*plan.runs[0], *overrides])))):
+    first = Record.find(kept(out, cfg)) if plan.fit else None
+    if first and first.status == "FINISHED":
         epochs = as_many_as_fit(first, minutes, out)
         cfg = configuration([*plan.runs[0], f"epochs={epochs}", *overrides])
         if epochs > int(first.params["epochs"]) and identity.config_hash(cfg) not in seen:

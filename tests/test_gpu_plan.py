@@ -1,14 +1,15 @@
 """scripts/gpu_plan.py: what runs, in which order, for how long; and every plan with networks that take seconds."""
 
-import json
+import re
 
 import pytest
 
 from scripts import gpu_plan
 from scripts.workbench import compose
 from src.config import identity, schema
+from src.reporting.rows import summarise
 from src.runs import directory as run_directory
-from src.runs.record import Record
+from src.runs.record import Record, records_below
 from src.system.stopping import TIME_IS_UP
 
 EPOCH, START, RUN = 1.32, 90, 25  # seconds on an H100: an epoch at batch 512, the first compilation, what a run adds
@@ -105,6 +106,11 @@ def test_as_many_epochs_as_fit_are_found_once(trained):
     assert trained("long", minutes=60) == (0, [])
 
 
+def test_a_run_that_failed_does_not_say_how_many_epochs_fit(trained):
+    status, runs = trained("long", minutes=20, mnn_prototypes_k400=1)
+    assert (status, len(runs)) == (1, 1)
+
+
 def test_no_more_epochs_fit(trained):
     _, runs = trained("long", minutes=5)
     assert [epochs for _, epochs, _ in runs] == [200]
@@ -139,13 +145,13 @@ def test_every_plan_at_a_tiny_size(tmp_path, cache_dir, monkeypatch, capsys):
         *("objective.predictor_hidden=32", "evaluation.epochs=1", "precision=float32", "device=cpu", "tracking=jsonl"),
     ]
     report, reports = gpu_plan.report, []
-    monkeypatch.setattr(gpu_plan, "report", lambda *arguments: reports.append(arguments))
+    monkeypatch.setattr(gpu_plan, "report", lambda *arguments: reports.append(arguments))  # pictures take a second
+    monkeypatch.setattr(gpu_plan.curves, "plot", lambda directory: directory)
 
     def rows(name):
         status = gpu_plan.main(["--plan", name, "--out", "out", "--", *tiny])
-        report(*reports[-1])
-        found = json.loads((tmp_path / f"out/{name}/table.json").read_text())["rows"]
-        return status, [(row["method"], row["support_set_size"]) for row in found if row["method"] != "untrained"]
+        found, _ = summarise([record for _, record in records_below(tmp_path / f"out/{name}/runs")])
+        return status, [(row.method, row.size) for row in found if row.method != "untrained"]
 
     prototypes = [("mnn_prototypes", k) for k in (50, 100, 200, 400)]
     assert rows("teacher") == (2, [("byol", 0), prototypes[-1]])
@@ -156,9 +162,11 @@ def test_every_plan_at_a_tiny_size(tmp_path, cache_dir, monkeypatch, capsys):
     assert rows("published") == (2, [("kmclr", 400)] * 2)
     assert len(reports) == 3 + 7 + 1 + 13 + 3
 
-    log = (tmp_path / "out/curve/log.md").read_text()
+    report(*reports[-4])
+    assert {path.name for path in (tmp_path / "out/curve").glob("*.*")} >= {"table.md", "plot.png", "curves.png"}
+    log = " ".join((tmp_path / "out/curve/log.md").read_text().split())
     assert "How many vectors must be stored?" in log
-    assert "BYOL" in log
+    assert re.search(r"BYOL \d+\.\d\d \(\d+\.\d\d\); MNN 400", log)
     assert "--plan curve --out out --" in log
     capsys.readouterr()
     gpu_plan.main(["--plan", "teacher", "--out", "out", "--", *tiny])

@@ -74,4 +74,4 @@ def fill(state: TrainState) -> None:
     size, dim = support.size, state.cfg.projector.out
     vectors = torch.randn(size, dim, device=state.device)
     rows = torch.arange(size, device=state.device)
-    support.update(vectors, rows, rows % 100)
+    support.update(vectors, rows, rows % state.classifier.out_features)

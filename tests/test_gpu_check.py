@@ -1,0 +1,57 @@
+"""scripts/gpu_check.py: its parts and their time, and all that a CPU can do of it from the command line."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from scripts import gpu_check
+from src.system.stopping import TIME_IS_UP
+from tests.conftest import PROJECT
+
+
+def test_the_page_has_what_went_well_and_what_did_not(tmp_path):
+    page, now = tmp_path / "check.md", time.monotonic()
+    well, badly = (lambda left: (True, [f"- well, {left:.0f} s"])), (lambda _: (False, ["- badly"]))
+    assert gpu_check.check({"a": well}, now + 60, page, ["# Check"]) == 0
+    assert re.fullmatch("# Check\n- well, (59|60) s\n", page.read_text())
+    assert gpu_check.check({"a": badly, "b": well}, now + 60, page, []) == 1
+    assert page.read_text().startswith("- badly\n- well")
+    assert gpu_check.check({"a": badly}, now, page, []) == TIME_IS_UP
+    assert page.read_text() == "- a: left out, for the time was up\n"
+
+
+def test_another_programs_end_counts():
+    def run(code, seconds=60.0):
+        return gpu_check.program("it", [sys.executable, "-c", code], 2, seconds)
+
+    assert run("print(1); print(2); print(3)") == (True, ["- it: status 0", "", "      2", "      3", ""])
+    went_well, lines = run("raise SystemExit('no faiss')")
+    assert not went_well
+    assert lines == ["- it: status 1", "", "      no faiss", ""]
+    assert run("import time; time.sleep(60)", seconds=0.5) == (False, ["- it: not done after 0 s"])
+
+
+def test_a_configuration_that_fails_is_said_and_others_go_on(cache_dir, capsys):
+    settings = ["data=digits", "data.image_size=8", f"data.cache_dir={cache_dir}", "batch_size=4096", "device=cpu"]
+    went_well, (line,) = gpu_check.steps(settings, 60.0)
+    assert not went_well
+    assert line.startswith("- kmclr, batch 4,096, plain: failed (batch_size=4096 is larger than the 1438 training")
+    assert "UsageError" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_suite_checks(tmp_path, cache_dir):
+    tiny = ["backbone=resnet_tiny", "data=digits", "data.image_size=8", f"data.cache_dir={cache_dir}", "device=cpu"]
+    tiny += ["batch_size=64", "projector.hidden=[32]", "projector.out=16", "precision=float32", "k=50"]
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OUT": str(tmp_path / "out")}
+    done = subprocess.run(
+        [str(PROJECT / "scripts/gpu_suite.sh"), "check", *tiny], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out/check.md").read_text()
+    assert "python -m scripts.gpu_check --out" in page
+    assert len(re.findall(r"- kmclr, batch 64, plain: [\d.]+ ms a step, [\d,]+ images/s on digits\n", page)) == 2
