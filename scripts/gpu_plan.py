@@ -245,7 +245,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, help="stop cleanly after so long; the plan's own unless it is set")
     parser.add_argument("overrides", nargs="*", help="for every run")
     asked = parser.parse_args(arguments)
-    out, minutes = asked.out / asked.plan, asked.minutes or PLANS[asked.plan].minutes
+    out = asked.out / asked.plan
+    minutes = PLANS[asked.plan].minutes if asked.minutes is None else asked.minutes
     out.mkdir(parents=True, exist_ok=True)
     try:
         status = follow(asked.plan, minutes, out, asked.overrides, shown("scripts.gpu_plan", arguments))

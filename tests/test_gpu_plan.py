@@ -1,6 +1,10 @@
 """scripts/gpu_plan.py: what runs, in which order, for how long; and every plan with networks that take seconds."""
 
+import os
 import re
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -11,6 +15,7 @@ from src.reporting.rows import summarise
 from src.runs import directory as run_directory
 from src.runs.record import Record, records_below
 from src.system.stopping import TIME_IS_UP
+from tests.conftest import PROJECT
 
 EPOCH, START, RUN = 1.32, 90, 25  # seconds on an H100: an epoch at batch 512, the first compilation, what a run adds
 
@@ -136,6 +141,16 @@ def test_a_table_that_fails_costs_no_run(trained, monkeypatch, capsys):
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+def test_the_suite_follows_a_plan_in_its_minutes(tmp_path, cache_dir):
+    images = ["data=digits", f"data.cache_dir={cache_dir}"]
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "MINUTES": "0"}
+    suite = [str(PROJECT / "scripts/gpu_suite.sh"), "teacher", *images]
+    stopped = subprocess.run(suite, env=environment, capture_output=True, text=True)
+    assert stopped.returncode == TIME_IS_UP
+    assert stopped.stderr.endswith("the time is up; the same command continues\n")  # images may have been decoded
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["teacher"]
+
+
 @pytest.mark.slow
 def test_every_plan_at_a_tiny_size(tmp_path, cache_dir, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -171,3 +186,14 @@ def test_every_plan_at_a_tiny_size(tmp_path, cache_dir, monkeypatch, capsys):
     capsys.readouterr()
     gpu_plan.main(["--plan", "teacher", "--out", "out", "--", *tiny])
     assert "started" not in capsys.readouterr().out
+
+    def slice_of_a_second():
+        began, minutes = time.monotonic(), str((gpu_plan.RESERVE + 1) / 60)
+        status = gpu_plan.main(["--plan", "long", "--out", "out", "--minutes", minutes, "--", *tiny, "epochs=100000"])
+        assert time.monotonic() - began < gpu_plan.RESERVE  # on any machine
+        return status, capsys.readouterr().out
+
+    for word in ("started", "continued"):
+        status, out = slice_of_a_second()
+        assert status == TIME_IS_UP
+        assert re.search(rf"{word} at step \d+\n(.*\n)*.*stopped at step", out)
