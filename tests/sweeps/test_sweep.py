@@ -256,8 +256,16 @@ def test_a_search_killed_and_run_again(command, small, tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_learns(command, cache_dir, tmp_path):
-    """Three of its rows, at a third of its epochs: each is far above the untrained encoder."""
-    line = ["--multirun", "+sweep=demo", "queue_size=0", "k=50", "epochs=20", "jobs=2", f"data.cache_dir={cache_dir}"]
+    """Two of its rows, at a third of its epochs: each is far above the untrained encoder."""
+    line = [
+        "--multirun",
+        "+sweep=demo",
+        "method=simclr,kmclr",
+        "k=50",
+        "epochs=20",
+        "jobs=2",
+        f"data.cache_dir={cache_dir}",
+    ]
     done = command("src.train", *line, "precision=float32")
     assert done.returncode == 0, done.stderr
     assert re.search(r"^plot: multirun/sweep-demo-\w+/plot.png$", done.stdout, re.MULTILINE)
@@ -267,7 +275,7 @@ def test_the_demo_learns(command, cache_dir, tmp_path):
     (written,) = tmp_path.glob("multirun/sweep-demo-*/table.json")
     untrained, *trained = json.loads(written.read_text())["rows"]
     assert untrained["method"] == "untrained"
-    assert [row["method"] for row in trained] == ["simclr", "nothing_stored", "kmclr"]
+    assert [row["method"] for row in trained] == ["simclr", "kmclr"]
     for row in trained:
         for figure in ("val/knn_top1_mean", "val/linear_top1_mean"):
             assert row[figure] > untrained[figure] + 3, (row["method"], figure)

@@ -296,14 +296,12 @@ def test_another_evaluation_starts_no_training_anew_and_is_said(run, monkeypatch
     run(*overrides, "evaluation.every=2", "evaluation.knn_k=5")
     record = Record.load(directory)
     assert record.status == "FINISHED"
-    assert record.tags["evaluation_changed"].startswith("evaluation.knn_k was [10, 20, 50, 200] and is 5 at step ")
+    assert record.tags["evaluation_changed"].startswith("evaluation.knn_k was 20 and is 5 at step ")
     assert "every" not in record.tags["evaluation_changed"]
-    assert (
-        "rows logged so far keep the former evaluation (evaluation.knn_k was [10, 20, 50, 200] and is 5)" in caplog.text
-    )
+    assert "rows logged so far keep the former evaluation (evaluation.knn_k was 20 and is 5)" in caplog.text
 
     run(*overrides, "evaluation.knn_k=9")
-    assert "was evaluated otherwise (evaluation.knn_k was [10, 20, 50, 200] and is 9)" in caplog.text
+    assert "was evaluated otherwise (evaluation.knn_k was 20 and is 9)" in caplog.text
     assert f"python -m src.evaluate checkpoint={directory.relative_to(tmp_path)}" in caplog.text
 
 
