@@ -84,6 +84,8 @@ def typed(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["src", *arguments])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        for name in ("outlive_readers", "redact_output"):  # which change the streams of the process
+            monkeypatch.setattr(cli, name, lambda: None)
         try:
             with pytest.raises(SystemExit) as end:
                 entry()
@@ -122,7 +124,7 @@ def typed(tmp_path, monkeypatch, capsys):
         ("data=digits backbone=resnet_tiny batch_size=5000", "batch_size=5000 is larger than the 1294 training images"),
         ("data=digits data.limit=3", "data.limit=3"),
         ("data=image_folder data.root=nowhere", "nowhere: no such folder"),
-        ("data=parquet data.root=.", "no shards train-*.parquet in or below that folder"),
+        ("data=parquet data.root=.", "no parquet files (train-*.parquet, ...) in or below that folder"),
         ("data=image_folder", "data.root"),
         ("output_dir=a_file data=digits backbone=resnet_tiny", "output_dir=a_file: is a file"),
         ("hydra.run.dir=elsewhere", "hydra.run.dir=elsewhere: has no effect; a run's folder is output_dir"),
@@ -159,7 +161,7 @@ def test_a_mistake_in_a_process_of_its_own(command, tmp_path, cache_dir, argumen
         ("run_id=nothing", "there is no MLflow store"),
         ("checkpoint=a_file", "a_file is damaged, or not a checkpoint"),
         ("method=kmclr", "method: unknown key"),
-        ("evaluation.epochs=5", "evaluation.epochs: the chosen options do not have it; choose evaluation=... first"),
+        ("evaluation.epoch=5", "did you mean evaluation.epochs?"),
     ],
 )
 def test_mistakes_in_evaluate(typed, tmp_path, arguments, says):
@@ -203,7 +205,7 @@ def test_a_damaged_config_file_is_one_line(command, tmp_path, content):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("megabytes", [200, 3000])
+@pytest.mark.parametrize("megabytes", [200, 1000])
 def test_too_little_memory_is_one_line(tmp_path, megabytes):
     limited = f"ulimit -v {megabytes * 1024}; exec {sys.executable} -m src.train data=digits backbone=resnet_tiny"
     fixed = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}

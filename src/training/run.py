@@ -162,7 +162,8 @@ def changed_protocol(cfg: Config, directory: Path) -> str:
 def say_result(directory: Path) -> float:
     """Print a finished run's figures."""
     metrics = Record.load(directory).metrics
-    figures = [f"{key} {metrics[key]:.2f}" for key in sorted(metrics) if key.startswith(("val/", "test/"))]
+    shown = [key for key in sorted(metrics) if key.startswith(("val/", "test/")) and not key.endswith("/knn_k")]
+    figures = [f"{key} {metrics[key]:.2f}" for key in shown]
     print(f"{directory}: finished; {', '.join(figures)}", flush=True)
     return metrics.get("val/knn_top1", math.nan)
 
