@@ -51,7 +51,7 @@ def test_every_experiment_composes_with_every_method_unless_it_names_one(experim
     assert cfg.method.name == (named or method)
 
 
-def test_the_issues_groups_are_all_there():
+def test_every_group_is_there():
     assert options("method") == ["kmclr", "nnclr", "simclr"]
     assert options("support") == ["kmeans", "none", "queue"]
     assert options("objective") == ["mixed", "nt_xent", "published", "relation", "teacher"]
