@@ -44,7 +44,9 @@ def test_every_command_can_run(tmp_path, monkeypatch, capsys, line):
     one_seed = ["seed=0"] if "+sweep=" in line else []  # of a sweep's three, which takes a third of the time
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["src", *shlex.split(line), *one_seed, "dry_run=true"])
-    monkeypatch.setattr(cli, "outlive_readers", lambda: None)  # which needs a stream of the system
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    for name in ("outlive_readers", "redact_output"):  # which change the streams of the process
+        monkeypatch.setattr(cli, name, lambda: None)
     for module in (cli, jobs):
         monkeypatch.setattr(module, "known_fingerprint", lambda data: None)
         monkeypatch.setattr(module.origin, "identify", lambda cfg: None)
