@@ -30,10 +30,17 @@ def test_operations_are_counted_by_hand():
     assert flop_an_image(cfg, 10) == pytest.approx(expected + loss, rel=0.01)
 
 
+def fillable(text):
+    """Support sets that 200 images fill in two epochs, where a real GPU has a whole data set for them."""
+    return text.replace("queue_size=98304", "queue_size=64").replace("k=400", "k=40")
+
+
 @pytest.mark.slow
 def test_the_suite_stops_in_time_and_continues(tmp_path, small):
     for name in ("conf", "src", "scripts"):
         shutil.copytree(PROJECT / name, tmp_path / name)
+    speed = tmp_path / "scripts/gpu_speed.py"
+    speed.write_text(fillable(speed.read_text()))
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OUT": "out"}
     environment |= {"BATCHES": "64", "EPOCHS": ""}
 
@@ -48,16 +55,16 @@ def test_the_suite_stops_in_time_and_continues(tmp_path, small):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out/speed.json").read_text())
     assert [(row["method"], row["vectors"]) for row in result["rows"]] == [
-        ("kmclr", 400),
-        ("nnclr", 98304),
+        ("kmclr", 40),
+        ("nnclr", 64),
         ("simclr", 0),
     ]
     for row, overrides in zip(result["rows"], METHODS, strict=True):
         assert row["seconds_an_epoch"] * row["images_per_second"] == pytest.approx(50_000)
         # No bound: the ceiling is a time too, and a busy machine moves it.
-        achieved = row["images_per_second"] * flop_an_image(compose(*overrides, *small), 100)
+        achieved = row["images_per_second"] * flop_an_image(compose(*map(fillable, overrides), *small), 100)
         assert row["share_of_ceiling"] == pytest.approx(achieved / (result["ceiling_tflops"] * 1e12))
-    assert "| kmclr | 400 | resnet_tiny | 64 |" in (tmp_path / "out/speed.md").read_text()
+    assert "| kmclr | 40 | resnet_tiny | 64 |" in (tmp_path / "out/speed.md").read_text()
     again = suite("10")
     assert again.returncode == 0
     assert "epoch 1/" not in again.stdout

@@ -153,9 +153,11 @@ def test_the_untrained_encoder_is_that_of_step_0_and_a_seeds_whatever_the_method
         figures[method] = {key: value for (key, step), value in history_.items() if key.startswith("untrained/")}
     assert figures["simclr"] == figures["nnclr"] == figures["kmclr"]
     assert figures["simclr"] != {
-        key: value for (key, _), value in history(run("seed=1", directory="1")).items() if key in figures["simclr"]
+        key: value
+        for (key, _), value in history(run("method=simclr", "seed=1", directory="1")).items()
+        if key in figures["simclr"]
     }
-    started_from_another = Record.load(run("init=simclr", directory="2")).metrics
+    started_from_another = Record.load(run("method=simclr", "init=simclr", directory="2")).metrics
     assert not figures["simclr"].keys() & started_from_another.keys()
 
 
