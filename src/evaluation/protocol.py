@@ -71,13 +71,26 @@ def final(frozen: FrozenEncoder, data: Dataset, cfg: schema.Evaluation, search: 
     there are none: they are chosen on a tenth of the training images, and the probe is then trained on all of them.
     Nothing where no image has a label.
     """
-    if not data.classes:
-        return {}
+    return _final(frozen, data, cfg, search, seed, *_features(frozen, data)) if data.classes else {}
+
+
+def _features(frozen: FrozenEncoder, data: Dataset) -> tuple[Features, Features | None]:
+    """Those from which probes and neighbours learn, and those on which they are chosen."""
+    return frozen.features(data.probe), None if data.val is None else frozen.features(data.val)
+
+
+def _final(
+    frozen: FrozenEncoder,
+    data: Dataset,
+    cfg: schema.Evaluation,
+    search: Search,
+    seed: int,
+    train: Features,
+    val: Features | None,
+) -> dict[str, float]:
     classes = len(data.classes)
-    train = frozen.features(data.probe)
     metrics: dict[str, float] = {}
-    if data.val is not None:
-        val = frozen.features(data.val)
+    if val is not None:
         heads = _probe(cfg, frozen, data.probe, train, classes, cfg.lr, seed)
         head, k = heads.best(val), best_k(train, val, classes, cfg, search)
         metrics["val/linear_top1"] = topk_percent(heads.scores(val.x_NF, head), val.labels_N, 1)
@@ -102,10 +115,12 @@ def untrained(
     frozen: FrozenEncoder, data: Dataset, cfg: schema.Evaluation, search: Search, seed: int
 ) -> dict[str, float]:
     """The figures of an encoder that has learned nothing, below which no other should be: ``untrained/test/...``."""
-    figures = final(frozen, data, cfg, search, seed)
-    if data.classes and data.val is not None:
-        train, val = frozen.features(data.probe), frozen.features(data.val)
-        k = best_k(train, val, len(data.classes), cfg, search)
+    if not data.classes:
+        return {}
+    train, val = _features(frozen, data)
+    figures = _final(frozen, data, cfg, search, seed, train, val)
+    if val is not None:
+        k = int(figures["test/knn_k"])  # which these images have chosen
         figures["val/knn_top1"] = _knn_percent(train, val, len(data.classes), k, cfg, search)
     return {f"{UNTRAINED}/{key}": value for key, value in figures.items()}
 

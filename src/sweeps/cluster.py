@@ -8,6 +8,7 @@ longer has the job.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
@@ -54,11 +55,18 @@ class ClusterLauncher(JobLauncher):
     """Submits the jobs, and waits for each of them."""
 
     engine: str  # for people
+    package: str  # the module that talks to it,
+    extra: str  # and what of this project's extras brings it
     pause = 1.0
     ask_seconds = 10.0  # between two questions to the scheduler
     grace_seconds = 20.0  # a shared file system may show a job's status so late
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        try:
+            importlib.import_module(self.package)
+        except ImportError:
+            remedy = f"pip install --constraint constraints.txt '.[{self.extra}]'"
+            raise UsageError(f"hydra/launcher={self.extra}: needs {self.package}: {remedy}") from None
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         self.submitted: list[Submitted] = []
         self.asked = 0.0

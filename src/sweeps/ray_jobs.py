@@ -51,7 +51,7 @@ class RayLauncher(ClusterLauncher):
         ray: ``init``, the arguments of ``ray.init``, and ``remote``, what each job reserves.
     """
 
-    engine = "Ray"
+    engine, package, extra = "Ray", "ray", "ray"
     ask_seconds = 3.0
 
     def __init__(self, jobs: int | None, ray: DictConfig) -> None:
@@ -60,13 +60,9 @@ class RayLauncher(ClusterLauncher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Join the cluster."""
-        try:
-            import ray
-        except ImportError:
-            raise UsageError(
-                "hydra/launcher=ray: needs Ray: pip install --constraint constraints.txt '.[ray]'"
-            ) from None
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        import ray
+
         search = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
         runtime = {"env_vars": {"PYTHONPATH": os.pathsep.join(search)}}
         try:

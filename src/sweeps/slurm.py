@@ -9,8 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stderr
 from typing import Any
 
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from src.errors import UsageError
 from src.sweeps.cluster import ClusterLauncher, Silent, Standing
@@ -39,21 +38,12 @@ class SlurmLauncher(ClusterLauncher):
         sbatch: the other settings of submitit's executor. One that is None is left to the cluster.
     """
 
-    engine = "SLURM"
+    engine, package, extra = "SLURM", "submitit", "slurm"
     at_a_time = None  # an array limits itself, also when this command has ended
 
     def __init__(self, jobs: int | None, max_num_timeout: int, **sbatch: Any) -> None:
         self.jobs, self.max_num_timeout = jobs, max_num_timeout
         self.sbatch = {key: value for key, value in sbatch.items() if value is not None}
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        try:
-            import submitit  # noqa: F401
-        except ImportError:
-            raise UsageError(
-                "hydra/launcher=slurm: needs submitit: pip install --constraint constraints.txt '.[slurm]'"
-            ) from None
-        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def submit(self, work: Mapping[str, Work]) -> Sequence[str]:
         """One job, or an array of them."""
