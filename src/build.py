@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -128,6 +129,8 @@ def method(
     if model.support is not None:
         model.support.stopwatch.device = device
     if cfg.compile:
+        # It advises products in TF32, which would round what is searched and compared.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         for network in model.networks:
             network.compile(mode=COMPILE_MODE)
         torch.backends.cudnn.benchmark = True  # the graphs keep what is fastest; processes may differ by a rounding
