@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -36,4 +37,6 @@ def _environment(name: str, *default: Any) -> Any:
     return oc.env(name, *default)
 
 
-OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+with warnings.catch_warnings():  # OmegaConf 2.4 gives it a new name, under which 2.3 has something else
+    warnings.simplefilter("ignore")
+    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
