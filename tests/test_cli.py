@@ -59,7 +59,7 @@ def test_cfg_and_info_show_the_composition(command):
         ("src.train method=", {"method=kmclr", "method=nnclr", "method=simclr"}),
         ("src.train method=nnclr queue_", {"queue_size="}),
         ("src.train schedule.w", {"schedule.warmup_epochs="}),
-        ("src.evaluate evaluation=", {"evaluation=linear", "evaluation=original"}),
+        ("src.evaluate evaluation=", {f"evaluation={name}" for name in ("fewshot", "finetune", "linear", "original")}),
     ],
 )
 def test_tab_completion_in_bash(line, offers):

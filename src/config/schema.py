@@ -227,8 +227,25 @@ class Search:
 
 
 @dataclass
+class Finetune:
+    """How the whole network learns from labels; the validation images choose the learning rate."""
+
+    epochs: Count
+    batch_size: Annotated[int, Field(ge=2, lt=LARGEST)]
+    lr: Annotated[list[Positive], Field(min_length=1)]
+
+
+@dataclass
+class Fewshot:
+    """Of which shares of the labels a linear probe learns, and from how many draws of each."""
+
+    fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
+    draws: Annotated[int, Field(ge=2, lt=LARGEST)]
+
+
+@dataclass
 class Evaluation:
-    name: Annotated[str, one_of("linear", "original")]
+    name: Annotated[str, one_of("linear", "original", "finetune", "fewshot")]
     every: Count
     knn_k: Annotated[Any, AfterValidator(_counts)]  # one, or several of which the validation images choose
     knn_temperature: Positive
@@ -237,6 +254,8 @@ class Evaluation:
     batch_size: Count
     lr: Annotated[list[Positive], Field(min_length=1)]
     pictures: bool = False
+    finetune: Finetune | None = None  # beside the linear probe
+    fewshot: Fewshot | None = None  # likewise
 
 
 @dataclass

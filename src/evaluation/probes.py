@@ -1,4 +1,4 @@
-"""What frozen features are worth: nearest neighbours and linear probes.
+"""What frozen features are worth: nearest neighbours and linear probes, also on few labels.
 
 Shapes: B batch, C classes, F features, L learning rates, N images.
 """
@@ -6,6 +6,7 @@ Shapes: B batch, C classes, F features, L learning rates, N images.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.config import schema
 from src.config.schema import View
 from src.data.augment import ViewMaker, normalise
 from src.data.batches import epoch_batches
-from src.data.splits import Split
+from src.data.splits import Split, class_balanced_subset
 from src.errors import Diverged
 from src.support.search import Search
 from src.system.seeding import mix, seed_everything
@@ -174,14 +176,23 @@ class LinearHeads:
 
 
 def cached_heads(
-    train: Features, classes: int, lrs: list[float], epochs: int, batch_size: int, seed: int
+    train: Features,
+    classes: int,
+    lrs: list[float],
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    standard_NF: Tensor | None = None,
 ) -> LinearHeads:
-    """Heads trained on features that were extracted once, standardised by the training features' mean and deviation.
+    """Heads trained on features that were extracted once, standardised by the features' mean and deviation.
 
     The standardisation is part of the (affine) classifier, so the probe stays linear; it makes one range of learning
     rates fit every encoder.
+
+    Args:
+        standard_NF: the features whose mean and deviation these are; None: the training features.
     """
-    scale_F, center_F = torch.std_mean(train.x_NF, dim=0)
+    scale_F, center_F = torch.std_mean(train.x_NF if standard_NF is None else standard_NF, dim=0)
     heads = LinearHeads(classes, lrs, center_F, scale_F.clamp(min=1e-6))
     batch_size = min(batch_size, len(train.x_NF))
 
@@ -195,6 +206,65 @@ def cached_heads(
     return heads
 
 
+def few_shot(
+    train: Features,
+    held_out: Features,
+    test: Features,
+    classes: int,
+    probe: schema.Evaluation,
+    cfg: schema.Fewshot,
+    seed: int,
+) -> dict[str, float]:
+    """Top-1 on test of linear probes that learn from a share of the labels: mean and deviation over draws, in percent.
+
+    A draw has as many images of one class as of any other, and one at least. It depends on its number alone, so that
+    all encoders learn from the same images. Nothing but the labels is withheld: features are standardised by those of
+    all training images.
+
+    Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, section 6
+    (1% and 10% of the labels, balanced over the classes). Deviations: the encoder stays frozen, as in Assran et al.,
+    "Masked Siamese Networks for Label-Efficient Learning", ECCV 2022; the learning rate is chosen on held-out images.
+
+    Args:
+        train: all that labels are drawn from.
+        held_out: chooses the learning rate.
+        test: measured once a draw.
+        classes: C.
+        probe: learning rates, epochs and batch size.
+        cfg: which shares, and how many draws.
+        seed: of the order in which a probe sees its images.
+
+    Returns:
+        ``test/fewshot_1pct_top1`` and ``test/fewshot_1pct_top1_std``, the sample standard deviation, for 1%.
+    """
+    labels_N = train.labels_N.cpu()
+    metrics: dict[str, float] = {}
+    for fraction in cfg.fractions:
+        count, top1 = max(len(labels_N.unique()), round(fraction * len(labels_N))), list[float]()
+        for draw in range(cfg.draws):
+            few = train.take(class_balanced_subset(labels_N, count, draw).to(train.x_NF.device))
+            heads = cached_heads(few, classes, probe.lr, probe.epochs, probe.batch_size, seed, train.x_NF)
+            logits = heads.scores(test.x_NF, heads.best(held_out))
+            top1.append(topk_percent(logits, test.labels_N, 1))
+        name = f"test/fewshot_{100 * fraction:g}pct_top1"
+        metrics |= {name: statistics.fmean(top1), f"{name}_std": statistics.stdev(top1)}
+    return metrics
+
+
+def cropped_batches(
+    frozen: FrozenEncoder, train: Split, batch_size: int, seed: int
+) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+    """For an epoch, its batches of crops (8% to 100% of the area) with flips [B, 3, S, S], and their labels [B]."""
+    crop_and_flip = ViewMaker(CROP_AND_FLIP, "bilinear", train.store.shape[-1], frozen.mean, frozen.std)
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        seed_everything(seed, epoch, PROBE)
+        for batch in epoch_batches(train, batch_size, seed, epoch, frozen.device):
+            yield crop_and_flip(batch.images), batch.labels
+
+    return batches
+
+
 def augmented_heads(
     frozen: FrozenEncoder, train: Split, classes: int, lrs: list[float], epochs: int, batch_size: int, seed: int
 ) -> LinearHeads:
@@ -202,13 +272,11 @@ def augmented_heads(
 
     Source: the original study's linear evaluation (README.md, figures to compare with).
     """
-    crop_and_flip = ViewMaker(CROP_AND_FLIP, "bilinear", train.store.shape[-1], frozen.mean, frozen.std)
     batch_size = min(batch_size, len(train))
+    cropped = cropped_batches(frozen, train, batch_size, seed)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        seed_everything(seed, epoch, PROBE)
-        for batch in epoch_batches(train, batch_size, seed, epoch, frozen.device):
-            yield frozen.encode(crop_and_flip(batch.images)), batch.labels
+        return ((frozen.encode(views), labels_B) for views, labels_B in cropped(epoch))
 
     features = frozen.features(train.take(torch.arange(1))).x_NF.shape[1]
     heads = LinearHeads(

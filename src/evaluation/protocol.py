@@ -22,12 +22,14 @@ from src.data import Dataset, load
 from src.data.splits import Split, stratified_split
 from src.errors import UsageError
 from src.evaluation.diagnostics import effective_rank
+from src.evaluation.finetuning import fine_tuning
 from src.evaluation.probes import (
     Features,
     FrozenEncoder,
     LinearHeads,
     augmented_heads,
     cached_heads,
+    few_shot,
     knn_scores,
     topk_percent,
 )
@@ -69,7 +71,7 @@ def final(frozen: FrozenEncoder, data: Dataset, cfg: schema.Evaluation, search: 
 
     The number of neighbours and the probe's learning rate are chosen on the validation images. With ``data.final``
     there are none: they are chosen on a tenth of the training images, and the probe is then trained on all of them.
-    Nothing where no image has a label.
+    Beside these, few labels and fine-tuning where the protocol asks for them. Nothing where no image has a label.
     """
     return _final(frozen, data, cfg, search, seed, *_features(frozen, data)) if data.classes else {}
 
@@ -91,18 +93,23 @@ def _final(
     classes = len(data.classes)
     metrics: dict[str, float] = {}
     if val is not None:
+        fit, choose = train, val
         heads = _probe(cfg, frozen, data.probe, train, classes, cfg.lr, seed)
         head, k = heads.best(val), best_k(train, val, classes, cfg, search)
         metrics["val/linear_top1"] = topk_percent(heads.scores(val.x_NF, head), val.labels_N, 1)
     else:
         rows, held_out = stratified_split(data.probe.labels.cpu(), 0.1, seed)
-        inner = _probe(cfg, frozen, data.probe.take(rows), train.take(rows), classes, cfg.lr, seed)
-        best_lr = cfg.lr[inner.best(train.take(held_out))]
-        k = best_k(train.take(rows), train.take(held_out), classes, cfg, search)
+        fit, choose = train.take(rows), train.take(held_out)
+        inner = _probe(cfg, frozen, data.probe.take(rows), fit, classes, cfg.lr, seed)
+        best_lr, k = cfg.lr[inner.best(choose)], best_k(fit, choose, classes, cfg, search)
         heads, head = _probe(cfg, frozen, data.probe, train, classes, [best_lr], seed), 0
 
     test = frozen.features(data.test)
     logits = heads.scores(test.x_NF, head)
+    if cfg.fewshot is not None:
+        metrics |= few_shot(fit, choose, test, classes, cfg, cfg.fewshot, seed)
+    if cfg.finetune is not None:
+        metrics |= fine_tuning(frozen, data, cfg.finetune, seed)
     return metrics | {
         "test/knn_top1": _knn_percent(train, test, classes, k, cfg, search),
         "test/knn_k": k,
@@ -171,9 +178,9 @@ def _probe(
     lrs: list[float],
     seed: int,
 ) -> LinearHeads:
-    if cfg.name == "linear":
-        return cached_heads(features, classes, lrs, cfg.epochs, cfg.batch_size, seed)
-    return augmented_heads(frozen, split, classes, lrs, cfg.epochs, cfg.batch_size, seed)
+    if cfg.name == "original":
+        return augmented_heads(frozen, split, classes, lrs, cfg.epochs, cfg.batch_size, seed)
+    return cached_heads(features, classes, lrs, cfg.epochs, cfg.batch_size, seed)
 
 
 def main(composed: DictConfig) -> dict[str, float]:

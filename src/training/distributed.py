@@ -75,12 +75,17 @@ class Ranks:
         """Refuse what several ranks cannot do.
 
         Raises:
-            UsageError: the batch has no equal shares, or the networks are to be compiled.
+            UsageError: the batch has no equal shares, or the networks are to be compiled or fine-tuned.
         """
         if cfg.batch_size % self.count:
             raise UsageError(f"batch_size={cfg.batch_size}: has no {self.count} equal shares; choose a multiple")
         if cfg.compile and self.count > 1:
             raise UsageError("compile=true: works in one process only; choose compile=false")
+        if cfg.evaluation.finetune is not None and self.count > 1:
+            raise UsageError(
+                "evaluation=finetune: works in one process only; choose evaluation=linear, and type when the run is "
+                "finished: python -m src.evaluate checkpoint=DIR evaluation=finetune"
+            )
 
     def share_out(self, encoder: nn.Module) -> nn.Module:
         """Let an encoder be given each rank's rows, and return the features of the whole batch while it trains.

@@ -62,7 +62,7 @@ def test_every_group_is_there():
     assert options("augment") == ["asymmetric", "crop_only", "strong_weak", "symmetric"]
     assert options("search") == ["auto", "faiss", "ivf", "torch"]
     assert options("tracking") == ["jsonl", "mlflow"]
-    assert options("evaluation") == ["linear", "original"]
+    assert options("evaluation") == ["fewshot", "finetune", "linear", "original"]
 
 
 def test_k_and_queue_size_are_root_keys_in_any_order():

@@ -1,3 +1,6 @@
+import statistics
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 
-from src.config.schema import View
+from src.config.schema import Fewshot, View
 from src.data.splits import Split
 from src.errors import Diverged
 from src.evaluation import probes
@@ -76,6 +79,57 @@ def test_the_probe_is_as_good_as_logistic_regression():
     ours = probes.topk_percent(heads.scores(test.x_NF, heads.best(test)), test.labels_N, 1)
     oracle = LogisticRegression(C=1e3).fit(train.x_NF.numpy(), train.labels_N.numpy())
     assert ours >= 100 * oracle.score(test.x_NF.numpy(), test.labels_N.numpy()) - 2
+
+
+PROBE_SETTINGS = SimpleNamespace(lr=[0.03, 0.3], epochs=20, batch_size=64)
+
+
+def test_few_labels_are_drawn_balanced_and_the_same_for_every_encoder(monkeypatch):
+    taken = []
+    take = Features.take
+    monkeypatch.setattr(Features, "take", lambda self, rows: taken.append(rows) or take(self, rows))
+    labels = torch.arange(400) % 5
+    for _ in range(2):  # two encoders of the same images, and two seeds
+        train = Features(torch.randn(400, 8), labels)
+        cfg = Fewshot([0.01, 0.1], draws=3)
+        probes.few_shot(train, train, train, 5, PROBE_SETTINGS, cfg, seed=len(taken))
+    counts = [labels[rows].bincount(minlength=5).tolist() for rows in taken[:6]]
+    assert counts[:3] == [[1] * 5] * 3, "1% of 400 would leave a class without an image"
+    assert counts[3:] == [[8] * 5] * 3
+    assert all(torch.equal(one, two) for one, two in zip(taken[:6], taken[6:], strict=True))
+    assert len({tuple(rows.tolist()) for rows in taken[:3]}) == 3
+
+
+def test_few_labels_are_enough_where_classes_lie_apart():
+    data = blobs(500, features=5, spread=0.01)
+    metrics = probes.few_shot(data, data, data, 5, PROBE_SETTINGS, Fewshot([0.01, 0.1], draws=2), seed=0)
+    assert metrics == {
+        "test/fewshot_1pct_top1": 100,
+        "test/fewshot_1pct_top1_std": 0,
+        "test/fewshot_10pct_top1": 100,
+        "test/fewshot_10pct_top1_std": 0,
+    }
+
+
+def test_few_labels_tell_the_mean_and_the_sample_deviation_of_the_draws(monkeypatch):
+    values = iter([10.0, 20.0, 60.0])
+    monkeypatch.setattr(LinearHeads, "best", lambda *_: 0)
+    monkeypatch.setattr(probes, "topk_percent", lambda *_: next(values))
+    data = blobs(50)
+    metrics = probes.few_shot(data, data, data, 5, PROBE_SETTINGS, Fewshot([0.2], draws=3), seed=0)
+    assert metrics == {
+        "test/fewshot_20pct_top1": 30,
+        "test/fewshot_20pct_top1_std": pytest.approx(statistics.stdev([10, 20, 60])),
+    }
+
+
+def test_all_of_the_labels_are_the_linear_probe():
+    train, held_out, test = blobs(300, spread=0.6), blobs(300, spread=0.6), blobs(300, spread=0.6)
+    metrics = probes.few_shot(train, held_out, test, 5, PROBE_SETTINGS, Fewshot([1.0], draws=2), seed=3)
+    heads = probes.cached_heads(train, 5, PROBE_SETTINGS.lr, 20, 64, 3)
+    expected = probes.topk_percent(heads.scores(test.x_NF, heads.best(held_out)), test.labels_N, 1)
+    assert metrics["test/fewshot_100pct_top1"] == expected
+    assert metrics["test/fewshot_100pct_top1_std"] == 0
 
 
 def test_the_best_head_is_chosen_by_the_held_out_features():

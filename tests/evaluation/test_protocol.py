@@ -73,6 +73,41 @@ def test_another_protocol_has_names_of_its_own(finished):
     assert any("test_original/linear_top1" in row["metrics"] for row in rows)
 
 
+def test_few_labels_and_fine_tuning_stand_beside_the_linear_probe(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    before = Record.load(finished).metrics
+    encoder = (finished / "encoder.safetensors").read_bytes()
+    few = run(f"checkpoint={tmp_path}/run", "evaluation=fewshot", "evaluation.epochs=2")
+    tuned = run(
+        f"checkpoint={tmp_path}/run", "evaluation=finetune", "evaluation.epochs=5", "evaluation.finetune.epochs=1",
+        "evaluation.finetune.lr=[0.01]",
+    )  # fmt: skip
+    names = {f"test_fewshot/fewshot_{share}pct_top1{end}" for share in (1, 10) for end in ("", "_std")}
+    assert names <= few.keys()
+    assert {"test_finetune/finetune_top1", "test_finetune/finetune_top5", "val_finetune/finetune_top1"} <= tuned.keys()
+    assert tuned["test_finetune/linear_top1"] == before["test/linear_top1"]
+    after = Record.load(tmp_path / "run").metrics
+    assert {key: after[key] for key in before} == before
+    assert after == before | few | tuned
+    assert (tmp_path / "run/encoder.safetensors").read_bytes() == encoder
+
+
+def test_a_run_ends_with_few_labels_and_fine_tuning_and_repeats_them(tmp_path, small):
+    both = [
+        "evaluation=fewshot",
+        "evaluation.fewshot.draws=2",
+        "+evaluation.finetune={epochs:1,batch_size:32,lr:[0.01]}",
+    ]
+    less = ["method=simclr", "data.limit=100", "epochs=1", "evaluation.epochs=1", "tracking=jsonl"]
+    cli.pretrain(composed(*small, *both, *less, f"output_dir={tmp_path}/run"))
+    before = Record.load(tmp_path / "run").metrics
+    own = {"test/linear_top1", "test/fewshot_1pct_top1", "test/fewshot_10pct_top1_std", "test/finetune_top1"}
+    assert own | {f"untrained/{key}" for key in own} | {"val/finetune_top1"} <= before.keys()
+    metrics = run(f"checkpoint={tmp_path}/run")
+    assert metrics == {key: before[key] for key in metrics}
+    assert own <= metrics.keys()
+
+
 def test_figures_are_logged_where_the_run_was_last_asked_for(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     record = Record.load(tmp_path / "run")

@@ -144,7 +144,9 @@ def test_what_ranks_cannot_do_is_refused():
         two.check(parsed("batch_size=33"))
     with pytest.raises(UsageError, match="compile=true: works in one process only"):
         two.check(parsed("compile=true"))
-    Ranks(CPU).check(parsed("batch_size=33", "compile=true"))
+    with pytest.raises(UsageError, match="evaluation=finetune: works in one process only"):
+        two.check(parsed("evaluation=finetune"))
+    Ranks(CPU).check(parsed("batch_size=33", "compile=true", "evaluation=finetune"))
 
 
 def test_a_sweep_is_not_started_by_torchrun(command):

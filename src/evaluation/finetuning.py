@@ -1,0 +1,97 @@
+"""What an encoder is worth as a start: the whole network learns from the labels.
+
+Shapes: B batch, C classes, N images.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from src.config import schema
+from src.data import Dataset
+from src.data.splits import Split, stratified_split
+from src.errors import Diverged
+from src.evaluation.probes import FrozenEncoder, cropped_batches, topk_percent
+
+logger = logging.getLogger(__name__)
+
+
+def fine_tune(
+    frozen: FrozenEncoder, train: Split, classes: int, lr: float, cfg: schema.Finetune, seed: int
+) -> FrozenEncoder:
+    """A copy of the encoder with a linear classifier on it, both trained on labelled images.
+
+    SGD with Nesterov momentum 0.9, no weight decay, a half cosine to 0, random crops and flips. The classifier starts
+    at 0.
+
+    Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, appendix B
+    (fine-tuning). Deviations: the learning rate falls with a cosine, without warm-up, and a number of epochs, not of
+    steps, is given.
+
+    Returns:
+        What gives logits [B, C] in the place of features. The encoder that it began with stays as it was.
+
+    Raises:
+        Diverged: the loss stopped being finite.
+    """
+    features = frozen.features(train.take(torch.arange(1))).x_NF.shape[1]
+    classifier = nn.Linear(features, classes, device=frozen.device)
+    nn.init.zeros_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    network = nn.Sequential(copy.deepcopy(frozen.encoder), classifier).train()
+
+    batch_size = min(cfg.batch_size, len(train))
+    batches = cropped_batches(frozen, train, batch_size, seed)
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.epochs * (len(train) // batch_size))
+    for epoch in range(cfg.epochs):
+        for views, labels_B in batches(epoch):
+            views = views.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(frozen.device.type, frozen.dtype, enabled=frozen.dtype != torch.float32):
+                logits_BC = network(views)
+            loss = F.cross_entropy(logits_BC.float(), labels_B)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        if not loss.isfinite():
+            raise Diverged(f"fine-tuning diverged at a learning rate of {lr:g}")
+    return FrozenEncoder(network.eval(), frozen.mean, frozen.std, frozen.device, frozen.dtype)
+
+
+def fine_tuning(frozen: FrozenEncoder, data: Dataset, cfg: schema.Finetune, seed: int) -> dict[str, float]:
+    """``test/finetune_top1`` and ``..._top5`` in percent; nothing where every learning rate diverges, which is said.
+
+    The learning rate is the best on the validation images, whose ``val/finetune_top1`` is told too. With
+    ``data.final`` it is the best on a tenth of the training images, and the network then learns from all of them.
+    """
+    classes, fit, choose = len(data.classes), data.probe, data.val
+    if choose is None:
+        rows, held_out = stratified_split(fit.labels.cpu(), 0.1, seed)
+        fit, choose = data.probe.take(rows), data.probe.take(held_out)
+    tuned, best_lr, best = None, 0.0, -1.0
+    for lr in cfg.lr:
+        try:
+            candidate = fine_tune(frozen, fit, classes, lr, cfg, seed)
+            logits = candidate.features(choose)
+        except Diverged:
+            continue
+        top1 = topk_percent(logits.x_NF, logits.labels_N, 1)
+        if top1 > best:
+            tuned, best_lr, best = candidate, lr, top1
+    try:
+        if data.val is None and tuned is not None:
+            tuned = fine_tune(frozen, data.probe, classes, best_lr, cfg, seed)
+        test = tuned.features(data.test) if tuned is not None else None
+    except Diverged:
+        test = None
+    if test is None:
+        logger.warning("evaluation.finetune.lr=%s: fine-tuning diverges, so its figures are left out; lower it", cfg.lr)
+        return {}
+    chosen = {} if data.val is None else {"val/finetune_top1": best}
+    return chosen | {f"test/finetune_top{k}": topk_percent(test.x_NF, test.labels_N, k) for k in (1, 5)}

@@ -1,0 +1,85 @@
+"""Fine-tuning learns what frozen features lack, chooses its learning rate, and leaves the encoder as it was."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from src.config.schema import Finetune
+from src.data.splits import Split
+from src.errors import Diverged
+from src.evaluation.finetuning import fine_tune, fine_tuning
+from src.evaluation.probes import FrozenEncoder
+
+
+def coloured(count):
+    """Images whose class is their colour."""
+    labels = torch.arange(count) % 3
+    images = torch.zeros(count, 3, 8, 8, dtype=torch.uint8)
+    images[torch.arange(count), labels] = 200
+    return Split(images + torch.randint(0, 30, images.shape, dtype=torch.uint8), labels)
+
+
+@pytest.fixture
+def data():
+    return SimpleNamespace(classes=list("rgb"), probe=coloured(90), val=coloured(30), test=coloured(31))
+
+
+@pytest.fixture
+def frozen():
+    """Its features are all alike until it learns: the mean of the channels, which is that of every class."""
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    nn.init.constant_(encoder[0].weight, 1 / 3)
+    with torch.no_grad():
+        encoder[0].weight.add_(0.05 * torch.randn(4, 3, 1, 1))
+    return FrozenEncoder(encoder, [0.3] * 3, [0.4] * 3, torch.device("cpu"), torch.float32)
+
+
+CFG = Finetune(epochs=8, batch_size=16, lr=[1e-6, 0.1])
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_a_problem_that_can_be_solved_is_solved_and_the_encoder_stays(data, frozen, final):
+    if final:
+        data.val = None
+    before = {key: value.clone() for key, value in frozen.encoder.state_dict().items()}
+    metrics = fine_tuning(frozen, data, CFG, seed=0)
+    figures = {"test/finetune_top1": 100, "test/finetune_top5": 100}
+    assert metrics == figures | ({} if final else {"val/finetune_top1": 100})
+    assert all(torch.equal(value, before[key]) for key, value in frozen.encoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in frozen.encoder.parameters())
+
+
+def test_the_whole_network_learns_and_the_same_seed_to_the_same_bits(data, frozen):
+    first, again = (fine_tune(frozen, data.probe, 3, 0.1, CFG, seed=1).encoder for _ in range(2))
+    for key, value in first[0].state_dict().items():
+        assert not torch.equal(value, frozen.encoder.state_dict()[key]), key
+        assert torch.equal(value, again[0].state_dict()[key])
+    other = fine_tune(frozen, data.probe, 3, 0.1, CFG, seed=2).encoder
+    assert not torch.equal(first[1].weight, other[1].weight)
+
+
+def test_the_first_step_is_that_of_the_linear_classifier_with_nesterovs_momentum(data, frozen):
+    """From 0, the classifier's first update is the rate times 1 + 0.9 times the gradient: softmax minus one-hot."""
+    cfg = Finetune(epochs=1, batch_size=90, lr=[0.1])
+    tuned = fine_tune(frozen, data.probe, 3, 0.1, cfg, seed=0).encoder
+    # Every class has 30 images of 90, so that the bias's gradient is 1/3 - 1/3 for each.
+    torch.testing.assert_close(tuned[1].bias, torch.zeros(3), atol=1e-6, rtol=0)
+    some = data.probe.take((data.probe.labels == 0).nonzero().flatten())
+    tuned = fine_tune(frozen, some, 3, 0.1, Finetune(epochs=1, batch_size=30, lr=[0.1]), seed=0).encoder
+    torch.testing.assert_close(tuned[1].bias, 0.1 * 1.9 * (torch.tensor([1.0, 0, 0]) - 1 / 3))
+
+
+def test_the_validation_images_choose_the_learning_rate(data, frozen):
+    one = {lr: fine_tuning(frozen, data, Finetune(4, 16, [lr]), seed=0) for lr in (1e-6, 0.1)}
+    assert one[1e-6]["val/finetune_top1"] < one[0.1]["val/finetune_top1"]
+    assert fine_tuning(frozen, data, Finetune(4, 16, [1e-6, 0.1]), seed=0) == one[0.1]
+
+
+def test_a_learning_rate_that_diverges_is_passed_over(data, frozen, caplog):
+    with pytest.raises(Diverged, match=r"diverged at a learning rate of 1e\+30"):
+        fine_tune(frozen, data.probe, 3, 1e30, CFG, seed=0)
+    assert fine_tuning(frozen, data, Finetune(8, 16, [1e30, 0.1]), seed=0)["test/finetune_top1"] == 100
+    assert fine_tuning(frozen, data, Finetune(2, 16, [1e30]), seed=0) == {}
+    assert "evaluation.finetune.lr=[1e+30]: fine-tuning diverges, so its figures are left out" in caplog.text
