@@ -211,6 +211,7 @@ class Delivery:
         self.run = run
         # In MLflow's pages, or with all of the store that had it.
         self.is_deleted = run.info.lifecycle_stage == "deleted" if run else self.is_whole or bool(named and not there)
+        copy.experiment_id = run.info.experiment_id if run and not self.is_deleted else ""
 
     @property
     def is_whole(self) -> bool:
@@ -259,7 +260,7 @@ class Delivery:
             self.run = client.create_run(home, start_time=record.start_time, tags=tags, run_name=record.name)
         elif self.is_deleted:
             client.restore_run(self.run.info.run_id)
-        copy.run_id, copy.has = self.run.info.run_id, ""
+        copy.run_id, copy.experiment_id, copy.has = self.run.info.run_id, self.run.info.experiment_id, ""
         if "error" in self.run.data.tags and "error" not in record.tags:  # of a session before
             client.delete_tag(copy.run_id, "error")
             del self.run.data.tags["error"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,20 @@ def newest_charts(root: Path = Path("multirun")) -> str:
     sweeps = [record for _, record in records_below(root) if CHARTS in record.tags]
     newest = max(sweeps, key=lambda record: record.end_time or record.start_time, default=None)
     return CHARTS_AT + newest.tags[CHARTS] if newest else ""
+
+
+def page_of(record: Record) -> str:
+    """Where MLflow's pages show a run, after their address; empty where MLflow does not have it."""
+    copy = record.copy
+    return f"#/experiments/{copy.experiment_id}/runs/{copy.run_id}" if copy.experiment_id else ""
+
+
+def how_to_open(path: str) -> str:
+    """What opens one of MLflow's pages: its link on a server, else the command that serves it here and its link."""
+    server = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if server.startswith(("http://", "https://")):
+        return f"{server.rstrip('/')}/{path}"
+    return f"mlflow ui, then {CHARTS_AT}{path}"
 
 
 def read_runs(experiment: str, backend: str, root: Path = Path("multirun")) -> list[Record]:

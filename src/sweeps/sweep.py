@@ -19,7 +19,7 @@ from src.reporting import mlflow_charts, table
 from src.reporting.rows import summarise
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
-from src.runs.query import CHARTS, CHARTS_AT
+from src.runs.query import CHARTS, how_to_open
 from src.runs.record import Record
 from src.runs.tracker import Tracker, attach_children, mark_failed, share
 from src.sweeps.jobs import Job
@@ -108,7 +108,7 @@ class Sweep:
         for path in pictures:
             print(f"plot: {path}", flush=True)
         if charts_path:
-            print(f"charts: mlflow ui, then {CHARTS_AT}{charts_path}", flush=True)
+            print(f"charts: {how_to_open(charts_path)}", flush=True)
         for note in notes:
             print(note, file=sys.stderr)
         if lacking:

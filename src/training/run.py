@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,6 +26,7 @@ from src.errors import Diverged, UsageError
 from src.evaluation.protocol import warn_of_few_neighbours
 from src.runs import directory as run_directory
 from src.runs import mlflow_store, origin
+from src.runs.query import how_to_open, page_of
 from src.runs.record import METRICS, Record
 from src.runs.tracker import COLOUR_TAG, NoTracker, Tracker, catch_up
 from src.system.atomic_write import write_whole
@@ -160,11 +162,17 @@ def changed_protocol(cfg: Config, directory: Path) -> str:
 
 
 def say_result(directory: Path) -> float:
-    """Print a finished run's figures."""
-    metrics = Record.load(directory).metrics
+    """Print a finished run's figures, its pictures, and where MLflow shows it."""
+    record = Record.load(directory)
+    metrics = record.metrics
     shown = [key for key in sorted(metrics) if key.startswith(("val/", "test/")) and not key.endswith("/knn_k")]
     figures = [f"{key} {metrics[key]:.2f}" for key in shown]
-    print(f"{directory}: finished; {', '.join(figures)}", flush=True)
+    print(f"{directory}: finished; {', '.join(figures)}")
+    for picture in sorted(directory.glob("*.png")):
+        print(f"picture: {picture}")
+    if page := page_of(record):
+        print(f"MLflow: {how_to_open(page)}")
+    sys.stdout.flush()
     return metrics.get("val/knn_top1", math.nan)
 
 

@@ -11,8 +11,8 @@ from src.errors import UsageError
 from src.runs import query
 from src.runs.query import CHARTS, newest_charts
 from src.runs.record import Record
-from src.runs.tracker import Tracker
-from tests.stores import MLFLOW
+from src.runs.tracker import Tracker, catch_up, deliver
+from tests.stores import JSONL, MLFLOW
 
 
 def test_both_back_ends_list_the_same_runs(client, tmp_path, monkeypatch):
@@ -60,6 +60,31 @@ def test_a_run_is_found_by_its_id(client, tmp_path):
         with pytest.raises(UsageError, match=reason) as error:
             query.find_run_directory(run_id)
         assert "\n" not in str(error.value)
+
+
+def test_how_a_page_is_opened(monkeypatch):
+    for uri in ("", "sqlite:///mlflow.db"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert query.how_to_open("#/a") == "mlflow ui, then http://127.0.0.1:5000/#/a"
+    for uri in ("https://mlflow.example/", "https://mlflow.example"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert query.how_to_open("#/a") == "https://mlflow.example/#/a"
+
+
+def test_a_run_has_a_page_where_mlflow_has_it_and_none_where_it_is_deleted(client, tmp_path):
+    Tracker(tmp_path / "files", JSONL, {}, {}).close("FINISHED")
+    assert query.page_of(Record.load(tmp_path / "files")) == ""
+    tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
+    tracker.close("FINISHED")
+    (found,) = client.search_runs([client.get_experiment_by_name(MLFLOW.experiment).experiment_id])
+    page = f"#/experiments/{found.info.experiment_id}/runs/{found.info.run_id}"
+    assert query.page_of(Record.load(tmp_path / "run")) == page
+
+    client.delete_run(found.info.run_id)
+    catch_up(tmp_path / "run", MLFLOW)
+    assert query.page_of(Record.load(tmp_path / "run")) == ""
+    deliver(tmp_path / "run")
+    assert query.page_of(Record.load(tmp_path / "run")) == page
 
 
 def test_the_newest_sweeps_charts(tmp_path):

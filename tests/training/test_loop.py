@@ -135,7 +135,9 @@ def test_a_run_leaves_what_it_promises(run, method, capsys):
     assert len(list((directory / "checkpoints").glob("*.pt"))) <= 2
     steps, _ = curves.read(directory)["train/loss"]
     assert steps == list(range(6))  # 2 epochs of 200 images in batches of 64
-    assert "finished" in capsys.readouterr().out
+    finished, *pictures = capsys.readouterr().out.splitlines()[-2 - len(drawn) :]
+    assert finished.startswith("run: finished; test/knn_top1 ")
+    assert pictures == [f"picture: run/{name}" for name in sorted({*drawn, "curves.png"})]
 
 
 def test_a_queue_of_none_stores_nothing(run):
