@@ -29,8 +29,11 @@ def build(root, places, columns):
 
 
 @pytest.mark.parametrize(("layout", "line"), ROWS)
-def test_each_layout_loads_as_its_row_says(tmp_path, layout, line):
+def test_each_layout_loads_as_its_row_says(tmp_path, monkeypatch, layout, line):
     root = tmp_path / "images"
+    if "data=hub" in line:  # tests/data/test_hub.py plays the hub
+        build(root, ["DIR/train-0.parquet"], ())
+        monkeypatch.setattr("src.data.hub.download", lambda cfg: root)
     columns = ("img", "fine_label") if "cifar100" in line or "img" in line else ()
     build(root, re.findall(r"`(DIR/[^`]*)`", layout), columns)
     overrides = [each.replace("DIR", str(root)) for each in line.split()]

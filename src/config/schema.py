@@ -187,6 +187,8 @@ class Data:
     label_column: str | None = None
     resize: Annotated[str, one_of("crop", "squash", "pad")] = "crop"
     background: Annotated[str, one_of("white", "grey", "black")] | None = None  # null: transparency is dropped
+    repo: str | None = None  # on the Hugging Face hub
+    revision: str | None = None  # of the repo: a branch, tag or commit; null: main
     config: str | None = None  # of a parquet data set with several
     train_split: str | None = None  # null: the one that is called train
     test_split: str | None = None  # null: test, or else validation, or else a part of the training images

@@ -15,7 +15,10 @@ from src.errors import UsageError
 from src.system.redact import named_secret_in, names_a_secret
 
 # Settings that are free text; all others choose among words, or are numbers.
-_TEXTS = ("output_dir", "init", "tracking.experiment", "data.root", "data.cache_dir", "method.label", "support.label")
+_TEXTS = (
+    *("output_dir", "init", "tracking.experiment", "data.root", "data.repo", "data.cache_dir"),
+    *("method.label", "support.label"),
+)
 _REMEDY = "it would be written to the run's files; leave it out (code that needs it may read the environment)"
 
 

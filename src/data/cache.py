@@ -134,10 +134,9 @@ def known_fingerprint(cfg: Data) -> str | None:
 def _place(cfg: Data) -> tuple[Source, Path, Path]:
     """The source, and its cache: what the names of all states begin with, and the file of the present state."""
     source = find(cfg)
-    columns, splits = (cfg.image_column, cfg.label_column, cfg.config), (cfg.train_split, cfg.test_split)
-    identity = (
-        f"{cfg.name}-{_digest(cfg.name, root_of(cfg), cfg.image_size, *columns, *splits, cfg.resize, cfg.background)}"
-    )
+    places = (cfg.name, root_of(cfg), cfg.repo, cfg.revision, cfg.config, cfg.train_split, cfg.test_split)
+    decoding = (cfg.image_size, cfg.image_column, cfg.label_column, cfg.resize, cfg.background)
+    identity = f"{cfg.name}-{_digest(*places, *decoding)}"
     folder = Path(cfg.cache_dir).expanduser().resolve()
     return source, folder / identity, folder / f"{identity}-{_digest(FORMAT, source.stamp)}.safetensors"
 
@@ -268,7 +267,9 @@ def _check(contents: Contents, cfg: Data) -> None:
 
 def _where(cfg: Data) -> str:
     """How a message names the data set."""
-    return f"data={cfg.name}" if cfg.root is None else f"data.root={root_of(cfg)}"
+    if cfg.root is not None:
+        return f"data.root={root_of(cfg)}"
+    return f"data.repo={cfg.repo}" if cfg.repo else f"data={cfg.name}"
 
 
 def _check_room(folder: Path, contents: Contents, size: int) -> None:

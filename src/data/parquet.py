@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 256  # bounds memory: a shard holds many thousand encoded images
 NO_LABELS = "none"  # data.label_column of images that have none
+USUAL_LABELS = ("label", "labels", "fine_label")
 NUMBERING = re.compile(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]+)?$")
 KNOWN_SPLIT = re.compile(rf"(?:partial-)?({'|'.join(SPELLINGS)})(?=[-.]|$)", re.IGNORECASE)
 
 
 def parquet(
     root: Path,
-    image_column: str,
-    label_column: str,
+    image_column: str | None,
+    label_column: str | None,
     config: str | None = None,
     train_split: str | None = None,
     test_split: str | None = None,
@@ -41,8 +42,8 @@ def parquet(
 
     Args:
         root: the folder.
-        image_column: the images' column.
-        label_column: the labels' column, or ``none``.
+        image_column: the images' column; None: `find_columns` looks for it.
+        label_column: the labels' column, or ``none``; None: the same.
         config: which of several configurations below the root.
         train_split: which split is trained on; None: `src.data.roles.arrange` finds it.
         test_split: which split is the test; None: the same.
@@ -57,6 +58,7 @@ def parquet(
     splits = shards_of_splits((PurePath(name).relative_to(root) for name in names), config)
     used = {name: [root / shard for shard in splits[name]] for name in used_splits(splits, train_split, test_split)}
     shards = [shard for each in used.values() for shard in each]
+    image_column, label_column, notes = find_columns(shards[0], image_column, label_column)
     if all(_has_nothing_but(shard, image_column) for shard in shards):
         label_column = NO_LABELS
     for shard in shards:
@@ -64,7 +66,8 @@ def parquet(
 
     def read() -> Contents:
         classes, parts = _read(used, image_column, label_column)
-        return arrange(classes, parts, train_split, test_split)
+        contents = arrange(classes, parts, train_split, test_split)
+        return contents._replace(notes=[*notes, *contents.notes])
 
     return Source(f"{image_column} {label_column}\n{stamp(shards)}", read)
 
@@ -126,6 +129,46 @@ def _readable(shard: Path) -> Iterator[None]:
         raise UsageError(
             f"{shard}: not a readable parquet file (cut short, or a pointer to one?); fetch it again"
         ) from error
+
+
+def find_columns(shard: Path, image: str | None, label: str | None) -> tuple[str, str, list[str]]:
+    """The columns of images and labels, and a line on a choice that has to be known.
+
+    Args:
+        shard: whose columns are looked at.
+        image: the images' column; None: the only one that holds encoded images.
+        label: the labels' column; None: the only class label, or else the one of a usual name; ``none`` where no column
+            is either.
+
+    Raises:
+        UsageError: Several columns could be meant.
+    """
+    import pyarrow.parquet as pq
+
+    if image is not None and label is not None:
+        return image, label, []
+    with _readable(shard):
+        schema = pq.read_schema(shard)
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    if image is None:
+        images = [each.name for each in schema if _holds_images(each.type)]
+        if len(images) != 1:
+            found = f"{len(images)} columns hold encoded images ({', '.join(images)})" if images else "no column does"
+            raise UsageError(f"{shard}: {found}; set data.image_column to one of {', '.join(schema.names)}")
+        [image] = images
+    if label is not None:
+        return image, label, []
+    labels = [each.name for each in schema if _holds_labels(each.type) and each.name != image]
+    declared = [name for name in labels if (features.get(name) or {}).get("_type") == "ClassLabel"]
+    candidates = declared if len(declared) == 1 else [name for name in USUAL_LABELS if name in labels]
+    if not candidates and declared:
+        raise UsageError(f"{shard}: set data.label_column to one of {', '.join(declared)} (none: no labels)")
+    chosen = candidates[0] if candidates else NO_LABELS
+    others = [name for name in labels if name != chosen]
+    notes = (
+        [f"the labels are: {chosen} (data.label_column chooses; there is also {', '.join(others)})"] if others else []
+    )
+    return image, chosen, notes
 
 
 def _has_nothing_but(shard: Path, column: str) -> bool:

@@ -17,6 +17,7 @@ from src.config.outside import blamed, make
 from src.config.schema import Data
 from src.data.decoding import Contents, Part, Picture, Source
 from src.data.folders import image_folder
+from src.data.hub import hub
 from src.data.parquet import parquet
 from src.data.roles import hold_out_test
 from src.errors import UsageError
@@ -41,6 +42,8 @@ def find(cfg: Data) -> Source:
         return outside(cfg._target_, cfg.options)
     if cfg.name == "digits":
         return digits()
+    if cfg.name == "hub":
+        return hub(cfg)
     root = root_of(cfg)
     if root is None:
         raise UsageError(f"data.root is not set: data={cfg.name} needs data.root=DIR, the folder of the images")
@@ -55,7 +58,7 @@ def find(cfg: Data) -> Source:
     if cfg.name == "parquet":
         columns = cfg.image_column or "image", cfg.label_column or "label"
         return parquet(root, *columns, cfg.config, cfg.train_split, cfg.test_split)
-    raise UsageError(f"data.name={cfg.name}: unknown; choose cifar100, cifar10, digits, image_folder or parquet")
+    raise UsageError(f"data.name={cfg.name}: unknown; choose cifar100, cifar10, digits, hub, image_folder or parquet")
 
 
 def outside(path: str, options: dict[str, Any]) -> Source:

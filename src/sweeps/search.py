@@ -57,7 +57,7 @@ class StudySweeper(GridSweeper):
             raise UsageError("hydra.sweeper.params: every setting is fixed; give one an interval or choices")
         if base.cfg and base.cfg.data.final:
             raise UsageError("data.final=true: leaves no validation images, by which a search judges its trials")
-        if not space.keys() & {"experiment", "data", "data.root"}:  # which say where the images are
+        if not space.keys() & {"experiment", "data", "data.root", "data.repo"}:  # which say where the images are
             base = self.compose.identify(base)
         if base.cfg is None:
             raise UsageError(base.error)

@@ -52,8 +52,8 @@ def test_config_files_fit_the_schema_and_share_their_defaults(path):
     assert cfg.name == path.stem
     assert (cfg.image_size, cfg.cache_dir, cfg.val_fraction) == (32, "data/cache", 0.1)
     assert (cfg.split_seed, cfg.limit, cfg.final) == (0, None, False)
-    assert ("root" in node) == (cfg.name != "digits")
-    assert ("image_column" in node) == (cfg.name == "parquet")
+    assert ("root" in node) == (cfg.name not in ("digits", "hub"))
+    assert ("image_column" in node) == (cfg.name in ("parquet", "hub"))
 
 
 def test_unknown_source(refusal):

@@ -1,0 +1,118 @@
+"""Data sets of the Hugging Face hub, downloaded by its own library, which keeps them in its own cache.
+
+They are downloaded when they are decoded, so that a run whose images are decoded needs no network.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from pathlib import Path, PurePath
+
+from src.config.schema import Data
+from src.data.decoding import Contents, Source
+from src.data.parquet import parquet, shards_of_splits
+from src.data.roles import used_splits
+from src.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+CONVERTED = "refs/convert/parquet"  # where the hub keeps what it makes itself of data sets in other formats
+
+
+def hub(cfg: Data) -> Source:
+    """The parquet shards of ``data.repo`` at ``data.revision``, or else those that the hub has converted it to.
+
+    Nothing is asked of the network before the images are wanted: a branch that has moved since is not noticed.
+
+    Raises:
+        UsageError: ``data.repo`` is not set.
+    """
+    if not cfg.repo:
+        raise UsageError("data.repo is not set: data=hub needs data.repo=OWNER/NAME, as in the data set's address")
+
+    @cache  # skipping pictures reads twice
+    def shards() -> Path:
+        return download(cfg)
+
+    def read() -> Contents:
+        columns = cfg.image_column, cfg.label_column
+        return parquet(shards(), *columns, cfg.config, cfg.train_split, cfg.test_split).read()
+
+    return Source(f"hub {cfg.repo} {cfg.revision}", read)
+
+
+def download(cfg: Data) -> Path:
+    """The folder with the shards of the splits that have a role, after downloading those that are not there.
+
+    Raises:
+        UsageError: The hub cannot be reached and its cache lacks them, it refuses them, or there is no such data set,
+            revision, configuration or split.
+    """
+    from huggingface_hub import HfApi, errors
+
+    repo, where = str(cfg.repo), f"data.repo={cfg.repo}"
+    try:
+        revision, shards = _shards(repo, cfg.revision)
+        if not shards:
+            raise UsageError(f"{where}: holds no parquet files, and the hub has converted it to none")
+        splits = shards_of_splits(shards, cfg.config)
+        wanted = [str(each) for split in used_splits(splits, cfg.train_split, cfg.test_split) for each in splits[split]]
+        log.info("%s: fetching %d files, unless they are in the cache of huggingface_hub", where, len(wanted))
+        return Path(HfApi().snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted))
+    except UsageError:
+        raise
+    except errors.GatedRepoError as error:
+        raise UsageError(
+            f"{where}: access has to be asked for on its page; then set HF_TOKEN, or type: hf auth login"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UsageError(f"{where}: has no data.revision={cfg.revision}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UsageError(f"{where}: no such data set, or a private one without its HF_TOKEN") from error
+    except errors.HFValidationError as error:
+        raise UsageError(f"{where}: not of the form OWNER/NAME") from error
+    except Exception as error:  # what the library raises without a network depends on its release
+        return _downloaded_before(repo, cfg.revision, error)
+
+
+def _shards(repo: str, revision: str | None) -> tuple[str | None, list[PurePath]]:
+    """The revision that has parquet files, and these."""
+    from huggingface_hub import HfApi, errors
+
+    shards: list[PurePath] = []
+    for each in [revision] if revision else [None, CONVERTED]:
+        try:
+            files = HfApi().dataset_info(repo, revision=each).siblings or []
+        except errors.RevisionNotFoundError:
+            if each != CONVERTED:
+                raise
+            break
+        if shards := [PurePath(file.rfilename) for file in files if file.rfilename.endswith(".parquet")]:
+            return each, shards
+    return revision, shards
+
+
+def _downloaded_before(repo: str, revision: str | None, problem: Exception) -> Path:
+    """The folder with all shards of the data set, if the library's cache has them.
+
+    Raises:
+        UsageError: It does not.
+    """
+    from huggingface_hub import HfApi
+
+    for each in [revision] if revision else [None, CONVERTED]:
+        try:
+            folder = HfApi().snapshot_download(
+                repo, repo_type="dataset", revision=each, allow_patterns="*.parquet", local_files_only=True
+            )
+        except (OSError, ValueError):
+            continue
+        if any(Path(folder).rglob("*.parquet")):
+            log.warning("data.repo=%s: the hub cannot be reached; what was downloaded before is used", repo)
+            return Path(folder)
+    reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+    raise UsageError(
+        f"data.repo={repo}: not downloaded, and the hub cannot be reached ({reason}); connect to a network, or "
+        f"type where there is one: hf download --repo-type dataset {repo}"
+    ) from problem

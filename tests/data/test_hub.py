@@ -1,0 +1,231 @@
+"""The Hugging Face hub, played by a server on loopback that answers what its library asks of it."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import constants
+from layouts import pixels, write_shard
+
+from src.data import load
+from src.data.cache import known_fingerprint
+from src.data.parquet import find_columns
+from src.errors import UsageError
+
+REPO = "someone/photos"
+
+
+class Hub(ThreadingHTTPServer):
+    """The data set `REPO`, with its branches as folders."""
+
+    def __init__(self, branches: dict[str, Path]):
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.branches, self.asked, self.gated = branches, [], False
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def commit(self, revision: str) -> str:
+        return hashlib.sha1(revision.encode()).hexdigest()
+
+    def folder(self, revision: str) -> Path | None:
+        return {**self.branches, **{self.commit(name): path for name, path in self.branches.items()}}.get(revision)
+
+
+class Answers(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        hub: Hub = self.server
+        path = self.path.split("?")[0]
+        if path == f"/api/datasets/{REPO}":
+            path += "/revision/main"
+        hub.asked.append(path)
+        for start in (f"/api/datasets/{REPO}/revision/", f"/api/datasets/{REPO}/tree/", f"/datasets/{REPO}/resolve/"):
+            if path.startswith(start):
+                revision, _, name = path.removeprefix(start).partition("/")
+                folder = hub.folder(unquote(revision))
+                break
+        else:
+            return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        if hub.gated:
+            return self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
+        if folder is None:
+            return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        files = sorted(each for each in folder.rglob("*") if each.is_file())
+        if "/revision/" in start:
+            siblings = [{"rfilename": each.relative_to(folder).as_posix()} for each in files]
+            info = {"id": REPO, "sha": hub.commit(unquote(revision)), "siblings": siblings}
+            return self.answer(200, json.dumps(info).encode())
+        if "/tree/" in start:
+            tree = [self.entry(each, folder) for each in files]
+            return self.answer(200, json.dumps(tree).encode())
+        content = (folder / name).read_bytes()
+        etag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": revision}
+        return self.answer(200, content, etag)
+
+    def entry(self, path: Path, folder: Path) -> dict:
+        content = path.read_bytes()
+        oid, name = hashlib.sha1(content).hexdigest(), path.relative_to(folder).as_posix()
+        return {"type": "file", "oid": oid, "size": len(content), "path": name}
+
+    def answer(self, status: int, content: bytes, headers: dict | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": len(content), **(headers or {})}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
+    """As the library finds it; the test fills its folders."""
+    server = Hub({"main": tmp_path / "main"})
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    )
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def write_cifar(folder: Path) -> list:
+    """As ``uoft-cs/cifar100`` lies on the hub, with a few images: two columns of labels, one folder."""
+    names = [f"class {i}" for i in range(3)]
+    images = write_shard(folder / "cifar100/train-00000-of-00001.parquet", [0, 1, 2] * 4, "img", "fine_label", names)
+    write_shard(folder / "cifar100/test-00000-of-00001.parquet", [0, 1, 2], "img", "fine_label", names, seed=1)
+    (folder / "README.md").write_text("a card")
+    return images
+
+
+@pytest.fixture
+def refusal(config):
+    def load_and_fail(**changes) -> str:
+        with pytest.raises(UsageError) as caught:
+            load(config("hub", **changes))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return load_and_fail
+
+
+def test_a_data_set_is_downloaded_once_and_needs_no_more_words(hub, config, tmp_path):
+    images = write_cifar(tmp_path / "main")
+    cfg = config("hub", repo=REPO, final=True)
+    assert known_fingerprint(cfg) is None
+    assert hub.asked == []  # a dry run downloads nothing
+    dataset = load(cfg)
+    assert dataset.classes == ["class 0", "class 1", "class 2"]
+    assert np.array_equal(dataset.train.images, pixels(images))
+    assert len(dataset.test) == 3
+    assert not any("README" in path for path in hub.asked)
+    assert len(list((tmp_path / "hub").glob("datasets--*"))) == 1  # where the library keeps it
+    asked = len(hub.asked)
+    assert load(cfg).fingerprint == dataset.fingerprint
+    assert len(hub.asked) == asked
+
+
+def test_without_a_network_what_was_downloaded_serves(hub, config, refusal, tmp_path, monkeypatch):
+    write_cifar(tmp_path / "main")
+    first = load(config("hub", repo=REPO)).fingerprint
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    assert load(config("hub", repo=REPO, cache_dir=str(tmp_path / "other"))).fingerprint == first
+    message = refusal(repo="someone/else")
+    assert message.startswith("data.repo=someone/else: not downloaded, and the hub cannot be reached (")
+    assert "hf download --repo-type dataset someone/else" in message
+
+
+def test_what_the_hub_converted_serves_where_there_are_no_shards(hub, config, tmp_path):
+    (tmp_path / "main").mkdir()
+    (tmp_path / "main/photos.zip").write_bytes(b"")
+    hub.branches["refs/convert/parquet"] = tmp_path / "converted"
+    write_shard(tmp_path / "converted/default/train/0000.parquet", [0, 1] * 6)
+    write_shard(tmp_path / "converted/default/test/0000.parquet", [0, 1])
+    assert len(load(config("hub", repo=REPO, final=True)).train) == 12
+
+
+def test_only_the_chosen_configuration_is_downloaded(hub, config, refusal, tmp_path):
+    for each in ("full", "small"):
+        write_shard(tmp_path / "main" / each / "train-0.parquet", [0, 1] * 10)
+    assert "choose one with data.config=NAME" in refusal(repo=REPO)
+    load(config("hub", repo=REPO, config="small"))
+    assert not any("resolve" in path and "full" in path for path in hub.asked)
+
+
+def test_a_revision_is_what_it_says(hub, config, refusal, tmp_path):
+    for seed, each in enumerate(("main", "v1")):
+        hub.branches[each] = tmp_path / each
+        write_shard(tmp_path / each / "train-0.parquet", [0, 1] * 10, seed=seed)
+    found = {each: load(config("hub", repo=REPO, revision=each)).fingerprint for each in (None, "main", "v1")}
+    assert found[None] == found["main"] != found["v1"]
+    assert "data.revision=v2" in refusal(repo=REPO, revision="v2")
+
+
+def test_refusals_are_one_line_that_says_what_to_do(hub, refusal, tmp_path):
+    assert "data.repo is not set" in refusal()
+    assert "no such data set" in refusal(repo="someone/nothing")
+    assert "not of the form OWNER/NAME" in refusal(repo="a b/c/d")
+    (tmp_path / "main").mkdir()
+    (tmp_path / "main/a.csv").write_text("")
+    assert "holds no parquet files" in refusal(repo=REPO)
+    hub.gated = True
+    assert "HF_TOKEN" in refusal(repo=REPO)
+
+
+@pytest.mark.parametrize(
+    ("columns", "label", "said"),
+    [
+        (["label"], "label", []),
+        (["coarse_label", "fine_label"], "fine_label", ["the labels are: fine_label", "also coarse_label"]),
+        (["year", "kind"], "none", ["the labels are: none", "also year, kind"]),
+        ([], "none", []),
+    ],
+)
+def test_columns_are_found_by_what_they_hold(tmp_path, columns, label, said):
+    write_shard(tmp_path / "a.parquet", [0, 1], image_column="picture", label_column="?")
+    table = pq.read_table(tmp_path / "a.parquet").drop_columns("?")
+    for name in columns:
+        table = table.append_column(name, pa.array([0, 1]))
+    pq.write_table(table, tmp_path / "a.parquet")
+    image, found, notes = find_columns(tmp_path / "a.parquet", None, None)
+    assert (image, found) == ("picture", label)
+    assert all(part in "".join(notes) for part in said)
+    assert bool(notes) == bool(said)
+
+
+def test_the_only_class_label_is_the_label_whatever_its_name(tmp_path):
+    write_shard(tmp_path / "a.parquet", [0, 1], "img", "species", names=["cat", "dog"])
+    table = pq.read_table(tmp_path / "a.parquet").append_column("label", pa.array([5, 6]))
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert find_columns(tmp_path / "a.parquet", None, None)[1] == "species"
+
+
+def test_columns_that_could_all_be_meant_are_refused(tmp_path):
+    write_shard(tmp_path / "a.parquet", [0, 1])
+    table = pq.read_table(tmp_path / "a.parquet")
+    pq.write_table(table.append_column("mask", table["image"]), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"2 columns hold encoded images .*data\.image_column"):
+        find_columns(tmp_path / "a.parquet", None, None)
