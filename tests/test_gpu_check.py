@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,13 +16,16 @@ from tests.conftest import PROJECT
 
 def test_the_page_has_what_went_well_and_what_did_not(tmp_path):
     page, now = tmp_path / "check.md", time.monotonic()
-    well, badly = (lambda left: (True, [f"- well, {left:.0f} s"])), (lambda _: (False, ["- badly"]))
+    well = gpu_check.Part(lambda left: (True, [f"- well, {left:.0f} s"]))
+    badly = gpu_check.Part(lambda _: (False, ["- badly"]))
     assert gpu_check.check({"a": well}, now + 60, page, ["# Check"]) == 0
     assert re.fullmatch("# Check\n- well, (59|60) s\n", page.read_text())
     assert gpu_check.check({"a": badly, "b": well}, now + 60, page, []) == 1
     assert page.read_text().startswith("- badly\n- well")
     assert gpu_check.check({"a": badly}, now, page, []) == TIME_IS_UP
     assert page.read_text() == "- a: left out, for the time was up\n"
+    assert gpu_check.check({"long": well._replace(needs=100.0), "short": well}, now + 60, page, []) == TIME_IS_UP
+    assert page.read_text().startswith("- long: left out, for the time was up\n- well")
 
 
 def test_another_programs_end_counts():
@@ -32,7 +36,41 @@ def test_another_programs_end_counts():
     went_well, lines = run("raise SystemExit('no faiss')")
     assert not went_well
     assert lines == ["- it: status 1", "", "      no faiss", ""]
-    assert run("import time; time.sleep(60)", seconds=0.5) == (False, ["- it: not done after 0 s"])
+
+
+def test_a_program_that_takes_too_long_is_killed_with_all_that_it_has_started():
+    leave_one = (
+        "import subprocess; other = subprocess.Popen(['sleep', '60']); print(other.pid, flush=True); other.wait()"
+    )
+    began = time.monotonic()
+    went_well, lines = gpu_check.program("it", [sys.executable, "-c", leave_one], 2, 2.0)
+    assert time.monotonic() < began + 30
+    assert not went_well
+    assert lines[0] == "- it: not done after 2 s"
+    process = Path("/proc", lines[2].strip(), "stat")
+    while process.exists() and process.read_text().split()[2] != "Z":  # until whoever has adopted it has taken note
+        assert time.monotonic() < began + 30
+        time.sleep(0.05)
+
+
+def test_what_a_program_leaves_behind_is_not_waited_for():
+    began = time.monotonic()
+    program = [sys.executable, "-c", "import subprocess; subprocess.Popen(['sleep', '20']); print('done')"]
+    assert gpu_check.program("it", program, 2, 60.0) == (True, ["- it: status 0", "", "      done", ""])
+    assert time.monotonic() < began + 15
+
+
+@pytest.mark.slow
+def test_a_gpu_machine_needs_neither_xdist_nor_what_other_tests_import(monkeypatch):
+    monkeypatch.chdir(PROJECT)
+    files = gpu_check.tests_marked_gpu()
+    assert "tests/training/test_loop.py" in files
+    assert "tests/sweeps/test_optuna_study.py" not in files
+    collect = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:xdist", "-m", "gpu"]
+    grouped = "tests/test_extending.py"  # whose marker is pytest-xdist's
+    done = subprocess.run([*collect, *files, grouped], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "test_loop.py::" in done.stdout
 
 
 def test_a_configuration_that_fails_is_said_and_others_go_on(cache_dir, capsys):
