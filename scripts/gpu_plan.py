@@ -51,7 +51,9 @@ FAST = [
     *("checkpoint.every=1000", "checkpoint.minutes=3"),  # besides those at a run's stop and end
 ]
 KMCLR = ["method=kmclr", "k=400", *FAST]
-TEACHER = ["experiment=teacher", *FAST]
+# The recipe is of batch 256. With half as many steps an epoch the teacher is to follow in half as many.
+# Source: Busbridge et al., "How to Scale Your EMA", NeurIPS 2023: momentum to the power of the batch's growth.
+TEACHER = ["experiment=teacher", *FAST, "objective.momentum=0.98"]
 NOTHING, PROTOTYPES, QUEUE = ["support=none"], ["support=kmeans"], ["support=queue", "objective.neighbours=5"]
 BEST = [*TEACHER, *PROTOTYPES, "k=400"]  # until `screen` says otherwise
 DECAY = ["optimizer.weight_decay=1e-4"]

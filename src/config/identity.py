@@ -54,6 +54,8 @@ def inert(cfg: Config) -> set[str]:
     optimizer = {"lars": ("momentum", "trust_coefficient", "clip_trust"), "sgd": ("momentum",), "adamw": ("betas",)}
     own = optimizer[cfg.optimizer.name]
     keys |= {f"optimizer.{key}" for each in optimizer.values() for key in each if key not in own}
+    if not cfg.optimizer.weight_decay:
+        keys.add("optimizer.decay_all")
     if cfg.schedule.name != "step":
         keys |= {"schedule.milestones", "schedule.gamma"}
     if isinstance(cfg.support, KMeans):

@@ -170,6 +170,7 @@ class Optimizer:
     betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.999])
     trust_coefficient: Positive = 0.001
     clip_trust: bool = False
+    decay_all: bool = False
 
 
 @dataclass

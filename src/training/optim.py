@@ -11,9 +11,14 @@ from torch.optim import Optimizer
 from src.config import schema
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay, and with LARS the adaptation, is for matrices and filters, not for biases and normalisation."""
+def parameter_groups(module: nn.Module, weight_decay: float, *, decay_all: bool = False) -> list[dict]:
+    """Weight decay, and with LARS the adaptation, is for matrices and filters, not for biases and normalisation.
+
+    With ``decay_all`` it is for all parameters.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
+    if decay_all:
+        return [{"params": parameters, "weight_decay": weight_decay}]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -28,7 +33,7 @@ def build(cfg: schema.Optimizer, module: nn.Module, batch_size: int) -> Optimize
     Source: You et al., "Large Batch Training of Convolutional Networks", 2017 (LARS); the linear scaling of the
     learning rate: Goyal et al., "Accurate, Large Minibatch SGD", 2017.
     """
-    groups = parameter_groups(module, cfg.weight_decay)
+    groups = parameter_groups(module, cfg.weight_decay, decay_all=cfg.decay_all)
     lr = cfg.lr * batch_size / 256 if cfg.scale_lr else cfg.lr
     match cfg.name:
         case "lars":

@@ -20,6 +20,7 @@ from tests.config.test_schema import parsed
         (["method=nnclr", "objective.same_prototype=negative"], ["method=nnclr"]),
         (["optimizer=adamw", "+optimizer.momentum=0.5"], ["optimizer=adamw"]),
         (["optimizer=sgd", "+optimizer.clip_trust=true"], ["optimizer=sgd"]),
+        (["optimizer.weight_decay=0", "optimizer.decay_all=true"], ["optimizer.weight_decay=0"]),
         (["+schedule.gamma=0.5"], []),
         (["objective.off_diagonal=0.5"], []),
         (["augment.view1.blur=0", "augment.view1.blur_sigma=[1,2]"], ["augment.view1.blur=0"]),
@@ -42,6 +43,7 @@ def test_what_has_no_effect_and_how_it_was_typed_do_not_count(one, other):
         "support.half_life=5",
         "objective.same_prototype=negative",
         "augment.view1.brightness=0.1",
+        "optimizer.decay_all=true",
         "support.metric=euclidean",
     ],
 )

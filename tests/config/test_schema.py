@@ -102,6 +102,7 @@ def test_mnn_as_its_authors_train_it():
     assert cfg.projector == schema.Projector([2048], 128, final_norm=False)
     o = cfg.optimizer
     assert (o.name, o.lr, o.scale_lr, o.momentum, o.weight_decay) == ("sgd", 0.06, True, 0.9, 5e-4)
+    assert o.decay_all
     assert (cfg.schedule.name, cfg.schedule.warmup_epochs) == ("cosine", 5)
     strong, weak = cfg.augment.view1, cfg.augment.view2
     assert strong.crop_scale == weak.crop_scale == [0.2, 1.0]

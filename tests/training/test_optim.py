@@ -52,6 +52,18 @@ def test_normalisation_and_biases_do_not_decay():
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
 
 
+def test_with_decay_all_everything_decays():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    cfg = schema.Optimizer("sgd", lr=0.5, scale_lr=False, weight_decay=0.1, decay_all=True)
+    optimizer = optim.build(cfg, net, 256)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter, was in zip(net.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), 0.95 * was)
+
+
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
 def test_every_optimizer_goes_downhill(name):
     net = nn.Linear(8, 8)
