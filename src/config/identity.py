@@ -83,9 +83,9 @@ def is_setting(key: str) -> bool:
 
 
 def is_protocol(key: str) -> bool:
-    """Whether a dotted key says how the final figures are measured, rather than what is looked at on the way."""
-    on_the_way = ("evaluation.every", "evaluation.online_lr", "evaluation.pictures")
-    return key.startswith("evaluation.") and key not in on_the_way
+    """Whether a dotted key says how the final figures are measured, rather than what else is looked at."""
+    besides = ("evaluation.every", "evaluation.online_lr", "evaluation.pictures", "evaluation.teacher")
+    return key.startswith("evaluation.") and key not in besides
 
 
 def settings(cfg: Config) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 UNTRAINED = "untrained"  # the encoder before the first step: a row's name, and what its metrics' names begin with
+TEACHER = "teacher"  # what the metrics' names of the teacher's encoder begin with
 LABELS = {
     "simclr": "SimCLR",
     "nothing_stored": "nothing stored",

@@ -19,7 +19,19 @@ from src.config.explain import explain_key, explain_type, explain_violation
 from src.config.names import LABELS, method_name
 from src.config.outside import settings_class
 from src.config.renamed import modernised, objective_name
-from src.config.schema import OBJECTIVES, SUPPORTS, Config, Contrast, KMeans, Method, Objective, Queue, Support, Teacher
+from src.config.schema import (
+    OBJECTIVES,
+    SUPPORTS,
+    Config,
+    Contrast,
+    KMeans,
+    Method,
+    Objective,
+    Queue,
+    Support,
+    Teacher,
+    WithTeacher,
+)
 from src.config.secrets import refuse_secrets
 from src.errors import UsageError
 
@@ -105,6 +117,11 @@ def _check_combinations(cfg: Config) -> None:
             raise UsageError("k=1: all images share the one prototype, so none would be a negative; choose 2 or more")
         if support.refit == "faiss" and cfg.k is not None and support.refit_window < cfg.k:
             raise UsageError(f"support.refit_window={support.refit_window}: must hold k={cfg.k} embeddings or more")
+    if cfg.evaluation.teacher and not (isinstance(objective, WithTeacher) and is_ours):
+        raise UsageError(
+            f"evaluation.teacher=true: objective={objective.name} has no teacher; choose objective=teacher or "
+            "objective=relation, or leave evaluation.teacher=false"
+        )
     if cfg.search.name == "ivf" and not isinstance(support, Queue):
         raise UsageError(f"search=ivf: only support=queue can use it; choose search=auto for support={support.name}")
     if isinstance(objective, Teacher) and is_ours and objective.neighbours > 1:

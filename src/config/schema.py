@@ -259,6 +259,7 @@ class Evaluation:
     pictures: bool = False
     finetune: Finetune | None = None  # beside the linear probe
     fewshot: Fewshot | None = None  # likewise
+    teacher: bool = False
 
 
 @dataclass

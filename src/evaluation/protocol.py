@@ -16,7 +16,7 @@ from torch import nn
 
 from src import build
 from src.config import schema
-from src.config.names import UNTRAINED
+from src.config.names import TEACHER, UNTRAINED
 from src.config.parse import parse
 from src.data import Dataset, load
 from src.data.splits import Split, stratified_split
@@ -74,6 +74,13 @@ def final(frozen: FrozenEncoder, data: Dataset, cfg: schema.Evaluation, search: 
     Beside these, few labels and fine-tuning where the protocol asks for them. Nothing where no image has a label.
     """
     return _final(frozen, data, cfg, search, seed, *_features(frozen, data)) if data.classes else {}
+
+
+def of_teacher(
+    frozen: FrozenEncoder, data: Dataset, cfg: schema.Evaluation, search: Search, seed: int
+) -> dict[str, float]:
+    """The same of a teacher's encoder, with a probe and a number of neighbours of its own: ``teacher/test/...``."""
+    return {f"{TEACHER}/{key}": value for key, value in final(frozen, data, cfg, search, seed).items()}
 
 
 def _features(frozen: FrozenEncoder, data: Dataset) -> tuple[Features, Features | None]:
@@ -210,17 +217,11 @@ def main(composed: DictConfig) -> dict[str, float]:
     warn_of_few_neighbours(cfg.evaluation, data)
     if not data.classes:
         raise UsageError(f"data={cfg.data.name}: no image has a label to evaluate with; choose other images with data=")
-    encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
-    prefix = "encoder."
-    with checkpoint.understood(path):
-        weights = {key.removeprefix(prefix): v for key, v in saved["model"].items() if key.startswith(prefix)}
-        checkpoint.restore(encoder, weights, path)
-        mean, std = ([float(each) for each in saved[key]] for key in ("mean", "std"))
-    encoder.to(device).to(memory_format=torch.channels_last)
     dtype = build.precision(cfg.precision, device)
-    frozen = FrozenEncoder(encoder, mean, std, device, dtype)
-
-    metrics = final(frozen, data, cfg.evaluation, build.search(cfg.search, device), cfg.seed)
+    rest = data, cfg.evaluation, build.search(cfg.search, device), cfg.seed
+    metrics = final(_frozen("encoder", path, saved, cfg, device, dtype), *rest)
+    if cfg.evaluation.teacher:
+        metrics |= of_teacher(_frozen("teacher_encoder", path, saved, cfg, device, dtype), *rest)
     trained_in = record.tags.get("dtype") if record else None
     if _protocol(cfg) != _protocol(before) or trained_in not in (None, str(dtype).removeprefix("torch.")):
         metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
@@ -238,9 +239,23 @@ def main(composed: DictConfig) -> dict[str, float]:
     return metrics
 
 
+def _frozen(
+    part: str, path: Path, saved: dict[str, Any], cfg: schema.Config, device: torch.device, dtype: torch.dtype
+) -> FrozenEncoder:
+    """The encoder that is a part of a saved method."""
+    encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
+    with checkpoint.understood(path):
+        prefix = f"{part}."
+        weights = {key.removeprefix(prefix): v for key, v in saved["model"].items() if key.startswith(prefix)}
+        checkpoint.restore(encoder, weights, path)
+        mean, std = ([float(each) for each in saved[key]] for key in ("mean", "std"))
+    encoder.to(device).to(memory_format=torch.channels_last)
+    return FrozenEncoder(encoder, mean, std, device, dtype)
+
+
 def _protocol(cfg: schema.Config) -> schema.Evaluation:
-    """The evaluation without what matters during training only."""
-    return replace(cfg.evaluation, every=0, online_lr=0.0, pictures=False)
+    """How one encoder is evaluated, without what matters during training only."""
+    return replace(cfg.evaluation, every=0, online_lr=0.0, pictures=False, teacher=False)
 
 
 def _merged(saved: dict[str, Any], composed: DictConfig) -> schema.Config:

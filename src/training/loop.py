@@ -179,6 +179,8 @@ def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, 
     if data.classes:
         print("evaluating on the test images", flush=True)
     tracker.log(protocol.final(state.frozen, data, cfg.evaluation, state.search, cfg.seed), state.step)
+    if cfg.evaluation.teacher:
+        tracker.log(protocol.of_teacher(state.teacher(), data, cfg.evaluation, state.search, cfg.seed), state.step)
     if cfg.init is None:  # else a run starts from what another has learned
         tracker.log(protocol.untrained(state.untrained(), data, cfg.evaluation, state.search, cfg.seed), step=0)
     if not state.ranks.first:

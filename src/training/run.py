@@ -18,7 +18,7 @@ from typing import Literal
 from omegaconf import OmegaConf
 
 from src.config import identity, schema
-from src.config.names import colour_of
+from src.config.names import TEACHER, colour_of
 from src.config.schema import Config
 from src.data import load
 from src.data.batches import check_batch_size
@@ -157,7 +157,8 @@ def changed_protocol(cfg: Config, directory: Path) -> str:
     """
     record, now = Record.find(directory), identity.flat(cfg)
     before = record.params if record else {}
-    keys = [key for key in now if identity.is_protocol(key) and before.get(key, str(now[key])) != str(now[key])]
+    asked = [key for key in now if identity.is_protocol(key) or key == "evaluation.teacher"]
+    keys = [key for key in asked if before.get(key, str(now[key])) != str(now[key])]
     return ", ".join(f"{key} was {before[key]} and is {now[key]}" for key in keys)
 
 
@@ -165,7 +166,8 @@ def say_result(directory: Path) -> float:
     """Print a finished run's figures, its pictures, and where MLflow shows it."""
     record = Record.load(directory)
     metrics = record.metrics
-    shown = [key for key in sorted(metrics) if key.startswith(("val/", "test/")) and not key.endswith("/knn_k")]
+    of = ("val/", "test/", f"{TEACHER}/")
+    shown = [key for key in sorted(metrics) if key.startswith(of) and not key.endswith("/knn_k")]
     figures = [f"{key} {metrics[key]:.2f}" for key in shown]
     print(f"{directory}: finished; {', '.join(figures)}")
     for picture in sorted(directory.glob("*.png")):

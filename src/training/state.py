@@ -118,6 +118,11 @@ class TrainState:
         encoder.to(self.device).to(memory_format=torch.channels_last)
         return self.ranks.frozen(encoder, self.frozen.mean, self.frozen.std, self.dtype)
 
+    def teacher(self) -> FrozenEncoder:
+        """The teacher's encoder, of a method that has one."""
+        encoder = self.method.get_submodule("teacher_encoder")
+        return self.ranks.frozen(encoder, self.frozen.mean, self.frozen.std, self.dtype)
+
     def encoder_weights(self) -> dict[str, Tensor]:
         """The encoder's state dict, on the CPU, contiguous."""
         return {key: value.cpu().contiguous() for key, value in self.method.encoder.state_dict().items()}

@@ -48,6 +48,52 @@ def run(*overrides):
     return protocol.main(composed)
 
 
+@pytest.fixture(scope="module")
+def taught(finished):
+    """A finished run with a teacher, which has been evaluated at the end."""
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides=[
+            "experiment=demo", "objective=teacher", "support=none", "epochs=1", "data.limit=200", "batch_size=64",
+            f"data.cache_dir={finished.parent}/cache", f"output_dir={finished.parent}/taught", "tracking=jsonl",
+            "precision=float32", "projector.hidden=[32]", "projector.out=16", "objective.predictor_hidden=32",
+            "evaluation.epochs=5", "data.image_size=32", "evaluation.pictures=false", "evaluation.teacher=true",
+        ])  # fmt: skip
+    cli.pretrain(cfg)
+    return finished.parent / "taught"
+
+
+def test_the_teachers_figures_stand_beside_the_students_and_are_its_own(taught, tmp_path):
+    figures = Record.load(taught).metrics
+    both = {key for key in figures if key.startswith(("val/linear", "test/"))}
+    assert {key.removeprefix("teacher/") for key in figures if key.startswith("teacher/")} == both
+    # A student that is the teacher is worth the same.
+    _, state = checkpoint.load_latest(taught / "checkpoints")
+    for key in list(state["model"]):
+        if key.startswith("teacher_encoder."):
+            state["model"][key.removeprefix("teacher_")] = state["model"][key]
+    path = checkpoint.save(tmp_path, 1, state)
+    metrics = run(f"checkpoint={path}", "evaluation.teacher=false")
+    assert metrics == {key: figures[f"teacher/{key}"] for key in metrics}
+    assert metrics != {key: figures[key] for key in metrics}
+
+
+def test_a_teacher_is_evaluated_when_the_run_has_long_been_finished(taught):
+    before = Record.load(taught).metrics
+    metrics = run(f"checkpoint={taught}", "evaluation.teacher=true")
+    assert metrics == {key: before[key] for key in metrics}
+    assert "teacher/test/linear_top1" in metrics
+    assert "teacher/test/linear_top1" not in run(f"checkpoint={taught}", "evaluation.teacher=false")
+    other = run(f"checkpoint={taught}", "evaluation=original", "evaluation.epochs=1", "evaluation.teacher=true")
+    assert {"test_original/linear_top1", "teacher_original/test/linear_top1"} <= other.keys()
+
+
+def test_without_a_teacher_there_is_none_to_evaluate(finished):
+    with pytest.raises(
+        UsageError, match=r"^evaluation\.teacher=true: objective=mixed has no teacher; choose .*teacher"
+    ):
+        run(f"checkpoint={finished}", "evaluation.teacher=true")
+
+
 def test_a_finished_run_is_evaluated_to_the_same_figures(finished):
     before = Record.load(finished).metrics
     metrics = run(f"checkpoint={finished}")
