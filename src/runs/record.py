@@ -47,10 +47,10 @@ class Copy:
     """A run in one of the experiments that it was asked for under."""
 
     run_id: str = ""  # MLflow's; empty until MLflow has the run there
-    experiment_id: str = ""  # MLflow's of where its pages show the run; empty where they do not
     has: str = ""  # the `Record.state` of which MLflow has everything
     tags: dict[str, str] = field(default_factory=dict)  # those of its sweeps there; MLflow has the run's as well
     for_mlflow: bool = False  # whether that was ever with tracking=mlflow
+    experiment_id: str = ""  # MLflow's of where its pages show the run; empty where they do not
 
 
 @dataclass

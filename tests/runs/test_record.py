@@ -30,7 +30,7 @@ def test_rows_and_record(tmp_path):
 
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["uuid"] == tracker.run_id
-    assert record["copies"]["exp"] == {"run_id": "", "has": "", "tags": {}, "for_mlflow": False}
+    assert record["copies"]["exp"] == {"run_id": "", "has": "", "tags": {}, "for_mlflow": False, "experiment_id": ""}
     assert (record["name"], record["experiment"], record["status"]) == (tmp_path.name, "exp", "FINISHED")
     assert record["params"] == {"k": "50", "projector.hidden": "[64, 64]"}
     assert record["tags"] == {"device": "cpu", "output_dir": str(tmp_path.resolve())}
