@@ -138,6 +138,7 @@ def test_few_labels_and_fine_tuning_stand_beside_the_linear_probe(finished, tmp_
     assert (tmp_path / "run/encoder.safetensors").read_bytes() == encoder
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_few_labels_and_fine_tuning_and_repeats_them(tmp_path, small):
     both = [
         "evaluation=fewshot",
