@@ -13,6 +13,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+from rich.progress import track
 
 from src.config import identity
 from src.config.explain import explain_key
@@ -22,6 +23,7 @@ from src.sweeps.dry_run import preview
 from src.sweeps.jobs import Composer, Job, values
 from src.sweeps.launcher import JobLauncher
 from src.sweeps.sweep import Sweep
+from src.system.output import in_terminal
 
 Grid = Mapping[str, Sequence[str]]  # key: its values, as on the command line
 # Worth a word when a job starts, as is all in which the jobs differ.
@@ -89,11 +91,13 @@ class GridSweeper(Sweeper):
         given = self._grid(arguments)
         params = self._grid([f"{key}={value}" for key, value in self.params.items()])
         union = [self._grid(shlex.split(line)) for line in self.union]
-        jobs = [
-            self.compose([f"{key}={value}" for key, value in zip(grid, point, strict=True)])
+        points = [
+            [f"{key}={value}" for key, value in zip(grid, point, strict=True)]
             for grid in alternatives(union, params, given, [self._methods(grid) for grid in union])
             for point in product(*grid.values())
         ]
+        watched = track(points, "composing jobs", transient=True, disable=not in_terminal())
+        jobs = [self.compose(point) for point in watched]
         refuse_unused(jobs)
         distinct: dict[str, Job] = {}
         for job in map(self.compose.identify, jobs):

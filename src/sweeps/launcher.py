@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from src.errors import UsageError
+from src.sweeps.bars import Bars
 from src.sweeps.jobs import Job
 from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED, Stopper, is_stop
@@ -71,7 +72,8 @@ class JobLauncher(Launcher):
         self.sweep, self.swept = sweep, swept
         self.numbers: dict[int, int] = {}
         left, running = iter(jobs), list[Job]()
-        with Stopper(self.max_minutes) as stopper:
+        total = len(jobs) if isinstance(jobs, Sized) else None
+        with Stopper(self.max_minutes) as stopper, Bars(total) as bars:
             while True:
                 if not stopper.status:
                     room = None if at_a_time is None else at_a_time - len(running)
@@ -85,7 +87,9 @@ class JobLauncher(Launcher):
                     break
                 for job in self.ended(stopper):
                     running.remove(job)
+                    bars.count()
                     yield job
+                bars.look(self.logs())
                 time.sleep(self.pause)
             self.status = stopper.status
 
@@ -96,6 +100,10 @@ class JobLauncher(Launcher):
     @abstractmethod
     def ended(self, stopper: Stopper) -> list[Job]:
         """Those of the jobs that have ended since the last call."""
+
+    def logs(self) -> Mapping[str, Path]:
+        """Where running jobs print, by what a bar calls them; nothing where only their end is known."""
+        return {}
 
     def command(self, job: Job) -> list[str]:
         """What a user would type for the job alone, and what the sweep tells it."""

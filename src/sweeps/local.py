@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from src.sweeps.jobs import Job
 from src.sweeps.launcher import JobLauncher
 from src.sweeps.worker import end_with_parent
+from src.system.output import in_terminal
 from src.system.stopping import Stopper
 
 
@@ -45,7 +46,7 @@ class LocalLauncher(JobLauncher):
 
     Args:
         jobs: how many at a time; None: one. With several, each gets its share of the threads, one GPU in turn, and a
-            file for its output, ``N.log`` in the sweep's folder.
+            file for its output, ``N.log`` in the sweep's folder. In a terminal, which shows bars, so does a single one.
     """
 
     pause = 0.05
@@ -58,6 +59,7 @@ class LocalLauncher(JobLauncher):
         self.max_minutes = config.max_minutes
         self.processes: list[Process] = []
         self.passed_on = 0
+        self.prints = self.slots == 1 and not in_terminal()  # whether a job's lines are for whoever reads the sweep's
 
     def start(self, jobs: Sequence[Job], stopper: Stopper) -> None:
         """Each in a free slot."""
@@ -79,7 +81,7 @@ class LocalLauncher(JobLauncher):
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=log if self.slots > 1 else None,
+            stdout=None if self.prints else log,
             stderr=log,
             env=os.environ | self._share(slot),
             # Apart from the terminal's group: Ctrl-C reaches a job through the launcher, once.
@@ -97,6 +99,9 @@ class LocalLauncher(JobLauncher):
         if gpus := _visible_gpus():
             share["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         return share
+
+    def logs(self) -> Mapping[str, Path]:
+        return {f"job {self.numbers[id(each.job)]}": Path(each.log.name) for each in self.processes}
 
     def ended(self, stopper: Stopper) -> list[Job]:
         """Pass a signal on, and collect the processes that are no more."""
@@ -117,7 +122,7 @@ class LocalLauncher(JobLauncher):
         each.log.seek(0)
         output = each.log.read().decode(errors="replace").strip()
         each.log.close()
-        if self.slots == 1 and output:
+        if self.prints and output:
             print(output, file=sys.stderr, flush=True)
         after = f" after {time.monotonic() - each.started:.0f} s"
         self.conclude(each.job, status, output, Path(each.log.name), after)

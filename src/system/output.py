@@ -1,4 +1,7 @@
-"""Standard output and error whose reader has gone away, as in ``command | head -1``: what is printed is dropped."""
+"""Standard output: whether it is a terminal, and what becomes of it when its reader has gone away.
+
+After ``command | head -1`` what is printed further is dropped.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,11 @@ _lost_reader = False
 def lost_reader() -> bool:
     """Whether something was printed that nobody reads any more."""
     return _lost_reader
+
+
+def in_terminal() -> bool:
+    """Whether a person watches standard output, in a terminal where a line can be drawn again."""
+    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") not in (None, "dumb")
 
 
 def outlive_readers() -> None:

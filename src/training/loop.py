@@ -58,12 +58,26 @@ def pretrain(
         Diverged: the loss, the gradient, the weights or the features stopped being finite.
         Collapsed: the features of different images became alike, and ``on_collapse=stop``.
     """
+    cfg = state.cfg
+    with Progress(cfg.epochs, len(data.train) // cfg.batch_size, cfg.batch_size) as progress:
+        _train(state, data, tracker, stopper, directory, should_prune, illustrate, progress)
+
+
+def _train(
+    state: TrainState,
+    data: Dataset,
+    tracker: Tracker,
+    stopper: Stopper,
+    directory: Path,
+    should_prune: ShouldPrune,
+    illustrate: Illustrate,
+    progress: Progress,
+) -> None:
     cfg, device, method, ranks = state.cfg, state.device, state.method, state.ranks
     support = method.support
     rows = ranks.rows(cfg.batch_size)
     view1, view2 = build.views(cfg, data, ranks.part)
     steps_per_epoch = len(data.train) // cfg.batch_size
-    progress = Progress(cfg.epochs, steps_per_epoch)
     saved = time.monotonic()
     loss = grad_norm = math.nan
 

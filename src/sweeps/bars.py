@@ -1,0 +1,91 @@
+"""What a person sees in a terminal while a sweep's jobs run: a bar of all jobs, and one of each that runs.
+
+What is known of a job is what it prints: a line an epoch, and in long epochs one every ten seconds. Elsewhere than in a
+terminal there is nothing to see.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from src.system.output import in_terminal
+
+EVERY_SECONDS = 1.0  # between two looks at the logs
+TAIL = 4096  # bytes of a log that hold its last lines
+_LINE = re.compile(r"epoch (\d+)/(\d+)  (?:step (\d+)/(\d+)  )?(.*)")
+
+
+class Bars(Progress):
+    """The bars of a sweep, between the start and the end of a ``with`` block.
+
+    Args:
+        total: the number of jobs; None where it is not known.
+    """
+
+    def __init__(self, total: int | None) -> None:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None))
+        more = (TextColumn("{task.fields[known]}", markup=False), TimeRemainingColumn(compact=True))
+        super().__init__(*columns, *more, expand=True, refresh_per_second=4, disable=not in_terminal())
+        self.all = self.add_task("all jobs", total=total, known=_of(0, total))
+        self.total, self.ended = total, 0
+        self.of_jobs: dict[str, Any] = {}
+        self._looked = 0.0
+
+    def count(self) -> None:
+        """Another job has ended."""
+        self.ended += 1
+        self.update(self.all, completed=self.ended, known=_of(self.ended, self.total))
+
+    def look(self, logs: Mapping[str, Path]) -> None:
+        """Read how far the running jobs are, once a second.
+
+        Args:
+            logs: where each of them prints, by what it is called.
+        """
+        if self.disable or time.monotonic() - self._looked < EVERY_SECONDS:
+            return
+        self._looked = time.monotonic()
+        for gone in self.of_jobs.keys() - logs.keys():
+            self.remove_task(self.of_jobs.pop(gone))
+        done = float(self.ended)
+        for name, path in logs.items():
+            if name not in self.of_jobs:
+                self.of_jobs[name] = self.add_task(name, total=1, known="")
+            share, known = how_far(path)
+            self.update(self.of_jobs[name], completed=share, known=known)
+            done += share
+        self.update(self.all, completed=done)
+
+    def stop(self) -> None:
+        """Leave nothing but the bar of all jobs."""
+        for task in self.of_jobs.values():
+            self.remove_task(task)
+        self.of_jobs.clear()
+        super().stop()
+
+
+def how_far(log: Path) -> tuple[float, str]:
+    """The share of a job's training that is done, from 0 to 1, and the last line that says so."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return 0.0, ""
+    found = [match for line in lines if (match := _LINE.fullmatch(line))]
+    if not found:
+        return 0.0, ""
+    epoch, epochs, step, steps, known = found[-1].groups()
+    done = int(epoch) if step is None else int(epoch) - 1 + int(step) / int(steps)
+    return done / int(epochs), f"epoch {epoch}/{epochs}  {known}"
+
+
+def _of(ended: int, total: int | None) -> str:
+    return f"{ended} ended" if total is None else f"{ended} of {total} ended"
