@@ -19,7 +19,7 @@ setup: $(STAMP) ## Make .venv and install the pinned dependencies
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(FAISS),dev]'
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(FAISS),export,dev]'
 	rm -f $(VENV)/.installed-*
 	touch $@
 

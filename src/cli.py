@@ -60,6 +60,12 @@ def evaluate() -> None:
         _compose_and("evaluate", evaluate_again)
 
 
+def export() -> None:
+    """``python -m src.export``."""
+    with _without_reader():
+        _compose_and("export", take_away)
+
+
 def report() -> None:
     """``python -m src.report``."""
     from src.reporting import report  # matplotlib takes a second
@@ -98,6 +104,13 @@ def evaluate_again(composed: DictConfig) -> dict[str, float]:
     from src.evaluation import protocol
 
     return protocol.main(composed)
+
+
+def take_away(composed: DictConfig) -> Path:
+    """The encoder of a run that has finished, in a format of others (`src.evaluation.export.main`)."""
+    from src.evaluation import export
+
+    return export.main(composed)
 
 
 def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:

@@ -17,6 +17,7 @@ from src.config import explain
 from src.config.parse import parse
 from src.data.augment import ViewMaker
 from src.errors import UsageError
+from src.runs.record import Record
 from src.training import optim
 from tests.conftest import PROJECT
 
@@ -30,7 +31,7 @@ def test_help_is_complete(command):
     assert "mlflow ui" in done.stdout
 
 
-@pytest.mark.parametrize("module", ["src.train", "src.evaluate"])
+@pytest.mark.parametrize("module", ["src.train", "src.evaluate", "src.export"])
 def test_help_does_not_wait_for_torch(module):
     program = f"""
 import runpy, sys
@@ -171,6 +172,29 @@ def test_mistakes_in_evaluate(typed, tmp_path, arguments, says):
     assert says in stderr
     assert stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("run=begun", "format=None: choose one of pt2, onnx, timm, hf"),
+        ("run=begun format=pt3", "format=pt3: choose one of pt2, onnx, timm, hf"),
+        ("format=pt2", "give run=NAME"),
+        ("run=gone format=pt2", "run=gone: there is no such run"),
+        ("run=begun format=pt2", "run=begun: the run is RUNNING and has no encoder.safetensors"),
+        ("run=begun format=pt2 opset=3", "opset: unknown key"),
+    ],
+)
+def test_mistakes_in_export(typed, tmp_path, arguments, says):
+    folder = tmp_path / "multirun/begun"
+    folder.mkdir(parents=True)
+    Record.new("begun", "study").save(folder)
+    status, stderr = typed(cli.export, *arguments.split())
+    assert status == 2
+    assert stderr.startswith("error: ")
+    assert says in stderr
+    assert stderr.count("\n") == 1
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
 
 
 @pytest.mark.slow

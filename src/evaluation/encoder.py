@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,9 @@ from src.errors import UsageError
 from src.runs import checkpoint
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
+
+ENCODER = "encoder.safetensors"  # in a run's folder
+_NOT_OF_TIMM = ("resnet18", "resnet34", "resnet50", "resnet_tiny")  # what `src.build.encoder` makes without timm
 
 
 class Encoder(nn.Module):
@@ -94,6 +98,20 @@ def load_encoder(path: str | Path) -> Encoder:
     Raises:
         UsageError: there is no such file, or it is not one that `save_encoder` wrote.
     """
+    return read_encoder(path)[0]
+
+
+def is_of_timm(facts: Mapping[str, Any]) -> bool:
+    """Whether the architecture's name is timm's."""
+    return facts["architecture"] not in _NOT_OF_TIMM and "_target_" not in facts["options"]
+
+
+def read_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
+    """The encoder as `load_encoder` gives it, and what its file says of it: what `save_encoder` was told.
+
+    Raises:
+        UsageError: as `load_encoder`.
+    """
     try:
         with safe_open(path, "pt") as file:
             facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
@@ -111,4 +129,4 @@ def load_encoder(path: str | Path) -> Encoder:
         ) from None
     backbone, _ = build.encoder(backbone_cfg, size)
     checkpoint.restore(backbone, weights, Path(path))
-    return Encoder(backbone, size, mean, std).eval()
+    return Encoder(backbone, size, mean, std).eval(), facts

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from src.errors import UsageError
 from src.runs import mlflow_store
-from src.runs.record import Copy, Record, records_below
+from src.runs.record import RECORD, Copy, Record, records_below
 from src.system.redact import one_line
 
 CHARTS = "charts"  # a tag of a sweep: where MLflow's pages show it,
@@ -124,15 +124,28 @@ def _unknown(experiment: str, where: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"experiment={experiment} is not in {where}: choose from {', '.join(sorted(known)) or 'none'}")
 
 
+def named_run(run: str, root: Path = Path("multirun")) -> Path:
+    """The folder of a run, by its path, by its name under ``root``, or by the run's id.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for folder in (root / run, Path(run).expanduser()):
+        if (folder / RECORD).is_file():
+            return folder
+    if found := _by_id(run, root):
+        return found
+    raise UsageError(f"run={run}: there is no such run; give the name of its folder in {root}/, its path, or its id")
+
+
 def find_run_directory(run_id: str, root: Path = Path("multirun")) -> Path:
     """The output directory of a run, by the ``run.json`` files under ``root``, else by the run's tag in MLflow.
 
     Raises:
         UsageError: no run has the id, or its folder is gone.
     """
-    for directory, record in records_below(root):
-        if run_id in (record.uuid, *(copy.run_id for copy in record.copies.values())):
-            return directory
+    if found := _by_id(run_id, root):
+        return found
     client = mlflow_store.existing()
     try:
         tags = client.get_run(run_id).data.tags
@@ -142,3 +155,11 @@ def find_run_directory(run_id: str, root: Path = Path("multirun")) -> Path:
     if not directory or not Path(directory).is_dir():
         raise UsageError(f"run_id={run_id} has no folder here (output_dir={directory!r}): pass checkpoint=PATH instead")
     return Path(directory)
+
+
+def _by_id(run_id: str, root: Path) -> Path | None:
+    """The folder below ``root`` whose record has the id, its own or one of MLflow's."""
+    for directory, record in records_below(root):
+        if run_id in (record.uuid, *(copy.run_id for copy in record.copies.values())):
+            return directory
+    return None

@@ -16,7 +16,7 @@ from src.data import Dataset
 from src.data.batches import epoch_batches
 from src.evaluation import protocol
 from src.evaluation.diagnostics import alignment, uniformity
-from src.evaluation.encoder import save_encoder
+from src.evaluation.encoder import ENCODER, save_encoder
 from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method
 from src.runs.record import UNUSED
@@ -202,9 +202,9 @@ def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, 
     tracker.sync()  # as before each save
     figures = {key: value for key, value in tracker.record.metrics.items() if key.startswith(("val/", "test/"))}
     save_encoder(
-        *(directory / "encoder.safetensors", state.encoder_weights(), cfg, data.mean, data.std, data.classes),
+        *(directory / ENCODER, state.encoder_weights(), cfg, data.mean, data.std, data.classes),
         *(figures, tracker.record.tags.get("git_commit", "")),
     )
     draw(directory)
-    for name in ("config.yaml", "encoder.safetensors", "curves.png"):
+    for name in ("config.yaml", ENCODER, "curves.png"):
         tracker.artifact(directory / name)
