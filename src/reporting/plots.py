@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from src.config.names import UNTRAINED, title_of
 from src.reporting.rows import Row
@@ -96,10 +96,12 @@ def dots(rows: Sequence[Row]) -> Figure:
             std = row.std(figure_name)
             style: dict[str, Any] = {"color": row.colour, "marker": marker_of(row.method), "markersize": 4.5}
             error = None if math.isnan(std) else std
-            axes.errorbar(row.mean(figure_name), place, xerr=error, capsize=2, linewidth=1, linestyle="none", **style)
+            style |= {"capsize": 2, "linewidth": 1, "linestyle": "none", "clip_on": False}
+            axes.errorbar(row.mean(figure_name), place, xerr=error, **style)
         if len(controls) == 1:
             axes.axvline(controls[0].mean(figure_name), color=controls[0].colour, linewidth=1, linestyle="--", zorder=0)
         axes.set(xlabel=title, ylim=(-0.8, len(found) - 0.2))
+        _cap(axes, "x")
         frame(axes, "x")
         axes.grid(axis="y", color="0.94", linewidth=0.6)
     panels[0].set_yticks(range(len(found)), [_short(row.title) for row in found], fontsize=7)
@@ -177,7 +179,7 @@ def _series(axes: Axes, rows: Sequence[Row], places: Sequence[float], metric: st
     levels = [row for row in rows if not row.size]
     for place, row in zip(places, rows, strict=True):
         error = None if math.isnan(row.std(metric)) else row.std(metric)
-        single = dict(style) | {"linestyle": "none"}
+        single = dict(style) | {"linestyle": "none", "clip_on": False}  # a marker at 100% is a whole one
         axes.errorbar(place, row.mean(metric), error, capsize=3, elinewidth=1.2, label=f"{row.title}", **single)
     if len(stored) > 1:
         axes.plot(*zip(*stored, strict=True), **dict(style) | {"marker": "", "label": rows[0].label})
@@ -190,7 +192,7 @@ def _series(axes: Axes, rows: Sequence[Row], places: Sequence[float], metric: st
     return Line2D([], [], **dict(style) | ({} if has_line else {"linestyle": "none"}))
 
 
-def _cap(axes: Axes) -> None:
+def _cap(axes: Axes, along: Literal["x", "y"] = "y") -> None:
     """Accuracies end at 100%."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, min(high, 100.0) if low < 100 else high)
+    low, high = axes.get_ylim() if along == "y" else axes.get_xlim()
+    axes.set(**{f"{along}lim": (low, min(high, 100.0) if low < 100 else high)})

@@ -83,6 +83,14 @@ def test_one_seed_has_no_bar_and_axes_end_at_100_percent():
     axes = plot(summarise([run("simclr", top1=99.5), run("kmclr", 50, top1=98)])[0]).axes[0]
     assert all(math.isnan(bar) for _, _, bar in drawn(axes).values())
     assert axes.get_ylim()[1] <= 100
+    assert not any(each.lines[0].get_clip_on() for each in axes.containers)  # a marker at 100% is a whole one
+
+
+def test_dots_end_at_100_percent_too():
+    runs = [run("kmclr", k, top1=100 - k % 7, **{"optimizer.lr": f"0.{k}"}) for k in range(50, 70)]
+    axes = plot(summarise(runs)[0]).axes[0]
+    assert axes.get_xlim()[1] <= 100
+    assert not any(each.lines[0].get_clip_on() for each in axes.containers)
 
 
 @pytest.mark.parametrize("sizes", [(50, 400, 1600, 4096, 4496, 16384, 300000), (1, 2, 3, 4), (50,), (98304, 100000)])
