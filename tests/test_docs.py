@@ -3,21 +3,33 @@
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from src import cli
+from src.config.schema import Data
+from src.evaluation import protocol
+from src.reporting import report
 from src.sweeps import jobs
 from tests.config.test_schema import CONF, options
 from tests.conftest import PROJECT
+from tests.made_up_runs import STUDY
 from tests.training.test_loop import METRICS, OF_METHOD
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
-# The arguments of each line that runs src.train, in a block or within a sentence. What --config-dir adds to them is a
-# folder that only tests/test_extending.py makes, and it runs these lines.
-COMMAND = re.compile(r"-m src\.train ((?!.*--config-dir|--help)[^`\n#]+)")
-COMMANDS = sorted({line.strip() for page in PAGES for line in COMMAND.findall(page.read_text()) if "=" in line})
+
+
+def typed_lines(module):
+    """The arguments of each line that runs src.MODULE with some, in a block or within a sentence.
+
+    What --config-dir adds to them is a folder that only tests/test_extending.py makes, and it runs these lines.
+    """
+    line = re.compile(rf"-m src\.{module} ((?!.*--config-dir|--help)[^`\n#]+)")
+    found = {each.strip() for page in PAGES for each in line.findall(page.read_text())}
+    return sorted(each for each in found if "=" in each)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -38,28 +50,71 @@ def test_every_metric_is_explained():
     assert METRICS | set().union(*OF_METHOD.values()) <= explained
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_every_command_can_run(tmp_path, monkeypatch, capsys, line):
-    """A dry run of it composes every job; images and weights that stand for the user's own are not looked for."""
-    one_seed = ["seed=0"] if "+sweep=" in line else []  # of a sweep's three, which takes a third of the time
+@pytest.fixture
+def typed(tmp_path, monkeypatch, capsys):
+    """Types a command in an empty folder, in this process; returns what it has printed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["src", *shlex.split(line), *one_seed, "dry_run=true"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     for name in ("outlive_readers", "redact_output"):  # which change the streams of the process
         monkeypatch.setattr(cli, name, lambda: None)
+
+    def run(command, line, *more):
+        monkeypatch.setattr(sys, "argv", ["src", *shlex.split(line), *more])
+        status = 0
+        try:
+            command()
+        except SystemExit as end:
+            status = end.code
+        finally:
+            GlobalHydra.instance().clear()
+        said = capsys.readouterr()
+        assert status == 0, said.err
+        return said.out
+
+    return run
+
+
+@pytest.mark.parametrize("line", typed_lines("train"))
+def test_every_training_command_can_run(typed, monkeypatch, line):
+    """A dry run of it composes every job; images and weights that stand for the user's own are not looked for."""
+    one_seed = ["seed=0"] if "+sweep=" in line else []  # of a sweep's three, which takes a third of the time
     for module in (cli, jobs):
         monkeypatch.setattr(module, "known_fingerprint", lambda data: None)
         monkeypatch.setattr(module.origin, "identify", lambda cfg: None)
-    status = 0
-    try:
-        cli.train()
-    except SystemExit as end:
-        status = end.code
-    finally:
-        GlobalHydra.instance().clear()
-    said = capsys.readouterr()
-    assert status == 0, said.err
-    assert re.search(r"\d+ jobs, \d+ to run", said.out)
+    assert re.search(r"\d+ jobs, \d+ to run", typed(cli.train, line, *one_seed, "dry_run=true"))
+
+
+@pytest.mark.parametrize("line", typed_lines("evaluate"))
+def test_every_evaluation_fits_a_run(typed, monkeypatch, line):
+    """Its settings are those of an evaluation of a run with the default settings, which is not there."""
+    trained = []
+    monkeypatch.setattr(cli, "pretrain", trained.append)
+    typed(cli.train, "")
+    saved = OmegaConf.to_container(trained[0], resolve=True)
+    checked = []
+    monkeypatch.setattr(protocol, "_checkpoint", lambda composed: (Path("run/checkpoints/last"), {"config": saved}))
+    monkeypatch.setattr(protocol, "load", lambda data: checked.append(data) or sys.exit(0))
+    typed(cli.evaluate, line)
+    assert [type(data) for data in checked] == [Data]
+
+
+@pytest.mark.parametrize("line", typed_lines("report"))
+def test_every_report_can_be_made(typed, monkeypatch, line):
+    """The runs are made-up ones, which stand for the experiment's or the sweep's."""
+    monkeypatch.setattr(report, "read_runs", lambda experiment, backend, root: STUDY)
+    monkeypatch.setattr(report, "read_sweep", lambda sweep, backend, root: (f"study-{sweep}", STUDY))
+    table = re.search(r"^table: (\S+)", typed(cli.report, line), re.MULTILINE)[1]
+    assert "NNCLR" in Path(table).read_text()
+
+
+def test_there_are_lines_of_every_command():
+    assert all(typed_lines(module) for module in ("train", "evaluate", "report"))
+
+
+def test_every_target_of_make_is_one():
+    targets = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        assert set(re.findall(r"(?:`|^    )make ([a-z-]+)", page.read_text(), re.MULTILINE)) <= targets, page
 
 
 @pytest.mark.parametrize(
