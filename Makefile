@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed-$(FAISS)
 TRAIN := $(BIN)/python -m src.train
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-next bench reliability clusters check format ui clean
+.PHONY: help setup demo test test-fast test-next bench reliability clusters check format docs ui clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,9 +62,14 @@ format: setup ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: setup ## Build the pages and the Python reference in site/; a warning or a broken link is an error
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) '.[docs]'
+	$(BIN)/python -m sphinx -b html -c docs -W --keep-going --quiet . site
+	@echo "site/docs/index.html"
+
 ui: setup ## Compare the runs in a browser: prints the link of the newest sweep's charts
 	@$(BIN)/python -m src.report charts
 	$(BIN)/mlflow ui --host 127.0.0.1
 
 clean: ## Remove the virtual environments and the caches, never a result
-	rm -rf .venv .venv-next .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-next site docs/api .mypy_cache .pytest_cache .ruff_cache

@@ -1,10 +1,10 @@
 """Images to train and evaluate on: sources, the cache of decoded uint8 images, splits and batches.
 
-Importing the package does not wait for torch: a sweep's own process wants nothing but the images' fingerprints.
+Importing the package does not wait for torch: a sweep's own process wants nothing but the images' fingerprints::
 
-dataset = load(cfg.data)
-for images, labels, ids in epoch_batches(dataset.on(device).train, cfg.batch_size, cfg.seed, epoch, device):
-    ...
+    dataset = load(cfg.data)
+    for images, labels, ids in epoch_batches(dataset.on(device).train, cfg.batch_size, cfg.seed, epoch, device):
+        ...
 """
 
 from __future__ import annotations
