@@ -197,7 +197,7 @@ def draw_map(x_ND: Tensor, labels_N: Tensor, classes: Sequence[str], marked_KD: 
         here = labels == label
         if here.any():
             axes.scatter(
-                points[here, 0], points[here, 1], s=14, color=palette(label), linewidth=0, label=classes[label]
+                points[here, 0], points[here, 1], s=14, color=palette(label), linewidth=0, label=_words(classes[label])
             )
     if len(marks):
         axes.scatter(marks[:, 0], marks[:, 1], s=18, marker="x", color="black", linewidth=0.8, label="prototypes")
@@ -215,18 +215,18 @@ def sheet(blocks: Sequence[Sequence[Tile]], heads: Sequence[str], title: str) ->
     lines = -(-len(blocks) // columns)
     column_width = (width + 0.4) * (TILE + GAP)
     top = 6 * GAP if any(heads) else 4 * GAP
-    size = (math.ceil(columns * column_width - 0.4 * TILE), math.ceil(top + lines * (TILE + 3 * GAP)))
+    size = (math.ceil(GAP + columns * column_width - 0.4 * TILE), math.ceil(top + lines * (TILE + 3 * GAP)))
     canvas = torch.full((3, size[1], size[0]), 255, dtype=torch.uint8)
     figure = Figure(figsize=(max(3.0, size[0] / 100), size[1] / 100))  # a pixel of the canvas is one of the picture's
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    axes.text(GAP / 2, 2 * GAP, title, fontsize=8, va="center")
+    axes.text(GAP, 2 * GAP, title, fontsize=8, va="center")
     for column, head in enumerate(heads):
-        axes.text(column * column_width, 4.5 * GAP, head, fontsize=8, va="center", weight="bold")
+        axes.text(GAP + column * column_width, 4.5 * GAP, head, fontsize=8, va="center", weight="bold")
     for number, tiles in enumerate(blocks):
         line, column = divmod(number, columns)
         for place, tile in enumerate(tiles):
-            x, y = round(column * column_width) + place * (TILE + GAP), top + line * (TILE + 3 * GAP)
+            x, y = GAP + round(column * column_width) + place * (TILE + GAP), top + line * (TILE + 3 * GAP)
             canvas[:, y : y + TILE, x : x + TILE] = _enlarged(tile)
             axes.text(x, y + TILE + 1.4 * GAP, tile.text, fontsize=6, color=tile.colour, va="center")
     axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
@@ -254,7 +254,11 @@ def _at(place: int, split: Split) -> Tensor:
 
 
 def _name(data: Dataset, label: int) -> str:
-    return data.classes[label][:14]
+    return _words(data.classes[label])[:14]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")  # as data sets write aquarium_fish
 
 
 def _first_of_each(ids_N: Tensor) -> Tensor:

@@ -126,6 +126,20 @@ def test_the_sheet_has_every_tile_in_its_place_enlarged_and_framed():
     assert int((canvas == torch.tensor([0, 0, 255])).all(2).sum()) == (pictures.TILE - 6) ** 2
     assert int((canvas == torch.tensor(pictures.FRAME)).all(2).sum()) == pictures.TILE**2 - (pictures.TILE - 6) ** 2
     assert texts(figure) == ["a title", "one", "two"]
+    assert min(text.get_position()[0] for text in figure.axes[0].texts) > 0  # no letter is cut at the edge
+    assert bool((canvas[:, 0] == 255).all())
+
+
+def test_class_names_are_words():
+    figure = pictures.draw_map(torch.randn(20, 4), torch.zeros(20, dtype=torch.long), ["aquarium_fish"])
+    assert [each.get_label() for each in figure.axes[0].collections] == ["aquarium fish"]
+    data = data_of()
+    data.classes[0] = "aquarium_fish"
+    method, frozen = method_with(KMeans(2, 3, CLASSES, TorchSearch()), data)
+    figure = pictures.positives(
+        method.support, data.train, torch.arange(60), pictures.embed(method, frozen, data.train), data
+    )
+    assert "aquarium fish" in texts(figure)
 
 
 def test_a_run_is_not_changed_by_its_pictures_and_keeps_those_of_each_epoch(tmp_path):
