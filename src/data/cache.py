@@ -2,7 +2,9 @@
 
 The file is named ``{data set}-{identity}-{state}``: the identity says which source at which size, the state how its
 files were. A changed source therefore means a new file, and the old one of that identity goes. Its header states a
-fingerprint: which images they are, wherever they lie.
+fingerprint: which images they are, wherever they lie. Two small files spare what takes time with large data sets:
+``{identity}-{state}.verified`` says in which state the file had its checksum, and ``{identity}.folders`` in which state
+the folders of very many images were when all of them were looked at.
 
 Shapes: N images, S pixels a side.
 """
@@ -16,7 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import compress, islice
 from math import prod
 from pathlib import Path
@@ -29,9 +31,10 @@ from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 
 from src.config.schema import Data
-from src.data.decoding import Contents, Part, Picture, Source, decode
+from src.data.decoding import Contents, Part, Picture, Source, decode, state
 from src.data.sources import find, root_of
 from src.errors import UsageError
+from src.system.atomic_write import write_whole
 
 if TYPE_CHECKING:
     from src.data.splits import Split
@@ -40,6 +43,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 4  # part of the state: raise it with any change of decoding or of the layout
 NO_CHECKSUM, NO_FINGERPRINT = "0" * 64, "0" * 16
+VERIFIED = ".verified"
 CHUNK = 64  # images decoded before they are written, which bounds memory
 
 T = TypeVar("T")
@@ -55,8 +59,7 @@ class Cache:
     def __init__(self, path: Path):
         self._file = safe_open(path, framework="pt")
         notes = self._file.metadata() or {}
-        if not (stated := notes.get("sha256")) or stated != _checksum(path, stated):
-            raise SafetensorError("its checksum differs")
+        _verify(path, notes.get("sha256", ""))
         self.fingerprint = notes["fingerprint"]
         self.classes: list[str] = json.loads(notes["classes"])
         self.skipped: list[str] = json.loads(notes["skipped"])  # why, for each image left out
@@ -85,22 +88,33 @@ def cached(cfg: Data) -> Cache:
         UsageError: If the source is missing, incomplete or damaged, its images are others than ``data.fingerprint``
             says, or the cache has no room.
     """
-    source, identity, path = _place(cfg)
-    cache = _open(path, logging.DEBUG)  # or the warning would come again in a moment
+    identity = _identity(cfg)
+    path = _remembered(identity)
+    cache = _open(path, logging.DEBUG) if path else None
     if cache is None:
-        with _locked(identity.with_suffix(".lock")):
-            cache = _open(path, logging.WARNING)
-            if cache is None:
-                _write(path, source, cfg)
-                for outdated in set(path.parent.glob(f"{identity.name}-*")) - {path}:
-                    outdated.unlink()
-                cache = Cache(path)
+        source = find(cfg)
+        path = _path(identity, source)
+        cache = _open(path, logging.DEBUG) or _made(identity, path, source, cfg)  # which repeats the warning
+        if source.folders:
+            _remember(identity, path, source)
     _check_meant(cfg, cache.skipped, cache.fingerprint)
     for note in cache.notes:
         log.warning("%s: %s", _where(cfg), note)
     if cache.skipped:
         log.warning("%d images are left out, first %s", len(cache.skipped), cache.skipped[0])
     return cache
+
+
+def _made(identity: Path, path: Path, source: Source, cfg: Data) -> Cache:
+    """The cache that this process decodes, or for which it has waited."""
+    with _locked(identity.with_suffix(".lock")):
+        cache = _open(path, logging.WARNING)
+        if cache is None:
+            _write(path, source, cfg)
+            cache = Cache(path)
+            for outdated in set(path.parent.glob(f"{identity.name}-*")) - {path, path.with_suffix(VERIFIED)}:
+                outdated.unlink()
+        return cache
 
 
 def fingerprint(cfg: Data) -> str:
@@ -120,7 +134,8 @@ def known_fingerprint(cfg: Data) -> str | None:
     Raises:
         UsageError: If the source is missing, or its images are known not to be usable.
     """
-    path = _place(cfg)[2]
+    identity = _identity(cfg)
+    path = _remembered(identity) or _path(identity, find(cfg))
     try:
         with safe_open(path, framework="np") as file:
             notes = file.metadata()
@@ -131,14 +146,33 @@ def known_fingerprint(cfg: Data) -> str | None:
     return found
 
 
-def _place(cfg: Data) -> tuple[Source, Path, Path]:
-    """The source, and its cache: what the names of all states begin with, and the file of the present state."""
-    source = find(cfg)
+def _identity(cfg: Data) -> Path:
+    """What the caches of all states of a source begin with."""
     places = (cfg.name, root_of(cfg), cfg.repo, cfg.revision, cfg.config, cfg.train_split, cfg.test_split)
     decoding = (cfg.image_size, cfg.image_column, cfg.label_column, cfg.resize, cfg.background)
-    identity = f"{cfg.name}-{_digest(*places, *decoding)}"
-    folder = Path(cfg.cache_dir).expanduser().resolve()
-    return source, folder / identity, folder / f"{identity}-{_digest(FORMAT, source.stamp)}.safetensors"
+    return Path(cfg.cache_dir).expanduser().resolve() / f"{cfg.name}-{_digest(*places, *decoding)}"
+
+
+def _path(identity: Path, source: Source) -> Path:
+    """The cache of a source in its present state."""
+    return identity.with_name(f"{identity.name}-{_digest(FORMAT, source.stamp)}.safetensors")
+
+
+def _remembered(identity: Path) -> Path | None:
+    """The cache of a source of very many files, if its folders are as they were when all files were looked at."""
+    try:
+        remembered = json.loads(identity.with_suffix(".folders").read_text())
+        path, folders = identity.with_name(remembered["cache"]), remembered["folders"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    unchanged = all(state(folder) == then for folder, then in folders.items())
+    return path if unchanged and path.exists() else None
+
+
+def _remember(identity: Path, path: Path, source: Source) -> None:
+    remembered = {"cache": path.name, "folders": dict(source.folders)}
+    with suppress(OSError):  # of a folder that may only be read
+        write_whole(identity.with_suffix(".folders"), json.dumps(remembered).encode())
 
 
 def _check_meant(cfg: Data, skipped: list[str], found: str) -> None:
@@ -159,6 +193,22 @@ def _open(path: Path, level: int) -> Cache | None:
     except SafetensorError as error:
         log.log(level, "%s is damaged (%s): decoding again", path, error)
         return None
+
+
+def _verify(path: Path, stated: str) -> None:
+    """Compares the checksum, unless that has been done since the file was last written to.
+
+    Raises:
+        SafetensorError: It differs.
+    """
+    now, verified = state(path), path.with_suffix(VERIFIED)
+    with suppress(OSError, ValueError):
+        if stated and verified.read_text() == f"{stated} {now}":
+            return
+    if not stated or stated != _checksum(path, stated):
+        raise SafetensorError("its checksum differs")
+    with suppress(OSError):  # of a folder that may only be read
+        write_whole(verified, f"{stated} {now}".encode())
 
 
 def _checksum(path: Path, stated: str) -> str:

@@ -9,7 +9,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -64,19 +64,21 @@ class Contents(NamedTuple):
 class Source(NamedTuple):
     stamp: str  # changes whenever the images may have changed
     read: Callable[[], Contents]
+    folders: Mapping[str, str] = {}  # of too many files to look at each time: their folders, and the state of each
 
 
 def stamp(paths: Iterable[str | Path]) -> str:
     """Names, sizes and times of files, by which a change shows, also one that keeps size and modification time."""
-
-    def state(path: str | Path) -> str:
-        try:
-            status = os.stat(path)
-        except OSError as error:  # a link to nothing, say; decoding will list it
-            return str(error.strerror)
-        return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-
     return "\n".join(f"{path} {state(path)}" for path in paths)
+
+
+def state(path: str | Path) -> str:
+    """Size and times of a file, or of a folder, whose times tell whether a file was added, removed or renamed."""
+    try:
+        status = os.stat(path)
+    except OSError as error:  # a link to nothing, say; decoding will list it
+        return str(error.strerror)
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def open_file(path: str) -> Image.Image:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from src.data.decoding import SUFFIXES, UNLABELLED, Part, Picture, Source, open_file, stamp
+from src.data.decoding import SUFFIXES, UNLABELLED, Part, Picture, Source, open_file, stamp, state
 from src.data.roles import SPELLINGS, TRAIN, arrange, split_name, used_splits
 from src.errors import UsageError
 
 log = logging.getLogger(__name__)
+
+MANY = 100_000  # files; of so many only the folders are looked at when a run starts, or starting would take minutes
+SETTLED = 2.0  # seconds, the coarsest clock of a usual file system
 
 
 class Files(NamedTuple):
@@ -38,13 +42,21 @@ def image_folder(root: Path, train_split: str | None = None, test_split: str | N
     Raises:
         UsageError: A folder cannot be read or holds no image, a class has no training image, or a split is missing.
     """
-    seen: set[str] = set()
+    seen, began = {str(root)}, time.time()
     folders = _folders_of_splits(root, train_split, test_split)
     splits = {name: _files(folders[name], seen) for name in used_splits(folders, train_split, test_split)}
     classes = _classes(splits.values())
     parts = {name: _part(files, classes) for name, files in splits.items()}
-    paths = [picture.where for part in parts.values() for picture in part.pictures]
-    return Source(stamp(paths), lambda: arrange(classes, parts, train_split, test_split))
+    paths = [path for files in splits.values() for path in files.everything]
+    states = _settled(seen, began) if len(paths) >= MANY else {}
+    return Source(stamp(paths), lambda: arrange(classes, parts, train_split, test_split), states)
+
+
+def _settled(folders: set[str], began: float) -> dict[str, str]:
+    """The states of the folders; none where one was changed so lately that a file may have come after it was listed."""
+    if any(os.stat(folder).st_mtime > began - SETTLED for folder in folders):
+        return {}
+    return {folder: state(folder) for folder in sorted(folders)}
 
 
 def _folders_of_splits(root: Path, *named: str | None) -> dict[str, Path]:
@@ -62,6 +74,7 @@ def _folders_of_splits(root: Path, *named: str | None) -> dict[str, Path]:
 
 def _files(folder: Path, seen: set[str]) -> Files:
     """The images of a split, by class folder unless some lie beside those. A folder without images is no class."""
+    seen.add(os.path.realpath(folder))
     try:
         names = [name for name in sorted(os.listdir(folder)) if (folder / name).is_dir() and not name.startswith(".")]
     except OSError as error:

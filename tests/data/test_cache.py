@@ -13,7 +13,7 @@ from PIL import Image
 
 import src.data.cache as cache_module
 from src.data import load
-from src.data.cache import Cache, cached
+from src.data.cache import Cache, cached, known_fingerprint
 from src.errors import UsageError
 
 
@@ -41,7 +41,9 @@ def files(cfg) -> list[Path]:
 
 
 def leftovers(cfg) -> list[str]:
-    return [path.name for path in Path(cfg.cache_dir).iterdir() if path.suffix not in (".safetensors", ".lock")]
+    return [
+        path.name for path in Path(cfg.cache_dir).iterdir() if path.suffix not in (".safetensors", ".lock", ".verified")
+    ]
 
 
 def test_the_file_is_what_safetensors_itself_would_read_and_write(config, folder):
@@ -144,6 +146,80 @@ def test_other_sources_and_sizes_keep_their_caches(config, folder, tmp_path):
     add_an_image(folder)
     cached(cfg)
     assert len(files(cfg)) == 4
+
+
+def test_the_second_start_reads_neither_the_whole_cache_nor_trusts_another(config, folder, decodings, monkeypatch):
+    cfg = config("image_folder", folder)
+    whole = cached(cfg).part("train").images.clone()
+    checked: list[Path] = []
+    checksum = cache_module._checksum
+    monkeypatch.setattr(cache_module, "_checksum", lambda path, stated: checked.append(path) or checksum(path, stated))
+    cached(cfg)
+    assert checked == []
+    [path] = files(cfg)
+    state = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-300] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))  # which leaves size and time as they were
+    decodings.clear()
+    assert torch.equal(cached(cfg).part("train").images, whole)
+    assert len(decodings) == 12
+    assert checked[0] == path
+
+
+class TestManyFiles:
+    """Of very many files only the folders are looked at; here, 12 are many."""
+
+    @pytest.fixture
+    def looked_at(self, folder, monkeypatch) -> list[str]:
+        """The folders that are listed, whose images came long ago."""
+        monkeypatch.setattr("src.data.folders.MANY", 12)
+        self.age(folder)
+        listed: list[str] = []
+        find = cache_module.find
+        monkeypatch.setattr(cache_module, "find", lambda cfg: listed.append(cfg.root) or find(cfg))
+        return listed
+
+    def age(self, folder: Path) -> None:
+        for each in (folder, *folder.rglob("*")):
+            os.utime(each, (1e9, 1e9))
+
+    def test_an_unchanged_folder_is_not_listed_again(self, config, folder, looked_at):
+        cfg = config("image_folder", folder)
+        first = cached(cfg).fingerprint
+        assert len(looked_at) == 1
+        assert cached(cfg).fingerprint == known_fingerprint(cfg) == first
+        assert len(looked_at) == 1
+
+    @pytest.mark.parametrize("change", [add_an_image, remove_an_image, rename_an_image])
+    def test_a_changed_folder_is(self, config, folder, looked_at, change):
+        cfg = config("image_folder", folder)
+        first = cached(cfg).fingerprint
+        change(folder)
+        assert known_fingerprint(cfg) is None
+        assert cached(cfg).fingerprint != first
+
+    def test_a_folder_that_has_just_been_changed_is_listed_again(self, config, folder, looked_at):
+        os.utime(folder / "train" / "a")
+        cfg = config("image_folder", folder)
+        cached(cfg)
+        cached(cfg)
+        assert len(looked_at) == 2
+
+    def test_a_damaged_cache_is_made_anew(self, config, folder, looked_at):
+        cfg = config("image_folder", folder)
+        whole = cached(cfg).part("train").images.clone()
+        [path] = files(cfg)
+        path.write_bytes(path.read_bytes()[:-1])
+        assert torch.equal(cached(cfg).part("train").images, whole)
+
+    def test_few_files_are_each_looked_at(self, config, folder):
+        self.age(folder)
+        cfg = config("image_folder", folder)
+        cached(cfg)
+        assert not list(Path(cfg.cache_dir).glob("*.folders"))
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
