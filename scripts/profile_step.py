@@ -24,6 +24,7 @@ import torch
 from scripts.rivals.ours import Paced, Unlogged, fill
 from scripts.workbench import compose, dataset, images, machine
 from src.data.augment import ViewMaker
+from src.methods.teacher import WithTeacher
 from src.runs.tracker import Tracker
 from src.system.stopping import Stopper
 from src.training import loop
@@ -87,8 +88,12 @@ def profile(overrides: list[str], steps: int) -> list[dict[str, float]]:
     parts.time("heads", method.projector, "forward")
     if getattr(method, "predictor", None) is not None:
         parts.time("heads", method.predictor, "forward")
+    if isinstance(method, WithTeacher):
+        parts.time("teacher", method.teacher_encoder, "forward")
+        parts.time("teacher", method.teacher_projector, "forward")
+        parts.time("teacher", method, "after_step")
     if method.support is not None:
-        parts.time("lookup", method.support, "lookup")
+        parts.time("lookup", method.support, "nearest")
         parts.time("support update", method.support, "update")
     parts.time("backward", torch.Tensor, "backward")
     parts.time("optimizer", state.optimizer, "step")

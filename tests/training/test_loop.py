@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -39,6 +40,8 @@ from tests.data.layouts import LAYOUTS, random_image, write_set
 CONTRAST = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=100"], "kmclr": ["method=kmclr", "k=7"]}
 TEACHER = ["method=nnclr", "objective=teacher", "queue_size=100", "objective.neighbours=3"]
 METHODS = CONTRAST | {"mnn": TEACHER}
+RELATION = ["method=kmclr", "objective=relation", "k=7", "objective.decorrelation=0.02"]
+ALL = METHODS | {"relation": RELATION}  # with each part of a loss that there is
 # DESIGN's names: what every run logs.
 METRICS = {
     "train/loss",
@@ -167,15 +170,17 @@ def losses(directory):
     return curves.read(directory)["train/loss"][1]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("plain", ["search", "layout", "precision"])
+@pytest.mark.parametrize(
+    ("method", "plain"),
+    [*itertools.product(METHODS, ["search", "layout", "precision"]), ("relation", "precision")],
+)
 def test_what_makes_a_step_fast_leaves_the_loss_curve(run, monkeypatch, method, plain):
     """Against the run without it: search bit for bit, memory layout within 0.3%, bfloat16 within 5%.
 
     At a small learning rate: on such small maps rounding grows up to tenfold a step at the usual one.
     """
     rate, tolerance = {"search": (0.001, 0), "layout": (0.0003, 0.003), "precision": (0.001, 0.05)}[plain]
-    overrides = [*METHODS[method], f"optimizer.lr={rate}"]
+    overrides = [*ALL[method], f"optimizer.lr={rate}"]
     fast = losses(run(*overrides, *(["precision=bfloat16"] if plain == "precision" else []), directory="fast"))
     if plain == "layout":
         monkeypatch.setattr(torch, "channels_last", torch.contiguous_format)
@@ -185,9 +190,9 @@ def test_what_makes_a_step_fast_leaves_the_loss_curve(run, monkeypatch, method, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["kmclr", "mnn"])
+@pytest.mark.parametrize("method", ["kmclr", "relation"])
 def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(run, monkeypatch, method):
-    overrides = [*METHODS[method], "optimizer.lr=0.0003"]
+    overrides = [*ALL[method], "optimizer.lr=0.0003"]
     plain, compiled = run(*overrides, directory="plain"), run(*overrides, "compile=true", directory="compiled")
     assert losses(compiled) == pytest.approx(losses(plain), abs=0, rel=0.003)
     for steps in (2, 100):
@@ -198,7 +203,7 @@ def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(ru
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_cuda_graphs_leave_the_loss_curve(run, method, monkeypatch):
     """Six steps: the first of a graph are recorded, the others replayed.
 
@@ -209,7 +214,7 @@ def test_cuda_graphs_leave_the_loss_curve(run, method, monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    overrides = [*METHODS[method], "optimizer.lr=0.0003", "epochs=2", "device=cuda", "precision=float32"]
+    overrides = [*ALL[method], "optimizer.lr=0.0003", "epochs=2", "device=cuda", "precision=float32"]
     plain, graphed = run(*overrides, directory="plain"), run(*overrides, "compile=true", directory="graphed")
     assert losses(graphed) == pytest.approx(losses(plain), abs=0, rel=0.005)
 
@@ -266,6 +271,7 @@ class StopAfter(Stopper):
         ("simclr", []),
         ("nnclr", []),
         ("mnn", []),
+        ("relation", []),
         ("nnclr", ["support.precision=bfloat16"]),
         ("nnclr", ["search=ivf", "search.index='IVF4,Flat'", "search.nprobe=1", "search.refresh_every=3"]),
         ("kmclr", ["support.forget_every=1"]),
@@ -274,7 +280,7 @@ class StopAfter(Stopper):
     ],
 )
 def test_stopped_anywhere_and_continued_it_is_the_unbroken_run(run, monkeypatch, method, extra):
-    overrides = [*METHODS[method], *extra, "epochs=3"]
+    overrides = [*ALL[method], *extra, "epochs=3"]
     unbroken = run(*overrides, directory="unbroken")
     stops = 0
     for steps in (2, 1, 4, 1, 100):
