@@ -8,6 +8,7 @@ features = encoder(images)                                   # [B, F] float32
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from src.errors import UsageError
 from src.runs import checkpoint
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
+from src.system.regular_file import open_regular
 
 ENCODER = "encoder.safetensors"  # in a run's folder
 _NOT_OF_TIMM = ("resnet18", "resnet34", "resnet50", "resnet_tiny")  # what `src.build.encoder` makes without timm
@@ -89,7 +91,35 @@ def save_encoder(
         "figures": dict(figures),
         "commit": commit,
     }
-    write_whole(path, save(dict(weights), {key: json.dumps(value) for key, value in facts.items()}))
+    said = {key: json.dumps(value) for key, value in facts.items()}
+    write_whole(path, save(dict(weights), said | {"sha256": json.dumps(_digest(said, weights))}))
+
+
+def read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the weights of a safetensors file, which need not be a run's.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        SafetensorError: it is of another format, or a run's and damaged.
+    """
+    with open_regular(path):  # a pipe would be waited for
+        pass
+    with safe_open(path, "pt") as file:
+        said = {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+    digest = said.pop("sha256", None)
+    if digest is not None and digest != json.dumps(_digest(said, weights)):
+        raise SafetensorError("it has been altered since a run wrote it")
+    return said, weights
+
+
+def _digest(said: Mapping[str, str], weights: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of all that the file says; safetensors has no checksum of its own."""
+    digest = hashlib.sha256(json.dumps(dict(said), sort_keys=True).encode())
+    for key in sorted(weights):
+        digest.update(key.encode())
+        digest.update(weights[key].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_encoder(path: str | Path) -> Encoder:
@@ -113,13 +143,14 @@ def read_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
         UsageError: as `load_encoder`.
     """
     try:
-        with safe_open(path, "pt") as file:
-            facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+        said, weights = read_weights(Path(path))
+        facts = {key: json.loads(value) for key, value in said.items()}
         backbone_cfg = schema.Backbone(facts["architecture"], **facts["options"])
         size, mean, std = facts["image_size"], facts["mean"], facts["std"]
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such file; give a run's encoder.safetensors") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror or error}): choose another one") from None
     except SafetensorError as error:
         raise UsageError(f"{path} is not a safetensors file ({one_line(error)}): choose another one") from None
     except (ValueError, KeyError, TypeError):

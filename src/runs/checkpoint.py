@@ -14,10 +14,12 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
+from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
 
 from src.errors import UsageError
 from src.runs.record import begins_with
@@ -32,6 +34,16 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 logger = logging.getLogger(__name__)
+
+
+class Head(TypedDict):
+    """What every checkpoint says of itself, and what is known of the rows where it was a run's."""
+
+    step: Annotated[int, Field(ge=0, lt=2**63)]
+    rows: NotRequired[tuple[int, str]]
+
+
+_HEAD = TypeAdapter(Head)
 
 
 class DamagedCheckpointError(UsageError):
@@ -116,6 +128,14 @@ def load(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path} has checkpoint format {found}, this version reads {FORMAT}: train again, or use its version"
         )
+    try:
+        _HEAD.validate_python(state, strict=True)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_input=False)[0]
+        reason = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+        raise UsageError(
+            f"{path} is not the checkpoint of a run ({one_line(ValueError(reason))}): choose another one"
+        ) from None
     return state
 
 

@@ -59,7 +59,13 @@ def prepare(experiment: str = "Default") -> Any:
     mlflow = _import_mlflow()
     uri = mlflow.get_tracking_uri()
     path = _sqlite_path(uri)
-    if path is None and mlflow.utils.uri.is_local_uri(uri):
+    if path and path.exists() and not path.is_file():  # MLflow would try for minutes
+        raise UsageError(f"the MLflow store {redact(uri)} is not a file: set MLFLOW_TRACKING_URI=sqlite:///mlflow.db")
+    try:
+        is_folder = path is None and mlflow.utils.uri.is_local_uri(uri)
+    except ValueError as error:
+        raise UsageError(f"MLFLOW_TRACKING_URI={redact(uri)}: is no address ({one_line(error)})") from None
+    if is_folder:
         raise UsageError(
             f"the MLflow store {redact(uri)} is a folder of files, in which a value that is delivered twice counts "
             "twice: set MLFLOW_TRACKING_URI=sqlite:///mlflow.db, or use tracking=jsonl"

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path, PurePath
 from typing import Annotated
 
@@ -72,6 +73,7 @@ class Record:
     metrics: dict[str, float] = field(default_factory=dict)  # the last value of each
     artifacts: list[Annotated[str, AfterValidator(_within)]] = field(default_factory=list)  # relative to the directory
     conditions: list[dict[str, str]] = field(default_factory=list)  # that bits depend on, each from a step on
+    rows: tuple[Natural, str] | None = None  # how many bytes of them there were, and their SHA-256; None: an old record
     copies: dict[str, Copy] = field(default_factory=dict)  # by the name of the experiment that was asked for
     directory: Path | None = None  # where it was read or written, which is not in the file; None: not known
 
@@ -95,9 +97,22 @@ class Record:
                 record._take_over(_OLD.validate_json(content))
             if record.experiment not in record.copies:
                 raise ValueError(f"copies: lacks the experiment {record.experiment!r}")
+            record._compare(content)
         except (OSError, ValueError) as error:
             raise UsageError(f"{path} is not the record of a run ({_reason(error)}): name another folder") from None
         return record
+
+    def _compare(self, content: bytes) -> None:
+        """Says so where the record or its rows are not as a run left them; they may have been edited on purpose."""
+        assert self.directory
+        values = json.loads(content)
+        if values.pop("sha256", None) not in (None, _digest(values)):
+            _warn_once(f"{self.directory / RECORD} has been changed since a run wrote it: its figures may be others")
+        rows = self.directory / METRICS
+        if self.rows and rows.exists() and not begins_with(rows, *self.rows):
+            _warn_once(
+                f"{rows} has been changed since a run wrote it: values may be missing, others, or twice in MLflow"
+            )
 
     def _take_over(self, old: Old) -> None:
         """What a file says of MLflow that is from the time when a run was in one experiment."""
@@ -180,6 +195,8 @@ class Record:
         self.tags |= {key: redact(self.tags[key]) for key in FOR_PEOPLE if key in self.tags}
         values = asdict(self) | {"metrics": encode(self.metrics)}
         del values["directory"]
+        values = json.loads(json.dumps(values, allow_nan=False))
+        values["sha256"] = _digest(values)
         content = json.dumps(values, indent=1, allow_nan=False).encode()
         if not (directory / RECORD).exists() or (directory / RECORD).read_bytes() != content:
             write_whole(directory / RECORD, content)
@@ -204,6 +221,15 @@ class Row(TypedDict):
 
 
 _RECORD, _OLD, _ROW = TypeAdapter(Record), TypeAdapter(Old), TypeAdapter(Row)
+
+
+def _digest(values: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@cache  # a run reads its record several times
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def _reason(error: Exception) -> str:
@@ -274,8 +300,11 @@ def begins_with(path: Path, size: int, digest: str) -> bool:
     """Whether rows' first ``size`` bytes have the SHA-256 ``digest``; no file counts as an empty one."""
     if not path.exists():
         return size == 0
-    with path.open("rb") as file:
-        rows = file.read(size)
+    try:
+        with open_regular(path) as file:
+            rows = file.read(size)
+    except OSError:
+        return False
     if len(rows) == size - 1:  # the last row lacks nothing but its newline
         rows += b"\n"
     return hashlib.sha256(rows).hexdigest() == digest

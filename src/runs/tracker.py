@@ -189,7 +189,7 @@ class Tracker:
         self._rows.close()
 
     def _save(self) -> None:
-        self.record.seconds = time.monotonic() - self._opened
+        self.record.seconds, self.record.rows = time.monotonic() - self._opened, self.written
         self.record.save(self.directory)
 
     def _deliver(self) -> bool:

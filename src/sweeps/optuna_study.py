@@ -7,6 +7,7 @@ does not repeat itself, points are distinct, a trial that was cut off is taken u
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import warnings
 from collections.abc import Mapping, Sequence
@@ -187,8 +188,10 @@ def _open(folder: Path, check: bool = False) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path, url = folder / FILE, f"sqlite:///{folder / FILE}"
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a regular file")
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise ValueError("it is a link, or not a regular file")  # where a link leads, a study would be written
+        if path.exists() and path.read_bytes()[:16] not in (b"", b"SQLite format 3\0"):  # a short one counts as empty
+            raise ValueError("it is not a database")
         storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
         study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
         if check:

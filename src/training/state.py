@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from src import build
@@ -14,6 +13,7 @@ from src.config import identity
 from src.config.schema import Config
 from src.data import Dataset
 from src.errors import Diverged, UsageError
+from src.evaluation.encoder import read_weights
 from src.evaluation.probes import FrozenEncoder
 from src.runs import checkpoint
 from src.system.redact import one_line
@@ -162,7 +162,7 @@ class TrainState:
                 weights = checkpoint.load(path)["model"]
             else:
                 try:
-                    weights = {f"encoder.{key}": value for key, value in load_file(path).items()}
+                    weights = {f"encoder.{key}": value for key, value in read_weights(path)[1].items()}
                 except (OSError, SafetensorError) as error:
                     raise UsageError(f"init={path}: not a safetensors file ({one_line(error)})") from None
             for name, part in self.method.named_children():
@@ -196,5 +196,5 @@ class TrainState:
             self.classifier_optimizer.load_state_dict(state["classifier_optimizer"])
             self.step = state["step"]
             self.served = state.get("served", True)
-            self.seconds, self.support_seconds = state["seconds"]
+            self.seconds, self.support_seconds = map(float, state["seconds"])
         return True

@@ -1,6 +1,7 @@
 """The encoder's file says what it is, and the module made of it is the encoder that was evaluated."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def test_the_file_says_what_it_is(written):
     path, data, _ = written
     with safe_open(path, "pt") as file:
         facts = {key: json.loads(value) for key, value in file.metadata().items()}
-    assert facts.keys() == {"architecture", "options", "image_size", "mean", "std", "classes", "figures", "commit"}
+    said = {"architecture", "options", "image_size", "mean", "std", "classes", "figures", "commit", "sha256"}
+    assert facts.keys() == said
     assert (facts["image_size"], facts["commit"], facts["figures"]) == (32, "abc123", FIGURES)
     assert (facts["classes"], facts["mean"]) == (data.classes, data.mean)
 
@@ -64,3 +66,18 @@ def test_other_files_are_refused_in_a_line(written, tmp_path):
         with pytest.raises(UsageError, match=reason) as refused:
             load_encoder(tmp_path / f"{name}.safetensors")
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("place", [0.5, 0.999])
+def test_a_changed_bit_of_the_weights_is_noticed(written, tmp_path, place):
+    content = bytearray(written[0].read_bytes())
+    content[int(place * len(content))] ^= 1
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(UsageError, match="has been altered"):
+        load_encoder(tmp_path / "x.safetensors")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_encoder(tmp_path / "x.safetensors")

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 import pickle
 import random
@@ -143,6 +144,15 @@ def test_another_format_is_named(tmp_path, state):
     assert not isinstance(error.value, checkpoint.DamagedCheckpointError)
     with pytest.raises(UsageError, match="format"):
         checkpoint.load_latest(tmp_path)  # a run that could be continued by another version is not started over
+
+
+@pytest.mark.parametrize("forged", [{"step": "7"}, {"step": -1}, {"step": 10**400}, {"step": math.inf}, {"rows": None}])
+def test_a_whole_file_with_something_else_for_its_step_or_rows_is_named(tmp_path, forged):
+    torch.save({"format": checkpoint.FORMAT, "step": 1} | forged, tmp_path / "x")
+    path = write(tmp_path / "step-00000001.pt", (tmp_path / "x").read_bytes())
+    with pytest.raises(UsageError, match=f"is not the checkpoint of a run .*{next(iter(forged))}") as error:
+        checkpoint.load(path)
+    assert str(path) in message(error)
 
 
 @pytest.mark.parametrize("value", [np.float64(1), np.zeros(2), Path("x"), {1, 2}, torch.__version__, nn.Linear(1, 1)])

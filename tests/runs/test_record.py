@@ -189,3 +189,39 @@ def test_values_logged_just_before_a_kill_are_in_the_record_of_the_continued_run
     assert Record.load(tmp_path).metrics["test/linear_top1"] == 12.5
     assert math.isnan(Record.load(tmp_path).metrics["val/knn_top1"])
     assert len(rows(tmp_path)) == 1
+
+
+def test_a_figure_that_has_been_changed_since_is_not_read_without_a_word(tmp_path, caplog):
+    tracker = Tracker(tmp_path, JSONL, {"k": 50}, {})
+    tracker.log({"val/knn_top1": 51.5}, 0)
+    tracker.close("FINISHED")
+    Record.load(tmp_path)
+    assert not caplog.messages
+    path = tmp_path / "run.json"
+    path.write_text(path.read_text().replace("51.5", "61.5"))
+    assert Record.load(tmp_path).metrics == {"val/knn_top1": 61.5}
+    assert [said.startswith(f"{path} has been changed") for said in caplog.messages] == [True]
+
+
+def test_rows_that_have_been_changed_or_cut_since_are_not_used_without_a_word(tmp_path, caplog):
+    for name, change in {"changed": lambda text: text.replace(b"2.5", b"7.5"), "cut": lambda text: text[:-30]}.items():
+        tracker = Tracker(tmp_path / name, JSONL, {}, {})
+        train(tracker, range(3))
+        tracker.log({"x": 2.5}, 3)
+        tracker.close("KILLED")
+        path = tmp_path / name / record.METRICS
+        path.write_bytes(change(path.read_bytes()))
+        Record.load(tmp_path / name)
+        assert [said.startswith(f"{path} has been changed") for said in caplog.messages] == [True]
+        caplog.clear()
+
+
+def test_rows_that_a_kill_added_to_those_of_the_record_are_no_change(tmp_path, caplog):
+    tracker = Tracker(tmp_path, JSONL, {}, {})
+    train(tracker, range(3))
+    tracker.flush()
+    tracker.log({"x": 1.0}, 3)  # and is killed
+    with (tmp_path / record.METRICS).open("a") as file:
+        file.write('{"step": 4, "ti')
+    Tracker(tmp_path, JSONL, {}, {}).close("FINISHED")
+    assert not caplog.messages

@@ -115,13 +115,23 @@ def test_the_tables_of_another_optuna_are_one_line(tmp_path):
     assert not optuna_study.should_prune(str(tmp_path), 0, 1, {"val/knn_top1": 0.0})
 
 
-@pytest.mark.parametrize("damage", ["text", "cut", "zeros", "state", "folder", "fifo"])
+def test_a_study_that_is_a_link_writes_nothing_elsewhere(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / optuna_study.FILE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="a link"):
+        opened(tmp_path / "sweep")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("damage", ["text", "NUL", "cut", "zeros", "state", "folder", "fifo"])
 def test_a_damaged_study_is_one_line(tmp_path, damage):
     run(opened(tmp_path), lambda point: point["k"], 2)
     path = tmp_path / optuna_study.FILE
     content = bytearray(path.read_bytes())
     if damage == "text":
         path.write_text("garbage, " * 1000)
+    elif damage == "NUL":
+        path.write_bytes(b"\0")
     elif damage == "cut":
         path.write_bytes(content[: len(content) // 2])
     elif damage == "zeros":
