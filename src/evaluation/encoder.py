@@ -118,7 +118,7 @@ def _digest(said: Mapping[str, str], weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(dict(said), sort_keys=True).encode())
     for key in sorted(weights):
         digest.update(key.encode())
-        digest.update(weights[key].reshape(-1).view(torch.uint8).numpy())
+        digest.update(weights[key].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -193,6 +193,13 @@ class Tracker:
         self.record.save(self.directory)
 
     def _deliver(self) -> bool:
+        """Whether MLflow has everything; never two deliveries of this process at once.
+
+        One that was given up goes on in its thread, and is waited for before another begins. At the end of the process
+        it ends too, before the run's lock is free, so a later command never works beside it. What it had sent by then
+        is harmless: an exact repeat of a value is dropped, params do not change, and the record does not count it as
+        delivered, so that tags and status are sent again.
+        """
         if self.tracking.name != "mlflow":
             return True
         started = time.monotonic()

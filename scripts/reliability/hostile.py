@@ -1,0 +1,388 @@
+"""Hostile files and settings, fed to the commands that read them: each ends well, or says in a line what is wrong.
+
+    python -m scripts.reliability.hostile FOLDER [VARIANTS] [FIRST]
+
+A small run is trained whole, and once more until it is killed. Every variant is a copy of it, in which one file is
+changed. A command then runs in a forked process, which has everything imported already, so that a thousand take
+minutes. What counts as a fault: a traceback, a hang, a figure that differs without a word, a file outside the run's
+folder that has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice, zip_longest
+from pathlib import Path
+
+import matplotlib.pyplot
+import optuna
+import scipy.stats
+import sklearn.datasets
+import torch
+import torch._dynamo
+import torchvision
+
+from scripts.reliability import mutations
+from scripts.reliability.runs import METHODS, ROOT, SMALL, rows, stored
+from src import cli
+from src.evaluation import protocol
+from src.evaluation.encoder import load_encoder
+from src.reporting import curves, pictures, report
+from src.runs import mlflow_store, tracker
+from src.runs.checkpoint import load
+from src.sweeps import optuna_study, search
+from src.training import run
+
+IMPORTED = (
+    matplotlib,
+    optuna,
+    scipy,
+    sklearn,
+    torchvision,
+    torch._dynamo,
+    curves,
+    pictures,
+    protocol,
+    report,
+    tracker,
+    run,
+    optuna_study,
+    search,
+)  # so that no child has to
+SECONDS = 100  # that a command may take on a machine that does other things too
+STATUSES = {0, 1, 2, 65, 74}
+EPOCHS = 3
+STOPPED, FINISHED = "stopped", "finished"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a user types in a run's folder, and what comes of it."""
+
+    name: str
+    template: str  # the folder of which variants are copies
+    entry: Callable[[], object]
+    arguments: tuple[str, ...]
+    figures: Callable[[Path, str], object]  # of the variant's folder and of what was printed
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One hostile copy."""
+
+    file: str
+    what: str
+    command: Command
+    change: Callable[[Path], object]
+    arguments: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    is_forged: bool = False  # it is whole by every checksum, so that its figures are what it says
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}: {self.what}: {self.command.name}"
+
+
+def _training(cache: Path) -> tuple[str, ...]:
+    return (
+        *(*SMALL, *METHODS["kmclr"], f"epochs={EPOCHS}", "data.limit=100", "batch_size=16", "evaluation.epochs=1"),
+        *("evaluation.pictures=false", f"data.cache_dir={cache}", "tracking=jsonl", "output_dir=run"),
+    )
+
+
+def _of_training(folder: Path, _: str) -> object:
+    return sorted(rows(folder / "run")), _weights(folder / "run")
+
+
+def _weights(directory: Path) -> str:
+    state = load(max((directory / "checkpoints").glob("step-*.pt")))
+    tensors = [each for each in state["model"].values() if isinstance(each, torch.Tensor)]
+    return hashlib.sha256(b"".join(each.numpy().tobytes() for each in tensors)).hexdigest()
+
+
+def _of_table(folder: Path, _: str) -> object:
+    return (folder / "out/table.csv").read_text()
+
+
+def _of_store(folder: Path, _: str) -> object:
+    return [sorted(values) for values in stored(folder).values()]
+
+
+def _printed(pattern: str, _: Path, said: str) -> object:
+    return re.findall(pattern, said)
+
+
+def _load_encoder() -> None:
+    with cli._explained():
+        print(load_encoder("run/encoder.safetensors")(torch.zeros(1, 3, 8, 8)).sum())
+
+
+def commands(cache: Path) -> dict[str, Command]:
+    """Those that read what another has written."""
+    training = _training(cache)
+    new = [each for each in training if not each.startswith(("output_dir", "epochs"))]
+    tried = (*new, "epochs=1", "output_dir=new")
+    sweep = ("--multirun", "+sweep=optuna", "hydra.sweeper.trials=1", *new, "epochs=1", "k=7", "jobs=1")
+    accuracy = partial(_printed, r"\w+/\w+ +\d+\.\d+")
+    listed = (
+        Command("resume", STOPPED, cli.train, training, _of_training),
+        Command("the finished run again", FINISHED, cli.train, training, accuracy),
+        Command("evaluate", FINISHED, cli.evaluate, ("checkpoint=run",), accuracy),
+        Command("report", FINISHED, cli.report, ("experiment=demo", "tracking=jsonl", "root=.", "out=out"), _of_table),
+        Command("deliver", FINISHED, cli.deliver, ("run",), _of_store),
+        Command("report from MLflow", FINISHED, cli.report, ("experiment=demo", "out=out"), _of_table),
+        Command("start from a run", FINISHED, cli.train, (*tried, "init=run"), lambda f, _: rows(f / "new")),
+        Command(
+            "start from an encoder",
+            FINISHED,
+            cli.train,
+            (*tried, "init=run/encoder.safetensors"),
+            lambda f, _: rows(f / "new"),
+        ),
+        Command("load the encoder", FINISHED, _load_encoder, (), partial(_printed, r"tensor\(.*")),
+        Command("search", FINISHED, cli.train, sweep, partial(_printed, "best: .*")),
+        Command("list", FINISHED, cli.train, (*training, "dry_run=true"), lambda _, said: said),
+    )
+    return {each.name: each for each in listed}
+
+
+def typed(folder: Path, command: Command, variant: Variant | None = None, seconds: float = SECONDS) -> tuple[int, str]:
+    """Runs a command in a fork of this process; its status, -9 where it did not end, and what it printed."""
+    said = folder / "output.txt"
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os._exit(_in_child(folder, command, variant, said))
+    deadline = time.monotonic() + seconds
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.killpg(child, signal.SIGKILL)
+            ended = os.waitpid(child, 0)
+            break
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(ended[1]), said.read_text(errors="replace")
+
+
+def _in_child(folder: Path, command: Command, variant: Variant | None, said: Path) -> int:
+    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(folder)
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "MLFLOW_HTTP_REQUEST_TIMEOUT": "2"}
+    os.environ |= store | {"PYTHONPATH": str(ROOT), "HYDRA_FULL_ERROR": "0"}
+    os.environ |= dict(variant.environment if variant else ())
+    sys.argv = ["src", *command.arguments, *(variant.arguments if variant else ())]
+    status = 0
+    try:
+        command.entry()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
+
+
+def prepare(folder: Path) -> dict[str, Command]:
+    """The run that finished, with its store, its search and somebody's file beside it; and the one that was killed."""
+    known = commands(folder / "cache")
+    if (folder / STOPPED).exists():  # of a campaign before
+        return known
+    finished, stopped = folder / FINISHED, folder / STOPPED
+    for each in (finished, stopped):
+        (each / "outside").mkdir(parents=True)
+        (each / "outside/private.txt").write_text("mine\n")
+    for name in ("resume", "deliver", "search"):
+        status, said = typed(finished, known[name])
+        assert status == 0, said
+    shutil.copytree(finished / "run", stopped / "run")
+    _as_killed(stopped / "run")
+    return known
+
+
+def _as_killed(run: Path) -> None:
+    """Puts a finished run back to what a kill between two checkpoints leaves."""
+    newest = max((run / "checkpoints").glob("step-*.pt"))
+    newest.unlink()
+    before = max((run / "checkpoints").glob("step-*.pt"))
+    kept = load(before)["rows"]
+    text = (run / "metrics.jsonl").read_bytes()
+    record = tracker.Record.load(run)
+    record.rows = kept
+    (run / "metrics.jsonl").write_bytes(text[: text.index(b"\n", text.index(b"\n", kept[0]) + 1) + 1])
+    record.status, record.end_time, record.artifacts, record.metrics = "RUNNING", None, [], {}
+    record.save(run)
+    for name in ("encoder.safetensors", "curves.png"):
+        (run / name).unlink()
+
+
+def variants(folder: Path, known: dict[str, Command], rng: random.Random) -> Iterator[Variant]:
+    """All that there are, several thousand."""
+    readers = {
+        "run/run.json": "resume, the finished run again, evaluate, report, deliver, start from a run",
+        "run/metrics.jsonl": "resume, the finished run again, evaluate, report, deliver",
+        "run/config.yaml": "resume, evaluate",
+        "checkpoint": "resume, evaluate, start from a run",
+        "run/encoder.safetensors": "start from an encoder, load the encoder, deliver",
+        "study.db": "search",
+        "mlflow.db": "report from MLflow, deliver",
+    }
+    private = folder / "variant/outside/private.txt"
+    for file, names in readers.items():
+        for name in names.split(", "):
+            command = known[name]
+            path = find(folder / command.template, file)
+            changes = [*mutations.of_kind(private), *mutations.of_bytes(rng, 12)]
+            if file.endswith((".json", ".jsonl")):
+                changes += mutations.of_json(path.read_bytes())
+            for what, change in changes:
+                yield Variant(file, what, command, change)
+            for what, change in mutations.of_state() if file == "checkpoint" else ():
+                yield Variant(file, what, command, change, is_forged=True)
+    for what, uri in URIS.items():
+        for name in ("report from MLflow", "deliver"):
+            yield Variant("MLflow's URI", what, known[name], _unchanged, (), (("MLFLOW_TRACKING_URI", uri),))
+    for key in SETTINGS:
+        for what, value in mutations.VALUES.items():
+            text = str(value) if not isinstance(value, str) else f"'{value}'"
+            yield Variant(
+                "a setting", f"{key} is {what}", known["list"], _unchanged, (f"{key}={text}",), is_forged=True
+            )
+
+
+URIS = {
+    **{"nothing": "", "blanks": "  ", "a scheme": "://", "no port": "http://127.0.0.1:x", "no host": "http://"},
+    **{
+        "nobody there": "http://127.0.0.1:9",
+        "a NUL in quotes": "sqlite:///%00",
+        "a folder": "sqlite:////",
+        "a device": "sqlite:////dev/full",
+    },
+    **{"a file store": "file:///nowhere", "a path": "../outside", "a driver": "mysql://me:secret@127.0.0.1:9/x"},
+    **{"long": "http://" + "a" * 5000, "half a scheme": "sqlite:", "unknown": "gopher://x", "Databricks": "databricks"},
+    **{"in memory": "sqlite:///:memory:", "not the store": "sqlite:///run/run.json", "schemes": "a://" * 10_000},
+    **{
+        "brackets": "http://[::1",
+        "IPv6": "http://[::1]:9",
+        "a password": "postgresql://me:it's-Xhunter2@127.0.0.1:9/db",
+    },
+}
+SETTINGS = (
+    *(
+        "k",
+        "seed",
+        "epochs",
+        "batch_size",
+        "output_dir",
+        "init",
+        "tracking.experiment",
+        "data.root",
+        "device",
+        "precision",
+    ),
+    *("projector.hidden", "optimizer.lr", "evaluation.lr", "data.fingerprint", "tracking.parent", "max_minutes"),
+)
+
+
+def _unchanged(_: Path) -> None:
+    pass
+
+
+def find(folder: Path, file: str) -> Path:
+    """The file of a folder that is meant; the newest checkpoint, the only study."""
+    if file == "checkpoint":
+        return max((folder / "run/checkpoints").glob("step-*.pt"))
+    return next(folder.glob("multirun/*/study.db")) if file == "study.db" else folder / file
+
+
+def fault(folder: Path, variant: Variant, wanted: object) -> str:
+    """What is wrong with how a variant ended; empty where nothing is."""
+    copy = folder / "variant"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder / variant.command.template, copy)
+    if (copy / variant.file).exists() or variant.file in ("checkpoint", "study.db"):
+        variant.change(find(copy, variant.file))
+    before = _outside(folder)
+    status, said = typed(copy, variant.command, variant)
+    if status == -signal.SIGKILL:
+        return "does not end"
+    if "Traceback" in said or status not in STATUSES:
+        return f"status {status}, {said.strip().splitlines()[-1:]}"
+    if status and not re.search("^error: ", said, re.MULTILINE):
+        return f"status {status}, and no line says why"
+    if _outside(folder) != before:
+        return "something outside has changed"
+    if "hunter2" in said:
+        return "a secret is printed"
+    if status == 0 and not variant.is_forged and not re.search(r"WARNING|note:|MLflow no longer has", said):
+        try:
+            found = variant.command.figures(copy, said)
+        except Exception as error:
+            return f"status 0, and no result: {type(error).__name__}"
+        if found != wanted:
+            return "other figures, without a word"
+    return ""
+
+
+def _outside(folder: Path) -> dict[str, str]:
+    """What lies in the campaign's folder and beside the run; but for artifacts, whose place the store itself names."""
+    paths = [*folder.glob("*"), *folder.glob("variant/outside/**/*"), *folder.glob(f"{FINISHED}/**/*")]
+    files = [path for path in paths if path.is_file() and "mlruns" not in path.parts]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def in_turn(found: Iterable[Variant]) -> Iterator[Variant]:
+    """The same variants, shuffled, and one after the other of each file and command."""
+    groups: dict[tuple[str, str], list[Variant]] = defaultdict(list)
+    for variant in found:
+        groups[variant.file, variant.command.name].append(variant)
+    for each in groups.values():
+        random.Random(0).shuffle(each)
+    for those in zip_longest(*groups.values()):
+        yield from filter(None, those)
+
+
+def main(folder: Path, count: int, first: int = 0) -> int:
+    """Tries so many variants from the first on, evenly over files and commands; returns how many were faults."""
+    torch.set_num_threads(1)  # a fork has no other thread
+    mlflow_store._import_mlflow()
+    folder.mkdir(parents=True, exist_ok=True)
+    known = prepare(folder)
+    wanted: dict[str, object] = {}
+    for command in known.values():
+        plain = Variant("nothing", "unchanged", command, _unchanged)
+        assert not (found := fault(folder, plain, None)) or "figures" in found, f"{command.name}: {found}"
+        wanted[command.name] = command.figures(folder / "variant", (folder / "variant/output.txt").read_text())
+        assert wanted[command.name], command.name
+        assert not (found := fault(folder, plain, wanted[command.name])), f"{command.name}: {found}"
+    tried: Counter[str] = Counter()
+    faults: list[str] = []
+    for variant in islice(in_turn(variants(folder, known, random.Random(0))), first, first + count):
+        tried[variant.file] += 1
+        if found := fault(folder, variant, wanted[variant.command.name]):
+            faults.append(f"{variant.name}: {found}")
+            print(faults[-1], flush=True)
+        if tried.total() % 25 == 0:
+            print(f"{tried.total()} variants so far, faults: {len(faults)}", flush=True)
+    print(f"{tried.total()} variants: {dict(tried)}")
+    print(f"faults: {len(faults)}", flush=True)
+    return len(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(Path(sys.argv[1]).resolve(), *map(int, sys.argv[2:] or ["1500"]))))

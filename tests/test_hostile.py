@@ -1,0 +1,24 @@
+"""A slice of the campaign of hostile files; `make reliability` runs the whole of it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import PROJECT
+
+
+@pytest.mark.slow
+def test_hostile_files_end_well_or_in_a_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.reliability.hostile", tmp_path / "campaign", "25"],
+        cwd=PROJECT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.stdout.endswith("faults: 0\n"), done.stdout + done.stderr
+    assert done.returncode == 0
+    assert "\n25 variants: " in done.stdout
