@@ -77,11 +77,12 @@ def report() -> None:
 
 def deliver() -> None:
     """``python -m src.tracking``."""
+    from src.reporting import mlflow_charts
     from src.runs import tracker
 
     with _without_reader(), _explained():
         _say_warnings()
-        tracker.main()
+        tracker.main(mlflow_charts)
 
 
 def pretrain(composed: DictConfig) -> float:

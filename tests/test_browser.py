@@ -25,15 +25,20 @@ from pathlib import Path
 
 import pytest
 
+from src.config.identity import LOG_SIZE
 from src.config.names import COLOURS
 from src.config.schema import Tracking
-from src.reporting.mlflow_charts import COURSE, SIZE, View, sweep_view
+from src.reporting import mlflow_charts
+from src.reporting.mlflow_charts import COURSE, View, sweep_view
 from src.reporting.plots import PLOTTED
+from src.reporting.rows import summarise
 from src.runs.mlflow_store import prepare
-from src.runs.tracker import COLOUR_TAG, Tracker
+from src.runs.record import NOTE, Record
+from src.runs.tracker import COLOUR_TAG, Tracker, share
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]  # one server, one browser
 
+SIZE = "support_set_size"
 SIZES = {"simclr": [0], "nnclr": [1024, 98304], "kmclr": [50, 200, 400]}
 SEEDS = (0, 1)
 WIDTH, HEIGHT = 1600, 900
@@ -73,24 +78,25 @@ class Sweep:
 def make_sweep(folder: Path) -> None:
     """A sweep as it is logged: made-up figures, three methods, two seeds; and a run that is none of its jobs."""
     config = Tracking("mlflow", "support-sets", 10)
-    sweep = Tracker(folder / "sweep", config, {}, {})
+    sweep = Tracker(folder / "sweep", config, {}, {"sweep_id": "0a1b2c3d"})
+    common = {"data.name": "cifar100", "backbone.name": "resnet18", "epochs": 10, "support_bytes": 0}
+    directories = []
     Tracker(folder / "stranger", config, {SIZE: 7}, {}).close("FINISHED")
     for method, sizes in SIZES.items():
         for size, seed in ((size, seed) for size in sizes for seed in SEEDS):
             name = f"{method}-{size}-{seed}"
             tags = {"mlflow.parentRunId": sweep.run_id, COLOUR_TAG: COLOURS[method]}
-            job = Tracker(folder / name, config, {"method.name": method, SIZE: size, "seed": seed}, tags)
+            directories.append(folder / name)
+            job = Tracker(directories[-1], config, common | {"method.name": method, SIZE: size, "seed": seed}, tags)
             top1 = 50 + math.log10(1 + size) + seed / 3
             for epoch in range(10):
                 job.log({COURSE: (top1 - 5) * (1 - math.exp(-1 - epoch / 3))}, epoch)
             job.log({"test/linear_top1": top1, "test/linear_top5": top1 + 25}, 10)
             job.close("FINISHED")
+    rows, _ = summarise([Record.load(directory) for directory in directories])
+    sweep.record.tags[NOTE] = mlflow_charts.describe_sweep("sweep", rows)
+    share(sweep, mlflow_charts)
     sweep.close("FINISHED")
-
-    client = prepare()
-    experiment = client.get_experiment_by_name("support-sets").experiment_id
-    view = sweep_view(experiment, sweep.run_id, sweep.directory.name, sweep.record.start_time)
-    client.set_experiment_tag(experiment, view.key, view.value)
 
 
 def newest_sweep() -> Sweep:
@@ -175,7 +181,8 @@ def driver(tmp_path_factory):
     quiet = ("disable-background-networking", "disable-component-update", "disable-sync", "no-first-run")
     bare = ("headless", "hide-scrollbars", "no-sandbox", "disable-gpu", "disable-quic")
     mouse = "blink-settings=primaryHoverType=2,availableHoverTypes=2"  # without one, Plotly's buttons cover its points
-    for flag in (*bare, *quiet, mouse, f"user-data-dir={profile}"):
+    size = f"window-size={WIDTH},{HEIGHT}"  # of a page that a link opens; the first is set exactly below
+    for flag in (*bare, *quiet, mouse, size, f"user-data-dir={profile}"):
         options.add_argument(f"--{flag}")
     driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
     screen = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
@@ -237,7 +244,7 @@ def charts(driver) -> dict[str, dict]:
 
 def scatter(driver, jobs: int) -> dict:
     """The chart of size against accuracy, once it shows as many points as there are jobs."""
-    title = f"{SIZE} vs. test/linear_top1"
+    title = f"{LOG_SIZE} vs. test/linear_top1"
     wait_until(
         driver,
         lambda driver: charts(driver).get(title, {}).get("drawn") == jobs,
@@ -246,15 +253,53 @@ def scatter(driver, jobs: int) -> dict:
     return charts(driver)[title]
 
 
+def visit(driver, text: str) -> None:
+    """Clicks a link as a person does: it has to be in sight, with nothing over it."""
+    from selenium.webdriver.common.by import By
+
+    condition = lambda driver: driver.find_elements(By.PARTIAL_LINK_TEXT, text)  # noqa: E731
+    wait_until(driver, condition, f"the page has no link {text!r}")[0].click()
+
+
+def test_a_newcomer_comes_from_the_first_page_to_the_charts(browser, address, sweep):
+    from selenium.webdriver.common.by import By
+
+    browser.get("about:blank")
+    browser.get(address)
+    wait_until(browser, lambda page: mlflow_charts.OPENING in page.find_element(By.TAG_NAME, "body").text, "no text")
+    visit(browser, "support-sets")
+    greeting = "//button[normalize-space()='Got it']"  # in the way on a first visit
+    wait_until(browser, lambda page: page.find_elements(By.XPATH, greeting), "no greeting")[0].click()
+    first, windows = browser.current_window_handle, set(browser.window_handles)
+    visit(browser, f"Charts of the newest sweep, {sweep.name}")
+    try:
+        wait_until(browser, lambda page: set(page.window_handles) - windows, "no page opens")
+        browser.switch_to.window((set(browser.window_handles) - windows).pop())
+        assert {run_id for run_id, _ in scatter(browser, len(sweep.jobs))["traces"][0]["customdata"]} == set(sweep.jobs)
+        assert sweep.view.path in browser.current_url
+    finally:
+        for window in set(browser.window_handles) - windows:
+            browser.switch_to.window(window)
+            browser.close()
+        browser.switch_to.window(first)
+
+
+def test_the_sweep_is_described_by_its_table(browser, address, sweep):
+    experiment = sweep.view.path.split("/")[2]
+    browser.get(f"{address}/#/experiments/{experiment}/runs/{sweep.run_id}")
+    cells = "return [...document.querySelectorAll('td')].map(cell => cell.textContent)"
+    wait_until(browser, lambda page: "KMCLR" in page.execute_script(cells), "the run's page has no table")
+
+
 def test_the_link_opens_on_charts_of_every_job(page, sweep):
     chart = scatter(page, len(sweep.jobs))
-    assert (chart["x"], chart["y"]) == (SIZE, "test/linear_top1")
+    assert (chart["x"], chart["y"]) == (LOG_SIZE, "test/linear_top1")
     (trace,) = chart["traces"]
     points = zip(trace["customdata"], trace["x"], trace["y"], trace["marker"]["color"], strict=True)
     found = {run_id: (name, float(x), y, colour) for (run_id, name), x, y, colour in points}
     assert found.keys() == sweep.jobs.keys()
     for run_id, job in sweep.jobs.items():
-        assert found[run_id][:3] == (job.name, job.size, job.accuracy)
+        assert found[run_id][:3] == (job.name, round(math.log10(max(1, job.size)), 3), job.accuracy)
         assert job.colour in (None, found[run_id][3])
 
     wait_until(page, rows, "the list is empty")
@@ -267,14 +312,14 @@ def test_the_link_opens_on_charts_of_every_job(page, sweep):
 
 def test_the_other_charts_show_too(page, sweep):
     scatter(page, len(sweep.jobs))
-    second, course = f"{SIZE} vs. test/linear_top5", COURSE
+    second, course = f"{LOG_SIZE} vs. test/linear_top5", COURSE
     wait_until(page, lambda page: charts(page)["Parallel Coordinates"]["axes"], "no parallel coordinates")
     wait_until(page, lambda page: charts(page)[course]["drawn"], "no curves")
     sections = "return [...document.querySelectorAll('[data-testid$=section-header]')].map(each => each.textContent)"
     assert page.execute_script(sections)[0].startswith("Support-set size and accuracy")
     shown = charts(page)
-    assert list(shown) == [f"{SIZE} vs. {figure}" for figure in PLOTTED] + ["Parallel Coordinates", course]
-    assert shown["Parallel Coordinates"]["axes"] == [SIZE, COURSE, "test/linear_top5", "test/linear_top1"]
+    assert list(shown) == [f"{LOG_SIZE} vs. {figure}" for figure in PLOTTED] + ["Parallel Coordinates", course]
+    assert shown["Parallel Coordinates"]["axes"] == [LOG_SIZE, COURSE, "test/linear_top5", "test/linear_top1"]
     assert shown[second]["drawn"] == len(sweep.jobs)
     assert {trace["name"] for trace in shown[course]["traces"]} == {job.name for job in sweep.jobs.values()}
 

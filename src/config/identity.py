@@ -22,7 +22,8 @@ NOT_IN_HASH = (
     "data.background",  # the fingerprint tells the images that it changes
     *("method.label", "method.colour", "support.label", "support.colour"),
 )
-DERIVED = ("support_set_size", "support_bytes", "encoder_parameters", "skipped_images")  # params that follow from them
+LOG_SIZE = "support_set_size_log10"  # a param in MLflow alone, whose charts have no logarithm of a param
+DERIVED = ("support_set_size", LOG_SIZE, "support_bytes", "encoder_parameters", "skipped_images")  # follow from them
 
 
 def support_set_size(cfg: Config) -> int:

@@ -1,4 +1,4 @@
-"""A sweep's charts in MLflow's own interface: one link opens them.
+"""What MLflow's own pages show of sweeps: charts that one link opens, and descriptions that lead to them.
 
 MLflow keeps a view of an experiment's runs (filter, order, charts) as a tag of the experiment, lists it by name under
 "Saved views", and opens it by a key in the address. The tag's content is not documented. It is written here as the
@@ -9,12 +9,19 @@ report and ignore. ``tests/test_browser.py`` looks at the result with a real bro
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from src.reporting.plots import PLOTTED
+from src.config.identity import LOG_SIZE
+from src.reporting.plots import PLOTTED, caption
+from src.reporting.rows import FIGURES, Row
+from src.reporting.table import GAIN, GAIN_NOTE, markdown, table
+from src.runs.mlflow_store import Shown
 
-SIZE = "support_set_size"
 COURSE = "val/knn_top1"  # what is drawn over the steps of training
+OPENING = "Support-set size against accuracy"  # of every description, which tells ours from others
+LONGEST = 7500  # characters of a description: MLflow cuts a run's after 8,000
+MOST_SWEEPS = 20
 
 
 class View(NamedTuple):
@@ -52,12 +59,12 @@ def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -
 
 
 def _charts() -> list[dict[str, Any]]:
-    """The scatter plots' size axis is linear: MLflow offers a logarithm for training steps only."""
-    size = {"type": "PARAM", "key": SIZE}
+    """The scatter plots draw a param that is a logarithm, because MLflow offers a logarithm for training steps only."""
+    size = {"type": "PARAM", "key": LOG_SIZE}
     charts: list[dict[str, Any]] = [
         *({"type": "SCATTER", "xaxis": size, "yaxis": {"type": "METRIC", "key": figure}} for figure in PLOTTED),
         # The last metric gives the lines their colour.
-        {"type": "PARALLEL", "selectedParams": [SIZE], "selectedMetrics": [COURSE, *reversed(PLOTTED)]},
+        {"type": "PARALLEL", "selectedParams": [LOG_SIZE], "selectedMetrics": [COURSE, *reversed(PLOTTED)]},
         {"type": "LINE", "metricKey": COURSE, "selectedMetricKeys": [COURSE], "lineSmoothness": 0},
     ]
     return [chart | {"uuid": f"chart-{place}", "metricSectionId": "sweep"} for place, chart in enumerate(charts)]
@@ -68,3 +75,39 @@ def _sections() -> list[dict[str, Any]]:
     ours = {"uuid": "sweep", "name": "Support-set size and accuracy", "display": True, "columns": 2, "cardHeight": 280}
     others = [{"uuid": name, "name": name, "display": False} for name in ("test", "val", "support", "train", "time")]
     return [ours, *others]
+
+
+def describe_sweep(name: str, rows: Sequence[Row]) -> str:
+    """The description of a sweep's run, in Markdown: its table, without what the narrow page has no room for."""
+    header, *body = table(rows)
+    kept = [place for place, title in enumerate(header) if title in ("method", "vectors", "seeds", GAIN)]
+    kept += [place for place, title in enumerate(header) if title in FIGURES.values()]
+    head, *lines = ([line[place] for place in sorted(kept)] for line in (header, *body))
+    above = f"{OPENING} in the sweep {name}: {caption(rows)}.\n"
+    below = f"\n{GAIN_NOTE[0].upper()}{GAIN_NOTE[1:]}." if GAIN in header else ""
+    for fit in range(len(lines), -1, -1):
+        more = f"\n{len(lines) - fit} more rows are in the artifact table.md." if fit < len(lines) else ""
+        text = "\n".join([above, *markdown(head, lines[:fit])]) + f"\n{more}{below}"
+        if len(text) <= LONGEST:
+            break
+    return text
+
+
+def describe_experiment(sweeps: Sequence[Shown]) -> str:
+    """The description of an experiment, in Markdown; its page shows the first paragraph, and the rest on demand.
+
+    Args:
+        sweeps: those that have a result, the newest first.
+    """
+    newest, *older = sweeps
+    first = f"{OPENING}: how many vectors must a contrastive learner store to find good positives?"
+    parts = [f"{first} [Charts of the newest sweep, {newest.name}]({newest.path})", newest.note]
+    if older := older[:MOST_SWEEPS]:
+        parts.append("Charts of older sweeps: " + ", ".join(f"[{each.name}]({each.path})" for each in older))
+    parts.append("`python -m src.report experiment=NAME` makes a table and a plot of all runs of an experiment.")
+    return "\n\n".join(part.strip() for part in parts)
+
+
+def is_own(note: str) -> bool:
+    """Whether a description is one of the above, rather than somebody's own."""
+    return note.startswith(OPENING)

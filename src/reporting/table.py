@@ -67,6 +67,11 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     return [header, *body]
 
 
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body)]
+
+
 def shares(rows: Sequence[Row]) -> list[float | None]:
     """Each row's support size over that of the largest queue; None where no run has a queue."""
     largest = max((row.size for row in rows if "queue_size" in row.runs[0].params), default=None)
@@ -89,6 +94,24 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
         | _differences(row, rows)
         for row, share in zip(rows, shares(rows), strict=True)
     ]
+
+
+def summary(rows: Sequence[Row]) -> dict[str, float]:
+    """The figures of a report in a few numbers: of the control, and of the trained row that is best on validation.
+
+    Each is the mean over a row's seeds, in percent; a figure that is missing is left out.
+    """
+    chosen = "val/linear_top1"
+    trained = [row for row in rows if row.method != UNTRAINED]
+    controls = [row for row in trained if row.method == "nothing_stored"]
+    named = {"nothing_stored": controls[0]} if len(controls) == 1 else {}
+    numbers: dict[str, float] = {}
+    if candidates := [row for row in trained if row.values(chosen)]:
+        named["best"] = max(candidates, key=lambda row: row.mean(chosen))
+        numbers["best/support_set_size"] = named["best"].size
+    return numbers | {
+        f"{name}/{figure}": row.mean(figure) for name, row in named.items() for figure in FIGURES if row.values(figure)
+    }
 
 
 def _known(value: float) -> float | None:
@@ -136,10 +159,9 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
 
     out.mkdir(parents=True, exist_ok=True)
     header, *body = table(rows)
-    lines = [header, ["---"] * len(header), *body]
-    markdown = [f"# {experiment}", "", caption(rows), "", *(f"| {' | '.join(line)} |" for line in lines), ""]
     notes = [GAIN_NOTE, *notes] if GAIN in header else notes
-    page = "\n".join([*markdown, *(f"- {note}" for note in notes)])
+    lines = [f"# {experiment}", "", caption(rows), "", *markdown(header, body), "", *(f"- {note}" for note in notes)]
+    page = "\n".join(lines)
     write_whole(out / "table.md", f"{page}\n".encode())
 
     numbers = records(rows)

@@ -6,19 +6,21 @@ This is the only file that imports mlflow, and it does so late: the import takes
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock
 
+from src.config.identity import LOG_SIZE
 from src.errors import UsageError
-from src.runs.record import METRICS, PARENT, Record, read_rows
+from src.runs.record import METRICS, NOTE, PARENT, Record, now, read_rows
 from src.system.deadline import Overdue, within
 from src.system.redact import one_line, redact
 
@@ -233,7 +235,7 @@ class Delivery:
 
         client, record, copy = self.client, self.record, self.copy
         artifacts = record.artifact_paths()
-        params = {} if self.is_connected else record.params
+        params = {} if self.is_connected else record.params | log_size(record.params)
         if not self.is_connected:
             self._connect()
         rows, end = read_rows(self.directory / METRICS, self.bytes)
@@ -274,6 +276,12 @@ class Delivery:
             client.update_run(copy.run_id, status="RUNNING")
 
 
+def log_size(params: Mapping[str, str]) -> dict[str, str]:
+    """The decimal logarithm of the support-set size as a param, 0 for none stored; nothing where there is no size."""
+    size = params.get("support_set_size", "")
+    return {LOG_SIZE: f"{math.log10(max(1, int(size))):.3f}"} if re.fullmatch(r"\d{1,18}", size, re.ASCII) else {}
+
+
 def bring_up(client: Any, record: Record, asked: str = "", again: bool = False) -> tuple[list[str], bool]:
     """Delivers what MLflow lacks of a run that has ended, in each experiment that it was asked for under.
 
@@ -293,3 +301,45 @@ def bring_up(client: Any, record: Record, asked: str = "", again: bool = False) 
             delivery.push()
             delivered.append(delivery.copy.run_id)
     return delivered, stays_deleted
+
+
+class Shown(NamedTuple):
+    """A sweep as an experiment's description names it."""
+
+    name: str
+    path: str  # of its charts, after the address of the server
+    note: str  # its own description; empty where it has no result
+
+
+class Pages(Protocol):
+    """What MLflow's pages show of sweeps: the module `src.reporting.mlflow_charts`."""
+
+    def sweep_view(self, experiment_id: str, sweep_run_id: str, name: str, created: int) -> tuple[str, str, str]: ...
+    def describe_experiment(self, sweeps: Sequence[Shown]) -> str: ...
+    def is_own(self, note: str) -> bool: ...
+
+
+def show_sweep(client: Any, record: Record, pages: Pages) -> str:
+    """Gives the experiment of a sweep a view of its jobs, and a description of its newest sweeps.
+
+    A description that somebody else has written stays.
+
+    Returns:
+        Where MLflow shows the view, after the address of the server.
+    """
+    home = client.get_experiment(client.get_run(record.run_id).info.experiment_id)
+    key, value, path = pages.sweep_view(home.experiment_id, record.run_id, record.name, record.start_time)
+    client.set_experiment_tag(home.experiment_id, key, value)
+
+    found = [(record.end_time or now(), Shown(record.name, path, record.tags.get(NOTE, "")))]
+    for run in client.search_runs([home.experiment_id], "tags.sweep_id != ''"):
+        info = run.info
+        key, _, path_of_other = pages.sweep_view(home.experiment_id, info.run_id, info.run_name, info.start_time)
+        if key in home.tags and info.run_id != record.run_id:
+            shown = Shown(info.run_name, path_of_other, run.data.tags.get(NOTE, ""))
+            found.append((info.end_time or info.start_time, shown))
+    sweeps = [sweep for _, sweep in sorted(found, reverse=True) if sweep.note]
+    before = home.tags.get(NOTE, "")
+    if sweeps and (not before or pages.is_own(before)):
+        client.set_experiment_tag(home.experiment_id, NOTE, pages.describe_experiment(sweeps))
+    return path

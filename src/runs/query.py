@@ -9,11 +9,10 @@ from pathlib import Path
 
 from src.errors import UsageError
 from src.runs import mlflow_store
-from src.runs.record import RECORD, Copy, Record, records_below
+from src.runs.record import CHARTS, RECORD, Copy, Record, records_below
 from src.system.redact import one_line
 
-CHARTS = "charts"  # a tag of a sweep: where MLflow's pages show it,
-CHARTS_AT = "http://127.0.0.1:5000/"  # after the address at which `mlflow ui` serves them
+CHARTS_AT = "http://127.0.0.1:5000/"  # where `mlflow ui` serves its pages
 
 
 def newest_charts(root: Path = Path("multirun")) -> str:

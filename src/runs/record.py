@@ -32,6 +32,8 @@ RECORD = "run.json"
 CHANGED = "conditions_changed"  # a tag: that of which rounding depends, and where
 UNUSED = "support_unused"  # a tag: the support set was never filled, so the positives were the other views
 PARENT = "mlflow.parentRunId"  # a tag: MLflow's id of the sweep's run, under which its pages show a job
+CHARTS = "charts"  # a tag of a sweep: where MLflow's pages show it, after their address
+NOTE = "mlflow.note.content"  # a tag: the description, in Markdown, that MLflow's pages show
 FOR_PEOPLE = ("command", "error", "evaluation_changed")  # tags, which may quote anything
 
 logger = logging.getLogger(__name__)

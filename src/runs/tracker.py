@@ -25,7 +25,7 @@ from src.config.schema import Tracking
 from src.errors import CannotWrite, UsageError
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
-from src.runs.record import METRICS, PARENT, Record, cut_and_read, encode, now, records_below
+from src.runs.record import CHARTS, METRICS, PARENT, Record, cut_and_read, encode, now, records_below
 from src.system.deadline import Call, Overdue, within
 from src.system.redact import one_line
 
@@ -373,28 +373,38 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
         logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, one_line(error))
 
 
-def share(parent: Tracker, view: Callable[[str, str, str, int], tuple[str, str, str]]) -> str:
-    """Tags the experiment with a view of a sweep's jobs; returns where MLflow shows it, empty where there is no MLflow.
-
-    Args:
-        view: `src.reporting.mlflow_charts.sweep_view`.
-    """
-    record = parent.record
-
-    def tag() -> str:
-        client = parent.client()
-        if client is None:
-            return ""
-        experiment_id = client.get_run(record.run_id).info.experiment_id
-        key, value, path = view(experiment_id, record.run_id, parent.directory.name, record.start_time)
-        client.set_experiment_tag(experiment_id, key, value)
-        return path
-
+def share(parent: Tracker, pages: mlflow_store.Pages) -> None:
+    """Shows a sweep in MLflow's pages, and tags its run with where that is; a failing store is only noted."""
+    parent.record.tags.pop(CHARTS, None)  # without it, `main` tries again
     try:
-        return within(mlflow_store.PATIENCE, tag)
+        if path := within(mlflow_store.PATIENCE, lambda: _show(parent.client(), parent.record, pages)):
+            parent.record.tags[CHARTS] = path
     except Exception as error:
         logger.warning("MLflow does not take the view of %s: %s", parent.directory, one_line(error))
-        return ""
+
+
+def _show(client: Any, record: Record, pages: mlflow_store.Pages) -> str:
+    return mlflow_store.show_sweep(client, record, pages) if client else ""
+
+
+def _share_again(directory: Path, pages: mlflow_store.Pages) -> None:
+    """`share`, of a sweep that has ended, once MLflow has its run.
+
+    Raises:
+        UsageError: a process works on the sweep, or the store does not take it.
+    """
+    with run_directory.exclusive(directory):
+        record = Record.load(directory)
+        if "sweep_id" not in record.tags or not record.copy.run_id:
+            return
+        try:
+            record.tags[CHARTS] = within(LONGEST, lambda: _show(mlflow_store.prepare(), record, pages))
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
+        record.save(directory)
+    _bring_up_free(directory)  # the tag
 
 
 def mark_failed(directory: Path, reason: str) -> None:
@@ -404,7 +414,7 @@ def mark_failed(directory: Path, reason: str) -> None:
     record.save(directory)
 
 
-def main(arguments: Iterable[str] | None = None) -> None:
+def main(pages: mlflow_store.Pages, arguments: Iterable[str] | None = None) -> None:
     """Delivers the runs in the folders that are named, else what MLflow lacks of any below ``multirun/``.
 
     Those that are deleted in MLflow are delivered again if they are named, and otherwise listed.
@@ -414,12 +424,15 @@ def main(arguments: Iterable[str] | None = None) -> None:
     named, deleted = parser.parse_args(arguments).output_dir, []
     for directory in named:
         print(f"{directory}: delivered as run {deliver(directory)}", flush=True)
+        _share_again(directory, pages)
     found = [] if named else sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time)
-    for directory, _ in found:
+    for directory, record in found:
         if not run_directory.is_held(directory):
             delivered, is_deleted = _bring_up_free(directory)
             deleted += [directory] if is_deleted else []
             if delivered:
                 print(f"{directory}: delivered as run {', '.join(delivered)}", flush=True)
+            if not is_deleted and (delivered or CHARTS not in record.tags):
+                _share_again(directory, pages)
     if deleted:
         print(_deleted(deleted), flush=True)

@@ -19,8 +19,8 @@ from src.reporting import mlflow_charts, table
 from src.reporting.rows import summarise
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
-from src.runs.query import CHARTS, how_to_open
-from src.runs.record import Record
+from src.runs.query import how_to_open
+from src.runs.record import CHARTS, NOTE, Record
 from src.runs.tracker import Tracker, attach_children, mark_failed, share
 from src.sweeps.jobs import Job
 from src.system.environment import TYPED
@@ -84,8 +84,6 @@ class Sweep:
                 with suppress(UsageError), run_directory.exclusive(job.directory):
                     mark_failed(job.directory, job.error or "its process is gone")
         attach_children(self.tracker, [job.directory for job in self.jobs if job.record])
-        charts_path = share(self.tracker, mlflow_charts.sweep_view)
-        self.tracker.record.tags |= {CHARTS: charts_path} if charts_path else {}
 
         # A mistake in a setting names the setting, so the job need not be named.
         notes = [f"no result: {f'{job.label}: ' if job.cfg else ''}{job.reason}" for job in lacking]
@@ -98,16 +96,19 @@ class Sweep:
             for path in paths:
                 self.tracker.artifact(path)
             table.show(rows, more, f"{self.name} ({self.id})")
+            self.tracker.record.tags[NOTE] = mlflow_charts.describe_sweep(f"{self.name} ({self.id})", rows)
+            self.tracker.log(table.summary(rows), len(finished))
         stopped = [job.status for job in lacking if is_stop(job.status)]
         counts = {"sweep/finished": len(finished), "sweep/stopped": len(stopped)}
         counts |= {"sweep/failed": len(lacking) - len(stopped), "sweep/pruned": len(pruned)}
         self.tracker.log(counts, len(finished))
+        share(self.tracker, mlflow_charts)
 
         print(f"{self.directory}: {len(finished)} of {len(self.jobs)} jobs finished, {len(pruned)} pruned", flush=True)
         print(f"report: python -m src.report sweep={self.id} tracking={self.cfg.name}", flush=True)
         for path in pictures:
             print(f"plot: {path}", flush=True)
-        if charts_path:
+        if charts_path := self.tracker.record.tags.get(CHARTS):
             print(f"charts: {how_to_open(charts_path)}", flush=True)
         for note in notes:
             print(note, file=sys.stderr)

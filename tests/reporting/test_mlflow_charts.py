@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.config.schema import Tracking
-from src.reporting.mlflow_charts import sweep_view
-from src.runs.mlflow_store import prepare
+from src.reporting.mlflow_charts import describe_experiment, describe_sweep, is_own, sweep_view
+from src.reporting.rows import summarise
+from src.runs.mlflow_store import Shown, prepare
 from src.runs.tracker import Tracker
+from tests.made_up_runs import STUDY, run
 
 
 def decode(view) -> tuple[dict, dict]:
@@ -68,3 +70,28 @@ def test_mlflow_takes_the_tag_and_its_filter_finds_the_jobs_best_first(tmp_path,
     order = [f"{state['orderByKey']} {'ASC' if state['orderByAsc'] else 'DESC'}"]
     found = client.search_runs([experiment.experiment_id], state["searchFilter"], order_by=order)
     assert [run.info.run_id for run in found] == [jobs[1], jobs[0], jobs[2]]
+
+
+def test_a_sweep_is_described_by_its_table():
+    text = describe_sweep("study", summarise(STUDY)[0])
+    assert is_own(text)
+    assert "| NNCLR | 98,304 | 3 |" in text
+    assert "in the sweep study: CIFAR-100, ResNet-18, 500 epochs, mean ± standard deviation over 3 seeds." in text
+
+
+def test_a_description_that_is_too_long_says_how_many_rows_it_leaves_out():
+    many = [run("kmclr", k) for k in range(2, 300)]
+    text = describe_sweep("many", summarise(many)[0])
+    assert len(text) <= 8000, "MLflow cuts a longer one"
+    shown = text.count("| KMCLR |")
+    assert 50 < shown < len(many)
+    assert f"{len(many) - shown} more rows are in the artifact table.md." in text
+
+
+def test_the_first_paragraph_of_an_experiment_leads_to_the_newest_charts():
+    text = describe_experiment([Shown("new", "#/new", "| table |\n"), Shown("old", "#/old", "| other |")])
+    assert is_own(text)
+    assert text.split("\n\n")[0].endswith("[Charts of the newest sweep, new](#/new)")
+    assert "| table |" in text
+    assert "| other |" not in text
+    assert "[old](#/old)" in text

@@ -17,7 +17,7 @@ from src.reporting import report
 from src.reporting import table as table_module
 from src.reporting.report import Arguments, parse
 from src.reporting.rows import summarise
-from src.reporting.table import GAIN_NOTE, courses, records, table, write
+from src.reporting.table import GAIN_NOTE, courses, records, summary, table, write
 from src.runs.record import Copy, Record
 from tests.conftest import PROJECT
 from tests.made_up_runs import STUDY, run, with_untrained, without
@@ -229,3 +229,15 @@ def test_a_report_is_not_written_outside_of_results(tmp_path, monkeypatch, name)
     with pytest.raises(UsageError, match="out=DIR"):
         report.main([f"experiment={name}", "tracking=jsonl", "root=runs"])
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_summarys_best_row_is_the_one_that_is_best_on_validation():
+    fair = run("kmclr", 50, top1=60)
+    lucky = replace(fair, params=fair.params | {"k": "400", "support_set_size": "400"})
+    lucky = replace(lucky, metrics=fair.metrics | {"test/linear_top1": 70.0, "val/linear_top1": 10.0})
+    control = run("nothing_stored", top1=40)
+    found = summary(summarise([fair, lucky, control])[0])
+    assert (found["best/support_set_size"], found["best/test/linear_top1"]) == (50, 60)
+    assert found["nothing_stored/test/linear_top1"] == 40
+    unvalidated = [without(without(each, "val/linear_top1"), "val/knn_top1") for each in (fair, lucky)]
+    assert summary(summarise(unvalidated)[0]) == {}, "nothing is chosen on test images"

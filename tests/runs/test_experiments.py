@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import time
 
 import pytest
 
+from src.config.identity import LOG_SIZE
 from src.config.schema import Tracking
 from src.errors import UsageError
+from src.reporting import mlflow_charts
+from src.reporting.rows import settings
 from src.runs import mlflow_store, query
 from src.runs import tracker as tracking
-from src.runs.record import Record
+from src.runs.record import CHARTS, NOTE, Record
 from src.runs.tracker import Tracker
 from tests.stores import JSONL, MLFLOW, break_store, history, train, warnings
 
@@ -59,7 +63,7 @@ def test_without_mlflow_a_finished_run_is_listed_under_the_experiment_that_it_is
     monkeypatch.setattr(mlflow_store, "prepare", lambda *_: pytest.fail("nobody asked for MLflow"))
     tracking.catch_up(directory, Tracking("jsonl", "other", 10))
     assert len(query.read_runs("other", "jsonl")) == len(query.read_runs("exp", "jsonl")) == 1
-    tracking.main([])
+    tracking.main(mlflow_charts, [])
 
 
 def test_where_mlflow_is_away_the_other_experiment_waits(client, tmp_path, monkeypatch, caplog, capsys):
@@ -69,7 +73,7 @@ def test_where_mlflow_is_away_the_other_experiment_waits(client, tmp_path, monke
         break_store(client, patch, "log_batch")
         tracking.catch_up(directory, OTHER)
     assert "try again later" in warnings(caplog)[0]
-    tracking.main([])
+    tracking.main(mlflow_charts, [])
     assert capsys.readouterr().out.count("delivered as run") == 1
     assert listed(client, "other") == listed(client, "exp") == {"run": ("FINISHED", STEPS)}
 
@@ -125,14 +129,14 @@ def test_a_deleted_run_is_named_and_its_folder_brings_it_back(client, tmp_path, 
 
     tracking.catch_up(directory, MLFLOW)
     assert warnings(caplog) == [f"{NAMED.format('this run')} {directory}"]
-    tracking.main([])
+    tracking.main(mlflow_charts, [])
     assert capsys.readouterr().out == f"{NAMED.format('2 runs')} multirun/run multirun/waiting\n"
     assert listed(client, "exp") == {}
 
-    tracking.main(["multirun/run", "multirun/waiting"])
+    tracking.main(mlflow_charts, ["multirun/run", "multirun/waiting"])
     assert f"multirun/run: delivered as run {run_id}\n" in capsys.readouterr().out
     assert listed(client, "exp") == {"run": ("FINISHED", STEPS), "waiting": ("FAILED", STEPS)}
-    tracking.main([])
+    tracking.main(mlflow_charts, [])
     assert capsys.readouterr().out == ""
 
 
@@ -148,9 +152,9 @@ def test_runs_of_a_store_that_is_gone_are_named_and_not_all_delivered_to_the_nex
     run_id = ended(tmp_path / "multirun/run", status="KILLED")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     shutil.copy(fresh_store, tmp_path / "other.db")
-    tracking.main([])
+    tracking.main(mlflow_charts, [])
     assert capsys.readouterr().out.endswith("python -m src.tracking multirun/run\n")
-    tracking.main(["multirun/run"])
+    tracking.main(mlflow_charts, ["multirun/run"])
     assert listed(mlflow_store.prepare(), "exp") == {"run": ("KILLED", STEPS)}
     assert Record.load(tmp_path / "multirun/run").run_id != run_id
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
@@ -164,20 +168,78 @@ def test_a_deleted_experiment_keeps_no_other_run_waiting(client, tmp_path, monke
         ended(tmp_path / "multirun/a")
         ended(tmp_path / "multirun/b", OTHER)
     client.delete_experiment(client.get_experiment_by_name("exp").experiment_id)
-    tracking.main([])
+    tracking.main(mlflow_charts, [])
     delivered, deleted = capsys.readouterr().out.splitlines()
     assert delivered.startswith("multirun/b: delivered")
     assert deleted.endswith("python -m src.tracking multirun/a")
     with pytest.raises(UsageError, match=r"^the experiment 'exp' has been deleted .*mlflow experiments restore -x \d"):
-        tracking.main(["multirun/a"])
+        tracking.main(mlflow_charts, ["multirun/a"])
 
 
-def sweep_under(config, directory, children):
+def sweep_under(config, directory, children, note=""):
     sweep = Tracker(directory, config, {"sweep": "grid"}, {"sweep_id": directory.name})
     tracking.attach_children(sweep, children)
-    path = tracking.share(sweep, lambda experiment, run_id, *_: (f"view.{run_id}", "", experiment))
+    sweep.record.tags |= {NOTE: note} if note else {}
+    tracking.share(sweep, mlflow_charts)
     sweep.close("FINISHED")
-    return sweep.run_id, path
+    return sweep.run_id, sweep.record.tags.get(CHARTS)
+
+
+def described(client):
+    return client.get_experiment_by_name("exp").tags.get(NOTE)
+
+
+def test_an_experiment_is_described_by_its_sweeps_the_newest_first(client, tmp_path, monkeypatch):
+    one, two = tmp_path / "multirun/0a", tmp_path / "multirun/0b"
+    _, old = sweep_under(MLFLOW, one, [], "the old table")
+    assert f"[Charts of the newest sweep, 0a]({old})\n\nthe old table" in described(client)
+    time.sleep(0.01)
+    _, new = sweep_under(MLFLOW, two, [], "the new table")
+    text = described(client)
+    assert f"[Charts of the newest sweep, 0b]({new})\n\nthe new table" in text
+    assert f"[0a]({old})" in text
+    assert "the old table" not in text
+
+    tracking.main(mlflow_charts, [str(one)])
+    assert described(client) == text, "an older sweep that is delivered again is not the newest"
+    home = client.get_experiment_by_name("exp").experiment_id
+    client.set_experiment_tag(home, NOTE, "somebody's own")
+    tracking.main(mlflow_charts, [str(two)])
+    assert described(client) == "somebody's own"
+
+
+def test_a_sweep_of_jsonl_that_is_delivered_later_has_its_charts(client, tmp_path, monkeypatch):
+    directory = tmp_path / "multirun/0a"
+    assert sweep_under(JSONL, directory, [], "the table")[1] is None
+    assert client.get_experiment_by_name("exp") is None
+    for _ in range(2):
+        tracking.main(mlflow_charts, [str(directory)])
+        record = Record.load(directory)
+        assert f"]({record.tags[CHARTS]})\n\nthe table" in described(client)
+        assert client.get_run(record.run_id).data.tags[CHARTS] == record.tags[CHARTS]
+        assert client.get_run(record.run_id).info.status == "FINISHED"
+
+
+def test_a_view_that_the_store_did_not_take_is_made_by_the_next_delivery(client, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        break_store(client, patch, "set_experiment_tag")
+        assert sweep_under(MLFLOW, tmp_path / "multirun/0a", [], "the table")[1] is None
+    assert "MLflow does not take the view" in warnings(caplog)[0]
+    assert described(client) is None
+    tracking.main(mlflow_charts, [])
+    assert "the table" in described(client)
+    again = Record.load(tmp_path / "multirun/0a")
+    tracking.main(mlflow_charts, [])
+    assert Record.load(tmp_path / "multirun/0a") == again
+
+
+@pytest.mark.parametrize(("size", "shown"), [(0, "0.000"), (1, "0.000"), (400, "2.602"), (98304, "4.993")])
+def test_mlflow_is_told_the_logarithm_of_the_size_and_a_report_ignores_it(client, tmp_path, size, shown):
+    run = Tracker(tmp_path / "run", MLFLOW, {"support_set_size": size}, {})
+    run.close("FINISHED")
+    assert client.get_run(run.run_id).data.params[LOG_SIZE] == shown
+    assert LOG_SIZE not in Record.load(tmp_path / "run").params
+    assert LOG_SIZE not in settings(query.read_runs("exp", "mlflow")[0])
 
 
 def nested(client, experiment, parent):
@@ -211,9 +273,9 @@ def test_a_sweeps_new_jobs_are_where_its_experiment_was_renamed_to(client, tmp_p
     sweep, _ = sweep_under(MLFLOW, tmp_path / "multirun/0a", jobs[:1])
     rename(client, "exp", "renamed")
     ended(jobs[1], Tracking("mlflow", "exp", 10, parent=str(tmp_path / "multirun/0a")))
-    assert sweep_under(MLFLOW, tmp_path / "multirun/0a", jobs) == (
-        *(sweep, client.get_experiment_by_name("renamed").experiment_id),
-    )
+    again, path = sweep_under(MLFLOW, tmp_path / "multirun/0a", jobs)
+    assert again == sweep
+    assert f"/{client.get_experiment_by_name('renamed').experiment_id}/" in path
     assert nested(client, "renamed", sweep) == ["a", "b"]
     assert client.get_experiment_by_name("exp") is None
 
@@ -232,9 +294,9 @@ def test_a_record_from_when_a_run_had_one_experiment_is_read(client, tmp_path, m
     record = Record.load(directory)
     assert record.run_id == run_id
     assert record.tags == {"device": "cpu", "output_dir": str(directory)}
-    tracking.main([])
+    tracking.main(mlflow_charts, [])
     assert capsys.readouterr().out.count("delivered") == missing
-    tracking.main([])
+    tracking.main(mlflow_charts, [])
     assert capsys.readouterr().out == ""
     assert [run.name for run in query.read_runs("exp", "jsonl")] == ["run"]
     assert client.get_run(run_id).data.tags.get("sweep.0a") == ("true" if missing else None)

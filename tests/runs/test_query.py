@@ -9,8 +9,8 @@ import pytest
 from src.config.schema import Tracking
 from src.errors import UsageError
 from src.runs import query
-from src.runs.query import CHARTS, newest_charts
-from src.runs.record import Record
+from src.runs.query import newest_charts
+from src.runs.record import CHARTS, Record
 from src.runs.tracker import Tracker, catch_up, deliver
 from tests.stores import JSONL, MLFLOW
 

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from src.config.schema import Tracking
 from src.errors import UsageError
+from src.reporting import mlflow_charts
 from src.runs import directory as run_directory
 from src.runs import mlflow_store, query, record
 from src.runs import tracker as tracking
@@ -266,13 +267,13 @@ def test_runs_of_jsonl_are_delivered_by_command(client, tmp_path, capsys):
         tracker = Tracker(tmp_path / name, JSONL, {}, {})
         tracker.log({"x": 1.0}, 0)
         tracker.close("KILLED")
-    tracking.main([str(tmp_path / "a"), str(tmp_path / "b")])
+    tracking.main(mlflow_charts, [str(tmp_path / "a"), str(tmp_path / "b")])
     found = {run.name: run for run in query.read_runs("exp", "mlflow")}
     assert found["a"].metrics == found["b"].metrics == {"x": 1.0}
     assert found["a"].status == "KILLED"
     assert found["b"].run_id in capsys.readouterr().out.splitlines()[1]
     with pytest.raises(UsageError, match="not the record of a run"):
-        tracking.main([str(tmp_path)])
+        tracking.main(mlflow_charts, [str(tmp_path)])
 
 
 @pytest.mark.slow
@@ -453,7 +454,7 @@ def test_one_command_delivers_all_that_waits_and_no_dead_run_stays_running(clien
     Tracker(root / "not meant", JSONL, {}, {}).close("FINISHED")
     train(Tracker(root / "at work", MLFLOW, {}, {}), range(10))
     with run_directory.exclusive(root / "at work"):
-        tracking.main([])
+        tracking.main(mlflow_charts, [])
     said = [line.split(": delivered as run ")[0] for line in capsys.readouterr().out.splitlines()]
     assert said == [f"multirun/{name}" for name in ("late", "later", "killed")]
     status = {run.name: run.status for run in query.read_runs("exp", "mlflow")}
