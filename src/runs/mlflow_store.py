@@ -6,6 +6,7 @@ This is the only file that imports mlflow, and it does so late: the import takes
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -246,6 +247,8 @@ class Delivery:
             [Param(key, value) for key, value in params.items()],
             [RunTag(key, value) for key, value in tags.items() if self.tags.get(key) != value],
         )
+        if params:
+            self._log_data(params)
         self.is_connected, self.bytes, self.tags = True, end, tags
         for name, path in artifacts.items():
             if name not in self.artifacts:
@@ -254,6 +257,21 @@ class Delivery:
         if record.status != "RUNNING":
             self.terminate()
         copy.has = record.state(self.experiment)
+
+    def _log_data(self, params: Mapping[str, str]) -> None:
+        """Names the data set as an input of the run; MLflow drops what it has."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
+
+        name, digest = params.get("data.name"), params.get("data.fingerprint")
+        if not (name and digest):
+            return
+        source = json.dumps({"uri": params.get("data.root", name)})
+        data = DatasetInput(Dataset(name, digest[:36], "local", source), [InputTag("mlflow.data.context", "training")])
+        try:
+            self.client.log_inputs(self.copy.run_id, [data])
+        except MlflowException:  # another job of a sweep was faster to create the data set, or the store is down
+            self.client.log_inputs(self.copy.run_id, [data])
 
     def terminate(self) -> None:
         """Tells MLflow how the run ended."""

@@ -316,3 +316,14 @@ def test_finished_under_another_name_of_the_experiment_as_a_user_sees_it(client,
     (sweep,) = (tmp_path / "multirun").glob("sweep-*")
     (job,) = query.read_runs("third", "mlflow")
     assert job.tags["mlflow.parentRunId"] == Record.load(sweep).run_id
+
+
+def test_the_data_set_is_an_input_of_the_run_once(client, tmp_path):
+    run = Tracker(tmp_path / "run", MLFLOW, {"data.name": "cifar100", "data.fingerprint": "abc123"}, {})
+    run.close("FINISHED")
+    tracking.main(mlflow_charts, [str(tmp_path / "run")])
+    (found,) = client.get_run(run.run_id).inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.digest) == ("cifar100", "abc123")
+    other = Tracker(tmp_path / "other", MLFLOW, {"data.name": "cifar100"}, {})
+    other.close("FINISHED")
+    assert not client.get_run(other.run_id).inputs.dataset_inputs
