@@ -32,6 +32,7 @@ def test_an_entry_point_only_hands_over_to_the_command_line():
 # and a sweep's own process do not wait for them. So are our own modules that load them.
 HEAVY = {
     "faiss",
+    "huggingface_hub",
     "matplotlib",
     "mlflow",
     "optuna",

@@ -249,6 +249,8 @@ def _frozen(
         weights = {key.removeprefix(prefix): v for key, v in saved["model"].items() if key.startswith(prefix)}
         checkpoint.restore(encoder, weights, path)
         mean, std = ([float(each) for each in saved[key]] for key in ("mean", "std"))
+        if not len(mean) == len(std) == 3:
+            raise ValueError(f"mean and std of {len(mean)} and {len(std)} channels")
     encoder.to(device).to(memory_format=torch.channels_last)
     return FrozenEncoder(encoder, mean, std, device, dtype)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.config import identity
 from src.errors import UsageError
+from src.runs.record import RECORD
 from src.sweeps.dry_run import preview
 from src.sweeps.grid import SWEPT, GridSweeper, refuse_unused
 from src.sweeps.jobs import Job, values
@@ -81,7 +82,11 @@ class StudySweeper(GridSweeper):
             print(preview([cfg for cfg in there if cfg], at_a_time))
             print(f"{max(self.trials - len(there), 0)} trials to propose")
             return
+        is_gone = (sweep.directory / RECORD).is_file() and not (sweep.directory / studies.FILE).exists()
         with sweep:
+            if is_gone:
+                anew = "is not there: the search begins anew; jobs that it proposes again and that are finished stay"
+                print(f"{sweep.directory / studies.FILE} {anew}", file=sys.stderr)
             study = studies.Study(sweep.directory, space, self.pruner, self.seed)
             sweep.jobs += [job(number) for number in study.points()]
             print(f"{sweep.directory}: {len(sweep.jobs)} of {self.trials} trials are there", flush=True)

@@ -94,6 +94,13 @@ def test_without_a_teacher_there_is_none_to_evaluate(finished):
         run(f"checkpoint={finished}", "evaluation.teacher=true")
 
 
+def test_a_checkpoint_with_another_number_of_channels_is_one_line(finished, tmp_path):
+    _, state = checkpoint.load_latest(finished / "checkpoints")
+    path = checkpoint.save(tmp_path, 1, state | {"mean": [0.5]})
+    with pytest.raises(UsageError, match=r"is not the checkpoint of a run \(.*mean and std of 1 and 3 channels"):
+        run(f"checkpoint={path}")
+
+
 def test_a_finished_run_is_evaluated_to_the_same_figures(finished):
     before = Record.load(finished).metrics
     metrics = run(f"checkpoint={finished}")
