@@ -1,10 +1,10 @@
-# Tab completion of groups, options and keys for `python -m src.train`, `src.evaluate` and `src.export` in bash:
+# Tab completion of groups, options and keys for `python -m src.train`, `src.evaluate`, `src.embed` and `src.export` in bash:
 #
 #     source scripts/completion.bash
 #
 # Hydra answers the queries; its own installer knows `python FILE.py` but not `python -m MODULE`.
 _src_completion() {
-    [[ $COMP_LINE =~ ^[[:space:]]*([^ ]*python[0-9.]*)[[:space:]]+-m[[:space:]]+(src\.(train|evaluate|export))[[:space:]]+(.*)$ ]] || return
+    [[ $COMP_LINE =~ ^[[:space:]]*([^ ]*python[0-9.]*)[[:space:]]+-m[[:space:]]+(src\.(train|evaluate|embed|export))[[:space:]]+(.*)$ ]] || return
     local python=${BASH_REMATCH[1]} module=${BASH_REMATCH[2]} line="${BASH_REMATCH[2]} ${BASH_REMATCH[4]}" choices
     local folder=()
     [[ $line =~ (--config-dir|-cd)[=\ ]+([^ ]+)\  ]] && folder=(--config-dir "${BASH_REMATCH[2]}")

@@ -66,6 +66,12 @@ def export() -> None:
         _compose_and("export", take_away)
 
 
+def embed() -> None:
+    """``python -m src.embed``."""
+    with _without_reader():
+        _compose_and("embed", features)
+
+
 def report() -> None:
     """``python -m src.report``."""
     from src.reporting import report  # matplotlib takes a second
@@ -112,6 +118,14 @@ def take_away(composed: DictConfig) -> Path:
     from src.evaluation import export
 
     return export.main(composed)
+
+
+def features(composed: DictConfig) -> Path:
+    """The features of images by a finished run's encoder, and a map of them (`src.evaluation.embed.main`)."""
+    from src.evaluation import embed
+    from src.reporting import pictures
+
+    return embed.main(composed, pictures.mapped, pictures.draw_map)
 
 
 def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:

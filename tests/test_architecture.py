@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.conftest import PROJECT
 
-ENTRY_POINTS = {"train", "evaluate", "export", "report", "tracking"}
+ENTRY_POINTS = {"train", "evaluate", "embed", "export", "report", "tracking"}
 
 
 def test_imports_go_down_only():

@@ -31,7 +31,7 @@ def test_help_is_complete(command):
     assert "mlflow ui" in done.stdout
 
 
-@pytest.mark.parametrize("module", ["src.train", "src.evaluate", "src.export"])
+@pytest.mark.parametrize("module", ["src.train", "src.evaluate", "src.embed", "src.export"])
 def test_help_does_not_wait_for_torch(module):
     program = f"""
 import runpy, sys
@@ -60,6 +60,7 @@ def test_cfg_and_info_show_the_composition(command):
         ("src.train method=", {"method=kmclr", "method=nnclr", "method=simclr"}),
         ("src.train method=nnclr queue_", {"queue_size="}),
         ("src.train schedule.w", {"schedule.warmup_epochs="}),
+        ("src.embed data=im", {"data=image_folder"}),
         ("src.evaluate evaluation=", {f"evaluation={name}" for name in ("fewshot", "finetune", "linear", "original")}),
     ],
 )
@@ -190,6 +191,29 @@ def test_mistakes_in_export(typed, tmp_path, arguments, says):
     folder.mkdir(parents=True)
     Record.new("begun", "study").save(folder)
     status, stderr = typed(cli.export, *arguments.split())
+    assert status == 2
+    assert stderr.startswith("error: ")
+    assert says in stderr
+    assert stderr.count("\n") == 1
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("", "give run=NAME"),
+        ("run=gone", "run=gone: there is no such run"),
+        ("run=begun", "run=begun: the run is RUNNING and has no encoder.safetensors"),
+        ("run=begun data.root=here", "data.root"),
+        ("run=begun data=nothing", "data=nothing"),
+        ("run=begun format=pt2", "format: unknown key"),
+    ],
+)
+def test_mistakes_in_embed(typed, tmp_path, arguments, says):
+    folder = tmp_path / "multirun/begun"
+    folder.mkdir(parents=True)
+    Record.new("begun", "study").save(folder)
+    status, stderr = typed(cli.embed, *arguments.split())
     assert status == 2
     assert stderr.startswith("error: ")
     assert says in stderr

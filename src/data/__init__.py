@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from src.config.schema import Data
-from src.data.cache import Cache, cached
+from src.data.cache import Cache, cached, image_names
 from src.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from src.data.splits import Split
@@ -59,6 +61,10 @@ class Dataset:
     def test(self) -> Split:
         """The test split, for the final evaluation and nothing else. It is not read before it is asked for."""
         return self._cache.part("test")
+
+    def names(self, cfg: Data) -> dict[str, Iterator[tuple[str, str]]]:
+        """The split and the name of each image that the source has: `src.data.cache.image_names`."""
+        return image_names(cfg, self._cache.skipped)
 
     def on(self, device: torch.device) -> Dataset:
         """The data set with its training and validation images on a GPU, if they take little of its free memory.

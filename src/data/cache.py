@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import compress, islice
+from itertools import chain, compress, islice
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -126,6 +126,28 @@ def fingerprint(cfg: Data) -> str:
         UsageError: As `cached` does.
     """
     return known_fingerprint(cfg) or cached(cfg).fingerprint
+
+
+def image_names(cfg: Data, skipped: list[str]) -> dict[str, Iterator[tuple[str, str]]]:
+    """The split and the name of each image of the parts ``train``, ``test`` and ``probe``, in the cache's order.
+
+    A name is what error messages call the image: the path of its file, or a shard and a row.
+
+    Args:
+        cfg: of images that have been decoded.
+        skipped: what the cache says of those that are left out.
+
+    Raises:
+        UsageError: As `cached` does.
+    """
+
+    def named(split: str, pictures: Iterable[Picture]) -> Iterator[tuple[str, str]]:
+        for picture in pictures:
+            if not any(line.startswith(f"{picture.where}: ") for line in skipped):
+                yield split, picture.where
+
+    splits = {name: named(name, part.pictures) for name, part in find(cfg).read().parts().items()}
+    return {"train": chain(splits["train"], splits["val"]), "test": splits["test"], "probe": splits["probe"]}
 
 
 def known_fingerprint(cfg: Data) -> str | None:

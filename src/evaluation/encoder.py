@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from src.config import schema
 from src.config.identity import without_neutral
 from src.errors import UsageError
 from src.runs import checkpoint
+from src.runs.query import named_run
+from src.runs.record import Record
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
 from src.system.regular_file import open_regular
@@ -120,6 +123,31 @@ def _digest(said: Mapping[str, str], weights: Mapping[str, Tensor]) -> str:
         digest.update(key.encode())
         digest.update(weights[key].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run has left: its folder, its record, its encoder, and what the encoder's file says."""
+
+    directory: Path
+    record: Record
+    encoder: Encoder
+    facts: dict[str, Any]
+
+
+def finished_run(name: str | None) -> Run:
+    """The run that ``run=NAME`` means.
+
+    Raises:
+        UsageError: there is none, or it has no encoder.
+    """
+    if name is None:
+        raise UsageError("give run=NAME, which is the name of the run's folder in multirun/")
+    directory = named_run(str(name))
+    record = Record.load(directory)
+    if not (directory / ENCODER).exists():
+        raise UsageError(f"run={name}: the run is {record.status} and has no {ENCODER}; run its command again")
+    return Run(directory, record, *read_encoder(directory / ENCODER))
 
 
 def load_encoder(path: str | Path) -> Encoder:

@@ -6,7 +6,6 @@ import importlib
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,12 @@ from torch import Tensor, nn
 
 from src.errors import RunFailed, UsageError
 from src.evaluation import model_card
-from src.evaluation.encoder import ENCODER, Encoder, is_of_timm, read_encoder
+from src.evaluation.encoder import ENCODER, Encoder, Run, finished_run, is_of_timm
 from src.runs import directory as run_directory
-from src.runs.query import named_run
-from src.runs.record import Record
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
 
 ATOL = RTOL = 1e-4  # within which an exported program's features equal those of the encoder
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a finished run has left: its folder, its record, its encoder, and what the encoder's file says."""
-
-    directory: Path
-    record: Record
-    encoder: Encoder
-    facts: dict[str, Any]
 
 
 def main(composed: DictConfig) -> Path:
@@ -46,14 +33,8 @@ def main(composed: DictConfig) -> Path:
     write = FORMATS.get(composed.format)
     if write is None:
         raise UsageError(f"format={composed.format}: choose one of {', '.join(FORMATS)}")
-    if composed.run is None:
-        raise UsageError("give run=NAME, which is the name of the run's folder in multirun/")
-    directory = named_run(str(composed.run))
-    record = Record.load(directory)
-    if not (directory / ENCODER).exists():
-        raise UsageError(f"run={composed.run}: the run is {record.status} and has no {ENCODER}; run its command again")
-    run = Run(directory, record, *read_encoder(directory / ENCODER))
-    with run_directory.exclusive(directory):
+    run = finished_run(composed.run)
+    with run_directory.exclusive(run.directory):
         path, usage = write(run)
     print(path, usage, sep="\n    ")
     return path

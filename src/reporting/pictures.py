@@ -88,7 +88,7 @@ def mapped(labels_N: Tensor, classes: int) -> Tensor:
     rows_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0)).to(labels_N.device)
     if classes <= 2 * NAMED:
         return rows_N[:MAPPED]
-    is_named_N = labels_N[rows_N] < NAMED
+    is_named_N = (labels_N[rows_N] >= 0) & (labels_N[rows_N] < NAMED)
     named, others = rows_N[is_named_N][: MAPPED // 2], rows_N[~is_named_N]
     return torch.cat([others[: MAPPED - len(named)], named])
 
@@ -188,10 +188,9 @@ def draw_map(x_ND: Tensor, labels_N: Tensor, classes: Sequence[str], marked_KD: 
     figure = Figure(figsize=(6.4, 5), layout="constrained")
     axes = figure.subplots()
     named = len(classes) if len(classes) <= 2 * NAMED else NAMED
-    others = (labels < 0) | (labels >= named)
-    if others.any():
-        what = "no label" if (labels < 0).all() else f"the other {len(classes) - named} classes"
-        axes.scatter(points[others, 0], points[others, 1], s=6, color="0.82", linewidth=0, label=what)
+    for here, what in ((labels < 0, "no label"), (labels >= named, f"the other {len(classes) - named} classes")):
+        if here.any():
+            axes.scatter(points[here, 0], points[here, 1], s=6, color="0.82", linewidth=0, label=what)
     palette = colormaps["tab10" if named <= NAMED else "tab20"]
     for label in range(named):
         here = labels == label

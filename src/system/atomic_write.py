@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from src.errors import CannotWrite
 
@@ -14,16 +17,27 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
     Raises:
         OSError: there is no room; what was there before is untouched.
     """
+    with whole(path) as file:
+        for part in parts:
+            file.write(part)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """The same for a file that is written bit by bit: it takes its name at the end, and not after an exception.
+
+    Raises:
+        OSError: as `write_whole`.
+    """
     aside = path.with_name(f"{path.name}.tmp")
     aside.unlink(missing_ok=True)  # it may be a link, and what that names would be overwritten
     try:
         with aside.open("xb") as file:
-            for part in parts:
-                file.write(part)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError:
+    except BaseException:
         aside.unlink(missing_ok=True)  # what there is of it may be the room that is lacking
         raise
     sync_folder(path.parent)

@@ -180,3 +180,13 @@ def test_of_many_classes_half_of_a_map_is_of_those_that_have_colours():
     assert len(chosen) == len(set(chosen.tolist())) == pictures.MAPPED
     assert int((labels[chosen] < pictures.NAMED).sum()) == pictures.MAPPED // 2
     assert len(pictures.mapped(labels[:40], 3)) == 40
+
+
+def test_images_without_a_label_are_no_class_on_a_map():
+    torch.manual_seed(0)
+    labels = torch.arange(40) % 4 - 1
+    figure = pictures.draw_map(torch.randn(40, 4), labels, ["a", "b", "c"])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["no label", "a", "b", "c"]
+    many = torch.cat([torch.full((2000,), -1), torch.arange(2000) % 100])
+    chosen = many[pictures.mapped(many, 100)]
+    assert ((chosen >= 0) & (chosen < 10)).sum() == 200  # all that have colours

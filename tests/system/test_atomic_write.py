@@ -39,3 +39,17 @@ def test_what_a_link_names_is_not_written_to(tmp_path):
     atomic_write.write_whole(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"new"
     assert (tmp_path / "notes").read_text() == "theirs"
+
+
+def test_a_file_that_is_begun_and_not_ended_is_not_there(tmp_path):
+    (tmp_path / "a").write_text("old")
+
+    def interrupted():
+        with atomic_write.whole(tmp_path / "a") as file:
+            file.write(b"new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (tmp_path / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -1,0 +1,208 @@
+"""The features of any images in a parquet file, which the field's viewers open: ``python -m src.embed run=NAME``.
+
+Shapes: F features, M images on the map, N images.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import compress, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+from yaml import YAMLError
+
+from src import build
+from src.config import schema
+from src.config.parse import parse
+from src.data import Dataset, load
+from src.data.decoding import UNLABELLED
+from src.data.splits import Split
+from src.errors import RunFailed, UsageError
+from src.evaluation.encoder import Run, finished_run
+from src.evaluation.probes import FrozenEncoder
+from src.runs import directory as run_directory
+from src.system.atomic_write import cannot_write, whole, write_whole
+from src.system.redact import one_line
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EMBEDDINGS = "embeddings.parquet"  # in a run's folder
+ROWS_AT_ONCE = 4096  # images in a row group, which is all that memory holds
+FEWEST = 3  # images of which t-SNE makes a map
+
+
+class Part(NamedTuple):
+    """Images to embed."""
+
+    split: Split  # with the label `UNLABELLED` where there is none
+    names: Iterator[tuple[str, str]]  # of each image its split and its name
+
+
+def main(
+    composed: DictConfig,
+    choose: Callable[[Tensor, int], Tensor],
+    draw: Callable[[Tensor, Tensor, Sequence[str]], Figure],
+) -> Path:
+    """Write the features of images, and a map of some of them beside these; print where both are.
+
+    The features are those of `src.evaluation.encoder.load_encoder`, computed in float32. They pass through memory in
+    blocks.
+
+    Args:
+        composed: whose encoder, which images, where to write.
+        choose: labels [N] and the number of classes to the rows [M] of the images on the map.
+        draw: vectors [M, F], labels [M] and the classes' names to the map.
+
+    Raises:
+        UsageError: there is no such run or folder, the run has no encoder, or the images cannot be read.
+        RunFailed: the images have become fewer meanwhile.
+        Diverged: a feature is not finite.
+        CannotWrite: the disk is full, read-only or broken.
+    """
+    run = finished_run(composed.run)
+    path = run.directory / EMBEDDINGS if composed.out is None else _place(str(composed.out))
+    cfg = _data(composed, run)
+    device = build.device(composed.device)
+    data = load(cfg)
+    parts = _parts(data, cfg, everything=_is_chosen(composed))
+    labels_N = torch.cat([part.split.labels for part in parts])
+    shown_N = torch.zeros(len(labels_N), dtype=torch.bool)
+    shown_N[choose(labels_N, len(data.classes))] = True
+
+    backbone = run.encoder.backbone.to(device).to(memory_format=torch.channels_last)
+    frozen = FrozenEncoder(backbone, run.facts["mean"], run.facts["std"], device, torch.float32)
+    said = {"run": run.record.name, "data": data.name, "fingerprint": data.fingerprint}
+    with run_directory.exclusive(run.directory) if composed.out is None else nullcontext(), _disk(path):
+        with whole(path) as file:
+            shown_MF = _write(file, frozen, parts, data.classes, shown_N, said)
+        print(path, f"{len(labels_N):,} images, {shown_MF.shape[1]} numbers each", sep="\n    ")
+        if len(shown_MF) >= FEWEST:
+            picture = io.BytesIO()
+            draw(F.normalize(shown_MF, dim=1), labels_N[shown_N], data.classes).savefig(picture, dpi=120)
+            write_whole(path.with_suffix(".png"), picture.getvalue())
+            print(path.with_suffix(".png"))
+    return path
+
+
+def _write(
+    file: BinaryIO,
+    frozen: FrozenEncoder,
+    parts: Sequence[Part],
+    classes: Sequence[str],
+    shown_N: Tensor,
+    said: dict[str, str],
+) -> Tensor:
+    """Writes a row group for each block of images, and returns the features [M, F] of those on the map."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = pa.string()
+    columns = pa.schema({"image": text, "split": text, "label": text, "vector": pa.list_(pa.float32())}, said)
+    shown, row = [], 0
+    with pq.ParquetWriter(file, columns) as table:
+        for part in parts:
+            for block in part.split.blocks(ROWS_AT_ONCE):
+                x_NF = frozen.features(block).x_NF.cpu()
+                named = list(islice(part.names, len(block)))
+                if len(named) < len(block):
+                    raise RunFailed("there are fewer images than there were a moment ago: run the command again")
+                labels = [None if label == UNLABELLED else classes[label] for label in block.labels.tolist()]
+                starts = torch.arange(len(x_NF) + 1, dtype=torch.int32) * x_NF.shape[1]
+                vectors = pa.ListArray.from_arrays(starts.numpy(), x_NF.flatten().numpy())
+                splits, names = zip(*named, strict=True)
+                arrays = [pa.array(each, text) for each in (names, splits, labels)]
+                table.write_table(pa.Table.from_arrays([*arrays, vectors], schema=columns))
+                shown.append(x_NF[shown_N[row : row + len(x_NF)]])
+                row += len(x_NF)
+    return torch.cat(shown)
+
+
+def _parts(data: Dataset, cfg: schema.Data, everything: bool) -> list[Part]:
+    """The test images, or all that there are.
+
+    Raises:
+        UsageError: there is no test image.
+    """
+    splits = {"train": data.train, "test": data.test, "probe": data.apart} if everything else {"test": data.test}
+    found = data.names(cfg)
+    parts = []
+    for name, split in splits.items():
+        if split is not None and len(split):
+            labelled = name != "train" or data.labelled
+            labels_N = split.labels if labelled else torch.full_like(split.labels, UNLABELLED)
+            parts.append(Part(Split(split.store, labels_N, split.rows), _of_rows(found[name], split)))
+    if not parts:
+        raise UsageError("the run's data have no test images, because no image has a label: choose images with data=")
+    return parts
+
+
+def _of_rows(names: Iterator[Any], split: Split) -> Iterator[Any]:
+    """The names of a split's images, whose rows ascend."""
+    if split.rows is None:
+        return names
+    taken = torch.zeros(len(split.store), dtype=torch.bool)
+    taken[split.rows] = True
+    return compress(names, taken.numpy())
+
+
+def _is_chosen(composed: DictConfig) -> bool:
+    return "name" in composed.data
+
+
+def _data(composed: DictConfig, run: Run) -> schema.Data:
+    """Which images, at the encoder's size; of the run's own, what its configuration says.
+
+    Raises:
+        UsageError: the run's configuration cannot be read, or the settings do not fit.
+    """
+    path, size = run.directory / "config.yaml", run.encoder.image_size
+    try:
+        cfg = OmegaConf.create(path.read_text())
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(f"{path} cannot be read ({one_line(error)}): run the training command again") from None
+    if not (isinstance(cfg, DictConfig) and isinstance(cfg.get("data"), DictConfig)):
+        raise UsageError(f"{path} is not the configuration of a run: run the training command again")
+    if composed.data.image_size not in (None, size):
+        raise UsageError(f"data.image_size={composed.data.image_size}: the encoder takes {size} pixels; leave it out")
+    if _is_chosen(composed):
+        if composed.data_root:
+            raise UsageError("data_root is where the run's own data lie; with data= set data.root")
+        cfg.data = OmegaConf.to_container(composed.data, resolve=True)
+    elif composed.data_root:
+        cfg.data.root = composed.data_root
+    cfg.data.image_size = size
+    cfg.data.final = True  # images for validation are not told apart
+    return parse(cfg).data
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _place(out: str) -> Path:
+    """Where ``out=`` says.
+
+    Raises:
+        UsageError: no file can be written there.
+    """
+    path = Path(out).expanduser()
+    if path.suffix != ".parquet":
+        raise UsageError(f"out={out}: give a path that ends in .parquet")
+    if not path.parent.is_dir():
+        raise UsageError(f"out={out}: there is no folder {path.parent}; make it, or choose another one")
+    if path.is_dir():
+        raise UsageError(f"out={out}: is a folder; name a file")
+    return path

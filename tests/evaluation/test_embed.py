@@ -1,0 +1,217 @@
+"""The features of images in a parquet file are those of the run's encoder, row by row, whatever the images."""
+
+import errno
+import os
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from src import cli
+from src.data import load
+from src.errors import CannotWrite, Diverged, RunFailed, UsageError
+from src.evaluation import embed
+from src.evaluation.encoder import load_encoder
+from src.reporting import pictures
+from src.system import atomic_write
+from tests.config.test_schema import parsed
+from tests.conftest import PROJECT
+from tests.data.layouts import random_image, write_folder
+from tests.evaluation.test_export import write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cache_dir):
+    """A run on scikit-learn's digits."""
+    folder = write_run(tmp_path_factory.mktemp("embed") / "run", "backbone=resnet_tiny")
+    cfg = parsed("data=digits", f"data.cache_dir={cache_dir}", "data.image_size=32", "backbone=resnet_tiny")
+    OmegaConf.save(OmegaConf.structured(cfg), folder / "config.yaml")
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The maps that have been drawn: vectors, labels and classes. t-SNE takes a second."""
+    from matplotlib.figure import Figure
+
+    maps = []
+    monkeypatch.setattr(pictures, "draw_map", lambda *given: maps.append(given) or Figure(figsize=(1, 1)))
+    return maps
+
+
+def write(folder, *arguments):
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        return cli.features(compose("embed", [f"run={folder}", *arguments]))
+
+
+def vectors(table):
+    return torch.tensor(table["vector"].to_pylist())
+
+
+def by_the_encoder(folder, images):
+    with torch.no_grad():
+        return load_encoder(folder / "encoder.safetensors")(images)
+
+
+def test_the_runs_own_test_images(run, drawn, cache_dir, capsys):
+    path = write(run)
+    assert path == run / "embeddings.parquet"
+    table = pq.read_table(path)
+    data = load(parsed("data=digits", f"data.cache_dir={cache_dir}").data)
+    assert str(table.schema.field("vector").type) in ("list<item: float>", "list<element: float>")
+    torch.testing.assert_close(vectors(table), by_the_encoder(run, data.test.images), rtol=0, atol=1e-5)
+    assert table["label"].to_pylist() == [data.classes[label] for label in data.test.labels]
+    assert set(table["split"].to_pylist()) == {"test"}
+    assert len(set(table["image"].to_pylist())) == len(data.test)
+    [(x, labels, classes)] = drawn
+    assert (len(x), len(labels), classes) == (len(data.test), len(data.test), data.classes)
+    assert capsys.readouterr().out.splitlines() == [
+        str(path), f"    {len(data.test)} images, 128 numbers each", str(run / "embeddings.png")
+    ]  # fmt: skip
+    assert not list(run.glob("*.tmp"))
+
+
+def of_folder(folder, cache_dir, *arguments):
+    return "data=image_folder", f"data.root={folder}", f"data.cache_dir={cache_dir}", *arguments
+
+
+def test_images_without_labels_in_several_row_groups(run, drawn, cache_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "ROWS_AT_ONCE", 3)
+    (tmp_path / "loose").mkdir()
+    for number in range(7):
+        random_image(number).save(tmp_path / "loose" / f"{number}: a.png")
+    (tmp_path / "loose" / "2: a.png").write_bytes(b"no image")
+    out = tmp_path / "out.parquet"
+    write(run, *of_folder(tmp_path / "loose", cache_dir, "data.on_error=skip"), f"out={out}")
+    table = pq.read_table(out)
+    assert pq.ParquetFile(out).num_row_groups == 2
+    assert table["image"].to_pylist() == [str(tmp_path / "loose" / f"{n}: a.png") for n in (0, 1, 3, 4, 5, 6)]
+    assert table["label"].to_pylist() == [None] * 6
+    assert set(table["split"].to_pylist()) == {"train"}
+    cfg = parsed(*of_folder(tmp_path / "loose", cache_dir, "data.on_error=skip", "data.final=true")).data
+    torch.testing.assert_close(vectors(table), by_the_encoder(run, load(cfg).train.images), rtol=0, atol=1e-5)
+    [(x, labels, _)] = drawn
+    assert labels.tolist() == [-1] * 6
+    torch.testing.assert_close(x, torch.nn.functional.normalize(vectors(table), dim=1))
+    assert out.with_suffix(".png").exists()
+
+
+def test_each_image_has_its_path_its_split_and_its_class(run, drawn, cache_dir, tmp_path):
+    counts = {f"{split}/{name}": count for split, count in (("train", 4), ("val", 2), ("test", 3)) for name in "ab"}
+    folder = write_folder(tmp_path / "images", counts)
+    out = tmp_path / "out.parquet"
+    write(run, *of_folder(folder, cache_dir, "data.limit=6"), f"out={out}")
+    rows = pq.read_table(out).to_pylist()
+    assert len(rows) == 6 + 6  # what the limit leaves of training and validation, and the test
+    for row in rows:
+        split, label, _ = row["image"].removeprefix(f"{folder}/").split("/")
+        assert (row["split"], row["label"]) == (split, label)
+
+
+def test_of_unlabelled_training_images_the_labelled_others_have_their_class(run, drawn, cache_dir, tmp_path):
+    folder = write_folder(tmp_path / "images", {"unlabeled": 5, "train/a": 4, "train/b": 4, "test/a": 1, "test/b": 1})
+    out = tmp_path / "out.parquet"
+    write(run, *of_folder(folder, cache_dir, "data.train_split=unlabeled"), f"out={out}")
+    rows = pq.read_table(out).to_pylist()
+    assert [row["split"] for row in rows] == ["train"] * 5 + ["test"] * 2 + ["probe"] * 8
+    assert [row["label"] for row in rows] == [None] * 5 + ["a", "b"] + ["a"] * 4 + ["b"] * 4
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_too_few_images_have_no_map(run, drawn, cache_dir, tmp_path, count):
+    folder, out = write_folder(tmp_path / "images", {"": count}), tmp_path / "out.parquet"
+    write(run, *of_folder(folder, cache_dir), f"out={out}")
+    assert len(pq.read_table(out)) == count
+    assert not drawn
+    assert not out.with_suffix(".png").exists()
+
+
+def test_what_was_there_stays_until_the_new_file_is_whole(run, drawn, tmp_path, cache_dir, monkeypatch):
+    folder, out = write_folder(tmp_path / "images", {"": 4}), tmp_path / "out.parquet"
+    out.write_text("before")
+    monkeypatch.setattr(embed.FrozenEncoder, "encode", lambda *_: torch.full((4, 2), torch.nan))
+    with pytest.raises(Diverged, match="not finite"):
+        write(run, *of_folder(folder, cache_dir), f"out={out}")
+    assert out.read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out.parquet"]
+
+
+def test_images_that_have_gone_meanwhile_end_in_a_line(run, drawn, tmp_path, cache_dir, monkeypatch):
+    folder, out = write_folder(tmp_path / "images", {"": 4}), tmp_path / "out.parquet"
+    found = embed.load
+
+    def then_fewer(cfg):
+        data = found(cfg)
+        next(folder.iterdir()).unlink()
+        return data
+
+    monkeypatch.setattr(embed, "load", then_fewer)
+    with pytest.raises(RunFailed, match="fewer images"):
+        write(run, *of_folder(folder, cache_dir), f"out={out}")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("place", ["run", "out"])
+def test_a_full_disk_is_one_line_that_names_the_file(run, drawn, tmp_path, cache_dir, monkeypatch, place):
+    (run / "embeddings.parquet").unlink(missing_ok=True)
+    out = [f"out={tmp_path}/out.parquet"] if place == "out" else []
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic_write.os, "fsync", full)
+    with pytest.raises(CannotWrite, match=f"{tmp_path if out else run}.*: No space left"):
+        write(run, *out)
+    assert not (run / "embeddings.parquet").exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("out=here.txt", "out=here.txt: give a path that ends in .parquet"),
+        ("out=nowhere/a.parquet", "out=nowhere/a.parquet: there is no folder nowhere; make it"),
+        ("data.image_size=64", "data.image_size=64: the encoder takes 32 pixels; leave it out"),
+        ("data=digits data_root=here", "data_root is where the run's own data lie; with data= set data.root"),
+        ("data=image_folder", "data.root is not set"),
+        ("data=image_folder data.root=nowhere", "no such folder"),
+    ],
+)
+def test_mistakes(run, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as error:
+        write(run, *arguments.split())
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_without_test_images_says_how_to_choose_some(cache_dir, tmp_path):
+    images = write_folder(tmp_path / "images", {"": 12})
+    folder = write_run(tmp_path / "run", "backbone=resnet_tiny")
+    cfg = parsed(*of_folder(images, cache_dir), "backbone=resnet_tiny")
+    OmegaConf.save(OmegaConf.structured(cfg), folder / "config.yaml")
+    with pytest.raises(UsageError, match="no test images, because no image has a label: choose images with data="):
+        write(folder)
+
+
+@pytest.mark.parametrize("content", [None, "a: [", "- 1", "data: 3"])
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path, content):
+    folder = write_run(tmp_path / "run", "backbone=resnet_tiny")
+    if content is not None:
+        (folder / "config.yaml").write_text(content)
+    with pytest.raises(UsageError, match=r"config\.yaml"):
+        write(folder)
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_file_and_a_map(run, command, cache_dir, tmp_path):
+    folder = write_folder(tmp_path / "images", {"a": 5, "b": 5})
+    (tmp_path / "multirun").mkdir()
+    (tmp_path / "multirun/named").symlink_to(run)
+    done = command("src.embed", "run=named", *of_folder(folder, cache_dir), "out=mine.parquet")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["mine.parquet", "    10 images, 128 numbers each", "mine.png"]
+    assert pq.read_table(tmp_path / "mine.parquet")["label"].to_pylist().count("a") == 5
+    assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
