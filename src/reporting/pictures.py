@@ -182,7 +182,8 @@ def draw_map(x_ND: Tensor, labels_N: Tensor, classes: Sequence[str], marked_KD: 
 
     everything = torch.cat([x_ND, *([] if marked_KD is None else [marked_KD.to(x_ND)])]).cpu().numpy()
     perplexity = min(30, max(1, (len(everything) - 1) // 3))
-    places = TSNE(perplexity=perplexity, init="pca", max_iter=500, random_state=0).fit_transform(everything)
+    start = "pca" if (everything != everything[0]).any() else "random"  # equal vectors have no principal component
+    places = TSNE(perplexity=perplexity, init=start, max_iter=500, random_state=0).fit_transform(everything)
     points, marks = places[: len(x_ND)], places[len(x_ND) :]
     labels = labels_N.cpu().numpy()
     figure = Figure(figsize=(6.4, 5), layout="constrained")

@@ -182,6 +182,11 @@ def test_of_many_classes_half_of_a_map_is_of_those_that_have_colours():
     assert len(pictures.mapped(labels[:40], 3)) == 40
 
 
+def test_vectors_that_are_all_equal_have_a_map():
+    figure = pictures.draw_map(torch.ones(12, 4), torch.zeros(12, dtype=torch.long), ["a"])
+    assert len(figure.axes[0].collections[0].get_offsets()) == 12
+
+
 def test_images_without_a_label_are_no_class_on_a_map():
     torch.manual_seed(0)
     labels = torch.arange(40) % 4 - 1
