@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from src.config.names import COLOURS, UNTRAINED
-from src.reporting.plots import frame
+from src.reporting.plots import frame, tell
 from src.runs.record import METRICS, read_rows
 
 if TYPE_CHECKING:
@@ -205,7 +205,8 @@ def _panel(
         epochs, means = [epoch for epoch, _, _ in points], [factor * mean for _, mean, _ in points]
         marker = "o" if len(points) < FEW and ("label" in style or len(points) == 1) else ""
         usual: dict[str, Any] = {"linewidth": 1.5, "marker": marker, "markersize": 3}
-        axes.plot(epochs, means, **usual | dict(style))
+        (line,) = axes.plot(epochs, means, **usual | dict(style))
+        tell(line, f"{course.title}: {means[-1]:.2f} at epoch {epochs[-1]:g}")
         if "label" in style:
             low, high = ([factor * (mean + side * std) for _, mean, std in points] for side in (-1, 1))
             axes.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)

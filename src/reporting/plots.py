@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from src.config.names import UNTRAINED, title_of
-from src.reporting.rows import Row
+from src.reporting.rows import FIGURES, Row
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -23,6 +26,7 @@ LINES = ("-", "--", ":", "-.")  # the variants of a method
 MOST_LINES = 2 * len(LINES)  # more series than that are drawn as dots, one a row
 MOST_DOTS = 80
 LONGEST = 60  # characters of a dot's label
+TOLD = "told: "  # begins the id of a mark that says something under the pointer
 
 
 def plot(rows: Sequence[Row]) -> Figure:
@@ -97,7 +101,8 @@ def dots(rows: Sequence[Row]) -> Figure:
             style: dict[str, Any] = {"color": row.colour, "marker": marker_of(row.method), "markersize": 4.5}
             error = None if math.isnan(std) else std
             style |= {"capsize": 2, "linewidth": 1, "linestyle": "none", "clip_on": False}
-            axes.errorbar(row.mean(figure_name), place, xerr=error, **style)
+            drawn = axes.errorbar(row.mean(figure_name), place, xerr=error, **style)
+            tell(drawn[0], _reading(row, figure_name))
         if len(controls) == 1:
             axes.axvline(controls[0].mean(figure_name), color=controls[0].colour, linewidth=1, linestyle="--", zorder=0)
         axes.set(xlabel=title, ylim=(-0.8, len(found) - 0.2))
@@ -112,6 +117,24 @@ def dots(rows: Sequence[Row]) -> Figure:
     left_out = f"; the {MOST_DOTS} best of {len(rows)}" if len(rows) > MOST_DOTS else ""
     figure.suptitle(caption(rows) + left_out, fontsize=9)
     return figure
+
+
+def tell(mark: Artist, text: str) -> None:
+    """Gives a mark what a browser shows while the pointer is on it, in `to_svg`."""
+    mark.set_gid(TOLD + text)
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as SVG, in which each mark that has something to tell has a ``<title>``."""
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    # Matplotlib writes the id escaped, within double quotes unless it has some itself.
+    return re.sub(rf'<g id=(["\']){TOLD}(.*?)\1>', r"<g><title>\2</title>", drawn.getvalue(), flags=re.DOTALL)
+
+
+def _reading(row: Row, figure: str) -> str:
+    seeds = f"{len(row.values(figure))} seeds" if len(row.values(figure)) > 1 else "one seed"
+    return f"{row.title}: {FIGURES[figure]} {row.text(figure)}, {seeds}"
 
 
 def marker_of(method: str) -> str:
@@ -180,7 +203,8 @@ def _series(axes: Axes, rows: Sequence[Row], places: Sequence[float], metric: st
     for place, row in zip(places, rows, strict=True):
         error = None if math.isnan(row.std(metric)) else row.std(metric)
         single = dict(style) | {"linestyle": "none", "clip_on": False}  # a marker at 100% is a whole one
-        axes.errorbar(place, row.mean(metric), error, capsize=3, elinewidth=1.2, label=f"{row.title}", **single)
+        drawn = axes.errorbar(place, row.mean(metric), error, capsize=3, elinewidth=1.2, label=row.title, **single)
+        tell(drawn[0], _reading(row, metric))
     if len(stored) > 1:
         axes.plot(*zip(*stored, strict=True), **dict(style) | {"marker": "", "label": rows[0].label})
     for row in levels:

@@ -59,6 +59,11 @@ class Row:
         values = self.values(figure)
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
+    def text(self, figure: str) -> str:
+        """Mean and deviation for people: ``57.83 ± 0.33``, without a deviation for one run, and ``-`` for none."""
+        mean, std = self.mean(figure), self.std(figure)
+        return "-" if math.isnan(mean) else f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}"
+
 
 class Difference(NamedTuple):
     """A row's figure less its control's, in percentage points, over the seeds that both have."""

@@ -17,8 +17,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from src.config.names import UNTRAINED
-from src.reporting import curves
-from src.reporting.plots import caption, plot
+from src.reporting import curves, page
+from src.reporting.plots import caption, plot, to_svg
 from src.reporting.rows import FIGURES, NO_DIFFERENCE, NOTHING_STORED, Row, control_of, difference
 from src.runs.record import METRICS
 from src.system.atomic_write import write_whole
@@ -39,10 +39,6 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     The last column is there where a row has a control (`GAIN_NOTE`).
     """
 
-    def number(row: Row, figure: str) -> str:
-        mean, std = row.mean(figure), row.std(figure)
-        return "-" if math.isnan(mean) else f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}"
-
     def worth(row: Row) -> str:
         control = control_of(row, rows)
         if control is None or not (found := difference(row, control, WORTH)).pairs:
@@ -57,7 +53,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
             decimal(row.stored_bytes),
             "-" if share is None else f"{share:.2%}",
             str(len(row.runs)),
-            *(number(row, figure) for figure in FIGURES),
+            *(row.text(figure) for figure in FIGURES),
         ]
         for row, share in zip(rows, shares(rows), strict=True)
     ]
@@ -154,22 +150,26 @@ def courses(rows: Sequence[Row]) -> list[curves.Course]:
 
 
 def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path) -> list[Path]:
-    """Writes table.md, table.csv, table.json, plot.png, plot.svg, and curves.png where there are any; returns paths."""
+    """Writes table.md, table.csv, table.json, plot.png, plot.svg, curves.png of what has curves, and results.html.
+
+    Returns:
+        The paths of what it has written.
+    """
     from matplotlib import rc_context
 
     out.mkdir(parents=True, exist_ok=True)
     header, *body = table(rows)
     notes = [GAIN_NOTE, *notes] if GAIN in header else notes
     lines = [f"# {experiment}", "", caption(rows), "", *markdown(header, body), "", *(f"- {note}" for note in notes)]
-    page = "\n".join(lines)
-    write_whole(out / "table.md", f"{page}\n".encode())
+    text = "\n".join(lines)
+    write_whole(out / "table.md", f"{text}\n".encode())
 
     numbers = records(rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(numbers[0]))
+    sheet = io.StringIO()
+    writer = csv.DictWriter(sheet, list(numbers[0]))
     writer.writeheader()
     writer.writerows(numbers)
-    write_whole(out / "table.csv", text.getvalue().encode())
+    write_whole(out / "table.csv", sheet.getvalue().encode())
     runs = [{"runs": [run.run_id for run in row.runs]} for row in rows]
     result = {
         "experiment": experiment,
@@ -178,16 +178,19 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
     }
     write_whole(out / "table.json", f"{json.dumps(result, indent=1, allow_nan=False)}\n".encode())
 
-    paths = [out / name for name in ("table.md", "table.csv", "table.json", "plot.png", "plot.svg")]
+    paths = [out / name for name in ("table.md", "table.csv", "table.json", "plot.png", "plot.svg", "results.html")]
     with rc_context(
         {"font.size": 9, "svg.hashsalt": experiment, "text.parse_math": False}
     ):  # the same runs, the same bytes
         figure = plot(rows)
         figure.savefig(out / "plot.png", dpi=200)
-        figure.savefig(out / "plot.svg", metadata={"Date": None})
+        pictures = {"Support-set size and accuracy": to_svg(figure)}
+        write_whole(out / "plot.svg", pictures["Support-set size and accuracy"].encode())
         if drawn := curves.compare(courses(rows)):
             paths.append(out / "curves.png")
             drawn.savefig(paths[-1], dpi=200)
+            pictures["Over the epochs"] = to_svg(drawn)
+    write_whole(out / "results.html", page.render(experiment, rows, [header, *body], pictures, notes).encode())
     return paths
 
 

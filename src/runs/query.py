@@ -28,12 +28,19 @@ def page_of(record: Record) -> str:
     return f"#/experiments/{copy.experiment_id}/runs/{copy.run_id}" if copy.experiment_id else ""
 
 
+def link_to(path: str) -> str:
+    """The address of one of MLflow's pages, on the server if there is one, else where ``mlflow ui`` serves it."""
+    return f"{_server() or CHARTS_AT}{path}"
+
+
 def how_to_open(path: str) -> str:
     """What opens one of MLflow's pages: its link on a server, else the command that serves it here and its link."""
-    server = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if server.startswith(("http://", "https://")):
-        return f"{server.rstrip('/')}/{path}"
-    return f"mlflow ui, then {CHARTS_AT}{path}"
+    return link_to(path) if _server() else f"mlflow ui, then {link_to(path)}"
+
+
+def _server() -> str:
+    address = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return f"{address.rstrip('/')}/" if address.startswith(("http://", "https://")) else ""
 
 
 def read_runs(experiment: str, backend: str, root: Path = Path("multirun")) -> list[Record]:
@@ -111,7 +118,7 @@ def _runs_in_store(experiment: str) -> list[Record]:
             params=run.data.params,
             tags=run.data.tags,
             metrics=run.data.metrics,
-            copies={experiment: Copy(run.info.run_id)},
+            copies={experiment: Copy(run.info.run_id, experiment_id=found.experiment_id)},
             directory=Path(run.data.tags["output_dir"]) if "output_dir" in run.data.tags else None,
         )
         for page in pages

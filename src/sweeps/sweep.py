@@ -108,6 +108,8 @@ class Sweep:
         print(f"report: python -m src.report sweep={self.id} tracking={self.cfg.name}", flush=True)
         for path in pictures:
             print(f"plot: {path}", flush=True)
+        if rows:
+            print(f"page: {self.directory / 'results.html'}", flush=True)
         if charts_path := self.tracker.record.tags.get(CHARTS):
             print(f"charts: {how_to_open(charts_path)}", flush=True)
         for note in notes:

@@ -84,7 +84,7 @@ def test_the_files_hold_the_same_table_and_do_not_change_when_written_again(tmp_
     rows, notes = summarise([*STUDY, run("nnclr", 0), run("simclr", seed=9, status="KILLED")])
     write(rows, notes, "study", tmp_path)
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert sorted(first) == ["plot.png", "plot.svg", "table.csv", "table.json", "table.md"]
+    assert sorted(first) == ["plot.png", "plot.svg", "results.html", "table.csv", "table.json", "table.md"]
     assert first["plot.png"].startswith(b"\x89PNG")
     assert b"<svg" in first["plot.svg"]
 
@@ -180,7 +180,7 @@ def test_the_command_reports_on_the_runs_in_a_folder(tmp_path):
     (tmp_path / "multirun").rename(tmp_path / "kept")
     moved = command(tmp_path, "experiment=study", "tracking=jsonl", "root=kept", "out=again")
     assert (moved.returncode, moved.stderr) == (0, "")
-    for name in ("table.md", "plot.png"):
+    for name in ("table.md", "plot.png", "results.html"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "results/study" / name).read_bytes()
     (tmp_path / "kept").rename(tmp_path / "multirun")
 

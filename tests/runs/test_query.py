@@ -68,7 +68,7 @@ def test_how_a_page_is_opened(monkeypatch):
         assert query.how_to_open("#/a") == "mlflow ui, then http://127.0.0.1:5000/#/a"
     for uri in ("https://mlflow.example/", "https://mlflow.example"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert query.how_to_open("#/a") == "https://mlflow.example/#/a"
+        assert query.how_to_open("#/a") == query.link_to("#/a") == "https://mlflow.example/#/a"
 
 
 def test_a_run_has_a_page_where_mlflow_has_it_and_none_where_it_is_deleted(client, tmp_path):

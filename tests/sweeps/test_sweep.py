@@ -140,7 +140,11 @@ def test_a_sweep_with_a_bad_value_then_again(command, small, tmp_path):
     nested = in_store(tmp_path, "select value from tags where key = 'mlflow.parentRunId'")
     assert nested == [(record.run_id,)] * 2
     assert in_store(tmp_path, f"select status from runs where run_uuid = '{record.run_id}'") == [("FAILED",)]
-    assert {name for _, _, names in os.walk(tmp_path / "mlruns") for name in names} >= {"table.csv", "plot.png"}
+    assert {name for _, _, names in os.walk(tmp_path / "mlruns") for name in names} >= {
+        "table.csv",
+        "plot.png",
+        "results.html",
+    }
 
     before = (folder / "table.csv").read_bytes()
     again = command("src.train", "--multirun", *small, *SMALL_SWEEP, "k=10", "jobs=2")
@@ -273,6 +277,7 @@ def test_the_demo_learns(command, cache_dir, tmp_path):
     done = command("src.train", *line, "precision=float32")
     assert done.returncode == 0, done.stderr
     assert re.search(r"^plot: multirun/sweep-demo-\w+/plot.png$", done.stdout, re.MULTILINE)
+    assert re.search(r"^page: multirun/sweep-demo-\w+/results.html$", done.stdout, re.MULTILINE)
     (link,) = re.findall(r"^charts: mlflow ui, then (http\S+)$", done.stdout, re.MULTILINE)
     assert command("src.report", "charts").stdout == f"the newest sweep's charts: {link}\n"
 
