@@ -86,10 +86,10 @@ def test_every_training_command_can_run(typed, monkeypatch, line):
 
 @pytest.mark.parametrize("line", typed_lines("evaluate"))
 def test_every_evaluation_fits_a_run(typed, monkeypatch, line):
-    """Its settings are those of an evaluation of a run with the default settings, which is not there."""
+    """Its settings are those of an evaluation of a run with the default settings, or a teacher, which is not there."""
     trained = []
     monkeypatch.setattr(cli, "pretrain", trained.append)
-    typed(cli.train, "")
+    typed(cli.train, "experiment=mnn" if "evaluation.teacher" in line else "")
     saved = OmegaConf.to_container(trained[0], resolve=True)
     checked = []
     monkeypatch.setattr(protocol, "_checkpoint", lambda composed: (Path("run/checkpoints/last"), {"config": saved}))
