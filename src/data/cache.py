@@ -16,18 +16,18 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import chain, compress, islice
+from itertools import chain, compress
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 
 from src.config.schema import Data
@@ -35,6 +35,7 @@ from src.data.decoding import Contents, Part, Picture, Source, decode, state
 from src.data.sources import find, root_of
 from src.errors import UsageError
 from src.system.atomic_write import write_whole
+from src.system.threads import in_threads
 
 if TYPE_CHECKING:
     from src.data.splits import Split
@@ -44,9 +45,8 @@ log = logging.getLogger(__name__)
 FORMAT = 4  # part of the state: raise it with any change of decoding or of the layout
 NO_CHECKSUM, NO_FINGERPRINT = "0" * 64, "0" * 16
 VERIFIED = ".verified"
-CHUNK = 64  # images decoded before they are written, which bounds memory
-
-T = TypeVar("T")
+CHUNK = 64  # images that are decoded before the first of them is written, which bounds memory
+LEVELS = np.arange(256)  # what a pixel's channel can be
 
 
 class Cache:
@@ -270,7 +270,7 @@ def _write(path: Path, source: Source, cfg: Data) -> None:
     try:
         contents, skipped = (source.read(), []) if cfg.on_error == "raise" else _readable(source, cfg)
         _check(contents, cfg)
-        _check_room(path.parent, contents, cfg.image_size)
+        _check_room(path.parent, contents, cfg)
         with unfinished.open("wb") as file:
             fingerprint = _stream(file, contents, skipped, cfg)
         checksum = _checksum(unfinished, NO_CHECKSUM)
@@ -303,7 +303,7 @@ def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
         return ""
 
     def rows(part: Part) -> list[bool]:
-        problems = list(_mapped(problem, part.pictures))
+        problems = list(in_threads(problem, part.pictures, CHUNK))
         skipped.extend(filter(None, problems))
         return [not each for each in problems]
 
@@ -317,14 +317,6 @@ def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
         names = ", ".join(contents.classes[label] for label in sorted(lost))
         raise UsageError(f"data.on_error=skip: no training image of {names} can be read, first {skipped[0]}")
     return contents, skipped
-
-
-def _mapped(function: Callable[[Picture], T], pictures: Iterable[Picture]) -> Iterator[T]:
-    """In threads, since Pillow releases the interpreter; `CHUNK` pictures are in memory at once."""
-    remaining = iter(pictures)
-    with ThreadPoolExecutor() as pool:
-        while chunk := list(islice(remaining, CHUNK)):
-            yield from pool.map(function, chunk)
 
 
 def _check(contents: Contents, cfg: Data) -> None:
@@ -344,21 +336,19 @@ def _where(cfg: Data) -> str:
     return f"data.repo={cfg.repo}" if cfg.repo else f"data={cfg.name}"
 
 
-def _check_room(folder: Path, contents: Contents, size: int) -> None:
-    needed = sum(len(part.labels) for part in contents.parts().values()) * 3 * size * size
+def _check_room(folder: Path, contents: Contents, cfg: Data) -> None:
+    """Says how much of the disk the images take, and refuses to begin where there is less."""
+    needed = _images(contents) * 3 * cfg.image_size**2
     free = shutil.disk_usage(folder).free
+    room = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
     if needed > free:
-        raise UsageError(
-            f"data.cache_dir={folder}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
-            "set data.cache_dir elsewhere, or a smaller data.image_size"
-        )
+        raise UsageError(f"data.cache_dir={folder}: {room}; set data.cache_dir elsewhere, or a smaller data.image_size")
+    log.info("decoding %d images of %s into %s: %s", _images(contents), _where(cfg), folder, room)
 
 
 def _stream(file: BinaryIO, contents: Contents, skipped: list[str], cfg: Data) -> str:
     """Writes all but the checksum; returns the fingerprint."""
     parts = contents.parts()
-    total = sum(len(part.labels) for part in parts.values())
-    log.info("decoding %d images of %s into %s", total, cfg.name, file.name)
     file.write(_header(contents, skipped, cfg.image_size))
     file.write(bytes(2 * 3 * 8))  # mean and std, known at the end
     digest = hashlib.sha256(json.dumps([contents.classes, _counted(contents)]).encode())
@@ -371,25 +361,30 @@ def _stream(file: BinaryIO, contents: Contents, skipped: list[str], cfg: Data) -
     for part in parts.values():
         write(np.asarray(part.labels, np.int64))
 
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"decoding {cfg.name}", total=total)
-        sums, squares = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} images/s"), TimeRemainingColumn()
+    counts, done, began = np.zeros((3, len(LEVELS)), np.int64), 0, time.monotonic()
+    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"decoding {cfg.name}", total=_images(contents), rate=0.0)
         for name, part in parts.items():
-            for images in _decoded(part, cfg):
-                write(images)
+            for image, histogram in _decoded(part, cfg):
+                write(image)
                 if name in ("train", "val"):
-                    sums += images.sum((0, 2, 3), dtype=np.int64)
-                    squares += np.square(images, dtype=np.int64).sum((0, 2, 3))
-                progress.advance(task, len(images))
+                    counts += histogram
+                done += 1
+                progress.update(task, completed=done, rate=done / max(time.monotonic() - began, 1e-9))
 
     fingerprint = digest.hexdigest()[: len(NO_FINGERPRINT)]
     pixels = (len(contents.train.labels) + len(contents.val.labels)) * cfg.image_size**2
-    mean = sums / pixels
-    std = np.sqrt(squares / pixels - mean**2)
+    mean = counts @ LEVELS / pixels
+    std = np.sqrt(counts @ LEVELS**2 / pixels - mean**2)
     file.seek(0)
     file.write(_header(contents, skipped, cfg.image_size, fingerprint))
     file.write((mean / 255).tobytes() + (std / 255).tobytes())
     return fingerprint
+
+
+def _images(contents: Contents) -> int:
+    return sum(len(part.labels) for part in contents.parts().values())
 
 
 def _counted(contents: Contents) -> list[int]:
@@ -398,12 +393,17 @@ def _counted(contents: Contents) -> list[int]:
     return [train, test, *([val, probe] if val or probe else [])]
 
 
-def _decoded(part: Part, cfg: Data) -> Iterator[np.ndarray]:
-    """The images of a part in chunks [n, 3, S, S] uint8."""
-    images, count = _mapped(lambda each: decode(each, cfg.image_size, cfg.resize, cfg.background), part.pictures), 0
-    while chunk := list(islice(images, CHUNK)):
-        yield np.stack(chunk)
-        count += len(chunk)
+def _decoded(part: Part, cfg: Data) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each image of a part, [3, S, S] uint8, and how often each of its channels has each level, [3, 256] int64."""
+
+    def with_histogram(picture: Picture) -> tuple[np.ndarray, np.ndarray]:
+        image = decode(picture, cfg.image_size, cfg.resize, cfg.background)
+        return image, np.stack([np.bincount(channel.ravel(), minlength=len(LEVELS)) for channel in image])
+
+    count = 0
+    for each in in_threads(with_histogram, part.pictures, CHUNK):
+        yield each
+        count += 1
     if count != len(part.labels):
         raise UsageError(f"{count} images for {len(part.labels)} labels: the source is damaged; fetch it again")
 

@@ -21,6 +21,16 @@ MANY = 100_000  # files; of so many only the folders are looked at when a run st
 SETTLED = 2.0  # seconds, the coarsest clock of a usual file system
 
 
+class Pictures:
+    """The pictures of some files, each made when it is wanted: of a million they would take a gigabyte."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __iter__(self) -> Iterator[Picture]:
+        return (Picture(path, partial(open_file, path)) for path in self.paths)
+
+
 class Files(NamedTuple):
     """The images of a split."""
 
@@ -117,10 +127,10 @@ def _part(files: Files, classes: list[str]) -> Part:
     Raises:
         UsageError: It has a class that is none of ``classes``.
     """
-    pictures = [Picture(path, partial(open_file, path)) for path in files.everything]
+    pictures = Pictures(files.everything)
     strangers = sorted(set(files.by_class) - set(classes))
     if not classes or not files.by_class or (strangers and len(files.by_class) == 1):
-        return Part([UNLABELLED] * len(pictures), pictures)
+        return Part([UNLABELLED] * len(files.everything), pictures)
     if strangers:
         where = files.folder / strangers[0]
         raise UsageError(f"{where}: a class without training images; add some, or remove the folder")

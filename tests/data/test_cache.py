@@ -77,6 +77,53 @@ def test_mean_and_std_are_those_of_the_training_pixels(config, tmp_path):
     assert opened.std == pytest.approx(unit.std((0, 2, 3)), rel=1e-12)
 
 
+def test_mean_and_std_are_those_of_exact_integer_sums(config, tmp_path):
+    images = pixels(write_shard(tmp_path / "train-0.parquet", [0, 1] * 50))
+    write_shard(tmp_path / "test-0.parquet", [0, 1], seed=1)
+    opened = cached(config("parquet", tmp_path))
+    count = images.size // 3
+    mean = images.sum((0, 2, 3), dtype=np.int64) / count
+    std = np.sqrt(np.square(images, dtype=np.int64).sum((0, 2, 3)) / count - mean**2)
+    assert opened.mean == (mean / 255).tolist()
+    assert opened.std == (std / 255).tolist()
+
+
+def test_few_pictures_are_in_memory_at_once(config, tmp_path, monkeypatch):
+    """However many there are: an image is read when at most a chunk of those before it waits to be written."""
+    folder = write_folder(tmp_path / "images", {"a": 100, "b": 100})
+    monkeypatch.setattr(cache_module, "CHUNK", 4)
+    begun: list[str] = []
+    written: list[int] = []
+    decode, stream = cache_module.decode, cache_module._decoded
+
+    def counting(picture, *options):
+        begun.append(picture.where)
+        return decode(picture, *options)
+
+    def following(part, cfg):
+        for each in stream(part, cfg):
+            written.append(len(begun))
+            yield each
+
+    monkeypatch.setattr(cache_module, "decode", counting)
+    monkeypatch.setattr(cache_module, "_decoded", following)
+    cached(config("image_folder", folder))
+    assert len(written) == 200
+    assert max(ahead - place for place, ahead in enumerate(written)) <= 4
+
+
+def test_the_room_that_is_needed_is_said_before_decoding(config, folder, caplog, monkeypatch):
+    def never(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache_module, "decode", never)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=7e9))
+    with caplog.at_level("INFO"), pytest.raises(KeyboardInterrupt):
+        cached(config("image_folder", folder))
+    assert "decoding 12 images" in caplog.text
+    assert "0.0 GB needed, 7.0 GB free" in caplog.text
+
+
 def test_images_are_a_view_of_the_mapped_file(config, folder):
     cfg = config("image_folder", folder)
     images = cached(cfg).part("train").images

@@ -1,0 +1,35 @@
+"""A function of many items in threads, of which few are in memory at once."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
+    """The results in the order of the items, as many at a time as the process may use cores.
+
+    The first error is raised in its place, and what has not begun by then is not begun.
+
+    Args:
+        function: which releases the interpreter, or the threads gain nothing.
+        items: taken one by one.
+        window: how many of them are taken before the result of the first of these is.
+    """
+    waiting: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == window:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
