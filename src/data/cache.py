@@ -4,7 +4,8 @@ The file is named ``{data set}-{identity}-{state}``: the identity says which sou
 files were. A changed source therefore means a new file, and the old one of that identity goes. Its header states a
 fingerprint: which images they are, wherever they lie. Two small files spare what takes time with large data sets:
 ``{identity}-{state}.verified`` says in which state the file had its checksum, and ``{identity}.folders`` in which state
-the folders of very many images were when all of them were looked at.
+the folders of very many images were when all of them were looked at. While the file is written it ends in ``.partial``,
+and ``.saved`` beside it says after how many images the next process can go on.
 
 Shapes: N images, S pixels a side.
 """
@@ -19,7 +20,8 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import chain, compress
+from functools import partial
+from itertools import chain, compress, islice
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -33,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from src.config.schema import Data
 from src.data.decoding import Contents, Part, Picture, Source, decode, state
 from src.data.sources import find, root_of
+from src.data.unfinished import SAVED, Tally, histogram, resumed, save
 from src.errors import UsageError
 from src.system.atomic_write import write_whole
 from src.system.threads import in_threads
@@ -44,9 +47,10 @@ log = logging.getLogger(__name__)
 
 FORMAT = 4  # part of the state: raise it with any change of decoding or of the layout
 NO_CHECKSUM, NO_FINGERPRINT = "0" * 64, "0" * 16
-VERIFIED = ".verified"
+STATISTICS = 2 * 3 * 8  # bytes of mean and standard deviation
+VERIFIED, PARTIAL = ".verified", ".partial"
+SAVE_EVERY = 10.0  # seconds of decoding, which a kill costs at most
 CHUNK = 64  # images that are decoded before the first of them is written, which bounds memory
-LEVELS = np.arange(256)  # what a pixel's channel can be
 
 
 class Cache:
@@ -110,6 +114,9 @@ def _made(identity: Path, path: Path, source: Source, cfg: Data) -> Cache:
     with _locked(identity.with_suffix(".lock")):
         cache = _open(path, logging.WARNING)
         if cache is None:
+            for outdated in path.parent.glob(f"{identity.name}-*{PARTIAL}"):
+                if outdated != path.with_suffix(PARTIAL):  # which would take the room of this one meanwhile
+                    outdated.unlink()
             _write(path, source, cfg)
             cache = Cache(path)
             for outdated in set(path.parent.glob(f"{identity.name}-*")) - {path, path.with_suffix(VERIFIED)}:
@@ -265,26 +272,33 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _write(path: Path, source: Source, cfg: Data) -> None:
-    """Streams the file out under another name; it takes its own only when it is complete and on the disk."""
-    unfinished = path.with_suffix(".partial")
+    """Streams the file out under another name; it takes its own only when it is complete and on the disk.
+
+    A process that is killed or interrupted leaves what it has saved, and the next one goes on there.
+    """
+    unfinished = path.with_suffix(PARTIAL)
+    saved = path.with_suffix(SAVED)
     try:
         contents, skipped = (source.read(), []) if cfg.on_error == "raise" else _readable(source, cfg)
         _check(contents, cfg)
-        _check_room(path.parent, contents, cfg)
-        with unfinished.open("wb") as file:
-            fingerprint = _stream(file, contents, skipped, cfg)
+        _check_room(unfinished, contents, cfg)
+        fingerprint = _stream(unfinished, contents, skipped, cfg)
         checksum = _checksum(unfinished, NO_CHECKSUM)
         with unfinished.open("r+b") as file:
             file.write(_header(contents, skipped, cfg.image_size, fingerprint, checksum))
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+        saved.unlink(missing_ok=True)
     except OSError as error:
+        with suppress(OSError):
+            saved.unlink(missing_ok=True)  # what there is may be the room that is lacking
         raise UsageError(
             f"data.cache_dir={path.parent}: {error.strerror or error}; make room, or choose another folder"
         ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        if not saved.exists():
+            unfinished.unlink(missing_ok=True)
 
 
 def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
@@ -336,51 +350,60 @@ def _where(cfg: Data) -> str:
     return f"data.repo={cfg.repo}" if cfg.repo else f"data={cfg.name}"
 
 
-def _check_room(folder: Path, contents: Contents, cfg: Data) -> None:
-    """Says how much of the disk the images take, and refuses to begin where there is less."""
-    needed = _images(contents) * 3 * cfg.image_size**2
-    free = shutil.disk_usage(folder).free
+def _check_room(unfinished: Path, contents: Contents, cfg: Data) -> None:
+    """Says how much of the disk the images still take, and refuses to begin where there is less."""
+    begun = unfinished.stat().st_size if unfinished.exists() else 0
+    needed = max(0, _images(contents) * 3 * cfg.image_size**2 - begun)
+    free = shutil.disk_usage(unfinished.parent).free
     room = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
     if needed > free:
-        raise UsageError(f"data.cache_dir={folder}: {room}; set data.cache_dir elsewhere, or a smaller data.image_size")
-    log.info("decoding %d images of %s into %s: %s", _images(contents), _where(cfg), folder, room)
+        raise UsageError(
+            f"data.cache_dir={unfinished.parent}: {room}; set data.cache_dir elsewhere, or a smaller data.image_size"
+        )
+    log.info("decoding %d images of %s into %s: %s", _images(contents), _where(cfg), unfinished.parent, room)
 
 
-def _stream(file: BinaryIO, contents: Contents, skipped: list[str], cfg: Data) -> str:
-    """Writes all but the checksum; returns the fingerprint."""
-    parts = contents.parts()
-    file.write(_header(contents, skipped, cfg.image_size))
-    file.write(bytes(2 * 3 * 8))  # mean and std, known at the end
-    digest = hashlib.sha256(json.dumps([contents.classes, _counted(contents)]).encode())
+def _stream(path: Path, contents: Contents, skipped: list[str], cfg: Data) -> str:
+    """Writes all but the checksum, the images first; returns the fingerprint."""
+    header = _header(contents, skipped, cfg.image_size)
+    labels = b"".join(np.asarray(part.labels, np.int64).tobytes() for part in contents.parts().values())
+    start, size = len(header) + STATISTICS + len(labels), 3 * cfg.image_size**2
+    about = json.dumps([contents.classes, _counted(contents)]).encode() + labels
+    fitted = len(contents.train.labels) + len(contents.val.labels)
 
-    def write(array: np.ndarray) -> None:
-        written = array.tobytes()
-        file.write(written)
-        digest.update(written)
-
-    for part in parts.values():
-        write(np.asarray(part.labels, np.int64))
-
-    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} images/s"), TimeRemainingColumn()
-    counts, done, began = np.zeros((3, len(LEVELS)), np.int64), 0, time.monotonic()
-    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"decoding {cfg.name}", total=_images(contents), rate=0.0)
-        for name, part in parts.items():
-            for image, histogram in _decoded(part, cfg):
-                write(image)
-                if name in ("train", "val"):
-                    counts += histogram
-                done += 1
-                progress.update(task, completed=done, rate=done / max(time.monotonic() - began, 1e-9))
-
-    fingerprint = digest.hexdigest()[: len(NO_FINGERPRINT)]
-    pixels = (len(contents.train.labels) + len(contents.val.labels)) * cfg.image_size**2
-    mean = counts @ LEVELS / pixels
-    std = np.sqrt(counts @ LEVELS**2 / pixels - mean**2)
-    file.seek(0)
-    file.write(_header(contents, skipped, cfg.image_size, fingerprint))
-    file.write((mean / 255).tobytes() + (std / 255).tobytes())
+    tally = resumed(path, start, cfg.image_size, CHUNK, partial(Tally, header, about, fitted))
+    with path.open("r+b" if tally.images else "wb") as file:
+        file.truncate(start + tally.images * size)
+        file.seek(0, os.SEEK_END)
+        _append(file, path, contents, cfg, tally)
+        fingerprint = tally.digest.hexdigest()[: len(NO_FINGERPRINT)]
+        mean, std = tally.mean_and_std()
+        file.seek(0)
+        file.write(_header(contents, skipped, cfg.image_size, fingerprint))
+        file.write((mean / 255).tobytes() + (std / 255).tobytes() + labels)
     return fingerprint
+
+
+def _append(file: BinaryIO, path: Path, contents: Contents, cfg: Data, tally: Tally) -> None:
+    """Decodes the images that the tally lacks, with a bar in a terminal and a line now and then elsewhere."""
+    before, total = tally.images, _images(contents)
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} images/s"), TimeRemainingColumn()
+    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"decoding {cfg.name}", total=total, completed=before, rate=0.0)
+        began = saved = time.monotonic()
+        for image, levels in _decoded(contents, cfg, before):
+            pixels = image.tobytes()
+            file.write(pixels)
+            tally.add(pixels, levels)
+            now = time.monotonic()
+            rate = (tally.images - before) / max(now - began, 1e-9)
+            progress.update(task, completed=tally.images, rate=rate)
+            if now - saved >= SAVE_EVERY:
+                save(file, path, tally)
+                saved = time.monotonic()
+                if not progress.console.is_terminal:
+                    left = (total - tally.images) / rate / 60
+                    log.info("%d of %d images, %.0f images/s, %.0f minutes left", tally.images, total, rate, left)
 
 
 def _images(contents: Contents) -> int:
@@ -393,19 +416,21 @@ def _counted(contents: Contents) -> list[int]:
     return [train, test, *([val, probe] if val or probe else [])]
 
 
-def _decoded(part: Part, cfg: Data) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each image of a part, [3, S, S] uint8, and how often each of its channels has each level, [3, 256] int64."""
+def _decoded(contents: Contents, cfg: Data, done: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The images after the first ``done``, [3, S, S] uint8, each with its `histogram`."""
 
     def with_histogram(picture: Picture) -> tuple[np.ndarray, np.ndarray]:
         image = decode(picture, cfg.image_size, cfg.resize, cfg.background)
-        return image, np.stack([np.bincount(channel.ravel(), minlength=len(LEVELS)) for channel in image])
+        return image, histogram(image)
 
-    count = 0
-    for each in in_threads(with_histogram, part.pictures, CHUNK):
-        yield each
-        count += 1
-    if count != len(part.labels):
-        raise UsageError(f"{count} images for {len(part.labels)} labels: the source is damaged; fetch it again")
+    for part in contents.parts().values():
+        count = min(done, len(part.labels))
+        done -= count
+        for each in in_threads(with_histogram, islice(part.pictures, count, None), CHUNK):
+            yield each
+            count += 1
+        if count != len(part.labels):
+            raise UsageError(f"{count} images for {len(part.labels)} labels: the source is damaged; fetch it again")
 
 
 def _header(

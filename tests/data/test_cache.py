@@ -100,8 +100,8 @@ def test_few_pictures_are_in_memory_at_once(config, tmp_path, monkeypatch):
         begun.append(picture.where)
         return decode(picture, *options)
 
-    def following(part, cfg):
-        for each in stream(part, cfg):
+    def following(*args):
+        for each in stream(*args):
             written.append(len(begun))
             yield each
 

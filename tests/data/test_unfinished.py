@@ -1,0 +1,317 @@
+"""Decoding that is cut short goes on where it was, and the cache has the bytes of an unbroken one."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from layouts import SIZE, random_image, write_folder, write_shard
+
+import src.data.cache as cache_module
+from src.data.cache import cached
+from src.data.unfinished import Tally, histogram
+from src.errors import UsageError
+
+COUNT = 30
+
+
+def folder(root: Path) -> Path:
+    return write_folder(root, {"train/a": 9, "train/b": 9, "val/a": 2, "val/b": 2, "test/a": 4, "test/b": 4})
+
+
+def shards(root: Path) -> Path:
+    for i, (split, count) in enumerate({"train": 18, "validation": 4, "test": 8}.items()):
+        write_shard(root / f"{split}-0.parquet", [0, 1] * (count // 2), seed=i)
+    return root
+
+
+def without_test(root: Path) -> Path:
+    return write_folder(root, {"a": 15, "b": 15})
+
+
+LAYOUTS = {"folder": ("image_folder", folder), "shards": ("parquet", shards), "held": ("image_folder", without_test)}
+
+
+@pytest.fixture
+def images(config, tmp_path):
+    return config("image_folder", folder(tmp_path / "images"))
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[str]:
+    """What has been decoded so far, four at a time, of which each is saved at once."""
+    monkeypatch.setattr(cache_module, "SAVE_EVERY", 0)
+    monkeypatch.setattr(cache_module, "CHUNK", 4)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which takes a tenth of a second on a busy disk
+    seen: list[str] = []
+    decode = cache_module.decode
+
+    def counting(picture, *options):
+        seen.append(picture.where)
+        return decode(picture, *options)
+
+    monkeypatch.setattr(cache_module, "decode", counting)
+    return seen
+
+
+def unbroken(cfg, tmp_path: Path) -> bytes:
+    whole = dataclasses.replace(cfg, cache_dir=str(tmp_path / "unbroken"))
+    cached(whole)
+    [path] = (tmp_path / "unbroken").glob("*.safetensors")
+    return path.read_bytes()
+
+
+def written(cfg) -> bytes:
+    [path] = Path(cfg.cache_dir).glob("*.safetensors")
+    return path.read_bytes()
+
+
+def only(cfg, suffix: str) -> Path:
+    [path] = Path(cfg.cache_dir).glob(f"*{suffix}")
+    return path
+
+
+def suffixes(cfg) -> set[str]:
+    return {path.suffix for path in Path(cfg.cache_dir).iterdir()}
+
+
+def interrupt(cfg, monkeypatch, place: int) -> None:
+    """Decodes until the image at that place, counted from 0, is wanted."""
+    stream = cache_module._decoded
+
+    def interrupted(*args):
+        for i, each in enumerate(stream(*args), args[-1]):
+            if i == place:
+                raise KeyboardInterrupt
+            yield each
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "_decoded", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cached(cfg)
+
+
+KILLED = """
+import json, os, signal, sys, time
+import src.data.cache as cache
+from src.config.schema import Data
+
+decode, begun = cache.decode, []
+
+def killing(picture, *options):
+    begun.append(picture)
+    if len(begun) == 21:
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return decode(picture, *options)
+
+cache.decode, cache.SAVE_EVERY, cache.CHUNK = killing, 0, 4
+cache.cached(Data(**json.loads(sys.argv[1])))
+"""
+
+
+def test_a_killed_process_is_gone_on_with(images, tmp_path, decoded):
+    killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(dataclasses.asdict(images))], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert suffixes(images) == {".lock", ".partial", ".saved"}
+    cached(images)
+    assert 0 < len(decoded) < 20
+    assert written(images) == unbroken(images, tmp_path)
+    assert suffixes(images) == {".lock", ".safetensors", ".verified"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("places", [(1,), (17,), (18,), (19, 23), (22, 29), (29, 29)])
+def test_wherever_it_is_interrupted_no_image_is_decoded_again(config, tmp_path, monkeypatch, decoded, layout, places):
+    name, write = LAYOUTS[layout]
+    cfg = config(name, write(tmp_path / "images"))
+    for place in places:
+        interrupt(cfg, monkeypatch, place)
+    decoded.clear()
+    cached(cfg)
+    assert len(decoded) == COUNT - places[-1]
+    assert written(cfg) == unbroken(cfg, tmp_path)
+
+
+def test_a_process_that_ends_before_anything_is_saved_leaves_nothing(images, monkeypatch):
+    interrupt(images, monkeypatch, 20)  # within the first ten seconds
+    assert suffixes(images) == {".lock"}
+
+
+def flip_a_pixel(partial: Path, saved: Path) -> None:
+    content = bytearray(partial.read_bytes())
+    content[-20 * 3 * SIZE**2] ^= 1
+    partial.write_bytes(content)
+
+
+def cut_the_images(partial: Path, saved: Path) -> None:
+    partial.write_bytes(partial.read_bytes()[:-1])
+
+
+def remove_the_images(partial: Path, saved: Path) -> None:
+    partial.unlink()
+
+
+def count_less(partial: Path, saved: Path) -> None:
+    saved.write_text(saved.read_text().replace("20 ", "19 ", 1))
+
+
+def count_more(partial: Path, saved: Path) -> None:
+    saved.write_text(saved.read_text().replace("20 ", "999999999999 ", 1))
+
+
+def empty_the_line(partial: Path, saved: Path) -> None:
+    saved.write_text("")
+
+
+def garble_the_line(partial: Path, saved: Path) -> None:
+    saved.write_bytes(b"\xff\xfe")
+
+
+def remove_the_line(partial: Path, saved: Path) -> None:
+    saved.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(flip_a_pixel, cut_the_images, remove_the_images, count_less, count_more),
+        *(empty_the_line, garble_the_line, remove_the_line),
+    ],
+)
+def test_what_is_damaged_is_decoded_from_the_start(images, tmp_path, monkeypatch, decoded, damage):
+    interrupt(images, monkeypatch, 20)
+    damage(only(images, ".partial"), only(images, ".saved"))
+    decoded.clear()
+    cached(images)
+    assert len(decoded) == COUNT
+    assert written(images) == unbroken(images, tmp_path)
+
+
+def test_what_is_longer_than_was_saved_is_cut(images, tmp_path, monkeypatch, decoded):
+    interrupt(images, monkeypatch, 20)
+    with only(images, ".partial").open("ab") as file:
+        file.write(b"x" * 40_000)
+    decoded.clear()
+    cached(images)
+    assert len(decoded) == COUNT - 20
+    assert written(images) == unbroken(images, tmp_path)
+
+
+def test_images_of_another_choice_are_not_gone_on_with(images, monkeypatch, decoded, caplog):
+    """The files are the same, but one could not be read when it was looked at, and is left out."""
+    interrupt(images, monkeypatch, 20)
+    decode, unread = cache_module.decode, []
+
+    def failing_once(picture, *options):
+        if picture.where.endswith("train/a/0.png") and not unread:
+            unread.append(picture)
+            raise UsageError(f"{picture.where}: Input/output error")
+        return decode(picture, *options)
+
+    monkeypatch.setattr(cache_module, "decode", failing_once)
+    decoded.clear()
+    opened = cached(dataclasses.replace(images, on_error="skip"))
+    assert len(opened.skipped) == 1
+    assert len(decoded) == (COUNT - 1) + (COUNT - 1)  # tried, and decoded
+    assert "holds other images: decoding from the start" in caplog.text
+    first = np.asarray(random_image(2)).transpose(2, 0, 1)
+    assert np.array_equal(opened.part("train").images[0], first)
+
+
+def change_an_image(images, monkeypatch) -> None:
+    random_image(99).save(Path(images.root) / "train/a/0.png")
+
+
+def change_the_format(images, monkeypatch) -> None:
+    monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
+
+
+@pytest.mark.parametrize("change", [change_an_image, change_the_format])
+def test_another_state_and_another_format_are_decoded_from_the_start(images, tmp_path, monkeypatch, decoded, change):
+    interrupt(images, monkeypatch, 20)
+    before = only(images, ".partial")
+    change(images, monkeypatch)
+    decoded.clear()
+    interrupt(images, monkeypatch, 5)
+    assert only(images, ".partial") != before, "the old one does not take the room of the new one"
+    cached(images)
+    assert len(set(decoded)) == COUNT
+    assert written(images) == unbroken(images, tmp_path)
+    assert suffixes(images) == {".lock", ".safetensors", ".verified"}
+
+
+def test_only_the_room_that_is_still_needed_is_asked_for(images, monkeypatch, decoded):
+    interrupt(images, monkeypatch, 20)
+    for_ten = SimpleNamespace(free=10 * 3 * SIZE**2)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: for_ten)
+    cached(images)
+
+
+def test_a_disk_that_fills_up_later_is_not_kept_full(images, monkeypatch, decoded):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UsageError, match="No space left on device; make room"):
+        cached(images)
+    assert decoded
+    assert suffixes(images) == {".lock"}
+
+
+def test_images_are_on_the_disk_before_they_are_counted(images, monkeypatch, decoded):
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noting(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).suffix)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    interrupt(images, monkeypatch, 3)
+    assert [suffix for suffix in synced if suffix] == [".partial", ".tmp"] * 3
+
+
+def test_where_there_is_no_terminal_lines_say_how_far_it_is(images, decoded, caplog):
+    with caplog.at_level("INFO"):
+        cached(images)
+    assert "20 of 30 images, " in caplog.text
+    assert " images/s, 0 minutes left" in caplog.text
+
+
+def test_the_line_tells_images_their_order_and_whose_they_are_apart():
+    one, other = (np.asarray(random_image(seed)).transpose(2, 0, 1) for seed in (1, 2))
+
+    def line(images, header=b"header", about=b"about") -> str:
+        tally = Tally(header, about, 1)
+        for image in images:
+            tally.add(image.tobytes(), histogram(image))
+        return tally.line
+
+    lines = [line([]), line([one]), line([other]), line([one, other]), line([other, one])]
+    lines += [line([one], header=b"another"), line([one], about=b"another")]
+    assert len(set(lines)) == len(lines)
+    assert line([one, other]) == line([one, other])
+
+
+def test_a_histogram_counts_each_level_of_each_channel():
+    image = np.zeros((3, 4, 4), np.uint8)
+    image[1, 0] = 255
+    image[2] = 7
+    levels = histogram(image)
+    assert levels.shape == (3, 256)
+    assert levels[0, 0] == 16
+    assert (levels[1, 0], levels[1, 255]) == (12, 4)
+    assert levels[2, 7] == levels.sum() - 32 == 16
