@@ -22,7 +22,7 @@ SETTLED = 2.0  # seconds, the coarsest clock of a usual file system
 
 
 class Pictures:
-    """The pictures of some files, each made when it is wanted: of a million they would take a gigabyte."""
+    """The pictures of some files, each made when it is wanted: of a million they would take 0.3 GB."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
