@@ -155,7 +155,9 @@ def test_images_that_have_gone_meanwhile_end_in_a_line(run, drawn, tmp_path, cac
 
 @pytest.mark.parametrize("place", ["run", "out"])
 def test_a_full_disk_is_one_line_that_names_the_file(run, drawn, tmp_path, cache_dir, monkeypatch, place):
-    (run / "embeddings.parquet").unlink(missing_ok=True)
+    write(run, f"out={tmp_path}/first.parquet")  # after which the images are decoded, whatever test came before
+    for file in [*tmp_path.iterdir(), run / "embeddings.parquet"]:
+        file.unlink(missing_ok=True)
     out = [f"out={tmp_path}/out.parquet"] if place == "out" else []
 
     def full(descriptor):
