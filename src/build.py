@@ -28,6 +28,9 @@ from src.support.search import FaissSearch, InvertedLists, Search, TorchSearch, 
 COMPILE_MODE = "reduce-overhead"
 
 
+RESNETS, RESNET_TINY = ("resnet18", "resnet34", "resnet50"), "resnet_tiny"  # any other backbone is timm's
+
+
 def device(name: str) -> torch.device:
     """``auto`` is the GPU where there is one.
 
@@ -87,9 +90,9 @@ def encoder(cfg: schema.Backbone, image_size: int) -> tuple[nn.Module, int]:
     match cfg.name:
         case _ if cfg._target_ is not None:
             model = make(cfg._target_, "backbone", nn.Module, **cfg.options)
-        case "resnet18" | "resnet34" | "resnet50":
+        case name if name in RESNETS:
             model = models.resnet(cfg.name, cfg.stem)  # type: ignore[arg-type]
-        case "resnet_tiny":
+        case name if name == RESNET_TINY:
             model = models.ResNetTiny(cfg.stem)  # type: ignore[arg-type]
         case name:
             model = models.timm_model(name, cfg.options)

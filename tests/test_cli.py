@@ -176,44 +176,27 @@ def test_mistakes_in_evaluate(typed, tmp_path, arguments, says):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("command", "arguments", "says"),
     [
-        ("run=begun", "format=None: choose one of pt2, onnx, timm, hf"),
-        ("run=begun format=pt3", "format=pt3: choose one of pt2, onnx, timm, hf"),
-        ("format=pt2", "give run=NAME"),
-        ("run=gone format=pt2", "run=gone: there is no such run"),
-        ("run=begun format=pt2", "run=begun: the run is RUNNING and has no encoder.safetensors"),
-        ("run=begun format=pt2 opset=3", "opset: unknown key"),
+        (cli.export, "run=begun", "format=None: choose one of pt2, onnx, timm, hf"),
+        (cli.export, "run=begun format=pt3", "format=pt3: choose one of pt2, onnx, timm, hf"),
+        (cli.export, "format=pt2", "give run=NAME"),
+        (cli.export, "run=gone format=pt2", "run=gone: there is no such run"),
+        (cli.export, "run=begun format=pt2", "run=begun: the run is RUNNING and has no encoder.safetensors"),
+        (cli.export, "run=begun format=pt2 opset=3", "opset: unknown key"),
+        (cli.embed, "", "give run=NAME"),
+        (cli.embed, "run=gone", "run=gone: there is no such run"),
+        (cli.embed, "run=begun", "run=begun: the run is RUNNING and has no encoder.safetensors"),
+        (cli.embed, "run=begun data.root=here", "data.root"),
+        (cli.embed, "run=begun data=nothing", "data=nothing"),
+        (cli.embed, "run=begun format=pt2", "format: unknown key"),
     ],
 )
-def test_mistakes_in_export(typed, tmp_path, arguments, says):
+def test_mistakes_in_what_takes_a_finished_run(typed, tmp_path, command, arguments, says):
     folder = tmp_path / "multirun/begun"
     folder.mkdir(parents=True)
     Record.new("begun", "study").save(folder)
-    status, stderr = typed(cli.export, *arguments.split())
-    assert status == 2
-    assert stderr.startswith("error: ")
-    assert says in stderr
-    assert stderr.count("\n") == 1
-    assert [path.name for path in folder.iterdir()] == ["run.json"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ("", "give run=NAME"),
-        ("run=gone", "run=gone: there is no such run"),
-        ("run=begun", "run=begun: the run is RUNNING and has no encoder.safetensors"),
-        ("run=begun data.root=here", "data.root"),
-        ("run=begun data=nothing", "data=nothing"),
-        ("run=begun format=pt2", "format: unknown key"),
-    ],
-)
-def test_mistakes_in_embed(typed, tmp_path, arguments, says):
-    folder = tmp_path / "multirun/begun"
-    folder.mkdir(parents=True)
-    Record.new("begun", "study").save(folder)
-    status, stderr = typed(cli.embed, *arguments.split())
+    status, stderr = typed(command, *arguments.split())
     assert status == 2
     assert stderr.startswith("error: ")
     assert says in stderr

@@ -32,7 +32,6 @@ from src.system.redact import one_line
 from src.system.regular_file import open_regular
 
 ENCODER = "encoder.safetensors"  # in a run's folder
-_NOT_OF_TIMM = ("resnet18", "resnet34", "resnet50", "resnet_tiny")  # what `src.build.encoder` makes without timm
 
 
 class Encoder(nn.Module):
@@ -161,7 +160,7 @@ def load_encoder(path: str | Path) -> Encoder:
 
 def is_of_timm(facts: Mapping[str, Any]) -> bool:
     """Whether the architecture's name is timm's."""
-    return facts["architecture"] not in _NOT_OF_TIMM and "_target_" not in facts["options"]
+    return facts["architecture"] not in (*build.RESNETS, build.RESNET_TINY) and "_target_" not in facts["options"]
 
 
 def read_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:

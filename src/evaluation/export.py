@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from src.evaluation import model_card
 from src.evaluation.encoder import ENCODER, Encoder, Run, finished_run, is_of_timm
 from src.runs import directory as run_directory
 from src.system.atomic_write import write_whole
+from src.system.extras import require
 from src.system.redact import one_line
 
 ATOL = RTOL = 1e-4  # within which an exported program's features equal those of the encoder
@@ -47,7 +47,7 @@ def _pt2(run: Run) -> tuple[Path, str]:
 
 
 def _onnx(run: Run) -> tuple[Path, str]:
-    onnxruntime, *_ = map(_require, ("onnxruntime", "onnx", "onnxscript"))
+    onnxruntime, *_ = (require(each, "export", "format=onnx") for each in ("onnxruntime", "onnx", "onnxscript"))
     program = _program(run.encoder)
     try:
         exported = torch.onnx.export(
@@ -149,11 +149,3 @@ def _check(encoder: Encoder, exported: Callable[[Tensor], Tensor]) -> None:
 def _images(encoder: Encoder) -> Tensor:
     size = encoder.image_size
     return torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def _require(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        remedy = "pip install --constraint constraints.txt '.[export]'"
-        raise UsageError(f"format=onnx: needs {package}: {remedy}") from None

@@ -8,7 +8,6 @@ longer has the job.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import time
@@ -26,6 +25,7 @@ from src.sweeps.jobs import Job
 from src.sweeps.launcher import JobLauncher
 from src.sweeps.worker import Work
 from src.system.atomic_write import write_whole
+from src.system.extras import require
 from src.system.stopping import Stopper
 
 
@@ -62,11 +62,7 @@ class ClusterLauncher(JobLauncher):
     grace_seconds = 20.0  # a shared file system may show a job's status so late
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        try:
-            importlib.import_module(self.package)
-        except ImportError:
-            remedy = f"pip install --constraint constraints.txt '.[{self.extra}]'"
-            raise UsageError(f"hydra/launcher={self.extra}: needs {self.package}: {remedy}") from None
+        require(self.package, self.extra, f"hydra/launcher={self.extra}")
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         self.submitted: list[Submitted] = []
         self.asked = 0.0

@@ -5,6 +5,7 @@ import pytest
 from layouts import SIZE
 
 from src.config.schema import Data
+from src.data import cache as cache_module
 
 
 @pytest.fixture
@@ -23,3 +24,17 @@ def config(tmp_path) -> Callable[..., Data]:
         return Data(name=name, root=root and str(root), **{**defaults, **changes})
 
     return make
+
+
+@pytest.fixture
+def decodings(monkeypatch) -> list[str]:
+    """What has been decoded so far."""
+    seen: list[str] = []
+    decode = cache_module.decode
+
+    def counting(picture, *options):
+        seen.append(picture.where)
+        return decode(picture, *options)
+
+    monkeypatch.setattr(cache_module, "decode", counting)
+    return seen

@@ -22,20 +22,6 @@ def folder(tmp_path) -> Path:
     return write_folder(tmp_path / "images", {"train/a": 5, "train/b": 4, "test/a": 2, "test/b": 1})
 
 
-@pytest.fixture
-def decodings(monkeypatch) -> list[str]:
-    """What has been decoded so far."""
-    seen: list[str] = []
-    decode = cache_module.decode
-
-    def counting(picture, *options):
-        seen.append(picture.where)
-        return decode(picture, *options)
-
-    monkeypatch.setattr(cache_module, "decode", counting)
-    return seen
-
-
 def files(cfg) -> list[Path]:
     return sorted(Path(cfg.cache_dir).glob("*.safetensors"))
 

@@ -45,20 +45,12 @@ def images(config, tmp_path):
 
 
 @pytest.fixture
-def decoded(monkeypatch) -> list[str]:
+def decoded(decodings, monkeypatch) -> list[str]:
     """What has been decoded so far, four at a time, of which each is saved at once."""
     monkeypatch.setattr(cache_module, "SAVE_EVERY", 0)
     monkeypatch.setattr(cache_module, "CHUNK", 4)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which takes a tenth of a second on a busy disk
-    seen: list[str] = []
-    decode = cache_module.decode
-
-    def counting(picture, *options):
-        seen.append(picture.where)
-        return decode(picture, *options)
-
-    monkeypatch.setattr(cache_module, "decode", counting)
-    return seen
+    return decodings
 
 
 def unbroken(cfg, tmp_path: Path) -> bytes:
