@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_type_hints
 
 from src.config.renamed import flatten, modern
-from src.config.schema import Config, KMeans, WithTeacher
+from src.config.schema import OBJECTIVES, SUPPORTS, Config, KMeans
 from src.errors import UsageError
 from src.system.redact import hide_in_settings
 
@@ -23,6 +23,10 @@ NOT_IN_HASH = (
     *("method.label", "method.colour", "support.label", "support.colour"),
 )
 LOG_SIZE = "support_set_size_log10"  # a param in MLflow alone, whose charts have no logarithm of a param
+# How the stored vectors have a say in the loss: where nothing is stored, it makes no difference.
+SAY_OF_STORED = tuple(
+    f"objective.{key}" for key in ("same_prototype", "neighbours", "teacher_temperature", "student_temperature")
+)
 DERIVED = ("support_set_size", LOG_SIZE, "support_bytes", "encoder_parameters", "skipped_images")  # follow from them
 
 
@@ -49,6 +53,24 @@ def without_neutral(node: Any) -> dict[str, Any]:
     return kept
 
 
+def with_neutral(params: Mapping[str, str]) -> dict[str, str]:
+    """A record's params, and the neutral defaults of the settings that did not exist when it was made."""
+    chosen: dict[str, Mapping[str, type]] = {"support": SUPPORTS, "objective": OBJECTIVES}
+
+    def defaults(node: type, prefix: str) -> Iterator[tuple[str, str]]:
+        hints = get_type_hints(node)
+        for each in fields(node):
+            key = f"{prefix}{each.name}"
+            kind = chosen[key].get(params.get(f"{key}.name", "")) if key in chosen else hints[each.name]
+            default = each.default if each.default_factory is MISSING else each.default_factory()
+            if is_dataclass(kind):
+                yield from defaults(cast(type, kind), f"{key}.")
+            elif default not in (MISSING, None, {}):
+                yield key, str(default)
+
+    return dict(defaults(Config, "")) | dict(params)
+
+
 def inert(cfg: Config) -> set[str]:
     """The settings that other settings keep from having any effect."""
     keys: set[str] = set()
@@ -67,8 +89,8 @@ def inert(cfg: Config) -> set[str]:
         keys.add("objective.same_prototype")
     if not cfg.objective.decorrelation:
         keys.add("objective.off_diagonal")
-    if isinstance(cfg.objective, WithTeacher) and cfg.support.name == "none":  # how the stored vectors have a say
-        keys |= {f"objective.{key}" for key in ("neighbours", "teacher_temperature", "student_temperature")}
+    if cfg.support.name == "none":
+        keys |= set(SAY_OF_STORED)
     keys.add("objective.name")  # a preset of the settings beside it
     if cfg.method._target_ is not None:  # which is not told them
         keys |= {f"objective.{each.name}" for each in fields(cfg.objective)}

@@ -93,7 +93,7 @@ def dots(rows: Sequence[Row]) -> Figure:
     metric = next(iter(PLOTTED))
     found = sorted((row for row in rows if row.values(metric)), key=lambda row: row.mean(metric))[-MOST_DOTS:]
     figure = Figure(figsize=(7.2, 1.1 + 0.165 * len(found)), layout="constrained")
-    controls = [row for row in found if row.method == "nothing_stored"]
+    controls = [row for row in found if row.is_control]
     panels = figure.subplots(1, len(PLOTTED), sharey=True)
     for axes, (figure_name, title) in zip(panels, PLOTTED.items(), strict=True):
         for place, row in enumerate(found):

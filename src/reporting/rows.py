@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from src.config.identity import is_protocol, is_setting
+from src.config.identity import SAY_OF_STORED, is_protocol, is_setting, with_neutral
 from src.config.names import COLOURS, LABELS, UNTRAINED, colour_of, label_of
 from src.config.renamed import modern
 from src.errors import UsageError
@@ -41,6 +41,12 @@ class Row:
     variant: str  # "key=value, ..." of the settings that, besides method and size, tell the report's rows apart
     label: str  # the method, and of the variant what is unusual
     runs: tuple[Record, ...]
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it does what others do, and stores nothing."""
+        stores_nothing = self.runs[0].params.get("support.name") == "none"
+        return stores_nothing and self.method not in (UNTRAINED, "simclr")
 
     @property
     def title(self) -> str:
@@ -110,21 +116,20 @@ def control_of(row: Row, rows: Sequence[Row]) -> Row | None:
     They agree in every setting that both have, but for what belongs to the support set. SimCLR is the control's own
     other loss, so it need not agree in the objective.
     """
-    free: tuple[str, ...] = ("method.", "support.", "k", "queue_size", "seed")
-    free += ("objective.",) if row.method == "simclr" else ()
-
-    if row.method == UNTRAINED:
+    is_simclr = row.method == "simclr"
+    if row.method == UNTRAINED or row.is_control:
         return None
+    free = ("method.", "support.", "k", "queue_size", "seed", *(("objective.",) if is_simclr else SAY_OF_STORED))
 
     def agree(one: Mapping[str, str], two: Mapping[str, str]) -> bool:
         shared = [key for key in one.keys() & two.keys() if not key.startswith(free)]
-        return all(one[key] == two[key] for key in shared)
+        return one.get("method._target_") == two.get("method._target_") and all(one[key] == two[key] for key in shared)
 
     found = [
         other
         for other in rows
-        if other.method == "nothing_stored"
-        and other is not row
+        if other.is_control
+        and (other.method == "nothing_stored" or not is_simclr)
         and agree(settings(row.runs[0]), settings(other.runs[0]))
     ]
     return found[0] if len(found) == 1 else None
@@ -228,7 +233,7 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
         if reason := _unusable(run):
             unfinished.append(f"{run.name} ({reason})")
         else:
-            usable = replace(run, params=modern(run.params))
+            usable = replace(run, params=with_neutral(modern(run.params)))
             repeats[frozenset(settings(usable).items())].append(usable)
     notes = [f"left out: {', '.join(unfinished)}"] if unfinished else []
     notes += [

@@ -99,7 +99,7 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     """
     chosen = "val/linear_top1"
     trained = [row for row in rows if row.method != UNTRAINED]
-    controls = [row for row in trained if row.method == "nothing_stored"]
+    controls = [row for row in trained if row.is_control]
     named = {"nothing_stored": controls[0]} if len(controls) == 1 else {}
     numbers: dict[str, float] = {}
     if candidates := [row for row in trained if row.values(chosen)]:

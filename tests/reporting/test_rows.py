@@ -77,6 +77,20 @@ def test_a_setting_that_only_some_runs_have_keeps_them_apart():
     assert sorted(row.variant for row in rows) == ["", "data.limit=100"]
 
 
+def test_a_run_from_before_a_setting_existed_is_of_one_row_with_later_ones():
+    """The neutral default of a setting is what was done before it, and both have the same hash."""
+    later = {"optimizer.decay_all": "False", "support.precision": "float32", "schedule.milestones": "[]"}
+    old, new = run("nnclr", 64), run("nnclr", 64, seed=1, **later)
+    rows, notes = summarise([old, new])
+    assert [(row.variant, len(row.runs)) for row in rows] == [("", 2)]
+    assert notes == []
+    other = run("nnclr", 64, seed=2, **(later | {"optimizer.decay_all": "True"}))
+    assert sorted((row.variant, len(row.runs)) for row in summarise([old, new, other])[0]) == [
+        ("optimizer.decay_all=False", 2),
+        ("optimizer.decay_all=True", 1),
+    ]
+
+
 def test_settings_of_a_method_are_compared_among_its_own_runs_only():
     runs = [run("simclr", **{"method.temperature": "0.1"}), run("kmclr", 50), run("kmclr", 400)]
     assert [row.variant for row in summarise(runs)[0]] == ["", "", ""]
@@ -211,6 +225,17 @@ def test_seeds_that_only_one_of_two_rows_has_are_no_pair():
     assert difference(rows[1], rows[0], "of nobody").pairs == 0
 
 
+def test_beside_a_teacher_the_control_is_byol():
+    def taught(method, support, **more):
+        settings = {"support.name": support, "objective.name": "teacher", "objective.momentum": "0.99"}
+        return run(method, **settings, **more)
+
+    runs = [taught("byol", "none"), taught("mnn", "queue", **{"objective.neighbours": "5"}), run("kmclr", 50)]
+    rows, _ = summarise([*runs, taught("mine", "none", **{"method._target_": "mine.Method"}), run("simclr")])
+    controls = {row.name: getattr(control_of(row, rows), "name", None) for row in rows}
+    assert controls == {"BYOL": None, "MNN": "BYOL", "KMCLR": None, "mine": None, "SimCLR": None}
+
+
 def test_the_control_does_the_same_but_for_what_it_stores():
     def weighed(method, size, weight):
         more = {"method.support_weight": weight, "method.predictor_hidden": "0"}
@@ -228,5 +253,9 @@ def test_the_control_does_the_same_but_for_what_it_stores():
     (one, two), _ = summarise([weighed("nnclr", 0, "0.5"), run("simclr")])
     assert control_of(one, [one, two]) is two
     assert control_of(two, [one, two]) is None
+    negative = run("kmclr", 50, **{"method.support_weight": "0.5", "method.same_prototype": "negative"})
+    later = run("nnclr", 0, **{"method.support_weight": "0.5", "method.same_prototype": "mask"})
+    rows, _ = summarise([negative, later])
+    assert control_of(rows[1], rows) is rows[0]  # which no prototype could mask anything in
     rows, _ = summarise([weighed("nnclr", 0, "0.5"), run("simclr", epochs="9")])
     assert control_of(rows[0], rows) is None  # of other epochs

@@ -235,7 +235,7 @@ def test_a_summarys_best_row_is_the_one_that_is_best_on_validation():
     fair = run("kmclr", 50, top1=60)
     lucky = replace(fair, params=fair.params | {"k": "400", "support_set_size": "400"})
     lucky = replace(lucky, metrics=fair.metrics | {"test/linear_top1": 70.0, "val/linear_top1": 10.0})
-    control = run("nothing_stored", top1=40)
+    control = run("nnclr", top1=40)
     found = summary(summarise([fair, lucky, control])[0])
     assert (found["best/support_set_size"], found["best/test/linear_top1"]) == (50, 60)
     assert found["nothing_stored/test/linear_top1"] == 40
