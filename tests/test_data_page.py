@@ -8,9 +8,12 @@ from src.config.parse import parse
 from src.data import load
 from tests.config.test_schema import composed
 from tests.conftest import PROJECT
+from tests.data.archives import write_imagenette, write_stl10
 from tests.data.layouts import write_flat, write_folder, write_shard
 
 PAGE = (PROJECT / "docs" / "data.md").read_text()
+CLASSES = (("dogs", "cats"), ("n01440764", "n02102040"))
+ARCHIVES = {"DIR/stl10_binary.tar.gz": write_stl10, "DIR/imagenette2-160.tgz": write_imagenette}
 ROWS = re.findall(r"^\| (.*) \| `(data=.*)` \|$", PAGE, re.MULTILINE)
 
 
@@ -20,8 +23,8 @@ def build(root, places, columns):
         path = root / place.removeprefix("DIR/")
         if path.suffix == ".parquet":
             write_shard(path, [0, 1] * 12, *columns, seed=seed)
-        elif path.parent.name in ("dogs", "cats"):
-            for name in ("dogs", "cats"):
+        elif classes := next((pair for pair in CLASSES if path.parent.name in pair), None):
+            for name in classes:
                 if not (path.parent.parent / name).exists():
                     write_folder(path.parent.parent, {name: 12}, seed=1000 * seed + 100 * len(name))
         else:
@@ -35,9 +38,14 @@ def test_each_layout_loads_as_its_row_says(tmp_path, monkeypatch, layout, line):
         build(root, ["DIR/train-0.parquet"], ())
         monkeypatch.setattr("src.data.hub.download", lambda cfg: root)
     columns = ("img", "fine_label") if "cifar100" in line or "img" in line else ()
-    build(root, re.findall(r"`(DIR/[^`]*)`", layout), columns)
+    places = re.findall(r"`(DIR/[^`]*)`", layout)
+    if archives := [ARCHIVES[place] for place in places if place in ARCHIVES]:
+        archives[0](root, monkeypatch)
+    else:
+        build(root, places, columns)
     overrides = [each.replace("DIR", str(root)) for each in line.split()]
-    dataset = load(parse(composed(*overrides, f"data.cache_dir={tmp_path}/cache", "data.image_size=8")).data)
+    small = [f"data.cache_dir={tmp_path}/cache", "data.image_size=8", "data.val_fraction=0.1"]
+    dataset = load(parse(composed(*overrides, *small)).data)
     assert len(dataset.train) > 0
     assert len(dataset.val) > 0
     unlabelled = "no labels" in layout

@@ -9,7 +9,8 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -44,6 +45,24 @@ class Part(NamedTuple):
 
 
 NOTHING = Part([], [])
+
+
+class Arrays:
+    """The pictures of [N, H, W] grey or [N, H, W, 3] colour images, uint8, each made when it is wanted.
+
+    Args:
+        name: of the data set, for error messages.
+        images: which may be on the disk.
+    """
+
+    def __init__(self, name: str, images: np.ndarray) -> None:
+        self.name, self.images = name, images
+
+    def __iter__(self) -> Iterator[Picture]:
+        from PIL import Image
+
+        for i, image in enumerate(self.images):
+            yield Picture(f"{self.name} image {i}", partial(Image.fromarray, image))
 
 
 class Contents(NamedTuple):

@@ -6,7 +6,6 @@ without reading a single image.
 
 from __future__ import annotations
 
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,13 @@ import numpy as np
 
 from src.config.outside import blamed, make
 from src.config.schema import Data
-from src.data.decoding import Contents, Part, Picture, Source
+from src.data.decoding import Arrays, Contents, Part, Source
+from src.data.downloads import DOWNLOADED
 from src.data.folders import image_folder
 from src.data.hub import hub
 from src.data.parquet import parquet
 from src.data.roles import hold_out_test
 from src.errors import UsageError
-
-CIFAR_MD5 = {  # of torchvision's archives, whose content it checks
-    "cifar10": "c58f30108f718f92721af3b95e74349a",
-    "cifar100": "eb9058c3a382ffc7106e4002c42a8d85",
-}
 
 
 def root_of(cfg: Data) -> Path | None:
@@ -47,18 +42,21 @@ def find(cfg: Data) -> Source:
     root = root_of(cfg)
     if root is None:
         raise UsageError(f"data.root is not set: data={cfg.name} needs data.root=DIR, the folder of the images")
-    if cfg.name in ("cifar10", "cifar100"):
-        return cifar(cfg.name, root)
+    if cfg.name in DOWNLOADED:
+        return DOWNLOADED[cfg.name](cfg, root)
     if not root.is_dir():
         raise UsageError(
             f"data.root={root}: {'not a folder' if root.exists() else 'no such folder'}; set data.root=DIR"
         )
+    if cfg.name == "imagenet":
+        return imagenet(cfg, root)
     if cfg.name == "image_folder":
         return image_folder(root, cfg.train_split, cfg.test_split)
     if cfg.name == "parquet":
         columns = cfg.image_column or "image", cfg.label_column or "label"
         return parquet(root, *columns, cfg.config, cfg.train_split, cfg.test_split)
-    raise UsageError(f"data.name={cfg.name}: unknown; choose cifar100, cifar10, digits, hub, image_folder or parquet")
+    known = "cifar100, cifar10, digits, hub, image_folder, imagenet, imagenette, parquet or stl10"
+    raise UsageError(f"data.name={cfg.name}: unknown; choose {known}")
 
 
 def outside(path: str, options: dict[str, Any]) -> Source:
@@ -80,49 +78,26 @@ def digits() -> Source:
 
         bunch = load_digits()
         grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-        everything = Part(bunch.target.tolist(), _arrays("digits", grey))
+        everything = Part(bunch.target.tolist(), Arrays("digits", grey))
         return Contents([str(name) for name in bunch.target_names], *hold_out_test(everything))
 
     return Source(f"scikit-learn {version('scikit-learn')}", read)
 
 
-def cifar(name: str, root: Path) -> Source:
-    """CIFAR-10 or CIFAR-100, from Hugging Face shards in ``root`` (or ``root/name``), or as torchvision keeps it.
+def imagenet(cfg: Data, root: Path) -> Source:
+    """ImageNet as its users keep it: folders of synsets in ``train`` and ``val``, or the hub's parquet shards.
 
-    torchvision downloads into ``root`` what is not there. It also checks MD5 sums of a fixed content, which therefore
-    serve as the stamp, written here because a sweep that looks for its images would wait seconds for torchvision.
+    Raises:
+        UsageError: If neither is there, or the validation images lie in ``val`` itself, as their archive has them.
     """
-    for folder in (root, root / name):
-        if any(folder.glob("train-*.parquet")):
-            return parquet(folder, "img", "fine_label" if name == "cifar100" else "label")
-
-    def read() -> Contents:
-        from torchvision import datasets
-
-        kind = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
-        existed = root.exists()
-        try:
-            train, test = kind(root, train=True, download=True), kind(root, train=False)
-        except (OSError, RuntimeError) as error:
-            if not existed and root.is_dir() and not any(root.iterdir()):
-                root.rmdir()  # torchvision makes it before it tries
-            reason = " ".join(str(error).split())
-            raise UsageError(
-                f"data.root={root}: {name} is not there and its download failed ({reason}); put "
-                f"{kind.filename}, or Hugging Face shards train-*.parquet and test-*.parquet, into that folder; "
-                "data=digits needs no download"
-            ) from error
-        return Contents(
-            train.classes,
-            train=Part(train.targets, _arrays(name, train.data)),
-            test=Part(test.targets, _arrays(name, test.data)),
-        )
-
-    return Source(f"torchvision {CIFAR_MD5[name]}", read)
-
-
-def _arrays(name: str, images: np.ndarray) -> list[Picture]:
-    """Pictures of [N, H, W] grey or [N, H, W, 3] colour images, uint8."""
-    from PIL import Image
-
-    return [Picture(f"{name} image {i}", partial(Image.fromarray, image)) for i, image in enumerate(images)]
+    train, val = root / "train", root / "val"
+    if train.is_dir() and any(each.is_dir() for each in train.iterdir()):
+        if val.is_dir() and not any(each.is_dir() for each in val.iterdir()):
+            raise UsageError(f"{val}: its images have no labels; move each into the folder of its synset (nXXXXXXXX)")
+        return image_folder(root, cfg.train_split, cfg.test_split)
+    if any(root.rglob("*.parquet")):
+        return parquet(root, "image", "label", None, cfg.train_split, cfg.test_split)
+    raise UsageError(
+        f"data.root={root}: holds neither train/nXXXXXXXX and val/nXXXXXXXX nor train-*.parquet; nobody may pass "
+        "ImageNet on, so unpack it there from image-net.org, or: hf download --repo-type dataset ILSVRC/imagenet-1k"
+    )

@@ -6,6 +6,8 @@ from layouts import SIZE
 
 from src.config.schema import Data
 from src.data import cache as cache_module
+from src.data import load
+from src.errors import UsageError
 
 
 @pytest.fixture
@@ -38,3 +40,17 @@ def decodings(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(cache_module, "decode", counting)
     return seen
+
+
+@pytest.fixture
+def refusal(config) -> Callable[..., str]:
+    """Loads and returns the message of the UsageError that must follow, which must be one line."""
+
+    def load_and_fail(*args, **kwargs) -> str:
+        with pytest.raises(UsageError) as caught:
+            load(config(*args, **kwargs))
+        message = str(caught.value)
+        assert "\n" not in message
+        return message
+
+    return load_and_fail

@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from src.data import Dataset
+
 SIZE = 8
 
 
@@ -78,3 +80,9 @@ def write_flat(folder: Path, count: int, seed: int = 0) -> Path:
     for i in range(count):
         random_image(1000 * seed + i).save(folder / f"{i:03}.png")
     return folder
+
+
+def all_images(dataset: Dataset) -> tuple[np.ndarray, list[int], np.ndarray, list[int]]:
+    """Training images with labels, then test images with labels, of a data set loaded with ``final``."""
+    train, test = dataset.train, dataset.test
+    return train.images.numpy(), train.labels.tolist(), test.images.numpy(), test.labels.tolist()

@@ -12,7 +12,6 @@ from layouts import LAYOUTS, encoded, random_image, write_folder, write_set
 import src.data.cache as cache_module
 from src.data import load
 from src.data.cache import fingerprint, known_fingerprint
-from src.data.sources import CIFAR_MD5
 from src.errors import UsageError
 
 
@@ -175,10 +174,3 @@ def test_other_images_than_the_config_names_are_refused(images, config):
         with pytest.raises(UsageError, match=rf"^data\.root={images.root}: holds other images \({found}\).*set") as e:
             ask(other)
         assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_the_checksums_are_those_of_torchvision(name):
-    from torchvision import datasets
-
-    assert CIFAR_MD5[name] == getattr(datasets, name.upper()).tgz_md5

@@ -1,13 +1,11 @@
-import pickle
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from layouts import SIZE, encoded, pixels, random_image, write_folder, write_shard
+from layouts import SIZE, all_images, encoded, pixels, random_image, write_flat, write_folder, write_shard
 from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -21,36 +19,14 @@ from tests.config.test_schema import composed
 CONF = Path(__file__).parents[2] / "conf" / "data"
 
 
-@pytest.fixture
-def refusal(config):
-    """Loads and returns the message of the UsageError that must follow, which must be one line."""
-
-    def load_and_fail(*args, **kwargs) -> str:
-        with pytest.raises(UsageError) as caught:
-            load(config(*args, **kwargs))
-        message = str(caught.value)
-        assert "\n" not in message
-        return message
-
-    return load_and_fail
-
-
-def all_images(dataset) -> np.ndarray:
-    """Training images with labels, then test images with labels, of a data set loaded with ``final``."""
-    return (
-        dataset.train.images.numpy(),
-        dataset.train.labels.tolist(),
-        dataset.test.images.numpy(),
-        dataset.test.labels.tolist(),
-    )
-
-
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
 def test_config_files_fit_the_schema_and_share_their_defaults(path):
     node = composed(f"data={path.stem}").data
     cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Data), node))
     assert cfg.name == path.stem
-    assert (cfg.image_size, cfg.cache_dir, cfg.val_fraction) == (32, "data/cache", 0.1)
+    sizes, fractions = {"stl10": 96, "imagenet": 224, "imagenette": 160}, {"imagenet": 0.02}
+    assert (cfg.image_size, cfg.val_fraction) == (sizes.get(cfg.name, 32), fractions.get(cfg.name, 0.1))
+    assert cfg.cache_dir == "data/cache"
     assert (cfg.split_seed, cfg.limit, cfg.final) == (0, None, False)
     assert ("root" in node) == (cfg.name not in ("digits", "hub"))
     assert ("image_column" in node) == (cfg.name in ("parquet", "hub"))
@@ -429,67 +405,30 @@ class TestParquet:
         assert f"{tmp_path / 'train-0.parquet'} row 5: truncated, or not an image" in refusal("parquet", tmp_path)
 
 
-class TestCifar:
-    @pytest.mark.parametrize(("name", "label_column"), [("cifar10", "label"), ("cifar100", "fine_label")])
-    @pytest.mark.parametrize("folder", ["", "as on the hub"])
-    def test_parquet_shards(self, config, tmp_path, name, label_column, folder):
-        root = tmp_path / name if folder else tmp_path
-        images = write_shard(root / "train-00000-of-00001.parquet", [0, 1, 1], "img", label_column, names=["a", "b"])
-        write_shard(root / "test-00000-of-00001.parquet", [0], "img", label_column, names=["a", "b"])
-        dataset = load(config(name, tmp_path, final=True))
-        assert dataset.classes == ["a", "b"]
-        assert np.array_equal(dataset.train.images, pixels(images))
+class TestImagenet:
+    def test_folders_of_synsets(self, config, tmp_path):
+        counts = {"train/n01440764": 6, "train/n02102040": 6, "val/n01440764": 2, "val/n02102040": 1}
+        dataset = load(config("imagenet", write_folder(tmp_path, counts, ".JPEG"), final=True))
+        assert dataset.classes == ["n01440764", "n02102040"]
+        assert dataset.train.labels.tolist() == [0] * 6 + [1] * 6
+        assert dataset.test.labels.tolist() == [0, 0, 1]
 
-    def test_shards_of_the_other_cifar(self, refusal, tmp_path):
-        write_shard(tmp_path / "train-0.parquet", [0, 1], "img", "fine_label")
-        write_shard(tmp_path / "test-0.parquet", [0, 1], "img", "fine_label")
-        assert "no column label; it has img, fine_label" in refusal("cifar10", tmp_path)
+    def test_the_hubs_shards_whose_test_labels_are_hidden(self, config, tmp_path):
+        names = ["tench, Tinca tinca", "goldfish"]
+        write_shard(tmp_path / "data/train-00000-of-00001.parquet", [0, 1] * 6, names=names)
+        write_shard(tmp_path / "data/validation-00000-of-00001.parquet", [1, 0], names=names, seed=1)
+        write_shard(tmp_path / "data/test-00000-of-00001.parquet", [-1] * 4, names=names, seed=2)
+        dataset = load(config("imagenet", tmp_path, final=True))
+        assert dataset.classes == names
+        assert dataset.test.labels.tolist() == [1, 0]
 
-    @pytest.mark.parametrize(("name", "key"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
-    def test_files_of_torchvision(self, config, tmp_path, monkeypatch, name, key):
-        """A folder in torchvision's layout, with the published checksums replaced by those of a few random images."""
-        from torchvision import datasets
-        from torchvision.datasets.utils import calculate_md5
+    def test_validation_images_as_the_archive_has_them_are_refused(self, refusal, tmp_path):
+        write_folder(tmp_path, {"train/n01440764": 6, "train/n02102040": 6})
+        write_flat(tmp_path / "val", 4)
+        message = refusal("imagenet", tmp_path)
+        assert f"{tmp_path / 'val'}: its images have no labels; move each into the folder of its synset" in message
 
-        kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-        folder = tmp_path / kind.base_folder
-        folder.mkdir()
-        images, labels = {}, {}
-
-        def checksums(files: list) -> list:
-            for file, _ in files:
-                images[file] = np.random.default_rng(len(images)).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
-                labels[file] = [len(images) % 3, 0, 1, 2]
-                (folder / file).write_bytes(pickle.dumps({"data": images[file].reshape(4, -1), key: labels[file]}))
-            return [[file, calculate_md5(folder / file)] for file, _ in files]
-
-        monkeypatch.setattr(kind, "train_list", checksums(kind.train_list))
-        monkeypatch.setattr(kind, "test_list", checksums(kind.test_list))
-        (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: ["x", "y", "z"]}))
-        monkeypatch.setattr(kind, "meta", kind.meta | {"md5": calculate_md5(folder / kind.meta["filename"])})
-
-        dataset = load(config(name, tmp_path, image_size=32, final=True))
-        train_images, train_labels, test_images, test_labels = all_images(dataset)
-        assert dataset.classes == ["x", "y", "z"]
-        assert np.array_equal(train_images, np.concatenate([images[file] for file, _ in kind.train_list]))
-        assert train_labels == [label for file, _ in kind.train_list for label in labels[file]]
-        assert np.array_equal(test_images, images[kind.test_list[0][0]])
-        assert test_labels == labels[kind.test_list[0][0]]
-
-    @pytest.mark.parametrize(
-        ("name", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz")]
-    )
-    def test_without_a_network_one_line_says_what_to_do(self, refusal, tmp_path, monkeypatch, name, archive):
-        def no_network(*args, **kwargs):
-            raise URLError("Temporary failure\nin name resolution")
-
-        monkeypatch.setattr("urllib.request.urlopen", no_network)
-        message = refusal(name, tmp_path / "root")
-        for part in (
-            f"data.root={tmp_path / 'root'}",
-            archive,
-            "train-*.parquet",
-            "Temporary failure in name",
-            "data=digits",
-        ):
+    def test_where_there_is_nothing_one_line_says_where_to_find_it(self, refusal, tmp_path):
+        message = refusal("imagenet", tmp_path)
+        for part in (f"data.root={tmp_path}: holds neither train/n", "image-net.org", "hf download"):
             assert part in message

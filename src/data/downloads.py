@@ -1,0 +1,126 @@
+"""Data sets that torchvision downloads into ``data.root``, unless they are there.
+
+torchvision checks the MD5 sum of each archive, so that the content is known. The sums therefore serve as stamps. They
+are written here too, because a sweep that looks for its images would wait seconds for torchvision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from src.config.schema import Data
+from src.data.decoding import UNLABELLED, Arrays, Contents, Part, Source
+from src.data.folders import image_folder
+from src.data.parquet import parquet
+from src.data.roles import arrange
+from src.errors import UsageError
+
+MD5 = {
+    "cifar10": "c58f30108f718f92721af3b95e74349a",
+    "cifar100": "eb9058c3a382ffc7106e4002c42a8d85",
+    "stl10": "91f7769df0f17e558f3565bffb0c7dfb",
+    "imagenette2-160": "e793b78cc4c9e9a4ccc0c1155377a412",
+    "imagenette2-320": "3df6f0d01a2c9592104656642f5e78a3",
+    "imagenette2": "fe2fc210e6bb7c5664d602c3cd71e612",
+}
+STL10_SIZE = 96  # pixels a side
+IMAGENETTE_SIZES = {"imagenette2-160": ("160px", 160), "imagenette2-320": ("320px", 320)}  # of the shorter side
+IMAGENETTE_IMAGES = 13_394
+
+
+def cifar(cfg: Data, root: Path) -> Source:
+    """CIFAR-10 or CIFAR-100, from Hugging Face shards in ``root`` (or ``root/name``), or as torchvision keeps it."""
+    name = cfg.name
+    for folder in (root, root / name):
+        if any(folder.glob("train-*.parquet")):
+            return parquet(folder, "img", "fine_label" if name == "cifar100" else "label")
+
+    def read() -> Contents:
+        from torchvision import datasets
+
+        kind = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
+        shards = ", or Hugging Face shards train-*.parquet and test-*.parquet,"
+        with _downloading(name, root, f"{kind.filename} ({kind.url}){shards}"):
+            train, test = kind(root, train=True, download=True), kind(root, train=False)
+        return Contents(
+            train.classes,
+            train=Part(train.targets, Arrays(name, train.data)),
+            test=Part(test.targets, Arrays(name, test.data)),
+        )
+
+    return Source(f"torchvision {MD5[name]}", read)
+
+
+def stl10(cfg: Data, root: Path) -> Source:
+    """STL-10: 100,000 images without labels, 5,000 with labels to learn from, and 8,000 to test on.
+
+    The images are read from torchvision's files as they are decoded, because the class itself holds 2.8 GB of them.
+    """
+
+    def read() -> Contents:
+        from torchvision import datasets
+
+        kind = datasets.STL10
+        folder = root / kind.base_folder
+        with _downloading("stl10", root, f"{kind.filename} ({kind.url})"):
+            kind(root, "train", download=True)  # which checks the files of all splits
+            classes = (folder / kind.class_names_file).read_text().splitlines()
+
+        def part(split: str) -> Part:
+            values = np.memmap(folder / f"{split}_X.bin", np.uint8, "r")
+            images = values.reshape(-1, 3, STL10_SIZE, STL10_SIZE).transpose(0, 3, 2, 1)  # a file has column by column
+            if split == "unlabeled":
+                return Part([UNLABELLED] * len(images), Arrays("stl10", images))
+            labels = np.fromfile(folder / f"{split}_y.bin", np.uint8) - 1
+            return Part(labels.tolist(), Arrays("stl10", images))
+
+        splits = {split: part(split) for split in ("unlabeled", "train", "test")}
+        return arrange(classes, splits, cfg.train_split, cfg.test_split)
+
+    return Source(f"torchvision {MD5['stl10']} {cfg.train_split} {cfg.test_split}", read)
+
+
+def imagenette(cfg: Data, root: Path) -> Source:
+    """Ten classes of ImageNet, from the smallest of the archives whose images have ``data.image_size`` pixels."""
+    fitting = (name for name, (_, pixels) in IMAGENETTE_SIZES.items() if cfg.image_size <= pixels)
+    name = next(fitting, "imagenette2")
+    folder = root / name
+
+    def read() -> Contents:
+        from torchvision import datasets
+
+        size, _ = IMAGENETTE_SIZES.get(name, ("full", None))
+        with _downloading(name, root, f"{name}.tgz (github.com/fastai/imagenette)"):
+            train = datasets.Imagenette(root, "train", size, download=not folder.exists())
+        found = sum(1 for _ in folder.rglob("*.JPEG"))
+        if found != IMAGENETTE_IMAGES:  # an unpacking that was cut short is not noticed by torchvision
+            raise UsageError(
+                f"{folder}: holds {found:,} of {IMAGENETTE_IMAGES:,} images; remove it, and run this again"
+            )
+        contents = image_folder(folder, cfg.train_split, cfg.test_split).read()
+        return contents._replace(classes=[names[0] for names in train.classes])
+
+    return Source(f"torchvision {MD5[name]} {cfg.train_split} {cfg.test_split}", read)
+
+
+DOWNLOADED = {"cifar10": cifar, "cifar100": cifar, "stl10": stl10, "imagenette": imagenette}
+
+
+@contextmanager
+def _downloading(name: str, root: Path, files: str) -> Iterator[None]:
+    """Turns whatever a download raises into one line that says which files to put into ``root``."""
+    existed = root.exists()
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not existed and root.is_dir() and not any(root.iterdir()):
+            root.rmdir()  # torchvision makes it before it tries
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"data.root={root}: {name} is not there and its download failed ({reason}); put {files} into that folder; "
+            "data=digits needs no download"
+        ) from error
