@@ -19,7 +19,7 @@ from src.system.redact import hide_in_settings
 NOT_IN_HASH = (
     *("output_dir", "resume", "max_minutes", "jobs", "dry_run", "device", "tracking", "checkpoint", "evaluation"),
     *("init", "on_collapse", "data.root", "data.cache_dir", "data.on_error"),
-    "data.background",  # the fingerprint tells the images that it changes
+    *("data.background", "data.draft"),  # the fingerprint tells the images that they change
     *("method.label", "method.colour", "support.label", "support.colour"),
 )
 LOG_SIZE = "support_set_size_log10"  # a param in MLflow alone, whose charts have no logarithm of a param

@@ -188,6 +188,7 @@ class Data:
     label_column: str | None = None
     resize: Annotated[str, one_of("crop", "squash", "pad")] = "crop"
     background: Annotated[str, one_of("white", "grey", "black")] | None = None  # null: transparency is dropped
+    draft: bool = False  # JPEGs are decoded at a half, quarter or eighth that is at least twice image_size
     repo: str | None = None  # on the Hugging Face hub
     revision: str | None = None  # of the repo: a branch, tag or commit; null: main
     config: str | None = None  # of a parquet data set with several

@@ -179,7 +179,8 @@ def _identity(cfg: Data) -> Path:
     """What the caches of all states of a source begin with."""
     places = (cfg.name, root_of(cfg), cfg.repo, cfg.revision, cfg.config, cfg.train_split, cfg.test_split)
     decoding = (cfg.image_size, cfg.image_column, cfg.label_column, cfg.resize, cfg.background)
-    return Path(cfg.cache_dir).expanduser().resolve() / f"{cfg.name}-{_digest(*places, *decoding)}"
+    newer = ("draft",) if cfg.draft else ()  # neutral settings leave their names to the caches that there are
+    return Path(cfg.cache_dir).expanduser().resolve() / f"{cfg.name}-{_digest(*places, *decoding, *newer)}"
 
 
 def _path(identity: Path, source: Source) -> Path:
@@ -311,7 +312,7 @@ def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
 
     def problem(picture: Picture) -> str:
         try:
-            decode(picture, cfg.image_size, cfg.resize, cfg.background)
+            decode(picture, cfg.image_size, cfg.resize, cfg.background, cfg.draft)
         except UsageError as error:
             return str(error)
         return ""
@@ -420,7 +421,7 @@ def _decoded(contents: Contents, cfg: Data, done: int) -> Iterator[tuple[np.ndar
     """The images after the first ``done``, [3, S, S] uint8, each with its `histogram`."""
 
     def with_histogram(picture: Picture) -> tuple[np.ndarray, np.ndarray]:
-        image = decode(picture, cfg.image_size, cfg.resize, cfg.background)
+        image = decode(picture, cfg.image_size, cfg.resize, cfg.background, cfg.draft)
         return image, histogram(image)
 
     for part in contents.parts().values():

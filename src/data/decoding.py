@@ -114,7 +114,9 @@ def open_bytes(encoded: bytes) -> Image.Image:
     return Image.open(io.BytesIO(encoded), formats=FORMATS)
 
 
-def decode(picture: Picture, size: int, resize: str = "crop", background: str | None = None) -> np.ndarray:
+def decode(
+    picture: Picture, size: int, resize: str = "crop", background: str | None = None, draft: bool = False
+) -> np.ndarray:
     """[3, S, S] uint8 RGB, upright, resized with antialiasing (bicubic). Grey, palette and CMYK become Pillow's RGB.
 
     Args:
@@ -123,6 +125,7 @@ def decode(picture: Picture, size: int, resize: str = "crop", background: str | 
         resize: ``crop`` keeps the middle along the longer side, ``squash`` all of it without its aspect, ``pad`` all of
             it and its aspect, between bars.
         background: the colour behind transparent pixels and of the bars; None: transparency is dropped, bars are black.
+        draft: a JPEG is decoded at the smallest half, quarter or eighth whose sides are at least 2 S.
 
     Raises:
         UsageError: If the picture is damaged, animated, too large, or has more than 8 bits a channel.
@@ -133,6 +136,8 @@ def decode(picture: Picture, size: int, resize: str = "crop", background: str | 
     try:
         with picture.open() as image:
             _check(picture.where, image)
+            if draft:
+                image.draft(None, (2 * size, 2 * size))  # nothing to other formats
             rgb = _opaque(ImageOps.exif_transpose(image), background)
             target, bicubic = (size, size), Image.Resampling.BICUBIC
             if resize == "crop":

@@ -30,6 +30,7 @@ from tests.config.test_schema import parsed
         (["objective.support_weight=1", "objective.predictor_hidden=4096"], ["objective=published"]),
         (["method=nnclr", "support=none", "objective=nt_xent"], ["method=simclr"]),
         (["objective=teacher", "support=none", "objective.neighbours=5"], ["objective=teacher", "support=none"]),
+        (["data.draft=true"], []),  # the fingerprint tells
         (["objective=relation", "support=none"], ["objective=teacher", "support=none"]),
     ],
 )

@@ -45,6 +45,14 @@ def test_the_file_is_what_safetensors_itself_would_read_and_write(config, folder
     assert all(torch.equal(reread[name], tensor) for name, tensor in tensors.items())
 
 
+def test_a_file_keeps_its_name_when_settings_are_added(config):
+    """The name of today: a cache that took an hour is still found by the next version."""
+    cfg = config("digits")
+    cached(cfg)
+    [path] = files(cfg)
+    assert path.name.startswith("digits-a6ff28f7d651-")
+
+
 def test_a_constant_channel_has_a_standard_deviation_of_1(config, folder):
     for path in folder.rglob("*.png"):
         red, green, blue = Image.open(path).split()

@@ -61,6 +61,16 @@ def test_the_size_of_the_decoded_images_counts(images, config):
     assert fingerprint(config(images.name, images.root, image_size=9)) != fingerprint(images)
 
 
+@pytest.mark.parametrize(("suffix", "same"), [(".jpg", False), (".png", True)])
+def test_a_draft_counts_where_it_changes_pixels(config, tmp_path, suffix, same):
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / name).mkdir(parents=True)
+        random_image(len(name), 64, 64).save(tmp_path / name / f"0{suffix}")
+    whole, draft = (config("image_folder", tmp_path, final=True, draft=each) for each in (False, True))
+    assert (fingerprint(whole) == fingerprint(draft)) == same
+    assert known_fingerprint(whole) == fingerprint(whole)  # each has a cache of its own
+
+
 def test_an_image_replaced_by_one_of_the_same_name_size_and_time_shows(config, tmp_path):
     root = write_folder(tmp_path / "images", {"train/a": 2, "train/b": 2, "test/a": 1, "test/b": 1})
     cfg, path = config("image_folder", root, final=True), root / "train/a/0.png"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from layouts import SIZE, all_images, encoded, pixels, random_image, write_flat, write_folder, write_shard
 from omegaconf import OmegaConf
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
 from src.config.schema import Data
@@ -133,6 +133,32 @@ class TestDecode:
         assert np.array_equal(got[:, quarter:-quarter], pixels([want])[0])
         assert (got[:, :quarter] == bar).all()
         assert (got[:, -quarter:] == bar).all()
+
+    @pytest.mark.parametrize(("size", "part"), [(SIZE, 8), (16, 8), (17, 4), (32, 4), (33, 2), (65, 2), (66, 1)])
+    def test_a_draft_is_decoded_at_the_smallest_part_of_twice_the_size(self, size, part):
+        photo = random_image(5, 3, 2).resize((340, 260), Image.Resampling.BICUBIC)
+        content, opened = encoded(photo, "jpeg"), []
+
+        def noting() -> Image.Image:
+            opened.append(open_bytes(content))
+            return opened[0]
+
+        got = decode(Picture("x", noting), size, draft=True)
+        with open_bytes(content) as image:
+            image.draft("RGB", (340 // part, 260 // part))
+            assert image.width == -(-340 // part)
+            want = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        assert opened[0].size == (-(-340 // part), -(-260 // part))
+        assert np.array_equal(got, pixels([want])[0])
+        whole = decode(Picture("x", lambda: open_bytes(content)), size)
+        assert np.abs(got.astype(int) - whole).mean() < 4
+        assert np.array_equal(got, whole) == (part == 1)
+
+    @pytest.mark.parametrize("kind", ["png", "webp"])
+    def test_a_draft_of_another_format_is_the_image(self, kind):
+        content = encoded(random_image(6, 64, 64), kind)
+        got = decode(Picture("x", lambda: open_bytes(content)), SIZE, draft=True)
+        assert np.array_equal(got, decode(Picture("x", lambda: open_bytes(content)), SIZE))
 
     def test_postscript_is_not_handed_to_an_interpreter(self, monkeypatch):
         def run(*args, **kwargs):
