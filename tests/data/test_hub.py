@@ -19,6 +19,7 @@ from src.data import load
 from src.data.cache import known_fingerprint
 from src.data.parquet import find_columns
 from src.errors import UsageError
+from src.runs.record import Record
 
 REPO = "someone/photos"
 
@@ -146,6 +147,19 @@ def test_a_data_set_is_downloaded_once_and_needs_no_more_words(hub, config, tmp_
     asked = len(hub.asked)
     assert load(cfg).fingerprint == dataset.fingerprint
     assert len(hub.asked) == asked
+
+
+@pytest.mark.slow
+def test_a_run_finds_the_hub_where_hf_endpoint_says(hub, command, small, tmp_path):
+    write_cifar(tmp_path / "main")
+    images = ["data=hub", f"data.repo={REPO}", "data.limit=null", f"data.cache_dir={tmp_path}/cache"]
+    few = ["epochs=1", "k=2", "batch_size=4", "data.val_fraction=0.25", "tracking=jsonl", "output_dir=run"]
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+    done = command("src.train", *small, *images, *few, environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert [path for path in hub.asked if path.endswith("train-00000-of-00001.parquet")]
+    assert list((tmp_path / "home/hub").glob("datasets--someone--photos"))
+    assert "test/linear_top1" in Record.load(tmp_path / "run").metrics
 
 
 def test_without_a_network_what_was_downloaded_serves(hub, config, refusal, tmp_path, monkeypatch):
