@@ -77,7 +77,7 @@ def report() -> None:
     from src.reporting import report  # matplotlib takes a second
 
     with _without_reader(), _explained():
-        _say_warnings()
+        _log_to_stderr()
         report.main(sys.argv[1:])
 
 
@@ -87,7 +87,7 @@ def deliver() -> None:
     from src.runs import tracker
 
     with _without_reader(), _explained():
-        _say_warnings()
+        _log_to_stderr()
         tracker.main(mlflow_charts)
 
 
@@ -138,7 +138,7 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
         if is_rank():
             fail("--multirun: a sweep starts its jobs itself; leave out torchrun, which is for one run")
         sys.argv[1:] = [_for_the_sweeper(argument) for argument in sys.argv[1:]]
-    _say_warnings()
+    _log_to_stderr()
     for argument in sys.argv[1:]:  # Hydra makes that folder before it hands the config over
         if re.match(r"\+*hydra\.run\.dir=", argument) and "hydra.job.chdir=true" not in sys.argv:
             fail(f"{argument}: has no effect; a run's folder is output_dir")
@@ -166,8 +166,9 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
         fail(explain_composition(error))
 
 
-def _say_warnings() -> None:
+def _log_to_stderr() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("src").setLevel(logging.INFO)  # how far a download or a decoding is
     redact_output()
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import src.data.cache as cache_module
 from src.data.cache import cached
 from src.data.unfinished import Tally, histogram
 from src.errors import UsageError
+from tests.conftest import PROJECT
 
 COUNT = 30
 
@@ -117,6 +119,47 @@ def test_a_killed_process_is_gone_on_with(images, tmp_path, decoded):
     assert 0 < len(decoded) < 20
     assert written(images) == unbroken(images, tmp_path)
     assert suffixes(images) == {".lock", ".safetensors", ".verified"}
+
+
+SLOW = """
+import time
+import src.data.cache as cache
+
+write, cache.SAVE_EVERY = cache.save, 0
+
+def save(*args):
+    write(*args)
+    time.sleep(1)
+
+cache.save = save
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_decodes_goes_on_when_it_is_typed_again(config, tmp_path, small):
+    root = write_folder(tmp_path / "photos", {"a": 16, "b": 16}, ".jpg")
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow/sitecustomize.py").write_text(SLOW)
+    images = ["data=image_folder", f"data.root={root}", f"data.cache_dir={tmp_path}/cache", "data.limit=null"]
+    typed = [sys.executable, "-m", "src.train", *small, *images, "epochs=1", "k=2", "batch_size=8", "tracking=jsonl"]
+
+    def start(*paths: Path) -> subprocess.Popen:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(typed, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+
+    cfg = config("image_folder", root, image_size=32, background="white")
+    killed = start(tmp_path / "slow", PROJECT)
+    while not (saved := list(Path(cfg.cache_dir).glob("*.saved"))) and killed.poll() is None:
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL, killed.communicate()[1]
+    done = int(saved[0].read_text().split()[0])
+    assert 0 < done < 32
+    _, said = (again := start(PROJECT)).communicate()
+    assert again.returncode == 0, said
+    assert "INFO: decoding 32 images of data.root=" in said
+    assert f"checking {done} images that an earlier process decoded, to go on after them" in said
+    assert written(cfg) == unbroken(cfg, tmp_path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
