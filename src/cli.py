@@ -146,8 +146,13 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     def task(composed: DictConfig) -> Any:
         if HydraConfig.get().mode == RunMode.MULTIRUN and main is pretrain:
             refuse_foreign_sweeper(HydraConfig.get())
-        if "sweep" in HydraConfig.get().runtime.choices and not composed.tracking.parent:
-            fail(f"+sweep={HydraConfig.get().runtime.choices['sweep']}: a sweep is many runs; add --multirun")
+        choices = HydraConfig.get().runtime.choices
+        if "sweep" in choices and not composed.tracking.parent:
+            fail(f"+sweep={choices['sweep']}: a sweep is many runs; add --multirun")
+        if HydraConfig.get().mode == RunMode.RUN and main is pretrain and choices["hydra/launcher"] != "local":
+            fail(
+                f"hydra/launcher={choices['hydra/launcher']}: submits the jobs of a sweep; add --multirun, for one too"
+            )
         with _explained():  # here, because Hydra would print a line of its own first
             return main(composed)
 

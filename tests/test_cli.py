@@ -116,6 +116,7 @@ def typed(tmp_path, monkeypatch, capsys):
         ("method=simclr support=queue", "objective.support_weight=0 makes no use of what is stored"),
         ("k=1", "k=1: all images share the one prototype"),
         ("+sweep=support_size", "+sweep=support_size: a sweep is many runs; add --multirun"),
+        ("hydra/launcher=slurm", "hydra/launcher=slurm: submits the jobs of a sweep; add --multirun, for one too"),
         ("epochs=0", "epochs=0: must be 1 or more"),
         ("k==4", "k==4"),
         ("seed=1,2", "seed=1,2: several values; add --multirun to run each of them"),

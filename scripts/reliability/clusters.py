@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -21,11 +22,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from scripts.reliability import one_node
-from scripts.reliability.runs import SMALL, output, start
+from scripts.reliability.runs import ROOT, SMALL, differences, output, start
 
 SLURM = ["hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1.5"]
 RAY = ["hydra/launcher=ray_cpu", "hydra.launcher.ray.remote.num_cpus=1"]
 LONG = 24  # epochs: half a minute and more
+# SLURM may send its signal a minute early: a stay is 90 seconds or more.
+LIMITS = ["hydra.launcher.timeout_min=3", "hydra.launcher.signal_delay_s=30"]
 
 
 class Wrong(Exception):  # noqa: N818
@@ -109,13 +112,20 @@ def expect(condition: object, what: object) -> None:
         raise Wrong(str(what))
 
 
+def processes_of(k: int) -> list[tuple[int, int]]:
+    """The ids of a job's own processes, one or a rank each, and of the scheduler's that hold them."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    lines = [line.split(None, 2) for line in listed.splitlines()]
+    return [
+        (int(pid), int(ppid))
+        for pid, ppid, line in lines
+        if f" k={k} " in line and "src.train" in line and "tracking.parent" in line
+    ]
+
+
 def worker_of(k: int) -> int:
     """The process of the scheduler that holds a job's command."""
-    listed = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
-    lines = [line.split(None, 1) for line in listed.splitlines()]
-    (parent,) = {
-        int(ppid) for ppid, line in lines if f" k={k} " in line and "src.train" in line and "tracking.parent" in line
-    }
+    ((_, parent),) = processes_of(k)
     return parent
 
 
@@ -198,14 +208,93 @@ def refused(folder: Path, engine: list[str]) -> str:
 
 
 def time_limit(folder: Path, engine: list[str]) -> str:
-    limits = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=60"]
-    sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={4 * LONG}", *engine, *limits)
+    sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={4 * LONG}", *engine, *LIMITS)
     sweep.ends(0, 900)
     expect(sweep.states() == {10: "FINISHED", 20: "FINISHED"}, sweep.states())
     times = [log.count("continued at step") for log in sweep.logs().values()]
     expect(min(times) > 0, f"continued {times}")
+    return f"two jobs of three minutes a stay, put back into the queue {times[0]} and {times[1]} times, finished"
+
+
+def ranks(folder: Path, engine: list[str]) -> str:
+    """Two tasks are two ranks: one is killed, then the time limit comes; the end is that of torchrun's unbroken run."""
+    run = ["method=kmclr", "k=10", f"epochs={3 * LONG}"]
+    sweep = Sweep(folder / "slurm", *run, *engine, "hydra.launcher.tasks_per_node=2", *LIMITS)
+    sweep.until_steps(10)
+    (other,) = [pid for pid, _ in processes_of(10) if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(other, signal.SIGKILL)
+    said = sweep.ends(1)
+    (line,) = re.findall(r"no result: kmclr-k10-.*", said)
+    sweep.begin()
+    sweep.ends(0, 900)
+    (log,) = sweep.logs().values()
+    times = log.count("continued at step")
+    expect(times > 1, f"continued {times} times")
+    alone = [*SMALL, "tracking=jsonl", f"data.cache_dir={folder / 'cache'}", "output_dir=run", *run]
+    process = start(folder / "torchrun", ["--nproc-per-node=2", "-m", "src.train", *alone], "torch.distributed.run")
+    expect(process.wait(600) == 0, output(folder / "torchrun")[-500:])
+    (mine,) = sweep.folder.glob("multirun/kmclr-k10-*")
+    expect(not (found := differences(mine, folder / "torchrun" / "run")), found)
     return (
-        f"two jobs of two minutes each went back to the queue {times[0]} and {times[1]} times, continued, and finished"
+        f'one killed with -9: "{line.split(": ", 2)[2]}"; the same command continued it, at the time limit it went '
+        f"back to the queue, {times} continuations in all; equal to torchrun's unbroken two ranks, bit for bit"
+    )
+
+
+def unnoted(folder: Path, engine: list[str]) -> str:
+    """The command is killed by its own sbatch, which has submitted, and, another time, has not noted its ids."""
+    tools = folder / "tools"
+    tools.mkdir(parents=True)
+    (tools / "sbatch").write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@"; kill -9 $PPID\n')
+    (tools / "sbatch").chmod(0o755)
+    changed = {"PATH": f"{tools}:{os.environ['PATH']}"}
+    sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={LONG}", *engine, **changed)
+    sweep.process.wait(120)
+    sweep.environment = {}
+    sweep.begin()
+    sweep.until_steps(10)
+    sweep.until_steps(20)
+    sweep.process.kill()
+    sweep.process.wait(60)
+    for path in folder.glob("multirun/sweep-*/jobs/*.id"):
+        path.unlink()
+    sweep.begin()
+    said = sweep.ends(0)
+    expect(said.count("is submitted to") == 2, "submitted twice")
+    expect(said.count("already, as") == 2, "not found again")
+    expect(all(log.count("at step 0") == 1 for log in sweep.logs().values()), "two in one folder")
+    expect(all("another process" not in log for log in sweep.logs().values()), "two in one folder")
+    return (
+        "killed at sbatch's answer: what it had submitted ended by itself, and the same command submitted anew; "
+        "killed before the ids were noted: found and waited for; no two in one folder"
+    )
+
+
+def stopped_jobs(folder: Path, engine: list[str]) -> str:
+    sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={LONG}", *engine, "hydra.launcher.ray.remote.num_cpus=2")
+    sweep.until_steps(10)
+    sweep.process.send_signal(signal.SIGINT)
+    sweep.process.wait(60)
+    (line,) = re.findall(r"to stop them: python (.*)", sweep.said())
+    done = subprocess.run(
+        [sys.executable, *line.split()],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    expect(
+        "told to save and stop" in done.stdout and "had not started" in done.stdout, (done.stdout, done.stderr[-500:])
+    )
+    sweep.see(lambda: sweep.states().get(10) == "KILLED", "k=10 to stop", 60)
+    sweep.begin()
+    sweep.ends(0)
+    expect(sweep.states() == {10: "FINISHED", 20: "FINISHED"}, sweep.states())
+    expect("continued at step" in sweep.logs()[10], "it began anew")
+    return (
+        "by the line that the command had printed: one saved and stopped, the other, which waited, never started; the "
+        "same command continued both"
     )
 
 
@@ -254,9 +343,7 @@ def job_submit(folder: Path, engine: list[str]) -> str:
         "epochs=6",
         *engine,
     ]
-    inside = f"cd {folder} && PYTHONPATH={one_node_root()} {sys.executable} -m src.train " + " ".join(
-        f"'{each}'" for each in line
-    )
+    inside = f"cd {folder} && PYTHONPATH={ROOT} {sys.executable} -m src.train " + " ".join(f"'{each}'" for each in line)
     address = f"http://127.0.0.1:{one_node.PORTS['dashboard']}"
     done = subprocess.run(
         [tool, "job", "submit", f"--address={address}", "--", "bash", "-c", inside],
@@ -266,10 +353,6 @@ def job_submit(folder: Path, engine: list[str]) -> str:
     )
     expect(sweep.states() == {10: "FINISHED", 20: "FINISHED"}, (sweep.states(), done.stdout[-800:], done.stderr[-500:]))
     return "the whole sweep as a job of Ray's: finished"
-
-
-def one_node_root() -> Path:
-    return Path(__file__).resolve().parents[2]
 
 
 def _queue() -> str:
@@ -283,11 +366,18 @@ SITUATIONS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "slurm-killed": ("SLURM", "a job's worker killed with -9", lambda folder: killed_worker(folder, SLURM)),
     "slurm-cancelled": ("SLURM", "scancel of a task that waits", lambda folder: cancelled(folder, SLURM)),
     "slurm-again": ("SLURM", "the command killed with -9", lambda folder: typed_again(folder, SLURM, signal.SIGKILL)),
+    "slurm-unnoted": (
+        "SLURM",
+        "the command killed between sbatch and its notes",
+        lambda folder: unnoted(folder, SLURM),
+    ),
+    "slurm-ranks": ("SLURM", "one run of two tasks", lambda folder: ranks(folder, SLURM)),
     "slurm-refused": ("SLURM", "what cannot be had", lambda folder: refused(folder, SLURM)),
     "ray-good": ("Ray", "a sweep", lambda folder: good(folder, RAY)),
     "ray-search": ("Ray", "`+sweep=optuna`", lambda folder: search(folder, RAY)),
     "ray-killed": ("Ray", "a job's worker killed with -9", lambda folder: killed_worker(folder, RAY)),
     "ray-again": ("Ray", "the command stopped", lambda folder: typed_again(folder, RAY, signal.SIGTERM)),
+    "ray-stopped": ("Ray", "jobs told to stop", lambda folder: stopped_jobs(folder, RAY)),
     "ray-no-gpu": ("Ray", "no node has a GPU", lambda folder: no_gpu(folder)),
     "ray-submit": ("Ray", "`ray job submit`", lambda folder: job_submit(folder, RAY)),
 }

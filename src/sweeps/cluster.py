@@ -77,6 +77,16 @@ class ClusterLauncher(JobLauncher):
         """
 
     @abstractmethod
+    def unnoted(self, logs: Collection[Path]) -> Mapping[Path, str]:
+        """The ids of jobs that a killed command has submitted, and has not noted, by the files of their output.
+
+        Some of them may have ended long ago.
+
+        Raises:
+            Silent: the scheduler does not answer.
+        """
+
+    @abstractmethod
     def standings(self, ids: Collection[str]) -> Mapping[str, Standing]:
         """What the scheduler says of jobs; those that it does not know are left out.
 
@@ -96,7 +106,9 @@ class ClusterLauncher(JobLauncher):
         """Find those that the scheduler has already, and submit the others."""
         self._file(jobs[0], "log").parent.mkdir(parents=True, exist_ok=True)
         before = {id(job): known for job in jobs if (known := self._known(job))}
+        unknown = {self._file(job, "log").resolve(): job for job in jobs if id(job) not in before}
         try:
+            before |= {id(unknown[log]): found for log, found in self.unnoted(unknown).items() if log in unknown}
             standings = self.standings(set(before.values())) if before else {}
         except Silent as silence:
             raise UsageError(
@@ -108,8 +120,7 @@ class ClusterLauncher(JobLauncher):
             if standing.phase == "is gone":
                 fresh.append(job)
             else:
-                self.say(job, f"is with {self.engine} already, as {before[id(job)]}: {self._description(job)}")
-                self.submitted.append(Submitted(job, before[id(job)]))
+                self._note(job, before[id(job)], "is with {} already, as {}")
         if not fresh:
             return
         for job in fresh:
@@ -117,9 +128,12 @@ class ClusterLauncher(JobLauncher):
             self._file(job, "id").unlink(missing_ok=True)
         ids = self.submit({job.directory.name: self._work(job) for job in fresh})
         for job, identity in zip(fresh, ids, strict=True):
-            write_whole(self._file(job, "id"), f"{self.engine} {identity}".encode())
-            self.say(job, f"is submitted to {self.engine} as {identity}: {self._description(job)}")
-            self.submitted.append(Submitted(job, identity))
+            self._note(job, identity, "is submitted to {} as {}")
+
+    def _note(self, job: Job, identity: str, what: str) -> None:
+        write_whole(self._file(job, "id"), f"{self.engine} {identity}".encode())
+        self.say(job, f"{what.format(self.engine, identity)}: {self._description(job)}")
+        self.submitted.append(Submitted(job, identity))
 
     def _work(self, job: Job) -> Work:
         minutes = [] if self.config.max_minutes is None else [f"max_minutes={self.config.max_minutes}"]

@@ -79,13 +79,13 @@ class RayLauncher(ClusterLauncher):
         self._refuse_impossible()
 
     def submit(self, work: Mapping[str, Work]) -> Sequence[str]:
-        """An actor for each, under the job's name."""
+        """An actor for each, under the path of the job's log."""
         import ray
 
         actor: Any = ray.remote(Holder)
         ids = []
-        for name, each in work.items():
-            options = {"name": name, "lifetime": "detached", "max_restarts": 0, **self.options["remote"]}
+        for each in work.values():
+            options = {"name": str(each.log), "lifetime": "detached", "max_restarts": 0, **self.options["remote"]}
             try:
                 ids.append(actor.options(**options).remote(each)._actor_id.hex())
             except ValueError as error:  # the name is taken
@@ -106,23 +106,32 @@ class RayLauncher(ClusterLauncher):
                 f"they have {there}"
             )
 
+    def unnoted(self, logs: Collection[Path]) -> Mapping[Path, str]:
+        """By the names of the actors that live."""
+        actors = _actors() if logs else []
+        return {Path(actor.name): actor.actor_id for actor in actors if actor.name and actor.state != "DEAD"}
+
     def standings(self, ids: Collection[str]) -> Mapping[str, Standing]:
         """What Ray says of the actors."""
-        from ray.util.state import list_actors
-
-        try:
-            actors = list_actors(filters=[("ray_namespace", "=", NAMESPACE)], detail=True, limit=10_000)
-        except Exception as error:
-            raise Silent(f"Ray does not answer ({' '.join(str(error).split())[:200]})") from None
-        return {actor.actor_id: _standing(actor) for actor in actors if actor.actor_id in ids}
+        return {actor.actor_id: _standing(actor) for actor in _actors() if actor.actor_id in ids}
 
     def cancel(self, identity: str) -> None:
         """Nothing waits that cannot start: it has been refused."""
 
     def how_to_stop(self, ids: Sequence[str]) -> str:
         """By the actor's method, on which the job saves."""
-        names = [each.job.directory.name for each in self.submitted if each.id in ids]
-        return f"{sys.executable} -m src.sweeps.ray_jobs {' '.join(names)}"
+        logs = [str(self._file(each.job, "log")) for each in self.submitted if each.id in ids]
+        return f"python -m src.sweeps.ray_jobs {' '.join(logs)}"
+
+
+def _actors() -> Sequence[Any]:
+    from ray.util.state import list_actors
+
+    try:
+        found: Sequence[Any] = list_actors(filters=[("ray_namespace", "=", NAMESPACE)], detail=True, limit=10_000)
+    except Exception as error:
+        raise Silent(f"Ray does not answer ({' '.join(str(error).split())[:200]})") from None
+    return found
 
 
 def _standing(actor: Any) -> Standing:
@@ -135,17 +144,25 @@ def _standing(actor: Any) -> Standing:
     return Standing("is gone", " ".join(message.split())[:200])
 
 
-def main(names: Sequence[str]) -> None:
-    """``python -m src.sweeps.ray_jobs NAME...``: tell jobs that Ray holds to save and stop."""
+def main(logs: Sequence[str]) -> None:
+    """``python -m src.sweeps.ray_jobs LOG...``: tell the jobs that write these files to save and stop."""
     import ray
 
-    ray.init("auto", namespace=NAMESPACE, log_to_driver=False, logging_level="error")
-    for name in names:
-        try:
+    try:
+        ray.init("auto", namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+    except ConnectionError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    states = {actor.name: actor.state for actor in _actors() if actor.state != "DEAD"}
+    for log in logs:
+        name = str(Path(log).resolve())
+        if name not in states:
+            print(f"{log}: Ray has no such job")
+        elif states[name] == "ALIVE":
             ray.get(ray.get_actor(name).stop.remote())
-            print(f"{name}: told to save and stop")
-        except ValueError:
-            print(f"{name}: Ray has no such job")
+            print(f"{log}: told to save and stop")
+        else:
+            ray.kill(ray.get_actor(name))
+            print(f"{log}: had not started, and is no longer waiting")
 
 
 if __name__ == "__main__":

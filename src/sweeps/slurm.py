@@ -1,4 +1,7 @@
-"""``hydra/launcher=slurm``: each job of a sweep is a job of SLURM, submitted by submitit, several as an array."""
+"""``hydra/launcher=slurm``: each job of a sweep is a job of SLURM, submitted by submitit, several as an array.
+
+A job of several tasks is one run on several devices: each task is a rank of it (`src.sweeps.worker.as_rank`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import re
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stderr
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -35,7 +39,8 @@ class SlurmLauncher(ClusterLauncher):
     Args:
         jobs: how many of an array run at once; None: all of them.
         max_num_timeout: how often a job goes back to the queue at its time limit.
-        sbatch: the other settings of submitit's executor. One that is None is left to the cluster.
+        sbatch: the other settings of submitit's executor. One that is None is left to the cluster; without
+            ``tasks_per_node`` there is a task for each GPU of a node, or one.
     """
 
     engine, package, extra = "SLURM", "submitit", "slurm"
@@ -53,8 +58,12 @@ class SlurmLauncher(ClusterLauncher):
         settings = {
             key: OmegaConf.to_object(each) if OmegaConf.is_config(each) else each for key, each in self.sbatch.items()
         }
+        gpus = re.search(r"\d+$", str(settings.get("gpus_per_node", "")))  # of "8", or of "a100:8"
+        settings.setdefault("tasks_per_node", int(gpus[0]) if gpus else 1)
+        if "cpus_per_task" in settings:  # which srun has not taken over from sbatch since SLURM 22.05
+            settings["srun_args"] = [f"--cpus-per-task={settings['cpus_per_task']}"]
         try:
-            executor = SlurmExecutor(self.sweep.directory / "jobs" / "slurm", self.max_num_timeout)
+            executor = SlurmExecutor(self._folder, self.max_num_timeout)
             executor.update_parameters(
                 **executor._convert_parameters(settings),
                 array_parallelism=self.jobs or len(work),
@@ -67,6 +76,21 @@ class SlurmLauncher(ClusterLauncher):
         except (RuntimeError, ValueError) as error:  # no srun here; a setting that submitit does not have
             raise UsageError(f"hydra/launcher=slurm: {' '.join(str(error).splitlines()[:1])}") from None
         return [each.job_id for each in submitted]
+
+    @property
+    def _folder(self) -> Path:
+        return self.sweep.directory / "jobs" / "slurm"
+
+    def unnoted(self, logs: Collection[Path]) -> Mapping[Path, str]:
+        """From what submitit has written: of each job ``ID_submitted.pkl``, which holds its work.
+
+        A job without it was submitted as the command was killed, and ends without having started.
+        """
+        from submitit.core.utils import DelayedSubmission
+
+        ending = "_submitted.pkl"
+        written = sorted(self._folder.glob(f"*{ending}") if logs else [], key=lambda path: path.stat().st_mtime)
+        return {DelayedSubmission.load(path).function.log: path.name.removesuffix(ending) for path in written}
 
     def standings(self, ids: Collection[str]) -> Mapping[str, Standing]:
         """What squeue says, and of those that it has forgotten sacct, where there is one."""

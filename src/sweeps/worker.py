@@ -20,7 +20,11 @@ from src.system.atomic_write import write_whole
 
 @dataclass
 class Work:
-    """A job, as it is handed to a cluster. submitit calls it, and calls `checkpoint` ahead of a time limit."""
+    """A job, as it is handed to a cluster. submitit calls it, and calls `checkpoint` ahead of a time limit.
+
+    Of a job of several tasks each calls it, and starts a rank of the run. Ahead of a time limit only the first is told
+    to stop, and the ranks stop together (`src.training.distributed.Ranks.agree`).
+    """
 
     command: Sequence[str]
     folder: Path  # to run it in
@@ -47,7 +51,10 @@ class Work:
 
     def start(self) -> None:
         """Start the process."""
-        self.note.unlink(missing_ok=True)
+        rank = as_rank()
+        self.first = rank.get("RANK", "0") == "0"  # of a run's ranks, which end alike, one notes how
+        if self.first:
+            self.note.unlink(missing_ok=True)
         cores = os.environ.get("SLURM_CPUS_PER_TASK")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -56,7 +63,7 @@ class Work:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**self.environment, **os.environ} | ({"OMP_NUM_THREADS": cores} if cores else {}),
+                env={**self.environment, **os.environ, **rank} | ({"OMP_NUM_THREADS": cores} if cores else {}),
                 preexec_fn=_behind_the_scheduler,
             )
 
@@ -69,8 +76,25 @@ class Work:
         # Popen.wait holds a lock that a signal's handler, which waits as well, would never get.
         os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         status = self.process.wait()
-        write_whole(self.note, str(status).encode())
+        if self.first:
+            write_whole(self.note, str(status).encode())
         return status
+
+
+def as_rank() -> dict[str, str]:
+    """The variables of ``torchrun``, where SLURM has started this process as one of several tasks of a job."""
+    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or int(os.environ.get("SLURM_NTASKS", "1")) == 1:
+        return {}
+    from submitit.helpers import TorchDistributedEnvironment
+
+    found = TorchDistributedEnvironment()
+    return {
+        "MASTER_ADDR": found.master_addr,
+        "MASTER_PORT": str(found.master_port),
+        "RANK": str(found.rank),
+        "WORLD_SIZE": str(found.world_size),
+        "LOCAL_RANK": str(found.local_rank),
+    }
 
 
 def end_with_parent() -> None:

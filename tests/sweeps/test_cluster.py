@@ -1,6 +1,7 @@
 """The launchers for clusters: SLURM's commands are programs of ours on the PATH, Ray is an object of ours."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from src.errors import UsageError
 from src.sweeps import cluster
 from src.sweeps.slurm import SlurmLauncher
-from src.sweeps.worker import Work
+from src.sweeps.worker import Work, as_rank
 from tests.sweeps.launching import jobs_of, run
 
 pytest.importorskip("submitit")
@@ -161,6 +162,71 @@ def test_typed_again_the_command_waits_for_the_jobs_that_are_there(slurm, look, 
     assert "job 0 is with SLURM already, as 7_0: k=a" in said
     assert "job 1 is submitted to SLURM as 7: k=c" in said
     assert "--array" not in (slurm / "submitted").read_text()
+
+
+def test_a_command_killed_before_it_noted_the_ids_finds_its_jobs(slurm, look, monkeypatch, capsys):
+    jobs = jobs_of("k=a", "k=b")
+    with monkeypatch.context() as killed:
+        killed.setattr(cluster, "write_whole", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            list(run(launcher(), jobs))
+    assert (slurm / "submitted").exists()
+    assert not list((slurm / "sweep" / "jobs").glob("*.id"))
+
+    (slurm / "submitted").unlink()
+    (slurm / "queue").write_text("7_0|PENDING|Resources|\n7_1|RUNNING|None|n1\n")
+    look(lambda _: [leave(slurm, name, 0) for name in ("k=a", "k=b")])
+    for job in (jobs[1], jobs[0]):
+        assert list(run(launcher(), [job])) == [job]
+    assert "job 0 is with SLURM already, as 7_1: k=b" in capsys.readouterr().out
+    assert not (slurm / "submitted").exists()
+    assert (slurm / "sweep" / "jobs" / "k=a.id").read_text() == "SLURM 7_0"
+
+
+@pytest.mark.parametrize(
+    ("settings", "tasks", "threads"),
+    [
+        ({"gpus_per_node": 8, "nodes": 2, "cpus_per_task": 6}, 8, "srun --unbuffered .* --cpus-per-task=6 "),
+        ({"gpus_per_node": "a100:4"}, 4, "srun"),
+        ({"gpus_per_node": 8, "tasks_per_node": 2}, 2, "srun"),
+        ({}, 1, "srun"),
+    ],
+)
+def test_a_run_has_a_task_for_each_gpu(slurm, look, settings, tasks, threads):
+    look(lambda _: leave(slurm, "k=a", 0))
+    list(run(launcher(**settings), jobs_of("k=a")))
+    script = (slurm / "submitted").read_text()
+    assert f"--ntasks-per-node={tasks}\n" in script
+    assert f"--nodes={settings.get('nodes', 1)}\n" in script
+    assert re.search(threads, script)
+
+
+def test_each_task_of_a_job_is_a_rank_and_the_first_notes_the_end(program, monkeypatch):
+    log, note = program / "log", program / "note"
+    line = "import os; print(*(os.environ.get(key) for key in {}), sep='|', flush=True)"
+    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+    work = Work([sys.executable, "-c", line.format(keys)], program, log, note, {})
+    given = {
+        "NTASKS": "4",
+        "PROCID": "3",
+        "LOCALID": "1",
+        "JOB_ID": "7",
+        "JOB_NODELIST": "n[5-6]",
+        "JOB_NUM_NODES": "2",
+    }
+    for key, value in given.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    assert as_rank() == {}  # without srun's submitit, such as with Ray in a job of SLURM
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    note.write_text("69")
+    assert work() == 0
+    assert note.read_text() == "69"
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert work() == 0
+    assert note.read_text() == "0"
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert work() == 0
+    assert log.read_text().splitlines() == ["3|4|1|n5", "0|4|1|n5", "None|None|None|None"]
 
 
 def test_work_notes_its_status_and_keeps_the_output_of_all_attempts(program, monkeypatch):
