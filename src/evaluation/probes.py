@@ -65,6 +65,7 @@ class FrozenEncoder:
         self.encoder = encoder
         self.mean, self.std = mean, std
         self.device, self.dtype = device, dtype
+        self.before_block: Callable[[], object] = lambda: None  # of images; may raise, where the process is to stop
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -84,10 +85,10 @@ class FrozenEncoder:
         Raises:
             Diverged: some are not finite.
         """
-        blocks = [
-            self.encode(normalise(block.images.to(self.device), self.mean, self.std))
-            for block in split.blocks(batch_size)
-        ]
+        blocks = []
+        for block in split.blocks(batch_size):
+            self.before_block()
+            blocks.append(self.encode(normalise(block.images.to(self.device), self.mean, self.std)))
         x_NF = torch.cat(blocks)
         if lost := len(x_NF) - int(x_NF.isfinite().all(1).sum()):
             raise Diverged(

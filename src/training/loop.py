@@ -18,7 +18,7 @@ from src.evaluation import protocol
 from src.evaluation.diagnostics import alignment, uniformity
 from src.evaluation.encoder import ENCODER, save_encoder
 from src.evaluation.probes import FrozenEncoder
-from src.methods.base import Method
+from src.methods.base import Method, Output
 from src.runs.record import UNUSED
 from src.runs.tracker import Tracker
 from src.support.base import NEED_LABELS
@@ -80,14 +80,25 @@ def _train(
     steps_per_epoch = len(data.train) // cfg.batch_size
     saved = time.monotonic()
     loss = grad_norm = math.nan
+    outcome: Output | None = None
 
     def check_weights() -> None:
         if not math.isfinite(state.weight_norm()):
             raise state.diverged(loss, grad_norm)
 
+    def stop_if_told() -> None:
+        if status := ranks.agree(stopper.status):
+            raise Stopped(status)
+
+    state.frozen.before_block = stop_if_told
+
     def validate() -> dict[str, float]:
         check_weights()
         return protocol.validation(state.frozen, state.classifier, data, cfg.evaluation, state.search)
+
+    def look() -> None:
+        if outcome is not None and ranks.first:  # None where a run that was stopped in a validation goes on with that
+            collapse.look(outcome, state.step, tracker, cfg.on_collapse)
 
     def save() -> None:
         nonlocal saved
@@ -100,8 +111,9 @@ def _train(
     if state.step == 0:
         tracker.log(validate(), step=0)
 
-    for epoch in range(state.step // steps_per_epoch, cfg.epochs):
-        start = state.step % steps_per_epoch
+    # A run that was stopped in a validation takes that up first.
+    for epoch in range((state.step - (not state.validated)) // steps_per_epoch, cfg.epochs):
+        start = state.step - epoch * steps_per_epoch
         if support is not None and start == 0:
             support.start_epoch(epoch)
             support.clear_stats()
@@ -156,15 +168,22 @@ def _train(
         if device.type == "cuda":  # the clock stops when the work is done, not when it has been handed over
             torch.cuda.synchronize(device)
         state.seconds += time.perf_counter() - clock
+        ranks.check_same(method, state.classifier)
+        last = epoch + 1 == cfg.epochs
+        evaluates = last or (epoch + 1) % cfg.evaluation.every == 0
+        state.validated = not evaluates
+        try:
+            validation = validate() if evaluates else {}
+        except Stopped:
+            save()
+            look()
+            raise
+        state.validated = True
         metrics = state.pop_times(steps_per_epoch) | {"memory/peak_gib": peak_gib(device)}
         if support is not None:
             known = support.stats()
             metrics |= {key: known[key] for key in known if data.labelled or key not in NEED_LABELS}
-        ranks.check_same(method, state.classifier)
-        last = epoch + 1 == cfg.epochs
-        evaluates = last or (epoch + 1) % cfg.evaluation.every == 0
-        if evaluates:
-            metrics |= validate()
+        metrics |= validation
         draws = evaluates and cfg.evaluation.pictures and ranks.first
         pictures = illustrate(method, state.frozen_here, data, directory, epoch + 1, last) if draws else []
         if not last and ranks.first:
@@ -173,8 +192,8 @@ def _train(
         for picture in pictures:
             tracker.artifact(picture)
         progress.epoch(epoch, loss, metrics)
-        if evaluates and ranks.first:
-            collapse.look(outcome, state.step, tracker, cfg.on_collapse)
+        if evaluates:
+            look()
         stopping = ranks.agree(stopper.status, wait=True)
         overdue = time.monotonic() >= saved + 60 * cfg.checkpoint.minutes
         if last or stopping or overdue or (epoch + 1) % cfg.checkpoint.every == 0:

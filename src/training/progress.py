@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -63,7 +64,8 @@ class Progress:
             self._bar.measured(known)
             return
         shown = [text.format(metrics[key]) for key, text in SHOWN.items() if key in metrics]
-        self._print("  ".join([f"epoch {epoch + 1}/{self.epochs}", f"loss {loss:.3f}", *shown]))
+        losses = [f"loss {loss:.3f}"] if math.isfinite(loss) else []  # none so far of a run that has just resumed
+        self._print("  ".join([f"epoch {epoch + 1}/{self.epochs}", *losses, *shown]))
 
     def _print(self, line: str) -> None:
         print(line, flush=True)

@@ -54,6 +54,7 @@ class TrainState:
         self.frozen_here = FrozenEncoder(self.method.encoder, data.mean, data.std, self.device, self.dtype)
         self.step = 0
         self.served = False  # whether the support set has given any positive
+        self.validated = True  # whether the validation after the last step, where there is to be one, has ended
         self.seconds = 0.0  # spent in the current epoch
         self.support_seconds = 0.0
 
@@ -145,6 +146,7 @@ class TrainState:
             "seconds": [self.seconds, self._support_seconds()],
             "rows": rows,
             "served": self.served,
+            "validated": self.validated,
         }
         checkpoint.save(directory, self.step, state)
 
@@ -196,5 +198,6 @@ class TrainState:
             self.classifier_optimizer.load_state_dict(state["classifier_optimizer"])
             self.step = state["step"]
             self.served = state.get("served", True)
+            self.validated = state.get("validated", True)
             self.seconds, self.support_seconds = map(float, state["seconds"])
         return True

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from src import build, cli, models
 from src.config.parse import parse
 from src.errors import CannotWrite, Collapsed, Diverged, UsageError
+from src.evaluation.probes import FrozenEncoder
 from src.reporting import curves
 from src.reporting.rows import summarise
 from src.runs import checkpoint
@@ -525,6 +526,36 @@ def test_a_signal_in_the_final_evaluation_is_not_kept_waiting(run, tmp_path, mon
     assert end.value.code == 128 + signal.SIGTERM
     assert Record.load(tmp_path / "run").status == "KILLED"
     assert_same_run(unbroken, run("method=simclr"))
+
+
+def test_a_signal_in_a_validation_is_looked_at_between_its_blocks(run, tmp_path, monkeypatch):
+    """Each command is told to stop in the second validation that it comes to; the end is that of a run that was not."""
+    arguments = ["method=kmclr", "k=7", "evaluation.every=1", "epochs=2"]
+    unbroken = run(*arguments, directory="unbroken")
+    validate, encode, counts = loop.protocol.validation, FrozenEncoder.encode, []
+
+    def counted(frozen, images):
+        counts[-1] += 1
+        if len(counts) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(frozen, images)
+
+    def interrupted(*given):
+        counts.append(0)
+        return validate(*given)
+
+    for step in (3, 6):
+        counts.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(FrozenEncoder, "encode", counted)
+            patch.setattr(loop.protocol, "validation", interrupted)
+            with pytest.raises(SystemExit) as end:
+                run(*arguments)
+        assert end.value.code == 128 + signal.SIGTERM
+        assert counts == [2, 1]  # of the validation images, and of the bank
+        assert Record.load(tmp_path / "run").status == "KILLED"
+        assert checkpoint.load_latest(tmp_path / "run/checkpoints")[1]["step"] == step
+    assert_same_run(unbroken, run(*arguments))
 
 
 def test_a_whole_checkpoint_that_no_run_wrote_is_refused(run, tmp_path):
