@@ -107,8 +107,8 @@ def is_setting(key: str) -> bool:
 
 def is_protocol(key: str) -> bool:
     """Whether a dotted key says how the final figures are measured, rather than what else is looked at."""
-    besides = ("evaluation.every", "evaluation.online_lr", "evaluation.pictures", "evaluation.teacher")
-    return key.startswith("evaluation.") and key not in besides
+    besides = ("every", "online_lr", "bank", "pictures", "teacher")
+    return key.startswith("evaluation.") and key.removeprefix("evaluation.") not in besides
 
 
 def settings(cfg: Config) -> dict[str, Any]:

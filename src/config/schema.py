@@ -257,6 +257,7 @@ class Evaluation:
     epochs: Count
     batch_size: Count
     lr: Annotated[list[Positive], Field(min_length=1)]
+    bank: Count | None = None  # training images that vote in a validation; None: all, as in the final evaluation
     pictures: bool = False
     finetune: Finetune | None = None  # beside the linear probe
     fewshot: Fewshot | None = None  # likewise

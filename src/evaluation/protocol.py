@@ -19,7 +19,7 @@ from src.config import schema
 from src.config.names import TEACHER, UNTRAINED
 from src.config.parse import parse
 from src.data import Dataset, load
-from src.data.splits import Split, stratified_split
+from src.data.splits import Split, class_balanced_subset, stratified_split
 from src.errors import UsageError
 from src.evaluation.diagnostics import effective_rank
 from src.evaluation.finetuning import fine_tuning
@@ -56,7 +56,7 @@ def validation(
     val = frozen.features(data.val)
     metrics: dict[str, float] = {}
     if data.classes:
-        bank = frozen.features(data.probe)
+        bank = frozen.features(data.probe.take(_bank(data.probe.labels, cfg)))
         k = best_k(bank, val, len(data.classes), cfg, search)
         metrics |= {"val/knn_top1": _knn_percent(bank, val, len(data.classes), k, cfg, search), "val/knn_k": k}
     if data.labelled:
@@ -135,8 +135,16 @@ def untrained(
     figures = _final(frozen, data, cfg, search, seed, train, val)
     if val is not None:
         k = int(figures["test/knn_k"])  # which these images have chosen
-        figures["val/knn_top1"] = _knn_percent(train, val, len(data.classes), k, cfg, search)
+        bank = train.take(_bank(train.labels_N, cfg))
+        figures["val/knn_top1"] = _knn_percent(bank, val, len(data.classes), k, cfg, search)
     return {f"{UNTRAINED}/{key}": value for key, value in figures.items()}
+
+
+def _bank(labels: torch.Tensor, cfg: schema.Evaluation) -> torch.Tensor:
+    """Rows of the training images that vote in a validation: always the same, of which classes have equal parts."""
+    if cfg.bank is None or cfg.bank >= len(labels):
+        return torch.arange(len(labels), device=labels.device)
+    return class_balanced_subset(labels.cpu(), cfg.bank, seed=0).to(labels.device)
 
 
 def neighbours(cfg: schema.Evaluation, images_a_class: int) -> list[int]:
@@ -257,7 +265,7 @@ def _frozen(
 
 def _protocol(cfg: schema.Config) -> schema.Evaluation:
     """How one encoder is evaluated, without what matters during training only."""
-    return replace(cfg.evaluation, every=0, online_lr=0.0, pictures=False, teacher=False)
+    return replace(cfg.evaluation, every=0, online_lr=0.0, bank=None, pictures=False, teacher=False)
 
 
 def _merged(saved: dict[str, Any], composed: DictConfig) -> schema.Config:

@@ -7,13 +7,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors import safe_open
+from torch import nn
 
 from src import cli
 from src.config.parse import parse
 from src.config.schema import Tracking
+from src.data import load
 from src.errors import UsageError
 from src.evaluation import protocol
-from src.evaluation.probes import Features
+from src.evaluation.probes import Features, FrozenEncoder
 from src.runs import checkpoint
 from src.runs.record import Record
 from src.support.search import TorchSearch
@@ -206,6 +208,30 @@ def test_the_number_of_neighbours_is_chosen_on_validation_images_and_recorded(fi
     metrics = Record.load(finished).metrics
     assert metrics["val/knn_k"] == metrics["test/knn_k"]
     assert metrics["test/knn_k"] in (10, 16, 20)  # 161 training images of ten classes
+
+
+def test_a_sample_of_the_training_images_votes_in_a_validation(finished):
+    class Counted(FrozenEncoder):
+        def features(self, split, batch_size=512):
+            seen.append(split.labels)
+            return super().features(split, batch_size)
+
+    cfg, seen = load_config(finished), []
+    data = load(cfg.data)
+    encoder = nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
+    frozen = Counted(encoder, data.mean, data.std, torch.device("cpu"), torch.float32)
+    rest = nn.Linear(48, 10), data
+    figures = {
+        size: protocol.validation(frozen, *rest, replace(cfg.evaluation, bank=size), TorchSearch())
+        for size in (None, 10**6, 40)
+    }
+    assert [len(labels) for labels in seen[1::2]] == [len(data.probe), len(data.probe), 40]
+    assert set(seen[-1].bincount().tolist()) == {4}
+    assert figures[None] == figures[10**6] != figures[40]
+    assert (figures[40]["val/knn_k"], figures[None]["val/effective_rank"]) == (4, figures[40]["val/effective_rank"])
+    beside = protocol.untrained(frozen, data, replace(cfg.evaluation, bank=40, knn_k=1), TorchSearch(), 0)
+    one = protocol.validation(frozen, *rest, replace(cfg.evaluation, bank=40, knn_k=1), TorchSearch())
+    assert beside["untrained/val/knn_top1"] == one["val/knn_top1"]
 
 
 def test_more_neighbours_than_a_class_has_images_are_said(finished, caplog):
