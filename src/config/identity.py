@@ -27,7 +27,9 @@ LOG_SIZE = "support_set_size_log10"  # a param in MLflow alone, whose charts hav
 SAY_OF_STORED = tuple(
     f"objective.{key}" for key in ("same_prototype", "neighbours", "teacher_temperature", "student_temperature")
 )
-DERIVED = ("support_set_size", LOG_SIZE, "support_bytes", "encoder_parameters", "skipped_images")  # follow from them
+DERIVED = (  # follow from them
+    *("support_set_size", LOG_SIZE, "support_bytes", "encoder_parameters", "encoder_features", "skipped_images"),
+)
 
 
 def support_set_size(cfg: Config) -> int:

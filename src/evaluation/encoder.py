@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -26,12 +27,10 @@ from src.config.identity import without_neutral
 from src.errors import UsageError
 from src.runs import checkpoint
 from src.runs.query import named_run
-from src.runs.record import Record
+from src.runs.record import ENCODER, Record
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
 from src.system.regular_file import open_regular
-
-ENCODER = "encoder.safetensors"  # in a run's folder
 
 
 class Encoder(nn.Module):
@@ -63,6 +62,11 @@ class Encoder(nn.Module):
             raise ValueError(f"images are {list(images.shape)}, and must be [B, 3, {size}, {size}]: resize them")
         pixels = images if images.is_floating_point() else images / 255
         return self.backbone((pixels - self.mean_C11) / self.std_C11).float()
+
+    @torch.inference_mode()
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """The same of arrays: what MLflow calls."""
+        return self(torch.from_numpy(images)).numpy()
 
 
 def save_encoder(
@@ -156,6 +160,11 @@ def load_encoder(path: str | Path) -> Encoder:
         UsageError: there is no such file, or it is not one that `save_encoder` wrote.
     """
     return read_encoder(path)[0]
+
+
+def _load_pyfunc(path: str) -> Encoder:
+    """What `mlflow.pyfunc.load_model` calls, which finds this module by its name in a logged model."""
+    return load_encoder(path)
 
 
 def is_of_timm(facts: Mapping[str, Any]) -> bool:

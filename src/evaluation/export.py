@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from src.errors import RunFailed, UsageError
 from src.evaluation import model_card
-from src.evaluation.encoder import ENCODER, Encoder, Run, finished_run, is_of_timm
+from src.evaluation.encoder import Encoder, Run, finished_run, is_of_timm
 from src.runs import directory as run_directory
+from src.runs.record import ENCODER
 from src.system.atomic_write import write_whole
 from src.system.extras import require
 from src.system.redact import one_line

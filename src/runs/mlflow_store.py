@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,12 +22,14 @@ from filelock import FileLock
 
 from src.config.identity import LOG_SIZE
 from src.errors import UsageError
-from src.runs.record import METRICS, NOTE, PARENT, Record, now, read_rows
+from src.runs.record import ENCODER, METRICS, NOTE, PARENT, Record, now, read_rows
 from src.system.deadline import Overdue, within
 from src.system.redact import one_line, redact
 
 ATTEMPTS = 5  # to open a database whose tables another process may be creating
 PATIENCE = 30.0  # seconds that a run waits for a store, whatever it does meanwhile
+MODEL = "encoder"  # the name of a run's model
+LOADER = "src.evaluation.encoder"  # the module that loads it for `mlflow.pyfunc`
 _RACE = re.compile("UniqueViolation|DuplicateTable|duplicate key|already exists", re.IGNORECASE)
 _AWAY = re.compile("database is locked|connection to server|could not connect|can't connect", re.IGNORECASE)
 
@@ -251,7 +254,9 @@ class Delivery:
             self._log_data(params)
         self.is_connected, self.bytes, self.tags = True, end, tags
         for name, path in artifacts.items():
-            if name not in self.artifacts:
+            if name not in self.artifacts and name == ENCODER:
+                self._log_model(path)
+            elif name not in self.artifacts:
                 client.log_artifact(copy.run_id, str(path), os.path.dirname(name) or None)
             self.artifacts.add(name)
         if record.status != "RUNNING":
@@ -263,15 +268,55 @@ class Delivery:
         from mlflow.entities import Dataset, DatasetInput, InputTag
         from mlflow.exceptions import MlflowException
 
-        name, digest = params.get("data.name"), params.get("data.fingerprint")
-        if not (name and digest):
+        known = _data_set(params)
+        if not known:
             return
-        source = json.dumps({"uri": params.get("data.root", name)})
-        data = DatasetInput(Dataset(name, digest[:36], "local", source), [InputTag("mlflow.data.context", "training")])
+        source = json.dumps({"uri": params.get("data.root", known[0])})
+        data = DatasetInput(Dataset(*known, "local", source), [InputTag("mlflow.data.context", "training")])
         try:
             self.client.log_inputs(self.copy.run_id, [data])
         except MlflowException:  # another job of a sweep was faster to create the data set, or the store is down
             self.client.log_inputs(self.copy.run_id, [data])
+
+    def _log_model(self, encoder: Path) -> None:
+        """Makes the encoder a model of the run, with its signature and its figures; a second time completes it."""
+        from mlflow.entities import LoggedModelOutput, Metric
+        from mlflow.exceptions import MlflowException
+        from mlflow.models import Model, ModelSignature
+        from mlflow.pyfunc import add_to_model
+
+        client, run_id, params, home = self.client, self.copy.run_id, self.record.params, self.copy.experiment_id
+        size, count = (_number(params, key) or -1 for key in ("data.image_size", "encoder_features"))  # -1: any
+        takes, gives = [-1, 3, size, size], [-1, count]
+        try:
+            found = client.search_logged_models([home], f"source_run_id = '{run_id}'", max_results=1)
+        except MlflowException as error:
+            if error.error_code != "ENDPOINT_NOT_FOUND":  # a server of MLflow 2 knows no models of runs
+                raise
+            client.log_artifact(run_id, str(encoder))
+            return
+        note = {NOTE: _describe_model(run_id, takes, gives)}
+        model = next(iter(found), None) or client.create_logged_model(home, MODEL, run_id, note, params)
+        model_id = model.model_id
+        with tempfile.TemporaryDirectory() as folder:
+            signature = {"inputs": _tensor("uint8", takes), "outputs": _tensor("float32", gives)}
+            described = Model(run_id=run_id, model_id=model_id, model_uuid=model_id)
+            described.signature = ModelSignature.from_dict(signature)
+            add_to_model(described, LOADER, data=encoder.name)
+            described.save(f"{folder}/MLmodel")
+            for path in (encoder, f"{folder}/MLmodel"):
+                client.log_model_artifact(model_id, str(path))
+        rows, _ = read_rows(self.directory / METRICS)
+        figures = [
+            Metric(key, value, row["time"], row["step"], model_id, *_data_set(params))
+            for row in rows
+            for key, value in row["metrics"].items()
+            if key.startswith("test/")
+        ]
+        client.log_batch(run_id, figures)
+        if model_id not in {each.model_id for each in client.get_run(run_id).outputs.model_outputs}:
+            client.log_outputs(run_id, [LoggedModelOutput(model_id, rows[-1]["step"] if rows else 0)])
+        client.finalize_logged_model(model_id, "READY")
 
     def terminate(self) -> None:
         """Tells MLflow how the run ended."""
@@ -294,10 +339,36 @@ class Delivery:
             client.update_run(copy.run_id, status="RUNNING")
 
 
+def _tensor(dtype: str, shape: Sequence[int]) -> str:
+    """One side of a signature, as MLflow writes it."""
+    return json.dumps([{"type": "tensor", "tensor-spec": {"dtype": dtype, "shape": shape}}])
+
+
+def _describe_model(run_id: str, takes: Sequence[int], gives: Sequence[int]) -> str:
+    """In Markdown."""
+    return (
+        f"It takes images, uint8 {takes}, normalises them itself, and gives features, float32 {gives}; -1 stands for "
+        "any number. In the project's folder, this line gives the features of images: "
+        f'`mlflow.pyfunc.load_model("runs:/{run_id}/{MODEL}").predict(images)`'
+    )
+
+
+def _data_set(params: Mapping[str, str]) -> tuple[str, ...]:
+    """The name and the digest of the images; nothing where they are not known."""
+    name, digest = params.get("data.name"), params.get("data.fingerprint")
+    return (name, digest[:36]) if name and digest else ()
+
+
 def log_size(params: Mapping[str, str]) -> dict[str, str]:
     """The decimal logarithm of the support-set size as a param, 0 for none stored; nothing where there is no size."""
-    size = params.get("support_set_size", "")
-    return {LOG_SIZE: f"{math.log10(max(1, int(size))):.3f}"} if re.fullmatch(r"\d{1,18}", size, re.ASCII) else {}
+    size = _number(params, "support_set_size")
+    return {} if size is None else {LOG_SIZE: f"{math.log10(max(1, size)):.3f}"}
+
+
+def _number(params: Mapping[str, str], key: str) -> int | None:
+    """None where a record lacks it, or holds something else, as an edited one may."""
+    text = params.get(key, "")
+    return int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
 
 
 def bring_up(client: Any, record: Record, asked: str = "", again: bool = False) -> tuple[list[str], bool]:

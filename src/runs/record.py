@@ -29,6 +29,7 @@ from src.system.regular_file import open_regular, read_regular
 
 METRICS = "metrics.jsonl"
 RECORD = "run.json"
+ENCODER = "encoder.safetensors"  # the weights of a finished run's encoder, and what they are
 CHANGED = "conditions_changed"  # a tag: that of which rounding depends, and where
 UNUSED = "support_unused"  # a tag: the support set was never filled, so the positives were the other views
 PARENT = "mlflow.parentRunId"  # a tag: MLflow's id of the sweep's run, under which its pages show a job

@@ -16,10 +16,10 @@ from src.data import Dataset
 from src.data.batches import epoch_batches
 from src.evaluation import protocol
 from src.evaluation.diagnostics import alignment, uniformity
-from src.evaluation.encoder import ENCODER, save_encoder
+from src.evaluation.encoder import save_encoder
 from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method, Output
-from src.runs.record import UNUSED
+from src.runs.record import ENCODER, UNUSED
 from src.runs.tracker import Tracker
 from src.support.base import NEED_LABELS
 from src.system.measure import peak_gib

@@ -110,6 +110,7 @@ class TrainState:
             "support_set_size": identity.support_set_size(self.cfg),
             "support_bytes": support.stored_bytes if support is not None else 0,
             "encoder_parameters": sum(p.numel() for p in self.method.encoder.parameters()),
+            "encoder_features": self.classifier.in_features,
         }
 
     def untrained(self) -> FrozenEncoder:

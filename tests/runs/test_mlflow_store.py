@@ -1,15 +1,20 @@
 """MLflow's store: made once, refused in one line, and what delivery rests on."""
 
 import math
+import shutil
 import time
 
+import numpy as np
 import pytest
+import torch
 
 from src.config.schema import Tracking
 from src.errors import UsageError
+from src.evaluation.encoder import load_encoder
 from src.runs import mlflow_store, query
-from src.runs.tracker import Tracker
-from tests.stores import MLFLOW, RUN, history, start
+from src.runs.tracker import Tracker, deliver
+from tests.evaluation.test_export import write_run
+from tests.stores import MLFLOW, RUN, break_store, history, start
 
 
 def test_the_store_drops_exact_repeats(client):
@@ -89,6 +94,73 @@ def test_two_that_create_the_tables_of_a_database_together_both_get_it(fresh_sto
     monkeypatch.setattr(mlflow_store, "ATTEMPTS", 2)
     with pytest.raises(UsageError, match="does not open"):
         mlflow_store.prepare()
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("encoder") / "run", "backbone=resnet_tiny") / "encoder.safetensors"
+
+
+def log_encoder(directory, encoder):
+    """A run that is finished, with the figures and the encoder that it has left."""
+    sizes = {"data.name": "digits", "data.fingerprint": "ab" * 20, "data.image_size": 32, "encoder_features": 128}
+    tracker = Tracker(directory, MLFLOW, sizes, {})
+    tracker.log({"train/loss": 2.0, "val/knn_top1": 50.0}, 7)
+    tracker.log({"test/linear_top1": 60.0}, 7)
+    shutil.copy(encoder, directory)
+    tracker.artifact(directory / encoder.name)
+    tracker.close("FINISHED")
+    return tracker.run_id
+
+
+def test_the_encoder_is_a_model_of_the_run_with_its_signature_and_figures(client, tmp_path, encoder):
+    mlflow = pytest.importorskip("mlflow")
+    run_id = log_encoder(tmp_path / "run", encoder)
+    run = client.get_run(run_id)
+    (output,) = run.outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert (model.name, model.status, model.source_run_id) == ("encoder", "READY", run_id)
+    assert {figure.key: figure.value for figure in model.metrics} == {"test/linear_top1": 60.0}
+    assert {(figure.dataset_name, figure.dataset_digest) for figure in model.metrics} == {
+        (each.dataset.name, each.dataset.digest) for each in run.inputs.dataset_inputs
+    }
+    assert "uint8 [-1, 3, 32, 32]" in model.tags["mlflow.note.content"]
+    assert not client.list_artifacts(run_id), "the weights are stored once"
+
+    loaded = mlflow.pyfunc.load_model(f"runs:/{run_id}/encoder")
+    (takes,), (gives,) = loaded.metadata.signature.inputs, loaded.metadata.signature.outputs
+    assert (takes.type, takes.shape, gives.type, gives.shape) == (np.uint8, (-1, 3, 32, 32), np.float32, (-1, 128))
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    features = torch.from_numpy(loaded.predict(images.numpy()))
+    torch.testing.assert_close(features, load_encoder(encoder)(images).detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["log_model_artifact", "log_outputs", "finalize_logged_model"])
+def test_a_model_that_was_cut_off_is_completed_and_not_made_twice(client, tmp_path, monkeypatch, encoder, method):
+    with monkeypatch.context() as patch:
+        break_store(client, patch, method)
+        run_id = log_encoder(tmp_path / "run", encoder)
+    for _ in range(2):
+        assert deliver(tmp_path / "run") == run_id
+    (model,) = client.search_logged_models([client.get_run(run_id).info.experiment_id])
+    assert model.status == "READY"
+    assert [(each.key, each.step, each.value) for each in model.metrics] == [("test/linear_top1", 7, 60.0)]
+    assert {file.path for file in client.list_logged_model_artifacts(model.model_id)} == {"MLmodel", encoder.name}
+    assert [each.model_id for each in client.get_run(run_id).outputs.model_outputs] == [model.model_id]
+    assert history(client, run_id, "test/linear_top1") == [(7, 60.0)]
+
+
+def test_a_server_that_knows_no_models_gets_the_encoder_as_a_file(client, tmp_path, monkeypatch, encoder):
+    """As a server of MLflow 2 answers: a stub in the place of the client's method."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
+
+    def unknown(*args, **kwargs):
+        raise MlflowException("404", ENDPOINT_NOT_FOUND)
+
+    monkeypatch.setattr(type(client), "search_logged_models", unknown)
+    run_id = log_encoder(tmp_path / "run", encoder)
+    assert [file.path for file in client.list_artifacts(run_id)] == [encoder.name]
 
 
 def test_a_deleted_experiment_is_one_line(client, tmp_path):
