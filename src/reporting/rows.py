@@ -22,6 +22,9 @@ FIGURES = {
     "test/linear_top1": "test linear top-1",
     "test/linear_top5": "test linear top-5",
 }
+# Figures beside the linear probe's; a name after `test` says that a run was evaluated so after its end.
+FEWSHOT = re.compile(r"test(_fewshot)?/fewshot_(\d+(?:\.\d+)?(?:e-\d+)?)pct_top1", re.ASCII)
+FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
 OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs
 NOTHING_STORED = LABELS["nothing_stored"]
 IN_THE_ROW = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
@@ -69,6 +72,16 @@ class Row:
         """Mean and deviation for people: ``57.83 ± 0.33``, without a deviation for one run, and ``-`` for none."""
         mean, std = self.mean(figure), self.std(figure)
         return "-" if math.isnan(mean) else f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}"
+
+
+def figures_of(rows: Sequence[Row]) -> dict[str, str]:
+    """The figures of a table with their titles: `FIGURES`, and of few labels and fine-tuning what any run has."""
+    found = {key for row in rows for run in row.runs for key in run.metrics}
+    few = sorted(filter(None, map(FEWSHOT.fullmatch, found)), key=lambda each: (float(each[2]), each[0]))
+    tuned = sorted(filter(None, map(FINETUNE.fullmatch, found)), key=lambda each: (each[2], each[0]))
+    titles = [(each, f"test {each[2]}% of labels top-1") for each in few]
+    titles += [(each, f"test fine-tuned top-{each[2]}") for each in tuned]
+    return FIGURES | {each[0]: f"{title}, evaluated later" if each[1] else title for each, title in titles}
 
 
 class Difference(NamedTuple):
@@ -217,7 +230,7 @@ def _remarks(
     seeds = sorted({len(row.runs) for row in rows})
     if len(seeds) > 1:
         notes.append(f"the rows differ in their number of seeds: {seeds[0]} to {seeds[-1]}")
-    for figure, title in FIGURES.items():
+    for figure, title in figures_of(rows).items():
         lacking = [(row, len(row.values(figure))) for row in rows if len(row.values(figure)) < len(row.runs)]
         where = [f"{row.title} ({len(row.runs) - n} of {len(row.runs)} runs)" for row, n in lacking]
         if where:

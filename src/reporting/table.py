@@ -19,7 +19,7 @@ from rich.table import Table
 from src.config.names import UNTRAINED
 from src.reporting import curves, page
 from src.reporting.plots import caption, plot, to_svg
-from src.reporting.rows import FIGURES, NO_DIFFERENCE, NOTHING_STORED, Row, control_of, difference
+from src.reporting.rows import FIGURES, NO_DIFFERENCE, NOTHING_STORED, Row, control_of, difference, figures_of
 from src.runs.record import METRICS
 from src.system.atomic_write import write_whole
 
@@ -45,7 +45,8 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
             return "-"
         return f"{found.mean:+.2f}" + ("" if math.isnan(found.half_width) else f" ± {found.half_width:.2f}")
 
-    header = ["method", "vectors", "bytes", "of largest queue", "seeds", *FIGURES.values()]
+    figures = figures_of(rows)
+    header = ["method", "vectors", "bytes", "of largest queue", "seeds", *figures.values()]
     body = [
         [
             row.label,
@@ -53,7 +54,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
             decimal(row.stored_bytes),
             "-" if share is None else f"{share:.2%}",
             str(len(row.runs)),
-            *(row.text(figure) for figure in FIGURES),
+            *(row.text(figure) for figure in figures),
         ]
         for row, share in zip(rows, shares(rows), strict=True)
     ]
@@ -85,8 +86,8 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "share_of_largest_queue": share,
             "seeds": len(row.runs),
         }
-        | {f"{figure}_mean": _known(row.mean(figure)) for figure in FIGURES}
-        | {f"{figure}_std": _known(row.std(figure)) for figure in FIGURES}
+        | {f"{figure}_mean": _known(row.mean(figure)) for figure in figures_of(rows)}
+        | {f"{figure}_std": _known(row.std(figure)) for figure in figures_of(rows)}
         | _differences(row, rows)
         for row, share in zip(rows, shares(rows), strict=True)
     ]
@@ -118,7 +119,7 @@ def _differences(row: Row, rows: Sequence[Row]) -> dict[str, float | None]:
     """Beyond the control, of every figure: the mean over pairs, the ends of its 95% interval, the number of pairs."""
     control = control_of(row, rows)
     numbers: dict[str, float | None] = {}
-    for figure in FIGURES:
+    for figure in figures_of(rows):
         found = difference(row, control, figure) if control else NO_DIFFERENCE
         numbers |= {f"{figure}_difference": _known(found.mean), f"{figure}_difference_low": _known(found.low)}
         numbers |= {f"{figure}_difference_high": _known(found.high), f"{figure}_pairs": found.pairs}

@@ -311,7 +311,7 @@ class Delivery:
             Metric(key, value, row["time"], row["step"], model_id, *_data_set(params))
             for row in rows
             for key, value in row["metrics"].items()
-            if key.startswith("test/")
+            if key.startswith("test")
         ]
         client.log_batch(run_id, figures)
         if model_id not in {each.model_id for each in client.get_run(run_id).outputs.model_outputs}:

@@ -51,6 +51,22 @@ def test_the_untrained_encoder_is_in_the_table():
     assert table(rows)[1] == ["untrained", "0", "0 bytes", "0.00%", "3", "7.00 ± 0.00", "-", "9.50 ± 0.00", "-"]
 
 
+def test_few_labels_and_fine_tuning_have_columns_where_a_run_has_them():
+    few = {"test/fewshot_10pct_top1": 30.0, "test/fewshot_1pct_top1": 12.0, "test/fewshot_1pct_top1_std": 0.5}
+    later = {"test_finetune/finetune_top1": 70.0, "test_finetune/finetune_top5": 90.0}
+    one, other, third = (run("kmclr", 50, seed) for seed in range(3))
+    runs = [replace(one, metrics=one.metrics | few), replace(other, metrics=other.metrics | few | later), third]
+    rows, notes = summarise([*runs, run("simclr")])
+    header, simclr, kmclr = table(rows)
+    assert header[9:] == [
+        *("test 1% of labels top-1", "test 10% of labels top-1"),
+        *("test fine-tuned top-1, evaluated later", "test fine-tuned top-5, evaluated later"),
+    ]
+    assert (simclr[9:], kmclr[9:]) == (["-"] * 4, ["12.00 ± 0.00", "30.00 ± 0.00", "70.00", "90.00"])
+    assert [each["test/fewshot_1pct_top1_mean"] for each in records(rows)] == [None, 12.0]
+    assert "no test 1% of labels top-1: SimCLR (1 of 1 runs), KMCLR 50 (1 of 3 runs)" in notes
+
+
 def test_missing_figures_are_counted_and_shown():
     lacking = without(run("nnclr", 4096, seed=1, top1=60), "test/linear_top1")
     nan = replace(
