@@ -122,6 +122,11 @@ def _check_combinations(cfg: Config) -> None:
             f"evaluation.teacher=true: objective={objective.name} has no teacher; choose objective=teacher or "
             "objective=relation, or leave evaluation.teacher=false"
         )
+    if cfg.tracking.system_metrics and cfg.tracking.name != "mlflow":
+        raise UsageError(
+            f"tracking.system_metrics=true: MLflow measures them, and tracking={cfg.tracking.name} has none; "
+            "choose tracking=mlflow, or leave tracking.system_metrics=false"
+        )
     if cfg.search.name == "ivf" and not isinstance(support, Queue):
         raise UsageError(f"search=ivf: only support=queue can use it; choose search=auto for support={support.name}")
     if isinstance(objective, Teacher) and is_ours and objective.neighbours > 1:

@@ -271,6 +271,7 @@ class Tracking:
     log_every: Count
     parent: str | None = None  # the folder of the sweep that the run is a job of
     trial: int | None = None  # its number in the sweep's Optuna study
+    system_metrics: bool = False  # MLflow's own: processor, memory, disk, network, GPU
 
 
 @dataclass

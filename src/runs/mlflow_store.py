@@ -359,6 +359,15 @@ def _data_set(params: Mapping[str, str]) -> tuple[str, ...]:
     return (name, digest[:36]) if name and digest else ()
 
 
+def watch_system(run_id: str) -> Callable[[], None]:
+    """Starts MLflow's own thread, which measures the machine and logs to the run; returns what ends it."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True)
+    monitor.start()
+    return monitor.finish
+
+
 def log_size(params: Mapping[str, str]) -> dict[str, str]:
     """The decimal logarithm of the support-set size as a param, 0 for none stored; nothing where there is no size."""
     size = _number(params, "support_set_size")

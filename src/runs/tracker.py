@@ -75,6 +75,7 @@ class Tracker:
         self._delivery: mlflow_store.Delivery | None = None
         self._warned = self._fails = False
         self._retry_at = 0.0
+        self._end_watch: Callable[[], None] | None = None
 
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
@@ -161,12 +162,27 @@ class Tracker:
             self._delivery.artifacts.discard(name)
         self.flush()
 
+    def watch_system(self) -> None:
+        """Has MLflow measure the machine until `close`, where that is asked for; the files have nothing of it."""
+        if not self.tracking.system_metrics:
+            return
+        try:
+            run_id = self.record.copy.run_id
+            if not run_id:
+                raise Overdue("it does not have the run so far")
+            self._end_watch = within(mlflow_store.PATIENCE, lambda: mlflow_store.watch_system(run_id))
+        except Exception as error:
+            logger.warning("MLflow takes no system metrics of this session: %s", one_line(error))
+
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Ends the run, here and in MLflow; a run that was told to stop does not wait for a store that fails.
 
         Raises:
             OSError: there is no room to write that the run is finished. Another status is then told to MLflow only.
         """
+        with suppress(Exception):
+            if self._end_watch:
+                Call(self._end_watch).result(self._patience)
         self.record.close(status)
         if not self._is_in_place():  # what is there now belongs to another process; MLflow keeps what it has
             with suppress(Exception):
@@ -264,6 +280,9 @@ class NoTracker(Tracker):
         pass
 
     def artifact(self, path: Path) -> None:
+        pass
+
+    def watch_system(self) -> None:
         pass
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:

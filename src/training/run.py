@@ -31,6 +31,7 @@ from src.runs.record import METRICS, Record
 from src.runs.tracker import COLOUR_TAG, NoTracker, Tracker, catch_up
 from src.system.atomic_write import write_whole
 from src.system.environment import conditions, environment_tags
+from src.system.extras import require
 from src.system.redact import hide_in_settings, one_line
 from src.system.stopping import Stopped, Stopper
 from src.training import distributed, loop
@@ -79,6 +80,8 @@ def run(
     tags = {"init.taken": state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
 
     directory = ranks.told(run_directory.choose(cfg))
+    if cfg.tracking.system_metrics:
+        require("psutil", "system", "tracking.system_metrics=true")
     if cfg.tracking.name == "mlflow" and ranks.first:
         mlflow_store.check(cfg.tracking.experiment)  # refuses what is no store before the directory is made
     hold = run_directory.exclusive(directory, run_directory.PATIENCE) if ranks.first else nullcontext()
@@ -125,6 +128,7 @@ def run(
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         together = trained = False  # whether all ranks end at one place
         try:
+            tracker.watch_system()
             loop.pretrain(state, data, tracker, stopper, directory, should_prune, illustrate)
             trained = True
             with stopper.at_once():

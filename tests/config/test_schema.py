@@ -160,6 +160,10 @@ def test_a_bad_value_is_one_line_that_names_it(override, says):
             "support=queue: objective.support_weight=0 makes no use of what is stored",
         ),
         (["objective=teacher", "k=3", "objective.neighbours=4"], "objective.neighbours=4: more than the 3 vectors"),
+        (
+            ["tracking=jsonl", "tracking.system_metrics=true"],
+            "tracking.system_metrics=true: MLflow measures them, and tracking=jsonl has none; choose tracking=mlflow",
+        ),
         (["experiment=mnn", "search=ivf"], "objective.neighbours=5: search=ivf finds one; choose search=auto"),
         (
             ["objective=teacher", "+objective.temperature=0.2"],

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -34,6 +35,39 @@ from tests.stores import JSONL, MLFLOW, RUN, break_store, history, rows, start, 
 def test_the_config_files_fit_the_schema(name):
     loaded = OmegaConf.merge(OmegaConf.structured(Tracking), composed(f"tracking={name}").tracking)
     assert OmegaConf.to_object(loaded) == Tracking(name, "support-sets", 10)
+
+
+def test_system_metrics_are_measured_by_mlflow_until_the_end_where_they_are_asked_for(client, tmp_path, monkeypatch):
+    pytest.importorskip("psutil")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    processor = "system/cpu_utilization_percentage"
+    steps = [0]
+    for _ in range(2):  # the second session goes on where the first one ended
+        tracker = Tracker(tmp_path / "run", replace(MLFLOW, system_metrics=True), {}, {})
+        tracker.watch_system()
+        tracker.log({"train/loss": 1.0}, 0)
+        while len(history(client, tracker.run_id, processor)) < len(steps) + 2:
+            time.sleep(0.05)
+        tracker.close("KILLED")
+        assert "SystemMetricsMonitor" not in {thread.name for thread in threading.enumerate()}
+        before, steps = len(steps), [step for step, _ in history(client, tracker.run_id, processor)]
+        assert steps == list(range(len(steps)))
+        assert len(steps) >= before
+    assert {key for row in rows(tmp_path / "run") for key in row["metrics"]} == {"train/loss"}
+
+    plain = Tracker(tmp_path / "plain", MLFLOW, {}, {})
+    plain.watch_system()
+    assert "SystemMetricsMonitor" not in {thread.name for thread in threading.enumerate()}
+    plain.close("FINISHED")
+
+
+def test_a_store_that_is_away_gets_no_system_metrics_and_the_run_goes_on(client, tmp_path, monkeypatch, caplog):
+    break_store(client, monkeypatch, "log_batch", "create_run")
+    tracker = Tracker(tmp_path / "run", replace(MLFLOW, system_metrics=True), {}, {})
+    tracker.watch_system()
+    tracker.close("FINISHED")
+    assert any("no system metrics of this session" in warning for warning in warnings(caplog))
+    assert Record.load(tmp_path / "run").status == "FINISHED"
 
 
 def test_a_finished_run_may_be_evaluated_again(tmp_path):

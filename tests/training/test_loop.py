@@ -696,6 +696,13 @@ def test_a_support_set_that_is_never_filled_is_refused(run, tmp_path, overrides,
     assert not (tmp_path / "run").exists()
 
 
+def test_system_metrics_without_psutil_are_refused_before_anything_is_written(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(UsageError, match=r"^tracking.system_metrics=true: needs psutil: pip install .*\[system\]'$"):
+        run("method=simclr", "tracking=mlflow", "tracking.system_metrics=true")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "largest", [["method=nnclr", "queue_size=320"], ["method=kmclr", "k=128", "support.forget_every=1"]]
 )
