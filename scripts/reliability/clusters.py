@@ -8,6 +8,7 @@ Prints a row of results/reliability.md for each situation, and ends with status 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -23,11 +24,12 @@ from typing import ClassVar
 
 from scripts.reliability import one_node
 from scripts.reliability.runs import ROOT, SMALL, differences, output, start
+from src.runs.record import METRICS, read_rows
 
 SLURM = ["hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1.5"]
 RAY = ["hydra/launcher=ray_cpu", "hydra.launcher.ray.remote.num_cpus=1"]
 LONG = 24  # epochs: half a minute and more
-# SLURM may send its signal a minute early: a stay is 90 seconds or more.
+# SLURM may send its signal a minute early: a stay is of 90 to 150 seconds.
 LIMITS = ["hydra.launcher.timeout_min=3", "hydra.launcher.signal_delay_s=30"]
 
 
@@ -105,6 +107,16 @@ class Sweep:
         """The output of each job, by its k."""
         paths = self.folder.glob("multirun/sweep-*/jobs/*.log")
         return {int(path.name.split("-")[1][1:]): path.read_text() for path in paths}
+
+
+def epochs_of(seconds: float, folder: Path) -> int:
+    """How many epochs a run takes so long for, on a machine that is as busy as it is now."""
+    arguments = [*SMALL, "tracking=jsonl", f"data.cache_dir={folder.parent / 'cache'}", "method=kmclr", "k=30"]
+    expect(start(folder, [*arguments, "epochs=9", "output_dir=run"]).wait(300) == 0, output(folder)[-500:])
+    ends = [
+        row["time"] / 1000 for row in read_rows(folder / "run" / METRICS)[0] if "time/epoch_seconds" in row["metrics"]
+    ]
+    return math.ceil(seconds / ((ends[-1] - ends[0]) / (len(ends) - 1)))
 
 
 def expect(condition: object, what: object) -> None:
@@ -208,8 +220,9 @@ def refused(folder: Path, engine: list[str]) -> str:
 
 
 def time_limit(folder: Path, engine: list[str]) -> str:
-    sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={4 * LONG}", *engine, *LIMITS)
-    sweep.ends(0, 900)
+    epochs = epochs_of(180, folder / "calibration")
+    sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={epochs}", *engine, *LIMITS)
+    sweep.ends(0, 1500)
     expect(sweep.states() == {10: "FINISHED", 20: "FINISHED"}, sweep.states())
     times = [log.count("continued at step") for log in sweep.logs().values()]
     expect(min(times) > 0, f"continued {times}")
@@ -218,7 +231,7 @@ def time_limit(folder: Path, engine: list[str]) -> str:
 
 def ranks(folder: Path, engine: list[str]) -> str:
     """Two tasks are two ranks: one is killed, then the time limit comes; the end is that of torchrun's unbroken run."""
-    run = ["method=kmclr", "k=10", f"epochs={3 * LONG}"]
+    run = ["method=kmclr", "k=10", f"epochs={epochs_of(120, folder / 'calibration')}"]  # of one process
     sweep = Sweep(folder / "slurm", *run, *engine, "hydra.launcher.tasks_per_node=2", *LIMITS)
     sweep.until_steps(10)
     (other,) = [pid for pid, _ in processes_of(10) if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
@@ -226,7 +239,7 @@ def ranks(folder: Path, engine: list[str]) -> str:
     said = sweep.ends(1)
     (line,) = re.findall(r"no result: kmclr-k10-.*", said)
     sweep.begin()
-    sweep.ends(0, 900)
+    sweep.ends(0, 1500)
     (log,) = sweep.logs().values()
     times = log.count("continued at step")
     expect(times > 1, f"continued {times} times")
@@ -345,14 +358,41 @@ def job_submit(folder: Path, engine: list[str]) -> str:
     ]
     inside = f"cd {folder} && PYTHONPATH={ROOT} {sys.executable} -m src.train " + " ".join(f"'{each}'" for each in line)
     address = f"http://127.0.0.1:{one_node.PORTS['dashboard']}"
-    done = subprocess.run(
-        [tool, "job", "submit", f"--address={address}", "--", "bash", "-c", inside],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    expect(sweep.states() == {10: "FINISHED", 20: "FINISHED"}, (sweep.states(), done.stdout[-800:], done.stderr[-500:]))
-    return "the whole sweep as a job of Ray's: finished"
+    submit = [tool, "job", "submit", f"--address={address}", "--", "bash", "-c", inside]
+    with (folder / "output.txt").open("wb") as said:
+        sweep.process = subprocess.Popen(submit, stdout=said, stderr=said)
+    sweep.until_steps(10, 1)
+    sweep.process.kill()
+    sweep.process.wait()
+    ended = time.monotonic() + 300
+    while not list(folder.glob("multirun/sweep-*/results.html")):
+        expect(time.monotonic() < ended, sweep.states())
+        time.sleep(1)
+    expect(sweep.states() == {10: "FINISHED", 20: "FINISHED"}, sweep.states())
+    return "what submits it was killed: the sweep went on as a job of Ray's, and finished with its table"
+
+
+def page(folder: Path, engine: str) -> str:
+    """Type the lines of docs/clusters.md that are for this engine, as they stand, in a folder with src and conf."""
+    folder.mkdir(parents=True)
+    for name in ("src", "conf"):
+        (folder / name).symlink_to(ROOT / name)
+    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    address = f"http://127.0.0.1:{one_node.PORTS['dashboard']}"
+    text = (ROOT / "docs" / "clusters.md").read_text()
+    lines = re.findall(rf"^    (.*experiment=demo.* hydra/launcher={engine}.*)$", text, re.MULTILINE)
+    for line in lines:
+        done = subprocess.run(
+            ["bash", "-c", line.replace("--no-wait ", "")],  # so that its end is seen
+            cwd=folder,
+            env=os.environ | {"PATH": tools, "RAY_API_SERVER_ADDRESS": address},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        expect(done.returncode == 0 and "jobs finished" in done.stdout, (line, done.stdout[-500:], done.stderr[-500:]))
+    expect(lines, "no lines")
+    return f"{len(lines)} lines, typed as they stand: all finished, status 0"
 
 
 def _queue() -> str:
@@ -373,6 +413,7 @@ SITUATIONS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     ),
     "slurm-ranks": ("SLURM", "one run of two tasks", lambda folder: ranks(folder, SLURM)),
     "slurm-refused": ("SLURM", "what cannot be had", lambda folder: refused(folder, SLURM)),
+    "slurm-page": ("SLURM", "the lines of docs/clusters.md", lambda folder: page(folder, "slurm")),
     "ray-good": ("Ray", "a sweep", lambda folder: good(folder, RAY)),
     "ray-search": ("Ray", "`+sweep=optuna`", lambda folder: search(folder, RAY)),
     "ray-killed": ("Ray", "a job's worker killed with -9", lambda folder: killed_worker(folder, RAY)),
@@ -380,6 +421,7 @@ SITUATIONS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "ray-stopped": ("Ray", "jobs told to stop", lambda folder: stopped_jobs(folder, RAY)),
     "ray-no-gpu": ("Ray", "no node has a GPU", lambda folder: no_gpu(folder)),
     "ray-submit": ("Ray", "`ray job submit`", lambda folder: job_submit(folder, RAY)),
+    "ray-page": ("Ray", "the lines of docs/clusters.md", lambda folder: page(folder, "ray")),
 }
 
 
