@@ -1,23 +1,36 @@
 """SIGKILL at random moments, over and over; the same command continues, and ends with the unbroken run's bits.
 
-    python -m scripts.reliability.kills FOLDER [KILLS]
+    python -m scripts.reliability.kills FOLDER [KILLS] [FIRST]
 
-Half of the kills come at a random time after the run has started; the others the moment a file appears that is written
-aside, and so most likely within the write: the cache, the store, a checkpoint, the record.
+About half of the kills come at a random time after the run has started; the others the moment a file appears that is
+written aside, and so most likely within the write: the cache, the store, a checkpoint, the record. Runs of all support
+sets, back ends of the search and kinds of loss take turns.
+
+The unbroken runs, and one broken run in twenty, are the real command; the others are forks that call what it calls
+(`scripts.reliability.forks`), because most of what a kill costs is the start of the next process. FIRST is the number
+of the first run, for a further portion in the same folder.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import random
-import re
+import shutil
+import subprocess
 import sys
 from collections import Counter
-from functools import partial
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
+from scripts.reliability import forks
 from scripts.reliability.runs import (
     METHODS,
     SMALL,
+    Process,
     differences,
     lost_and_doubled,
     output,
@@ -28,98 +41,151 @@ from scripts.reliability.runs import (
     two_at_a_time,
     wait_for,
 )
+from src import cli
 
+QUEUE = METHODS["nnclr"]
+PROTOTYPES = METHODS["kmclr"]
+TEACHER = ["objective=teacher", "objective.predictor_hidden=32"]
+RUNS = {
+    "nothing-stored": METHODS["simclr"],
+    "queue": [*QUEUE, "search=torch"],
+    "queue-faiss": [*QUEUE, "search=faiss"],
+    "queue-ivf": [*QUEUE, "search=ivf", "search.index='IVF4,Flat'", "search.nprobe=2", "search.refresh_every=4"],
+    "prototypes": [*PROTOTYPES, "search=torch"],
+    "prototypes-faiss": [*PROTOTYPES, "search=faiss", "support.metric=euclidean"],
+    "prototypes-refit": [
+        *(*PROTOTYPES, "search=faiss", "support.forget=none"),
+        *("support.refit=faiss", "support.refit_every=4", "support.refit_window=128"),
+    ],
+    "teacher": [*TEACHER, "support=none"],
+    "teacher-queue": [*TEACHER, *QUEUE, "objective.neighbours=3", "search=faiss"],
+    "teacher-prototypes": [*TEACHER, *PROTOTYPES, "support.forget=decay", "objective.decorrelation=0.02"],
+}
 EPOCHS = 6
-KILLS_A_RUN = 9  # then it may finish
+STEPS_AN_EPOCH = 3
+REAL_EVERY = 20  # runs
+PICTURES_EVERY = 3  # runs: they take longer than all else
 MOMENTS = {
     "while the cache is written": "cache/*.partial",
     "while the store is created": "mlflow.db.new",
     "while a checkpoint is written": "run/checkpoints/*.tmp",
     "while the record is written": "run/run.json.tmp",
 }
+CACHE, STORE, CHECKPOINT, RECORD = MOMENTS
 ANY_TIME, AT_THE_END = "at any time", "in the final evaluation"
 
 
-def broken_run(folder: Path, method: str, seed: int) -> Counter[str]:
-    """Kills one run again and again until it has been killed enough, then lets it finish; where the kills came."""
-    rng = random.Random(seed)
+@dataclass
+class Outcome:
+    """What came of one run that was killed again and again."""
+
+    kills: Counter[str]
+    wrong: list[str]
+
+
+def arguments(name: str) -> list[str]:
+    """The command line of a run."""
+    return [*SMALL, *RUNS[name], f"epochs={EPOCHS}", "data.cache_dir=cache", "output_dir=run"]
+
+
+def broken_run(folder: Path, name: str, number: int) -> Outcome:
+    """Kills one run at each moment of a plan, lets it finish, and compares it with the unbroken one."""
+    rng = random.Random(number)
+    where = folder / f"{number}-{name}"
+    line = [*arguments(name), f"evaluation.pictures={number % PICTURES_EVERY == 0}"]
+    plan = [CACHE, STORE] if number % 2 else []
+    plan += rng.choices([ANY_TIME, CHECKPOINT, RECORD], [4, 2, 1], k=9) + [AT_THE_END] * 2
     kills: Counter[str] = Counter()
-    arguments = [*SMALL, *METHODS[method], f"epochs={EPOCHS}", "data.cache_dir=cache", "output_dir=run"]
-    first = ["while the cache is written", "while the store is created"]
-    while True:
-        moment = (
-            first.pop(0) if first and seed % 2 else rng.choice([ANY_TIME, ANY_TIME, AT_THE_END, *list(MOMENTS)[2:]])
-        )
-        said = len(output(folder)) if (folder / "output.txt").exists() else 0
-        process = start(folder, arguments)
-        if kills.total() >= KILLS_A_RUN:
-            assert process.wait(300) == 0, output(folder)[said:]
-            return kills
-
-        def has_said(words: str, said: int = said) -> bool:
-            return re.search(words, output(folder)[said:]) is not None
-
-        if moment == ANY_TIME:
-            reached = wait_for(lambda: has_said("(started|continued) at"), process)
-            delay = rng.uniform(0, 2.0)
-        elif moment == AT_THE_END:
-            reached = wait_for(lambda: has_said("evaluating on the test"), process)
-            delay = rng.uniform(0, 0.6)
-        else:
-            reached = wait_for(partial(has_file, folder, MOMENTS[moment]), process)
-            delay = rng.choice([0, rng.uniform(0, 0.01)])
-        if reached:
-            try:
-                process.wait(delay)
-            except Exception:  # it is still running, as is meant
-                process.kill()
-        if process.wait() == 0:
-            return kills
-        kills[moment] += process.returncode == -9
+    for moment in plan:
+        kills[moment] += killed(where, line, moment, rng, real=number % REAL_EVERY == 0)
+        if rng.random() < 0.05:
+            shutil.rmtree(where / "cache", ignore_errors=True)
+    if status := typed(where, line, real=number % REAL_EVERY == 0).wait(600):
+        return Outcome(kills, [f"status {status}: {output(where)[-500:]}"])
+    return Outcome(kills, compared(where, folder / "unbroken" / name))
 
 
-def has_file(folder: Path, pattern: str) -> bool:
-    return any(folder.glob(pattern))
+def typed(where: Path, line: list[str], *, real: bool) -> Process:
+    """Starts a run as the real command, or as a fork."""
+    return start(where, line) if real else forks.Fork(cli.train, where, line, where / "output.txt")
 
 
-def main(folder: Path, kills: int) -> None:
-    """Runs until there have been enough kills, and prints what came out."""
-    unbroken = {method: folder / "unbroken" / method for method in METHODS}
+def killed(where: Path, line: list[str], moment: str, rng: random.Random, *, real: bool) -> bool:
+    """Starts the run and kills it at a moment; whether it came to that."""
+    said = len(output(where)) if (where / "output.txt").exists() else 0
+    logged, further = lines(where), rng.randrange(2 * STEPS_AN_EPOCH)
+    conditions: dict[str, tuple[Callable[[], object], float]] = {
+        ANY_TIME: (lambda: " at step " in output(where)[said:] and lines(where) >= logged + further, 0.1),
+        AT_THE_END: (lambda: "evaluating on the test" in output(where)[said:], 0.6),
+    }
+    process = typed(where, line, real=real)
+    condition, delay = conditions.get(moment, (lambda: any(where.glob(MOMENTS[moment])), rng.choice([0, 0.01])))
+    if wait_for(condition, process, 600):
+        with suppress(subprocess.TimeoutExpired):  # it is still running, as is meant
+            process.wait(rng.uniform(0, delay))
+        process.kill()
+    return process.wait() == -9
 
-    def whole(method: str) -> None:
-        arguments = [*SMALL, *METHODS[method], f"epochs={EPOCHS}", "data.cache_dir=cache", "output_dir=run"]
-        assert start(unbroken[method], arguments).wait(300) == 0, output(unbroken[method])
 
-    two_at_a_time(whole, METHODS)
+def lines(where: Path) -> int:
+    """How many rows the run has logged."""
+    metrics = where / "run/metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def compared(where: Path, reference: Path) -> list[str]:
+    """What of a finished run is not as in the unbroken one."""
+    wrong = [f"other bits: {each}" for each in differences(where / "run", reference / "run")]
+    histories = list(stored(where).values())
+    for place, found in (
+        ("metrics.jsonl", rows(where / "run")),
+        ("MLflow", [each for run in histories for each in run]),
+    ):
+        lost, doubled = lost_and_doubled(rows(reference / "run"), found)
+        if lost or doubled:
+            wrong.append(f"{place}: {lost} rows lost, {doubled} doubled or different")
+    if statuses(where) != {"FINISHED": 1}:
+        wrong.append(f"MLflow says {statuses(where)}")
+    return wrong
+
+
+def main(folder: Path, kills: int = 500, first: int = 0) -> int:
+    """Runs until there have been enough kills; returns in how many runs something was wrong."""
+
+    def whole(name: str) -> None:
+        where = folder / "unbroken" / name
+        if not (where / "run/curves.png").exists() or "finished" not in output(where):
+            assert start(where, [*arguments(name), "evaluation.pictures=false"]).wait(600) == 0, output(where)
+
+    two_at_a_time(whole, RUNS)
+    forks.prepare()
     total: Counter[str] = Counter()
-    runs = lost = doubled = in_store_lost = in_store_doubled = 0
-    different: list[str] = []
-    while total.total() < kills:
-        batch = [(method, runs + place) for place, method in enumerate(METHODS)]
-        counts = two_at_a_time(lambda job: broken_run(folder / f"{job[0]}-{job[1]}", *job), batch)
-        for (method, number), count in zip(batch, counts, strict=True):
-            where, reference = folder / f"{method}-{number}", unbroken[method]
-            total += count
-            runs += 1
-            different += [f"{where.name}: {each}" for each in differences(where / "run", reference / "run")]
-            a, b = lost_and_doubled(rows(reference / "run"), rows(where / "run"))
-            (history,) = stored(where).values()
-            c, d = lost_and_doubled(rows(where / "run"), history)
-            lost, doubled, in_store_lost, in_store_doubled = (
-                lost + a,
-                doubled + b,
-                in_store_lost + c,
-                in_store_doubled + d,
-            )
-            if statuses(where) != {"FINISHED": 1}:
-                different.append(f"{where.name}: {statuses(where)}")
-            print(f"{where.name}: {count.total()} kills, {total.total()} so far", flush=True)
-    print(f"{total.total()} kills in {runs} runs: {dict(total)}")
-    print(
-        f"rows: {lost} lost, {doubled} doubled or different; in MLflow {in_store_lost} lost, {in_store_doubled} doubled"
-    )
-    print(f"different from the unbroken run's bits: {different or 'nothing'}")
+    of_runs: Counter[str] = Counter()
+    wrong: list[str] = []
+    numbers = count(first)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+
+        def another() -> None:
+            number = next(numbers)
+            name = list(RUNS)[number % len(RUNS)]
+            pending[pool.submit(broken_run, folder, name, number)] = f"{number}-{name}"
+
+        pending = {}
+        another(), another()
+        while pending:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                name, outcome = pending.pop(future), future.result()
+                total += outcome.kills
+                of_runs[name.split("-", 1)[1]] += outcome.kills.total()
+                wrong += [f"{name}: {each}" for each in outcome.wrong]
+                print(f"{name}: {outcome.kills.total()} kills, {outcome.wrong or 'all as unbroken'}", flush=True)
+                print(f"  {total.total()} kills so far: {dict(total)}", flush=True)
+                if total.total() < kills:
+                    another()
+    print(f"{total.total()} kills: {dict(total)}, {dict(of_runs)}")
+    print(f"lost, doubled or different: {wrong or 'nothing'}")
+    return len(wrong)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 100)
+    sys.exit(bool(main(Path(sys.argv[1]).resolve(), *map(int, sys.argv[2:]))))

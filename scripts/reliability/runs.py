@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -30,18 +30,31 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def start(
-    folder: Path, overrides: Sequence[str], module: str = "src.train", **environment: str
-) -> subprocess.Popen[bytes]:
+class Process(Protocol):
+    """What the campaigns do with a command that runs."""
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def kill(self) -> None: ...
+
+
+def environment(**more: str) -> dict[str, str]:
+    """That of a command: one thread, no store but its folder's own, and what is given."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "HYDRA_"))}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return clean | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"} | more
+
+
+def start(folder: Path, overrides: Sequence[str], module: str = "src.train", **more: str) -> subprocess.Popen[bytes]:
     """The real command, one thread, its output appended to ``FOLDER/output.txt``."""
     folder.mkdir(parents=True, exist_ok=True)
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-    fixed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
     with (folder / "output.txt").open("ab") as output:
         return subprocess.Popen(
             [PYTHON, "-m", module, *overrides],
             cwd=folder,
-            env=clean | fixed | environment,
+            env=environment(**more),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -52,7 +65,7 @@ def output(folder: Path) -> str:
     return (folder / "output.txt").read_text(errors="replace")
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 300) -> bool:
+def wait_for(condition: Callable[[], object], process: Process, seconds: float = 300) -> bool:
     """Waits until the condition holds, looking every millisecond; False if the process ends before."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -60,7 +73,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], 
             return False
         if time.monotonic() > deadline:
             process.kill()
-            raise TimeoutError(f"{process.args!r} after {seconds:.0f} s")
+            raise TimeoutError(f"waited {seconds:.0f} s for {process!r}")
         time.sleep(0.001)
     return True
 

@@ -98,7 +98,17 @@ def save_encoder(
         "commit": commit,
     }
     said = {key: json.dumps(value) for key, value in facts.items()}
-    write_whole(path, save(dict(weights), said | {"sha256": json.dumps(_digest(said, weights))}))
+    write_whole(path, _in_order(save(dict(weights), said | {"sha256": json.dumps(_digest(said, weights))})))
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with its metadata sorted: safetensors shuffles it, and one run would give two different files."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # as safetensors aligns what follows
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

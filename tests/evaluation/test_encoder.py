@@ -54,6 +54,12 @@ def test_the_file_says_what_it_is(written):
     assert (facts["classes"], facts["mean"]) == (data.classes, data.mean)
 
 
+def test_what_the_file_says_has_one_order(written):
+    content = written[0].read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+
+
 def test_images_of_another_size_are_refused(written):
     with pytest.raises(ValueError, match=r"images are \[2, 3, 64, 64\], and must be \[B, 3, 32, 32\]: resize them"):
         load_encoder(written[0])(torch.zeros(2, 3, 64, 64))

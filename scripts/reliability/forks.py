@@ -1,0 +1,98 @@
+"""Commands in forks of a process that has imported everything already, which saves seconds of each start.
+
+What runs is `src.cli` as ``python -m src.COMMAND`` calls it, from the composition on, with a command line, a folder and
+an environment of its own. The process that forks must have no other thread.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import faiss
+import matplotlib.pyplot
+import optuna
+import scipy.stats
+import sklearn.datasets
+import threadpoolctl
+import torch
+import torch._dynamo
+import torchvision
+
+from scripts.reliability.runs import environment
+from src.evaluation import protocol
+from src.reporting import curves, pictures, report
+from src.runs import mlflow_store, tracker
+from src.sweeps import optuna_study, search
+from src.training import run
+
+IMPORTED = (
+    *(faiss, matplotlib, optuna, scipy, sklearn, torch, torchvision),
+    *(curves, optuna_study, pictures, protocol, report, run, search, tracker),
+)  # so that no child has to
+
+Entry = Callable[[], object]  # a command of src.cli
+
+
+class Fork:
+    """A child that types a command; as `subprocess.Popen`, as far as the campaigns need it.
+
+    Args:
+        entry: what to call.
+        folder: the working directory, created if absent.
+        arguments: what follows ``python -m src.COMMAND``.
+        said: the file to which all that it prints is appended.
+        more: environment variables besides this process's own.
+    """
+
+    def __init__(self, entry: Entry, folder: Path, arguments: Sequence[str], said: Path, **more: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.args = arguments
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_type, args=(entry, folder, arguments, said, more)
+        )
+        self._process.start()
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for its end, and returns the exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs after so many seconds.
+        """
+        self._process.join(timeout)
+        if (status := self.poll()) is None:
+            raise subprocess.TimeoutExpired(list(self.args), timeout or 0)
+        return status
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+
+
+def prepare() -> None:
+    """Loads the rest, and leaves this process one thread; to be called before the first fork."""
+    mlflow_store._import_mlflow()
+    torch.set_num_threads(1)
+    threadpoolctl.threadpool_limits(1)
+    gc.freeze()  # or each child would copy all pages that its collector looks at
+
+
+def _type(entry: Entry, folder: Path, arguments: Sequence[str], said: Path, more: dict[str, str]) -> None:
+    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
+        os.dup2(source, stream)
+    os.chdir(folder)
+    present = environment(**more)
+    os.environ.clear()
+    os.environ.update(present)
+    sys.argv = ["src", *arguments]
+    entry()
