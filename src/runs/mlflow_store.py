@@ -254,10 +254,10 @@ class Delivery:
             self._log_data(params)
         self.is_connected, self.bytes, self.tags = True, end, tags
         for name, path in artifacts.items():
-            if name not in self.artifacts and name == ENCODER:
-                self._log_model(path)
-            elif name not in self.artifacts:
+            if name not in self.artifacts:
                 client.log_artifact(copy.run_id, str(path), os.path.dirname(name) or None)
+                if name == ENCODER:
+                    self._log_model(path)
             self.artifacts.add(name)
         if record.status != "RUNNING":
             self.terminate()
@@ -293,7 +293,6 @@ class Delivery:
         except MlflowException as error:
             if error.error_code != "ENDPOINT_NOT_FOUND":  # a server of MLflow 2 knows no models of runs
                 raise
-            client.log_artifact(run_id, str(encoder))
             return
         note = {NOTE: _describe_model(run_id, takes, gives)}
         model = next(iter(found), None) or client.create_logged_model(home, MODEL, run_id, note, params)

@@ -125,7 +125,7 @@ def test_the_encoder_is_a_model_of_the_run_with_its_signature_and_figures(client
         (each.dataset.name, each.dataset.digest) for each in run.inputs.dataset_inputs
     }
     assert "uint8 [-1, 3, 32, 32]" in model.tags["mlflow.note.content"]
-    assert not client.list_artifacts(run_id), "the weights are stored once"
+    assert [file.path for file in client.list_artifacts(run_id)] == [encoder.name]  # beside it, as a file of the run
 
     loaded = mlflow.pyfunc.load_model(f"runs:/{run_id}/encoder")
     (takes,), (gives,) = loaded.metadata.signature.inputs, loaded.metadata.signature.outputs
