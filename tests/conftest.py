@@ -23,6 +23,7 @@ CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", PROJECT.parent / "shared" / "dat
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # a long one begun last keeps one core alone
     for item in items:
         if item.get_closest_marker("cifar") and not CIFAR100.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"no CIFAR-100 at {CIFAR100}; set CIFAR100_ROOT"))
@@ -61,10 +62,10 @@ def command(cache_dir, tmp_path):
 
 @pytest.fixture(scope="session")
 def small(cache_dir):
-    """Overrides that make a run take seconds: digits, the tiny ResNet, narrow heads."""
+    """Overrides that make a run take a second or two: digits at their own 8x8 pixels, the tiny ResNet, narrow heads."""
     return [
         "experiment=demo",
-        "data.image_size=32",
+        "data.image_size=8",
         "epochs=2",
         "batch_size=64",
         "data.limit=200",

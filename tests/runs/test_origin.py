@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from src import cli
 from src.config.identity import config_hash
 from src.errors import UsageError
+from src.reporting import curves
 from src.runs import checkpoint, origin
 from src.runs.record import Record
 from tests.config.test_schema import composed, parsed
@@ -18,6 +19,7 @@ KMCLR = ["method=kmclr", "k=7"]
 def run(tmp_path, monkeypatch, small):
     """Train for an epoch in this process; returns the run's directory."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(curves, "plot", lambda directory: directory)  # which takes longer than so small a training
     torch.set_num_threads(1)
 
     def train(*overrides):
