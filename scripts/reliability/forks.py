@@ -87,6 +87,7 @@ def prepare() -> None:
 
 
 def _type(entry: Entry, folder: Path, arguments: Sequence[str], said: Path, more: dict[str, str]) -> None:
+    os.setsid()  # a session of its own, as a command has that is typed in a terminal of its own
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(source, stream)

@@ -339,7 +339,7 @@ def fault(folder: Path, variant: Variant, wanted: object) -> str:
         return "something outside has changed"
     if "hunter2" in said:
         return "a secret is printed"
-    if status == 0 and not variant.is_forged and not re.search(r"WARNING|note:|MLflow no longer has", said):
+    if status == 0 and not variant.is_forged and not re.search(r"WARNING|note:|MLflow no longer has|begins anew", said):
         try:
             found = variant.command.figures(copy, said)
         except Exception as error:

@@ -82,12 +82,12 @@ class StudySweeper(GridSweeper):
             print(preview([cfg for cfg in there if cfg], at_a_time))
             print(f"{max(self.trials - len(there), 0)} trials to propose")
             return
-        is_gone = (sweep.directory / RECORD).is_file() and not (sweep.directory / studies.FILE).exists()
+        is_first = not (sweep.directory / RECORD).is_file()
         with sweep:
-            if is_gone:
-                anew = "is not there: the search begins anew; jobs that it proposes again and that are finished stay"
-                print(f"{sweep.directory / studies.FILE} {anew}", file=sys.stderr)
             study = studies.Study(sweep.directory, space, self.pruner, self.seed)
+            if not (is_first or study.points()):
+                anew = "has no trials: the search begins anew; jobs that it proposes again and that are finished stay"
+                print(f"{sweep.directory / studies.FILE} {anew}", file=sys.stderr)
             sweep.jobs += [job(number) for number in study.points()]
             print(f"{sweep.directory}: {len(sweep.jobs)} of {self.trials} trials are there", flush=True)
 
