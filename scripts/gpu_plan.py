@@ -91,6 +91,7 @@ PLANS = {
                 BEST,
                 [*BEST, *DECORRELATION],
                 [*BEST, "objective=relation"],
+                ["method=kmclr", "support=evolving", *FAST],  # in the next slice
             )
         ],
     ),

@@ -29,6 +29,7 @@ OWN = ("method.", "support.", "objective.")  # settings that are compared among 
 NOTHING_STORED = LABELS["nothing_stored"]
 IN_THE_ROW = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
 NUMBERS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
+IN_USE, PEAK = "support/size", "support/peak_size"  # of a support set whose number of vectors changes
 SAME = ("dtype", "git_commit", "git_dirty", "device", "evaluation_changed")  # tags of runs that can be compared
 
 
@@ -39,7 +40,7 @@ class Row:
     method: str
     name: str  # the method's, for people
     colour: str
-    size: int  # vectors that are stored
+    size: int  # vectors that are stored; where their number changes, those at the end, the mean over the runs
     stored_bytes: int
     variant: str  # "key=value, ..." of the settings that, besides method and size, tell the report's rows apart
     label: str  # the method, and of the variant what is unusual
@@ -156,6 +157,7 @@ def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:
         alone would hide.
     """
     kept, notes = select(runs)
+    notes += _changing(kept)
     keys = differing(kept)
     names = distinguishing(kept, keys)
     same: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
@@ -167,7 +169,7 @@ def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:
             method,
             label_of(group[0].params),
             colour_of(group[0].params),
-            size,
+            round(statistics.fmean(run.metrics.get(IN_USE, size) for run in group)),
             int(group[0].params["support_bytes"]),
             variant,
             _label(group[0], names, common[method]),
@@ -255,6 +257,19 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
         if len(group) > 1
     ]
     return [group[-1] for group in repeats.values()], notes
+
+
+def _changing(runs: Sequence[Record]) -> list[str]:
+    """Notes on support sets whose number of vectors changes."""
+    own: dict[str, list[Record]] = defaultdict(list)
+    for run in runs:
+        if PEAK in run.metrics:
+            own[label_of(run.params)].append(run)
+    return [
+        f"the vectors of {label} are those in use at the end, the mean over a row's runs; in no run were there ever "
+        f"more than {max(run.metrics[PEAK] for run in group):,.0f}, and bytes are of all that there is room for"
+        for label, group in own.items()
+    ]
 
 
 def _unusable(run: Record) -> str:

@@ -73,6 +73,7 @@ class KMeans(SupportSet):
         self.revive_after = revive_after
         self.refit_every = refit_every
         self.window = RingBuffer(refit_window, dim) if refit_every else None
+        self.seeds = size  # the first so many embeddings become centroids
         self.seeded = 0  # centroids that hold an embedding; below k only at the start and after a reset
         self.step = 0
         self.register_buffer("means_KD", torch.zeros(size, dim))
@@ -95,7 +96,7 @@ class KMeans(SupportSet):
 
     @property
     def ready(self) -> bool:
-        return self.seeded == self.size
+        return self.seeded == self.seeds
 
     @property
     def stored_bytes(self) -> int:
@@ -103,11 +104,12 @@ class KMeans(SupportSet):
 
     @property
     def centroids_KD(self) -> Tensor:
-        return F.normalize(self.means_KD, dim=1) if self.spherical else self.means_KD
+        means_KD = self.means_KD[: self.seeded]
+        return F.normalize(means_KD, dim=1) if self.spherical else means_KD
 
     @property
     def vectors_ND(self) -> Tensor:
-        return F.normalize(self.means_KD, dim=1)
+        return F.normalize(self.means_KD[: self.seeded], dim=1)
 
     @torch.no_grad()
     def lookup(self, embeddings_BD: Tensor) -> Neighbors:
@@ -122,7 +124,7 @@ class KMeans(SupportSet):
     @torch.no_grad()
     def nearest(self, embeddings_BD: Tensor, count: int) -> Neighbors:
         if not self.ready:
-            raise ValueError(f"only {self.seeded} of {self.size} prototypes are seeded: update first")
+            raise ValueError(f"only {self.seeded} of {self.seeds} prototypes are seeded: update first")
         ids = self._nearest(self._points(embeddings_BD), count)
         return Neighbors(F.normalize(self.means_KD[ids], dim=2), ids)
 
@@ -133,7 +135,7 @@ class KMeans(SupportSet):
         if self.window is not None:
             slots = self.window.write(points_BD)
             self.window_labels_N[slots] = labels_B[-len(slots) :]
-        fresh = min(self.size - self.seeded, len(points_BD))
+        fresh = 0 if self.ready else min(self.seeds - self.seeded, len(points_BD))
         if fresh:
             slots = torch.arange(self.seeded, self.seeded + fresh, device=points_BD.device)
             self._place(slots, points_BD[:fresh], images_B[:fresh], labels_B[:fresh])
@@ -161,14 +163,16 @@ class KMeans(SupportSet):
         """What every support set tells, and of the prototypes as clusters of the anchors that they served.
 
         ``purity`` and ``nmi`` against the classes; ``drift``: mean cosine distance of a prototype
-        from where it was at `clear_stats`, if all were seeded then and are now.
+        from where it was at `clear_stats`, of those that were there; none where they are not all seeded.
         """
         stats = super().stats()
         if self.served_KC.sum() > 0:
             stats["support/purity"] = purity(self.served_KC)
             stats["support/nmi"] = normalised_mutual_information(self.served_KC)
-        if self.ready and self.before_KD.any():
-            stats["support/drift"] = float(1 - F.cosine_similarity(self.before_KD, self.means_KD).mean())
+        there_K = self.before_KD.any(1)
+        if self.ready and there_K.any():
+            cosine = F.cosine_similarity(self.before_KD[there_K], self.means_KD[there_K])
+            stats["support/drift"] = float(1 - cosine.mean())
         return stats
 
     def clear_stats(self) -> None:

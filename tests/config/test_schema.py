@@ -53,7 +53,7 @@ def test_every_experiment_composes_with_every_method_unless_it_names_one(experim
 
 def test_every_group_is_there():
     assert options("method") == ["kmclr", "nnclr", "simclr"]
-    assert options("support") == ["kmeans", "none", "queue"]
+    assert options("support") == ["evolving", "kmeans", "none", "queue"]
     assert options("objective") == ["mixed", "nt_xent", "published", "relation", "teacher"]
     assert options("backbone") == ["resnet18", "resnet34", "resnet50", "resnet_tiny", "timm"]
     assert options("schedule") == ["constant", "cosine", "step"]

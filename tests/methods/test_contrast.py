@@ -10,9 +10,12 @@ from src.config import schema
 from src.losses import cross_correlation, info_nce, nt_xent
 from src.methods.base import Parts
 from src.methods.contrast import Contrast
+from src.support.base import Space
+from src.support.evolving import Evolving
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
 from src.support.search import TorchSearch
+from tests.methods.test_teacher import train
 
 BATCH, DIM = 8, 6
 
@@ -154,3 +157,12 @@ def test_masking_keeps_equal_positives_from_being_negatives():
         fill(method)
         loss = method(view1, view2).loss.item()
         assert loss == 0 if mask_shared else loss > 0.1
+
+
+def test_with_evolving_prototypes_the_embeddings_do_not_collapse():
+    support = Evolving(Space(16, 10, TorchSearch()), size=40, start=20, penalty=0.001, every=5)
+    projector = models.projector(128, [32], 16)
+    objective = schema.Contrast("mixed", 0.1, 0.5)
+    cosine, rank = train(Contrast(Parts(models.ResNetTiny("small"), projector, 128, 16, support), objective))
+    assert cosine < 0.7
+    assert rank > 4

@@ -14,6 +14,8 @@ from src.evaluation.diagnostics import effective_rank
 from src.losses import cross_correlation, relation
 from src.methods.base import Output, Parts
 from src.methods.teacher import Relation, Teacher
+from src.support.base import Space
+from src.support.evolving import Evolving
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
 from src.support.search import TorchSearch
@@ -206,6 +208,10 @@ def on_digits(kind, support, **settings):
     return kind(Parts(encoder, models.projector(128, [32], 16, final_norm=False), 128, 16, support), objective)
 
 
+def evolving():
+    return Evolving(Space(16, 10, TorchSearch()), size=40, start=20, penalty=0.001, every=5)
+
+
 @pytest.mark.parametrize(
     ("kind", "support", "settings"),
     [
@@ -215,8 +221,10 @@ def on_digits(kind, support, **settings):
         (Teacher, None, {"decorrelation": 0.05}),
         (Relation, Queue(128, 16, TorchSearch()), {}),
         (Relation, KMeans(20, 16, 10, TorchSearch()), {}),
+        (Teacher, evolving(), {}),
+        (Relation, evolving(), {}),
     ],
-    ids=["byol", "queue", "prototypes", "decorrelation", "relation-queue", "relation-prototypes"],
+    ids=["byol", "queue", "prototypes", "decorrelation", "relation-queue", "relation-prototypes", "evolving", "both"],
 )
 def test_the_embeddings_do_not_collapse(kind, support, settings):
     cosine, rank = train(on_digits(kind, support, **settings))

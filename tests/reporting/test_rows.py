@@ -259,3 +259,14 @@ def test_the_control_does_the_same_but_for_what_it_stores():
     assert control_of(rows[1], rows) is rows[0]  # which no prototype could mask anything in
     rows, _ = summarise([weighed("nnclr", 0, "0.5"), run("simclr", epochs="9")])
     assert control_of(rows[0], rows) is None  # of other epochs
+
+
+def test_a_number_of_vectors_that_changes_is_that_of_the_end():
+    runs = [run("evolving", 400, seed) for seed in (0, 1)]
+    for each, in_use, peak in zip(runs, (150.0, 153.0), (210.0, 180.0), strict=True):
+        each.metrics.update({"support/size": in_use, "support/peak_size": peak})
+    rows, notes = summarise([*runs, run("kmclr", 400)])
+    assert [(row.method, row.size, len(row.runs)) for row in rows] == [("kmclr", 400, 1), ("evolving", 152, 2)]
+    (note,) = [each for each in notes if "in use" in each]
+    assert note.startswith("the vectors of evolving are those in use at the end")
+    assert "ever more than 210," in note

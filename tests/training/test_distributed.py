@@ -29,6 +29,7 @@ SUPPORTS = {
     "simclr": ["method=simclr"],
     "nnclr": ["method=nnclr", "queue_size=50", "objective=published"],
     "kmclr": ["method=kmclr", "k=7", "support.forget_every=2", "support.revive_after=1"],
+    "evolving": ["support=evolving", "support.size=9", "support.start=5", "support.every=2"],
     "teacher": ["method=nnclr", "queue_size=50", "objective=teacher"],
 }
 

@@ -45,7 +45,8 @@ CONTRAST = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=1
 TEACHER = ["method=nnclr", "objective=teacher", "queue_size=100", "objective.neighbours=3"]
 METHODS = CONTRAST | {"mnn": TEACHER}
 RELATION = ["method=kmclr", "objective=relation", "k=7", "objective.decorrelation=0.02"]
-ALL = METHODS | {"relation": RELATION}  # with each part of a loss that there is
+EVOLVING = ["support=evolving", "support.size=12", "support.start=6", "support.every=2"]
+ALL = METHODS | {"relation": RELATION, "evolving": EVOLVING}  # with each part of a loss that there is
 # DESIGN's names: what every run logs.
 METRICS = {
     "train/loss",
@@ -72,6 +73,7 @@ METRICS = {
 OF_ENTRIES = {f"support/{name}" for name in ("label_agreement", "self_hit", "perplexity", "dead", "age_steps")}
 OF_PROTOTYPES = {f"support/{name}" for name in ("purity", "nmi", "drift")}
 OF_METHOD = {"simclr": set(), "nnclr": OF_ENTRIES, "kmclr": OF_ENTRIES | OF_PROTOTYPES, "mnn": OF_ENTRIES}
+OF_METHOD["evolving"] = OF_METHOD["kmclr"] | {"support/size", "support/peak_size"}
 
 
 composed_once = functools.cache(composed)
@@ -129,21 +131,21 @@ def assert_equal(one, other, where):
         assert torch.equal(one, other) if torch.is_tensor(one) else one == other, where
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_METHOD)
 def test_a_run_leaves_what_it_promises(run, method, capsys):
-    directory = run(*METHODS[method], "evaluation.pictures=true", draw=True)
+    directory = run(*ALL[method], "evaluation.pictures=true", draw=True)
     record = Record.load(directory)
     assert record.status == "FINISHED"
     assert record.metrics.keys() == METRICS | OF_METHOD[method]
     assert all(value == value for value in record.metrics.values())
-    size = {"simclr": 0, "nnclr": 100, "kmclr": 7, "mnn": 100}[method]
+    size = {"simclr": 0, "nnclr": 100, "kmclr": 7, "mnn": 100, "evolving": 12}[method]
     assert record.params["support_set_size"] == str(size)
     assert record.params["support_bytes"] == str(size * 16 * 4)
     assert record.tags["config_hash"]
     for name in ("config.yaml", "encoder.safetensors", "curves.png", "metrics.jsonl"):
         assert (directory / name).stat().st_size > 0
     drawn = {path.name for path in directory.glob("*.png")} - {"curves.png"}
-    prototypes = {"prototypes.png"} if record.params["support.name"] == "kmeans" else set()
+    prototypes = {"prototypes.png"} if method in ("kmclr", "evolving") else set()
     assert drawn == ({"positives.png", "map.png"} | prototypes if size else set())
     assert {Path(name).name for name in record.artifacts if name.startswith("pictures/")} == {
         f"{name.removesuffix('.png')}-epoch-{epoch:04}.png" for name in drawn - {"map.png"} for epoch in (1, 2)
@@ -203,7 +205,7 @@ def test_what_makes_a_step_fast_leaves_the_loss_curve(run, monkeypatch, method, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["kmclr", "relation"])
+@pytest.mark.parametrize("method", ["kmclr", "relation", "evolving"])
 def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(run, monkeypatch, method):
     overrides = [*ALL[method], "optimizer.lr=0.0003"]
     plain, compiled = run(*overrides, directory="plain"), run(*overrides, "compile=true", directory="compiled")
@@ -285,6 +287,8 @@ class StopAfter(Stopper):
         ("nnclr", []),
         ("mnn", []),
         ("relation", []),
+        ("evolving", []),
+        ("evolving", ["objective=teacher", "objective.neighbours=2", "support.every=1"]),
         ("nnclr", ["support.precision=bfloat16"]),
         ("nnclr", ["search=ivf", "search.index='IVF4,Flat'", "search.nprobe=1", "search.refresh_every=3"]),
         ("kmclr", ["support.forget_every=1"]),

@@ -1,0 +1,159 @@
+"""Prototypes that merge, vanish and split, so that their number follows the data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from src.config.schema import LARGEST, BelowOne, Count
+from src.errors import UsageError
+from src.support.base import Neighbors, Space
+from src.support.kmeans import KMeans
+
+Several = Annotated[int, Field(ge=2, lt=LARGEST)]
+FEWEST = 2  # with a single prototype all images would share it
+TENTH = 10  # prototypes for each that is proposed at a time: enough to grow fourfold in fifteen times
+
+
+class Evolving(KMeans):
+    """Online k-means, with as many prototypes as are worth their penalty.
+
+    With n_k the weight of a prototype's members, which halves in ``every`` steps, m_k their mean, and T the scatter of
+    all members about their common mean, the cost of k prototypes is::
+
+        sum over k of n_k (1 - |m_k|^2)  +  k * penalty * T
+
+    The first term is the members' scatter about their own mean, since embeddings have unit norm: counts and means are
+    all that has to be known. Every ``every`` steps the number of prototypes moves towards a lower cost:
+
+    1. Two prototypes merge if that adds at most ``penalty * T`` to the scatter, the cheapest pair first (Ward). One
+       whose members have gone adds next to nothing, so it vanishes in this way too.
+    2. Embeddings of the batch become prototypes, one for ten that are there, up to ``size``: drawn in proportion to
+       their squared distance from their prototype, they split those that scatter most (k-means++). Until the next time
+       they gather members that are worth the penalty, or merge again.
+
+    Prototypes in use are the first slots of buffers of fixed size. ``support/size`` is their number, and
+    ``support/peak_size`` the largest so far.
+
+    Shapes: B batch, D dimensions, K slots, U slots in use.
+
+    Source: Kulis and Jordan, "Revisiting k-means: New Algorithms via Bayesian Nonparametrics", ICML 2012, equation 3
+    (the cost, with a penalty that is absolute). Ward, "Hierarchical Grouping to Optimize an Objective Function", JASA
+    1963. Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA 2007, section 2.2.
+
+    Args:
+        space: dimensions, classes, search.
+        size: K, the most prototypes.
+        start: as many are seeded by the first embeddings.
+        penalty: the share of all scatter that a prototype must explain.
+        every: steps.
+
+    Raises:
+        UsageError: ``start`` is more than ``size``.
+    """
+
+    def __init__(self, space: Space, size: Several, start: Several, penalty: BelowOne, every: Count) -> None:
+        if start > size:
+            raise UsageError(f"support.start={start}: more than support.size={size}; lower it")
+        super().__init__(size, *space, half_life=every)
+        self.seeds = start
+        self.penalty = penalty
+        self.every = every
+        self.peak = 0  # the most prototypes so far
+
+    def get_extra_state(self) -> dict[str, int]:
+        return super().get_extra_state() | {"peak": self.peak}
+
+    def set_extra_state(self, state: Any) -> None:
+        super().set_extra_state(state)
+        self.peak = state["peak"]
+
+    @property
+    def ready(self) -> bool:
+        return self.peak >= self.seeds
+
+    @torch.no_grad()
+    def nearest(self, embeddings_BD: Tensor, count: int) -> Neighbors:
+        """Find each embedding's nearest prototypes among those in use.
+
+        Raises:
+            UsageError: fewer are left than are asked for.
+        """
+        if self.ready and count > self.seeded:
+            raise UsageError(
+                f"objective.neighbours={count}: {self.seeded} prototypes are left; lower it, or support.penalty"
+            )
+        return super().nearest(embeddings_BD, count)
+
+    @torch.no_grad()
+    def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
+        """As online k-means, and at its time decide which prototypes there are."""
+        super().update(embeddings_BD, images_B, labels_B)
+        if self.ready and self.step % self.every == 0:
+            self._merge()
+            self._split(self._points(embeddings_BD), images_B, labels_B)
+        self.peak = max(self.peak, self.seeded)
+
+    def stats(self) -> dict[str, float]:
+        stats = super().stats()
+        if "support/dead" in stats:
+            stats["support/dead"] -= self.size - self.seeded
+        return stats | {"support/size": float(self.seeded), "support/peak_size": float(self.peak)}
+
+    def _merge(self) -> None:
+        """Ward's agglomeration: unite pairs until each that is left would cost more than a prototype's penalty.
+
+        Pairs that are each other's cheapest are united together, which ends as one after another does.
+        """
+        counts_U, means_UD = self.counts_K[: self.seeded], self.means_KD[: self.seeded]
+        weights_U = counts_U / counts_U.sum()
+        most = self.penalty * (1 - (weights_U @ means_UD).square().sum())
+        while self.seeded > FEWEST:
+            costs_UU = self._costs().fill_diagonal_(torch.inf)
+            cheapest_U, partner_U = costs_UU.min(1)
+            slots_U = torch.arange(self.seeded, device=costs_UU.device)
+            mutual_U = (partner_U[partner_U] == slots_U) & (slots_U < partner_U)
+            kept = (mutual_U & (cheapest_U <= most)).nonzero()[:, 0]
+            kept = kept[cheapest_U[kept].argsort()][: self.seeded - FEWEST]
+            if not len(kept):
+                return
+            self._unite(kept, partner_U[kept])
+
+    def _costs(self) -> Tensor:
+        """What uniting each two of those in use would add to the scatter [U, U], over the weight of all members."""
+        counts_U, means_UD = self.counts_K[: self.seeded].double(), self.means_KD[: self.seeded].double()
+        both_UU = (counts_U[:, None] + counts_U).clamp(min=1e-12) * counts_U.sum()
+        return counts_U[:, None] * counts_U / both_UU * torch.cdist(means_UD, means_UD).square()
+
+    def _unite(self, kept: Tensor, gone: Tensor) -> None:
+        """Let each of ``kept`` take over the members of its partner in ``gone``, whose slots are free then."""
+        share = self.counts_K[gone] / (self.counts_K[kept] + self.counts_K[gone]).clamp(min=1e-12)
+        self.means_KD[kept] = self.means_KD[kept].lerp(self.means_KD[gone], share[:, None])
+        for summed in (self.counts_K, self.classes_KC, self.served_KC, self.hits_N):
+            summed[kept] += summed[gone]
+        self.idle_K[kept] = self.idle_K[kept].minimum(self.idle_K[gone])
+        self.written_K[kept] = self.written_K[kept].maximum(self.written_K[gone])
+        self.images_K[kept] = -1
+        in_use_U = torch.ones(self.seeded, dtype=torch.bool, device=gone.device)
+        in_use_U[gone] = False
+        slots = in_use_U.nonzero()[:, 0]
+        self.seeded = len(slots)
+        known = (self.means_KD, self.counts_K, self.idle_K, self.written_K, self.classes_KC, self.served_KC)
+        for buffer in (*known, self.hits_N, self.before_KD, self.images_K):
+            buffer[: self.seeded] = buffer[slots]
+            buffer[self.seeded :] = -1 if buffer is self.images_K else 0
+
+    def _split(self, points_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
+        """Make prototypes of a few of the batch's embeddings, by the squared distance from those that are there."""
+        new = min(-(-self.seeded // TENTH), self.size - self.seeded, len(points_BD))
+        distance_B = 1 - self.search(points_BD, self.centroids_KD, 1, "cosine")[0][:, 0]
+        # The largest of u^(1/w), u uniform, are a draw without replacement in proportion to w. No host waits for it.
+        # Source: Efraimidis and Spirakis, "Weighted random sampling with a reservoir", IPL 2006.
+        uniform_B = torch.rand(len(points_BD)).to(points_BD.device, non_blocking=True)
+        rows = (uniform_B.log() / distance_B.clamp(min=1e-12)).topk(new).indices
+        slots = torch.arange(self.seeded, self.seeded + new, device=points_BD.device)
+        self._place(slots, points_BD[rows], images_B[rows], labels_B[rows])
+        self.seeded += new
