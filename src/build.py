@@ -22,6 +22,7 @@ from src.support.base import Space, SupportSet
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
 from src.support.search import FaissSearch, InvertedLists, Search, TorchSearch, has_faiss_gpu, require_faiss
+from src.support.sharded import Shard
 
 # On a GPU with CUDA graphs (on a CPU there are none): a ResNet-18's kernels for a batch of 256 take a third of the time
 # in which a host launches them one by one. A graph's outputs last until the next step is marked.
@@ -105,6 +106,7 @@ def method(
     search: Search,
     device: torch.device,
     share_out: Callable[[nn.Module], nn.Module] = lambda encoder: encoder,
+    shard: Shard | None = None,
 ) -> tuple[Method, int]:
     """The method with its networks and its support set, on the device, and how many features its encoder gives.
 
@@ -114,13 +116,14 @@ def method(
         search: the back end, which the evaluation uses too: on a GPU each one reserves memory.
         device: where all of it goes.
         share_out: makes an encoder work with those of other processes.
+        shard: this process's part of the slots, where ``support.shards=ranks``.
     """
     # First of all that is random, so that a seed stands for one untrained encoder, whatever the method.
     backbone, features = encoder(cfg.backbone, cfg.data.image_size)
     backbone = share_out(backbone)
     dim = cfg.projector.out
     projector = models.projector(features, cfg.projector.hidden, dim, final_norm=cfg.projector.final_norm)
-    parts = Parts(backbone, projector, features, dim, support(cfg, Space(dim, classes, search)))
+    parts = Parts(backbone, projector, features, dim, support(cfg, Space(dim, classes, search), shard))
     model: Method
     if cfg.method._target_ is not None:
         model = make(cfg.method._target_, "method", Method, parts, **settings(cfg.method))  # type: ignore[type-abstract]
@@ -140,7 +143,7 @@ def method(
     return model, features
 
 
-def support(cfg: Config, space: Space) -> SupportSet | None:
+def support(cfg: Config, space: Space, shard: Shard | None = None) -> SupportSet | None:
     """The support set; None where nothing is stored.
 
     Raises:
@@ -151,14 +154,14 @@ def support(cfg: Config, space: Space) -> SupportSet | None:
             return make(theirs._target_, "support", SupportSet, space, **settings(theirs))  # type: ignore[type-abstract]
         case schema.Queue():
             assert cfg.queue_size is not None
-            return queue(cfg.support, cfg.search, cfg.queue_size, space)
+            return queue(cfg.support, cfg.search, cfg.queue_size, space, shard)
         case schema.KMeans():
             assert cfg.k is not None
-            return kmeans(cfg.support, cfg.k, space)
+            return kmeans(cfg.support, cfg.k, space, shard)
     return None
 
 
-def queue(settings: schema.Queue, cfg: schema.Search, size: int, space: Space) -> Queue:
+def queue(settings: schema.Queue, cfg: schema.Search, size: int, space: Space, shard: Shard | None = None) -> Queue:
     """A queue, searched exactly or by inverted lists."""
     lists = None
     if cfg.name == "ivf":
@@ -166,10 +169,16 @@ def queue(settings: schema.Queue, cfg: schema.Search, size: int, space: Space) -
         assert cfg.nprobe is not None
         lists = InvertedLists(size, space.dim, cfg.index, cfg.nprobe)
     dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
-    return Queue(size, space.dim, space.search, dtype=dtype, lists=lists, refresh_every=cfg.refresh_every or 0)
+    return Queue(
+        *(size, space.dim, space.search),
+        dtype=dtype,
+        lists=lists,
+        refresh_every=cfg.refresh_every or 0,
+        shard=shard if settings.shards == "ranks" else None,
+    )
 
 
-def kmeans(settings: schema.KMeans, k: int, space: Space) -> KMeans:
+def kmeans(settings: schema.KMeans, k: int, space: Space, shard: Shard | None = None) -> KMeans:
     """Prototypes from online k-means."""
     if settings.refit == "faiss":
         require_faiss("support.refit=faiss", "support.refit=online")
@@ -182,4 +191,5 @@ def kmeans(settings: schema.KMeans, k: int, space: Space) -> KMeans:
         revive_after=settings.revive_after,
         refit_every=settings.refit_every if settings.refit == "faiss" else 0,
         refit_window=settings.refit_window,
+        shard=shard if settings.shards == "ranks" else None,
     )

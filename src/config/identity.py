@@ -20,7 +20,7 @@ NOT_IN_HASH = (
     *("output_dir", "resume", "max_minutes", "jobs", "dry_run", "device", "tracking", "checkpoint", "evaluation"),
     *("init", "on_collapse", "data.root", "data.cache_dir", "data.on_error"),
     *("data.background", "data.draft"),  # the fingerprint tells the images that they change
-    *("method.label", "method.colour", "support.label", "support.colour"),
+    *("method.label", "method.colour", "support.label", "support.colour", "support.shards"),
 )
 LOG_SIZE = "support_set_size_log10"  # a param in MLflow alone, whose charts have no logarithm of a param
 # How the stored vectors have a say in the loss: where nothing is stored, it makes no difference.

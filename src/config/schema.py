@@ -80,12 +80,17 @@ class Support(Part):
 
 
 @dataclass(kw_only=True)
-class Queue(Support):
+class Stored(Support):
+    shards: Annotated[str, one_of("none", "ranks")] = "none"
+
+
+@dataclass(kw_only=True)
+class Queue(Stored):
     precision: Annotated[str, one_of("float32", "bfloat16")] = "float32"
 
 
 @dataclass(kw_only=True)
-class KMeans(Support):
+class KMeans(Stored):
     metric: Annotated[str, one_of("spherical", "euclidean")]
     forget: Annotated[str, one_of("reset", "decay", "none")]
     forget_every: Count

@@ -10,11 +10,12 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from src.errors import UsageError
 from src.support.clusters import entropy
 from src.support.search import Search
+from src.support.sharded import Shard, Slots
 from src.system.measure import Stopwatch
 
 NEED_LABELS = ("support/label_agreement", "support/purity", "support/nmi")  # figures that say nothing without them
@@ -35,7 +36,7 @@ class Space(NamedTuple):
     search: Search  # exact nearest neighbours, on the device's back end
 
 
-class SupportSet(nn.Module, ABC):
+class SupportSet(Slots, ABC):
     """The interface of a support set, and the book-keeping that all of them share.
 
     Everything a resume needs is a persistent buffer (or in the extra state), so ``state_dict()`` carries it.
@@ -45,6 +46,7 @@ class SupportSet(nn.Module, ABC):
 
     Args:
         size: N.
+        shard: which of the N this process holds; only a support set that knows of shards gives any but all.
     """
 
     shared = False  # whether an entry stands for many images, so that rows with one id must not repel each other
@@ -52,11 +54,10 @@ class SupportSet(nn.Module, ABC):
     label_hits: Tensor
     self_hits: Tensor
 
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
+    def __init__(self, size: int, shard: Shard | None = None) -> None:
+        super().__init__(size, shard)
         self.stopwatch = Stopwatch()
-        self.register_buffer("hits_N", torch.zeros(size))
+        self.register_slots("hits_N", torch.zeros(self.held))
         self.register_buffer("label_hits", torch.zeros(()))
         self.register_buffer("self_hits", torch.zeros(()))
 
@@ -113,7 +114,8 @@ class SupportSet(nn.Module, ABC):
             images_B: whose views they are.
             labels_B: their classes.
         """
-        self.hits_N.index_add_(0, ids_B, torch.ones_like(ids_B, dtype=self.hits_N.dtype))
+        rows_B, mine_B = self.shard.rows(ids_B)
+        self.hits_N.index_add_(0, rows_B, mine_B.to(self.hits_N.dtype))
         if (labels := self.labels_of(ids_B)) is not None:
             self.label_hits += (labels == labels_B).sum()
         if (images := self.images_of(ids_B)) is not None:
@@ -140,14 +142,14 @@ class SupportSet(nn.Module, ABC):
         only age is known; what the support set does not know is left out.
         """
         stats = {"support/age_steps": self.age_steps()}
-        if total := float(self.hits_N.sum()):
+        if total := float(self.shard.sum(self.hits_N.sum())):
             nobody = torch.zeros(0, dtype=torch.int64, device=self.hits_N.device)
             if self.labels_of(nobody) is not None:
                 stats["support/label_agreement"] = float(self.label_hits) / total
             if self.images_of(nobody) is not None:
                 stats["support/self_hit"] = float(self.self_hits) / total
-            stats["support/perplexity"] = math.exp(float(entropy(self.hits_N)))
-            stats["support/dead"] = float((self.hits_N == 0).sum())
+            stats["support/perplexity"] = math.exp(float(entropy(self.hits_N, self.shard.sum)))
+            stats["support/dead"] = float(self.shard.sum((self.hits_N == 0).sum()))
         return {key: value for key, value in stats.items() if not math.isnan(value)}
 
     def clear_stats(self) -> None:

@@ -1,32 +1,43 @@
 """What prototypes have to do with classes: figures that explain an agreement.
 
+Where several processes hold the prototypes, each gives its own, and ``add`` sums over the processes.
+
 Shapes: C classes, K prototypes. All arithmetic is float32 or better.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
+Add = Callable[[Tensor], Tensor]
 
-def purity(counts_KC: Tensor) -> float:
+
+def alone(value: Tensor) -> Tensor:
+    """The sum over one process."""
+    return value
+
+
+def purity(counts_KC: Tensor, add: Add = alone) -> float:
     """Share of the members whose class is the commonest of their prototype: 1 if no prototype mixes classes.
 
     Source: Manning, Raghavan and Schütze, "Introduction to Information Retrieval", 2008, section 16.3.
     """
-    return float(counts_KC.amax(1).sum() / counts_KC.sum())
+    return float(add(counts_KC.amax(1).sum()) / add(counts_KC.sum()))
 
 
-def normalised_mutual_information(counts_KC: Tensor) -> float:
+def normalised_mutual_information(counts_KC: Tensor, add: Add = alone) -> float:
     """What prototype and class tell of each other: 0 (nothing) to 1 (everything), over the mean of their entropies.
 
     Source: Manning, Raghavan and Schütze, 2008, section 16.3.
     """
-    apart = entropy(counts_KC.sum(1)) + entropy(counts_KC.sum(0))
-    together = entropy(counts_KC.flatten())
+    apart = entropy(counts_KC.sum(1), add) + entropy(add(counts_KC.sum(0)))
+    together = entropy(counts_KC.flatten(), add)
     return float(2 * (apart - together) / apart) if apart > 0 else 1.0
 
 
-def entropy(weights: Tensor) -> Tensor:
+def entropy(weights: Tensor, add: Add = alone) -> Tensor:
     """In nats, of weights that need not sum to 1."""
-    shares = weights[weights > 0].double() / weights.sum().double()
-    return -(shares * shares.log()).sum()
+    shares = weights[weights > 0].double() / add(weights.sum()).double()
+    return -add((shares * shares.log()).sum())

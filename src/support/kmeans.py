@@ -11,7 +11,8 @@ from torch import Tensor
 from src.support.base import Neighbors, SupportSet
 from src.support.clusters import normalised_mutual_information, purity
 from src.support.ring_buffer import RingBuffer
-from src.support.search import Search, cluster
+from src.support.search import Metric, Search, cluster
+from src.support.sharded import Shard
 
 
 class KMeans(SupportSet):
@@ -21,7 +22,7 @@ class KMeans(SupportSet):
     that the order of batches does not matter to the mean itself. The first k embeddings seed the centroids, again after
     every reset.
 
-    Shapes: B batch, C classes, D dimensions, K centroids.
+    Shapes: B batch, C classes, D dimensions, K centroids, of which this process holds M.
 
     Source: Sculley, "Web-Scale K-Means Clustering", WWW 2010, algorithm 1 (the batch form of its per-sample step).
     Spherical: Dhillon and Modha, "Concept Decompositions for Large Sparse Text Data Using Clustering", 2001.
@@ -38,6 +39,7 @@ class KMeans(SupportSet):
             batch, with its count and mean; 0: never.
         refit_every: steps between re-clusterings of a window with FAISS, from the current centroids; 0: never.
         refit_window: embeddings in that window.
+        shard: which centroids this process holds; with ``refit_every`` all.
     """
 
     shared = True
@@ -64,8 +66,9 @@ class KMeans(SupportSet):
         revive_after: int = 0,
         refit_every: int = 0,
         refit_window: int = 0,
+        shard: Shard | None = None,
     ) -> None:
-        super().__init__(size)
+        super().__init__(size, shard)
         self.search = search
         self.spherical = spherical
         self.reset_every = reset_every
@@ -76,16 +79,16 @@ class KMeans(SupportSet):
         self.seeds = size  # the first so many embeddings become centroids
         self.seeded = 0  # centroids that hold an embedding; below k only at the start and after a reset
         self.step = 0
-        self.register_buffer("means_KD", torch.zeros(size, dim))
-        self.register_buffer("counts_K", torch.zeros(size))
-        self.register_buffer("idle_K", torch.zeros(size))  # embeddings since the last that came to this centroid
-        self.register_buffer("written_K", torch.zeros(size, dtype=torch.int64))
-        self.register_buffer("images_K", torch.full((size,), -1))  # whose embedding it is, while it is of one image
+        self.register_slots("means_KD", torch.zeros(self.held, dim))
+        self.register_slots("counts_K", torch.zeros(self.held))
+        self.register_slots("idle_K", torch.zeros(self.held))  # embeddings since the last that came to this centroid
+        self.register_slots("written_K", torch.zeros(self.held, dtype=torch.int64))
+        self.register_slots("images_K", torch.full((self.held,), -1))  # whose embedding it is, while it is of one image
         # For diagnostics only: members by class; since `clear_stats`, anchors served by class; the centroids then; the
         # window's classes.
-        self.register_buffer("classes_KC", torch.zeros(size, classes))
-        self.register_buffer("served_KC", torch.zeros(size, classes))
-        self.register_buffer("before_KD", torch.zeros(size, dim))
+        self.register_slots("classes_KC", torch.zeros(self.held, classes))
+        self.register_slots("served_KC", torch.zeros(self.held, classes))
+        self.register_slots("before_KD", torch.zeros(self.held, dim))
         self.register_buffer("window_labels_N", torch.full((refit_window if refit_every else 0,), -1))
 
     def get_extra_state(self) -> dict[str, int]:
@@ -100,7 +103,7 @@ class KMeans(SupportSet):
 
     @property
     def stored_bytes(self) -> int:
-        return self.means_KD.nbytes + (self.window.rows_ND.nbytes if self.window else 0)
+        return self.shard.count * self.means_KD.nbytes + (self.window.rows_ND.nbytes if self.window else 0)
 
     @property
     def centroids_KD(self) -> Tensor:
@@ -126,19 +129,20 @@ class KMeans(SupportSet):
         if not self.ready:
             raise ValueError(f"only {self.seeded} of {self.seeds} prototypes are seeded: update first")
         ids = self._nearest(self._points(embeddings_BD), count)
-        return Neighbors(F.normalize(self.means_KD[ids], dim=2), ids)
+        return Neighbors(F.normalize(self.shard.fetch(self.means_KD, ids), dim=2), ids)
 
     @torch.no_grad()
     def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
         """Seed what is not seeded yet, then let the rest of the batch move the centroids."""
         points_BD = self._points(embeddings_BD)
         if self.window is not None:
-            slots = self.window.write(points_BD)
-            self.window_labels_N[slots] = labels_B[-len(slots) :]
+            rows, kept = self.window.write(points_BD)
+            self.window_labels_N[rows] = labels_B[kept]
         fresh = 0 if self.ready else min(self.seeds - self.seeded, len(points_BD))
         if fresh:
-            slots = torch.arange(self.seeded, self.seeded + fresh, device=points_BD.device)
-            self._place(slots, points_BD[:fresh], images_B[:fresh], labels_B[:fresh])
+            slots = self.shard.own(self.seeded, self.seeded + fresh, points_BD.device)
+            seeds = slots - self.seeded
+            self._place(self.shard.rows(slots)[0], points_BD[seeds], images_B[seeds], labels_B[seeds])
             self.seeded += fresh
         if fresh < len(points_BD):
             self._move(points_BD[fresh:], labels_B[fresh:])
@@ -157,7 +161,7 @@ class KMeans(SupportSet):
 
     def record(self, ids_B: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
         super().record(ids_B, images_B, labels_B)
-        self.served_KC.index_put_((ids_B, labels_B), self.served_KC.new_ones(()), accumulate=True)
+        self._count(self.served_KC, ids_B, labels_B)
 
     def stats(self) -> dict[str, float]:
         """What every support set tells, and of the prototypes as clusters of the anchors that they served.
@@ -166,13 +170,14 @@ class KMeans(SupportSet):
         from where it was at `clear_stats`, of those that were there; none where they are not all seeded.
         """
         stats = super().stats()
-        if self.served_KC.sum() > 0:
-            stats["support/purity"] = purity(self.served_KC)
-            stats["support/nmi"] = normalised_mutual_information(self.served_KC)
+        add = self.shard.sum
+        if add(self.served_KC.sum()) > 0:
+            stats["support/purity"] = purity(self.served_KC, add)
+            stats["support/nmi"] = normalised_mutual_information(self.served_KC, add)
         there_K = self.before_KD.any(1)
-        if self.ready and there_K.any():
+        if self.ready and (there := add(there_K.sum())):
             cosine = F.cosine_similarity(self.before_KD[there_K], self.means_KD[there_K])
-            stats["support/drift"] = float(1 - cosine.mean())
+            stats["support/drift"] = float(1 - add(cosine.sum()) / there)
         return stats
 
     def clear_stats(self) -> None:
@@ -183,33 +188,43 @@ class KMeans(SupportSet):
     def labels_of(self, ids_B: Tensor) -> Tensor:
         """The commonest class among the members."""
         most_K, class_K = self.classes_KC.max(1)
-        return torch.where(most_K > 0, class_K, -1)[ids_B]
+        return self.shard.fetch(torch.where(most_K > 0, class_K, -1), ids_B)
 
     def images_of(self, ids_B: Tensor) -> Tensor:
-        return self.images_K[ids_B]
+        return self.shard.fetch(self.images_K, ids_B)
 
     def age_steps(self) -> float:
-        return self.step - 1 - float(self.written_K[: self.seeded].double().mean()) if self.seeded else 0.0
+        if not self.seeded:
+            return 0.0
+        written = self.written_K[: self.seeded // self.shard.count].double().mean()
+        return self.step - 1 - float(self.shard.mean(written))
 
     def _points(self, embeddings_BD: Tensor) -> Tensor:
         return F.normalize(embeddings_BD.float(), dim=1) if self.spherical else embeddings_BD.float()
 
     def _nearest(self, points_BD: Tensor, count: int = 1) -> Tensor:
-        return self.search(points_BD, self.centroids_KD, count, "cosine" if self.spherical else "euclidean")[1]
+        metric: Metric = "cosine" if self.spherical else "euclidean"
+        bank_MD = self.centroids_KD
+        found = self.search(points_BD, bank_MD, min(count, len(bank_MD)), metric)
+        return self.shard.nearest(*found, count)
 
-    def _place(self, slots: Tensor, points: Tensor, images: Tensor, labels: Tensor) -> None:
+    def _count(self, counts_KC: Tensor, ids_B: Tensor, labels_B: Tensor) -> None:
+        rows_B, mine_B = self.shard.rows(ids_B)
+        counts_KC.index_put_((rows_B, labels_B), mine_B.to(counts_KC.dtype), accumulate=True)
+
+    def _place(self, rows: Tensor, points: Tensor, images: Tensor, labels: Tensor) -> None:
         """Make each point a centroid of its own: mean, count and all that is known of the old one go together."""
-        self.means_KD[slots] = points
-        self.counts_K[slots] = 1
-        self.idle_K[slots] = 0
-        self.written_K[slots] = self.step
-        self.images_K[slots] = images
-        self.classes_KC[slots] = F.one_hot(labels, self.classes_KC.shape[1]).float()
+        self.means_KD[rows] = points
+        self.counts_K[rows] = 1
+        self.idle_K[rows] = 0
+        self.written_K[rows] = self.step
+        self.images_K[rows] = images
+        self.classes_KC[rows] = F.one_hot(labels, self.classes_KC.shape[1]).float()
 
     def _move(self, points_BD: Tensor, labels_B: Tensor) -> None:
         ids_B = self._nearest(points_BD)[:, 0]
         # A product with the membership matrix, where a scatter would add in no fixed order on a GPU.
-        member_KB = (ids_B == torch.arange(self.size, device=ids_B.device)[:, None]).float()
+        member_KB = (ids_B == self.shard.own(0, self.size, ids_B.device)[:, None]).float()
         gained_K = member_KB.sum(1)
         self.counts_K.mul_(self.decay).add_(gained_K)
         shift_KD = member_KB @ points_BD - gained_K[:, None] * self.means_KD
@@ -218,14 +233,14 @@ class KMeans(SupportSet):
         self.idle_K.add_(len(points_BD)).masked_fill_(hit_K, 0)
         self.written_K.masked_fill_(hit_K, self.step)
         self.images_K.masked_fill_(hit_K, -1)
-        self.classes_KC.mul_(self.decay).index_put_((ids_B, labels_B), points_BD.new_ones(()), accumulate=True)
+        self._count(self.classes_KC.mul_(self.decay), ids_B, labels_B)
 
     def _revive(self, points_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
         # The j-th dead centroid takes the j-th of the shuffled points. Every slot is written, the living with what they
         # hold: a GPU's host would have to wait to learn which are dead.
         batch = len(points_BD)
         dead_K = self.idle_K >= self.revive_after * self.size
-        turn_K = dead_K.cumsum(0) - 1
+        turn_K = self.shard.mine(self.shard.whole(dead_K.byte()).cumsum(0)) - 1
         dead_K &= turn_K < batch
         shuffled_B = torch.randperm(batch).to(points_BD.device, non_blocking=True)
         rows_K = shuffled_B[turn_K.clamp(0, batch - 1)]

@@ -11,6 +11,7 @@ from torch import Tensor
 from src.support.base import Neighbors, SupportSet
 from src.support.ring_buffer import RingBuffer
 from src.support.search import InvertedLists, Search
+from src.support.sharded import Shard
 
 
 class Queue(SupportSet):
@@ -25,6 +26,7 @@ class Queue(SupportSet):
         dtype: of the stored vectors.
         lists: search by these instead, once the queue is full; a query whose lists hold nothing is searched exactly.
         refresh_every: steps after which the lists are trained anew.
+        shard: which slots this process holds; with ``lists`` all.
 
     Source: Dwibedi et al., "With a Little Help from My Friends", ICCV 2021, section 3.2. Deviation: until it is full,
     NNCLR takes the other view as the positive, where the paper starts from random vectors.
@@ -43,17 +45,18 @@ class Queue(SupportSet):
         dtype: torch.dtype = torch.float32,
         lists: InvertedLists | None = None,
         refresh_every: int = 0,
+        shard: Shard | None = None,
     ) -> None:
-        super().__init__(size)
+        super().__init__(size, shard)
         self.search = search
         self.lists = lists
         self.refresh_every = refresh_every
         self.step = 0
         self.refreshed = 0  # the step at which the lists were trained
-        self.ring = RingBuffer(size, dim, dtype)
-        self.register_buffer("images_N", torch.full((size,), -1))
-        self.register_buffer("labels_N", torch.full((size,), -1))
-        self.register_buffer("written_N", torch.zeros(size, dtype=torch.int64))
+        self.ring = RingBuffer(size, dim, dtype, shard)
+        self.register_slots("images_N", torch.full((self.held,), -1))
+        self.register_slots("labels_N", torch.full((self.held,), -1))
+        self.register_slots("written_N", torch.zeros(self.held, dtype=torch.int64))
 
     def get_extra_state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"step": self.step}
@@ -73,7 +76,7 @@ class Queue(SupportSet):
 
     @property
     def stored_bytes(self) -> int:
-        return self.ring.rows_ND.nbytes + (self.lists.stored_bytes if self.lists is not None else 0)
+        return self.shard.count * self.ring.rows_ND.nbytes + (self.lists.stored_bytes if self.lists is not None else 0)
 
     @property
     def vectors_ND(self) -> Tensor:
@@ -100,17 +103,18 @@ class Queue(SupportSet):
             ValueError: fewer have been stored yet.
         """
         bank_ND = self.ring.filled_ND
-        if len(bank_ND) < count:
-            raise ValueError(f"lookup of {count} in a queue that holds {len(bank_ND)}: update it first")
+        if (held := len(bank_ND) * self.shard.count) < count:
+            raise ValueError(f"lookup of {count} in a queue that holds {held}: update it first")
         queries_BD = F.normalize(embeddings_BD.float(), dim=1)
         if self.lists is not None and self.ready and count == 1:
             ids_BK = self._by_lists(queries_BD)[:, None]
         else:
             ids_BK = self._exactly(queries_BD, count)
-        return Neighbors(bank_ND[ids_BK].float(), ids_BK)
+        return Neighbors(self.shard.fetch(bank_ND, ids_BK).float(), ids_BK)
 
     def _exactly(self, queries_BD: Tensor, count: int = 1) -> Tensor:
-        return self.search(queries_BD, self.ring.filled_ND, count)[1]
+        bank_ND = self.ring.filled_ND
+        return self.shard.nearest(*self.search(queries_BD, bank_ND, min(count, len(bank_ND))), count)
 
     def _by_lists(self, queries_BD: Tensor) -> Tensor:
         assert self.lists is not None
@@ -125,13 +129,13 @@ class Queue(SupportSet):
     @torch.no_grad()
     def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
         """Overwrite the oldest entries with a batch's embeddings ([B, D], of any norm; stored with unit norm)."""
-        slots = self.ring.write(F.normalize(embeddings_BD.float(), dim=1))
-        self.images_N[slots] = images_B[-len(slots) :]
-        self.labels_N[slots] = labels_B[-len(slots) :]
-        self.written_N[slots] = self.step
+        rows, kept = self.ring.write(F.normalize(embeddings_BD.float(), dim=1))
+        self.images_N[rows] = images_B[kept]
+        self.labels_N[rows] = labels_B[kept]
+        self.written_N[rows] = self.step
         self.step += 1
         if self.lists is not None and self.ready:
-            self._list(len(slots))
+            self._list(len(rows))
 
     def _list(self, new: int) -> None:
         """Let the newest vectors into the lists; train these first, at the first call and at every refresh."""
@@ -145,11 +149,11 @@ class Queue(SupportSet):
             self.lists.add(self.ring, new)
 
     def labels_of(self, ids_B: Tensor) -> Tensor:
-        return self.labels_N[ids_B]
+        return self.shard.fetch(self.labels_N, ids_B)
 
     def images_of(self, ids_B: Tensor) -> Tensor:
-        return self.images_N[ids_B]
+        return self.shard.fetch(self.images_N, ids_B)
 
     def age_steps(self) -> float:
         filled = len(self.ring.filled_ND)
-        return self.step - 1 - float(self.written_N[:filled].double().mean()) if filled else 0.0
+        return self.step - 1 - float(self.shard.mean(self.written_N[:filled].double().mean())) if filled else 0.0

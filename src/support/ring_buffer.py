@@ -5,22 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from src.support.sharded import Shard, Slots
 
 
-class RingBuffer(nn.Module):
+class RingBuffer(Slots):
     """Keeps the last N rows of everything written to it; writes of any length, larger than N included.
 
-    Shapes: B rows of a write, D dimensions, N slots.
+    In shards, every write has a multiple of their number of rows.
+
+    Shapes: B rows of a write, D dimensions, N slots, of which this process holds M.
     """
 
-    rows_ND: Tensor
+    rows_ND: Tensor  # [M, D]
 
-    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.size = size
+    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32, shard: Shard | None = None) -> None:
+        super().__init__(size, shard)
         self.total = 0  # rows ever written; the next slot is total % size
-        self.register_buffer("rows_ND", torch.zeros(size, dim, dtype=dtype))
+        self.register_slots("rows_ND", torch.zeros(self.held, dim, dtype=dtype))
 
     def get_extra_state(self) -> dict[str, int]:
         return {"total": self.total}
@@ -30,22 +33,23 @@ class RingBuffer(nn.Module):
 
     @property
     def filled_ND(self) -> Tensor:
-        """The rows that have been written, in slot order."""
-        return self.rows_ND[: min(self.total, self.size)]
+        """Those of this process's rows that have been written, in slot order."""
+        return self.rows_ND[: min(self.total, self.size) // self.shard.count]
 
     @property
     def full(self) -> bool:
         return self.total >= self.size
 
-    def write(self, rows_BD: Tensor) -> Tensor:
+    def write(self, rows_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Write rows over the oldest.
 
         Returns:
-            The slot of each of the last min(B, N) rows, the ones that stay.
+            At which rows of this process's buffers the rows that stay have gone, and which of those given they are.
         """
-        batch = len(rows_BD)
-        skipped = max(0, batch - self.size)
-        slots = (torch.arange(skipped, batch, device=rows_BD.device) + self.total) % self.size
-        self.rows_ND[slots] = rows_BD[skipped:].to(self.rows_ND.dtype)
+        batch, start = len(rows_BD), self.total
+        assert batch % self.shard.count == 0
+        numbers = self.shard.own(start + max(0, batch - self.size), start + batch, rows_BD.device)
+        places, kept = self.shard.rows(numbers % self.size)[0], numbers - start
+        self.rows_ND[places] = rows_BD[kept].to(self.rows_ND.dtype)
         self.total += batch
-        return slots
+        return places, kept

@@ -29,10 +29,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from src import build
-from src.config.schema import Config
+from src.config.schema import Config, KMeans, Relation
 from src.data.splits import Split
 from src.errors import RankLost, RunFailed, UsageError
 from src.evaluation.probes import Features, FrozenEncoder
+from src.support.sharded import Shard, in_shards
+from src.system.collectives import LOST, gathered, sum_, together
 from src.system.environment import is_rank
 
 T = TypeVar("T")
@@ -41,9 +43,6 @@ _left = threading.Event()  # set when this rank has no more need of the others
 # A collective waits as long as it takes, for one rank may decode images for an hour: `_Pulse` finds out who has died.
 PATIENCE = timedelta(days=7)
 BEAT_SECONDS, SILENT_BEATS = 2.0, 10
-LOST = (
-    "another process of this run has ended, so this one ends too; the same command continues from the last checkpoint"
-)
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,11 @@ class Ranks:
         """Which of how many equal parts of a batch is this rank's."""
         return self.rank, self.count
 
+    @property
+    def shard(self) -> Shard:
+        """Which slots of a support set in shards are this rank's."""
+        return Shard(self.rank, self.count)
+
     def rows(self, batch_size: int) -> slice:
         """Which rows of a batch these are."""
         share = batch_size // self.count
@@ -75,7 +79,8 @@ class Ranks:
         """Refuse what several ranks cannot do.
 
         Raises:
-            UsageError: the batch has no equal shares, or the networks are to be compiled or fine-tuned.
+            UsageError: the batch has no equal shares, the networks are to be compiled or fine-tuned, or something needs
+                the whole of a support set that is in shards.
         """
         if cfg.batch_size % self.count:
             raise UsageError(f"batch_size={cfg.batch_size}: has no {self.count} equal shares; choose a multiple")
@@ -86,6 +91,20 @@ class Ranks:
                 "evaluation=finetune: works in one process only; choose evaluation=linear, and type when the run is "
                 "finished: python -m src.evaluate checkpoint=DIR evaluation=finetune"
             )
+        if self.count > 1 and getattr(cfg.support, "shards", "none") == "ranks":
+            self._check_shards(cfg)
+
+    def _check_shards(self, cfg: Config) -> None:
+        name, size = ("k", cfg.k) if cfg.k is not None else ("queue_size", cfg.queue_size or 0)
+        if size % self.count:
+            raise UsageError(f"{name}={size}: has no {self.count} equal shards; choose a multiple")
+        needs_all = {
+            "search=ivf": cfg.search.name == "ivf",
+            "support.refit=faiss": isinstance(cfg.support, KMeans) and cfg.support.refit == "faiss",
+            "objective=relation": isinstance(cfg.objective, Relation),
+        }
+        if asked := [setting for setting, is_set in needs_all.items() if is_set]:
+            raise UsageError(f"{asked[0]}: needs all stored vectors on every rank; choose support.shards=none")
 
     def share_out(self, encoder: nn.Module) -> nn.Module:
         """Let an encoder be given each rank's rows, and return the features of the whole batch while it trains.
@@ -111,9 +130,7 @@ class Ranks:
         if self.group is None:
             return
         gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
-        with _together():
-            total = torch.cat([each.flatten() for each in gradients])
-            dist.all_reduce(total)
+        total = sum_(torch.cat([each.flatten() for each in gradients]))
         for each, summed in zip(gradients, total.split([each.numel() for each in gradients]), strict=True):
             each.copy_(summed.view_as(each))
 
@@ -126,7 +143,7 @@ class Ranks:
         """
         if self.group is None:
             return status
-        with _together():
+        with together():
             highest = torch.tensor(status)
             self._pending.append((dist.all_reduce(highest, dist.ReduceOp.MAX, self.group, async_op=True), highest))
             known = 0
@@ -141,9 +158,41 @@ class Ranks:
         if self.group is None:
             return value
         said = [value]
-        with _together():
+        with together():
             dist.broadcast_object_list(said, group=self.group, group_src=0)
         return said[0]
+
+    def whole_state(self, module: nn.Module) -> dict[str, Any]:
+        """A module's state dict; on the first rank also with those rows that a support set in shards has elsewhere."""
+        state = module.state_dict()
+        for key in in_shards(module):
+            state[key] = self._assembled(state[key].cpu())
+        return state
+
+    def _assembled(self, own: Tensor) -> Tensor:
+        """Through the hosts, and one part at a time, because the whole may be larger than a device."""
+        with together():
+            if not self.first:
+                dist.send(own, 0, self.group)
+                return own
+            whole = own.new_empty(self.count * len(own), *own.shape[1:])
+            part = own
+            for rank in range(self.count):
+                if rank:
+                    part = torch.empty_like(own)
+                    dist.recv(part, rank, self.group)
+                whole[rank :: self.count] = part
+            return whole
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Inside is one rank after the other, for what takes so much of a machine's memory that all at once may not."""
+        for turn in range(self.count):
+            if turn == self.rank:
+                yield
+            if self.group is not None:
+                with together():
+                    dist.barrier(self.group)
 
     def check_same(self, *modules: nn.Module, **values: object) -> None:
         """Refuse to go on where ranks would not do the same arithmetic.
@@ -158,7 +207,7 @@ class Ranks:
         if self.group is None:
             return
         found: list[Any] = [None] * self.count
-        with _together():
+        with together():
             dist.all_gather_object(found, values | {"weights and support set": checksum(*modules)}, self.group)
         for rank, theirs in enumerate(found):
             for name, value in theirs.items():
@@ -171,7 +220,7 @@ class Ranks:
     def leave(self) -> None:
         """Wait for the other ranks: the launcher would end one that still saves if another had ended with a status."""
         if self.group is not None:
-            with _together():
+            with together():
                 dist.barrier(self.group)
             _left.set()
 
@@ -197,10 +246,13 @@ class _SharedEncoder(FrozenEncoder):
 
 
 def checksum(*modules: nn.Module) -> int:
-    """Of all weights, statistics and stored vectors: what ranks must have in common."""
+    """Of all weights, statistics and stored vectors that are not in shards: what ranks must have in common."""
     total = 0
     for module in modules:
+        own = in_shards(module)
         for key, value in module.state_dict().items():
+            if key in own:
+                continue
             if isinstance(value, Tensor):
                 content: Any = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             else:
@@ -225,14 +277,14 @@ def join(device: str) -> Ranks:
         wanted = build.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     if not dist.is_initialized():
         backend = "nccl" if wanted.type == "cuda" else "gloo"
-        with _together():
+        with together():
             dist.init_process_group(backend, store=_store(), rank=rank, world_size=count, timeout=PATIENCE)
         _Pulse(rank, count).start()
         atexit.register(dist.destroy_process_group)
     if rank:
         logging.disable(logging.WARNING)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-    with _together():
+    with together():
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(group, dist.ProcessGroup)
     return Ranks(wanted, rank, count, group)
@@ -251,14 +303,6 @@ def is_first_to_say() -> bool:
 @cache
 def _store() -> Any:
     return next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))[0]
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # what torch raises where a connection is closed
-        raise RankLost(LOST) from error
 
 
 class _Pulse(threading.Thread):
@@ -297,10 +341,7 @@ class _Gather(Function):
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> Tensor:  # noqa: ARG004
-        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        with _together():
-            dist.all_gather(gathered, own)
-        return torch.cat(gathered)
+        return torch.cat(gathered(own))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
@@ -312,10 +353,7 @@ class _Sum(Function):
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> Tensor:  # noqa: ARG004
-        total = own.clone()
-        with _together():
-            dist.all_reduce(total)
-        return total
+        return sum_(own.clone())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -323,7 +361,7 @@ class _Sum(Function):
 
 
 def _gather(own: Tensor) -> Tensor:
-    return _Gather.apply(own.contiguous())
+    return _Gather.apply(own)
 
 
 def _gather_features(encoder: nn.Module, _: Any, features: Tensor) -> Tensor:

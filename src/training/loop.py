@@ -22,6 +22,7 @@ from src.methods.base import Method, Output
 from src.runs.record import ENCODER, UNUSED
 from src.runs.tracker import Tracker
 from src.support.base import NEED_LABELS
+from src.support.sharded import in_shards
 from src.system.measure import peak_gib
 from src.system.seeding import seed_everything
 from src.system.stopping import Stopped, Stopper
@@ -30,6 +31,8 @@ from src.training.progress import Progress
 from src.training.state import TrainState
 
 logger = logging.getLogger(__name__)
+
+SAVE = 1  # below every status with which a run stops
 
 # Of a sweep's folder, a trial's number, an epoch and its metrics.
 ShouldPrune = Callable[[str | None, int | None, int, Mapping[str, float]], bool]
@@ -78,7 +81,7 @@ def _train(
     rows = ranks.rows(cfg.batch_size)
     view1, view2 = build.views(cfg, data, ranks.part)
     steps_per_epoch = len(data.train) // cfg.batch_size
-    saved = time.monotonic()
+    saved, wished = time.monotonic(), 0
     loss = grad_norm = math.nan
     outcome: Output | None = None
 
@@ -87,8 +90,10 @@ def _train(
             raise state.diverged(loss, grad_norm)
 
     def stop_if_told() -> None:
-        if status := ranks.agree(stopper.status):
-            raise Stopped(status)
+        nonlocal wished
+        wished = max(wished, ranks.agree(stopper.status))
+        if wished > SAVE:
+            raise Stopped(wished)
 
     state.frozen.before_block = stop_if_told
 
@@ -103,17 +108,26 @@ def _train(
     def save() -> None:
         nonlocal saved
         check_weights()
+        model = ranks.whole_state(method)  # to which every rank may contribute
         if ranks.first:
             tracker.sync()  # no checkpoint is ahead of the rows
-            state.save(directory / "checkpoints", tracker.written)
+            state.save(directory / "checkpoints", model, tracker.written)
         saved = time.monotonic()
+
+    def wish() -> int:
+        """A reason to stop, or that a checkpoint is due by the first rank's clock, so that all ranks save together."""
+        nonlocal saved
+        due = ranks.first and time.monotonic() >= saved + 60 * cfg.checkpoint.minutes
+        if due:  # is wished for once, and may be granted a step later
+            saved = time.monotonic()
+        return stopper.status or (SAVE if due else 0)
 
     if state.step == 0:
         tracker.log(validate(), step=0)
 
     # A run that was stopped in a validation takes that up first.
     for epoch in range((state.step - (not state.validated)) // steps_per_epoch, cfg.epochs):
-        start = state.step - epoch * steps_per_epoch
+        start, wished = state.step - epoch * steps_per_epoch, 0
         if support is not None and start == 0:
             support.start_epoch(epoch)
             support.clear_stats()
@@ -156,13 +170,12 @@ def _train(
                 tracker.log({"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr} | spread, state.step)
             state.step += 1
             progress.step(state.step, loss)
-            stopping = ranks.agree(stopper.status)
-            overdue = time.monotonic() >= saved + 60 * cfg.checkpoint.minutes
-            if state.step % steps_per_epoch and (stopping or overdue):
+            wished = ranks.agree(wish())
+            if state.step % steps_per_epoch and wished:
                 state.seconds += time.perf_counter() - clock
                 save()
-                if stopping:
-                    raise Stopped(stopping)
+                if wished > SAVE:
+                    raise Stopped(wished)
                 clock = time.perf_counter()
 
         if device.type == "cuda":  # the clock stops when the work is done, not when it has been handed over
@@ -184,7 +197,8 @@ def _train(
             known = support.stats()
             metrics |= {key: known[key] for key in known if data.labelled or key not in NEED_LABELS}
         metrics |= validation
-        draws = evaluates and cfg.evaluation.pictures and ranks.first
+        # To draw is to look up, which one rank alone cannot do where the support set is in shards.
+        draws = evaluates and cfg.evaluation.pictures and ranks.first and not in_shards(method)
         pictures = illustrate(method, state.frozen_here, data, directory, epoch + 1, last) if draws else []
         if not last and ranks.first:
             stopper.pruned = should_prune(cfg.tracking.parent, cfg.tracking.trial, epoch + 1, metrics)
@@ -194,12 +208,11 @@ def _train(
         progress.epoch(epoch, loss, metrics)
         if evaluates:
             look()
-        stopping = ranks.agree(stopper.status, wait=True)
-        overdue = time.monotonic() >= saved + 60 * cfg.checkpoint.minutes
-        if last or stopping or overdue or (epoch + 1) % cfg.checkpoint.every == 0:
+        wished = max(wished, ranks.agree(wish(), wait=True))
+        if last or wished or (epoch + 1) % cfg.checkpoint.every == 0:
             save()
-        if stopping:
-            raise Stopped(stopping)
+        if wished > SAVE:
+            raise Stopped(wished)
         tracker.flush()
 
 

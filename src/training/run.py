@@ -29,6 +29,7 @@ from src.runs import mlflow_store, origin
 from src.runs.query import how_to_open, page_of
 from src.runs.record import METRICS, Record
 from src.runs.tracker import COLOUR_TAG, NoTracker, Tracker, catch_up
+from src.support.sharded import in_shards
 from src.system.atomic_write import write_whole
 from src.system.environment import conditions, environment_tags
 from src.system.extras import require
@@ -96,7 +97,8 @@ def run(
                 )
             return say_result(directory)
         run_directory.refuse_hopeless(directory, cfg)
-        resumed = state.resume(directory / "checkpoints", directory / METRICS)
+        with ranks.in_turn() if in_shards(state.method) else nullcontext():
+            resumed = state.resume(directory / "checkpoints", directory / METRICS)
         if resumed and (changes := changed_protocol(cfg, directory)):
             tags["evaluation_changed"] = f"{changes} at step {state.step}"
             logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, changes)

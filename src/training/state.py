@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +18,7 @@ from src.errors import Diverged, UsageError
 from src.evaluation.encoder import read_weights
 from src.evaluation.probes import FrozenEncoder
 from src.runs import checkpoint
+from src.support.sharded import own_rows
 from src.system.redact import one_line
 from src.system.seeding import seed_everything
 from src.training import optim
@@ -39,7 +42,9 @@ class TrainState:
         self.search = build.search(cfg.search, self.device)
         seed_everything(cfg.seed)
         classes = len(data.classes) if data.labelled else 1  # images without labels are of one
-        self.method, features = build.method(cfg, classes, self.search, self.device, self.ranks.share_out)
+        self.method, features = build.method(
+            *(cfg, classes, self.search, self.device), share_out=self.ranks.share_out, shard=self.ranks.shard
+        )
         self.classifier = nn.Linear(features, classes).to(self.device)
         self.optimizer = optim.build(cfg.optimizer, self.method, cfg.batch_size)
         # Apart from the method's optimizer: no decay, no adaptation, a learning rate of its own.
@@ -129,18 +134,19 @@ class TrainState:
         """The encoder's state dict, on the CPU, contiguous."""
         return {key: value.cpu().contiguous() for key, value in self.method.encoder.state_dict().items()}
 
-    def save(self, directory: Path, rows: tuple[int, str]) -> None:
+    def save(self, directory: Path, model: Mapping[str, Any], rows: tuple[int, str]) -> None:
         """Write a checkpoint of all of it, and what an evaluation needs to know of the run.
 
         Args:
             directory: of the checkpoints.
+            model: the method's state (`src.training.distributed.Ranks.whole_state`).
             rows: what ``metrics.jsonl`` holds now (`src.runs.tracker.Tracker.written`).
         """
         state = {
             "config": identity.without_neutral(self.cfg),
             "mean": self.frozen.mean,
             "std": self.frozen.std,
-            "model": self.method.state_dict(),
+            "model": model,
             "classifier": self.classifier.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "classifier_optimizer": self.classifier_optimizer.state_dict(),
@@ -168,6 +174,7 @@ class TrainState:
                     weights = {f"encoder.{key}": value for key, value in read_weights(path)[1].items()}
                 except (OSError, SafetensorError) as error:
                     raise UsageError(f"init={path}: not a safetensors file ({one_line(error)})") from None
+            weights = own_rows(self.method, weights)
             for name, part in self.method.named_children():
                 own = {key.removeprefix(f"{name}."): v for key, v in weights.items() if key.startswith(f"{name}.")}
                 if name == "encoder" or checkpoint.fits(part, own):
@@ -193,7 +200,7 @@ class TrainState:
         path, state = found
         with checkpoint.understood(path):
             identity.check_same(state["config"], self.cfg, path)
-            checkpoint.restore(self.method, state["model"], path)
+            checkpoint.restore(self.method, own_rows(self.method, state["model"]), path)
             checkpoint.restore(self.classifier, state["classifier"], path)
             self.optimizer.load_state_dict(state["optimizer"])
             self.classifier_optimizer.load_state_dict(state["classifier_optimizer"])

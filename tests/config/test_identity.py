@@ -17,6 +17,7 @@ from tests.config.test_schema import parsed
         (["method=kmclr", "support.forget=reset", "support.half_life=5"], ["method=kmclr"]),
         (["method=kmclr", "support.forget=none", "support.forget_every=7"], ["method=kmclr", "support.forget=none"]),
         (["support.refit_every=9", "support.refit_window=999"], []),
+        (["support.shards=ranks"], []),
         (["method=nnclr", "objective.same_prototype=negative"], ["method=nnclr"]),
         (["optimizer=adamw", "+optimizer.momentum=0.5"], ["optimizer=adamw"]),
         (["optimizer=sgd", "+optimizer.clip_trust=true"], ["optimizer=sgd"]),

@@ -1,11 +1,12 @@
 """What a process does that torchrun has started for a test: ``-m tests.training.in_ranks FOLDER NAME``.
 
-It trains the runs of ``FOLDER/cases.json``, a name and overrides each, to ``FOLDER/NAME``, in float64. As one of two
+It trains the runs of ``FOLDER/NAME.json``, a name and overrides each, to ``FOLDER/NAME``, in float64. As one of two
 ranks it first looks at what ranks say to each other.
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,10 @@ from src import cli  # noqa: E402
 from src.data.splits import Split  # noqa: E402
 from src.errors import RunFailed  # noqa: E402
 from src.evaluation.probes import FrozenEncoder  # noqa: E402
+from src.support.kmeans import KMeans  # noqa: E402
+from src.support.queue import Queue  # noqa: E402
+from src.support.search import TorchSearch  # noqa: E402
+from src.support.sharded import own_rows  # noqa: E402
 from src.system.environment import is_rank  # noqa: E402
 from src.training import distributed  # noqa: E402
 from tests.config.test_schema import composed  # noqa: E402
@@ -51,6 +56,64 @@ def check_features(ranks):
         assert torch.equal(together.features(split, size).x_NF, alone.features(split, size).x_NF)
 
 
+DIM, CLASSES, BATCH = 5, 3, 8
+STORED = [
+    (partial(Queue, 20, DIM, TorchSearch()), (1, 3, 13)),  # of whose shards one holds ten
+    (partial(Queue, 20, DIM, TorchSearch(), dtype=torch.bfloat16), (1,)),
+    (partial(KMeans, 12, DIM, CLASSES, TorchSearch(), half_life=3, revive_after=1), (1, 3, 7)),
+    (partial(KMeans, 12, DIM, CLASSES, TorchSearch(), spherical=False, reset_every=4), (1, 3, 7)),
+]
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        if torch.is_tensor(value):
+            torch.testing.assert_close(other[key], value, rtol=1e-9, atol=1e-9, msg=key)
+        else:
+            assert other[key] == (pytest.approx(value) if isinstance(value, float) else value), key
+
+
+def check_shards(ranks, make, counts, draw):
+    """A support set in shards finds, counts, forgets and saves what a whole one does, step by step."""
+    whole, part = make(), make(shard=ranks.shard)
+    assert part.stored_bytes == whole.stored_bytes
+    assert part.hits_N.numel() * 2 == whole.hits_N.numel()
+    for step in range(12):
+        rows, images = draw(step), torch.arange(step * BATCH, (step + 1) * BATCH) % 50
+        found = []
+        for support in (whole, part):
+            support.start_epoch(step)
+            if step % 5 == 0:
+                support.clear_stats()
+            if support.ready:
+                found.append([support.nearest(rows, count) for count in counts])
+                ids = found[-1][0].ids[:, 0]
+                support.record(ids, images, images % CLASSES)
+            torch.manual_seed(step)
+            support.update(rows, images, images % CLASSES)
+        for ours, theirs in zip(*found, strict=True) if found else ():
+            assert ours.ids.equal(theirs.ids)
+            torch.testing.assert_close(ours.embeddings, theirs.embeddings)
+        assert_same(whole.stats(), part.stats())
+        saved = ranks.whole_state(part)
+        if ranks.first:
+            assert_same(whole.state_dict(), saved)
+    restored = make(shard=ranks.shard)
+    restored.load_state_dict(own_rows(restored, whole.state_dict()))
+    assert_same(part.state_dict(), restored.state_dict())
+    ranks.check_same(part)  # which is not compared where it differs
+
+
+def far(step):
+    return torch.randn(BATCH, DIM, generator=torch.Generator().manual_seed(step))
+
+
+def equally_near(step):
+    """Of which many are the same, and every product is exact."""
+    return torch.eye(DIM)[torch.randint(DIM, (BATCH,), generator=torch.Generator().manual_seed(step))]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if is_rank():
@@ -58,6 +121,10 @@ if __name__ == "__main__":
         torch.manual_seed(0)
         check_words(ranks)
         check_features(ranks)
+        for make, counts in STORED:
+            check_shards(ranks, make, counts, far)
+        for make, _ in STORED[:2]:
+            check_shards(ranks, make, (1,), equally_near)
     root, folder = Path(sys.argv[1]), sys.argv[2]
-    for name, overrides in json.loads((root / "cases.json").read_text()).items():
+    for name, overrides in json.loads((root / f"{folder}.json").read_text()).items():
         cli.pretrain(composed(*overrides, f"output_dir={root / folder / name}"))

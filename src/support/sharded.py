@@ -1,0 +1,124 @@
+"""Slots that are shared out over the processes of a run, so that a support set may be larger than one device.
+
+Every process gives the same queries, searches its own slots, and learns of all processes' finds. So the answers are
+those of one process that holds all slots: also of several that are equally near, the lowest slot comes first.
+
+Shapes: B queries, D dimensions, K neighbours, N slots, M = N / count slots of one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src.system.collectives import gathered, sum_
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The slots of one process: those whose number is ``rank`` modulo ``count``. One that is alone holds all.
+
+    With rows that come in turn, as into a queue, all processes have equally many at any time. What has an answer of
+    all processes is to be called by all of them.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    def own(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Those of consecutive numbers that are this process's."""
+        return torch.arange(start, stop, device=device)[(self.rank - start) % self.count :: self.count]
+
+    def rows(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """At which of its rows this process would hold each slot, and whether it does."""
+        return slots // self.count, slots % self.count == self.rank
+
+    def slots(self, rows: Tensor) -> Tensor:
+        """Which slots this process holds at these of its rows."""
+        return rows * self.count + self.rank
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes, in place of the process's own value."""
+        return value if self.count == 1 else sum_(value)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over all processes."""
+        return self.sum(value) / self.count
+
+    def whole(self, own: Tensor) -> Tensor:
+        """What all processes have for their slots [M, ...], in the slots' order [N, ...]."""
+        return own if self.count == 1 else torch.stack(gathered(own), 1).flatten(0, 1)
+
+    def mine(self, whole: Tensor) -> Tensor:
+        """Of what there is for all slots [N, ...], this process's part [M, ...]."""
+        return whole[self.rank :: self.count]
+
+    def fetch(self, own: Tensor, slots: Tensor) -> Tensor:
+        """The rows of any slots, from whichever process holds them.
+
+        Args:
+            own: this process's rows [M, ...].
+            slots: the same for all processes, of any shape.
+        """
+        if self.count == 1 or not slots.numel():
+            return own[slots]
+        rows, mine = self.rows(slots)
+        found = own[rows]
+        return sum_(found.masked_fill_(~mine.view(*mine.shape, *[1] * (own.ndim - 1)), 0))
+
+    def nearest(self, scores_BK: Tensor, rows_BK: Tensor, count: int) -> Tensor:
+        """The slots nearest to each query among all processes' finds, nearest first: [B, count].
+
+        Args:
+            scores_BK: of this process's own nearest; the larger, the nearer. All processes have equally many.
+            rows_BK: at which of its rows they are.
+            count: fewer than there are in all are kept.
+        """
+        if self.count == 1:
+            return rows_BK
+        slots, order = torch.cat(gathered(self.slots(rows_BK)), 1).sort(1)
+        scores = torch.cat(gathered(scores_BK), 1).gather(1, order)
+        best = scores.sort(stable=True, dim=1, descending=True).indices[:, :count]
+        return slots.gather(1, best)
+
+
+class Slots(nn.Module):
+    """A module whose buffers have a row for each slot, or for each of those that its shard has.
+
+    Args:
+        size: N.
+        shard: which of them this process holds.
+    """
+
+    def __init__(self, size: int, shard: Shard | None = None) -> None:
+        super().__init__()
+        self.size = size
+        self.shard = shard or Shard()
+        self.held = size // self.shard.count  # M
+        self._by_slot: list[str] = []
+
+    def register_slots(self, name: str, rows: Tensor) -> None:
+        """Register a persistent buffer with a row for each slot that this process holds."""
+        assert len(rows) == self.held
+        self.register_buffer(name, rows)
+        self._by_slot.append(name)
+
+
+def in_shards(module: nn.Module) -> dict[str, Shard]:
+    """Those keys of a module's state dict whose rows are shared out over several processes."""
+    return {
+        f"{path}.{name}".removeprefix("."): each.shard
+        for path, each in module.named_modules()
+        if isinstance(each, Slots) and each.shard.count > 1
+        for name in each._by_slot
+    }
+
+
+def own_rows(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a state dict with the rows of all slots, what this process's module holds."""
+    shards = in_shards(module)
+    return {key: shards[key].mine(value) if key in shards else value for key, value in state.items()}
