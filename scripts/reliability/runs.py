@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from src.evaluation.encoder import ENCODER, read_weights
 from src.runs.record import METRICS, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,9 +116,10 @@ def differences(one: Path, other: Path) -> list[str]:
     """Where two finished runs differ, compared bit for bit: weights, support set, optimizers, encoder file."""
     states = [_final_state(run) for run in (one, other)]
     found = [key for key in sorted(states[0].keys() | states[1].keys()) if not _same(states[0], states[1], key)]
-    if (one / "encoder.safetensors").read_bytes() != (other / "encoder.safetensors").read_bytes():
-        found.append("encoder.safetensors")
-    return found
+    (said, weights), (other_said, other_weights) = (read_weights(run / ENCODER) for run in (one, other))
+    if said != other_said or weights.keys() != other_weights.keys():  # safetensors writes what is said in any order
+        return [*found, ENCODER]
+    return found + [f"{ENCODER}/{key}" for key in weights if not torch.equal(weights[key], other_weights[key])]
 
 
 def _final_state(run: Path) -> dict[str, Any]:

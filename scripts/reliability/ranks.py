@@ -1,0 +1,85 @@
+"""SIGKILL of a run on two ranks, of one and of both in turn; the same command continues, to the unbroken run's bits.
+
+    python -m scripts.reliability.ranks FOLDER [KILLS]
+
+Two runs have half of the kills each: prototypes that every rank holds, and a queue in shards. Each kill comes a random
+number of steps after the run has gone on. A rank that survives another has 30 seconds to say so in one line and end.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from scripts.reliability.runs import METHODS, SMALL, differences, lost_and_doubled, output, rows, start, wait_for
+from src.runs.record import METRICS
+from src.system.collectives import LOST
+
+RUNS = {"kmclr": METHODS["kmclr"], "nnclr in shards": [*METHODS["nnclr"], "support.shards=ranks"]}
+LONG = ["epochs=50", "evaluation.every=50", "tracking=jsonl", "data.cache_dir=cache", "output_dir=run"]
+STEPS = 12  # before a kill, at most
+SECONDS = 30
+
+
+def torchrun(folder: Path, name: str) -> subprocess.Popen[bytes]:
+    arguments = ["--nproc-per-node", "2", "-m", "src.train", *SMALL, *RUNS[name], *LONG]
+    return start(folder, arguments, "torch.distributed.run")
+
+
+def written(folder: Path) -> int:
+    """Lines in the run's metrics: at least one a step."""
+    path = folder / "run" / METRICS
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def broken_run(folder: Path, name: str, kills: int) -> tuple[Counter[str], list[str]]:
+    """Kills one run so many times and lets it finish: who was killed, and what was wrong."""
+    rng, killed = random.Random(name), Counter[str]()
+    wrong: list[str] = []
+    while True:
+        said = len(output(folder)) if (folder / "output.txt").exists() else 0
+        process = torchrun(folder, name)
+        if killed.total() == kills:
+            assert process.wait(300) == 0, output(folder)[said:]
+            return killed, wrong
+        aim = written(folder) + rng.randint(1, STEPS)
+        if not wait_for(lambda aim=aim: written(folder) >= aim, process):  # type: ignore[misc]
+            raise RuntimeError(f"{name} ended before its kill: {output(folder)[said:]}")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        both = killed.total() % 2 == 1
+        for each in children if both else [rng.choice(children)]:
+            os.kill(int(each), signal.SIGKILL)
+        ended = time.monotonic()
+        process.wait(300)
+        took, lines = time.monotonic() - ended, output(folder)[said:].count(f"error: {LOST}")
+        if took > SECONDS or lines != (0 if both else 1):
+            wrong.append(f"{name}: ended after {took:.1f} s, {lines} lines")
+        killed["both ranks" if both else "one rank"] += 1
+        print(f"{name}: killed {'both' if both else 'one'} at row {aim}, ended after {took:.1f} s", flush=True)
+
+
+def main(folder: Path, kills: int) -> None:
+    """Runs both, and prints what came out."""
+    total: Counter[str] = Counter()
+    lost = doubled = 0
+    wrong: list[str] = []
+    for name in RUNS:
+        unbroken, broken = folder / f"{name} unbroken", folder / name
+        assert torchrun(unbroken, name).wait(300) == 0, output(unbroken)
+        killed, found = broken_run(broken, name, kills // len(RUNS))
+        total += killed
+        wrong += found + [f"{name}: {each}" for each in differences(broken / "run", unbroken / "run")]
+        missing, extra = lost_and_doubled(rows(unbroken / "run"), rows(broken / "run"))
+        lost, doubled = lost + missing, doubled + extra
+    print(f"{total.total()} kills of two ranks: {dict(total)}; rows: {lost} lost, {doubled} doubled or different")
+    print(f"late, silent, or different from the unbroken run's bits: {wrong or 'nothing'}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 10)
