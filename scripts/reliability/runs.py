@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from src.evaluation.encoder import ENCODER, read_weights
-from src.runs.record import METRICS, read_rows
+from src.evaluation.encoder import read_weights
+from src.runs.record import ENCODER, METRICS, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
