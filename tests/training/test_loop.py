@@ -761,15 +761,16 @@ def test_other_conditions_on_resume_are_said_and_another_precision_is_refused(ru
 
 
 @pytest.mark.slow
-def test_sigkill_at_any_moment_changes_nothing(command, small, tmp_path):
+def test_sigkill_at_any_moment_changes_nothing(run, small, tmp_path):
     """The real command line, killed twice and then left alone; `scripts/reliability/kills.py` does it at random.
 
     With the method that has most to save; `test_stopped_anywhere_and_continued_it_is_the_unbroken_run` has them all.
     """
-    arguments = [*small, *METHODS["kmclr"], "tracking=jsonl", "epochs=12", "checkpoint.every=1"]
-    assert command("src.train", *arguments, "output_dir=unbroken").returncode == 0
+    overrides = [*METHODS["kmclr"], "epochs=12", "checkpoint.every=1"]
+    unbroken = run(*overrides, directory="unbroken")
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    broken, kills = [sys.executable, "-m", "src.train", *arguments, "output_dir=broken"], 0
+    arguments, kills = [*small, *overrides, "tracking=jsonl", "output_dir=broken"], 0
+    broken = [sys.executable, "-m", "src.train", *arguments]
     metrics = tmp_path / "broken" / "metrics.jsonl"
     for rows in (2, 11, 10**9):
         process = subprocess.Popen(broken, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
@@ -780,7 +781,7 @@ def test_sigkill_at_any_moment_changes_nothing(command, small, tmp_path):
         if process.wait() == 0:
             break
     assert kills == 2
-    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+    assert_same_run(unbroken, tmp_path / "broken")
 
 
 @pytest.mark.slow
