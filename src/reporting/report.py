@@ -19,7 +19,7 @@ from pathlib import Path
 from src.errors import UsageError
 from src.reporting.rows import summarise
 from src.reporting.table import show, write
-from src.runs.query import newest_charts, read_runs, read_sweep
+from src.runs.query import how_to_open, newest_charts, read_runs, read_sweep
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"plot: {out / 'plot.png'} (also .svg)")
     print(f"page: {out / 'results.html'}")
     if asked.tracking == "mlflow":
-        print(f"compare the runs in a browser: mlflow ui    ({name} at http://127.0.0.1:5000)")
+        print(f"compare the runs in a browser: {how_to_open('')}")
 
 
 def _folder(name: str) -> Path:

@@ -19,7 +19,7 @@ def newest_charts(root: Path = Path("multirun")) -> str:
     """Where MLflow's pages show the newest sweep; empty where no sweep below ``root`` has reached MLflow."""
     sweeps = [record for _, record in records_below(root) if CHARTS in record.tags]
     newest = max(sweeps, key=lambda record: record.end_time or record.start_time, default=None)
-    return CHARTS_AT + newest.tags[CHARTS] if newest else ""
+    return link_to(newest.tags[CHARTS]) if newest else ""
 
 
 def page_of(record: Record) -> str:

@@ -87,7 +87,8 @@ def test_a_run_has_a_page_where_mlflow_has_it_and_none_where_it_is_deleted(clien
     assert query.page_of(Record.load(tmp_path / "run")) == page
 
 
-def test_the_newest_sweeps_charts(tmp_path):
+def test_the_newest_sweeps_charts(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert newest_charts(tmp_path) == ""
     for name, at, tags in [("old", 1, {CHARTS: "#/old"}), ("new", 2, {CHARTS: "#/new"}), ("run", 3, {})]:
         (tmp_path / name).mkdir()
@@ -95,3 +96,5 @@ def test_the_newest_sweeps_charts(tmp_path):
         record.start_time, record.tags = at, tags
         record.save(tmp_path / name)
     assert newest_charts(tmp_path) == "http://127.0.0.1:5000/#/new"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
+    assert newest_charts(tmp_path) == "https://mlflow.example/#/new"
