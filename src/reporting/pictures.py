@@ -33,6 +33,7 @@ PROTOTYPES = 24  # of each kind
 MAPPED = 1000  # validation images
 NAMED = 10  # classes that have a colour of their own, where there are more than twice as many
 GAP = 6  # pixels between tiles of 64
+APART = 3 * GAP  # more of them between an anchor and the members of its prototype
 TILE = 64
 FRAME = (213, 94, 0)  # of a queue's entry that is the anchor's own image
 
@@ -135,7 +136,8 @@ def positives(support: SupportSet, sample: Split, rows_N: Tensor, z_ND: Tensor, 
             tiles += [_member(data, sample.take(_at(int(each), sample)), label) for each in nearest]
         blocks.append(tiles)
     what = "the nearest members of its prototype" if support.shared else "the nearest entry (framed: its own image)"
-    return sheet(blocks, [""] * (2 if support.shared else 4), f"Anchors, and beside each {what}")
+    columns, apart = (2, APART) if support.shared else (4, 0)  # a pair needs no more to be told from the next
+    return sheet(blocks, [""] * columns, f"Anchors, and beside each {what}", apart)
 
 
 def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) -> Figure | None:
@@ -207,13 +209,16 @@ def draw_map(x_ND: Tensor, labels_N: Tensor, classes: Sequence[str], marked_KD: 
     return figure
 
 
-def sheet(blocks: Sequence[Sequence[Tile]], heads: Sequence[str], title: str) -> Figure:
-    """Blocks of tiles in a grid with a column a head; each tile's text is below it."""
+def sheet(blocks: Sequence[Sequence[Tile]], heads: Sequence[str], title: str, apart: int = 0) -> Figure:
+    """Blocks of tiles in a grid with a column a head; each tile's text is below it.
+
+    A block's first tile stands `apart` from the others by so many pixels more.
+    """
     from matplotlib.figure import Figure
 
     columns, width = len(heads), max(map(len, blocks))
     lines = -(-len(blocks) // columns)
-    column_width = (width + 0.4) * (TILE + GAP)
+    column_width = (width + 0.4) * (TILE + GAP) + apart
     top = 6 * GAP if any(heads) else 4 * GAP
     size = (math.ceil(GAP + columns * column_width - 0.4 * TILE), math.ceil(top + lines * (TILE + 3 * GAP)))
     canvas = torch.full((3, size[1], size[0]), 255, dtype=torch.uint8)
@@ -226,7 +231,8 @@ def sheet(blocks: Sequence[Sequence[Tile]], heads: Sequence[str], title: str) ->
     for number, tiles in enumerate(blocks):
         line, column = divmod(number, columns)
         for place, tile in enumerate(tiles):
-            x, y = GAP + round(column * column_width) + place * (TILE + GAP), top + line * (TILE + 3 * GAP)
+            x = GAP + round(column * column_width) + place * (TILE + GAP) + (apart if place else 0)
+            y = top + line * (TILE + 3 * GAP)
             canvas[:, y : y + TILE, x : x + TILE] = _enlarged(tile)
             axes.text(x, y + TILE + 1.4 * GAP, tile.text, fontsize=6, color=tile.colour, va="center")
     axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
