@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT at random steps: how long a run takes to stop, with which status, and whether it can go on.
+"""SIGTERM and SIGINT, at random steps and in a validation: how long a run takes to stop, and whether it can go on.
 
 python -m scripts.reliability.signals FOLDER [RUNS]
 """
@@ -28,13 +28,23 @@ from scripts.reliability.runs import (
 
 ARGUMENTS = [*SMALL, "epochs=8", "output_dir=run"]
 STEPS = 24  # of 8 epochs
+# A validation of seconds: larger images.
+SLOW = [*(each for each in ARGUMENTS if not each.startswith("epochs=")), "epochs=2", "data.image_size=96"]
 
 
-def stopped_run(folder: Path, method: str, number: int, seed: int, cache: str) -> tuple[float, list[str]]:
-    """Signals one run, lets it go on to its end; the seconds it took to stop, and what was wrong."""
-    arguments = [*ARGUMENTS, *METHODS[method], cache]
+def stopped_run(
+    folder: Path, arguments: list[str], number: int, step: int, validates: bool = False
+) -> tuple[float, list[str]]:
+    """Signals one run after a step, lets it go on to its end; the seconds it took to stop, and what was wrong.
+
+    Args:
+        folder: where it runs.
+        arguments: its command line.
+        number: of the signal.
+        step: after which it is sent.
+        validates: whether a validation comes then, which is not to be waited for.
+    """
     process = start(folder, arguments)
-    step = random.Random(seed).randrange(1, STEPS)
     metrics = folder / "run" / "metrics.jsonl"
     assert wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"train/loss") >= step, process)
     sent = time.monotonic()
@@ -49,33 +59,51 @@ def stopped_run(folder: Path, method: str, number: int, seed: int, cache: str) -
         wrong.append(f"run.json says {told}")
     if (told_mlflow := statuses(folder)) != {"KILLED": 1}:
         wrong.append(f"MLflow says {told_mlflow}")
+    if validates and any(key == "val/knn_top1" and at == step for key, at, _ in rows(folder / "run")):
+        wrong.append("the validation was waited for")
     if start(folder, arguments).wait(300):
         wrong.append(f"does not go on: {output(folder)[-300:]}")
     return seconds, wrong
+
+
+def compare(name: str, results: dict[Path, tuple[float, list[str]]], unbroken: list[Path]) -> None:
+    """Prints how the runs of some signal came out, beside the unbroken ones."""
+    wrong = [f"{where.name}: {each}" for where, (_, found) in results.items() for each in found]
+    lost = doubled = 0
+    for where, same in zip(results, unbroken, strict=True):
+        wrong += [f"{where.name}: {each} differs" for each in differences(where / "run", same / "run")]
+        (history,) = stored(where).values()
+        for found in (rows(where / "run"), history):
+            missing, extra = lost_and_doubled(rows(same / "run"), found)
+            lost, doubled = lost + missing, doubled + extra
+    times = sorted(seconds for seconds, _ in results.values())
+    print(
+        f"{name}: {len(times)} runs, stopped after {times[len(times) // 2]:.2f} s (median), {times[-1]:.2f} s (longest)"
+    )
+    print(f"{name}: rows {lost} lost, {doubled} doubled or different; wrong: {wrong or 'nothing'}", flush=True)
 
 
 def main(folder: Path, runs: int) -> None:
     """Runs of all methods in turn, and prints what came out."""
     cache = f"data.cache_dir={folder / 'cache'}"
     for method, own in METHODS.items():
-        assert start(folder / method, [*ARGUMENTS, *own, cache]).wait(300) == 0, output(folder / method)
+        for name, arguments in ((method, ARGUMENTS), (f"{method}-slow", SLOW)):
+            assert start(folder / name, [*arguments, *own, cache]).wait(300) == 0, output(folder / name)
+    methods = list(METHODS) * runs
     for name in ("SIGTERM", "SIGINT"):
         number = int(signal.Signals[name])
-        jobs = [(folder / f"{name}-{i}", list(METHODS)[i % 3], number, 1000 * number + i, cache) for i in range(runs)]
+        steps = [random.Random(1000 * number + i).randrange(1, STEPS) for i in range(runs)]
+        jobs = [
+            (folder / f"{name}-{i}", [*ARGUMENTS, *METHODS[methods[i]], cache], number, step)
+            for i, step in enumerate(steps)
+        ]
         results = two_at_a_time(lambda job: stopped_run(*job), jobs)
-        wrong = [f"{job[0].name}: {each}" for job, (_, found) in zip(jobs, results, strict=True) for each in found]
-        lost = doubled = 0
-        for where, method, *_ in jobs:
-            wrong += [f"{where.name}: {each} differs" for each in differences(where / "run", folder / method / "run")]
-            (history,) = stored(where).values()
-            for found in (rows(where / "run"), history):
-                missing, extra = lost_and_doubled(rows(folder / method / "run"), found)
-                lost, doubled = lost + missing, doubled + extra
-        times = sorted(seconds for seconds, _ in results)
-        print(
-            f"{name}: {runs} runs, stopped after {times[len(times) // 2]:.2f} s (median), {times[-1]:.2f} s (longest)"
-        )
-        print(f"{name}: rows {lost} lost, {doubled} doubled or different; wrong: {wrong or 'nothing'}", flush=True)
+        found = dict(zip([job[0] for job in jobs], results, strict=True))
+        compare(name, found, [folder / methods[i] for i in range(runs)])
+    # After the last step of the first epoch comes a validation, which no checkpoint precedes.
+    slow = {method: (folder / f"validation-{method}", [*SLOW, *own, cache]) for method, own in METHODS.items()}
+    found = {where: stopped_run(where, arguments, signal.SIGTERM, 3, True) for where, arguments in slow.values()}
+    compare("SIGTERM in a validation", found, [folder / f"{method}-slow" for method in slow])
 
 
 if __name__ == "__main__":
