@@ -3,22 +3,19 @@
     python -m scripts.reliability.hostile FOLDER [VARIANTS] [FIRST]
 
 A small run is trained whole, and once more until it is killed. Every variant is a copy of it, in which one file is
-changed. A command then runs in a forked process, which has everything imported already, so that a thousand take
-minutes. What counts as a fault: a traceback, a hang, a figure that differs without a word, a file outside the run's
-folder that has changed.
+changed. A command then runs in a fork (`scripts.reliability.forks`), so that a thousand take minutes. What counts as a
+fault: a traceback, a hang, a figure that differs without a word, a file outside the run's folder that has changed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
-import time
-import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,41 +23,15 @@ from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 
-import matplotlib.pyplot
-import optuna
-import scipy.stats
-import sklearn.datasets
 import torch
-import torch._dynamo
-import torchvision
 
-from scripts.reliability import mutations
-from scripts.reliability.runs import METHODS, ROOT, SMALL, rows, stored
+from scripts.reliability import forks, mutations
+from scripts.reliability.runs import METHODS, SMALL, rows, stored
 from src import cli
-from src.evaluation import protocol
 from src.evaluation.encoder import load_encoder
-from src.reporting import curves, pictures, report
-from src.runs import mlflow_store, tracker
+from src.runs import tracker
 from src.runs.checkpoint import load
-from src.sweeps import optuna_study, search
-from src.training import run
 
-IMPORTED = (
-    matplotlib,
-    optuna,
-    scipy,
-    sklearn,
-    torchvision,
-    torch._dynamo,
-    curves,
-    pictures,
-    protocol,
-    report,
-    tracker,
-    run,
-    optuna_study,
-    search,
-)  # so that no child has to
 SECONDS = 100  # that a command may take on a machine that does other things too
 STATUSES = {0, 1, 2, 65, 74}
 EPOCHS = 3
@@ -161,41 +132,16 @@ def commands(cache: Path) -> dict[str, Command]:
 def typed(folder: Path, command: Command, variant: Variant | None = None, seconds: float = SECONDS) -> tuple[int, str]:
     """Runs a command in a fork of this process; its status, -9 where it did not end, and what it printed."""
     said = folder / "output.txt"
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        os._exit(_in_child(folder, command, variant, said))
-    deadline = time.monotonic() + seconds
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        if time.monotonic() > deadline:
-            os.killpg(child, signal.SIGKILL)
-            ended = os.waitpid(child, 0)
-            break
-        time.sleep(0.005)
-    return os.waitstatus_to_exitcode(ended[1]), said.read_text(errors="replace")
-
-
-def _in_child(folder: Path, command: Command, variant: Variant | None, said: Path) -> int:
-    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.chdir(folder)
+    said.unlink(missing_ok=True)
+    arguments = [*command.arguments, *(variant.arguments if variant else ())]
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "MLFLOW_HTTP_REQUEST_TIMEOUT": "2"}
-    os.environ |= store | {"PYTHONPATH": str(ROOT), "HYDRA_FULL_ERROR": "0"}
-    os.environ |= dict(variant.environment if variant else ())
-    sys.argv = ["src", *command.arguments, *(variant.arguments if variant else ())]
-    status = 0
+    changed = store | dict(variant.environment if variant else ())
+    process = forks.Fork(command.entry, folder, arguments, said, **changed)
     try:
-        command.entry()
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        status = 99
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return status
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    return process.wait(), said.read_text(errors="replace")
 
 
 def prepare(folder: Path) -> dict[str, Command]:
@@ -369,8 +315,7 @@ def in_turn(found: Iterable[Variant]) -> Iterator[Variant]:
 
 def main(folder: Path, count: int, first: int = 0) -> int:
     """Tries so many variants from the first on, evenly over files and commands; returns how many were faults."""
-    torch.set_num_threads(1)  # a fork has no other thread
-    mlflow_store._import_mlflow()
+    forks.prepare()
     folder.mkdir(parents=True, exist_ok=True)
     known = prepare(folder)
     wanted: dict[str, object] = {}

@@ -31,13 +31,10 @@ from scripts.reliability.runs import (
     METHODS,
     SMALL,
     Process,
-    differences,
-    lost_and_doubled,
+    compared,
     output,
-    rows,
     start,
     statuses,
-    stored,
     two_at_a_time,
     wait_for,
 )
@@ -102,7 +99,8 @@ def broken_run(folder: Path, name: str, number: int) -> Outcome:
             shutil.rmtree(where / "cache", ignore_errors=True)
     if status := typed(where, line, real=number % REAL_EVERY == 0).wait(600):
         return Outcome(kills, [f"status {status}: {output(where)[-500:]}"])
-    return Outcome(kills, compared(where, folder / "unbroken" / name))
+    wrong = compared(where, folder / "unbroken" / name, "run")
+    return Outcome(kills, wrong if statuses(where) == {"FINISHED": 1} else [*wrong, f"MLflow says {statuses(where)}"])
 
 
 def typed(where: Path, line: list[str], *, real: bool) -> Process:
@@ -131,22 +129,6 @@ def lines(where: Path) -> int:
     """How many rows the run has logged."""
     metrics = where / "run/metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-
-
-def compared(where: Path, reference: Path) -> list[str]:
-    """What of a finished run is not as in the unbroken one."""
-    wrong = [f"other bits: {each}" for each in differences(where / "run", reference / "run")]
-    histories = list(stored(where).values())
-    for place, found in (
-        ("metrics.jsonl", rows(where / "run")),
-        ("MLflow", [each for run in histories for each in run]),
-    ):
-        lost, doubled = lost_and_doubled(rows(reference / "run"), found)
-        if lost or doubled:
-            wrong.append(f"{place}: {lost} rows lost, {doubled} doubled or different")
-    if statuses(where) != {"FINISHED": 1}:
-        wrong.append(f"MLflow says {statuses(where)}")
-    return wrong
 
 
 def main(folder: Path, kills: int = 500, first: int = 0) -> int:

@@ -112,6 +112,17 @@ def lost_and_doubled(expected: Iterable[T], found: Iterable[T]) -> tuple[int, in
     return (want - have).total(), (have - want).total()
 
 
+def compared(broken: Path, unbroken: Path, run: str) -> list[str]:
+    """What of a run in one folder is not as in another: its bits, and its rows in ``metrics.jsonl`` and in MLflow."""
+    wrong = [f"{run}: other bits: {each}" for each in differences(broken / run, unbroken / run)]
+    histories = stored(broken)
+    for place, found in (("metrics.jsonl", rows(broken / run)), ("MLflow", histories.get(str(broken / run), []))):
+        lost, doubled = lost_and_doubled(rows(unbroken / run), found)
+        if lost or doubled:
+            wrong.append(f"{run}, {place}: {lost} rows lost, {doubled} doubled or different")
+    return wrong
+
+
 def differences(one: Path, other: Path) -> list[str]:
     """Where two finished runs differ, compared bit for bit: weights, support set, optimizers, encoder file."""
     states = [_final_state(run) for run in (one, other)]
