@@ -52,6 +52,7 @@ class Fork:
 
     def __init__(self, entry: Entry, folder: Path, arguments: Sequence[str], said: Path, **more: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        said.touch()  # so that it can be read at once
         self.args = arguments
         self._process = multiprocessing.get_context("fork").Process(
             target=_type, args=(entry, folder, arguments, said, more)
