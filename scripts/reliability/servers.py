@@ -1,6 +1,6 @@
 """A real tracking server, on SQLite or PostgreSQL, under four jobs at once, stopped and started in between.
 
-    python -m scripts.reliability.servers FOLDER
+    python -m scripts.reliability.servers FOLDER [sqlite|postgresql]
 
 PostgreSQL is Debian's (package postgresql), run as the user ``nobody`` where this one is root; the server needs
 psycopg2 (``pip install psycopg2-binary``).
@@ -166,15 +166,30 @@ def four_jobs(folder: Path, name: str, backend: str | None, stops: int = 2, away
     print(f"  {len(directories)} jobs, {dict(told)}, rows: {lost} lost, {doubled} doubled or different", flush=True)
 
 
-def main(folder: Path) -> None:
-    """On SQLite, then on PostgreSQL if it is installed."""
-    four_jobs(folder / "sqlite", "SQLite", None)
+def two_at_once(folder: Path, store: str) -> None:
+    """Two runs that start together on an empty database, without a server between."""
+    arguments = [*SMALL, "method=kmclr", "k=7", "epochs=1", "evaluation.pictures=false"]
+    runs = [start(folder / name, [*arguments, "output_dir=run"], MLFLOW_TRACKING_URI=store) for name in ("one", "two")]
+    statuses = [run.wait(600) for run in runs]
+    later = [
+        start(folder / name, ["run"], "src.tracking", MLFLOW_TRACKING_URI=store).wait(300) for name in ("one", "two")
+    ]
+    print(f"two runs at once on an empty PostgreSQL: statuses {statuses}, deliveries {later}", flush=True)
+
+
+def main(folder: Path, *names: str) -> None:
+    """On SQLite, then on PostgreSQL if it is installed; or on those that are named."""
+    if not names or "sqlite" in names:
+        four_jobs(folder / "sqlite", "SQLite", None)
+    if names and "postgresql" not in names:
+        return
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
         print("no PostgreSQL")
         return
     with Postgres(folder / "cluster") as postgres:
+        two_at_once(folder / "together", postgres.uri)
         four_jobs(folder / "postgresql", "PostgreSQL", postgres.uri)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    main(Path(sys.argv[1]).resolve(), *sys.argv[2:])
