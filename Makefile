@@ -42,7 +42,7 @@ bench: setup ## Images a second beside the original's algorithm and lightly; set
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) '.[bench]'
 	$(BIN)/python -m scripts.benchmark
 
-CAMPAIGNS := kills ranks signals faults servers together soak hostile
+CAMPAIGNS := kills sweeps ranks signals faults servers together soak hostile
 
 reliability: setup ## Kills, signals, full disks, lost servers, a soak, hostile files: two hours; figures in results/reliability.md
 	dir=$$(mktemp -d) && for each in $(CAMPAIGNS); do $(BIN)/python -m scripts.reliability.$$each $$dir/$$each || exit; done
