@@ -1,0 +1,288 @@
+"""Decoding, start-up and loading beside torchvision's ImageFolder and DataLoader: ``results/benchmarks/data.md``.
+
+    python -m scripts.data_benchmark DIR [--images N] [--rounds R] [--out FILE]
+
+Makes N JPEGs of 500x375 pixels in DIR, which take 52 kB each, and removes DIR at the end. They are random crops of at
+least half of scikit-learn's two sample photographs, mirrored or not, at quality 90. Each figure comes from a process of
+its own. Where two are compared they take turns on the same images, round by round, so that what else the machine does
+befalls both; a ratio is taken in each round. The files are in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+
+from scripts.rivals.ours import Paced, Unlogged
+from scripts.workbench import compose, machine
+from src.config.schema import Data
+from src.data import folders, load
+from src.data.batches import epoch_batches
+from src.data.cache import cached
+from src.data.sources import find
+from src.runs.tracker import Tracker
+from src.system.stopping import Stopper
+from src.system.threads import in_threads
+from src.training import loop
+from src.training.state import TrainState
+
+OUT = Path("results/benchmarks/data.md")
+IMAGENET = 1_281_167
+GROUPS = 50  # class folders, of which each round takes one
+CORES = len(os.sched_getaffinity(0))
+
+
+def make(root: Path, count: int) -> None:
+    """The images, in a folder for each group and in it for each of two classes."""
+    from sklearn.datasets import load_sample_images
+
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+
+    def crop(i: int) -> None:
+        photo, random = photos[i % 2], np.random.default_rng(i)
+        width = int(random.uniform(0.71, 1) * min(photo.width, photo.height * 4 / 3))  # of a side: half of the area
+        height = width * 3 // 4
+        left, top = (int(random.integers(room + 1)) for room in (photo.width - width, photo.height - height))
+        image = photo.resize((500, 375), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+        if random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        path = root / f"group{i % GROUPS:02}" / "ab"[i // GROUPS % 2] / f"{i:05}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, quality=90)
+
+    for _ in in_threads(crop, range(count), 64):
+        pass
+
+
+def config(folder: Path, images: str, size: int, draft: bool) -> Data:
+    options = [f"data.root={folder / images}", f"data.image_size={size}", f"data.draft={draft}"]
+    return compose("data=image_folder", f"data.cache_dir={folder / 'cache'}", *options).data
+
+
+def first(cfg: Data) -> dict[str, float]:
+    """Seconds until the images are decoded."""
+    folders.MANY = 1  # as a million files are treated
+    began = time.perf_counter()
+    cached(cfg)
+    return {"seconds": time.perf_counter() - began}
+
+
+def second(cfg: Data) -> dict[str, float]:
+    """Seconds until a run that finds them decoded has its data set; then an epoch, and what few files take."""
+    began = time.perf_counter()
+    dataset = load(cfg)
+    seconds, began = time.perf_counter() - began, time.perf_counter()
+    find(cfg)
+    looked, began = time.perf_counter() - began, time.perf_counter()
+    for each in epoch_batches(dataset.train, 256, seed=0, epoch=0, device="cpu"):
+        each.images.float().mean()  # every byte is read
+    rate = len(dataset.train) // 256 * 256 / (time.perf_counter() - began)
+    return {"seconds": seconds, "looked": looked, "rate": rate}
+
+
+def loader(cfg: Data) -> Iterable[Any]:
+    """torchvision's images, decoded by as many processes as there are cores."""
+    from torchvision import datasets, transforms
+
+    size = cfg.image_size
+    steps = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
+    images = datasets.ImageFolder(str(cfg.root), steps)
+    return torch.utils.data.DataLoader(images, 32, num_workers=CORES, persistent_workers=True)
+
+
+def loader_start(cfg: Data) -> dict[str, float]:
+    """Seconds until the first batch, and the workers' share of memory in MiB."""
+    began = time.perf_counter()
+    batches = iter(loader(cfg))
+    next(batches)
+    seconds, processes = time.perf_counter() - began, multiprocessing.active_children()
+    rollups = [Path(f"/proc/{each.pid}/smaps_rollup").read_text() for each in processes]
+    return {"seconds": seconds, "workers": sum(int(text.split("Pss:")[1].split()[0]) for text in rollups) / 1024}
+
+
+def waiting(cfg: Data) -> dict[str, float]:
+    """The share of resnet_tiny's steps that is spent on getting the batch, and its images a second."""
+    dataset, waited, ended = load(cfg), [0.0], [0.0]
+
+    def timed(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        batches = epoch_batches(*args, **kwargs)
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            waited.append(time.perf_counter() - began)
+            if batch is None:
+                return
+            yield batch
+
+    class EnoughError(Exception):
+        pass
+
+    def pace() -> None:
+        ended.append(time.perf_counter())
+        if len(ended) == 12:
+            raise EnoughError
+
+    loop.epoch_batches = timed
+    state = TrainState(compose("backbone=resnet_tiny", "batch_size=128", "k=20", "checkpoint.minutes=100000"), dataset)
+    with suppress(EnoughError):
+        quiet = cast(Tracker, Unlogged()), cast(Stopper, Paced(pace)), Path(os.devnull)
+        loop.pretrain(state, dataset, *quiet, lambda *_: False)
+    step = median(np.diff(ended[2:]))
+    return {"share": median(waited[3:]) / step, "rate": 128 / step}
+
+
+def rounds(folder: Path, size: int, count: int) -> Iterator[dict[str, float]]:
+    """Images a second of the three that decode, which take turns on the images of one group after the other."""
+    for i in range(count):
+        whole, draft = (config(folder, f"images/group{i:02}", size, each) for each in (False, True))
+        theirs, images = loader(whole), len(list(Path(str(whole.root)).rglob("*.jpg")))
+        for _ in theirs:  # the workers start
+            pass
+
+        def epoch(batches: Iterable[Any] = theirs) -> None:
+            for _ in batches:
+                pass
+
+        turns: dict[str, Callable[[], object]] = {
+            "theirs": epoch,
+            "ours": partial(cached, whole),
+            "draft": partial(cached, draft),
+        }
+        rates = {}
+        for name in list(turns)[:: 1 if i % 2 else -1]:
+            began = time.perf_counter()
+            turns[name]()
+            rates[name] = images / (time.perf_counter() - began)
+        yield rates
+
+
+MEASURES = {each.__name__: each for each in (first, second, loader_start, waiting)}
+
+
+def measure(name: str, folder: Path, size: int, draft: bool = False) -> dict[str, float]:
+    """In a process of its own, with its peak memory in MiB."""
+    command = [sys.executable, "-m", "scripts.data_benchmark", str(folder), "--measure", name, str(size), str(draft)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(name, size, draft, figures, flush=True)
+    return figures
+
+
+def _measured(folder: Path, name: str, size: str, draft: str) -> None:
+    figures = MEASURES[name](config(folder, "images", int(size), draft == "True"))
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    print(json.dumps(figures | {"peak": peak + figures.get("workers", 0)}))
+
+
+def spread(values: list[float], digits: int) -> str:
+    return f"{median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def report(folder: Path, images: int, count: int) -> Iterator[str]:
+    """The page, line by line."""
+    files = [path.stat().st_size for path in (folder / "images").rglob("*.jpg")]
+    yield f"""# Decoding, start-up and loading
+
+{images:,} JPEGs of 500x375 pixels, {np.mean(files) / 1000:.0f} kB each: random crops of scikit-learn's two sample
+photographs. {machine()}.
+Other work kept the machine busy, so the rates are low and vary. The ratios, taken round by round on the same images,
+say more. The files are in the page cache.
+
+**Decoding**, images a second, median and range of {count} rounds of {images // GROUPS} images. The DataLoader has
+{CORES} workers on {CORES} cores; its transforms are Resize and CenterCrop (bilinear), and it does the same again in
+every epoch. This project resizes bicubically, counts, hashes and writes to the disk, once.
+
+| pixels | ImageFolder and DataLoader | this project, once | ratio | with `data.draft=true` | ratio |
+| --- | --- | --- | --- | --- | --- |"""
+    slowest = {}
+    for size in (64, 224):
+        turns = list(rounds(folder, size, count))
+        print(size, turns, flush=True)
+        rival, ours, draft = ([each[name] for each in turns] for name in ("theirs", "ours", "draft"))
+        cells = [spread(rival, 0), spread(ours, 0), ratio(ours, rival), spread(draft, 0), ratio(draft, rival)]
+        yield f"| {size} | {' | '.join(cells)} |"
+        slowest[size] = median(ours)
+    whole, again = measure("first", folder, 64), [measure("second", folder, 64) for _ in range(3)]
+    rivals = [measure("loader_start", folder, 64) for _ in range(3)]
+    start, looked = (min(each[name] for each in again) for name in ("seconds", "looked"))
+    theirs = min(each["seconds"] for each in rivals)
+    peak = max(each["peak"] for each in (whole, *again))
+    yield f"""
+**Start-up** on all images at 64 pixels, without the imports, and an epoch of batches of 256; the best of three:
+
+| | this project | ImageFolder and DataLoader |
+| --- | --- | --- |
+| first start | {whole["seconds"]:,.0f} s ({images / whole["seconds"]:.0f} images/s) | {theirs:.1f} s to a batch |
+| second start, if only folders are looked at (100,000 files and more) | {start:.2f} s | {theirs:.1f} s |
+| second start, if each file is looked at | {start + looked:.2f} s | |
+| an epoch, images a second | {max(each["rate"] for each in again):,.0f} | as decoding |
+| peak memory, with the mapped pages of the cache | {peak:,.0f} MiB | {max(each["peak"] for each in rivals):,.0f} MiB |
+| disk, beside {sum(files) / 1e9:.1f} GB of JPEGs | {images * 3 * 64**2 / 1e9:.2f} GB | nothing |
+
+**Waiting.** Of a step of `resnet_tiny` (KMCLR, batch 128, on these cores) getting the batch takes
+
+| pixels | share of the step | images a second |
+| --- | --- | --- |"""
+    measure("first", folder, 32, draft=True)
+    for size, draft_too in ((32, True), (64, False)):
+        waited = measure("waiting", folder, size, draft_too)
+        yield f"| {size} | {waited['share']:.2%} | {waited['rate']:,.0f} |"
+    yield f"""
+**ImageNet's {IMAGENET:,} images**, extrapolated from these figures:
+
+| pixels | decoding, once | disk |
+| --- | --- | --- |"""
+    for size, rate in slowest.items():
+        yield f"| {size} | {IMAGENET / rate / 3600:.1f} hours | {IMAGENET * 3 * size**2 / 1e9:,.0f} GB |"
+    yield f"""
+Looking at each file would take {looked * IMAGENET / images:.0f} s at every start, so of 100,000 files and more only
+the folders are looked at. Disk breaks first: at 224 pixels the cache is larger than the JPEGs are. Memory is next:
+where the cache is larger than what is free, an epoch reads the disk at random, an image at a time.
+
+    python -m scripts.data_benchmark DIR --images {images} --rounds {count}
+"""
+
+
+def ratio(ours: list[float], theirs: list[float]) -> str:
+    return spread([a / b for a, b in zip(ours, theirs, strict=True)], 2)
+
+
+def main() -> None:
+    """Make, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        _measured(args.folder, *args.measure)
+        return
+    args.folder.mkdir(parents=True)
+    try:
+        make(args.folder / "images", args.images)
+        page = "\n".join(report(args.folder, args.images, args.rounds))
+    finally:
+        shutil.rmtree(args.folder)
+    args.out.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
