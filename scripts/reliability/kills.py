@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -152,8 +152,9 @@ def main(folder: Path, kills: int = 500, first: int = 0) -> int:
             name = list(RUNS)[number % len(RUNS)]
             pending[pool.submit(broken_run, folder, name, number)] = f"{number}-{name}"
 
-        pending = {}
-        another(), another()
+        pending: dict[Future[Outcome], str] = {}
+        another()
+        another()
         while pending:
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
                 name, outcome = pending.pop(future), future.result()
