@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -148,9 +149,12 @@ def image_names(cfg: Data, skipped: list[str]) -> dict[str, Iterator[tuple[str, 
         UsageError: As `cached` does.
     """
 
+    # A line begins with the name, which may have a colon itself.
+    left_out = {line[: colon.start()] for line in skipped for colon in re.finditer(": ", line)}
+
     def named(split: str, pictures: Iterable[Picture]) -> Iterator[tuple[str, str]]:
         for picture in pictures:
-            if not any(line.startswith(f"{picture.where}: ") for line in skipped):
+            if picture.where not in left_out:
                 yield split, picture.where
 
     splits = {name: named(name, part.pictures) for name, part in find(cfg).read().parts().items()}

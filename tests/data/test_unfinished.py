@@ -140,7 +140,13 @@ def test_a_run_that_is_killed_while_it_decodes_goes_on_when_it_is_typed_again(co
     root = write_folder(tmp_path / "photos", {"a": 16, "b": 16}, ".jpg")
     (tmp_path / "slow").mkdir()
     (tmp_path / "slow/sitecustomize.py").write_text(SLOW)
-    images = ["data=image_folder", f"data.root={root}", f"data.cache_dir={tmp_path}/cache", "data.limit=null"]
+    images = [
+        "data=image_folder",
+        f"data.root={root}",
+        f"data.cache_dir={tmp_path}/cache",
+        "data.limit=null",
+        "data.image_size=32",
+    ]
     typed = [sys.executable, "-m", "src.train", *small, *images, "epochs=1", "k=2", "batch_size=8", "tracking=jsonl"]
 
     def start(*paths: Path) -> subprocess.Popen:

@@ -268,7 +268,7 @@ def test_the_same_command_again_trains_nothing_and_reports(run, capsys):
 
 
 class StopAfter(Stopper):
-    """Asks to stop once so many steps, and ends of epochs, were looked at; in validations it does not."""
+    """Asks to stop, as a time limit does, once so many steps were looked at."""
 
     def __init__(self, steps):
         super().__init__(None)
@@ -276,7 +276,7 @@ class StopAfter(Stopper):
 
     @property
     def status(self):
-        self.left -= sys._getframe(1).f_code.co_name == "wish"  # of the loop
+        self.left -= 1
         return 75 if self.left < 0 else 0
 
 
