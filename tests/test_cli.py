@@ -60,7 +60,7 @@ def test_cfg_and_info_show_the_composition(command):
         ("src.train method=", {"method=kmclr", "method=nnclr", "method=simclr"}),
         ("src.train method=nnclr queue_", {"queue_size="}),
         ("src.train schedule.w", {"schedule.warmup_epochs="}),
-        ("src.embed data=im", {"data=image_folder"}),
+        ("src.embed data=im", {"data=image_folder", "data=imagenet", "data=imagenette"}),
         ("src.evaluate evaluation=", {f"evaluation={name}" for name in ("fewshot", "finetune", "linear", "original")}),
     ],
 )

@@ -148,7 +148,6 @@ def image_names(cfg: Data, skipped: list[str]) -> dict[str, Iterator[tuple[str, 
     Raises:
         UsageError: As `cached` does.
     """
-
     # A line begins with the name, which may have a colon itself.
     left_out = {line[: colon.start()] for line in skipped for colon in re.finditer(": ", line)}
 
