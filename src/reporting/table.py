@@ -7,7 +7,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ def shares(rows: Sequence[Row]) -> list[float | None]:
 
 def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The table as numbers; None for a figure that is missing."""
+    figures = figures_of(rows)
     return [
         {
             "method": row.method,
@@ -86,9 +87,9 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "share_of_largest_queue": share,
             "seeds": len(row.runs),
         }
-        | {f"{figure}_mean": _known(row.mean(figure)) for figure in figures_of(rows)}
-        | {f"{figure}_std": _known(row.std(figure)) for figure in figures_of(rows)}
-        | _differences(row, rows)
+        | {f"{figure}_mean": _known(row.mean(figure)) for figure in figures}
+        | {f"{figure}_std": _known(row.std(figure)) for figure in figures}
+        | _differences(row, rows, figures)
         for row, share in zip(rows, shares(rows), strict=True)
     ]
 
@@ -115,11 +116,11 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _differences(row: Row, rows: Sequence[Row]) -> dict[str, float | None]:
+def _differences(row: Row, rows: Sequence[Row], figures: Iterable[str]) -> dict[str, float | None]:
     """Beyond the control, of every figure: the mean over pairs, the ends of its 95% interval, the number of pairs."""
     control = control_of(row, rows)
     numbers: dict[str, float | None] = {}
-    for figure in figures_of(rows):
+    for figure in figures:
         found = difference(row, control, figure) if control else NO_DIFFERENCE
         numbers |= {f"{figure}_difference": _known(found.mean), f"{figure}_difference_low": _known(found.low)}
         numbers |= {f"{figure}_difference_high": _known(found.high), f"{figure}_pairs": found.pairs}
