@@ -1,10 +1,12 @@
 """Fixtures that several tests share."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -42,16 +44,49 @@ def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="session")
+def warm():
+    """Run ``python -m MODULE ARGUMENTS`` in a process that is forked from one with the imports done (`tests.warm`)."""
+    answers, answer = os.pipe()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.warm", str(answer)],
+        cwd=PROJECT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        pass_fds=[answer],
+        text=True,
+    )
+    os.close(answer)
+
+    def run(folder, environment, module, *arguments):
+        with tempfile.TemporaryDirectory() as printed:
+            out, err = Path(printed) / "out", Path(printed) / "err"
+            request = {"module": module, "arguments": arguments, "folder": folder, "out": out, "err": err}
+            server.stdin.write(json.dumps(request | {"environment": environment}, default=str) + "\n")
+            server.stdin.flush()
+            status = int(os.read(answers, 16))
+            return subprocess.CompletedProcess([module, *arguments], status, out.read_text(), err.read_text())
+
+    yield run
+    server.stdin.close()
+    server.wait()
+
+
 @pytest.fixture
-def command(cache_dir, tmp_path):
-    """Run ``python -m MODULE ARGUMENTS`` as a user would, in the test's own folder; returns the finished process."""
+def command(warm, cache_dir, tmp_path):
+    """Run ``python -m MODULE ARGUMENTS`` as a user would, in the test's own folder; returns the finished process.
+
+    Where the test sets variables of the environment, which imports may read, the process is a new one.
+    """
 
     def run(module, *arguments, environment=None):
         fixed = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        if environment is None:
+            return warm(tmp_path, os.environ | fixed, module, *arguments)
         return subprocess.run(
             [sys.executable, "-m", module, *arguments],
             cwd=tmp_path,
-            env=os.environ | fixed | (environment or {}),
+            env=os.environ | fixed | environment,
             capture_output=True,
             text=True,
             timeout=600,

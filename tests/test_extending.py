@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -30,18 +28,17 @@ def write(folder, files):
         (folder / name).write_text(text)
 
 
-def command(folder, module, *arguments, status=0):
+@pytest.fixture(scope="module")
+def command(warm, folder):
     """Run ``python -m MODULE ARGUMENTS`` in the folder; returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": f"{PROJECT}:{folder / 'mine'}", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == status, done.stderr
-    return done.stdout if status == 0 else done.stderr
+
+    def run(module, *arguments, status=0):
+        fixed = {"PYTHONPATH": f"{PROJECT}:{folder / 'mine'}", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        done = warm(folder, os.environ | fixed, module, *arguments)
+        assert done.returncode == status, done.stderr
+        return done.stdout if status == 0 else done.stderr
+
+    return run
 
 
 def run_in(folder, pattern):
@@ -75,12 +72,12 @@ def tiny(small):
 
 
 @pytest.fixture(scope="module")
-def typed(folder, tiny):
+def typed(command, tiny):
     """What the tutorial's commands print, with smaller settings."""
     printed = []
     for line in COMMANDS.replace("queue_size=512", "queue_size=32 support.size=32").splitlines():
         _, _, module, *arguments = shlex.split(line)
-        printed.append(command(folder, module, *arguments, *(tiny if module == "src.train" else ["tracking=jsonl"])))
+        printed.append(command(module, *arguments, *(tiny if module == "src.train" else ["tracking=jsonl"])))
     return printed
 
 
@@ -156,11 +153,11 @@ def test_the_commands_train_sweep_and_report(folder, typed):
         ("reservoir-32-digits-*", ["support=reservoir", "support.size=32"]),
     ],
 )
-def test_a_run_that_is_stopped_ends_as_an_unbroken_one(folder, typed, small, whole, settings):
+def test_a_run_that_is_stopped_ends_as_an_unbroken_one(command, folder, typed, small, whole, settings):
     broken = f"broken-{whole[0]}"
     train = ["src.train", "--config-dir", "mine", *settings, *small, "tracking=jsonl", f"output_dir={broken}"]
-    command(folder, *train, "max_minutes=0.00001", status=75)
-    assert "continued at step 1" in command(folder, *train)
+    command(*train, "max_minutes=0.00001", status=75)
+    assert "continued at step 1" in command(*train)
     before, after = run_in(folder, f"multirun/{whole}"), run_in(folder, broken)
     assert after[1] == before[1]
     assert after[0]["tags"]["config_hash"] == before[0]["tags"]["config_hash"]
@@ -170,21 +167,21 @@ def test_a_run_that_is_stopped_ends_as_an_unbroken_one(folder, typed, small, who
 
 
 @pytest.mark.slow
-def test_methods_of_both_kinds_are_swept(folder, tiny):
+def test_methods_of_both_kinds_are_swept(command, tiny):
     sweep = ["src.train", "--config-dir", "mine", "--multirun", "method=byol,simclr", "experiment=demo", "jobs=2"]
-    assert "2 of 2 jobs finished" in command(folder, *sweep, *tiny, "seed=1", "epochs=1")
-    listed = command(folder, *sweep, *tiny, "seed=1", "epochs=1", "dry_run=true")
+    assert "2 of 2 jobs finished" in command(*sweep, *tiny, "seed=1", "epochs=1")
+    listed = command(*sweep, *tiny, "seed=1", "epochs=1", "dry_run=true")
     assert re.search("finished .* byol-digits.*\n.*finished .* simclr-digits.*\n2 jobs, 0 to run", listed)
 
 
 @pytest.mark.slow
-def test_a_run_is_evaluated_again(folder, typed):
+def test_a_run_is_evaluated_again(command, folder, typed):
     (directory,) = folder.glob("multirun/byol-digits-*-seed0-*")
-    assert "test/linear_top1 " in command(folder, "src.evaluate", f"checkpoint={directory}")
+    assert "test/linear_top1 " in command("src.evaluate", f"checkpoint={directory}")
 
 
 @pytest.mark.slow
-def test_a_mistake_is_one_line(folder):
+def test_a_mistake_is_one_line(command, folder):
     misspelt = FILES["mine/method/byol.yaml"].replace("momentum", "momentm")
     write(folder, {"mine/method/misspelt.yaml": misspelt})
     for arguments, says in {
@@ -193,7 +190,7 @@ def test_a_mistake_is_one_line(folder):
         "method=misspelt": "method.momentm: unknown key, .*; did you mean method.momentum?",
         "method=byol method.momentum=1.5": "method.momentum=1.5: must be 1 or less",
     }.items():
-        (line,) = command(folder, "src.train", "--config-dir", "mine", *arguments.split(), status=2).splitlines()
+        (line,) = command("src.train", "--config-dir", "mine", *arguments.split(), status=2).splitlines()
         assert re.match(f"error: {says}", line)
 
 
@@ -219,7 +216,7 @@ def stripes(images):
 
 
 @pytest.mark.slow
-def test_a_backbone_and_a_data_set(folder, small):
+def test_a_backbone_and_a_data_set(command, folder, small):
     write(
         folder,
         {
@@ -229,7 +226,7 @@ def test_a_backbone_and_a_data_set(folder, small):
         },
     )
     train = ["--config-dir", "mine", *small, "tracking=jsonl", "data=stripes", "backbone=net", "method=simclr"]
-    assert "finished; test/knn_top1" in command(folder, "src.train", *train)
+    assert "finished; test/knn_top1" in command("src.train", *train)
     (directory,) = folder.glob("multirun/simclr-stripes-net-*")
     again = ["--config-dir", "mine", f"checkpoint={directory}", "data=stripes", "data.options.images=200"]
-    assert re.search(r"transfer/stripes-\w{8}/test/linear_top1 ", command(folder, "src.evaluate", *again))
+    assert re.search(r"transfer/stripes-\w{8}/test/linear_top1 ", command("src.evaluate", *again))

@@ -5,8 +5,6 @@ import json
 import math
 import re
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -175,18 +173,12 @@ def save(one, directory, experiment):
     record.save(directory)
 
 
-def command(folder, *arguments):
-    line = [sys.executable, "-m", "src.report", *arguments]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
-    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def test_the_command_reports_on_the_runs_in_a_folder(tmp_path):
+def test_the_command_reports_on_the_runs_in_a_folder(command, tmp_path):
     for number, one in enumerate(STUDY):
         save(one, tmp_path / "multirun" / str(number), "study")
     save(run("simclr", status="FAILED"), tmp_path / "multirun" / "other", "failures")
 
-    done = command(tmp_path, "experiment=study", "tracking=jsonl")
+    done = command("src.report", "experiment=study", "tracking=jsonl")
     assert (done.returncode, done.stderr) == (0, "")
     for row in table(summarise(STUDY)[0])[1:]:
         assert re.search(r"\s+".join(map(re.escape, row)), done.stdout)
@@ -194,7 +186,7 @@ def test_the_command_reports_on_the_runs_in_a_folder(tmp_path):
     assert (tmp_path / "results/study/plot.png").exists()
 
     (tmp_path / "multirun").rename(tmp_path / "kept")
-    moved = command(tmp_path, "experiment=study", "tracking=jsonl", "root=kept", "out=again")
+    moved = command("src.report", "experiment=study", "tracking=jsonl", "root=kept", "out=again")
     assert (moved.returncode, moved.stderr) == (0, "")
     for name in ("table.md", "plot.png", "results.html"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "results/study" / name).read_bytes()
@@ -206,7 +198,7 @@ def test_the_command_reports_on_the_runs_in_a_folder(tmp_path):
         (["experiment=study"], "no MLflow store"),
         (["experimnt=study"], "experimnt: unknown key"),
     ]:
-        failed = command(tmp_path, *arguments)
+        failed = command("src.report", *arguments)
         assert failed.returncode == 2
         assert failed.stderr.startswith("error: ")
         assert named in failed.stderr

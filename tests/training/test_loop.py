@@ -813,7 +813,7 @@ def test_a_run_whose_output_nobody_reads_stops_as_by_a_signal(small, tmp_path):
 
 @pytest.mark.slow
 def test_max_minutes_stops_resumably(command, small, tmp_path):
-    arguments = [*small, "method=simclr", "tracking=jsonl", "output_dir=run", "epochs=1000", "max_minutes=0.05"]
+    arguments = [*small, "method=simclr", "tracking=jsonl", "output_dir=run", "epochs=1000", "max_minutes=0.02"]
     first = command("src.train", *arguments)
     assert (first.returncode, Record.load(tmp_path / "run").status) == (75, "KILLED")
     assert "the same command continues" in first.stdout
@@ -838,6 +838,7 @@ def test_neither_mlflow_nor_faiss_is_needed(command, small, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.cifar
+@pytest.mark.xdist_group("cifar")  # whoever runs all such tests decodes the images once
 def test_real_images_and_mlflow(command, cache_dir, tmp_path, monkeypatch):
     """On CIFAR-100, every metric is in MLflow, of the method that has most of them."""
     done = command(

@@ -6,16 +6,22 @@ that are read when torch is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from src import cli
 from src.config.renamed import new_name
+from src.data.batches import epoch_batches
 from src.evaluation import protocol
 from src.reporting import curves
+from src.training import loop
 from tests.config.test_schema import composed
 
 
@@ -23,10 +29,18 @@ def losses(overrides: list[str], folder: Path) -> list[str]:
     """The loss of every step, and the final figures, as hexadecimal floats."""
     split = [override.split("=", 1) for override in overrides]
     present = [f"{new_name(key) or key}={value}" for key, value in split]
-    cli.pretrain(composed(*present, f"output_dir={folder}"))
+    with contextlib.suppress(SystemExit):  # of a run that is stopped
+        cli.pretrain(composed(*present, f"output_dir={folder}"))
     rows = [json.loads(line)["metrics"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keys = ("train/loss", "val/knn_top1", "test/linear_top1")
     return [float(row[key]).hex() for row in rows for key in keys if key in row]
+
+
+def stopped_in_the_third_epoch(data, size, seed, epoch, *others) -> Iterator[tuple[torch.Tensor, ...]]:
+    """A step of ResNet-18 takes as long as twenty of the tiny one."""
+    if epoch == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    yield from epoch_batches(data, size, seed, epoch, *others)
 
 
 if __name__ == "__main__":
@@ -35,5 +49,8 @@ if __name__ == "__main__":
     protocol.untrained = lambda *_: {}  # which nobody compares, nor the picture of the curves
     curves.plot = lambda directory: directory
     root = Path(sys.argv[1])
-    found = {case: losses(json.loads(case), root / str(place)) for place, case in enumerate(json.load(sys.stdin))}
+    found = {}
+    for place, case in enumerate(json.load(sys.stdin)):
+        loop.epoch_batches = stopped_in_the_third_epoch if "backbone=resnet18" in case else epoch_batches
+        found[case] = losses(json.loads(case), root / str(place))
     (root / "losses.json").write_text(json.dumps(found, indent=1))
