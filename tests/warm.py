@@ -1,8 +1,8 @@
-"""A process that has imported what every command imports, and forks one command after the other.
+"""A process that has imported what commands import, and forks one command after the other.
 
-Half of the seconds that a tiny run takes are the imports of torch and its companions. Each line of standard input is a
-request, ``{"module", "arguments", "folder", "environment", "out", "err"}``; its answer is the exit status, a line on
-the file descriptor that the command line names. The fork runs ``python -m MODULE ARGUMENTS`` to the end of an
+Two thirds of the seconds that a tiny run takes are the imports of torch and its companions. Each line of standard
+input is a request, ``{"module", "arguments", "folder", "environment", "out", "err"}``; its answer is the exit status, a
+line on the file descriptor that the command line names. The fork runs ``python -m MODULE ARGUMENTS`` to the end of an
 interpreter of its own, with what it prints in the files ``out`` and ``err``.
 """
 
@@ -14,15 +14,7 @@ import runpy
 import signal
 import sys
 
-import matplotlib.backends.backend_agg  # noqa: F401
-import mlflow.tracking  # noqa: F401
-import optuna  # noqa: F401
-import torchvision  # noqa: F401
-
-from src.evaluation import embed, export, protocol  # noqa: F401
-from src.reporting import curves, pictures, report  # noqa: F401
-from src.runs import mlflow_store  # noqa: F401
-from src.training import run  # noqa: F401
+from scripts.reliability import forks
 
 
 def become(module: str, arguments: list[str], folder: str, environment: dict[str, str], out: str, err: str) -> None:
@@ -39,8 +31,8 @@ def become(module: str, arguments: list[str], folder: str, environment: dict[str
 
 if __name__ == "__main__":
     answers = int(sys.argv[1])
-    gc.freeze()  # a fork's collector leaves alone the pages that it shares
-    atexit.register(gc.unfreeze)
+    forks.prepare()
+    atexit.register(gc.unfreeze)  # or an interpreter that ends complains of objects that it cannot collect
     for line in iter(sys.stdin.readline, ""):
         if (child := os.fork()) == 0:
             os.close(answers)
