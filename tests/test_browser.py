@@ -146,7 +146,16 @@ def address(folder, tmp_path_factory):
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("ui") / "log"
     with log.open("w") as file:
-        command = [sys.executable, "-m", "mlflow", "ui", "--port", str(port)]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "ui",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+        ]  # of four, each of which takes seconds to start
         server = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
     try:
