@@ -7,6 +7,7 @@ This is the only file that imports mlflow, and it does so late: the import takes
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from filelock import FileLock
 
@@ -26,8 +27,9 @@ from src.runs.record import ENCODER, METRICS, NOTE, PARENT, Record, now, read_ro
 from src.system.deadline import Overdue, within
 from src.system.redact import one_line, redact
 
+T = TypeVar("T")
 ATTEMPTS = 5  # to open a database whose tables another process may be creating
-PATIENCE = 30.0  # seconds that a run waits for a store, whatever it does meanwhile
+PATIENCE = 30.0  # seconds that a run or a command waits for a store, whatever that does meanwhile
 MODEL = "encoder"  # the name of a run's model
 LOADER = "src.evaluation.encoder"  # the module that loads it for `mlflow.pyfunc`
 _RACE = re.compile("UniqueViolation|DuplicateTable|duplicate key|already exists", re.IGNORECASE)
@@ -44,11 +46,27 @@ def check(experiment: str) -> None:
     Raises:
         UsageError: as `prepare`.
     """
-    with suppress(Busy, Overdue):
-        within(PATIENCE, lambda: prepare(experiment))
+    with suppress(Busy):
+        prepare(experiment)
 
 
 def prepare(experiment: str = "Default") -> Any:
+    """`open_store`, for who has nothing else to do: MLflow alone asks a database that is away for minutes.
+
+    Raises:
+        Busy: the store does not answer in time, or says that it is busy.
+        UsageError: as `open_store`.
+    """
+    mlflow = _import_mlflow()  # which may take long on a slow disk
+    try:
+        return within(PATIENCE, lambda: open_store(experiment))
+    except Overdue as error:
+        raise Busy(
+            f"the MLflow store {redact(mlflow.get_tracking_uri())} gives {error}: see MLFLOW_TRACKING_URI, or try again"
+        ) from None
+
+
+def open_store(experiment: str) -> Any:
     """Opens the MLflow store, creates a local one that is not there yet, and returns the client.
 
     The store is what MLFLOW_TRACKING_URI names, or ``mlflow.db`` in the current folder, which is what ``mlflow ui``
@@ -129,6 +147,7 @@ def _import_mlflow() -> Any:
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # so does it, of each attempt
     try:
         import mlflow
         import mlflow.utils.uri
@@ -153,14 +172,26 @@ def existing() -> Any:
     return prepare()
 
 
-def _run(client: Any, run_id: str) -> Any:
-    """None where the store does not know the id."""
+def answer(request: Callable[[], T]) -> T:
+    """What the store answers to a request, for a command that needs the answer to go on.
+
+    Raises:
+        UsageError: it refuses, or does not answer in time.
+    """
+    try:
+        return within(PATIENCE, request)
+    except Exception as error:
+        raise UsageError(f"the MLflow store does not answer ({one_line(error)}): see MLFLOW_TRACKING_URI") from None
+
+
+def known_run(client: Any, run_id: str) -> Any:
+    """None where the store does not know the id, or where it is none."""
     from mlflow.exceptions import MlflowException
 
     try:
         return client.get_run(run_id) if run_id else None
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
 
@@ -204,7 +235,7 @@ class Delivery:
         self.bytes, self.tags, self.artifacts = 0, dict[str, str](), set[str]()
 
         copy = self.copy
-        run, named = _run(client, copy.run_id), client.get_experiment_by_name(experiment)
+        run, named = known_run(client, copy.run_id), client.get_experiment_by_name(experiment)
         there = named.experiment_id if named and named.lifecycle_stage == "active" else None
         if run and asked and there and run.info.experiment_id != there:
             if run.info.lifecycle_stage == "active":
@@ -325,7 +356,7 @@ class Delivery:
         """Creates the run, or takes up what there is of it."""
         client, record, copy = self.client, self.record, self.copy
         if self.run is None:
-            home = _experiment_for(client, self.experiment, _run(client, copy.tags.get(PARENT, "")))
+            home = _experiment_for(client, self.experiment, known_run(client, copy.tags.get(PARENT, "")))
             tags = {"uuid": record.uuid}
             self.run = client.create_run(home, start_time=record.start_time, tags=tags, run_name=record.name)
         elif self.is_deleted:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from src.errors import UsageError
 from src.runs import mlflow_store
 from src.runs.record import CHARTS, RECORD, Copy, Record, records_below
-from src.system.redact import one_line
 
 CHARTS_AT = "http://127.0.0.1:5000/"  # where `mlflow ui` serves its pages
 
@@ -66,7 +66,7 @@ def read_sweep(sweep: str, backend: str, root: Path = Path("multirun")) -> tuple
         UsageError: there is no such sweep; the message lists those that there are.
     """
     if backend == "mlflow":
-        names = [experiment.name for experiment in mlflow_store.existing().search_experiments()]
+        names = [each.name for each in mlflow_store.answer(mlflow_store.existing().search_experiments)]
         runs = [run for name in names for run in _runs_in_store(name)]
     else:
         runs = [run for _, record in records_below(root) for run in _in_each_experiment(record)]
@@ -97,16 +97,14 @@ def _in_each_experiment(record: Record) -> list[Record]:
 
 def _runs_in_store(experiment: str) -> list[Record]:
     client = mlflow_store.existing()
-    try:
-        found = client.get_experiment_by_name(experiment)
-        names = {} if found else {other.name for other in client.search_experiments()}
-        pages = [client.search_runs([found.experiment_id])] if found else []
-        while pages and pages[-1].token:
-            pages.append(client.search_runs([found.experiment_id], page_token=pages[-1].token))
-    except Exception as error:
-        raise UsageError(f"the MLflow store does not answer ({one_line(error)}): see MLFLOW_TRACKING_URI") from None
+    found = mlflow_store.answer(lambda: client.get_experiment_by_name(experiment))
     if not found:
-        raise _unknown(experiment, "MLflow", names)
+        there = mlflow_store.answer(client.search_experiments)
+        raise _unknown(experiment, "MLflow", {other.name for other in there})
+    search = partial(client.search_runs, [found.experiment_id])
+    pages = [mlflow_store.answer(search)]
+    while token := pages[-1].token:
+        pages.append(mlflow_store.answer(partial(search, page_token=token)))
     return [
         Record(
             run.data.tags.get("uuid", run.info.run_id),
@@ -153,11 +151,10 @@ def find_run_directory(run_id: str, root: Path = Path("multirun")) -> Path:
     if found := _by_id(run_id, root):
         return found
     client = mlflow_store.existing()
-    try:
-        tags = client.get_run(run_id).data.tags
-    except Exception as error:
-        raise UsageError(f"run_id={run_id} is not in MLflow ({one_line(error)}), nor under {root}/") from None
-    directory = tags.get("output_dir", "")
+    run = mlflow_store.answer(lambda: mlflow_store.known_run(client, run_id))
+    if not run:
+        raise UsageError(f"run_id={run_id} is not in MLflow, nor under {root}/")
+    directory = run.data.tags.get("output_dir", "")
     if not directory or not Path(directory).is_dir():
         raise UsageError(f"run_id={run_id} has no folder here (output_dir={directory!r}): pass checkpoint=PATH instead")
     return Path(directory)

@@ -17,7 +17,6 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -253,7 +252,7 @@ class Tracker:
             UsageError: the store does not open, or not now.
         """
         if self._client is None and self.tracking.name == "mlflow":
-            self._client = mlflow_store.prepare(self.tracking.experiment)
+            self._client = mlflow_store.open_store(self.tracking.experiment)
         return self._client
 
 
@@ -331,9 +330,9 @@ def _bring_up(directory: Path, asked: Tracking | None = None, again: bool = Fals
     try:
         if asked.name == "mlflow" if asked else any(copy.for_mlflow for copy in record.copies.values()):
             experiment = asked.experiment if asked else ""
-            bring_up = partial(mlflow_store.bring_up, record=record, asked=experiment, again=again)
             seconds = mlflow_store.PATIENCE if asked else LONGEST  # a run or a sweep waits for it; or nobody does
-            return within(seconds, lambda: bring_up(mlflow_store.prepare()))
+            client = mlflow_store.prepare()
+            return within(seconds, lambda: mlflow_store.bring_up(client, record, experiment, again))
         return [], False
     except UsageError:
         raise
@@ -384,11 +383,11 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
             record.ask(parent.tracking).tags |= tags
             record.save(directory)
     try:
-        if parent.client():
+        if within(mlflow_store.PATIENCE, parent.client):
             free = [directory for directory in children if not run_directory.is_held(directory)]
             if deleted := [directory for directory in free if _bring_up_free(directory, parent.tracking)[1]]:
                 logger.warning("%s", _deleted(deleted))
-    except UsageError as error:
+    except (UsageError, Overdue) as error:
         logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, one_line(error))
 
 
@@ -417,7 +416,8 @@ def _share_again(directory: Path, pages: mlflow_store.Pages) -> None:
         if "sweep_id" not in record.tags or not record.copy.run_id:
             return
         try:
-            record.tags[CHARTS] = within(LONGEST, lambda: _show(mlflow_store.prepare(), record, pages))
+            client = mlflow_store.prepare()
+            record.tags[CHARTS] = within(LONGEST, lambda: _show(client, record, pages))
         except UsageError:
             raise
         except Exception as error:

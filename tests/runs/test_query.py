@@ -1,6 +1,7 @@
 """Reading runs back."""
 
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import pytest
 
 from src.config.schema import Tracking
 from src.errors import UsageError
-from src.runs import query
+from src.reporting import mlflow_charts, report
+from src.runs import mlflow_store, query, tracker
 from src.runs.query import newest_charts
 from src.runs.record import CHARTS, Record
 from src.runs.tracker import Tracker, catch_up, deliver
-from tests.stores import JSONL, MLFLOW
+from tests.stores import JSONL, MLFLOW, break_store
 
 
 def test_both_back_ends_list_the_same_runs(client, tmp_path, monkeypatch):
@@ -60,6 +62,44 @@ def test_a_run_is_found_by_its_id(client, tmp_path):
         with pytest.raises(UsageError, match=reason) as error:
             query.find_run_directory(run_id)
         assert "\n" not in str(error.value)
+
+
+ASKING = {
+    "an experiment": lambda: report.main(["experiment=exp"]),
+    "a sweep": lambda: report.main(["sweep=0123abcd"]),
+    "a run": lambda: query.find_run_directory("0" * 32),
+    "delivery": lambda: tracker.main(mlflow_charts, ["run"]),
+}
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+def test_a_command_waits_for_no_store_that_opens_only_after_minutes(fresh_store, tmp_path, monkeypatch, ask):
+    monkeypatch.chdir(tmp_path)
+    Tracker(Path("run"), JSONL, {}, {}).close("FINISHED")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:it's-Xhunter2@127.0.0.1:9/db")
+    monkeypatch.setattr(mlflow_store, "PATIENCE", 0.2)
+    opens = threading.Event()
+    monkeypatch.setattr("mlflow.MlflowClient", lambda _: opens.wait(5))
+    with pytest.raises(UsageError, match=r"postgresql://.*gives no answer in 0 s.*MLFLOW_TRACKING_URI") as error:
+        ask()
+    opens.set()
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("ask", list(ASKING.values())[:3], ids=list(ASKING)[:3])
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_store_that_opens_and_answers_no_request_is_one_line(client, monkeypatch, ask, hangs):
+    requests = ("get_experiment_by_name", "search_experiments", "search_runs", "get_run")
+    monkeypatch.setattr(mlflow_store, "existing", lambda: client)
+    break_store(client, monkeypatch, *requests)
+    answers = threading.Event()
+    if hangs:
+        monkeypatch.setattr(mlflow_store, "PATIENCE", 0.2)
+        for name in requests:
+            monkeypatch.setattr(type(client), name, lambda *_, **__: answers.wait(5))
+    with pytest.raises(UsageError, match="does not answer.*" + ("no answer in" if hangs else "store is down")):
+        ask()
+    answers.set()
 
 
 def test_how_a_page_is_opened(monkeypatch):
