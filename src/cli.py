@@ -36,7 +36,7 @@ from src.sweeps import plugins
 from src.sweeps.dry_run import preview
 from src.sweeps.launcher import refuse_foreign_sweeper
 from src.system.environment import is_rank
-from src.system.output import lost_reader, outlive_readers
+from src.system.output import lost_output, outlive_output
 from src.system.redact import one_line, redact, redact_output
 
 OF_THE_SWEEP = ("jobs", "dry_run", "max_minutes")  # keys that concern a sweep as a whole
@@ -46,6 +46,7 @@ _LACKS_MEMORY = re.compile(
     re.I,
 )
 CONF = Path(__file__).parent.parent / "conf"
+os.environ.pop("MPLBACKEND", None)  # all pictures are files, and matplotlib does not load with a name that it lacks
 
 
 def train() -> None:
@@ -218,13 +219,13 @@ def _is_from_hydra(error: Exception) -> bool:
 
 @contextmanager
 def _without_reader() -> Iterator[None]:
-    """Ends as SIGPIPE ends other programs where nobody reads the output to its end."""
-    outlive_readers()
+    """Ends as SIGPIPE ends other programs where nobody reads the output to its end; with 74 where it has no room."""
+    outlive_output()
     yield
     if sys.stdout is not None:
         sys.stdout.flush()
-    if lost_reader():
-        sys.exit(128 + signal.SIGPIPE)
+    if lost := lost_output():
+        sys.exit(lost)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -46,6 +47,12 @@ print("heavy:", [name for name in ("torch", "mlflow", "faiss", "torchvision") if
     assert done.stdout.endswith("heavy: []\n")
 
 
+def test_a_matplotlib_backend_that_is_not_there_is_not_asked_for(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://of_a_notebook")
+    runpy.run_path(cli.__file__)
+    assert "MPLBACKEND" not in os.environ
+
+
 def test_cfg_and_info_show_the_composition(command):
     done = command("src.train", "method=nnclr", "queue_size=7", "--cfg", "job")
     assert done.returncode == 0
@@ -86,7 +93,7 @@ def typed(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["src", *arguments])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        for name in ("outlive_readers", "redact_output"):  # which change the streams of the process
+        for name in ("outlive_output", "redact_output"):  # which change the streams of the process
             monkeypatch.setattr(cli, name, lambda: None)
         try:
             with pytest.raises(SystemExit) as end:

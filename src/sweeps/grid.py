@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections import Counter
@@ -20,7 +21,7 @@ from src.config.explain import explain_key
 from src.config.renamed import new_name
 from src.errors import UsageError
 from src.sweeps.dry_run import preview
-from src.sweeps.jobs import Composer, Job, values
+from src.sweeps.jobs import MOST, Composer, Job, values
 from src.sweeps.launcher import JobLauncher
 from src.sweeps.sweep import Sweep
 from src.system.output import in_terminal
@@ -91,9 +92,12 @@ class GridSweeper(Sweeper):
         given = self._grid(arguments)
         params = self._grid([f"{key}={value}" for key, value in self.params.items()])
         union = [self._grid(shlex.split(line)) for line in self.union]
+        grids = list(alternatives(union, params, given, [self._methods(grid) for grid in union]))
+        if sum(math.prod(map(len, grid.values())) for grid in grids) > MOST:
+            raise UsageError(f"--multirun: more than {MOST:,} combinations; give the keys fewer values")
         points = [
             [f"{key}={value}" for key, value in zip(grid, point, strict=True)]
-            for grid in alternatives(union, params, given, [self._methods(grid) for grid in union])
+            for grid in grids
             for point in product(*grid.values())
         ]
         watched = track(points, "composing jobs", transient=True, disable=not in_terminal())

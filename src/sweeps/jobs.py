@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from src.errors import UsageError
 from src.runs import directory as run_directory
 from src.runs import origin
 from src.runs.record import Record
+
+MOST = 10_000  # jobs of a grid: to compose them takes a quarter of an hour
 
 
 @dataclass
@@ -132,10 +135,10 @@ class Composer:
 
 
 def values(override: Override) -> list[str] | None:
-    """What an override sets or sweeps, as on the command line; None for an interval."""
+    """What an override sets or sweeps, as on the command line, cut off beyond `MOST`; None for an interval."""
     if not override.is_sweep_override():
         return [override.get_value_element_as_str()]
-    return list(override.sweep_string_iterator()) if override.is_discrete_sweep() else None
+    return list(islice(override.sweep_string_iterator(), MOST + 1)) if override.is_discrete_sweep() else None
 
 
 def _set(composed: DictConfig, override: Override) -> str:

@@ -8,6 +8,7 @@ that a user would type.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,8 +95,7 @@ class LocalLauncher(JobLauncher):
         """The environment that gives a job its part of the machine."""
         if self.slots == 1:
             return {}
-        threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-        share = {"OMP_NUM_THREADS": str(max(1, threads // self.slots))}
+        share = {"OMP_NUM_THREADS": str(max(1, _threads() // self.slots))}
         if gpus := _visible_gpus():
             share["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         return share
@@ -126,6 +126,12 @@ class LocalLauncher(JobLauncher):
             print(output, file=sys.stderr, flush=True)
         after = f" after {time.monotonic() - each.started:.0f} s"
         self.conclude(each.job, status, output, Path(each.log.name), after)
+
+
+def _threads() -> int:
+    """How many threads this process may have: what OpenMP is told, which may be a list, else one a core."""
+    told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(told) if re.fullmatch(r"[1-9]\d{0,8}", told, re.ASCII) else len(os.sched_getaffinity(0))
 
 
 def _visible_gpus() -> list[str]:

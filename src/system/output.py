@@ -1,21 +1,24 @@
-"""Standard output: whether it is a terminal, and what becomes of it when its reader has gone away.
+"""Standard output: whether it is a terminal, and what becomes of it when it takes no more.
 
-After ``command | head -1`` what is printed further is dropped.
+After ``command | head -1``, or on a disk that is full, what is printed further is dropped.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from typing import Any
 
-_lost_reader = False
+from src.errors import CannotWrite
+
+_lost = 0
 
 
-def lost_reader() -> bool:
-    """Whether something was printed that nobody reads any more."""
-    return _lost_reader
+def lost_output() -> int:
+    """The exit status of a process whose output is lost: as of SIGPIPE where its reader has gone; 0 while none is."""
+    return _lost
 
 
 def in_terminal() -> bool:
@@ -23,8 +26,8 @@ def in_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") not in (None, "dumb")
 
 
-def outlive_readers() -> None:
-    """Lets the process print on when the reader of its output has gone away.
+def outlive_output() -> None:
+    """Lets the process print on when its output takes no more, for instance because its reader has gone away.
 
     Elsewhere SIGPIPE would end the process. Python ignores that signal, because a broken connection to a server raises
     it too, and makes an exception of it wherever a library happens to print.
@@ -42,10 +45,12 @@ class _Output(io.FileIO):
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
-            global _lost_reader
-            _lost_reader = True
+        except OSError as error:
+            global _lost
+            _lost = _lost or (128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else CannotWrite.status)
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
+            if not isinstance(error, BrokenPipeError):
+                print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
             return len(data)

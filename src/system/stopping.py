@@ -1,4 +1,4 @@
-"""Stopping between two steps: on a signal, when nobody reads the output any more, or when the time is up."""
+"""Stopping between two steps: on a signal, when the output takes no more, or when the time is up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from src.system.output import lost_reader
+from src.system.output import lost_output
 
 # SIGHUP is the end of the terminal. SIGUSR1 is what SLURM can be told to send ahead of its time limit.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -77,14 +77,16 @@ class Stopper:
 
     @property
     def signal(self) -> int:
-        """The first signal, SIGPIPE where output was printed that nobody reads; 0: none so far."""
-        return self._signal or (signal.SIGPIPE if lost_reader() else 0)
+        """The first signal, SIGPIPE where the output takes no more; 0: none so far."""
+        return self._signal or (signal.SIGPIPE if lost_output() else 0)
 
     @property
     def status(self) -> int:
         """The exit status to stop with; 0 while there is no reason to stop."""
-        if self.signal:
-            return 128 + self.signal
+        if self._signal:
+            return 128 + self._signal
+        if lost := lost_output():
+            return lost
         if self.pruned:
             return PRUNED
         return TIME_IS_UP if time.monotonic() >= self.deadline else 0

@@ -36,6 +36,7 @@ from src.evaluation.probes import Features, FrozenEncoder
 from src.support.sharded import Shard, in_shards
 from src.system.collectives import LOST, gathered, sum_, together
 from src.system.environment import is_rank
+from src.system.redact import one_line
 
 T = TypeVar("T")
 _left = threading.Event()  # set when this rank has no more need of the others
@@ -267,11 +268,19 @@ def join(device: str) -> Ranks:
     With ``cuda`` or ``auto`` each takes the GPU of its number on its machine. All but the first fall silent.
 
     Raises:
-        UsageError: a GPU is asked for that is not there.
+        UsageError: a GPU is asked for that is not there, or the variables of ``torchrun`` make no sense.
     """
     if not is_rank():
         return Ranks(build.device(device))
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if not 0 <= rank < count:
+            raise ValueError(f"rank {rank} of {count}")
+        _store()
+    except ValueError as error:
+        raise UsageError(
+            f"RANK, WORLD_SIZE, MASTER_PORT: are not as torchrun sets them ({one_line(error)}); unset them"
+        ) from None
     wanted = build.device(device)
     if wanted.type == "cuda":
         wanted = build.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
@@ -296,7 +305,7 @@ def is_first_to_say() -> bool:
         return True
     try:
         return _store().add("said", 1) == 1
-    except RuntimeError:  # the store went with the rank that kept it
+    except (RuntimeError, ValueError):  # the store went with the rank that kept it, or never was
         return True
 
 

@@ -121,15 +121,15 @@ def run(
             | tags,
             is_stopping=lambda: stopper.status,
         )
-        tracker.record.continue_under(now, state.step)
-        kept = OmegaConf.to_yaml(OmegaConf.create(hide_in_settings(identity.without_neutral(cfg))))
-        if ranks.first:
-            write_whole(directory / "config.yaml", kept.encode())
-        started = f"started from {cfg.init} ({tags['init.taken']})," if cfg.init is not None else "started"
-        print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         together = trained = False  # whether all ranks end at one place
         try:
+            tracker.record.continue_under(now, state.step)
+            kept = OmegaConf.to_yaml(OmegaConf.create(hide_in_settings(identity.without_neutral(cfg))))
+            if ranks.first:
+                write_whole(directory / "config.yaml", kept.encode())
+            started = f"started from {cfg.init} ({tags['init.taken']})," if cfg.init is not None else "started"
+            print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)
             tracker.watch_system()
             loop.pretrain(state, data, tracker, stopper, directory, should_prune, illustrate)
             trained = True

@@ -38,6 +38,12 @@ def test_a_value_is_set_where_the_options_have_its_key(sweeper):
     assert job.overrides == ["method=nnclr", "queue_size=64", "objective.temperature=0.3"]
 
 
+@pytest.mark.parametrize("values", [["seed=range(0,1000000000)"], ["seed=range(0,101)", "k=range(10,110)"]])
+def test_a_sweep_too_large_to_be_composed_is_refused_at_once(sweeper, values):
+    with pytest.raises(UsageError, match="more than 10,000 combinations"):
+        sweeper.jobs(values)
+
+
 def test_a_job_is_told_present_names(sweeper):
     job = sweeper.compose(["method=kmclr", "method.forget=none", "method.projector.out=8"])
     assert job.overrides == ["method=kmclr", "support.forget=none", "projector.out=8"]

@@ -42,6 +42,15 @@ def test_jobs_share_threads_and_take_gpus_in_turn(program, monkeypatch):
     assert (program / "alone").read_text() == "8 4,7"
 
 
+@pytest.mark.parametrize(
+    ("told", "threads"), [("6", 6), ("3,2", 3), (" 5 ", 5), ("0", 2), ("-4", 2), ("x", 2), ("", 2)]
+)
+def test_the_threads_to_share_are_what_openmp_would_use(monkeypatch, told, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert local._threads() == threads
+
+
 def test_when_the_time_is_up_no_other_starts(program):
     launcher = LocalLauncher(1)
     first, second = jobs_of("k=a status=75 sleep=0.3", "k=b status=0")

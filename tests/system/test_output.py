@@ -10,13 +10,13 @@ from tests.conftest import PROJECT
 
 PROGRAM = """
 import sys
-from src.system.output import lost_reader, outlive_readers
-outlive_readers()
+from src.system.output import lost_output, outlive_output
+outlive_output()
 print("read", "ü", file=getattr(sys, "{name}"), flush=True)
 sys.stdin.readline()  # until the reader has gone
 for _ in range(3):
     print("not read", file=getattr(sys, "{name}"), flush=True)
-sys.exit(7 if lost_reader() else 0)
+sys.exit(lost_output())
 """
 
 
@@ -32,13 +32,30 @@ def test_what_nobody_reads_is_dropped_without_an_error(name, goes_away):
         reader.close()
     process.stdin.write(b"\n")
     process.stdin.close()
-    assert process.wait(60) == (7 if goes_away else 0)
+    assert process.wait(60) == (141 if goes_away else 0)
     if not goes_away:
         assert reader.read().decode() == "not read\n" * 3
         reader.close()
 
 
+def test_output_on_a_full_disk_is_dropped_and_said_once():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM.format(name="stdout")],
+            env=os.environ | {"PYTHONPATH": str(PROJECT)},
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (
+        74,
+        "error: the output cannot be written: No space left on device\n",
+    )
+
+
 def test_output_that_was_closed_from_the_start_stays_so():
-    program = "import sys; from src.system.output import outlive_readers; outlive_readers(); sys.exit(bool(sys.stdout))"
+    program = "import sys; from src.system.output import outlive_output; outlive_output(); sys.exit(bool(sys.stdout))"
     line = f"exec {sys.executable} -c '{program}' >&-"
     assert subprocess.run(["bash", "-c", line], cwd=PROJECT, timeout=60).returncode == 0

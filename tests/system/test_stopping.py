@@ -3,6 +3,7 @@ import signal
 
 import pytest
 
+from src.errors import CannotWrite
 from src.system.stopping import SIGNALS, TIME_IS_UP, Stopped, Stopper
 
 
@@ -34,11 +35,15 @@ def test_a_lost_terminal_is_ignored_where_nohup_has_said_so():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_output_that_nobody_reads_is_a_reason_to_stop(monkeypatch):
+@pytest.mark.parametrize("status", [128 + signal.SIGPIPE, CannotWrite.status])
+def test_output_that_takes_no_more_is_a_reason_to_stop(monkeypatch, status):
     with Stopper(None) as stopper:
         assert stopper.status == 0
-        monkeypatch.setattr("src.system.stopping.lost_reader", lambda: True)
-        assert stopper.status == 128 + signal.SIGPIPE
+        monkeypatch.setattr("src.system.stopping.lost_output", lambda: status)
+        assert stopper.status == status
+        assert stopper.signal == signal.SIGPIPE
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopper.status == 128 + signal.SIGTERM
 
 
 def test_time_is_up_when_it_is(monkeypatch):

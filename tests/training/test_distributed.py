@@ -164,6 +164,18 @@ def test_what_ranks_cannot_do_is_refused():
     Ranks(CPU).check(parsed("batch_size=33", "compile=true", "evaluation=finetune"))
 
 
+@pytest.mark.parametrize(
+    ("rank", "count", "port"), [("abc", "2", "1"), ("0", "", "1"), ("0", "0", "1"), ("2", "2", "1"), ("0", "1", "x")]
+)
+def test_variables_that_no_launcher_sets_so_are_one_line(monkeypatch, rank, count, port):
+    for name, value in {"RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=r"RANK, WORLD_SIZE, MASTER_PORT: .*unset them"):
+        distributed.join("cpu")
+    if not port.isdigit():
+        assert distributed.is_first_to_say()
+
+
 def test_a_sweep_is_not_started_by_torchrun(command):
     rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = command("src.train", "--multirun", "k=2,3", environment=rank)

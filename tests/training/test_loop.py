@@ -494,6 +494,14 @@ def test_a_full_disk_stops_the_run_and_when_there_is_room_it_is_the_unbroken_one
     assert_same_run(unbroken, run(*overrides))
 
 
+def test_a_disk_that_fills_up_before_the_first_step_leaves_no_run_that_seems_to_go_on(run, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(run_module, "write_whole", failing(run_module.write_whole, full, after=0))
+    with pytest.raises(CannotWrite, match="No space left on device"):
+        run("method=simclr")
+    assert Record.load(tmp_path / "run").status == "FAILED"
+
+
 def failing(function, error, after):
     calls = []
 
