@@ -20,6 +20,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, compress, islice
@@ -36,10 +37,10 @@ from safetensors import SafetensorError, safe_open
 from src.config.schema import Data
 from src.data.decoding import Contents, Part, Picture, Source, decode, state
 from src.data.sources import find, root_of
-from src.data.unfinished import SAVED, Tally, histogram, resumed, save
+from src.data.unfinished import AHEAD, BLOCK, SAVED, Tally, histogram, resumed, save
 from src.errors import UsageError
 from src.system.atomic_write import write_whole
-from src.system.threads import in_threads
+from src.system.threads import cores, in_threads
 
 if TYPE_CHECKING:
     from src.data.splits import Split
@@ -51,7 +52,6 @@ NO_CHECKSUM, NO_FINGERPRINT = "0" * 64, "0" * 16
 STATISTICS = 2 * 3 * 8  # bytes of mean and standard deviation
 VERIFIED, PARTIAL = ".verified", ".partial"
 SAVE_EVERY = 10.0  # seconds of decoding, which a kill costs at most
-CHUNK = 64  # images that are decoded before the first of them is written, which bounds memory
 
 
 class Cache:
@@ -234,14 +234,18 @@ def _verify(path: Path, stated: str) -> None:
     Raises:
         SafetensorError: It differs.
     """
-    now, verified = state(path), path.with_suffix(VERIFIED)
+    now = state(path)
     with suppress(OSError, ValueError):
-        if stated and verified.read_text() == f"{stated} {now}":
+        if stated and path.with_suffix(VERIFIED).read_text() == f"{stated} {now}":
             return
     if not stated or stated != _checksum(path, stated):
         raise SafetensorError("its checksum differs")
+    _note_verified(path, stated, now)
+
+
+def _note_verified(path: Path, checksum: str, when: str) -> None:
     with suppress(OSError):  # of a folder that may only be read
-        write_whole(verified, f"{stated} {now}".encode())
+        write_whole(path.with_suffix(VERIFIED), f"{checksum} {when}".encode())
 
 
 def _checksum(path: Path, stated: str) -> str:
@@ -293,6 +297,7 @@ def _write(path: Path, source: Source, cfg: Data) -> None:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+        _note_verified(path, checksum, state(path))  # what has just been read need not be read again
         saved.unlink(missing_ok=True)
     except OSError as error:
         with suppress(OSError):
@@ -321,7 +326,7 @@ def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
         return ""
 
     def rows(part: Part) -> list[bool]:
-        problems = list(in_threads(problem, part.pictures, CHUNK))
+        problems = list(in_threads(problem, part.pictures, AHEAD * cores()))
         skipped.extend(filter(None, problems))
         return [not each for each in problems]
 
@@ -375,7 +380,7 @@ def _stream(path: Path, contents: Contents, skipped: list[str], cfg: Data) -> st
     about = json.dumps([contents.classes, _counted(contents)]).encode() + labels
     fitted = len(contents.train.labels) + len(contents.val.labels)
 
-    tally = resumed(path, start, cfg.image_size, CHUNK, partial(Tally, header, about, fitted))
+    tally = resumed(path, start, cfg.image_size, partial(Tally, header, about, fitted))
     with path.open("r+b" if tally.images else "wb") as file:
         file.truncate(start + tally.images * size)
         file.seek(0, os.SEEK_END)
@@ -392,22 +397,26 @@ def _append(file: BinaryIO, path: Path, contents: Contents, cfg: Data, tally: Ta
     """Decodes the images that the tally lacks, with a bar in a terminal and a line now and then elsewhere."""
     before, total = tally.images, _images(contents)
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} images/s"), TimeRemainingColumn()
-    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
+    bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
+    with bar as progress, ThreadPoolExecutor(1, thread_name_prefix="saving") as disk:
         task = progress.add_task(f"decoding {cfg.name}", total=total, completed=before, rate=0.0)
         began = saved = time.monotonic()
-        for image, levels in _decoded(contents, cfg, before):
-            pixels = image.tobytes()
-            file.write(pixels)
-            tally.add(pixels, levels)
+        saving = disk.submit(file.flush)  # another thread waits for the disk
+        for images, levels in _decoded(contents, cfg, before):
+            file.write(images.data)
+            tally.add(images, levels)
             now = time.monotonic()
             rate = (tally.images - before) / max(now - began, 1e-9)
             progress.update(task, completed=tally.images, rate=rate)
             if now - saved >= SAVE_EVERY:
-                save(file, path, tally)
+                saving.result()
+                file.flush()
+                saving = disk.submit(save, file, path, tally.line)
                 saved = time.monotonic()
                 if not progress.console.is_terminal:
                     left = (total - tally.images) / rate / 60
                     log.info("%d of %d images, %.0f images/s, %.0f minutes left", tally.images, total, rate, left)
+        saving.result()
 
 
 def _images(contents: Contents) -> int:
@@ -421,20 +430,27 @@ def _counted(contents: Contents) -> list[int]:
 
 
 def _decoded(contents: Contents, cfg: Data, done: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The images after the first ``done``, [3, S, S] uint8, each with its `histogram`."""
+    """The images after the first ``done``, blocks [B, 3, S, S] uint8 of one part, each with its `histogram`."""
 
-    def with_histogram(picture: Picture) -> tuple[np.ndarray, np.ndarray]:
-        image = decode(picture, cfg.image_size, cfg.resize, cfg.background, cfg.draft)
-        return image, histogram(image)
+    def decoded(pictures: list[Picture]) -> tuple[np.ndarray, np.ndarray]:
+        images = np.empty((len(pictures), 3, cfg.image_size, cfg.image_size), np.uint8)
+        for image, picture in zip(images, pictures, strict=True):
+            image[:] = decode(picture, cfg.image_size, cfg.resize, cfg.background, cfg.draft)
+        return images, histogram(images)
 
     for part in contents.parts().values():
         count = min(done, len(part.labels))
         done -= count
-        for each in in_threads(with_histogram, islice(part.pictures, count, None), CHUNK):
-            yield each
-            count += 1
+        for images, levels in in_threads(decoded, _blocks(islice(part.pictures, count, None)), AHEAD * cores()):
+            yield images, levels
+            count += len(images)
         if count != len(part.labels):
             raise UsageError(f"{count} images for {len(part.labels)} labels: the source is damaged; fetch it again")
+
+
+def _blocks(pictures: Iterator[Picture]) -> Iterator[list[Picture]]:
+    while block := list(islice(pictures, BLOCK)):
+        yield block
 
 
 def _header(

@@ -138,7 +138,8 @@ def decode(
             _check(picture.where, image)
             if draft:
                 image.draft(None, (2 * size, 2 * size))  # nothing to other formats
-            rgb = _opaque(ImageOps.exif_transpose(image), background)
+            ImageOps.exif_transpose(image, in_place=True)
+            rgb = _opaque(image, background)
             target, bicubic = (size, size), Image.Resampling.BICUBIC
             if resize == "crop":
                 fitted = ImageOps.fit(rgb, target, bicubic)
@@ -162,7 +163,7 @@ def _opaque(image: Image.Image, background: str | None) -> Image.Image:
     from PIL import Image
 
     if background is None or not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy what is RGB
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
 

@@ -12,6 +12,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def cores() -> int:
+    """How many of them the process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def in_threads(function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
     """The results in the order of the items, as many at a time as the process may use cores.
 
@@ -23,7 +28,7 @@ def in_threads(function: Callable[[T], R], items: Iterable[T], window: int) -> I
         window: how many of them are taken before the result of the first of these is.
     """
     waiting: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(cores())
     try:
         for item in items:
             waiting.append(pool.submit(function, item))

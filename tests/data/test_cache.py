@@ -14,6 +14,7 @@ from PIL import Image
 import src.data.cache as cache_module
 from src.data import load
 from src.data.cache import Cache, cached, known_fingerprint
+from src.data.unfinished import AHEAD, BLOCK
 from src.errors import UsageError
 
 
@@ -83,9 +84,9 @@ def test_mean_and_std_are_those_of_exact_integer_sums(config, tmp_path):
 
 
 def test_few_pictures_are_in_memory_at_once(config, tmp_path, monkeypatch):
-    """However many there are: an image is read when at most a chunk of those before it waits to be written."""
+    """However many there are: an image is read when few of those before it wait to be written."""
     folder = write_folder(tmp_path / "images", {"a": 100, "b": 100})
-    monkeypatch.setattr(cache_module, "CHUNK", 4)
+    monkeypatch.setattr(cache_module, "cores", lambda: 1)
     begun: list[str] = []
     written: list[int] = []
     decode, stream = cache_module.decode, cache_module._decoded
@@ -95,15 +96,15 @@ def test_few_pictures_are_in_memory_at_once(config, tmp_path, monkeypatch):
         return decode(picture, *options)
 
     def following(*args):
-        for each in stream(*args):
-            written.append(len(begun))
-            yield each
+        for images, levels in stream(*args):
+            written.extend([len(begun)] * len(images))
+            yield images, levels
 
     monkeypatch.setattr(cache_module, "decode", counting)
     monkeypatch.setattr(cache_module, "_decoded", following)
     cached(config("image_folder", folder))
     assert len(written) == 200
-    assert max(ahead - place for place, ahead in enumerate(written)) <= 4
+    assert max(ahead - place for place, ahead in enumerate(written)) <= AHEAD * BLOCK
 
 
 def test_the_room_that_is_needed_is_said_before_decoding(config, folder, caplog, monkeypatch):
@@ -191,10 +192,12 @@ def test_other_sources_and_sizes_keep_their_caches(config, folder, tmp_path):
 
 def test_the_second_start_reads_neither_the_whole_cache_nor_trusts_another(config, folder, decodings, monkeypatch):
     cfg = config("image_folder", folder)
-    whole = cached(cfg).part("train").images.clone()
     checked: list[Path] = []
     checksum = cache_module._checksum
     monkeypatch.setattr(cache_module, "_checksum", lambda path, stated: checked.append(path) or checksum(path, stated))
+    whole = cached(cfg).part("train").images.clone()
+    assert [path.suffix for path in checked] == [".partial"], "the first start reads it once, to make the checksum"
+    checked.clear()
     cached(cfg)
     assert checked == []
     [path] = files(cfg)

@@ -17,7 +17,7 @@ from layouts import SIZE, random_image, write_folder, write_shard
 
 import src.data.cache as cache_module
 from src.data.cache import cached
-from src.data.unfinished import Tally, histogram
+from src.data.unfinished import AHEAD, Tally, histogram
 from src.errors import UsageError
 from tests.conftest import PROJECT
 
@@ -50,7 +50,8 @@ def images(config, tmp_path):
 def decoded(decodings, monkeypatch) -> list[str]:
     """What has been decoded so far, four at a time, of which each is saved at once."""
     monkeypatch.setattr(cache_module, "SAVE_EVERY", 0)
-    monkeypatch.setattr(cache_module, "CHUNK", 4)
+    monkeypatch.setattr(cache_module, "BLOCK", 1)
+    monkeypatch.setattr(cache_module, "cores", lambda: 1)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which takes a tenth of a second on a busy disk
     return decodings
 
@@ -88,6 +89,7 @@ def interrupt(cfg, monkeypatch, place: int) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "_decoded", interrupted)
+        patch.setattr(cache_module, "BLOCK", 1)
         with pytest.raises(KeyboardInterrupt):
             cached(cfg)
 
@@ -106,7 +108,7 @@ def killing(picture, *options):
         os.kill(os.getpid(), signal.SIGKILL)
     return decode(picture, *options)
 
-cache.decode, cache.SAVE_EVERY, cache.CHUNK = killing, 0, 4
+cache.decode, cache.SAVE_EVERY, cache.BLOCK, cache.cores = killing, 0, 1, lambda: 1
 cache.cached(Data(**json.loads(sys.argv[1])))
 """
 
@@ -312,6 +314,21 @@ def test_a_disk_that_fills_up_later_is_not_kept_full(images, monkeypatch, decode
     assert suffixes(images) == {".lock"}
 
 
+def test_decoding_goes_on_while_the_disk_is_slow(images, monkeypatch, decoded):
+    """While the first image is brought to the disk, more are decoded than wait to be written."""
+    by_then: list[int] = []
+
+    def slow(descriptor):
+        end = time.monotonic() + 5
+        while not by_then and len(decoded) <= AHEAD and time.monotonic() < end:
+            time.sleep(0.001)
+        by_then.append(len(decoded))
+
+    monkeypatch.setattr(os, "fsync", slow)
+    cached(images)
+    assert by_then[0] > AHEAD
+
+
 def test_images_are_on_the_disk_before_they_are_counted(images, monkeypatch, decoded):
     synced: list[str] = []
     fsync = os.fsync
@@ -333,12 +350,12 @@ def test_where_there_is_no_terminal_lines_say_how_far_it_is(images, decoded, cap
 
 
 def test_the_line_tells_images_their_order_and_whose_they_are_apart():
-    one, other = (np.asarray(random_image(seed)).transpose(2, 0, 1) for seed in (1, 2))
+    one, other = (np.asarray(random_image(seed)).transpose(2, 0, 1)[None].copy() for seed in (1, 2))
 
     def line(images, header=b"header", about=b"about") -> str:
         tally = Tally(header, about, 1)
         for image in images:
-            tally.add(image.tobytes(), histogram(image))
+            tally.add(image, histogram(image))
         return tally.line
 
     lines = [line([]), line([one]), line([other]), line([one, other]), line([other, one])]
@@ -348,11 +365,12 @@ def test_the_line_tells_images_their_order_and_whose_they_are_apart():
 
 
 def test_a_histogram_counts_each_level_of_each_channel():
-    image = np.zeros((3, 4, 4), np.uint8)
-    image[1, 0] = 255
-    image[2] = 7
-    levels = histogram(image)
+    images = np.zeros((2, 3, 4, 4), np.uint8)
+    images[0, 1, 0] = 255
+    images[1, 2] = 7
+    levels = histogram(images)
     assert levels.shape == (3, 256)
-    assert levels[0, 0] == 16
-    assert (levels[1, 0], levels[1, 255]) == (12, 4)
-    assert levels[2, 7] == levels.sum() - 32 == 16
+    assert levels[0, 0] == 32
+    assert (levels[1, 0], levels[1, 255]) == (28, 4)
+    assert (levels[2, 0], levels[2, 7]) == (16, 16)
+    assert levels.sum() == images.size
