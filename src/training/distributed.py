@@ -309,6 +309,24 @@ def is_first_to_say() -> bool:
         return True
 
 
+@contextmanager
+def losses_said() -> Iterator[None]:
+    """Inside, the loss of another rank is said at once: ``torchrun`` sends those that are left a SIGTERM for it.
+
+    Where signals are still only noted, that cannot end this rank before it has said why.
+    """
+    try:
+        yield
+    except RankLost:
+        _say_lost()
+        raise
+
+
+def _say_lost() -> None:
+    if is_first_to_say():
+        print(f"error: {LOST}", file=sys.stderr, flush=True)
+
+
 @cache
 def _store() -> Any:
     return next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))[0]
@@ -340,8 +358,7 @@ class _Pulse(threading.Thread):
             except RuntimeError:
                 lost = True
             if lost and not _left.is_set():
-                if is_first_to_say():
-                    print(f"error: {LOST}", file=sys.stderr, flush=True)
+                _say_lost()
                 os._exit(RankLost.status)  # the main thread may wait in a collective for ever
 
 

@@ -86,7 +86,7 @@ def run(
     if cfg.tracking.name == "mlflow" and ranks.first:
         mlflow_store.check(cfg.tracking.experiment)  # refuses what is no store before the directory is made
     hold = run_directory.exclusive(directory, run_directory.PATIENCE) if ranks.first else nullcontext()
-    with hold, Stopper(cfg.max_minutes) as stopper:
+    with hold, Stopper(cfg.max_minutes) as stopper, distributed.losses_said():
         if ranks.told(run_directory.is_finished(directory, cfg)):
             if ranks.first:
                 catch_up(directory, cfg.tracking)

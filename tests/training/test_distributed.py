@@ -17,10 +17,11 @@ from torch import nn
 from scripts.rivals.ours import Paced, Unlogged, fill
 from src import build, cli
 from src.data import load
-from src.errors import UsageError
+from src.errors import RankLost, UsageError
 from src.runs import checkpoint
 from src.runs.record import METRICS, Record
 from src.training import distributed, loop
+from src.training import run as run_module
 from src.training.distributed import GlobalBatchNorm, Ranks
 from src.training.state import TrainState
 from tests.config.test_schema import composed, parsed
@@ -139,6 +140,24 @@ def test_ranks_stopped_and_killed_are_the_unbroken_ones(tmp_path, tiny, monkeypa
     alone = Record.load(tmp_path / "alone")
     assert [each["processes"] for each in alone.conditions] == ["2", "1"]
     assert checkpoint.load_latest(tmp_path / "alone" / "checkpoints")[1]["step"] > step
+
+
+def test_a_loss_is_said_while_the_launchers_signal_is_only_noted(tiny, tmp_path, monkeypatch, capsys):
+    """It comes within moments, and would end a rank that no longer notes signals."""
+    monkeypatch.chdir(tmp_path)
+
+    def lose(*_):
+        raise RankLost(distributed.LOST)
+
+    def signalled():
+        os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    monkeypatch.setattr(loop, "pretrain", lose)
+    monkeypatch.setattr(distributed, "is_first_to_say", signalled)
+    with pytest.raises(RankLost):
+        run_module.run(parsed(*tiny, "k=8", "output_dir=run"), lambda *_: False, lambda folder: folder)
+    assert capsys.readouterr().err.endswith(f"error: {distributed.LOST}\n")
 
 
 def test_what_ranks_cannot_do_is_refused():
