@@ -231,27 +231,54 @@ def time_limit(folder: Path, engine: list[str]) -> str:
 
 def ranks(folder: Path, engine: list[str]) -> str:
     """Two tasks are two ranks: one is killed, then the time limit comes; the end is that of torchrun's unbroken run."""
-    run = ["method=kmclr", "k=10", f"epochs={epochs_of(120, folder / 'calibration')}"]  # of one process
-    sweep = Sweep(folder / "slurm", *run, *engine, "hydra.launcher.tasks_per_node=2", *LIMITS)
-    sweep.until_steps(10)
-    (other,) = [pid for pid, _ in processes_of(10) if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
-    os.kill(other, signal.SIGKILL)
-    said = sweep.ends(1)
-    (line,) = re.findall(r"no result: kmclr-k10-.*", said)
-    sweep.begin()
+    run = ["method=kmclr", "k=10", f"epochs={epochs_of(60, folder / 'calibration')}"]  # of one process
+    sweep, said = killed_rank(folder, run, *engine, "hydra.launcher.tasks_per_node=2", *LIMITS)
     sweep.ends(0, 1500)
     (log,) = sweep.logs().values()
     times = log.count("continued at step")
     expect(times > 1, f"continued {times} times")
-    alone = [*SMALL, "tracking=jsonl", f"data.cache_dir={folder / 'cache'}", "output_dir=run", *run]
-    process = start(folder / "torchrun", ["--nproc-per-node=2", "-m", "src.train", *alone], "torch.distributed.run")
-    expect(process.wait(600) == 0, output(folder / "torchrun")[-500:])
-    (mine,) = sweep.folder.glob("multirun/kmclr-k10-*")
-    expect(not (found := differences(mine, folder / "torchrun" / "run")), found)
+    expect(not (found := unlike_torchrun(sweep, run, ["--nproc-per-node=2"])), found)
     return (
-        f'one killed with -9: "{line.split(": ", 2)[2]}"; the same command continued it, at the time limit it went '
-        f"back to the queue, {times} continuations in all; equal to torchrun's unbroken two ranks, bit for bit"
+        f"{said}, at the time limit it went back to the queue, {times} continuations in all; equal to torchrun's "
+        "unbroken two ranks, bit for bit"
     )
+
+
+def nodes(folder: Path, engine: list[str]) -> str:
+    """A task on each of two nodes, as two agents of torchrun, which are also tried: one rank is killed."""
+    run = ["method=kmclr", "k=10", "epochs=9"]
+    sweep, said = killed_rank(folder, run, *engine, "hydra.launcher.nodes=2", "hydra.launcher.partition=both")
+    sweep.ends(0)
+    meet = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={one_node.PORTS['agents']}"]
+    expect(not (found := unlike_torchrun(sweep, run, *([*meet, f"--node-rank={each}"] for each in (0, 1)))), found)
+    return f"{said}, to the end; equal to two agents of torchrun with a rank each, unbroken, bit for bit"
+
+
+def killed_rank(folder: Path, run: list[str], *engine: str) -> tuple[Sweep, str]:
+    """A run of two ranks, one of them killed, and its command typed again; what it said."""
+    sweep = Sweep(folder / "slurm", *run, *engine)
+    sweep.until_steps(10)
+    (other,) = [pid for pid, _ in processes_of(10) if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(other, signal.SIGKILL)
+    began = time.monotonic()
+    said = sweep.ends(1)
+    seconds = time.monotonic() - began
+    (line,) = re.findall(r"no result: kmclr-k10-.*", said)
+    sweep.begin()
+    return sweep, f'one killed with -9: after {seconds:.0f} s "{line.split(": ", 2)[2]}"; the same command continued it'
+
+
+def unlike_torchrun(sweep: Sweep, run: list[str], *agents: list[str]) -> list[str]:
+    """In what a sweep's one run is not as that of torchrun's agents, unbroken."""
+    folder = sweep.folder.parent
+    alone = [*SMALL, "tracking=jsonl", f"data.cache_dir={folder / 'cache'}", "output_dir=run", *run]
+    processes = [
+        start(folder / "torchrun", [*each, "-m", "src.train", *alone], "torch.distributed.run") for each in agents
+    ]
+    for each in processes:
+        expect(each.wait(600) == 0, output(folder / "torchrun")[-500:])
+    (mine,) = sweep.folder.glob("multirun/kmclr-k10-*")
+    return differences(mine, folder / "torchrun" / "run")
 
 
 def unnoted(folder: Path, engine: list[str]) -> str:
@@ -316,23 +343,24 @@ def stopped_jobs(folder: Path, engine: list[str]) -> str:
 
 
 def search(folder: Path, engine: list[str]) -> str:
-    arguments = ["+sweep=optuna", "k=int(interval(5,60))", "epochs=choice(2,12)", "hydra.sweeper.trials=6", "jobs=2"]
+    rates = "optimizer.lr=tag(log,interval(0.0001,1))"  # of which the first draws hold two that are too low by far
+    arguments = ["+sweep=optuna", "k=int(interval(5,60))", rates, "epochs=9", "hydra.sweeper.trials=8", "jobs=2"]
     began = time.monotonic()
     sweep = Sweep(folder, *arguments, *engine)
-    said = sweep.ends(0, 600)
+    said = sweep.ends(0, 900)
     seconds = time.monotonic() - began
     (study,) = sweep.folder.glob("multirun/sweep-*/study.db")
     with sqlite3.connect(study) as tables:
         trials = tables.execute(
             "select state, julianday(datetime_start), julianday(datetime_complete) from trials"
         ).fetchall()
-    expect(len(trials) == 6 and {state for state, *_ in trials} <= {"COMPLETE", "PRUNED"}, trials)
+    expect(len(trials) == 8 and {state for state, *_ in trials} == {"COMPLETE", "PRUNED"}, trials)
     starts, ends = sorted(row[1] for row in trials)[2:], sorted(row[2] for row in trials)
     idle = max(86400 * (begin - end) for begin, end in zip(starts, ends, strict=False))
     pruned = sum(state == "PRUNED" for state, *_ in trials)
     expect("best: trial" in said and idle < 5, idle)
     return (
-        f"6 trials, two at a time, in {seconds:.0f} s; each was proposed {max(idle, 0):.1f} s after another ended, "
+        f"8 trials, two at a time, in {seconds:.0f} s; each was proposed {max(idle, 0):.1f} s after another ended, "
         f"or sooner; {pruned} pruned"
     )
 
@@ -417,6 +445,7 @@ SITUATIONS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
         lambda folder: unnoted(folder, SLURM),
     ),
     "slurm-ranks": ("SLURM", "one run of two tasks", lambda folder: ranks(folder, SLURM)),
+    "slurm-nodes": ("SLURM", "one run on two nodes", lambda folder: nodes(folder, SLURM)),
     "slurm-refused": ("SLURM", "what cannot be had", lambda folder: refused(folder, SLURM)),
     "slurm-page": ("SLURM", "the lines of docs/clusters.md", lambda folder: page(folder, "slurm")),
     "ray-good": ("Ray", "a sweep", lambda folder: good(folder, RAY)),

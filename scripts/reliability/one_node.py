@@ -1,4 +1,4 @@
-"""A real SLURM of one node, with its accounting, and a real Ray, for as long as a ``with`` block lasts.
+"""A real SLURM on this machine, with its accounting, and a real Ray, for as long as a ``with`` block lasts.
 
 SLURM's daemons come from Debian: ``apt-get install slurm-wlm slurmdbd mariadb-server munge``. They run as the caller,
 who is root, on loopback and on ports of their own, with all their files in a folder, and without systemd.
@@ -18,22 +18,28 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 TOOLS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch", "sacctmgr")
-PORTS = {"database": 17306, "slurmdbd": 17819, "slurmctld": 17817, "slurmd": 17818, "ray": 7379, "dashboard": 8299}
+PORTS = {
+    **{"database": 17306, "slurmdbd": 17819, "slurmctld": 17817, "slurmd": 17820},  # and the next, of a second node
+    **{"ray": 7379, "dashboard": 8299, "agents": 17830},
+}
 
 
 @contextmanager
 def slurm(folder: Path, cores: int = 2, memory_mb: int = 4000) -> Iterator[dict[str, str]]:
     """SLURM; yields what the environment must have for its tools to find it.
 
-    Its partitions: ``main``, ``short``, which admits five minutes, and ``closed``, which is down.
+    Its partitions: ``main``, ``short``, which admits five minutes, ``closed``, which is down, and ``both``, of two
+    nodes: this machine under two names, of which the first can be resolved.
     """
     if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
         sys.exit(f"{', '.join(missing)}: not here; apt-get install slurm-wlm slurmdbd mariadb-server munge, as root")
     folder.mkdir(parents=True)
-    for name in ("state", "spool", "database"):
+    for name in ("state", "database"):
         (folder / name).mkdir()
     host = socket.gethostname()
-    auth = f"AuthType=auth/munge\nAuthInfo=socket={folder}/munge.socket"
+    nodes = {host: PORTS["slurmd"], f"{host}2": PORTS["slurmd"] + 1}
+    # A job that goes back to the queue waits there for as long as a credential may live.
+    auth = f"AuthType=auth/munge\nAuthInfo=socket={folder}/munge.socket,cred_expire=10"
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
     _write(
@@ -45,17 +51,18 @@ def slurm(folder: Path, cores: int = 2, memory_mb: int = 4000) -> Iterator[dict[
     _write(
         folder / "slurm.conf",
         f"{auth}\nClusterName=one\nSlurmctldHost={host}(127.0.0.1)\nSlurmUser=root\nSlurmdUser=root\n"
-        f"SlurmctldPort={PORTS['slurmctld']}\nSlurmdPort={PORTS['slurmd']}\nReturnToService=2\nMpiDefault=none\n"
-        f"StateSaveLocation={folder}/state\nSlurmdSpoolDir={folder}/spool\nSwitchType=switch/none\n"
-        f"SlurmctldLogFile={folder}/slurmctld.log\nSlurmdLogFile={folder}/slurmd.log\n"
-        f"SlurmctldPidFile={folder}/slurmctld.pid\nSlurmdPidFile={folder}/slurmd.pid\n"
+        f"SlurmctldPort={PORTS['slurmctld']}\nReturnToService=2\nMpiDefault=none\n"
+        f"StateSaveLocation={folder}/state\nSlurmdSpoolDir={folder}/spool-%n\nSwitchType=switch/none\n"
+        f"SlurmctldLogFile={folder}/slurmctld.log\nSlurmdLogFile={folder}/slurmd-%n.log\n"
+        f"SlurmctldPidFile={folder}/slurmctld.pid\nSlurmdPidFile={folder}/slurmd-%n.pid\n"
         "ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nJobAcctGatherType=jobacct_gather/none\n"
         "SelectType=select/cons_tres\nSelectTypeParameters=CR_Core_Memory\nKillWait=30\nMinJobAge=2\n"
         "SchedulerParameters=requeue_delay=1\nAccountingStorageType=accounting_storage/slurmdbd\n"
         f"AccountingStorageHost=127.0.0.1\nAccountingStoragePort={PORTS['slurmdbd']}\n"
         f"AccountingStoragePass={folder}/munge.socket\n"
-        f"NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} RealMemory={memory_mb} State=UNKNOWN\n"
-        f"PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE\n"
+        f"NodeName={','.join(nodes)} NodeHostname={host} NodeAddr=127.0.0.1 Port={','.join(map(str, nodes.values()))} "
+        f"CPUs={cores} RealMemory={memory_mb} State=UNKNOWN\n"
+        f"PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE\nPartitionName=both Nodes={','.join(nodes)}\n"
         f"PartitionName=short Nodes={host} MaxTime=5\nPartitionName=closed Nodes={host} State=DOWN\n",
     )
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
@@ -81,8 +88,9 @@ def slurm(folder: Path, cores: int = 2, memory_mb: int = 4000) -> Iterator[dict[
         add = ["sacctmgr", "--immediate", "add", "cluster", "one"]
         _until(lambda: "already exists" in (said := _said(add)) or "Adding" in said)
         daemon("slurmctld", "slurmctld", "-D", "-c")
-        daemon("slurmd", "slurmd", "-D")
-        _until(lambda: "idle" in _said(["sinfo", "--noheader", "--partition=main", "--format=%T"]))
+        for node in nodes:
+            daemon(f"slurmd-{node}", "slurmd", "-D", "-N", node)
+        _until(lambda: _said(["sinfo", "--noheader", "--partition=both", "--format=%T"]).split() == ["idle"])
         try:
             yield {"SLURM_CONF": str(folder / "slurm.conf")}
         finally:
