@@ -1,10 +1,11 @@
-"""What a process does that torchrun has started for a test: ``-m tests.training.in_ranks FOLDER NAME``.
+"""What a process does that torchrun has started for a test: ``-m tests.training.in_ranks FOLDER``.
 
-It trains the runs of ``FOLDER/NAME.json``, a name and overrides each, to ``FOLDER/NAME``, in float64. As one of two
-ranks it first looks at what ranks say to each other.
+It looks at what two ranks say to each other, then trains the runs of ``FOLDER/two.json``, a name and overrides each, to
+``FOLDER/two``, in float64. When they are done, the first does the same by itself with ``FOLDER/one.json``.
 """
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,11 @@ from src import cli  # noqa: E402
 from src.data.splits import Split  # noqa: E402
 from src.errors import RunFailed  # noqa: E402
 from src.evaluation.probes import FrozenEncoder  # noqa: E402
+from src.reporting import curves  # noqa: E402
 from src.support.kmeans import KMeans  # noqa: E402
 from src.support.queue import Queue  # noqa: E402
 from src.support.search import TorchSearch  # noqa: E402
 from src.support.sharded import own_rows  # noqa: E402
-from src.system.environment import is_rank  # noqa: E402
 from src.training import distributed  # noqa: E402
 from tests.config.test_schema import composed  # noqa: E402
 
@@ -114,17 +115,23 @@ def equally_near(step):
     return torch.eye(DIM)[torch.randint(DIM, (BATCH,), generator=torch.Generator().manual_seed(step))]
 
 
+def train(root, name):
+    for run, overrides in json.loads((root / f"{name}.json").read_text()).items():
+        cli.pretrain(composed(*overrides, f"output_dir={root / name / run}"))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if is_rank():
-        ranks = distributed.join("cpu")
-        torch.manual_seed(0)
-        check_words(ranks)
-        check_features(ranks)
-        for make, counts in STORED:
-            check_shards(ranks, make, counts, far)
-        for make, _ in STORED[:2]:
-            check_shards(ranks, make, (1,), equally_near)
-    root, folder = Path(sys.argv[1]), sys.argv[2]
-    for name, overrides in json.loads((root / f"{folder}.json").read_text()).items():
-        cli.pretrain(composed(*overrides, f"output_dir={root / folder / name}"))
+    curves.plot = lambda folder: folder  # takes as long as a training
+    ranks = distributed.join("cpu")
+    torch.manual_seed(0)
+    check_words(ranks)
+    check_features(ranks)
+    for make, counts in STORED:
+        check_shards(ranks, make, counts, far)
+    for make, _ in STORED[:2]:
+        check_shards(ranks, make, (1,), equally_near)
+    train(Path(sys.argv[1]), "two")
+    if ranks.first:
+        del os.environ["RANK"]
+        train(Path(sys.argv[1]), "one")

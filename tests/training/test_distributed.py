@@ -36,25 +36,26 @@ SUPPORTS = {
     "evolving": ["support=evolving", "support.size=9", "support.start=5", "support.every=2"],
     "teacher": ["method=nnclr", "queue_size=50", "objective=teacher", "objective.neighbours=5"],
 }
+SMALL_NET = ["backbone.name=small_net", "+backbone._target_=tests.training.small_net.SmallNet"]
 IN_SHARDS = {f"{name} in shards": [*SUPPORTS[name], "support.shards=ranks"] for name in ("kmclr", "teacher")}
 
 
 @pytest.fixture
 def tiny(cache_dir):
-    """Three epochs of five steps on digits of 8 pixels."""
+    """Three epochs of five steps on digits of 8 pixels; no pictures, which take longer."""
     return [
         *("experiment=demo", "epochs=3", "batch_size=32", "data.limit=160", "data.image_size=8"),
         *("projector.hidden=[32]", "projector.out=16", "evaluation.every=3", "evaluation.epochs=2"),
+        "evaluation.pictures=false",
         *("tracking=jsonl", "tracking.log_every=1", "checkpoint.every=1", "precision=float32", "device=cpu"),
         f"data.cache_dir={cache_dir}",
     ]
 
 
-def start(folder, *command, ranks=2):
-    """A module's command line in the test's folder, by torchrun where there is more than one rank."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+def start(folder, *command):
+    """A module's command line in the test's folder, on two ranks."""
     return subprocess.Popen(
-        [sys.executable, *torchrun, "-m", *command],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", *command],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -83,10 +84,13 @@ def wait_for_rows(folder, process, count):
 @pytest.mark.slow
 def test_two_ranks_are_one_process(tmp_path, tiny):
     """All support sets, and a teacher, after 15 steps of float64: weights, statistics, what is stored, every figure."""
-    for folder, ranks, runs in (("one", 1, SUPPORTS), ("two", 2, SUPPORTS | IN_SHARDS)):
-        cases = {name: [*overrides, *tiny] for name, overrides in runs.items()}
+    drawn = {"kmclr": [*SUPPORTS["kmclr"], "evaluation.pictures=true"]}  # by the first rank alone
+    for folder, runs in (("one", SUPPORTS), ("two", SUPPORTS | IN_SHARDS | drawn)):
+        cases = {
+            name: [*tiny, *overrides, *(SMALL_NET if name != "simclr" else [])] for name, overrides in runs.items()
+        }
         (tmp_path / f"{folder}.json").write_text(json.dumps(cases))
-        finish(start(tmp_path, "tests.training.in_ranks", str(tmp_path), folder, ranks=ranks))
+    finish(start(tmp_path, "tests.training.in_ranks", str(tmp_path)))
     for name in cases:
         one, two = tmp_path / "one" / name.removesuffix(" in shards"), tmp_path / "two" / name
         assert history(two) == pytest.approx(history(one), rel=1e-6)
@@ -104,7 +108,8 @@ def test_ranks_stopped_and_killed_are_the_unbroken_ones(tmp_path, tiny, monkeypa
 
     scripts/reliability/ranks.py has many kills, of all kinds.
     """
-    settings = [*tiny, *IN_SHARDS["kmclr in shards"], "epochs=10", "evaluation.every=10"]
+    steps = ["epochs=8", "evaluation.every=8", "data.limit=96"]  # 24
+    settings = [*tiny, *IN_SHARDS["kmclr in shards"], *SMALL_NET, *steps]
     broken, command = tmp_path / "broken", ["src.train", *settings, "output_dir=broken"]
     finish(start(tmp_path, *command[:-1], "output_dir=unbroken"))
 
@@ -116,12 +121,12 @@ def test_ranks_stopped_and_killed_are_the_unbroken_ones(tmp_path, tiny, monkeypa
     assert "exitcode  : 143" in err
     assert Record.load(broken).status == "KILLED"
     step = checkpoint.load_latest(broken / "checkpoints")[1]["step"]
-    assert 0 < step < 50
+    assert 0 < step < 24
     assert f"stopped at step {step};" in out
     shutil.copytree(broken, tmp_path / "alone")
 
     process = start(tmp_path, *command)
-    wait_for_rows(broken, process, random.randrange(step + 2, 40))
+    wait_for_rows(broken, process, random.randrange(step + 2, 22))
     os.kill(random.choice(ranks_of(process)), signal.SIGKILL)
     end = time.monotonic()
     _, err = process.communicate(timeout=60)
