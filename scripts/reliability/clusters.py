@@ -8,7 +8,6 @@ Prints a row of results/reliability.md for each situation, and ends with status 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -24,7 +23,6 @@ from typing import ClassVar
 
 from scripts.reliability import one_node
 from scripts.reliability.runs import ROOT, SMALL, differences, output, start
-from src.runs.record import METRICS, read_rows
 
 SLURM = ["hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1.5"]
 RAY = ["hydra/launcher=ray_cpu", "hydra.launcher.ray.remote.num_cpus=1"]
@@ -70,12 +68,12 @@ class Sweep:
 
     def until_steps(self, k: int, steps: int = 7) -> None:
         """Wait until a job trains."""
+        self.see(lambda: self.steps(k) >= steps, f"k={k} to train", 240)
 
-        def trains() -> bool:
-            found = list(self.folder.glob(f"multirun/kmclr-k{k}-*/metrics.jsonl"))
-            return bool(found) and found[0].read_bytes().count(b"train/loss") >= steps
-
-        self.see(trains, f"k={k} to train", 240)
+    def steps(self, k: int) -> int:
+        """How many steps a job has logged."""
+        found = self.folder.glob(f"multirun/kmclr-k{k}-*/metrics.jsonl")
+        return sum(each.read_bytes().count(b"train/loss") for each in found)
 
     def see(self, condition: Callable[[], object], what: str, seconds: float) -> list[str]:
         deadline = time.monotonic() + seconds
@@ -109,16 +107,6 @@ class Sweep:
         return {int(path.name.split("-")[1][1:]): path.read_text() for path in paths}
 
 
-def epochs_of(seconds: float, folder: Path) -> int:
-    """How many epochs a run takes so long for, on a machine that is as busy as it is now."""
-    arguments = [*SMALL, "tracking=jsonl", f"data.cache_dir={folder.parent / 'cache'}", "method=kmclr", "k=30"]
-    expect(start(folder, [*arguments, "epochs=9", "output_dir=run"]).wait(300) == 0, output(folder)[-500:])
-    ends = [
-        row["time"] / 1000 for row in read_rows(folder / "run" / METRICS)[0] if "time/epoch_seconds" in row["metrics"]
-    ]
-    return math.ceil(seconds / ((ends[-1] - ends[0]) / (len(ends) - 1)))
-
-
 def expect(condition: object, what: object) -> None:
     if not condition:
         raise Wrong(str(what))
@@ -133,6 +121,25 @@ def processes_of(k: int) -> list[tuple[int, int]]:
         for pid, ppid, line in lines
         if f" k={k} " in line and "src.train" in line and "tracking.parent" in line
     ]
+
+
+def hold_until_told(*sizes: int) -> None:
+    """Stop these jobs' processes until SLURM's time limit has had one of each job signalled, however fast they are."""
+    held = {k: [pid for pid, _ in processes_of(k)] for k in sizes}
+    everything = [pid for pids in held.values() for pid in pids]
+    for pid in everything:
+        os.kill(pid, signal.SIGSTOP)
+    ended = time.monotonic() + 240
+    while not all(any(map(_is_told, pids)) for pids in held.values()):
+        expect(time.monotonic() < ended, "the time limit does not come")
+        time.sleep(0.1)
+    for pid in everything:
+        os.kill(pid, signal.SIGCONT)
+
+
+def _is_told(pid: int) -> bool:
+    pending = re.findall(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[0]
+    return bool(int(pending, 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
 def worker_of(k: int) -> int:
@@ -220,27 +227,31 @@ def refused(folder: Path, engine: list[str]) -> str:
 
 
 def time_limit(folder: Path, engine: list[str]) -> str:
-    epochs = epochs_of(180, folder / "calibration")
-    sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={epochs}", *engine, *LIMITS)
-    sweep.ends(0, 1500)
+    sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={LONG}", *engine, *LIMITS)
+    sweep.until_steps(10)
+    sweep.until_steps(20)
+    hold_until_told(10, 20)
+    sweep.ends(0, 600)
     expect(sweep.states() == {10: "FINISHED", 20: "FINISHED"}, sweep.states())
     times = [log.count("continued at step") for log in sweep.logs().values()]
-    expect(max(times) > 0, f"continued {times}")
+    expect(min(times) > 0, f"continued {times}")
     return f"two jobs of three minutes a stay, put back into the queue {times[0]} and {times[1]} times, finished"
 
 
 def ranks(folder: Path, engine: list[str]) -> str:
     """Two tasks are two ranks: one is killed, then the time limit comes; the end is that of torchrun's unbroken run."""
-    run = ["method=kmclr", "k=10", f"epochs={epochs_of(60, folder / 'calibration')}"]  # of one process
+    run = ["method=kmclr", "k=10", f"epochs={LONG}"]
     sweep, said = killed_rank(folder, run, *engine, "hydra.launcher.tasks_per_node=2", *LIMITS)
-    sweep.ends(0, 1500)
+    sweep.until_steps(10, sweep.steps(10) + 3)
+    hold_until_told(10)
+    sweep.ends(0, 600)
     (log,) = sweep.logs().values()
     times = log.count("continued at step")
     expect(times > 1, f"continued {times} times")
     expect(not (found := unlike_torchrun(sweep, run, ["--nproc-per-node=2"])), found)
     return (
-        f"{said}, at the time limit it went back to the queue, {times} continuations in all; equal to torchrun's "
-        "unbroken two ranks, bit for bit"
+        f"{said}, at the time limit both stopped at one step and the job went back to the queue; {times} continuations "
+        "to the end, which is equal to that of torchrun's two ranks, unbroken, bit for bit"
     )
 
 
