@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -44,11 +44,11 @@ def parse(composed: DictConfig) -> Config:
     """
     composed = modernised(composed)
     try:
-        schema = OmegaConf.structured(Config)
-        schema.support = OmegaConf.structured(_schema("support", composed, SUPPORTS, Support))
-        schema.objective = OmegaConf.structured(_schema("objective", composed, OBJECTIVES, Objective))
+        support = _schema("support", composed, SUPPORTS, Support)
+        objective = _schema("objective", composed, OBJECTIVES, Objective)
         ours = [*LABELS, OmegaConf.select(composed, "support.name")]  # with somebody's support set, ours has its name
-        schema.method = OmegaConf.structured(_schema("method", composed, dict.fromkeys(ours, Method), Method))
+        method = _schema("method", composed, dict.fromkeys(ours, Method), Method)
+        schema = _structured(support, objective, method)
         cfg: Config = _without_minus_zero(OmegaConf.to_object(OmegaConf.merge(schema, composed)))
     except OmegaConfBaseException as error:
         raise UsageError(explain_type(error)) from error
@@ -60,6 +60,17 @@ def parse(composed: DictConfig) -> Config:
     refuse_secrets(cfg)
     _check_combinations(cfg)
     return _canonical(cfg)
+
+
+@cache
+def _structured(support: type, objective: type, method: type) -> DictConfig:
+    """The typed schema of these parts. Making it takes longer than merging a config into a copy of it."""
+    schema: DictConfig = OmegaConf.structured(Config)
+    kinds = get_type_hints(Config) | {"support": support, "objective": objective, "method": method}
+    for each in fields(Config):
+        if is_dataclass(kind := kinds[each.name]):
+            schema[each.name] = OmegaConf.structured(kind)
+    return schema
 
 
 @cache

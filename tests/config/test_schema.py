@@ -51,6 +51,14 @@ def test_every_experiment_composes_with_every_method_unless_it_names_one(experim
     assert cfg.method.name == (named or method)
 
 
+def test_configs_of_the_same_parts_share_one_schema_which_none_of_them_changes(monkeypatch):
+    first, other = composed("k=50", "epochs=3", "data.limit=9"), composed("k=400")
+    cfg = parse(first)
+    monkeypatch.setattr(OmegaConf, "structured", lambda _: pytest.fail("makes the schema again"))
+    assert (parse(other).k, parse(other).data.limit) == (400, None)
+    assert parse(first) == cfg
+
+
 def test_every_group_is_there():
     assert options("method") == ["kmclr", "nnclr", "simclr"]
     assert options("support") == ["evolving", "kmeans", "none", "queue"]
