@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -57,20 +58,25 @@ def without_neutral(node: Any) -> dict[str, Any]:
 
 def with_neutral(params: Mapping[str, str]) -> dict[str, str]:
     """A record's params, and the neutral defaults of the settings that did not exist when it was made."""
-    chosen: dict[str, Mapping[str, type]] = {"support": SUPPORTS, "objective": OBJECTIVES}
+    return _neutral(params.get("support.name", ""), params.get("objective.name", "")) | dict(params)
+
+
+@cache
+def _neutral(support: str, objective: str) -> dict[str, str]:
+    """The neutral defaults of every setting, as text by dotted key; a part from outside this project has none."""
+    chosen = {"support": SUPPORTS.get(support), "objective": OBJECTIVES.get(objective)}
 
     def defaults(node: type, prefix: str) -> Iterator[tuple[str, str]]:
-        hints = get_type_hints(node)
+        hints = get_type_hints(node) | (chosen if node is Config else {})
         for each in fields(node):
             key = f"{prefix}{each.name}"
-            kind = chosen[key].get(params.get(f"{key}.name", "")) if key in chosen else hints[each.name]
             default = each.default if each.default_factory is MISSING else each.default_factory()
-            if is_dataclass(kind):
+            if is_dataclass(kind := hints[each.name]):
                 yield from defaults(cast(type, kind), f"{key}.")
             elif default not in (MISSING, None, {}):
                 yield key, str(default)
 
-    return dict(defaults(Config, "")) | dict(params)
+    return dict(defaults(Config, ""))
 
 
 def inert(cfg: Config) -> set[str]:
