@@ -296,14 +296,15 @@ class Delivery:
 
     def _log_data(self, params: Mapping[str, str]) -> None:
         """Names the data set as an input of the run; MLflow drops what it has."""
+        from mlflow.data.meta_dataset import MetaDataset
         from mlflow.entities import Dataset, DatasetInput, InputTag
         from mlflow.exceptions import MlflowException
 
         known = _data_set(params)
         if not known:
             return
-        source = json.dumps({"uri": params.get("data.root", known[0])})
-        data = DatasetInput(Dataset(*known, "local", source), [InputTag("mlflow.data.context", "training")])
+        described = MetaDataset(_data_source(params), *known).to_dict()
+        data = DatasetInput(Dataset(**described), [InputTag("mlflow.data.context", "training")])
         try:
             self.client.log_inputs(self.copy.run_id, [data])
         except MlflowException:  # another job of a sweep was faster to create the data set, or the store is down
@@ -387,6 +388,20 @@ def _data_set(params: Mapping[str, str]) -> tuple[str, ...]:
     """The name and the digest of the images; nothing where they are not known."""
     name, digest = params.get("data.name"), params.get("data.fingerprint")
     return (name, digest[:36]) if name and digest else ()
+
+
+def _data_source(params: Mapping[str, str]) -> Any:
+    """Where the images come from: a repository of the hub, a folder, or else a package's code."""
+    from mlflow.data import sources
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
+
+    if repo := params.get("data.repo"):
+        config, split, revision = (params.get(f"data.{key}") for key in ("config", "train_split", "revision"))
+        return HuggingFaceDatasetSource(repo, config, split=split or "train", revision=revision)
+    if root := params.get("data.root"):
+        return sources.LocalArtifactDatasetSource(root)
+    return CodeDatasetSource({"mlflow.source.name": params.get("data._target_", params["data.name"])})
 
 
 def watch_system(run_id: str) -> Callable[[], None]:

@@ -318,12 +318,24 @@ def test_finished_under_another_name_of_the_experiment_as_a_user_sees_it(client,
     assert job.tags["mlflow.parentRunId"] == Record.load(sweep).run_id
 
 
-def test_the_data_set_is_an_input_of_the_run_once(client, tmp_path):
-    run = Tracker(tmp_path / "run", MLFLOW, {"data.name": "cifar100", "data.fingerprint": "abc123"}, {})
+@pytest.mark.parametrize(
+    ("params", "kind", "where"),
+    [
+        ({"data.root": "photos"}, "local", {"uri": "photos"}),
+        ({"data.repo": "a/b", "data.revision": "v2"}, "hugging_face", {"path": "a/b", "revision": "v2"}),
+        ({}, "code", {"tags": {"mlflow.source.name": "cifar100"}}),
+        ({"data._target_": "mine.images"}, "code", {"tags": {"mlflow.source.name": "mine.images"}}),
+    ],
+)
+def test_the_data_set_is_an_input_of_the_run_once(client, tmp_path, params, kind, where):
+    mlflow = pytest.importorskip("mlflow")
+    params |= {"data.name": "cifar100", "data.fingerprint": "abc123"}
+    run = Tracker(tmp_path / "run", MLFLOW, params, {})
     run.close("FINISHED")
     tracking.main(mlflow_charts, [str(tmp_path / "run")])
     (found,) = client.get_run(run.run_id).inputs.dataset_inputs
-    assert (found.dataset.name, found.dataset.digest) == ("cifar100", "abc123")
+    assert (found.dataset.name, found.dataset.digest, found.dataset.source_type) == ("cifar100", "abc123", kind)
+    assert where.items() <= mlflow.data.get_source(found.dataset).to_dict().items()
     other = Tracker(tmp_path / "other", MLFLOW, {"data.name": "cifar100"}, {})
     other.close("FINISHED")
     assert not client.get_run(other.run_id).inputs.dataset_inputs
