@@ -1,4 +1,4 @@
-"""The features of any images in a parquet file, which the field's viewers open: ``python -m src.embed run=NAME``.
+"""The features of any images in a parquet file, for viewers such as Embedding Atlas: ``python -m src.embed run=NAME``.
 
 Shapes: F features, M images on the map, N images.
 """
