@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -40,6 +40,8 @@ from src.runs.record import Record
 from src.runs.tracker import Tracker
 from src.support.search import Search
 
+T = TypeVar("T", Split, Features)
+
 logger = logging.getLogger(__name__)
 
 
@@ -56,7 +58,7 @@ def validation(
     val = frozen.features(data.val)
     metrics: dict[str, float] = {}
     if data.classes:
-        bank = frozen.features(data.probe.take(_bank(data.probe.labels, cfg)))
+        bank = frozen.features(_bank(data.probe, data.probe.labels, cfg))
         k = best_k(bank, val, len(data.classes), cfg, search)
         metrics |= {"val/knn_top1": _knn_percent(bank, val, len(data.classes), k, cfg, search), "val/knn_k": k}
     if data.labelled:
@@ -135,16 +137,16 @@ def untrained(
     figures = _final(frozen, data, cfg, search, seed, train, val)
     if val is not None:
         k = int(figures["test/knn_k"])  # which these images have chosen
-        bank = train.take(_bank(train.labels_N, cfg))
+        bank = _bank(train, train.labels_N, cfg)
         figures["val/knn_top1"] = _knn_percent(bank, val, len(data.classes), k, cfg, search)
     return {f"{UNTRAINED}/{key}": value for key, value in figures.items()}
 
 
-def _bank(labels: torch.Tensor, cfg: schema.Evaluation) -> torch.Tensor:
-    """Rows of the training images that vote in a validation: always the same, of which classes have equal parts."""
+def _bank(train: T, labels: torch.Tensor, cfg: schema.Evaluation) -> T:
+    """The training images that vote in a validation: always the same, of which classes have equal parts."""
     if cfg.bank is None or cfg.bank >= len(labels):
-        return torch.arange(len(labels), device=labels.device)
-    return class_balanced_subset(labels.cpu(), cfg.bank, seed=0).to(labels.device)
+        return train
+    return train.take(class_balanced_subset(labels.cpu(), cfg.bank, seed=0).to(labels.device))
 
 
 def neighbours(cfg: schema.Evaluation, images_a_class: int) -> list[int]:

@@ -18,9 +18,14 @@ TIME_IS_UP = 75  # sysexits.h's EX_TEMPFAIL: the same command continues
 PRUNED = 76  # a trial of a study that others have left behind
 
 
+def is_signal(status: int) -> bool:
+    """Whether an exit status says that a signal ended the process: 128 and its number, as a shell has it."""
+    return status > 128
+
+
 def is_stop(status: int) -> bool:
     """Whether an exit status says that a job was told to stop, and can continue, rather than that it failed."""
-    return status == TIME_IS_UP or status > 128
+    return status == TIME_IS_UP or is_signal(status)
 
 
 def ignored() -> set[int]:

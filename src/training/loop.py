@@ -25,7 +25,7 @@ from src.support.base import NEED_LABELS
 from src.support.sharded import in_shards
 from src.system.measure import peak_gib
 from src.system.seeding import seed_everything
-from src.system.stopping import Stopped, Stopper
+from src.system.stopping import Stopped, Stopper, is_signal
 from src.training import collapse
 from src.training.progress import Progress
 from src.training.state import TrainState
@@ -93,7 +93,7 @@ def _train(
         """A time limit waits for the end of a validation instead, so that each stay gets on, however short it is."""
         nonlocal wished
         wished = max(wished, ranks.agree(stopper.signal and stopper.status))
-        if wished > 128:
+        if is_signal(wished):
             raise Stopped(wished)
 
     state.frozen.before_block = stop_if_signalled
