@@ -133,6 +133,16 @@ def _check_combinations(cfg: Config) -> None:
             f"evaluation.teacher=true: objective={objective.name} has no teacher; choose objective=teacher or "
             "objective=relation, or leave evaluation.teacher=false"
         )
+    if cfg.data.keep is not None and cfg.data.keep < cfg.data.image_size:
+        raise UsageError(
+            f"data.keep={cfg.data.keep}: fewer pixels than data.image_size={cfg.data.image_size}; "
+            "raise it, or leave data.keep=null"
+        )
+    if cfg.data.keep is not None and cfg.data.resize != "crop":
+        raise UsageError(
+            f"data.resize={cfg.data.resize}: data.keep={cfg.data.keep} has the whole image, of which evaluation sees "
+            "the middle; leave data.resize=crop, or data.keep=null"
+        )
     if cfg.tracking.system_metrics and cfg.tracking.name != "mlflow":
         raise UsageError(
             f"tracking.system_metrics=true: MLflow measures them, and tracking={cfg.tracking.name} has none; "

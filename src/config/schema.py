@@ -193,6 +193,8 @@ class Data:
     label_column: str | None = None
     resize: Annotated[str, one_of("crop", "squash", "pad")] = "crop"
     background: Annotated[str, one_of("white", "grey", "black")] | None = None  # null: transparency is dropped
+    # Whole images are kept, squeezed into squares of so many pixels, with their aspect; null: squares of image_size.
+    keep: Annotated[int, Field(ge=8, lt=LARGEST)] | None = None
     draft: bool = False  # JPEGs are decoded at a half, quarter or eighth that is at least twice image_size
     repo: str | None = None  # on the Hugging Face hub
     revision: str | None = None  # of the repo: a branch, tag or commit; null: main
@@ -202,6 +204,11 @@ class Data:
     options: dict[str, Any] = field(default_factory=dict)
     _target_: str | None = None  # what makes a source of the options, of a data set from outside
     fingerprint: str | None = None  # which images these are; filled in when they are found
+
+    @property
+    def stored_size(self) -> int:
+        """Pixels a side of an image in the cache."""
+        return self.keep or self.image_size
 
 
 @dataclass

@@ -3,7 +3,7 @@
 Importing the package does not wait for torch: a sweep's own process wants nothing but the images' fingerprints::
 
     dataset = load(cfg.data)
-    for images, labels, ids in epoch_batches(dataset.on(device).train, cfg.batch_size, cfg.seed, epoch, device):
+    for batch in epoch_batches(dataset.on(device).train, cfg.batch_size, cfg.seed, epoch, device):
         ...
 """
 

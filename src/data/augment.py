@@ -65,7 +65,9 @@ class ViewMaker:
         self.mean, self.std, self.part = mean, std, part
         self._apply = torch.compile(self.apply, mode=compile_mode) if compile_mode else self.apply
 
-    def draw(self, images: int, height: int, width: int, device: torch.device | str) -> Params:
+    def draw(
+        self, images: int, height: int, width: int, device: torch.device | str, aspects: Tensor | None = None
+    ) -> Params:
         """Draws from torch's default generator, on the CPU, so that a run's views do not depend on its devices."""
         v, (number, parts) = self.view, self.part
         batch_size = parts * images
@@ -77,7 +79,7 @@ class ViewMaker:
         low, high = torch.tensor(ranges).T
         factors = low + (high - low) * torch.rand(batch_size, 4)
         params = Params(
-            box=draw_boxes(batch_size, height, width, v.crop_scale),
+            box=draw_boxes(batch_size, height, width, v.crop_scale, aspects),
             flip=chosen(v.flip),
             order=torch.rand(batch_size, 4).argsort(1),
             factors=torch.where(chosen(v.jitter), factors, torch.tensor([1.0, 1.0, 1.0, 0.0])),
@@ -115,10 +117,38 @@ class ViewMaker:
                 x = torch.where(x >= _per_image(threshold), 1 - x, x)
             return _standardise(x, self.mean, self.std)
 
-    def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Draws and applies: [B, C, H, W] uint8 to [B, C, S, S] float32, normalised."""
+    def __call__(self, images_BCHW: Tensor, aspects: Tensor | None = None) -> Tensor:
+        """Draws and applies: [B, C, H, W] uint8 to [B, C, S, S] float32, normalised.
+
+        Args:
+            images_BCHW: the images.
+            aspects: [batch size] on the CPU: width / height that whole images had before they were squeezed into
+                squares; None: images as they are.
+        """
         B, _, H, W = images_BCHW.shape
-        return self._apply(images_BCHW, self.draw(B, H, W, images_BCHW.device))
+        return self._apply(images_BCHW, self.draw(B, H, W, images_BCHW.device, aspects))
+
+
+def middle(images_BCKK: Tensor, aspects: Tensor, size: int) -> Tensor:
+    """The middle of whole images that have been squeezed into squares, in the aspect that they had.
+
+    It is what Resize and CenterCrop of the field's recipes show: K pixels along the shorter side, of which S stay.
+
+    Args:
+        images_BCKK: uint8.
+        aspects: [B] width / height before.
+        size: S.
+
+    Returns:
+        [B, C, S, S] uint8.
+    """
+    K, aspect = images_BCKK.shape[-1], aspects[:, None].to(images_BCKK.device)
+    upright = torch.zeros_like(aspect)
+    height, width = ((size * share.clamp(max=1)).clamp(min=2) for share in (aspect, 1 / aspect))
+    rows, columns = (
+        resampling((K - length) / 2, length, upright, K, size, KERNELS["bicubic"]) for length in (height, width)
+    )
+    return along_both_axes(images_BCKK.float(), rows, columns).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -131,18 +161,29 @@ def _standardise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
     return (x - mean_C11) / std_C11
 
 
-def draw_boxes(batch_size: int, height: int, width: int, scale: Sequence[float]) -> Tensor:
+def draw_boxes(
+    batch_size: int, height: int, width: int, scale: Sequence[float], aspects: Tensor | None = None
+) -> Tensor:
     """Random resized crops as torchvision draws them.
 
     The area, relative to the image, is uniform in ``scale``, the aspect ratio log-uniform. The first of ten attempts
-    that fits is taken; failing all ten, the largest centred box of a legal ratio.
+    that fits is taken; failing all ten, the largest centred box of a legal ratio. A box of an image that was squeezed
+    from another aspect is squeezed alike: its area and its place are relative to the image, its ratio is divided by the
+    image's.
+
+    Args:
+        batch_size: B.
+        height, width: of the images.
+        scale: the least and the largest area.
+        aspects: [B] width / height that the images had before they were squeezed into squares; None: they were not.
 
     Returns:
         [B, 4] float32: top, left, height, width, in whole pixels.
     """
     attempts = (batch_size, CROP_ATTEMPTS)
     area = height * width * torch.empty(attempts).uniform_(*scale)
-    ratio = torch.empty(attempts).uniform_(*map(math.log, CROP_RATIO)).exp()
+    aspect = (torch.ones(batch_size) if aspects is None else aspects)[:, None]
+    ratio = torch.empty(attempts).uniform_(*map(math.log, CROP_RATIO)).exp() / aspect
     h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
     first = fits.int().argmax(1, keepdim=True)
@@ -150,9 +191,10 @@ def draw_boxes(batch_size: int, height: int, width: int, scale: Sequence[float])
     top = (torch.rand(batch_size, 1) * (height - h + 1)).floor()
     left = (torch.rand(batch_size, 1) * (width - w + 1)).floor()
 
-    centred_h, centred_w = min(height, round(width / CROP_RATIO[0])), min(width, round(height * CROP_RATIO[1]))
-    centred = [(height - centred_h) // 2, (width - centred_w) // 2, centred_h, centred_w]
-    return torch.where(fits, torch.cat([top, left, h, w], 1), torch.tensor(centred).float())
+    centred_h = (width / (CROP_RATIO[0] / aspect)).round().clamp(1, height)
+    centred_w = (height * (CROP_RATIO[1] / aspect)).round().clamp(1, width)
+    centred = ((height - centred_h) / 2).floor(), ((width - centred_w) / 2).floor(), centred_h, centred_w
+    return torch.where(fits, torch.cat([top, left, h, w], 1), torch.cat(centred, 1))
 
 
 def _cubic(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Batches of one epoch, whose order depends on nothing but the seed and the epoch, so that a resumed run sees the same.
 
-Shapes: B images a batch, S pixels a side, N images in the split.
+Shapes: B images a batch, K pixels a side, N images in the split.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from itertools import repeat, starmap
 from typing import NamedTuple
 
 import torch
@@ -23,9 +25,10 @@ SHARE = 0.25
 
 
 class Batch(NamedTuple):
-    images: Tensor  # [B, 3, S, S] uint8, or those of them that were asked for
+    images: Tensor  # [B, 3, K, K] uint8, or those of them that were asked for
     labels: Tensor  # [B] int64
     ids: Tensor  # [B] int64, rows of the split
+    aspects: Tensor | None  # [B] float32 on the CPU, of whole images: `src.data.splits.Split`
 
 
 def check_batch_size(batch_size: int, split: Split) -> None:
@@ -75,30 +78,34 @@ def epoch_batches(
         epoch: Which epoch; each has its own order.
         device: Where the batches are wanted.
         start: How many batches to leave out, when resuming inside an epoch.
-        rows: Of each batch, the images that are wanted; labels and ids are those of the whole batch.
+        rows: Of each batch, the images that are wanted; all else is of the whole batch.
 
     Raises:
         UsageError: If ``batch_size`` exceeds the number of images.
     """
     check_batch_size(batch_size, split)
     device = torch.device(device)
-    order = epoch_order(len(split), seed, epoch).to(split.labels.device)
-    ids_of_batches = order[: len(split) // batch_size * batch_size].view(-1, batch_size)[start:]
+    order = epoch_order(len(split), seed, epoch)
+    order = order[: len(split) // batch_size * batch_size].view(-1, batch_size)[start:]
+    pixels, aspects_N = replace(split, aspects=None), split.aspects
+    aspects_of_batches = repeat(None) if aspects_N is None else (aspects_N[ids_B] for ids_B in order)
+    ids_of_batches = zip(order.to(split.labels.device), aspects_of_batches, strict=False)
 
-    def batch(ids_B: Tensor) -> Batch:
-        images, labels_B = split.take(ids_B[rows]).images, split.labels[ids_B]
-        return Batch(*(each.to(device, non_blocking=True) for each in (images, labels_B, ids_B)))
+    def batch(ids_B: Tensor, aspects_B: Tensor | None) -> Batch:
+        images, labels_B = pixels.take(ids_B[rows]).images, split.labels[ids_B]
+        images, labels_B, ids_B = (each.to(device, non_blocking=True) for each in (images, labels_B, ids_B))
+        return Batch(images, labels_B, ids_B, aspects_B)
 
     is_there = split.store.device.type == device.type and (device.type != "cpu" or split.nbytes <= room(device))
-    return map(batch, ids_of_batches) if is_there else _ahead(batch, ids_of_batches)
+    return starmap(batch, ids_of_batches) if is_there else _ahead(batch, ids_of_batches)
 
 
-def _ahead(batch: Callable[[Tensor], Batch], ids_of_batches: Iterable[Tensor]) -> Iterator[Batch]:
+def _ahead(batch: Callable[..., Batch], ids_of_batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Batch]:
     """The batches in order, each made by another thread while those before it are used."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
         waiting: deque[Future[Batch]] = deque()
-        for ids_B in ids_of_batches:
-            waiting.append(thread.submit(batch, ids_B))
+        for each in ids_of_batches:
+            waiting.append(thread.submit(batch, *each))
             if len(waiting) > AHEAD:
                 yield waiting.popleft().result()
         while waiting:

@@ -35,9 +35,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError, safe_open
 
 from src.config.schema import Data
-from src.data.decoding import Contents, Part, Picture, Source, decode, state
+from src.data.decoding import Contents, Decoded, Part, Picture, Source, decode, state
 from src.data.sources import find, root_of
-from src.data.unfinished import AHEAD, BLOCK, SAVED, Tally, histogram, resumed, save
+from src.data.unfinished import AHEAD, BLOCK, SAVED, Block, Tally, histogram, resumed, save
 from src.errors import UsageError
 from src.system.atomic_write import write_whole
 from src.system.threads import cores, in_threads
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 4  # part of the state: raise it with any change of decoding or of the layout
 NO_CHECKSUM, NO_FINGERPRINT = "0" * 64, "0" * 16
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "U8": 1}
 STATISTICS = 2 * 3 * 8  # bytes of mean and standard deviation
 VERIFIED, PARTIAL = ".verified", ".partial"
 SAVE_EVERY = 10.0  # seconds of decoding, which a kill costs at most
@@ -69,6 +70,7 @@ class Cache:
         self.classes: list[str] = json.loads(notes["classes"])
         self.skipped: list[str] = json.loads(notes["skipped"])  # why, for each image left out
         self.notes: list[str] = json.loads(notes["notes"])  # what a user has to know of the splits
+        self.size: int | None = json.loads(notes.get("size", "null"))  # S, where whole images of K pixels are kept
         self.counts: dict[str, int] = json.loads(notes["counts"])  # how many images each part has
         self.mean: list[float] = self._file.get_tensor("mean").tolist()
         self.std: list[float] = [std or 1.0 for std in self._file.get_tensor("std").tolist()]  # 0: a constant channel
@@ -81,7 +83,9 @@ class Cache:
         from src.data.splits import Split  # torch takes seconds, and fingerprints do without it
 
         labels = self._file.get_tensor(f"{name}_labels")
-        return Split(self._file.get_tensor(f"{name}_images"), labels.clamp(min=0))
+        aspects = self._file.get_tensor(f"{name}_aspects") if self.size else None
+        images = self._file.get_tensor(f"{name}_images")
+        return Split(images, labels.clamp(min=0), aspects=aspects, middle=self.size)
 
 
 def cached(cfg: Data) -> Cache:
@@ -182,7 +186,10 @@ def _identity(cfg: Data) -> Path:
     """What the caches of all states of a source begin with."""
     places = (cfg.name, root_of(cfg), cfg.repo, cfg.revision, cfg.config, cfg.train_split, cfg.test_split)
     decoding = (cfg.image_size, cfg.image_column, cfg.label_column, cfg.resize, cfg.background)
-    newer = ("draft",) if cfg.draft else ()  # neutral settings leave their names to the caches that there are
+    newer = (
+        *(("keep", cfg.keep) if cfg.keep else ()),
+        *(("draft",) if cfg.draft else ()),
+    )  # neutral settings leave their names to the caches that there are
     return Path(cfg.cache_dir).expanduser().resolve() / f"{cfg.name}-{_digest(*places, *decoding, *newer)}"
 
 
@@ -293,7 +300,7 @@ def _write(path: Path, source: Source, cfg: Data) -> None:
         fingerprint = _stream(unfinished, contents, skipped, cfg)
         checksum = _checksum(unfinished, NO_CHECKSUM)
         with unfinished.open("r+b") as file:
-            file.write(_header(contents, skipped, cfg.image_size, fingerprint, checksum))
+            file.write(_header(contents, skipped, cfg, fingerprint, checksum))
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
@@ -320,7 +327,7 @@ def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
 
     def problem(picture: Picture) -> str:
         try:
-            decode(picture, cfg.image_size, cfg.resize, cfg.background, cfg.draft)
+            _decode(picture, cfg)
         except UsageError as error:
             return str(error)
         return ""
@@ -362,38 +369,41 @@ def _where(cfg: Data) -> str:
 def _check_room(unfinished: Path, contents: Contents, cfg: Data) -> None:
     """Says how much of the disk the images still take, and refuses to begin where there is less."""
     begun = unfinished.stat().st_size if unfinished.exists() else 0
-    needed = max(0, _images(contents) * 3 * cfg.image_size**2 - begun)
+    needed = max(0, _images(contents) * 3 * cfg.stored_size**2 - begun)
     free = shutil.disk_usage(unfinished.parent).free
     room = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
     if needed > free:
+        size = "data.keep" if cfg.keep else "data.image_size"
         raise UsageError(
-            f"data.cache_dir={unfinished.parent}: {room}; set data.cache_dir elsewhere, or a smaller data.image_size"
+            f"data.cache_dir={unfinished.parent}: {room}; set data.cache_dir elsewhere, or a smaller {size}"
         )
     log.info("decoding %d images of %s into %s: %s", _images(contents), _where(cfg), unfinished.parent, room)
 
 
 def _stream(path: Path, contents: Contents, skipped: list[str], cfg: Data) -> str:
     """Writes all but the checksum, the images first; returns the fingerprint."""
-    header = _header(contents, skipped, cfg.image_size)
+    header = _header(contents, skipped, cfg)
     labels = b"".join(np.asarray(part.labels, np.int64).tobytes() for part in contents.parts().values())
-    start, size = len(header) + STATISTICS + len(labels), 3 * cfg.image_size**2
+    place = len(header) + STATISTICS + len(labels)  # of the aspects
+    start, size = place + (4 * _images(contents) if cfg.keep else 0), 3 * cfg.stored_size**2
     about = json.dumps([contents.classes, _counted(contents)]).encode() + labels
     fitted = len(contents.train.labels) + len(contents.val.labels)
 
-    tally = resumed(path, start, cfg.image_size, partial(Tally, header, about, fitted))
+    tally = resumed(path, place, start, cfg.stored_size, partial(Tally, header, about, fitted, bool(cfg.keep)))
     with path.open("r+b" if tally.images else "wb") as file:
         file.truncate(start + tally.images * size)
         file.seek(0, os.SEEK_END)
-        _append(file, path, contents, cfg, tally)
+        _append(file, path, place, contents, cfg, tally)
+        tally.digest.update(tally.aspects)
         fingerprint = tally.digest.hexdigest()[: len(NO_FINGERPRINT)]
         mean, std = tally.mean_and_std()
         file.seek(0)
-        file.write(_header(contents, skipped, cfg.image_size, fingerprint))
-        file.write((mean / 255).tobytes() + (std / 255).tobytes() + labels)
+        file.write(_header(contents, skipped, cfg, fingerprint))
+        file.write((mean / 255).tobytes() + (std / 255).tobytes() + labels + tally.aspects)
     return fingerprint
 
 
-def _append(file: BinaryIO, path: Path, contents: Contents, cfg: Data, tally: Tally) -> None:
+def _append(file: BinaryIO, path: Path, place: int, contents: Contents, cfg: Data, tally: Tally) -> None:
     """Decodes the images that the tally lacks, with a bar in a terminal and a line now and then elsewhere."""
     before, total = tally.images, _images(contents)
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} images/s"), TimeRemainingColumn()
@@ -402,16 +412,16 @@ def _append(file: BinaryIO, path: Path, contents: Contents, cfg: Data, tally: Ta
         task = progress.add_task(f"decoding {cfg.name}", total=total, completed=before, rate=0.0)
         began = saved = time.monotonic()
         saving = disk.submit(file.flush)  # another thread waits for the disk
-        for images, levels in _decoded(contents, cfg, before):
-            file.write(images.data)
-            tally.add(images, levels)
+        for block in _decoded(contents, cfg, before):
+            file.write(block.images.data)
+            tally.add(block)
             now = time.monotonic()
             rate = (tally.images - before) / max(now - began, 1e-9)
             progress.update(task, completed=tally.images, rate=rate)
             if now - saved >= SAVE_EVERY:
                 saving.result()
                 file.flush()
-                saving = disk.submit(save, file, path, tally.line)
+                saving = disk.submit(save, file, path, tally.line, bytes(tally.aspects), place)
                 saved = time.monotonic()
                 if not progress.console.is_terminal:
                     left = (total - tally.images) / rate / 60
@@ -429,21 +439,26 @@ def _counted(contents: Contents) -> list[int]:
     return [train, test, *([val, probe] if val or probe else [])]
 
 
-def _decoded(contents: Contents, cfg: Data, done: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The images after the first ``done``, blocks [B, 3, S, S] uint8 of one part, each with its `histogram`."""
+def _decode(picture: Picture, cfg: Data) -> Decoded:
+    return decode(picture, cfg.stored_size, "squash" if cfg.keep else cfg.resize, cfg.background, cfg.draft)
 
-    def decoded(pictures: list[Picture]) -> tuple[np.ndarray, np.ndarray]:
-        images = np.empty((len(pictures), 3, cfg.image_size, cfg.image_size), np.uint8)
-        for image, picture in zip(images, pictures, strict=True):
-            image[:] = decode(picture, cfg.image_size, cfg.resize, cfg.background, cfg.draft)
-        return images, histogram(images)
+
+def _decoded(contents: Contents, cfg: Data, done: int) -> Iterator[Block]:
+    """The images after the first ``done``."""
+
+    def decoded(pictures: list[Picture]) -> Block:
+        images = np.empty((len(pictures), 3, cfg.stored_size, cfg.stored_size), np.uint8)
+        aspects = np.empty(len(pictures), np.float32)
+        for row, picture in enumerate(pictures):
+            images[row], aspects[row] = _decode(picture, cfg)
+        return Block(images, histogram(images), aspects)
 
     for part in contents.parts().values():
         count = min(done, len(part.labels))
         done -= count
-        for images, levels in in_threads(decoded, _blocks(islice(part.pictures, count, None)), AHEAD * cores()):
-            yield images, levels
-            count += len(images)
+        for block in in_threads(decoded, _blocks(islice(part.pictures, count, None)), AHEAD * cores()):
+            yield block
+            count += len(block.images)
         if count != len(part.labels):
             raise UsageError(f"{count} images for {len(part.labels)} labels: the source is damaged; fetch it again")
 
@@ -456,7 +471,7 @@ def _blocks(pictures: Iterator[Picture]) -> Iterator[list[Picture]]:
 def _header(
     contents: Contents,
     skipped: list[str],
-    size: int,
+    cfg: Data,
     fingerprint: str = NO_FINGERPRINT,
     checksum: str = NO_CHECKSUM,
 ) -> bytes:
@@ -464,7 +479,7 @@ def _header(
 
     The images that validate follow those that train, so that a run on both needs no copy.
 
-    Types of 8 bytes come first, so that they are aligned whatever the number of pixels.
+    The widest types come first, so that they are aligned whatever the number of pixels.
 
     Source: the format's description, https://huggingface.co/docs/safetensors. The library itself writes only tensors
     that are complete in memory.
@@ -475,15 +490,17 @@ def _header(
         "mean": ("F64", [3]),
         "std": ("F64", [3]),
         **{f"{name}_labels": ("I64", [count]) for name, count in tensors.items()},
-        **{f"{name}_images": ("U8", [count, 3, size, size]) for name, count in tensors.items()},
+        **{f"{name}_aspects": ("F32", [count]) for name, count in tensors.items() if cfg.keep},
+        **{f"{name}_images": ("U8", [count, 3, cfg.stored_size, cfg.stored_size]) for name, count in tensors.items()},
     }
     notes = {"fingerprint": fingerprint, "sha256": checksum}
     lists = {"classes": contents.classes, "skipped": skipped, "notes": contents.notes, "counts": counts}
     notes |= {name: json.dumps(each) for name, each in lists.items()}
+    notes |= {"size": str(cfg.image_size)} if cfg.keep else {}
     header: dict[str, Any] = {"__metadata__": notes}
     end = 0
     for name, (dtype, shape) in layout.items():
-        start, end = end, end + prod(shape) * (1 if dtype == "U8" else 8)
+        start, end = end, end + prod(shape) * BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

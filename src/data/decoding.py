@@ -35,6 +35,11 @@ class Picture(NamedTuple):
     open: Callable[[], Image.Image]
 
 
+class Decoded(NamedTuple):
+    pixels: np.ndarray  # [3, S, S] uint8 RGB
+    aspect: float  # width / height of the picture, upright
+
+
 class Part(NamedTuple):
     labels: Sequence[int]  # all `UNLABELLED`, or none of them
     pictures: Iterable[Picture]  # as many, in the same order; may be a generator
@@ -116,8 +121,8 @@ def open_bytes(encoded: bytes) -> Image.Image:
 
 def decode(
     picture: Picture, size: int, resize: str = "crop", background: str | None = None, draft: bool = False
-) -> np.ndarray:
-    """[3, S, S] uint8 RGB, upright, resized with antialiasing (bicubic). Grey, palette and CMYK become Pillow's RGB.
+) -> Decoded:
+    """A picture upright, resized with antialiasing (bicubic). Grey, palette and CMYK become Pillow's RGB.
 
     Args:
         picture: what to decode.
@@ -156,7 +161,7 @@ def decode(
         raise UsageError(f"{picture.where}: {reason}; mend or remove it") from error
     except Exception as error:  # what Pillow raises depends on what it is fed
         raise UsageError(f"{picture.where}: truncated, or not an image; mend or remove it") from error
-    return np.asarray(fitted).transpose(2, 0, 1)
+    return Decoded(np.asarray(fitted).transpose(2, 0, 1), rgb.width / rgb.height)
 
 
 def _opaque(image: Image.Image, background: str | None) -> Image.Image:

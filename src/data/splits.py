@@ -1,32 +1,48 @@
 """Which images go where: the validation split and class-balanced subsets, each a pure function of labels and seed.
 
-Shapes: N images, C classes, S pixels a side.
+Shapes: N images, C classes, K pixels a side in the store, S in what is evaluated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from src.data.augment import middle
 
 
 @dataclass(frozen=True)
 class Split:
     """Labelled images: rows of a store that other splits share, and with a memory-mapped store other processes too."""
 
-    store: Tensor  # [M, 3, S, S] uint8
+    store: Tensor  # [M, 3, K, K] uint8
     labels: Tensor  # [N] int64
     rows: Tensor | None = None  # [N] int64, where in the store the images are; None: all of it, in order
+    aspects: Tensor | None = (
+        None  # [N] float32 on the CPU: width / height of whole images, which the store has squeezed
+    )
+    middle: int | None = None  # S, of whole images
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def images(self) -> Tensor:
-        """[N, 3, S, S] uint8, gathered; the store itself where the split is all of it."""
+        """[N, 3, K, K] uint8, gathered; the store itself where the split is all of it."""
         return self.store if self.rows is None else self.store[self.rows]
+
+    @property
+    def size(self) -> int:
+        """S."""
+        return self.middle or self.store.shape[-1]
+
+    def squares(self, device: torch.device | str) -> Tensor:
+        """[N, 3, S, S] uint8, as evaluation and people see them: of whole images the middle."""
+        images = self.images.to(device)
+        return images if self.aspects is None else middle(images, self.aspects, self.size)
 
     @property
     def nbytes(self) -> int:
@@ -34,7 +50,9 @@ class Split:
 
     def take(self, rows: Tensor) -> Split:
         """A part of it, in the given order. Copies no image."""
-        return Split(self.store, self.labels[rows], rows if self.rows is None else self.rows[rows])
+        aspects = None if self.aspects is None else self.aspects[rows.cpu()]
+        there = rows if self.rows is None else self.rows[rows]
+        return replace(self, labels=self.labels[rows], rows=there, aspects=aspects)
 
     def blocks(self, size: int) -> Iterator[Split]:
         """All of it, in order, ``size`` images at a time."""
@@ -43,7 +61,9 @@ class Split:
     def to(self, device: torch.device | str) -> Split:
         """The split with its images on a device; itself where they are there already."""
         device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-        return self if self.store.device == device else Split(self.images.to(device), self.labels.to(device))
+        if self.store.device == device:
+            return self
+        return replace(self, store=self.images.to(device), labels=self.labels.to(device), rows=None)
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,14 @@ def histogram(images: np.ndarray) -> np.ndarray:
     return np.array([Image.fromarray(channel).histogram() for channel in channels])
 
 
+class Block(NamedTuple):
+    """Images of one part, one after the other."""
+
+    images: np.ndarray  # [B, 3, S, S] uint8
+    levels: np.ndarray  # their `histogram`
+    aspects: np.ndarray  # [B] float32: width / height of each before it was made a square
+
+
 class Tally:
     """What is known of the images that have been written.
 
@@ -44,20 +52,24 @@ class Tally:
         header: what the file will begin with, which says whose images these are.
         about: what the fingerprint's digest begins with.
         fitted: of how many of the first images mean and standard deviation are.
+        whole: whether the file has their aspects too.
     """
 
-    def __init__(self, header: bytes, about: bytes, fitted: int) -> None:
+    def __init__(self, header: bytes, about: bytes, fitted: int, whole: bool = False) -> None:
         self.images = 0
         self.digest = hashlib.sha256(about)
-        self._header, self.fitted = header, fitted
+        self.aspects = bytearray()
+        self._header, self.fitted, self.whole = header, fitted, whole
         self._counts = np.zeros((3, len(LEVELS)), np.int64)
 
-    def add(self, images: np.ndarray, levels: np.ndarray) -> None:
-        """Counts the next images [B, 3, S, S], whose `histogram` is ``levels``; all of them are fitted, or none."""
-        self.digest.update(images.data)
+    def add(self, block: Block) -> None:
+        """Counts the next images; all of them are fitted, or none."""
+        self.digest.update(block.images.data)
+        if self.whole:
+            self.aspects += block.aspects.tobytes()
         if self.images < self.fitted:
-            self._counts += levels
-        self.images += len(images)
+            self._counts += block.levels
+        self.images += len(block.images)
 
     def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:
         """Of each channel of the fitted images, [3] float64 each, in [0, 255]."""
@@ -68,29 +80,33 @@ class Tally:
     @property
     def line(self) -> str:
         """What is kept beside the file: how many images there are, and a digest of what they are and whose."""
-        return f"{self.images} {hashlib.sha256(self._header + self.digest.digest()).hexdigest()}"
+        return f"{self.images} {hashlib.sha256(self._header + self.digest.digest() + self.aspects).hexdigest()}"
 
 
-def save(file: BinaryIO, path: Path, line: str) -> None:
+def save(file: BinaryIO, path: Path, line: str, aspects: bytes, place: int) -> None:
     """Brings the images to the disk, and then says so beside them.
 
     Args:
         file: which has been flushed.
         path: of the file.
         line: of the `Tally` of then.
+        aspects: of the same.
+        place: of the aspects in the file.
 
     Raises:
         OSError: There is no room.
     """
+    os.pwrite(file.fileno(), aspects, place)
     os.fsync(file.fileno())
     write_whole(path.with_suffix(SAVED), line.encode())
 
 
-def resumed(path: Path, start: int, size: int, empty: Callable[[], Tally]) -> Tally:
+def resumed(path: Path, place: int, start: int, size: int, empty: Callable[[], Tally]) -> Tally:
     """The tally of the images that an earlier process saved; an empty one where there is nothing, or another thing.
 
     Args:
         path: of the file.
+        place: of the aspects.
         start: the place of the first image.
         size: pixels a side.
         empty: makes the tally of no images.
@@ -101,10 +117,11 @@ def resumed(path: Path, start: int, size: int, empty: Callable[[], Tally]) -> Ta
         with path.open("rb") as file:
             count = int(saved.split()[0])
             log.info("%s: checking %d images that an earlier process decoded, to go on after them", path, count)
+            aspects = np.frombuffer(os.pread(file.fileno(), 4 * count if tally.whole else 0, place), np.float32)
             file.seek(start)
             blocks = _blocks(file, [min(count, tally.fitted), max(0, count - tally.fitted)], size)
             for images, levels in in_threads(lambda images: (images, histogram(images)), blocks, AHEAD * cores()):
-                tally.add(images, levels)
+                tally.add(Block(images, levels, aspects[tally.images : tally.images + len(images)]))
         usable = tally.line == saved
     except FileNotFoundError:
         return empty()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import compress, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -139,7 +140,7 @@ def _parts(data: Dataset, cfg: schema.Data, everything: bool) -> list[Part]:
         if split is not None and len(split):
             labelled = name != "train" or data.labelled
             labels_N = split.labels if labelled else torch.full_like(split.labels, UNLABELLED)
-            parts.append(Part(Split(split.store, labels_N, split.rows), _of_rows(found[name], split)))
+            parts.append(Part(replace(split, labels=labels_N), _of_rows(found[name], split)))
     if not parts:
         raise UsageError("the run's data have no test images, because no image has a label: choose images with data=")
     return parts

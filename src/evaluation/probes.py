@@ -88,7 +88,7 @@ class FrozenEncoder:
         blocks = []
         for block in split.blocks(batch_size):
             self.before_block()
-            blocks.append(self.encode(normalise(block.images.to(self.device), self.mean, self.std)))
+            blocks.append(self.encode(normalise(block.squares(self.device), self.mean, self.std)))
         x_NF = torch.cat(blocks)
         if lost := len(x_NF) - int(x_NF.isfinite().all(1).sum()):
             raise Diverged(
@@ -256,12 +256,12 @@ def cropped_batches(
     frozen: FrozenEncoder, train: Split, batch_size: int, seed: int
 ) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
     """For an epoch, its batches of crops (8% to 100% of the area) with flips [B, 3, S, S], and their labels [B]."""
-    crop_and_flip = ViewMaker(CROP_AND_FLIP, "bilinear", train.store.shape[-1], frozen.mean, frozen.std)
+    crop_and_flip = ViewMaker(CROP_AND_FLIP, "bilinear", train.size, frozen.mean, frozen.std)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         seed_everything(seed, epoch, PROBE)
         for batch in epoch_batches(train, batch_size, seed, epoch, frozen.device):
-            yield crop_and_flip(batch.images), batch.labels
+            yield crop_and_flip(batch.images, batch.aspects), batch.labels
 
     return batches
 

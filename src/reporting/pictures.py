@@ -123,7 +123,7 @@ def positives(support: SupportSet, sample: Split, rows_N: Tensor, z_ND: Tensor, 
     cosine_N = (F.normalize(z_ND, dim=1) * found.embeddings).sum(1)
     for anchor in range(min(ANCHORS, len(sample))):
         label = int(sample.labels[anchor])
-        tiles = [Tile(sample.take(_at(anchor, sample)).images[0], _name(data, label))]
+        tiles = [Tile(sample.take(_at(anchor, sample)).squares("cpu")[0], _name(data, label))]
         if images_N is not None:
             row = int(images_N[anchor])
             if row >= 0:  # or the entry is of no one image
@@ -163,7 +163,7 @@ def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) 
             tiles: list[Tile] = []
             if line < len(column):
                 size, purity, common, members = column[line]
-                tiles = [Tile(sample.take(_at(each, sample)).images[0]) for each in members]
+                tiles = [Tile(sample.take(_at(each, sample)).squares("cpu")[0]) for each in members]
                 tiles[0] = tiles[0]._replace(text=f"{size} members, {purity:.0%} {_name(data, common)}")
             blocks.append(tiles)
     heads = ("largest", "purest", "most mixed")
@@ -252,7 +252,7 @@ def _enlarged(tile: Tile) -> Tensor:
 
 def _member(data: Dataset, image: Split, wanted: int, framed: bool = False) -> Tile:
     label = int(image.labels[0])
-    return Tile(image.images[0], _name(data, label), "#009e73" if label == wanted else "#404040", framed)
+    return Tile(image.squares("cpu")[0], _name(data, label), "#009e73" if label == wanted else "#404040", framed)
 
 
 def _at(place: int, split: Split) -> Tensor:

@@ -133,14 +133,16 @@ def _train(
             support.start_epoch(epoch)
             support.clear_stats()
         clock = time.perf_counter()
-        for images, labels, ids in epoch_batches(data.train, cfg.batch_size, cfg.seed, epoch, device, start, rows):
+        for images, labels, ids, aspects in epoch_batches(
+            data.train, cfg.batch_size, cfg.seed, epoch, device, start, rows
+        ):
             if cfg.compile:  # compiled parts may overwrite what they returned; the compiler takes seconds to import
                 torch.compiler.cudagraph_mark_step_begin()
             seed_everything(cfg.seed, state.step)
             lr = state.set_lr(steps_per_epoch)
 
             with torch.autocast(device.type, state.dtype, enabled=state.dtype != torch.float32):
-                outcome = method(view1(images), view2(images))
+                outcome = method(view1(images, aspects), view2(images, aspects))
             logits = state.classifier(outcome.features.float())
             online_loss = F.cross_entropy(logits, labels.repeat(2))
 

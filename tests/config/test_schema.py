@@ -173,6 +173,8 @@ def test_a_bad_value_is_one_line_that_names_it(override, says):
             "tracking.system_metrics=true: MLflow measures them, and tracking=jsonl has none; choose tracking=mlflow",
         ),
         (["experiment=mnn", "search=ivf"], "objective.neighbours=5: search=ivf finds one; choose search=auto"),
+        (["data.keep=16"], "data.keep=16: fewer pixels than data.image_size=32; raise it"),
+        (["data.keep=64", "data.resize=pad"], "data.resize=pad: data.keep=64 has the whole image"),
         (
             ["objective=teacher", "+objective.temperature=0.2"],
             "objective.temperature: the chosen options do not have it",

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from src.data import Dataset
+from src.data.decoding import Picture, decode
 
 SIZE = 8
 
@@ -67,6 +68,11 @@ def write_set(layout: str, root: Path, seed: int = 0, count: int = 24) -> Path:
     write_shard(root / "train-0.parquet", [0, 1] * count, seed=2 * seed)
     write_shard(root / "test-0.parquet", [0, 1] * 4, seed=2 * seed + 1)
     return root
+
+
+def decoded(picture: Picture, *options, **more) -> np.ndarray:
+    """[3, S, S] uint8."""
+    return decode(picture, *options, **more).pixels
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray:

@@ -15,7 +15,8 @@ seeds = st.integers(0, 2**40)
 
 def split_of(count: int) -> Split:
     rows = torch.arange(count)
-    return Split(rows.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2), rows % 7)
+    images = rows.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    return Split(images, rows % 7, aspects=rows / 8 + 1, middle=2)
 
 
 @given(st.integers(1, 50), st.integers(1, 50), seeds, st.integers(0, 1000))
@@ -27,7 +28,8 @@ def test_an_epoch_visits_every_row_at_most_once_in_full_batches(count, batch_siz
     assert len(batches) == count // batch_size
     ids = torch.cat([batch.ids for batch in batches])
     assert len(ids.unique()) == len(ids) == count // batch_size * batch_size
-    for images, labels, ids in batches:
+    for images, labels, ids, aspects in batches:
+        assert torch.equal(aspects, split.aspects[ids])
         assert torch.equal(images, split.images[ids])
         assert torch.equal(labels, split.labels[ids])
         assert images.dtype == torch.uint8

@@ -96,9 +96,9 @@ def test_few_pictures_are_in_memory_at_once(config, tmp_path, monkeypatch):
         return decode(picture, *options)
 
     def following(*args):
-        for images, levels in stream(*args):
-            written.extend([len(begun)] * len(images))
-            yield images, levels
+        for block in stream(*args):
+            written.extend([len(begun)] * len(block.images))
+            yield block
 
     monkeypatch.setattr(cache_module, "decode", counting)
     monkeypatch.setattr(cache_module, "_decoded", following)

@@ -17,7 +17,7 @@ from layouts import SIZE, random_image, write_folder, write_shard
 
 import src.data.cache as cache_module
 from src.data.cache import cached
-from src.data.unfinished import AHEAD, Tally, histogram
+from src.data.unfinished import AHEAD, Block, Tally, histogram
 from src.errors import UsageError
 from tests.conftest import PROJECT
 
@@ -38,7 +38,12 @@ def without_test(root: Path) -> Path:
     return write_folder(root, {"a": 15, "b": 15})
 
 
-LAYOUTS = {"folder": ("image_folder", folder), "shards": ("parquet", shards), "held": ("image_folder", without_test)}
+LAYOUTS = {
+    "folder": ("image_folder", folder, {}),
+    "shards": ("parquet", shards, {}),
+    "held": ("image_folder", without_test, {}),
+    "whole": ("image_folder", folder, {"keep": SIZE + 1}),
+}
 
 
 @pytest.fixture
@@ -173,8 +178,8 @@ def test_a_run_that_is_killed_while_it_decodes_goes_on_when_it_is_typed_again(co
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("places", [(1,), (17,), (18,), (19, 23), (22, 29), (29, 29)])
 def test_wherever_it_is_interrupted_no_image_is_decoded_again(config, tmp_path, monkeypatch, decoded, layout, places):
-    name, write = LAYOUTS[layout]
-    cfg = config(name, write(tmp_path / "images"))
+    name, write, options = LAYOUTS[layout]
+    cfg = config(name, write(tmp_path / "images"), **options)
     for place in places:
         interrupt(cfg, monkeypatch, place)
     decoded.clear()
@@ -232,6 +237,19 @@ def remove_the_line(partial: Path, saved: Path) -> None:
 def test_what_is_damaged_is_decoded_from_the_start(images, tmp_path, monkeypatch, decoded, damage):
     interrupt(images, monkeypatch, 20)
     damage(only(images, ".partial"), only(images, ".saved"))
+    decoded.clear()
+    cached(images)
+    assert len(decoded) == COUNT
+    assert written(images) == unbroken(images, tmp_path)
+
+
+def test_damaged_aspects_are_read_from_the_images_again(images, tmp_path, monkeypatch, decoded):
+    images = dataclasses.replace(images, keep=SIZE)
+    interrupt(images, monkeypatch, 20)
+    partial = only(images, ".partial")
+    content = bytearray(partial.read_bytes())
+    content[-20 * 3 * SIZE**2 - 4 * COUNT] ^= 1  # of the first
+    partial.write_bytes(content)
     decoded.clear()
     cached(images)
     assert len(decoded) == COUNT
@@ -355,7 +373,7 @@ def test_the_line_tells_images_their_order_and_whose_they_are_apart():
     def line(images, header=b"header", about=b"about") -> str:
         tally = Tally(header, about, 1)
         for image in images:
-            tally.add(image, histogram(image))
+            tally.add(Block(image, histogram(image), np.ones(1, np.float32)))
         return tally.line
 
     lines = [line([]), line([one]), line([other]), line([one, other]), line([other, one])]
