@@ -114,12 +114,13 @@ def expect(condition: object, what: object) -> None:
 
 def processes_of(k: int) -> list[tuple[int, int]]:
     """The ids of a job's own processes, one or a rank each, and of the scheduler's that hold them."""
+    sweep = Sweep.begun[-1]  # or others of this machine, with such a k, would be taken for its own
     listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     lines = [line.split(None, 2) for line in listed.splitlines()]
     return [
         (int(pid), int(ppid))
         for pid, ppid, line in lines
-        if f" k={k} " in line and "src.train" in line and "tracking.parent" in line
+        if all(each in line for each in (f" k={k} ", "src.train", "tracking.parent", f"={sweep.folder.parent}/"))
     ]
 
 
@@ -497,8 +498,8 @@ def main(folder: Path, chosen: list[str]) -> int:
                 began = time.monotonic()
                 try:
                     came = run(folder / name)
-                except Wrong as error:
-                    came, wrong = f"WRONG: {error}", 1
+                except Exception as error:  # the other situations are tried all the same
+                    came, wrong = f"WRONG: {' '.join(str(error).split())}", 1
                 finally:
                     for sweep in Sweep.begun:
                         sweep.process.kill()
