@@ -36,7 +36,7 @@ from src.sweeps import plugins
 from src.sweeps.dry_run import preview
 from src.sweeps.launcher import refuse_foreign_sweeper
 from src.system.environment import is_rank
-from src.system.output import lost_output, outlive_output
+from src.system.output import lost_output, outlive_output, printable
 from src.system.redact import one_line, redact, redact_output
 
 OF_THE_SWEEP = ("jobs", "dry_run", "max_minutes")  # keys that concern a sweep as a whole
@@ -258,7 +258,7 @@ def _lack_of_memory(error: BaseException | None) -> BaseException | None:
 def fail(message: str, status: int = 2) -> NoReturn:
     """Print one line, without secrets, and end with the status."""
     if _speaks():
-        print(f"error: {redact(' '.join(message.split()))[:LONGEST]}", file=sys.stderr)
+        print(f"error: {printable(redact(' '.join(message.split())))[:LONGEST]}", file=sys.stderr)
     sys.exit(status)
 
 

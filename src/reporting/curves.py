@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from src.config.names import COLOURS, UNTRAINED
-from src.reporting.plots import frame, tell
+from src.reporting.plots import frame, tell, write_png
 from src.runs.record import METRICS, read_rows
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def plot(directory: Path) -> Path:
         axes.legend(frameon=False, fontsize="small")
         frame(axes)
     path = directory / "curves.png"
-    figure.savefig(path, dpi=120)
+    write_png(figure, path, dpi=120)
     return path
 
 

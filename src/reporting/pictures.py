@@ -20,6 +20,7 @@ from src.data import Dataset
 from src.data.splits import Split
 from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method
+from src.reporting.plots import write_png
 from src.support.base import SupportSet
 from src.system.atomic_write import write_whole
 
@@ -71,7 +72,7 @@ def illustrate(
         if figure is not None:
             kept = directory / "pictures" / f"{name}-epoch-{epoch:04}.png"
             kept.parent.mkdir(exist_ok=True)
-            figure.savefig(kept, dpi=100)
+            write_png(figure, kept, dpi=100)
             write_whole(directory / f"{name}.png", kept.read_bytes())
             paths.append(kept)
     if last and data.val is not None:
@@ -80,7 +81,7 @@ def illustrate(
         marked = support.lookup(z_ND) if support.shared else None
         stored = None if marked is None else marked.embeddings[_first_of_each(marked.ids)]
         paths.append(directory / "map.png")
-        draw_map(F.normalize(z_ND, dim=1), val.labels, data.classes, stored).savefig(paths[-1], dpi=120)
+        write_png(draw_map(F.normalize(z_ND, dim=1), val.labels, data.classes, stored), paths[-1], dpi=120)
     return paths
 
 

@@ -8,10 +8,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from src.config.names import UNTRAINED, title_of
 from src.reporting.rows import FIGURES, Row
+from src.system.atomic_write import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -122,6 +124,13 @@ def dots(rows: Sequence[Row]) -> Figure:
 def tell(mark: Artist, text: str) -> None:
     """Gives a mark what a browser shows while the pointer is on it, in `to_svg`."""
     mark.set_gid(TOLD + text)
+
+
+def write_png(figure: Figure, path: Path, dpi: int) -> None:
+    """Writes the figure whole or not at all: on a full disk, what there was stays."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    write_whole(path, drawn.getvalue())
 
 
 def to_svg(figure: Figure) -> str:

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         name, runs = asked.experiment, read_runs(asked.experiment, asked.tracking, Path(asked.root))
     rows, notes = summarise(runs)
     if not rows:
-        raise UsageError(f"{name}: no run has finished ({'; '.join(notes)}); train one first")
+        raise UsageError("; ".join([f"{name}: no run has finished", *notes, "train one first"]))
     out = Path(asked.out) if asked.out else _folder(name)
     write(rows, notes, name, out)
 

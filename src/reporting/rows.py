@@ -15,6 +15,7 @@ from src.config.names import COLOURS, LABELS, UNTRAINED, colour_of, label_of
 from src.config.renamed import modern
 from src.errors import UsageError
 from src.runs.record import CHANGED, UNUSED, Record
+from src.system.output import printable
 
 FIGURES = {
     "val/knn_top1": "val kNN",
@@ -244,7 +245,7 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
     """Keeps the finished runs, of each configuration and seed the newest, and notes what it leaves out."""
     repeats: dict[frozenset[tuple[str, str]], list[Record]] = defaultdict(list)
     unfinished = []
-    for run in sorted(runs, key=lambda run: run.start_time):
+    for run in map(_printable, sorted(runs, key=lambda run: run.start_time)):
         if reason := _unusable(run):
             unfinished.append(f"{run.name} ({reason})")
         else:
@@ -257,6 +258,11 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
         if len(group) > 1
     ]
     return [group[-1] for group in repeats.values()], notes
+
+
+def _printable(run: Record) -> Record:
+    params, tags = ({key: printable(text) for key, text in each.items()} for each in (run.params, run.tags))
+    return replace(run, name=printable(run.name), params=params, tags=tags)
 
 
 def _changing(runs: Sequence[Record]) -> list[str]:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from src.config.names import UNTRAINED
 from src.reporting import curves, page
-from src.reporting.plots import caption, plot, to_svg
+from src.reporting.plots import caption, plot, to_svg, write_png
 from src.reporting.rows import FIGURES, NO_DIFFERENCE, NOTHING_STORED, Row, control_of, difference, figures_of
 from src.runs.record import METRICS
 from src.system.atomic_write import write_whole
@@ -185,12 +185,12 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
         {"font.size": 9, "svg.hashsalt": experiment, "text.parse_math": False}
     ):  # the same runs, the same bytes
         figure = plot(rows)
-        figure.savefig(out / "plot.png", dpi=200)
+        write_png(figure, out / "plot.png", dpi=200)
         pictures = {"Support-set size and accuracy": to_svg(figure)}
         write_whole(out / "plot.svg", pictures["Support-set size and accuracy"].encode())
         if drawn := curves.compare(courses(rows)):
             paths.append(out / "curves.png")
-            drawn.savefig(paths[-1], dpi=200)
+            write_png(drawn, paths[-1], dpi=200)
             pictures["Over the epochs"] = to_svg(drawn)
     write_whole(out / "results.html", page.render(experiment, rows, [header, *body], pictures, notes).encode())
     return paths

@@ -97,15 +97,10 @@ def open_store(experiment: str) -> Any:
     try:
         if path is None:
             return _opened(mlflow.MlflowClient, uri)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                aside = path.with_name(f"{path.name}.new")
-                aside.unlink(missing_ok=True)
-                mlflow.MlflowClient(f"sqlite:///{aside}")
-                os.replace(aside, path)
-            client = mlflow.MlflowClient(uri)
-            found = client.get_experiment_by_name(experiment)
+        if not path.exists():
+            _create(path, mlflow.MlflowClient)
+        client = mlflow.MlflowClient(uri)
+        found = client.get_experiment_by_name(experiment)
     except Exception as error:
         if _AWAY.search(str(error)):
             raise Busy(f"the MLflow store {redact(uri)} does not open now ({one_line(error)}): try again") from None
@@ -113,6 +108,16 @@ def open_store(experiment: str) -> Any:
         raise UsageError(f"the MLflow store {redact(uri)} does not open ({one_line(error)}): {remedy}") from None
     _refuse_deleted(found)
     return client
+
+
+def _create(path: Path, client: Callable[[str], Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():  # another process may have been faster
+            aside = path.with_name(f"{path.name}.new")
+            aside.unlink(missing_ok=True)
+            client(f"sqlite:///{aside}")
+            os.replace(aside, path)
 
 
 def _opened(client: Callable[[str], Any], uri: str) -> Any:

@@ -103,7 +103,9 @@ def _runs_in_store(experiment: str) -> list[Record]:
         raise _unknown(experiment, "MLflow", {other.name for other in there})
     search = partial(client.search_runs, [found.experiment_id])
     pages = [mlflow_store.answer(search)]
-    while token := pages[-1].token:
+    tokens = {""}
+    while (token := pages[-1].token or "") not in tokens:  # a server that repeats itself would never come to an end
+        tokens.add(token)
         pages.append(mlflow_store.answer(partial(search, page_token=token)))
     return [
         Record(

@@ -37,7 +37,9 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # which the system does not say of a disk that is full
         aside.unlink(missing_ok=True)  # what there is of it may be the room that is lacking
         raise
     sync_folder(path.parent)

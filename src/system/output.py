@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from typing import Any
+from unicodedata import category
 
 from src.errors import CannotWrite
 
@@ -19,6 +20,11 @@ _lost = 0
 def lost_output() -> int:
     """The exit status of a process whose output is lost: as of SIGPIPE where its reader has gone; 0 while none is."""
     return _lost
+
+
+def printable(text: str) -> str:
+    """Text of others with each character that a terminal would obey, or that no file can hold, replaced."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if category(each) in ("Cc", "Cf", "Cs") else each for each in text)
 
 
 def in_terminal() -> bool:

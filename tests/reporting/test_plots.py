@@ -1,6 +1,8 @@
 """The plot of support-set size against accuracy."""
 
+import errno
 import math
+import os
 from itertools import pairwise
 
 import pytest
@@ -133,3 +135,18 @@ def test_many_variants_are_dots_sorted_by_accuracy_and_none_is_lost():
 def test_small_experiments_are_drawn_too(runs, tmp_path):
     plot(summarise(runs)[0]).savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_a_picture_that_does_not_fit_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "plot.png"
+    plots.write_png(plot(summarise(STUDY)[0]), path, dpi=20)
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"plot\.png"):
+        plots.write_png(plot(summarise(STUDY[:3])[0]), path, dpi=20)
+    assert before.startswith(b"\x89PNG")
+    assert path.read_bytes() == before

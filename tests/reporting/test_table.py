@@ -193,7 +193,10 @@ def test_the_command_reports_on_the_runs_in_a_folder(command, tmp_path):
     (tmp_path / "kept").rename(tmp_path / "multirun")
 
     for arguments, named in [
-        (["experiment=failures", "tracking=jsonl"], "no run has finished (left out: simclr-0-seed0 (failed))"),
+        (
+            ["experiment=failures", "tracking=jsonl"],
+            "no run has finished; left out: simclr-0-seed0 (failed); train",
+        ),
         (["experiment=stduy", "tracking=jsonl"], "study"),
         (["experiment=study"], "no MLflow store"),
         (["experimnt=study"], "experimnt: unknown key"),

@@ -33,6 +33,10 @@ def test_a_store_is_created_once_where_mlflow_ui_looks(fresh_store):
     assert {path.name for path in fresh_store.parent.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
 
 
+def test_a_store_in_a_folder_that_cannot_be_written_can_be_read(client, tmp_path):
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db"}, "only to create one takes a lock"
+
+
 def test_a_file_that_is_no_store_is_one_line_and_nothing_is_written(fresh_store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/notes.db")
     (tmp_path / "notes.db").write_text("not a database, " * 100)

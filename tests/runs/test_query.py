@@ -102,6 +102,22 @@ def test_a_store_that_opens_and_answers_no_request_is_one_line(client, monkeypat
     answers.set()
 
 
+def test_pages_that_repeat_themselves_come_to_an_end(client, tmp_path, monkeypatch):
+    Tracker(tmp_path / "run", MLFLOW, {}, {}).close("FINISHED")
+    search = type(client).search_runs
+
+    def again(*arguments, **more):
+        found = search(*arguments)
+        found.token = "again"
+        assert len(pages) < 9
+        return pages.append(more) or found
+
+    pages = []
+    monkeypatch.setattr(type(client), "search_runs", again)
+    assert {run.name for run in query.read_runs("exp", "mlflow")} == {"run"}
+    assert pages == [{}, {"page_token": "again"}]
+
+
 def test_how_a_page_is_opened(monkeypatch):
     for uri in ("", "sqlite:///mlflow.db"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
