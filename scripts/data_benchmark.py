@@ -4,8 +4,8 @@
 
 Makes N JPEGs of 500x375 pixels in DIR, which take 52 kB each, and removes DIR at the end. They are random crops of at
 least half of scikit-learn's two sample photographs, mirrored or not, at quality 90. Each figure comes from a process of
-its own. Where two are compared they take turns on the same images, round by round, so that what else the machine does
-befalls both; a ratio is taken in each round. The files are in the page cache.
+its own. Where some are compared they take turns on the same images, round by round, so that what else the machine does
+befalls all; a ratio is taken in each round. The files are in the page cache.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -37,14 +39,14 @@ from src.data.batches import epoch_batches
 from src.data.cache import cached
 from src.data.sources import find
 from src.runs.tracker import Tracker
-from src.system.stopping import Stopper
+from src.system.environment import environment_tags
 from src.system.threads import in_threads
 from src.training import loop
 from src.training.state import TrainState
 
 OUT = Path("results/benchmarks/data.md")
 IMAGENET = 1_281_167
-GROUPS = 50  # class folders, of which each round takes one
+GROUPS = 10  # folders, of which each round takes one
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -96,12 +98,13 @@ def second(cfg: Data) -> dict[str, float]:
     return {"seconds": seconds, "looked": looked, "rate": rate}
 
 
-def loader(cfg: Data) -> Iterable[Any]:
+def loader(cfg: Data, interpolation: str = "bilinear") -> Any:
     """torchvision's images, decoded by as many processes as there are cores."""
     from torchvision import datasets, transforms
 
     size = cfg.image_size
-    steps = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
+    resize = transforms.Resize(size, transforms.InterpolationMode(interpolation))
+    steps = transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
     images = datasets.ImageFolder(str(cfg.root), steps)
     return torch.utils.data.DataLoader(images, 32, num_workers=CORES, persistent_workers=True)
 
@@ -141,35 +144,54 @@ def waiting(cfg: Data) -> dict[str, float]:
     loop.epoch_batches = timed
     state = TrainState(compose("backbone=resnet_tiny", "batch_size=128", "k=20", "checkpoint.minutes=100000"), dataset)
     with suppress(EnoughError):
-        quiet = cast(Tracker, Unlogged()), cast(Stopper, Paced(pace)), Path(os.devnull)
+        quiet = cast(Tracker, Unlogged()), Paced(pace), Path(os.devnull)
         loop.pretrain(state, dataset, *quiet, lambda *_: False)
     step = median(np.diff(ended[2:]))
     return {"share": median(waited[3:]) / step, "rate": 128 / step}
 
 
-def rounds(folder: Path, size: int, count: int) -> Iterator[dict[str, float]]:
-    """Images a second of the three that decode, which take turns on the images of one group after the other."""
+class Turn(NamedTuple):
+    """What one contender did with the images of one group."""
+
+    rate: float  # images a second
+    cost: float  # milliseconds of all cores an image
+
+
+LOADERS = ("bilinear", "bicubic")
+CONTENDERS = {
+    "bilinear": "ImageFolder and DataLoader, bilinear (the default)",
+    "bicubic": "ImageFolder and DataLoader, bicubic",
+    "ours": "this project, bicubic, once",
+    "draft": "this project, `data.draft=true`, once",
+}
+
+
+def rounds(folder: Path, size: int, count: int) -> Iterator[dict[str, Turn]]:
+    """The contenders take turns on the images of one group after the other."""
     for i in range(count):
         whole, draft = (config(folder, f"images/group{i:02}", size, each) for each in (False, True))
-        theirs, images = loader(whole), len(list(Path(str(whole.root)).rglob("*.jpg")))
-        for _ in theirs:  # the workers start
-            pass
-
-        def epoch(batches: Iterable[Any] = theirs) -> None:
-            for _ in batches:
-                pass
-
         turns: dict[str, Callable[[], object]] = {
-            "theirs": epoch,
-            "ours": partial(cached, whole),
-            "draft": partial(cached, draft),
+            name: partial(deque[Any], loader(whole, name), maxlen=0) for name in LOADERS
         }
-        rates = {}
+        for start in turns.values():  # of the workers
+            start()
+        turns |= {"ours": partial(cached, whole), "draft": partial(cached, draft)}
+        images = len(list(Path(str(whole.root)).rglob("*.jpg")))
+        done = {}
         for name in list(turns)[:: 1 if i % 2 else -1]:
-            began = time.perf_counter()
+            began, spent = time.perf_counter(), processor_seconds()
             turns[name]()
-            rates[name] = images / (time.perf_counter() - began)
-        yield rates
+            seconds, spent = time.perf_counter() - began, processor_seconds() - spent
+            done[name] = Turn(images / seconds, 1000 * spent / images)
+        yield done
+
+
+def processor_seconds() -> float:
+    """What this process and the workers that it has have spent so far."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    stats = [Path(f"/proc/{each.pid}/stat").read_text().rsplit(")", 1)[1] for each in multiprocessing.active_children()]
+    ticks = sum(int(field) for text in stats for field in text.split()[11:13])
+    return own.ru_utime + own.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
 
 
 MEASURES = {each.__name__: each for each in (first, second, loader_start, waiting)}
@@ -200,24 +222,26 @@ def report(folder: Path, images: int, count: int) -> Iterator[str]:
     yield f"""# Decoding, start-up and loading
 
 {images:,} JPEGs of 500x375 pixels, {np.mean(files) / 1000:.0f} kB each: random crops of scikit-learn's two sample
-photographs. {machine()}.
+photographs. {machine()}, commit {environment_tags("cpu")["git_commit"][:7]}.
 Other work kept the machine busy, so the rates are low and vary. The ratios, taken round by round on the same images,
 say more. The files are in the page cache.
 
-**Decoding**, images a second, median and range of {count} rounds of {images // GROUPS} images. The DataLoader has
-{CORES} workers on {CORES} cores; its transforms are Resize and CenterCrop (bilinear), and it does the same again in
-every epoch. This project resizes bicubically, counts, hashes and writes to the disk, once.
+**Decoding**, median and range of {count} rounds of {images // GROUPS} images. The DataLoader has {CORES} workers on
+{CORES} cores; its transforms are Resize and CenterCrop, and it does the same again in every epoch. This project resizes
+bicubically, counts, hashes and writes to the disk, once. The ratios are to the two DataLoaders' rates in the same
+round. Processor time depends least on what else the machine does.
 
-| pixels | ImageFolder and DataLoader | this project, once | ratio | with `data.draft=true` | ratio |
+| pixels | decoded by | images a second | to bilinear | to bicubic | processor, ms an image |
 | --- | --- | --- | --- | --- | --- |"""
     slowest = {}
     for size in (64, 224):
         turns = list(rounds(folder, size, count))
         print(size, turns, flush=True)
-        rival, ours, draft = ([each[name] for each in turns] for name in ("theirs", "ours", "draft"))
-        cells = [spread(rival, 0), spread(ours, 0), ratio(ours, rival), spread(draft, 0), ratio(draft, rival)]
-        yield f"| {size} | {' | '.join(cells)} |"
-        slowest[size] = median(ours)
+        for name, text in CONTENDERS.items():
+            rates, costs = [each[name].rate for each in turns], [each[name].cost for each in turns]
+            ratios = [spread([each[name].rate / each[other].rate for each in turns], 2) for other in LOADERS]
+            yield f"| {size} | {text} | {spread(rates, 0)} | {' | '.join(ratios)} | {spread(costs, 2)} |"
+        slowest[size] = median(each["ours"].rate for each in turns)
     whole, again = measure("first", folder, 64), [measure("second", folder, 64) for _ in range(3)]
     rivals = [measure("loader_start", folder, 64) for _ in range(3)]
     start, looked = (min(each[name] for each in again) for name in ("seconds", "looked"))
@@ -257,10 +281,6 @@ where the cache is larger than what is free, an epoch reads the disk at random, 
 
     python -m scripts.data_benchmark DIR --images {images} --rounds {count}
 """
-
-
-def ratio(ours: list[float], theirs: list[float]) -> str:
-    return spread([a / b for a, b in zip(ours, theirs, strict=True)], 2)
 
 
 def main() -> None:

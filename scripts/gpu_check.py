@@ -35,7 +35,7 @@ from src.errors import UsageError
 from src.runs.tracker import Tracker
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
-from src.system.stopping import TIME_IS_UP, Stopper
+from src.system.stopping import TIME_IS_UP
 from src.training import loop
 from src.training.state import TrainState
 
@@ -81,7 +81,7 @@ def step_seconds(overrides: Sequence[str]) -> tuple[float, str]:
         if len(clock) > WARM + STEPS:
             raise EnoughError
 
-    stopper, tracker = cast(Stopper, Paced(pace)), cast(Tracker, Unlogged())
+    stopper, tracker = Paced(pace), cast(Tracker, Unlogged())
     try:
         loop.pretrain(state, data.on(state.device), tracker, stopper, Path(os.devnull), lambda *_: False)
     except EnoughError:

@@ -26,7 +26,6 @@ from scripts.workbench import compose, dataset, images, machine
 from src.data.augment import ViewMaker
 from src.methods.teacher import WithTeacher
 from src.runs.tracker import Tracker
-from src.system.stopping import Stopper
 from src.training import loop
 from src.training.state import TrainState
 
@@ -102,7 +101,7 @@ def profile(overrides: list[str], steps: int) -> list[dict[str, float]]:
             state,
             dataset(measured_on),
             cast(Tracker, Unlogged()),
-            cast(Stopper, Paced(parts.step)),
+            Paced(parts.step),
             Path(os.devnull),
             lambda *_: False,
         )

@@ -16,12 +16,11 @@ from src.training import loop
 from src.training.state import TrainState
 
 
-class Paced:
-    """In place of the `Stopper`, which the loop asks once a step whether to go on."""
-
-    pruned = False
+class Paced(Stopper):
+    """A `Stopper` that paces the loop, which asks it once a step whether to go on."""
 
     def __init__(self, pace: Pace) -> None:
+        super().__init__(max_minutes=None)
         self.pace = pace
 
     @property
@@ -60,7 +59,7 @@ def run(method: str, setting: Setting, images: Images, pace: Pace, *, compiled: 
         state,
         dataset(images),
         cast(Tracker, Unlogged()),
-        cast(Stopper, Paced(pace)),
+        Paced(pace),
         Path(os.devnull),
         lambda *_: False,
     )
