@@ -120,6 +120,8 @@ def method(
     """
     # First of all that is random, so that a seed stands for one untrained encoder, whatever the method.
     backbone, features = encoder(cfg.backbone, cfg.data.image_size)
+    if cfg.backbone.bn_splits > 1:
+        models.split_batch_norms(backbone, cfg.backbone.bn_splits)
     backbone = share_out(backbone)
     dim = cfg.projector.out
     projector = models.projector(features, cfg.projector.hidden, dim, final_norm=cfg.projector.final_norm)

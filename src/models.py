@@ -9,6 +9,7 @@ import itertools
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.errors import UsageError
@@ -104,6 +105,60 @@ def projector(in_dim: int, hidden: list[int], out: int, *, final_norm: bool = Tr
     if final_norm:
         return nn.Sequential(*layers[:-1])
     return nn.Sequential(*layers[:-3], nn.Linear([in_dim, *hidden][-1], out))
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """Batch norm of each of ``splits`` equal parts of the batch by itself, as several GPUs would have it.
+
+    The running statistics are means over those of the parts.
+
+    Source: Hoffer et al., "Train longer, generalize better", NeurIPS 2017, section 4 ("ghost batch normalization");
+    He et al., "Momentum Contrast", CVPR 2020, and its code for CIFAR, for the name.
+    """
+
+    splits = 1
+
+    @classmethod
+    def of(cls, module: nn.BatchNorm2d, splits: int) -> SplitBatchNorm:
+        made = cls(module.num_features, module.eps, module.momentum, module.affine)
+        made.load_state_dict(module.state_dict())
+        made.splits = splits
+        return made.train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to the same shape; while it trains, B is a multiple of ``splits``."""
+        if not self.training or self.splits == 1:
+            return super().forward(x)
+        assert self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        means, variances = (each.repeat(self.splits, 1) for each in (self.running_mean, self.running_var))
+        normal = [
+            F.batch_norm(part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
+            for part, mean, variance in zip(x.chunk(self.splits), means, variances, strict=True)
+        ]
+        self.running_mean.copy_(means.mean(0))
+        self.running_var.copy_(variances.mean(0))
+        self.num_batches_tracked += 1
+        return torch.cat(normal)
+
+
+def split_batch_norms(module: nn.Module, splits: int) -> None:
+    """Replace every batch norm by one over parts of the batch; the keys of the state dict stay.
+
+    Raises:
+        UsageError: there is none, or one that plain batch norm of images cannot stand for.
+    """
+    found = {name: each for name, each in module.named_modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)}
+    plain = [each for each in found.values() if type(each) is nn.BatchNorm2d and each.momentum is not None]
+    other = [type(each).__name__ for each in found.values() if each not in plain]
+    if other or not found:
+        what = f"its {other[0]} cannot be split" if other else "it has no batch norm"
+        raise UsageError(f"backbone.bn_splits={splits}: {what}; choose backbone.bn_splits=1")
+    for name, each in found.items():
+        assert isinstance(each, nn.BatchNorm2d)
+        module.set_submodule(name, SplitBatchNorm.of(each, splits))
 
 
 def predictor(dim: int, hidden: int) -> nn.Sequential:

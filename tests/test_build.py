@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from src import build
+from src import build, models
 from src.config import schema
 from src.errors import UsageError
 from src.support.kmeans import KMeans
@@ -46,6 +46,17 @@ def test_search_on_a_gpu_is_faiss_where_faiss_can(monkeypatch, installed):
     monkeypatch.setattr(build, "FaissSearch", lambda device: f"faiss on {device}")
     chosen = build.search(schema.Search("auto"), torch.device("cuda:1"))
     assert chosen == "faiss on cuda:1" if installed else isinstance(chosen, TorchSearch)
+
+
+def test_an_encoder_with_batch_norm_over_parts_starts_from_the_same_weights():
+    encoders = []
+    for splits in (1, 8):
+        torch.manual_seed(3)
+        encoders.append(method(f"backbone.bn_splits={splits}").encoder)
+    whole, split = (encoder.state_dict() for encoder in encoders)
+    assert whole.keys() == split.keys()
+    assert all(torch.equal(value, split[key]) for key, value in whole.items())
+    assert {each.splits for each in encoders[1].modules() if isinstance(each, models.SplitBatchNorm)} == {8}
 
 
 def test_simclr_stores_nothing():

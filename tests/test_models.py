@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -77,3 +79,45 @@ def test_heads_have_the_papers_layers():
     head = models.predictor(256, 4096)
     assert [type(layer) for layer in head] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
     assert head(torch.randn(4, 256)).shape == (4, 256)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_split_batch_norm_is_torchs_of_each_part(memory_format):
+    """Values, gradients, and running statistics, which are the mean of what each part would make of them."""
+    theirs = nn.BatchNorm2d(5, momentum=0.2)
+    nn.init.normal_(theirs.weight)
+    ours = models.SplitBatchNorm.of(theirs, 4)
+    for step in range(3):
+        parts = [copy.deepcopy(theirs) for _ in range(4)]
+        x, weights = torch.randn(2, 12, 5, 3, 2).mul(step + 1).add(step)
+        x, other = (x.clone().contiguous(memory_format=memory_format).requires_grad_() for _ in range(2))
+        y = ours(x)
+        expected = torch.cat([part(each) for part, each in zip(parts, other.chunk(4), strict=True)])
+        (y * weights).sum().backward()
+        (expected * weights).sum().backward()
+        torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(x.grad, other.grad, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ours.weight.grad, sum(part.weight.grad for part in parts), atol=1e-4, rtol=1e-4)
+        ours.zero_grad()
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            found = torch.stack([getattr(part, name).float() for part in parts]).mean(0)
+            torch.testing.assert_close(getattr(ours, name).float(), found, atol=1e-5, rtol=1e-5)
+            getattr(theirs, name).copy_(found)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+    assert ours.train()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_an_encoder_whose_batch_norms_are_split_has_its_keys():
+    torch.manual_seed(1)
+    encoder = models.ResNetTiny("small")
+    keys, whole = encoder.state_dict().keys(), encoder(IMAGES.repeat(2, 1, 1, 1))
+    models.split_batch_norms(encoder, 2)
+    assert encoder.state_dict().keys() == keys
+    torch.testing.assert_close(encoder(IMAGES.repeat(2, 1, 1, 1)), whole, atol=1e-5, rtol=1e-4)  # its halves are alike
+    assert {type(each) for each in encoder.modules() if isinstance(each, nn.BatchNorm2d)} == {models.SplitBatchNorm}
+    with pytest.raises(UsageError, match=r"backbone.bn_splits=2: it has no batch norm; choose backbone.bn_splits=1"):
+        models.split_batch_norms(nn.Flatten(), 2)
+    for other in (nn.BatchNorm1d(3), nn.BatchNorm2d(3, momentum=None)):
+        with pytest.raises(UsageError, match=r"backbone.bn_splits=2: its BatchNorm[12]d cannot be split"):
+            models.split_batch_norms(nn.Sequential(nn.BatchNorm2d(3), other), 2)

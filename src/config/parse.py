@@ -128,6 +128,13 @@ def _check_combinations(cfg: Config) -> None:
             raise UsageError("k=1: all images share the one prototype, so none would be a negative; choose 2 or more")
         if support.refit == "faiss" and cfg.k is not None and support.refit_window < cfg.k:
             raise UsageError(f"support.refit_window={support.refit_window}: must hold k={cfg.k} embeddings or more")
+    if cfg.batch_size % cfg.backbone.bn_splits:
+        raise UsageError(
+            f"backbone.bn_splits={cfg.backbone.bn_splits}: batch_size={cfg.batch_size} has no such equal parts; "
+            "choose a divisor of it"
+        )
+    if cfg.batch_size == cfg.backbone.bn_splits > 1:
+        raise UsageError(f"backbone.bn_splits={cfg.backbone.bn_splits}: parts of one image; choose fewer")
     if cfg.evaluation.teacher and not (isinstance(objective, WithTeacher) and is_ours):
         raise UsageError(
             f"evaluation.teacher=true: objective={objective.name} has no teacher; choose objective=teacher or "

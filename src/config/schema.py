@@ -155,6 +155,7 @@ class Backbone:
     stem: Annotated[str, one_of("small", "small_padded", "large")] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     _target_: str | None = None  # what makes it of the options, of one from outside
+    bn_splits: Count = 1
 
 
 @dataclass

@@ -17,6 +17,7 @@ from src.data import Dataset
 from src.data.splits import Split, stratified_split
 from src.errors import Diverged
 from src.evaluation.probes import FrozenEncoder, cropped_batches, topk_percent
+from src.models import SplitBatchNorm
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ def fine_tune(
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
     network = nn.Sequential(copy.deepcopy(frozen.encoder), classifier).train()
+    for module in network.modules():
+        if isinstance(module, SplitBatchNorm):
+            module.splits = 1  # parts belong to the pre-training
 
     batch_size = min(cfg.batch_size, len(train))
     batches = cropped_batches(frozen, train, batch_size, seed)

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from src.config import schema
 from src.losses import cosine_distance, relation, teacher_regression
 from src.methods.base import Method, Output, Parts
-from src.models import predictor
+from src.models import SplitBatchNorm, predictor
 from src.support.base import SupportSet
 
 
@@ -37,6 +37,7 @@ class WithTeacher(Method):
         self.predictor = predictor(parts.dim, objective.predictor_hidden)
         self.teacher_encoder = copy.deepcopy(parts.encoder).requires_grad_(False)
         self.teacher_projector = copy.deepcopy(parts.projector).requires_grad_(False)
+        self.shuffles = any(isinstance(each, SplitBatchNorm) for each in parts.encoder.modules())
         self._average = get_ema_multi_avg_fn(objective.momentum)
 
     @property
@@ -49,7 +50,7 @@ class WithTeacher(Method):
         z1, z2 = self.projector(h1), self.projector(h2)
         predictions = torch.cat([self.predictor(z2), self.predictor(z1)])  # of the other view, beside its target
         with torch.no_grad():
-            targets = torch.cat([self.teacher_projector(self.teacher_encoder(view)) for view in (view1, view2)])
+            targets = torch.cat([self._targets(view) for view in (view1, view2)])
 
         if self.support is not None and self.support.ready:
             loss, ids = self.with_stored(self.support, predictions, targets)
@@ -57,6 +58,16 @@ class WithTeacher(Method):
             loss, ids = 2 * cosine_distance(predictions, targets), None
         loss = self.decorrelated(loss, z1, z2, self.objective)
         return Output(loss, torch.cat([h1, h2]).detach(), targets.chunk(2)[1], ids)
+
+    def _targets(self, view: Tensor) -> Tensor:
+        """The teacher's embeddings; where batch norm is over parts, these are of other images than the student's.
+
+        Source: He et al., "Momentum Contrast", CVPR 2020, section 3.3 ("shuffling BN"), as in MNN's code.
+        """
+        if not self.shuffles:
+            return self.teacher_projector(self.teacher_encoder(view))
+        order = torch.randperm(len(view)).to(view.device, non_blocking=True)
+        return self.teacher_projector(self.teacher_encoder(view[order]))[order.argsort()]
 
     @abstractmethod
     def with_stored(self, support: SupportSet, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +96,8 @@ class Teacher(WithTeacher):
 
     Their shares are drawn anew at every step, for either direction.
 
-    Source: MNN, https://github.com/pc-cp/MNN. Deviations: batch norm is over the whole batch, not over eighths, and a
-    queue has no say until it is full, where the original starts from random vectors.
+    Source: MNN, https://github.com/pc-cp/MNN. Deviation: a queue has no say until it is full, where the original
+    starts from random vectors.
     """
 
     objective: schema.Teacher

@@ -80,11 +80,15 @@ class Ranks:
         """Refuse what several ranks cannot do.
 
         Raises:
-            UsageError: the batch has no equal shares, the networks are to be compiled or fine-tuned, or something needs
-                the whole of a support set that is in shards.
+            UsageError: the batch has no equal shares, batch norm is to be over parts of it, the networks are to be
+                compiled or fine-tuned, or something needs the whole of a support set that is in shards.
         """
         if cfg.batch_size % self.count:
             raise UsageError(f"batch_size={cfg.batch_size}: has no {self.count} equal shares; choose a multiple")
+        if cfg.backbone.bn_splits > 1 and self.count > 1:
+            raise UsageError(
+                f"backbone.bn_splits={cfg.backbone.bn_splits}: works in one process only; choose backbone.bn_splits=1"
+            )
         if cfg.compile and self.count > 1:
             raise UsageError("compile=true: works in one process only; choose compile=false")
         if cfg.evaluation.finetune is not None and self.count > 1:

@@ -106,6 +106,7 @@ def test_the_original_study_to_the_letter():
 def test_mnn_as_its_authors_train_it():
     cfg = parsed("experiment=mnn")
     assert (cfg.method.name, cfg.queue_size, cfg.epochs, cfg.batch_size) == ("mnn", 4096, 200, 256)
+    assert cfg.backbone.bn_splits == 8
     objective = schema.Teacher("teacher", momentum=0.99, predictor_hidden=2048, neighbours=5)
     assert cfg.objective == objective
     assert cfg.projector == schema.Projector([2048], 128, final_norm=False)
@@ -133,6 +134,11 @@ def test_mnn_as_its_authors_train_it():
         ("epochs=0", "epochs=0: must be 1 or more"),
         ("batch_size=1", "batch_size=1: must be 2 or more"),
         ("seed=-1", "seed=-1: must be 0 or more"),
+        (
+            "backbone.bn_splits=3",
+            "backbone.bn_splits=3: batch_size=256 has no such equal parts; choose a divisor of it",
+        ),
+        ("backbone.bn_splits=256", "backbone.bn_splits=256: parts of one image; choose fewer"),
         ("device=tpu", "device=tpu: choose one of auto, cpu, cuda"),
         ("precision=float8", "precision=float8: choose one of"),
         ("max_minutes=0", "max_minutes=0.0: must be above 0"),

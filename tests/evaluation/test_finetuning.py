@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from src import models
 from src.config.schema import Finetune
 from src.data.splits import Split
 from src.errors import Diverged
@@ -58,6 +59,14 @@ def test_the_whole_network_learns_and_the_same_seed_to_the_same_bits(data, froze
         assert torch.equal(value, again[0].state_dict()[key])
     other = fine_tune(frozen, data.probe, 3, 0.1, CFG, seed=2).encoder
     assert not torch.equal(first[1].weight, other[1].weight)
+
+
+def test_batch_norm_over_parts_is_of_the_pre_training(data, frozen):
+    whole = fine_tune(frozen, data.probe, 3, 0.1, CFG, seed=1).encoder
+    models.split_batch_norms(frozen.encoder, 4)
+    tuned = fine_tune(frozen, data.probe, 3, 0.1, CFG, seed=1).encoder
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in tuned.state_dict().items())
+    assert frozen.encoder[1].splits == 4
 
 
 def test_the_first_step_is_that_of_the_linear_classifier_with_nesterovs_momentum(data, frozen):

@@ -105,6 +105,29 @@ def test_a_relation_is_to_all_stored_vectors(support):
     torch.testing.assert_close(outcome.loss, sum(losses) / 2)
 
 
+def test_where_batch_norm_is_over_parts_the_teachers_are_of_other_images():
+    encoder = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 10))
+    models.split_batch_norms(encoder, 2)
+    objective = schema.Teacher(name="teacher", momentum=0.9, predictor_hidden=12, neighbours=1)
+    method = Teacher(Parts(encoder, models.projector(10, [12], DIM), 10, DIM, None), objective)
+    view1, view2 = views()
+    torch.manual_seed(5)
+    loss = method(view1, view2).loss
+
+    def halves(network, view):
+        parts = [nn.functional.batch_norm(half, None, None, training=True) for half in view.chunk(2)]
+        return network[1:](torch.cat(parts))
+
+    torch.manual_seed(5)
+    cosines = []
+    for view, other in ((view2, view1), (view1, view2)):
+        order = torch.randperm(BATCH)
+        p = method.predictor(method.projector(halves(method.encoder, view)))
+        t = method.teacher_projector(halves(method.teacher_encoder, other[order]))
+        cosines.append(torch.cosine_similarity(p[order], t).mean())
+    torch.testing.assert_close(loss, 4 - 2 * sum(cosines))
+
+
 def test_with_nothing_stored_it_is_byol_whatever_the_shares():
     method = teacher()
     view1, view2 = views()

@@ -170,6 +170,8 @@ def test_what_ranks_cannot_do_is_refused():
     assert two.rows(10) == slice(5, 10)
     with pytest.raises(UsageError, match="batch_size=33: has no 2 equal shares; choose a multiple"):
         two.check(parsed("batch_size=33"))
+    with pytest.raises(UsageError, match=r"backbone.bn_splits=8: works in one process only"):
+        two.check(parsed("experiment=mnn"))
     with pytest.raises(UsageError, match="compile=true: works in one process only"):
         two.check(parsed("compile=true"))
     with pytest.raises(UsageError, match="evaluation=finetune: works in one process only"):
@@ -185,7 +187,7 @@ def test_what_ranks_cannot_do_is_refused():
             two.check(parsed(*settings, "support.shards=ranks"))
         two.check(parsed(*settings))
         Ranks(CPU).check(parsed(*settings, "support.shards=ranks"))
-    Ranks(CPU).check(parsed("batch_size=33", "compile=true", "evaluation=finetune"))
+    Ranks(CPU).check(parsed("batch_size=33", "compile=true", "evaluation=finetune", "backbone.bn_splits=3"))
 
 
 @pytest.mark.parametrize(
