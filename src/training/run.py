@@ -213,6 +213,8 @@ def refuse_unfillable(cfg: Config, images: int) -> None:
         epochs, key = cfg.support.forget_every, "support.forget_every"
     seen = (images // cfg.batch_size * epochs - 1) * cfg.batch_size
     name, size = ("k", cfg.k) if cfg.k is not None else ("queue_size", cfg.queue_size)
+    if cfg.support.name == "evolving":
+        name, size = "support.start", getattr(cfg.support, "start", None)
     if size is not None and size > seen:
         raise UsageError(
             f"{name}={size}: is never filled, because the last batch of {key}={epochs} comes after {seen} embeddings; "

@@ -711,6 +711,7 @@ def test_a_stem_that_keeps_every_pixel_of_a_large_image_is_warned_of(caplog, siz
         ),
         (["method=kmclr", "k=321", "support.forget_every=5"], "k=321: is never filled"),
         (["method=kmclr", "k=321", "support.forget=none"], "k=321: is never filled"),
+        (["support=evolving", "support.start=321"], "support.start=321: is never filled"),
     ],
 )
 def test_a_support_set_that_is_never_filled_is_refused(run, tmp_path, overrides, says):
