@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.data import Dataset
+from src.data.decoding import UNLABELLED
 from src.data.splits import Split
 from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method
@@ -52,6 +53,7 @@ def illustrate(
     """Draw ``positives.png``, and of prototypes ``prototypes.png``, as the run stands; after the last epoch, a map.
 
     Those of each epoch are kept in ``pictures/``. Nothing is drawn where nothing is stored, or not enough so far.
+    Images without labels are shown without names, and prototypes without their purity.
 
     Returns:
         What is to be logged.
@@ -81,7 +83,8 @@ def illustrate(
         marked = support.lookup(z_ND) if support.shared else None
         stored = None if marked is None else marked.embeddings[_first_of_each(marked.ids)]
         paths.append(directory / "map.png")
-        write_png(draw_map(F.normalize(z_ND, dim=1), val.labels, data.classes, stored), paths[-1], dpi=120)
+        labels_N = val.labels if data.classes else torch.full_like(val.labels, UNLABELLED)
+        write_png(draw_map(F.normalize(z_ND, dim=1), labels_N, data.classes, stored), paths[-1], dpi=120)
     return paths
 
 
@@ -142,7 +145,10 @@ def positives(support: SupportSet, sample: Split, rows_N: Tensor, z_ND: Tensor, 
 
 
 def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) -> Figure | None:
-    """The largest, the purest and the most mixed prototypes, with the members nearest to them; None of too few."""
+    """The largest, the purest and the most mixed prototypes, with the members nearest to them; None of too few.
+
+    Without labels the largest are all that there is.
+    """
     found = support.lookup(z_ND)
     cosine_N = (F.normalize(z_ND, dim=1) * found.embeddings).sum(1)
     groups = {}
@@ -157,18 +163,22 @@ def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) 
         return None
     by_size = sorted(groups.values(), key=lambda each: -each[0])[:PROTOTYPES]
     by_purity = sorted(groups.values(), key=lambda each: -each[1])
-    columns = [by_size, by_purity[:PROTOTYPES], by_purity[::-1][:PROTOTYPES]]
+    columns = {"largest": by_size}
+    if data.labelled:
+        columns |= {"purest": by_purity[:PROTOTYPES], "most mixed": by_purity[::-1][:PROTOTYPES]}
     blocks: list[list[Tile]] = []
-    for line in range(max(map(len, columns))):
-        for column in columns:
+    for line in range(max(map(len, columns.values()))):
+        for column in columns.values():
             tiles: list[Tile] = []
             if line < len(column):
                 size, purity, common, members = column[line]
                 tiles = [Tile(sample.take(_at(each, sample)).squares("cpu")[0]) for each in members]
-                tiles[0] = tiles[0]._replace(text=f"{size} members, {purity:.0%} {_name(data, common)}")
+                of_a_class = f", {purity:.0%} {_name(data, common)}" if data.labelled else ""
+                tiles[0] = tiles[0]._replace(text=f"{size} members{of_a_class}")
             blocks.append(tiles)
-    heads = ("largest", "purest", "most mixed")
-    return sheet(blocks, heads, f"Prototypes, with {MEMBERS} of their members among {len(sample):,} training images")
+    return sheet(
+        blocks, list(columns), f"Prototypes, with {MEMBERS} of their members among {len(sample):,} training images"
+    )
 
 
 def draw_map(x_ND: Tensor, labels_N: Tensor, classes: Sequence[str], marked_KD: Tensor | None = None) -> Figure:
@@ -253,7 +263,8 @@ def _enlarged(tile: Tile) -> Tensor:
 
 def _member(data: Dataset, image: Split, wanted: int, framed: bool = False) -> Tile:
     label = int(image.labels[0])
-    return Tile(image.squares("cpu")[0], _name(data, label), "#009e73" if label == wanted else "#404040", framed)
+    agrees = data.labelled and label == wanted
+    return Tile(image.squares("cpu")[0], _name(data, label), "#009e73" if agrees else "#404040", framed)
 
 
 def _at(place: int, split: Split) -> Tensor:
@@ -261,7 +272,7 @@ def _at(place: int, split: Split) -> Tensor:
 
 
 def _name(data: Dataset, label: int) -> str:
-    return _words(data.classes[label])[:14]
+    return _words(data.classes[label])[:14] if data.labelled else ""
 
 
 def _words(name: str) -> str:

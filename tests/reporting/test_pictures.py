@@ -1,8 +1,12 @@
 """Pictures of what a support set gives."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 
 from src.data import Dataset
@@ -114,6 +118,26 @@ def test_prototypes_are_sorted_by_size_and_by_purity():
     alone = KMeans(60, 3, CLASSES, TorchSearch())
     alone.update(z, torch.arange(60), data.train.labels)
     assert pictures.prototypes(alone, data.train, z, data) is None  # no prototype has eight members
+
+
+@pytest.mark.parametrize("probed", [False, True])
+@pytest.mark.parametrize("stored", [Queue(60, 3, TorchSearch()), KMeans(2, 3, 1, TorchSearch())])
+def test_images_without_labels_are_drawn_without_names(tmp_path, monkeypatch, stored, probed):
+    """Whether or not other images have some: an image without a label must not be shown as of the first class."""
+    made = data_of()
+    unlabelled = replace(made.train, labels=torch.zeros_like(made.train.labels))
+    if probed:
+        data = replace(made, train=unlabelled, apart=made.train)
+    else:
+        data = replace(made, classes=[], train=unlabelled, val=unlabelled)
+    method, frozen = method_with(copy.deepcopy(stored), data)
+    seen, sheet, labels = [], pictures.sheet, []
+    monkeypatch.setattr(pictures, "sheet", lambda *each: seen.append(sheet(*each)) or seen[-1])
+    monkeypatch.setattr(pictures, "draw_map", lambda x, labels_N, *_: labels.extend(labels_N.tolist()) or Figure())
+    assert pictures.illustrate(method, frozen, data, tmp_path, 1, True)
+    said = {text for figure in seen for text in texts(figure)[1:]}
+    assert not [text for text in said if any(name in text for name in ("red", "green", "blue", "%", "purest"))]
+    assert set(labels) == ({0, 1, 2} if probed else {-1})
 
 
 def test_the_sheet_has_every_tile_in_its_place_enlarged_and_framed():

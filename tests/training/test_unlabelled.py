@@ -16,14 +16,16 @@ LABELS = ("knn", "linear", "online", "label_agreement", "purity", "nmi")
 def test_a_flat_folder_is_trained_on_and_reported(command, small, tmp_path):
     root = write_flat(tmp_path / "photos", 200)
     images = ["data=image_folder", f"data.root={root}", "data.limit=null", "tracking=jsonl", "output_dir=multirun/flat"]
-    done = command("src.train", *small, *images, "method=nnclr", "queue_size=64")
+    done = command("src.train", *small, *images, "method=nnclr", "queue_size=64", "evaluation.pictures=true")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("no image has a label: accuracy, and whatever else needs labels, is left out") == 1
     assert "test images" not in done.stdout
     metrics = Record.load(tmp_path / "multirun/flat").metrics
     assert not [key for key in metrics if any(each in key for each in LABELS)]
     assert {"train/loss", "train/uniformity", "val/effective_rank", "support/self_hit"} <= metrics.keys()
-    assert {"encoder.safetensors", "curves.png"} <= {path.name for path in (tmp_path / "multirun/flat").iterdir()}
+    assert {"encoder.safetensors", "curves.png", "positives.png", "map.png"} <= {
+        path.name for path in (tmp_path / "multirun/flat").iterdir()
+    }
 
     report = command("src.report", "experiment=demo", "tracking=jsonl", "out=report")
     assert report.returncode == 0, report.stderr
