@@ -242,6 +242,8 @@ def _explained() -> Iterator[None]:
             fail(str(error), error.status)
         if isinstance(error, HydraException | OmegaConfBaseException):  # one of Hydra's is an OSError too
             fail(explain_composition(error))
+        if isinstance(error, RuntimeError) and "Symlink loop" in str(error):  # an OSError since Python 3.13
+            fail(f"{error}: name another folder")
         if isinstance(error, OSError):  # before a run had its directory: nothing has been written
             fail(f"{error.filename or 'a file'}: {error.strerror or error}")
         raise

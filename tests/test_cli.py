@@ -53,6 +53,16 @@ def test_a_matplotlib_backend_that_is_not_there_is_not_asked_for(monkeypatch):
     assert "MPLBACKEND" not in os.environ
 
 
+@pytest.mark.parametrize("key", ["data.cache_dir", "data.root", "init"])
+def test_a_link_that_leads_to_itself_is_one_line(typed, tmp_path, key):
+    (tmp_path / "loop").symlink_to("loop")
+    data = "data=image_folder" if key == "data.root" else "data=digits"
+    status, said = typed(cli.train, data, "backbone=resnet_tiny", "method=simclr", "tracking=jsonl", f"{key}=loop")
+    assert status == 2
+    assert said.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in said
+
+
 def test_cfg_and_info_show_the_composition(command):
     done = command("src.train", "method=nnclr", "queue_size=7", "--cfg", "job")
     assert done.returncode == 0

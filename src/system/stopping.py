@@ -11,8 +11,9 @@ from typing import Any
 
 from src.system.output import lost_output
 
-# SIGHUP is the end of the terminal. SIGUSR1 is what SLURM can be told to send ahead of its time limit.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# SIGHUP is the end of the terminal. SIGUSR1 is what SLURM can be told to send ahead of its time limit. SIGXCPU says,
+# each second anew, that a limit of processor time is over (`ulimit -t`), and that a kill comes at another one.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 ECHO_SECONDS = 0.5  # `timeout` and some schedulers signal a process and then its group: that is one signal
 TIME_IS_UP = 75  # sysexits.h's EX_TEMPFAIL: the same command continues
 PRUNED = 76  # a trial of a study that others have left behind
@@ -66,7 +67,7 @@ class Stopper:
             self._signal, self._noted = number, time.monotonic()
             if self._at_once:
                 raise Stopped(self.status)
-        elif time.monotonic() > self._noted + ECHO_SECONDS:
+        elif time.monotonic() > self._noted + ECHO_SECONDS and number != signal.SIGXCPU:
             raise SystemExit(128 + number)
 
     @contextmanager

@@ -7,7 +7,7 @@ from src.errors import CannotWrite
 from src.system.stopping import SIGNALS, TIME_IS_UP, Stopped, Stopper
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [each for each in SIGNALS if each != signal.SIGXCPU])
 def test_a_signal_is_noted_its_echo_ignored_and_a_second_one_ends_the_process(number, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
@@ -23,6 +23,16 @@ def test_a_signal_is_noted_its_echo_ignored_and_a_second_one_ends_the_process(nu
             os.kill(os.getpid(), number)
         assert end.value.code == 128 + number
     assert signal.getsignal(number) == before
+
+
+def test_a_limit_of_processor_time_is_said_each_second_and_ends_nothing_at_once(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Stopper(None) as stopper:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGXCPU)
+            assert stopper.status == 128 + signal.SIGXCPU
+            now[0] += 1
 
 
 def test_a_lost_terminal_is_ignored_where_nohup_has_said_so():
