@@ -1,0 +1,300 @@
+"""What it costs on a CPU to share a run out over two processes: ``results/benchmarks/communication.md``.
+
+    python -m scripts.communication [--rounds N] [--seconds S] [--out FILE] [SETTING ...]
+
+Four contenders train KMCLR with 400 prototypes at one global batch, and take turns: one process; the same as the only
+rank of its run, which gathers, sums and normalises like a rank but has nobody to send to; two ranks (gloo, loopback);
+and two processes with half of the batch each that know nothing of each other. Each process has one thread. Ratios are
+taken round by round. The ranks also send the messages of one step again with nothing between them. What a process
+computes is told by its CPU time, to which it matters little how busy the machine is. Settings: resnet18-64,
+resnet_tiny-256.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import IO, Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scripts.rivals.ours import Paced, Unlogged, fill
+from scripts.workbench import compose, dataset, machine, noise, shown
+from src.runs.tracker import Tracker
+from src.system.stopping import Stopper
+from src.training import distributed, loop
+from src.training.state import TrainState
+
+SETTINGS = {"resnet18-64": ("resnet18", 64), "resnet_tiny-256": ("resnet_tiny", 256)}
+OUT = Path("results/benchmarks/communication.md")
+IMAGES = 2048
+WARM_UP = 2  # turns that do not count
+REPLAYS = 10
+LARGE = 2**16  # bytes: of the sums only the gradient's is larger
+GATHERED, GRADIENT = "features, gathered", "the encoder's gradient, summed"
+NORMS, STOP = "batch-norm statistics, summed", "the reason to stop, not waited for"
+
+
+class Contender(NamedTuple):
+    label: str
+    processes: int
+    ranks: bool  # whether they are those of one run, rather than a run each
+
+
+CONTENDERS = {
+    "one": Contender("one process", 1, False),
+    "rank": Contender("the only rank of its run", 1, True),
+    "ranks": Contender("two ranks", 2, True),
+    "apart": Contender("two processes that send nothing, half of the batch each", 2, False),
+}
+
+
+class Message(NamedTuple):
+    """What one collective sends, and how long this rank was in it."""
+
+    kind: str
+    tensor: Tensor
+    bytes: int
+    seconds: float
+
+
+class Messages:
+    """Notes the collectives of this rank as they are called."""
+
+    def __init__(self) -> None:
+        self.seen: list[Message] = []
+        self.all_gather, self.all_reduce = dist.all_gather, dist.all_reduce
+        torch_dist: Any = dist
+        torch_dist.all_gather, torch_dist.all_reduce = self._gather, self._reduce
+
+    def _gather(self, found: list[Tensor], own: Tensor) -> None:
+        began = time.perf_counter()
+        self.all_gather(found, own)
+        self._note(GATHERED, own, sum(each.nbytes for each in found), began)
+
+    def _reduce(self, total: Tensor, *arguments: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        work = self.all_reduce(total, *arguments, **options)
+        self._note(STOP if arguments else GRADIENT if total.nbytes >= LARGE else NORMS, total, total.nbytes, began)
+        return work
+
+    def _note(self, kind: str, tensor: Tensor, sent: int, began: float) -> None:
+        self.seen.append(Message(kind, tensor, sent, time.perf_counter() - began))
+
+    def pop(self) -> list[Message]:
+        found, self.seen = self.seen, []
+        return found
+
+    def replayed(self, sent: Sequence[Message]) -> list[Message]:
+        """The same messages again, with nothing computed between them: the fastest of some times."""
+        tries = []
+        for _ in range(REPLAYS):
+            for each in sent:
+                own = torch.zeros_like(each.tensor)
+                if each.kind == GATHERED:
+                    self._gather([torch.empty_like(own) for _ in range(dist.get_world_size())], own)
+                else:
+                    self._reduce(own, *([dist.ReduceOp.MAX] if each.kind == STOP else []))
+            tries.append(self.pop())
+        return min(tries, key=lambda messages: sum(each.seconds for each in messages))
+
+
+def by_kind(messages: Sequence[Message], steps: int) -> dict[str, list[float]]:
+    """Of each kind the messages, the bytes and the seconds of one step."""
+    found: dict[str, list[float]] = {}
+    for each in messages:
+        before = found.get(each.kind, [0.0, 0.0, 0.0])
+        found[each.kind] = [sum(pair) for pair in zip(before, (1, each.bytes, each.seconds), strict=True)]
+    return {kind: [value / steps for value in values] for kind, values in found.items()}
+
+
+class Turn(NamedTuple):
+    """What a contender says of one."""
+
+    seconds: float  # of a step
+    cpu: float  # seconds of a step, of one process
+    messages: dict[str, list[float]]
+    alone: dict[str, list[float]]  # the messages with nothing between them
+
+
+class Side:
+    """The contender's: called once a step, told by a line how long to go on, prints how it went."""
+
+    def __init__(self, ranks: distributed.Ranks, output: IO[str]) -> None:
+        self.ranks, self.output, self.messages = ranks, output, Messages()
+        self.step, self.alone = 0, dict[str, list[float]]()
+        self.begin()
+
+    def begin(self) -> None:
+        self.before, self.sent = self.step, list[Message]()
+        if self.ranks.first:
+            self.seconds = float(sys.stdin.readline())
+        self.began, self.cpu = time.perf_counter(), time.process_time()
+
+    def __call__(self) -> None:
+        sent = self.messages.pop()
+        self.step += 1
+        self.sent += sent
+        if self.step == WARM_UP and self.ranks.count > 1:  # the same step on all ranks
+            self.alone = by_kind(self.messages.replayed(sent), 1)
+        took = time.perf_counter() - self.began
+        if self.ranks.first and took >= self.seconds:
+            steps = self.step - self.before
+            cpu = (time.process_time() - self.cpu) / steps
+            turn = Turn(took / steps, cpu, by_kind(self.sent, steps), self.alone)
+            print(json.dumps(turn._asdict()), file=self.output, flush=True)
+            self.begin()
+
+
+def contend(name: str, setting: str) -> None:
+    """Train until the process is ended."""
+    backbone, batch_size = SETTINGS[setting]
+    contender = CONTENDERS[name]
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cfg = compose(
+        *("data.final=true", "method=kmclr", "k=400", f"backbone={backbone}", "device=cpu", "compile=false"),
+        *("checkpoint.every=1000000", "checkpoint.minutes=1000000", "epochs=1000000"),
+        f"batch_size={batch_size if contender.ranks else batch_size // contender.processes}",
+    )
+    output = sys.stdout  # which all ranks but the first replace
+    ranks, data = distributed.join("cpu"), dataset(noise(IMAGES))
+    state = TrainState(cfg, data, ranks)
+    fill(state)
+    stopper = cast(Stopper, Paced(Side(ranks, output)))
+    loop.pretrain(state, data, cast(Tracker, Unlogged()), stopper, Path(os.devnull), lambda *_: False)
+
+
+class Processes:
+    """A contender, seen from outside. Between its turns its processes wait, for a line or for each other."""
+
+    def __init__(self, name: str, setting: str) -> None:
+        self.contender = CONTENDERS[name]
+        self.turns: list[Turn] = []
+        command = [sys.executable, "-m", "scripts.communication", setting, "--contender", name]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        count = str(self.contender.processes)
+        places = [{**address, "RANK": str(rank), "WORLD_SIZE": count} for rank in range(self.contender.processes)]
+        self.processes = [
+            subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | (place if self.contender.ranks else {}),
+            )
+            for place in places
+        ]
+        self.speakers = self.processes[:1] if self.contender.ranks else self.processes
+
+    def turn(self, seconds: float) -> Turn:
+        """Let it train for about so long; the slowest of its processes."""
+        for each in self.speakers:
+            assert each.stdin is not None
+            each.stdin.write(f"{seconds}\n")
+            each.stdin.flush()
+        return max(self._said(each) for each in self.speakers)
+
+    def _said(self, process: subprocess.Popen[str]) -> Turn:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                return Turn(**json.loads(line))
+        raise SystemExit(f"error: {self.contender.label} ended with status {process.wait()}")
+
+    def end(self) -> None:
+        for each in self.processes:
+            each.kill()
+            each.wait()
+
+
+def compare(setting: str, rounds: int, seconds: float) -> dict[str, list[Turn]]:
+    """The turns of every contender, round after round."""
+    contenders = {name: Processes(name, setting) for name in CONTENDERS}
+    turns: dict[str, list[Turn]] = {name: [] for name in CONTENDERS}
+    try:
+        for each in contenders.values():
+            for _ in range(WARM_UP):
+                each.turn(0)
+        for number in range(rounds):
+            for name, each in contenders.items():
+                turns[name].append(each.turn(seconds))
+            said = ", ".join(f"{name} {1000 * each[-1].seconds:.0f} ms" for name, each in turns.items())
+            print(f"{setting} round {number + 1}: {said}", flush=True)
+    finally:
+        for each in contenders.values():
+            each.end()
+    return turns
+
+
+def table(setting: str, turns: dict[str, list[Turn]]) -> list[str]:
+    """Markdown: what a step takes, beside one process, and what the ranks send in it."""
+    backbone, batch_size = SETTINGS[setting]
+    lines = [
+        f"## `{backbone}`, batch {batch_size}",
+        "",
+        "| | ms a step: least | median | of one process's: median (range) "
+        "| CPU ms a step, all processes: median (range) | of one process's: median |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, contender in CONTENDERS.items():
+        wall = [1000 * each.seconds for each in turns[name]]
+        cpu = [1000 * contender.processes * each.cpu for each in turns[name]]
+        walls = [mine.seconds / one.seconds for mine, one in zip(turns[name], turns["one"], strict=True)]
+        alone = median(1000 * each.cpu for each in turns["one"])
+        lines.append(
+            f"| {contender.label} | {min(wall):.0f} | {median(wall):.0f} | {median(walls):.2f} ({min(walls):.2f} to "
+            f"{max(walls):.2f}) | {median(cpu):.0f} ({min(cpu):.0f} to {max(cpu):.0f}) | {median(cpu) / alone:.2f} |"
+        )
+    lines += [
+        "",
+        "| what the ranks send in a step | messages | bytes | ms, least of the rounds | ms with nothing between them |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for kind, (messages, sent, _) in turns["ranks"][0].messages.items():
+        least = min(each.messages[kind][2] for each in turns["ranks"])
+        alone = turns["ranks"][0].alone[kind][2]
+        lines.append(f"| {kind} | {messages:g} | {sent:,.0f} | {1000 * least:.2f} | {1000 * alone:.2f} |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    """Compare in every setting, print the tables, write them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"of {', '.join(SETTINGS)}; default: all")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn, at least")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if unknown := set(args.settings) - set(SETTINGS):
+        parser.error(f"{', '.join(unknown)}: choose of {', '.join(SETTINGS)}")
+    if args.contender:
+        contend(args.contender, args.settings[0])
+        return
+    lines = ["# What two processes of one run cost", ""]
+    for setting in args.settings or SETTINGS:
+        lines += table(setting, compare(setting, args.rounds, args.seconds))
+    lines += [
+        f"Uniform noise of 32 x 32 pixels. {machine()}.",
+        "",
+        f"    {shown('scripts.communication', sys.argv[1:])}",
+    ]
+    args.out.write_text("\n".join([*lines, ""]))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
