@@ -214,12 +214,12 @@ def _panel(
     axes.set_xlim(left=0)
     frame(axes)
     if axes.get_legend_handles_labels()[0]:
-        corner: Any = "lower right" if _starts_untrained(axes) else "upper left"
+        corner: Any = "center right" if _starts_untrained(axes) else "upper left"
         axes.legend(fontsize="small", handlelength=1.6, loc=corner, edgecolor="none", framealpha=0.8)
 
 
 def _starts_untrained(axes: Axes) -> bool:
-    """Whether all lines rise from the untrained network, and so leave the lower right corner free."""
+    """Whether all lines rise from the untrained network, and so leave the middle of the right side free."""
     return all(line.get_xdata()[0] == 0 for line in axes.lines)  # type: ignore[index]
 
 

@@ -74,11 +74,13 @@ def main(arguments: Sequence[str]) -> None:
     if not rows:
         raise UsageError("; ".join([f"{name}: no run has finished", *notes, "train one first"]))
     out = Path(asked.out) if asked.out else _folder(name)
-    write(rows, notes, name, out)
+    written = write(rows, notes, name, out)
 
     show(rows, notes, name)
     print(f"table: {out / 'table.md'} (also .csv, .json)")
     print(f"plot: {out / 'plot.png'} (also .svg)")
+    if (curves := out / "curves.png") in written:
+        print(f"plot: {curves}")
     print(f"page: {out / 'results.html'}")
     if asked.tracking == "mlflow":
         print(f"compare the runs in a browser: {how_to_open('')}")

@@ -177,13 +177,15 @@ def test_the_command_reports_on_the_runs_in_a_folder(command, tmp_path):
     for number, one in enumerate(STUDY):
         save(one, tmp_path / "multirun" / str(number), "study")
     save(run("simclr", status="FAILED"), tmp_path / "multirun" / "other", "failures")
+    (tmp_path / "multirun/0/metrics.jsonl").write_text('{"step": 9, "time": 1, "metrics": {"val/knn_top1": 50.0}}\n')
 
     done = command("src.report", "experiment=study", "tracking=jsonl")
     assert (done.returncode, done.stderr) == (0, "")
     for row in table(summarise(STUDY)[0])[1:]:
         assert re.search(r"\s+".join(map(re.escape, row)), done.stdout)
-    assert "results/study/plot.png" in done.stdout
-    assert (tmp_path / "results/study/plot.png").exists()
+    pictures = sorted(path.name for path in (tmp_path / "results/study").glob("*.png"))
+    assert pictures == ["curves.png", "plot.png"]
+    assert all(f"plot: results/study/{name}" in done.stdout for name in pictures)
 
     (tmp_path / "multirun").rename(tmp_path / "kept")
     moved = command("src.report", "experiment=study", "tracking=jsonl", "root=kept", "out=again")
