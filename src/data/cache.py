@@ -344,8 +344,8 @@ def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
     parts = {name: without(part, rows(tried.parts()[name])) for name, part in again.parts().items()}
     contents = Contents(again.classes, **parts, notes=again.notes)
     if lost := set(tried.train.labels) - set(contents.train.labels):
-        names = ", ".join(contents.classes[label] for label in sorted(lost))
-        raise UsageError(f"data.on_error=skip: no training image of {names} can be read, first {skipped[0]}")
+        names = " of " + ", ".join(contents.classes[label] for label in sorted(lost)) if tried.train.labelled else ""
+        raise UsageError(f"data.on_error=skip: no training image{names} can be read, first {skipped[0]}")
     return contents, skipped
 
 

@@ -84,6 +84,14 @@ def test_a_class_may_not_be_skipped_away(config, folder):
     assert "no training image of b can be read" in refusal(config("image_folder", folder, on_error="skip"))
 
 
+def test_nor_may_all_images_without_labels(refusal, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/0.png").write_bytes(b"no image")
+    said = refusal("image_folder", tmp_path / "images", on_error="skip")
+    assert "no training image can be read, first " in said
+    assert "0.png: truncated, or not an image" in said
+
+
 def test_a_link_that_leads_round_is_named(config, folder):
     (folder / "train/a/again").symlink_to(folder / "train")
     assert "train/a/again" in refusal(config("image_folder", folder))
