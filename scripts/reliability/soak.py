@@ -1,9 +1,8 @@
 """A sweep of many short jobs: do memory and open files of the process that runs it level off, are all runs closed?
 
-    python -m scripts.reliability.soak FOLDER [LAUNCHER] [JOBS]
+    python -m scripts.reliability.soak FOLDER [JOBS]
 
-With Hydra's launcher ``basic`` all jobs run in the process of the sweep: what any of them leaves open shows. With
-ours, ``local``, each is a process of its own.
+Each job is a process of its own: what grows is what the sweep keeps of them.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from pathlib import Path
 from scripts.reliability.runs import SMALL, output, start, statuses
 
 
-def main(folder: Path, launcher: str, jobs: int) -> None:
+def main(folder: Path, jobs: int) -> None:
     """Runs the sweep, looks at its process once a second, and prints what came out."""
     arguments = [
         *("--multirun", *SMALL, "method=simclr", f"seed=range(0,{jobs})", "epochs=1", "data.limit=100", "jobs=2"),
-        *("evaluation.epochs=1", f"data.cache_dir={folder / 'cache'}", f"hydra/launcher={launcher}"),
+        *("evaluation.epochs=1", f"data.cache_dir={folder / 'cache'}"),
     ]
     sweep = start(folder, arguments)
     samples: list[tuple[int, float, int]] = []  # jobs finished, MB, open files
@@ -49,5 +48,4 @@ def main(folder: Path, launcher: str, jobs: int) -> None:
 
 
 if __name__ == "__main__":
-    launcher = sys.argv[2] if len(sys.argv) > 2 else "basic"
-    main(Path(sys.argv[1]).resolve(), launcher, int(sys.argv[3]) if len(sys.argv) > 3 else 200)
+    main(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 100)

@@ -65,7 +65,8 @@ class LocalLauncher(JobLauncher):
     def start(self, jobs: Sequence[Job], stopper: Stopper) -> None:
         """Each in a free slot."""
         for job in jobs:
-            slot = min(set(range(self.slots)) - {each.slot for each in self.processes})
+            taken = {each.slot for each in self.processes}
+            slot = next(each for each in range(self.slots) if each not in taken)
             command = self.command(job)
             if self.max_minutes is not None:
                 left = max(stopper.deadline - time.monotonic(), 0.1) / 60

@@ -25,6 +25,10 @@ def test_each_job_ends_in_its_own_way(program, jobs):
     assert {path.name for path in (program / "sweep").iterdir()} == {f"{number}.log" for number in range(6)}
 
 
+def test_more_jobs_at_a_time_than_anybody_has_are_started_at_once(program):
+    assert [job.status for job in run(LocalLauncher(10**12), jobs_of("k=a status=0"))] == [0]
+
+
 def test_a_job_is_announced_by_what_is_swept(program, capsys):
     given = jobs_of("k=a status=0 width=3 sleep=0", "k=b status=0 width=4 sleep=0")
     list(run(LocalLauncher(None), given, swept=("k", "width")))
