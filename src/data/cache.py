@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 
@@ -371,7 +372,7 @@ def _check_room(unfinished: Path, contents: Contents, cfg: Data) -> None:
     begun = unfinished.stat().st_size if unfinished.exists() else 0
     needed = max(0, _images(contents) * 3 * cfg.stored_size**2 - begun)
     free = shutil.disk_usage(unfinished.parent).free
-    room = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+    room = f"{decimal(needed)} needed, {decimal(free)} free"
     if needed > free:
         size = "data.keep" if cfg.keep else "data.image_size"
         raise UsageError(

@@ -112,11 +112,11 @@ def test_the_room_that_is_needed_is_said_before_decoding(config, folder, caplog,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cache_module, "decode", never)
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=7e9))
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=7 * 10**9))
     with caplog.at_level("INFO"), pytest.raises(KeyboardInterrupt):
         cached(config("image_folder", folder))
     assert "decoding 12 images" in caplog.text
-    assert "0.0 GB needed, 7.0 GB free" in caplog.text
+    assert "2.3 kB needed, 7.0 GB free" in caplog.text
 
 
 def test_images_are_a_view_of_the_mapped_file(config, folder):
@@ -325,7 +325,7 @@ def test_cache_dir_that_cannot_be(config, folder, tmp_path):
 
 def test_no_room_is_said_before_decoding(config, folder, decodings, monkeypatch):
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
-    with pytest.raises(UsageError, match="GB needed"):
+    with pytest.raises(UsageError, match=r"2\.3 kB needed, 100 bytes free"):
         cached(config("image_folder", folder))
     assert decodings == []
 
