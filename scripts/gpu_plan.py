@@ -91,7 +91,8 @@ PLANS = {
                 BEST,
                 [*BEST, *DECORRELATION],
                 [*BEST, "objective=relation"],
-                ["method=kmclr", "support=evolving", *FAST],  # in the next slice
+                ["method=kmclr", "support=evolving", *FAST],  # this and what follows in the next slice
+                [*BEST, "backbone.bn_splits=8"],
             )
         ],
     ),

@@ -103,8 +103,8 @@ def test_nothing_is_begun_without_time_for_its_end(trained):
 
 def test_runs_that_overrides_make_the_same_run_once(trained):
     _, runs = trained("screen", "optimizer.weight_decay=1e-4", "objective.decorrelation=0")
-    # Two of KMCLR and of the teacher, for the projectors still differ, the relation, and evolving prototypes.
-    assert len(runs) == 6
+    # Two of KMCLR and of the teacher, for the projectors still differ, relation, evolving prototypes, split batches.
+    assert len(runs) == 7
 
 
 def test_as_many_epochs_as_fit_are_found_once(trained):
@@ -177,12 +177,12 @@ def test_every_plan_at_a_tiny_size(tmp_path, cache_dir, monkeypatch, capsys):
     prototypes = [("mnn_prototypes", k) for k in (50, 100, 200, 400)]
     assert rows("teacher") == (2, [("byol", 0), prototypes[-1]])
     assert "queue_size=4096: is never filled" in capsys.readouterr().err  # by so few images
-    ingredients = [*[("kmclr", 400)] * 4, *[prototypes[-1]] * 2, ("relation_prototypes", 400), ("evolving", 100)]
+    ingredients = [*[("kmclr", 400)] * 4, *[prototypes[-1]] * 3, ("relation_prototypes", 400), ("evolving", 100)]
     assert rows("screen") == (0, ingredients)
     assert rows("long") == (0, prototypes[-1:])
     assert rows("curve") == (2, [("byol", 0), ("mnn", 400), *prototypes])
     assert rows("published") == (2, [("kmclr", 400)] * 2)
-    assert len(reports) == 3 + 8 + 1 + 13 + 3
+    assert len(reports) == 3 + 9 + 1 + 13 + 3
 
     report(*reports[-4])
     assert {path.name for path in (tmp_path / "out/curve").glob("*.*")} >= {"table.md", "plot.png", "curves.png"}
