@@ -15,6 +15,7 @@ import signal
 import sys
 
 from scripts.reliability import forks
+from src.system import environment as system
 
 
 def become(module: str, arguments: list[str], folder: str, environment: dict[str, str], out: str, err: str) -> None:
@@ -26,6 +27,7 @@ def become(module: str, arguments: list[str], folder: str, environment: dict[str
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
     sys.path[:1] = [folder, *environment["PYTHONPATH"].split(os.pathsep)]
     sys.argv = [module, *arguments]
+    system.TYPED = tuple(arguments)  # which is noted when the module is imported
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -23,7 +23,7 @@ from src.runs.query import how_to_open
 from src.runs.record import CHARTS, NOTE, Record
 from src.runs.tracker import Tracker, attach_children, mark_failed, share
 from src.sweeps.jobs import Job
-from src.system.environment import TYPED
+from src.system import environment
 from src.system.redact import redact
 from src.system.stopping import PRUNED, ignored, is_stop
 
@@ -125,4 +125,4 @@ def _exit(number: int, _: object) -> None:
 
 
 def _command() -> str:
-    return shlex.join(["python", "-m", "src.train", *map(redact, TYPED)])
+    return shlex.join(["python", "-m", "src.train", *map(redact, environment.TYPED)])
