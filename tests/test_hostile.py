@@ -12,7 +12,7 @@ from tests.conftest import PROJECT
 @pytest.mark.slow
 def test_hostile_files_end_well_or_in_a_line(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.reliability.hostile", tmp_path / "campaign", "10"],
+        [sys.executable, "-m", "scripts.reliability.hostile", tmp_path / "campaign", "25"],
         cwd=PROJECT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -21,4 +21,4 @@ def test_hostile_files_end_well_or_in_a_line(tmp_path):
     )
     assert done.stdout.endswith("faults: 0\n"), done.stdout + done.stderr
     assert done.returncode == 0
-    assert "\n10 variants: " in done.stdout
+    assert "\n25 variants: " in done.stdout
