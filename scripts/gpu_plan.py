@@ -191,8 +191,9 @@ def train(cfg: Config, minutes: float) -> int:
     finally:
         if cfg.compile:  # else the next run counts as a recompilation of this one, of which there may be eight
             torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
     return 0
 
 
