@@ -223,8 +223,8 @@ def report(folder: Path, images: int, count: int) -> Iterator[str]:
 
 {images:,} JPEGs of 500x375 pixels, {np.mean(files) / 1000:.0f} kB each: random crops of scikit-learn's two sample
 photographs. {machine()}, commit {environment_tags("cpu")["git_commit"][:7]}.
-Other work kept the machine busy, so the rates are low and vary. The ratios, taken round by round on the same images,
-say more. The files are in the page cache.
+What else a machine does makes the rates vary. The ratios, taken round by round on the same images, say more.
+The files are in the page cache.
 
 **Decoding**, median and range of {count} rounds of {images // GROUPS} images. The DataLoader has {CORES} workers on
 {CORES} cores; its transforms are Resize and CenterCrop, and it does the same again in every epoch. This project resizes
