@@ -9,7 +9,6 @@ taken round by round; the table has medians and ranges. Settings: resnet18-64, r
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -22,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
+
+from scripts.comparison import arguments
 
 SETTINGS = {"resnet18-64": ("resnet18", 64), "resnet18-256": ("resnet18", 256), "resnet_tiny-256": ("resnet_tiny", 256)}
 # Label, module in scripts/rivals, method, stored vectors.
@@ -171,17 +172,9 @@ def table(setting: str, contenders: list[Contender]) -> list[str]:
 
 def main() -> None:
     """Compare in every setting, print the table, write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"of {', '.join(SETTINGS)}; default: all")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn, at least")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--contender", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if unknown := set(args.settings) - set(SETTINGS):
-        parser.error(f"{', '.join(unknown)}: choose of {', '.join(SETTINGS)}")
+    args = arguments(__doc__, SETTINGS, OUT)
     if args.contender is not None:
-        contend(args.contender, args.settings[0])
+        contend(int(args.contender), args.settings[0])
         return
 
     from scripts.workbench import images, machine

@@ -12,7 +12,6 @@ resnet_tiny-256.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -28,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scripts.comparison import arguments
 from scripts.rivals.ours import Paced, Unlogged, fill
 from scripts.workbench import compose, dataset, machine, noise, shown
 from src.runs.tracker import Tracker
@@ -272,15 +272,7 @@ def table(setting: str, turns: dict[str, list[Turn]]) -> list[str]:
 
 def main() -> None:
     """Compare in every setting, print the tables, write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"of {', '.join(SETTINGS)}; default: all")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn, at least")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--contender", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if unknown := set(args.settings) - set(SETTINGS):
-        parser.error(f"{', '.join(unknown)}: choose of {', '.join(SETTINGS)}")
+    args = arguments(__doc__, SETTINGS, OUT)
     if args.contender:
         contend(args.contender, args.settings[0])
         return

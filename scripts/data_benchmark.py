@@ -40,14 +40,14 @@ from src.data.cache import cached
 from src.data.sources import find
 from src.runs.tracker import Tracker
 from src.system.environment import environment_tags
-from src.system.threads import in_threads
+from src.system.threads import cores, in_threads
 from src.training import loop
 from src.training.state import TrainState
 
 OUT = Path("results/benchmarks/data.md")
 IMAGENET = 1_281_167
 GROUPS = 10  # folders, of which each round takes one
-CORES = len(os.sched_getaffinity(0))
+CORES = cores()
 
 
 def make(root: Path, count: int) -> None:

@@ -26,6 +26,7 @@ from src.sweeps.launcher import JobLauncher
 from src.sweeps.worker import end_with_parent
 from src.system.output import in_terminal
 from src.system.stopping import Stopper
+from src.system.threads import cores
 
 
 @dataclass
@@ -132,7 +133,7 @@ class LocalLauncher(JobLauncher):
 def _threads() -> int:
     """How many threads this process may have: what OpenMP is told, which may be a list, else one a core."""
     told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(told) if re.fullmatch(r"[1-9]\d{0,8}", told, re.ASCII) else len(os.sched_getaffinity(0))
+    return int(told) if re.fullmatch(r"[1-9]\d{0,8}", told, re.ASCII) else cores()
 
 
 def _visible_gpus() -> list[str]:
