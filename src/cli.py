@@ -104,7 +104,8 @@ def pretrain(composed: DictConfig) -> float:
     from src.sweeps import optuna_study
     from src.training.run import run
 
-    return run(cfg, optuna_study.should_prune, curves.plot, pictures.illustrate)
+    exact_batch = any(argument.lstrip("+").startswith("batch_size=") for argument in sys.argv[1:])
+    return run(cfg, optuna_study.should_prune, curves.plot, pictures.illustrate, exact_batch)
 
 
 def evaluate_again(composed: DictConfig) -> dict[str, float]:

@@ -62,7 +62,7 @@ def pretrain(
         Collapsed: the features of different images became alike, and ``on_collapse=stop``.
     """
     cfg = state.cfg
-    with Progress(cfg.epochs, len(data.train) // cfg.batch_size, cfg.batch_size) as progress:
+    with Progress(cfg.epochs, len(data.train) // state.batch_size, state.batch_size) as progress:
         _train(state, data, tracker, stopper, directory, should_prune, illustrate, progress)
 
 
@@ -78,9 +78,9 @@ def _train(
 ) -> None:
     cfg, device, method, ranks = state.cfg, state.device, state.method, state.ranks
     support = method.support
-    rows = ranks.rows(cfg.batch_size)
+    rows = ranks.rows(state.batch_size)
     view1, view2 = build.views(cfg, data, ranks.part)
-    steps_per_epoch = len(data.train) // cfg.batch_size
+    steps_per_epoch = len(data.train) // state.batch_size
     saved, wished = time.monotonic(), 0
     loss = grad_norm = math.nan
     outcome: Output | None = None
@@ -134,7 +134,7 @@ def _train(
             support.clear_stats()
         clock = time.perf_counter()
         for images, labels, ids, aspects in epoch_batches(
-            data.train, cfg.batch_size, cfg.seed, epoch, device, start, rows
+            data.train, state.batch_size, cfg.seed, epoch, device, start, rows
         ):
             if cfg.compile:  # compiled parts may overwrite what they returned; the compiler takes seconds to import
                 torch.compiler.cudagraph_mark_step_begin()

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from src.config import identity, schema
 from src.config.names import TEACHER, colour_of
 from src.config.schema import Config
-from src.data import load
+from src.data import Dataset, load
 from src.data.batches import check_batch_size
 from src.errors import Diverged, UsageError
 from src.evaluation.protocol import warn_of_few_neighbours
@@ -39,6 +39,7 @@ from src.training import distributed, loop
 from src.training.state import TrainState
 
 LARGEST_FOR_SMALL_STEM = 64  # pixels a side
+SMALLEST_BATCH = 2  # images; one alone has no negative
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def run(
     should_prune: loop.ShouldPrune,
     draw: Callable[[Path], Path],
     illustrate: loop.Illustrate = loop.no_pictures,
+    exact_batch: bool = True,
 ) -> float:
     """Take one configuration from its start, or from where it was stopped, to its result.
 
@@ -57,6 +59,7 @@ def run(
             trial lags so far behind others as to stop it.
         draw: makes the picture of a run in its folder, and returns its path.
         illustrate: draws what the support set gives, after each validation.
+        exact_batch: whether ``batch_size`` was asked for; a default gives way to a data set of fewer images.
 
     Returns:
         The last ``val/knn_top1`` in percent, what a sweep may optimise; NaN with ``data.final``: no validation.
@@ -71,8 +74,8 @@ def run(
     ranks = distributed.join(cfg.device)  # refuses a GPU that is not there before images are decoded
     data = load(cfg.data).on(ranks.device)
     cfg.data.fingerprint = data.fingerprint  # a run is its settings and its images
-    check_batch_size(cfg.batch_size, data.train)
     ranks.check(cfg)
+    refuse_large_batch(cfg, data, exact_batch or ranks.count > 1)
     state = TrainState(cfg, data, ranks)
     refuse_unfillable(cfg, len(data.train))
     warn_of_doubtful(cfg, len(data.train))
@@ -202,6 +205,21 @@ def warn_of_other_conditions(directory: Path, now: dict[str, str], step: int) ->
         logger.warning("%s: %s, so the end differs by roundings from that of an unbroken run", directory, changes)
 
 
+def refuse_large_batch(cfg: Config, data: Dataset, exact: bool) -> None:
+    """Keeps an epoch from being without a batch: where the size need not be exact, all images are one batch.
+
+    Raises:
+        UsageError: there are fewer images, and the size was asked for, or must have equal parts.
+    """
+    if exact or cfg.backbone.bn_splits > 1 or len(data.train) < SMALLEST_BATCH:
+        check_batch_size(cfg.batch_size, data.train)
+    elif cfg.batch_size > len(data.train):
+        logger.warning(
+            "batch_size=%d: more than the %d training images, so each step takes all of them",
+            *(cfg.batch_size, len(data.train)),
+        )
+
+
 def refuse_unfillable(cfg: Config, images: int) -> None:
     """Keeps a run from being the control where it is named after a support set, which would never be filled.
 
@@ -211,7 +229,8 @@ def refuse_unfillable(cfg: Config, images: int) -> None:
     epochs, key = cfg.epochs, "epochs"
     if isinstance(cfg.support, schema.KMeans) and cfg.support.forget == "reset" and cfg.support.forget_every < epochs:
         epochs, key = cfg.support.forget_every, "support.forget_every"
-    seen = (images // cfg.batch_size * epochs - 1) * cfg.batch_size
+    batch_size = min(cfg.batch_size, images)
+    seen = (images // batch_size * epochs - 1) * batch_size
     name, size = ("k", cfg.k) if cfg.k is not None else ("queue_size", cfg.queue_size)
     if cfg.support.name == "evolving":
         name, size = "support.start", getattr(cfg.support, "start", None)
@@ -241,7 +260,8 @@ def warn_of_doubtful(cfg: Config, images: int) -> None:
             *(cfg.queue_size, images),
         )
     if isinstance(cfg.support, schema.KMeans) and (cfg.support.refit, cfg.support.forget) == ("faiss", "reset"):
-        between = images // cfg.batch_size * cfg.batch_size * cfg.support.forget_every
+        batch_size = min(cfg.batch_size, images)
+        between = images // batch_size * batch_size * cfg.support.forget_every
         if between < cfg.support.refit_window:
             logger.warning(
                 "support.refit_window=%d: %d embeddings between two resets never fill it, so nothing is re-clustered",

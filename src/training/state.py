@@ -36,6 +36,7 @@ class TrainState:
 
     def __init__(self, cfg: Config, data: Dataset, ranks: Ranks | None = None) -> None:
         self.cfg = cfg
+        self.batch_size = min(cfg.batch_size, len(data.train))  # which `src.training.run` refuses, or says
         self.ranks = ranks or Ranks(build.device(cfg.device))
         self.device = self.ranks.device
         self.dtype = build.precision(cfg.precision, self.device)
@@ -46,7 +47,7 @@ class TrainState:
             *(cfg, classes, self.search, self.device), share_out=self.ranks.share_out, shard=self.ranks.shard
         )
         self.classifier = nn.Linear(features, classes).to(self.device)
-        self.optimizer = optim.build(cfg.optimizer, self.method, cfg.batch_size)
+        self.optimizer = optim.build(cfg.optimizer, self.method, self.batch_size)
         # Apart from the method's optimizer: no decay, no adaptation, a learning rate of its own.
         self.classifier_optimizer = torch.optim.SGD(
             self.classifier.parameters(), lr=cfg.evaluation.online_lr, momentum=0.9
@@ -99,7 +100,7 @@ class TrainState:
         self.seconds = self.support_seconds = 0.0
         return {
             "time/epoch_seconds": seconds,
-            "time/images_per_second": steps * self.cfg.batch_size / seconds,
+            "time/images_per_second": steps * self.batch_size / seconds,
             "time/support_fraction": support_seconds / seconds,
         }
 
@@ -109,9 +110,10 @@ class TrainState:
         return self.support_seconds
 
     def sizes(self) -> dict[str, int]:
-        """What the method stores and trains, for the tracker's params."""
+        """What the method stores and trains, and in which steps, for the tracker's params."""
         support = self.method.support
         return {
+            "batch_size": self.batch_size,
             "support_set_size": identity.support_set_size(self.cfg),
             "support_bytes": support.stored_bytes if support is not None else 0,
             "encoder_parameters": sum(p.numel() for p in self.method.encoder.parameters()),

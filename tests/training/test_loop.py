@@ -37,7 +37,7 @@ from src.support.kmeans import KMeans
 from src.system.stopping import Stopper
 from src.training import loop
 from src.training import run as run_module
-from tests.config.test_schema import composed
+from tests.config.test_schema import composed, parsed
 from tests.conftest import CIFAR100, PROJECT
 from tests.data.layouts import LAYOUTS, random_image, write_set
 
@@ -691,6 +691,17 @@ def test_doubtful_settings_are_warned_of(run, caplog):
     run("method=kmclr", "k=7", "epochs=1", "support.refit=faiss", directory="refit")
     assert "support.refit_window=16384: 576 embeddings between two resets never fill it" in caplog.text
     assert "schedule.warmup_epochs=2: not shorter than epochs=1" in caplog.text
+
+
+def test_a_batch_that_was_asked_for_or_has_parts_is_never_made_smaller(caplog):
+    data = SimpleNamespace(train=range(180))
+    run_module.refuse_large_batch(parsed("batch_size=180"), data, exact=True)
+    assert not caplog.text
+    run_module.refuse_large_batch(parsed(), data, exact=False)
+    assert "batch_size=256: more than the 180 training images, so each step takes all of them" in caplog.text
+    for cfg, exact in ((parsed(), True), (parsed("backbone.bn_splits=8"), False)):
+        with pytest.raises(UsageError, match="batch_size=256 is larger than the 180 training images"):
+            run_module.refuse_large_batch(cfg, data, exact)
 
 
 @pytest.mark.parametrize(("size", "stem", "warns"), [(224, "small", True), (224, "large", False), (64, "small", False)])

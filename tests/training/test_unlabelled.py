@@ -5,7 +5,7 @@ import json
 import pytest
 
 from src import cli
-from src.runs.record import Record
+from src.runs.record import METRICS, Record, read_rows
 from tests.config.test_schema import composed
 from tests.data.layouts import write_flat, write_folder
 
@@ -14,13 +14,18 @@ LABELS = ("knn", "linear", "online", "label_agreement", "purity", "nmi")
 
 @pytest.mark.slow
 def test_a_flat_folder_is_trained_on_and_reported(command, small, tmp_path):
-    root = write_flat(tmp_path / "photos", 200)
+    root = write_flat(tmp_path / "photos", 100)
+    small = [each for each in small if not each.startswith("batch_size=")]  # whose default is larger
     images = ["data=image_folder", f"data.root={root}", "data.limit=null", "tracking=jsonl", "output_dir=multirun/flat"]
     done = command("src.train", *small, *images, "method=nnclr", "queue_size=64", "evaluation.pictures=true")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("no image has a label: accuracy, and whatever else needs labels, is left out") == 1
+    assert done.stderr.count("batch_size=128: more than the 70 training images, so each step takes all of them") == 1
     assert "test images" not in done.stdout
-    metrics = Record.load(tmp_path / "multirun/flat").metrics
+    record = Record.load(tmp_path / "multirun/flat")
+    assert record.params["batch_size"] == "70"
+    assert max(row["step"] for row in read_rows(tmp_path / "multirun/flat" / METRICS)[0]) == 2, "an epoch is one step"
+    metrics = record.metrics
     assert not [key for key in metrics if any(each in key for each in LABELS)]
     assert {"train/loss", "train/uniformity", "val/effective_rank", "support/self_hit"} <= metrics.keys()
     assert {"encoder.safetensors", "curves.png", "positives.png", "map.png"} <= {
