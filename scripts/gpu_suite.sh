@@ -22,7 +22,7 @@ plan=
 case ${1-} in check | teacher | screen | long | curve | published) plan=$1 && shift ;; esac
 
 set -- compile=true "$@"
-"$python" -c "import mlflow" 2>/dev/null || set -- tracking=jsonl "$@"
+"$python" -c "from importlib import util; exit(not util.find_spec('mlflow'))" || set -- tracking=jsonl "$@"
 
 arguments=(--out "$out" ${MINUTES:+--minutes "$MINUTES"} -- "$@")
 case $plan in

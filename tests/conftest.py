@@ -1,12 +1,12 @@
 """Fixtures that several tests share."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -45,48 +45,39 @@ def cache_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def warm():
-    """Run ``python -m MODULE ARGUMENTS`` in a process that is forked from one with the imports done (`tests.warm`)."""
-    answers, answer = os.pipe()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.warm", str(answer)],
-        cwd=PROJECT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        pass_fds=[answer],
-        text=True,
-    )
-    os.close(answer)
-
-    def run(folder, environment, module, *arguments):
-        with tempfile.TemporaryDirectory() as printed:
-            out, err = Path(printed) / "out", Path(printed) / "err"
-            request = {"module": module, "arguments": arguments, "folder": folder, "out": out, "err": err}
-            server.stdin.write(json.dumps(request | {"environment": environment}, default=str) + "\n")
-            server.stdin.flush()
-            status = int(os.read(answers, 16))
-            return subprocess.CompletedProcess([module, *arguments], status, out.read_text(), err.read_text())
-
-    yield run
-    server.stdin.close()
-    server.wait()
+def python():
+    """An interpreter for ``python -m MODULE``, whose imports have been done (`tests.warm`)."""
+    with tempfile.TemporaryDirectory() as folder:
+        executable, address = Path(folder) / "python", Path(folder) / "socket"
+        executable.write_text(
+            f'#!/bin/sh\nexec "{sys.executable}" -IS "{PROJECT}/tests/forked.py" "{sys.executable}" "{address}" "$@"\n'
+        )
+        executable.chmod(0o755)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "tests.warm", address, executable],
+            cwd=PROJECT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+        )
+        while not address.exists() and server.poll() is None:
+            time.sleep(0.1)
+        yield str(executable)
+        server.communicate()
 
 
 @pytest.fixture
-def command(warm, cache_dir, tmp_path):
+def command(python, cache_dir, tmp_path):
     """Run ``python -m MODULE ARGUMENTS`` as a user would, in the test's own folder; returns the finished process.
 
-    Where the test sets variables of the environment, which imports may read, the process is a new one.
+    Where the test sets variables of the environment, which imports may read, the imports are done anew.
     """
 
     def run(module, *arguments, environment=None):
         fixed = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-        if environment is None:
-            return warm(tmp_path, os.environ | fixed, module, *arguments)
         return subprocess.run(
-            [sys.executable, "-m", module, *arguments],
+            [python if environment is None else sys.executable, "-m", module, *arguments],
             cwd=tmp_path,
-            env=os.environ | fixed | environment,
+            env=os.environ | fixed | (environment or {}),
             capture_output=True,
             text=True,
             timeout=600,

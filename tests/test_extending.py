@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 
 import pytest
 import torch
@@ -29,12 +30,13 @@ def write(folder, files):
 
 
 @pytest.fixture(scope="module")
-def command(warm, folder):
+def command(python, folder):
     """Run ``python -m MODULE ARGUMENTS`` in the folder; returns what it printed."""
 
     def run(module, *arguments, status=0):
         fixed = {"PYTHONPATH": f"{PROJECT}:{folder / 'mine'}", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-        done = warm(folder, os.environ | fixed, module, *arguments)
+        line = [python, "-m", module, *arguments]
+        done = subprocess.run(line, cwd=folder, env=os.environ | fixed, capture_output=True, text=True)
         assert done.returncode == status, done.stderr
         return done.stdout if status == 0 else done.stderr
 

@@ -82,10 +82,10 @@ def test_a_configuration_that_fails_is_said_and_others_go_on(cache_dir, capsys):
 
 
 @pytest.mark.slow
-def test_the_suite_checks(tmp_path, cache_dir):
+def test_the_suite_checks(python, tmp_path, cache_dir):
     tiny = ["backbone=resnet_tiny", "data=digits", "data.image_size=8", f"data.cache_dir={cache_dir}", "device=cpu"]
     tiny += ["batch_size=64", "projector.hidden=[32]", "projector.out=16", "precision=float32", "k=50"]
-    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OUT": str(tmp_path / "out")}
+    environment = os.environ | {"PYTHON": python, "OMP_NUM_THREADS": "1", "OUT": str(tmp_path / "out")}
     done = subprocess.run(
         [str(PROJECT / "scripts/gpu_suite.sh"), "check", *tiny], env=environment, capture_output=True, text=True
     )

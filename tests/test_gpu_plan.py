@@ -5,7 +5,6 @@ import functools
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 
@@ -144,9 +143,9 @@ def test_a_table_that_fails_costs_no_run(trained, monkeypatch, capsys):
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_the_suite_follows_a_plan_in_its_minutes(tmp_path, cache_dir):
+def test_the_suite_follows_a_plan_in_its_minutes(python, tmp_path, cache_dir):
     images = ["data=digits", f"data.cache_dir={cache_dir}"]
-    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "MINUTES": "0"}
+    environment = os.environ | {"PYTHON": python, "OUT": str(tmp_path / "out"), "MINUTES": "0"}
     suite = [str(PROJECT / "scripts/gpu_suite.sh"), "teacher", *images]
     stopped = subprocess.run(suite, env=environment, capture_output=True, text=True)
     assert stopped.returncode == TIME_IS_UP

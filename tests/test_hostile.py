@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
 
@@ -10,9 +9,9 @@ from tests.conftest import PROJECT
 
 
 @pytest.mark.slow
-def test_hostile_files_end_well_or_in_a_line(tmp_path):
+def test_hostile_files_end_well_or_in_a_line(python, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.reliability.hostile", tmp_path / "campaign", "25"],
+        [python, "-m", "scripts.reliability.hostile", tmp_path / "campaign", "25"],
         cwd=PROJECT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -161,9 +161,9 @@ def test_a_sweep_with_a_bad_value_then_again(command, small, tmp_path):
     assert (tmp_path / "report" / "table.csv").read_bytes() == before
 
 
-def start(path, *arguments):
+def start(interpreter, path, *arguments):
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "src.train", "--multirun", *arguments]
+    line = [interpreter, "-m", "src.train", "--multirun", *arguments]
     return subprocess.Popen(line, cwd=path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -186,36 +186,32 @@ def finished(path):
 
 
 @pytest.mark.slow
-def test_killed_with_its_jobs_and_run_again_it_ends_as_an_unbroken_one(command, small, tmp_path):
+def test_killed_with_its_jobs_and_run_again_it_ends_as_an_unbroken_one(python, command, small, tmp_path):
     arguments = [*small, *PROTOTYPES, "tracking=jsonl"]
-    (tmp_path / "killed").mkdir()
-    process = start(tmp_path / "killed", *arguments)
-    wait_for(lambda: finished(tmp_path / "killed"))
+    (tmp_path / "unbroken").mkdir()
+    unbroken = start(python, tmp_path / "unbroken", *arguments)
+    process = start(sys.executable, tmp_path, *arguments)
+    wait_for(lambda: finished(tmp_path))
     process.kill()
     process.wait()
+    assert unbroken.wait(120) == 0
     # The kernel tells the jobs, which save and stop: none goes on without its sweep.
     wait_for(lambda: not jobs_of(small))
-    done = subprocess.run(
-        [sys.executable, "-m", "src.train", "--multirun", *arguments],
-        cwd=tmp_path / "killed",
-        env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = command("src.train", "--multirun", *arguments)
     assert done.returncode == 0, done.stderr
-    assert command("src.train", "--multirun", *arguments).returncode == 0
-    tables = [json.loads((sweep_of(place)[0] / "table.json").read_text()) for place in (tmp_path / "killed", tmp_path)]
+    tables = [
+        json.loads((sweep_of(place)[0] / "table.json").read_text()) for place in (tmp_path / "unbroken", tmp_path)
+    ]
     for table in tables:
         for row in table["rows"]:
             del row["runs"]
     assert tables[0] == tables[1]
-    assert {Record.load(d).status for d in folders(tmp_path / "killed")} == {"FINISHED"}
+    assert {Record.load(d).status for d in folders(tmp_path)} == {"FINISHED"}
 
 
 @pytest.mark.slow
 def test_a_lost_terminal_stops_the_jobs_and_no_other_starts(small, tmp_path):
-    process = start(tmp_path, *small, *SMALL_SWEEP, "k=10,20", "jobs=2", "epochs=200", "tracking=jsonl")
+    process = start(sys.executable, tmp_path, *small, *SMALL_SWEEP, "k=10,20", "jobs=2", "epochs=200", "tracking=jsonl")
     running = wait_for(
         lambda: [d for d in folders(tmp_path) if (d / "metrics.jsonl").exists() and "sweep" not in d.name]
     )
@@ -235,9 +231,9 @@ def test_time_for_all_jobs_together(command, small, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_search_killed_and_run_again(command, small, tmp_path):
+def test_a_search_killed_and_run_again(python, command, small, tmp_path):
     arguments = [*small, "+sweep=optuna", "k=int(interval(5,60))", "hydra.sweeper.trials=2", "tracking=jsonl"]
-    process = start(tmp_path, *arguments)
+    process = start(python, tmp_path, *arguments)
     wait_for(lambda: finished(tmp_path))
     process.kill()
     process.wait()

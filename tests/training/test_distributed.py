@@ -52,16 +52,21 @@ def tiny(cache_dir):
     ]
 
 
-def start(folder, *command):
-    """A module's command line in the test's folder, on two ranks."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", *command],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def start(python, tmp_path):
+    """Starts a module's command line in the test's folder, on two ranks."""
+
+    def run(*command):
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", *command],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return run
 
 
 def finish(process):
@@ -82,7 +87,7 @@ def wait_for_rows(folder, process, count):
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_process(tmp_path, tiny):
+def test_two_ranks_are_one_process(start, tmp_path, tiny):
     """All support sets, and a teacher, after 15 steps of float64: weights, statistics, what is stored, every figure."""
     drawn = {"kmclr": [*SUPPORTS["kmclr"], "evaluation.pictures=true"]}  # by the first rank alone
     for folder, runs in (("one", SUPPORTS), ("two", SUPPORTS | IN_SHARDS | drawn)):
@@ -90,7 +95,7 @@ def test_two_ranks_are_one_process(tmp_path, tiny):
             name: [*tiny, *overrides, *(SMALL_NET if name != "simclr" else [])] for name, overrides in runs.items()
         }
         (tmp_path / f"{folder}.json").write_text(json.dumps(cases))
-    finish(start(tmp_path, "tests.training.in_ranks", str(tmp_path)))
+    finish(start("tests.training.in_ranks", str(tmp_path)))
     for name in cases:
         one, two = tmp_path / "one" / name.removesuffix(" in shards"), tmp_path / "two" / name
         assert history(two) == pytest.approx(history(one), rel=1e-6)
@@ -103,7 +108,7 @@ def test_two_ranks_are_one_process(tmp_path, tiny):
 
 
 @pytest.mark.slow
-def test_ranks_stopped_and_killed_are_the_unbroken_ones(tmp_path, tiny, monkeypatch, caplog):
+def test_ranks_stopped_and_killed_are_the_unbroken_ones(start, tmp_path, tiny, monkeypatch, caplog):
     """Bit for bit; by a signal to the rank that does not save, then by the death of one. One process could go on, too.
 
     scripts/reliability/ranks.py has many kills, of all kinds.
@@ -111,9 +116,9 @@ def test_ranks_stopped_and_killed_are_the_unbroken_ones(tmp_path, tiny, monkeypa
     steps = ["epochs=8", "evaluation.every=8", "data.limit=96"]  # 24
     settings = [*tiny, *IN_SHARDS["kmclr in shards"], *SMALL_NET, *steps]
     broken, command = tmp_path / "broken", ["src.train", *settings, "output_dir=broken"]
-    finish(start(tmp_path, *command[:-1], "output_dir=unbroken"))
+    finish(start(*command[:-1], "output_dir=unbroken"))
 
-    process = start(tmp_path, *command)
+    process = start(*command)
     wait_for_rows(broken, process, 3)
     os.kill(ranks_of(process)[1], signal.SIGTERM)
     out, err = process.communicate(timeout=120)
@@ -125,7 +130,7 @@ def test_ranks_stopped_and_killed_are_the_unbroken_ones(tmp_path, tiny, monkeypa
     assert f"stopped at step {step};" in out
     shutil.copytree(broken, tmp_path / "alone")
 
-    process = start(tmp_path, *command)
+    process = start(*command)
     wait_for_rows(broken, process, random.randrange(step + 2, 22))
     os.kill(random.choice(ranks_of(process)), signal.SIGKILL)
     end = time.monotonic()
@@ -134,7 +139,7 @@ def test_ranks_stopped_and_killed_are_the_unbroken_ones(tmp_path, tiny, monkeypa
     assert time.monotonic() - end < 30
     assert re.findall(r"^error: .*", err, re.MULTILINE) == [f"error: {distributed.LOST}"]
 
-    out, _ = finish(start(tmp_path, *command))
+    out, _ = finish(start(*command))
     assert len(re.findall(r"(started|continued) at step", out)) == 1  # only the first rank prints
     assert_same_run(tmp_path / "unbroken", broken)
 

@@ -781,7 +781,7 @@ def test_other_conditions_on_resume_are_said_and_another_precision_is_refused(ru
 
 
 @pytest.mark.slow
-def test_sigkill_at_any_moment_changes_nothing(run, small, tmp_path):
+def test_sigkill_at_any_moment_changes_nothing(python, run, small, tmp_path):
     """The real command line, killed twice and then left alone; `scripts/reliability/kills.py` does it at random.
 
     With the method that has most to save; `test_stopped_anywhere_and_continued_it_is_the_unbroken_run` has them all.
@@ -790,7 +790,7 @@ def test_sigkill_at_any_moment_changes_nothing(run, small, tmp_path):
     unbroken = run(*overrides, directory="unbroken")
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     arguments, kills = [*small, *overrides, "tracking=jsonl", "output_dir=broken"], 0
-    broken = [sys.executable, "-m", "src.train", *arguments]
+    broken = [python, "-m", "src.train", *arguments]
     metrics = tmp_path / "broken" / "metrics.jsonl"
     for rows in (2, 11, 10**9):
         process = subprocess.Popen(broken, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
@@ -806,10 +806,10 @@ def test_sigkill_at_any_moment_changes_nothing(run, small, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_the_run_cleanly(small, tmp_path, number):
+def test_a_signal_stops_the_run_cleanly(python, small, tmp_path, number):
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     arguments = [*small, "method=kmclr", "k=7", "tracking=jsonl", "epochs=1000", "output_dir=run"]
-    process = subprocess.Popen([sys.executable, "-m", "src.train", *arguments], cwd=tmp_path, env=environment)
+    process = subprocess.Popen([python, "-m", "src.train", *arguments], cwd=tmp_path, env=environment)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 5:
         time.sleep(0.01)

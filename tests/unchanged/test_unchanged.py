@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import PROJECT
 
 RECORDED = Path(__file__).parent / "losses.json"
-PARTS = 4  # which several processes can share
+PARTS = 2  # which several processes can share
 # Every library takes its plainest path, so that the bits do not depend on the processor.
 PLAIN = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -64,5 +64,5 @@ def test_every_loss_is_what_it_was(tmp_path, cache_dir, part):
     found = json.loads((tmp_path / "losses.json").read_text())
     for case, full in cases.items():
         compared = len(found[full])
-        assert compared == len(recorded[case]) == 40 + 2 + 1 or ("resnet18" in case and 10 < compared < 13)
+        assert compared == len(recorded[case]) == 40 + 2 + 1 or ("resnet18" in case and 5 < compared < 8)
         assert found[full] == recorded[case][:compared], case

@@ -1,0 +1,38 @@
+"""Stands where ``python -m MODULE ARGUMENTS`` would be, which is a fork of the process that listens (`tests.warm`).
+
+It is told the interpreter, the socket and the arguments, is stopped and killed as the command would be, and ends as the
+command has ended. It starts within milliseconds, and leaves whatever is no module to the interpreter.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+
+python, address, *arguments = sys.argv[1:]
+if arguments[:1] == ["-u"]:  # from torchrun
+    del arguments[0]
+if arguments[:1] != ["-m"]:
+    os.execv(python, [python, *arguments])
+
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(address)
+socket.send_fds(connection, [b"\0"], [0, 1, 2])
+request = {"module": arguments[1], "arguments": arguments[2:], "folder": os.getcwd(), "environment": dict(os.environ)}
+connection.sendall((json.dumps(request) + "\n").encode())
+answers = connection.makefile()
+child = int(answers.readline())
+
+
+def pass_on(number, _):
+    os.kill(child, number)
+
+
+for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(each, pass_on)
+status = int(answers.readline())
+if status < 0:
+    signal.signal(-status, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+sys.exit(status)
