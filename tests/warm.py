@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import traceback
+from functools import partial
 from typing import NoReturn
 
 from scripts.reliability import forks
@@ -52,48 +53,60 @@ def become(module: str, arguments: list[str], folder: str, environment: dict[str
     os._exit(status if isinstance(status, int) else 1)
 
 
-def serve(address: str, executable: str) -> None:
-    """Until standard input ends, with the process that started this one."""
-    selector = selectors.DefaultSelector()
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen()
-    forks.prepare()
-    selector.register(sys.stdin, selectors.EVENT_READ)
-    selector.register(listener, selectors.EVENT_READ)
-    while True:
-        for key, _ in selector.select():
-            if key.fileobj is sys.stdin:
-                return
-            if key.fileobj is listener:
-                connection, _ = listener.accept()
-                _, streams, _, _ = socket.recv_fds(connection, 1, 3)
-                request = json.loads(connection.makefile().readline())
-                if (child := os.fork()) == 0:
-                    for each in (connection.fileno(), *(key.fd for key in selector.get_map().values())):
-                        os.close(each)
-                    for target, stream in enumerate(streams):
-                        os.dup2(stream, target)
-                    become(**request, executable=executable)
-                for stream in streams:
-                    os.close(stream)
-                connection.sendall(f"{child}\n".encode())
-                ended = os.pidfd_open(child)
-                selector.register(ended, selectors.EVENT_READ, (child, connection))
-                selector.register(connection, selectors.EVENT_READ, (child, ended))
-            elif isinstance(key.fileobj, socket.socket):  # whoever stood for the child was killed
-                selector.unregister(key.fileobj)
-                signal.pidfd_send_signal(key.data[1], signal.SIGKILL)
-            else:
-                child, connection = key.data
-                _, status = os.waitpid(child, 0)
-                selector.unregister(key.fd)
-                os.close(key.fd)
-                if connection in {each.fileobj for each in selector.get_map().values()}:
-                    selector.unregister(connection)
-                    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-                connection.close()
+class Server:
+    """Forks for whoever connects, until standard input ends, with the process that started this one."""
+
+    def __init__(self, address: str, executable: str) -> None:
+        self.executable = executable
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(address)
+        self.listener.listen()
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(sys.stdin, selectors.EVENT_READ, partial(os._exit, 0))
+        self.selector.register(self.listener, selectors.EVENT_READ, self.fork)
+
+    def run(self) -> NoReturn:
+        while True:
+            for key, _ in self.selector.select():
+                key.data()
+
+    def fork(self) -> None:
+        connection, _ = self.listener.accept()
+        _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+        request = json.loads(connection.makefile().readline())
+        if (child := os.fork()) == 0:
+            for each in (connection.fileno(), *(key.fd for key in self.selector.get_map().values())):
+                os.close(each)
+            for target, stream in enumerate(streams):
+                os.dup2(stream, target)
+            become(**request, executable=self.executable)
+        for stream in streams:
+            os.close(stream)
+        connection.sendall(f"{child}\n".encode())
+        process = os.pidfd_open(child)
+        self.selector.register(process, selectors.EVENT_READ, partial(self.answer, child, process, connection))
+        self.selector.register(connection, selectors.EVENT_READ, partial(self.kill, process, connection))
+
+    def kill(self, process: int, connection: socket.socket) -> None:
+        """The end of whoever stood for the child is the child's."""
+        if connection.fileno() >= 0:  # else it has ended in the same moment
+            self.selector.unregister(connection)
+            connection.close()
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+
+    def answer(self, child: int, process: int, connection: socket.socket) -> None:
+        """The exit status, negative for a signal."""
+        _, status = os.waitpid(child, 0)
+        self.selector.unregister(process)
+        os.close(process)
+        if connection.fileno() >= 0:
+            self.selector.unregister(connection)
+            with contextlib.suppress(BrokenPipeError):
+                connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+            connection.close()
 
 
 if __name__ == "__main__":
-    serve(*sys.argv[1:])
+    server = Server(*sys.argv[1:])
+    forks.prepare()
+    server.run()
