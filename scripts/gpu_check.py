@@ -3,9 +3,9 @@
     python -m scripts.gpu_check --out results/gpu -- data.root=DIR
 
 FAISS is compared with exact arithmetic by .gpu/0/check_faiss.py where that is present. Steps are those of the training
-loop with a filled support set, compiled and plain, on the images that are asked for or, where they are not there, on
-noise. OUT/check.md is written after each part; a part for which there is no time is left out, and said to be. Status 1:
-a part failed; 75: one was left out.
+loop with a filled support set, compiled, plain, and as the only rank of its run, on the images that are asked for or,
+where they are not there, on noise. OUT/check.md is written after each part; a part for which there is no time is left
+out, and said to be. Status 1: a part failed; 75: one was left out.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from src.data.batches import check_batch_size
 from src.errors import UsageError
 from src.runs.tracker import Tracker
 from src.system.atomic_write import write_whole
+from src.system.environment import is_rank
 from src.system.redact import one_line
 from src.system.stopping import TIME_IS_UP
-from src.training import loop
+from src.training import distributed, loop
 from src.training.state import TrainState
 
 FAISS = Path(".gpu/0/check_faiss.py")
@@ -70,7 +71,7 @@ def step_seconds(overrides: Sequence[str]) -> tuple[float, str]:
     except UsageError:
         data, source = dataset(noise()), "noise"
     check_batch_size(cfg.batch_size, data.train)
-    state = TrainState(cfg, data)
+    state = TrainState(cfg, data, distributed.join(cfg.device))
     fill(state)
     clock: list[float] = []
 
@@ -95,7 +96,8 @@ def step_seconds(overrides: Sequence[str]) -> tuple[float, str]:
 def steps(overrides: Sequence[str], _: float) -> tuple[bool, list[str]]:
     """A line on the speed of a configuration."""
     cfg = compose(*overrides)
-    what = f"{cfg.method.name}, batch {cfg.batch_size:,}, {'compiled' if cfg.compile else 'plain'}"
+    way = "the only rank" if is_rank() else "compiled" if cfg.compile else "plain"
+    what = f"{cfg.method.name}, batch {cfg.batch_size:,}, {way}"
     try:
         seconds, source = step_seconds(overrides)
     except Exception as error:
@@ -134,6 +136,9 @@ def parts(overrides: Sequence[str]) -> dict[str, Part]:
     for compiled, batch in itertools.product(("true", "false") if on_gpu else ("false",), BATCHES):
         settings = [f"batch_size={batch}", *overrides, f"compile={compiled}"]
         chosen[f"steps, batch {batch}, compile={compiled}"] = Part(partial(steps, settings))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "-m", "scripts.gpu_check"]
+    settings = [f"batch_size={BATCHES[-1]}", *overrides, "compile=false"]
+    chosen["steps of a rank"] = Part(partial(program, "a rank", [*torchrun, "--out", os.devnull, "--", *settings], 1))
     if on_gpu:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *tests_marked_gpu()]
         chosen["tests"] = Part(partial(program, "tests", command, 15), TESTS)
@@ -168,6 +173,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, default=6.0, help="begin nothing that does not fit")
     parser.add_argument("overrides", nargs="*", help="for the steps")
     asked = parser.parse_args(arguments)
+    if is_rank():  # which one of the parts has started
+        went_well, lines = steps(asked.overrides, asked.minutes)
+        print(*lines)
+        return int(not went_well)
     end = time.monotonic() + 60 * asked.minutes
     asked.out.mkdir(parents=True, exist_ok=True)
     page = asked.out / "check.md"

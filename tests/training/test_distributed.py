@@ -152,6 +152,21 @@ def test_ranks_stopped_and_killed_are_the_unbroken_ones(start, tmp_path, tiny, m
     assert checkpoint.load_latest(tmp_path / "alone" / "checkpoints")[1]["step"] > step
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_only_rank_of_a_run_is_a_run_without_ranks(request, tiny, tmp_path, device):
+    """Up to rounding, which in float32 gives an embedding another prototype after a few steps."""
+    interpreter = request.getfixturevalue("python") if device == "cpu" else sys.executable
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    for folder, launcher in (("alone", []), ("rank", ["-m", "torch.distributed.run", "--nproc-per-node=1"])):
+        line = [interpreter, *launcher, "-m", "src.train", *tiny, *SUPPORTS["kmclr"], f"device={device}", "epochs=1"]
+        subprocess.run([*line, f"output_dir={folder}"], cwd=tmp_path, env=environment, check=True)
+    alone, rank = (
+        [history(tmp_path / folder)["train/loss", step] for step in range(3)] for folder in ("alone", "rank")
+    )
+    assert rank == pytest.approx(alone, rel=1e-4)
+
+
 def test_a_loss_is_said_while_the_launchers_signal_is_only_noted(tiny, tmp_path, monkeypatch, capsys):
     """It comes within moments, and would end a rank that no longer notes signals."""
     monkeypatch.chdir(tmp_path)
