@@ -135,6 +135,8 @@ def typed(tmp_path, monkeypatch, capsys):
         ("+sweep=support_size", "+sweep=support_size: a sweep is many runs; add --multirun"),
         ("hydra/launcher=slurm", "hydra/launcher=slurm: submits the jobs of a sweep; add --multirun, for one too"),
         ("epochs=0", "epochs=0: must be 1 or more"),
+        ("support.name=[1,2]", "support.name=[1, 2]: choose one of none, queue, kmeans"),
+        ("support.name=[1] +support._target_=tests.absent.Class", "support._target_=tests.absent.Class: "),
         ("k==4", "k==4"),
         ("seed=1,2", "seed=1,2: several values; add --multirun to run each of them"),
         ("+sede=1", "sede"),

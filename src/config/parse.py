@@ -46,7 +46,7 @@ def parse(composed: DictConfig) -> Config:
     try:
         support = _schema("support", composed, SUPPORTS, Support)
         objective = _schema("objective", composed, OBJECTIVES, Objective)
-        ours = [*LABELS, OmegaConf.select(composed, "support.name")]  # with somebody's support set, ours has its name
+        ours = [*LABELS, str(OmegaConf.select(composed, "support.name"))]  # with somebody's support set, ours has its name
         method = _schema("method", composed, dict.fromkeys(ours, Method), Method)
         schema = _structured(support, objective, method)
         cfg: Config = _without_minus_zero(OmegaConf.to_object(OmegaConf.merge(schema, composed)))
@@ -85,9 +85,10 @@ def _schema(group: str, composed: DictConfig, own: dict[str, type], base: type) 
         raise UsageError(f"{group}={node}: choose one of {', '.join(map(str, own))}")
     if path := node.get("_target_"):
         return settings_class(path, group, base)
-    if node.get("name") not in own:
-        raise UsageError(f"{group}.name={node.get('name')}: choose one of {', '.join(map(str, own))}")
-    return own[node.name]
+    name = str(node.get("name"))  # which may be a list, too
+    if name not in own:
+        raise UsageError(f"{group}.name={name}: choose one of {', '.join(own)}")
+    return own[name]
 
 
 def _nodes(key: str, node: Any) -> Iterator[tuple[str, Any]]:

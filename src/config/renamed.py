@@ -63,7 +63,7 @@ def _number(settings: Mapping[str, Any], key: str) -> float:
 
 def modernised(composed: DictConfig) -> DictConfig:
     """The same of a nested config."""
-    if "support" in composed or OmegaConf.select(composed, "method.name") not in SUPPORTS:
+    if "support" in composed or str(OmegaConf.select(composed, "method.name")) not in SUPPORTS:
         return composed
     nested, settings = OmegaConf.create({}), cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     for key, value in modern(flatten(settings)).items():
