@@ -6,11 +6,9 @@ Shapes: B images a batch, K pixels a side, N images in the split.
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import repeat, starmap
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 from src.data.splits import Split
 from src.errors import UsageError
 from src.system.seeding import mix
+from src.system.threads import in_threads
 
 AHEAD = 3  # batches that wait for their step
 SHARE = 0.25
@@ -91,22 +90,11 @@ def epoch_batches(
     aspects_of_batches = repeat(None) if aspects_N is None else (aspects_N[ids_B] for ids_B in order)
     ids_of_batches = zip(order.to(split.labels.device), aspects_of_batches, strict=False)
 
-    def batch(ids_B: Tensor, aspects_B: Tensor | None) -> Batch:
+    def batch(known: tuple[Tensor, Tensor | None]) -> Batch:
+        ids_B, aspects_B = known
         images, labels_B = pixels.take(ids_B[rows]).images, split.labels[ids_B]
         images, labels_B, ids_B = (each.to(device, non_blocking=True) for each in (images, labels_B, ids_B))
         return Batch(images, labels_B, ids_B, aspects_B)
 
     is_there = split.store.device.type == device.type and (device.type != "cpu" or split.nbytes <= room(device))
-    return starmap(batch, ids_of_batches) if is_there else _ahead(batch, ids_of_batches)
-
-
-def _ahead(batch: Callable[..., Batch], ids_of_batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Batch]:
-    """The batches in order, each made by another thread while those before it are used."""
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        waiting: deque[Future[Batch]] = deque()
-        for each in ids_of_batches:
-            waiting.append(thread.submit(batch, *each))
-            if len(waiting) > AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    return map(batch, ids_of_batches) if is_there else in_threads(batch, ids_of_batches, AHEAD + 1, 1, "batches")

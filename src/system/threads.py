@@ -17,8 +17,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def in_threads(function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
-    """The results in the order of the items, as many at a time as the process may use cores.
+def in_threads(
+    function: Callable[[T], R], items: Iterable[T], window: int, threads: int | None = None, name: str = ""
+) -> Iterator[R]:
+    """The results in the order of the items.
 
     The first error is raised in its place, and what has not begun by then is not begun.
 
@@ -26,9 +28,11 @@ def in_threads(function: Callable[[T], R], items: Iterable[T], window: int) -> I
         function: which releases the interpreter, or the threads gain nothing.
         items: taken one by one.
         window: how many of them are taken before the result of the first of these is.
+        threads: how many; None: as many as the process may use cores.
+        name: what the threads' names begin with.
     """
     waiting: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(cores())
+    pool = ThreadPoolExecutor(threads or cores(), name)
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
