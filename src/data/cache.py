@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import chain, compress, islice
 from math import prod
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -187,10 +187,8 @@ def _identity(cfg: Data) -> Path:
     """What the caches of all states of a source begin with."""
     places = (cfg.name, root_of(cfg), cfg.repo, cfg.revision, cfg.config, cfg.train_split, cfg.test_split)
     decoding = (cfg.image_size, cfg.image_column, cfg.label_column, cfg.resize, cfg.background)
-    newer = (
-        *(("keep", cfg.keep) if cfg.keep else ()),
-        *(("draft",) if cfg.draft else ()),
-    )  # neutral settings leave their names to the caches that there are
+    # Neutral settings leave their names to the caches that there are.
+    newer = (*(("keep", cfg.keep) if cfg.keep else ()), *(("draft",) if cfg.draft else ()))
     return Path(cfg.cache_dir).expanduser().resolve() / f"{cfg.name}-{_digest(*places, *decoding, *newer)}"
 
 
@@ -237,11 +235,7 @@ def _open(path: Path, level: int) -> Cache | None:
 
 
 def _verify(path: Path, stated: str) -> None:
-    """Compares the checksum, unless that has been done since the file was last written to.
-
-    Raises:
-        SafetensorError: It differs.
-    """
+    """Compares the checksum, unless that has been done since the file was last written to."""
     now = state(path)
     with suppress(OSError, ValueError):
         if stated and path.with_suffix(VERIFIED).read_text() == f"{stated} {now}":
@@ -269,29 +263,21 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:12]
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock, and says so if that means waiting for another process."""
+def _locked(path: Path) -> AcquireReturnProxy:
+    """Holds the lock inside a ``with`` block, and says so if that means waiting for another process."""
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=1)
+        return lock.acquire(timeout=1)
     except Timeout:
         log.info("waiting for another process to decode the images (it holds %s)", path)
-        lock.acquire()
+        return lock.acquire()
     except OSError as error:
         raise UsageError(f"data.cache_dir={path.parent}: {error.strerror}; choose a folder you may write to") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _write(path: Path, source: Source, cfg: Data) -> None:
-    """Streams the file out under another name; it takes its own only when it is complete and on the disk.
-
-    A process that is killed or interrupted leaves what it has saved, and the next one goes on there.
-    """
+    """Streams the file out under another name; it takes its own only when it is complete and on the disk."""
     unfinished = path.with_suffix(PARTIAL)
     saved = path.with_suffix(SAVED)
     try:
@@ -319,11 +305,7 @@ def _write(path: Path, source: Source, cfg: Data) -> None:
 
 
 def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
-    """What can be decoded, and a line on each picture that cannot: all of them are decoded once to find out.
-
-    Raises:
-        UsageError: If a class loses its last training image.
-    """
+    """What can be decoded, and a line on each picture that cannot: all of them are decoded once to find out."""
     skipped: list[str] = []
 
     def problem(picture: Picture) -> str:
@@ -333,16 +315,12 @@ def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
             return str(error)
         return ""
 
-    def rows(part: Part) -> list[bool]:
-        problems = list(in_threads(problem, part.pictures, AHEAD * cores()))
-        skipped.extend(filter(None, problems))
-        return [not each for each in problems]
-
-    def without(part: Part, kept: list[bool]) -> Part:
-        return Part(list(compress(part.labels, kept)), compress(part.pictures, kept))
-
-    tried, again = source.read(), source.read()
-    parts = {name: without(part, rows(tried.parts()[name])) for name, part in again.parts().items()}
+    tried, again, parts = source.read(), source.read(), {}
+    for name, part in again.parts().items():
+        problems = list(in_threads(problem, tried.parts()[name].pictures, AHEAD * cores()))
+        skipped += filter(None, problems)
+        kept = [not each for each in problems]
+        parts[name] = Part(list(compress(part.labels, kept)), compress(part.pictures, kept))
     contents = Contents(again.classes, **parts, notes=again.notes)
     if lost := set(tried.train.labels) - set(contents.train.labels):
         names = " of " + ", ".join(contents.classes[label] for label in sorted(lost)) if tried.train.labelled else ""

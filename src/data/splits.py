@@ -21,9 +21,7 @@ class Split:
     store: Tensor  # [M, 3, K, K] uint8
     labels: Tensor  # [N] int64
     rows: Tensor | None = None  # [N] int64, where in the store the images are; None: all of it, in order
-    aspects: Tensor | None = (
-        None  # [N] float32 on the CPU: width / height of whole images, which the store has squeezed
-    )
+    aspects: Tensor | None = None  # [N] float32 on the CPU: width / height of whole images, squeezed in the store
     middle: int | None = None  # S, of whole images
 
     def __len__(self) -> int:
@@ -83,7 +81,8 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     counts_C = labels.bincount()
     exact_C = counts_C.double() * fraction
     quota_C = exact_C.long()
-    by_remainder_C = _shuffled(exact_C - quota_C, generator)
+    order_C = torch.randperm(len(counts_C), generator=generator)  # of ties
+    by_remainder_C = order_C[(exact_C - quota_C)[order_C].argsort(descending=True, stable=True)]
     can_spare_C = quota_C < counts_C - 1
     left_over = round(len(labels) * fraction) - int(quota_C.sum())
     quota_C[by_remainder_C[can_spare_C[by_remainder_C]][:left_over]] += 1
@@ -111,9 +110,8 @@ def class_balanced_subset(labels: Tensor, limit: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     counts_C = labels.bincount()
     lowest, beyond = 0, int(counts_C.max()) + 1
-    while (
-        beyond - lowest > 1
-    ):  # the highest level at which min(count, level) over all classes does not exceed the limit
+    # The highest level at which min(count, level) over all classes does not exceed the limit.
+    while beyond - lowest > 1:
         level = (lowest + beyond) // 2
         lowest, beyond = (level, beyond) if counts_C.clamp(max=level).sum() <= limit else (lowest, level)
     quota_C = counts_C.clamp(max=lowest)
@@ -127,9 +125,3 @@ def _draw(labels: Tensor, quota_C: Tensor, generator: torch.Generator) -> Tensor
     order = torch.randperm(len(labels), generator=generator)
     by_class = order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
     return torch.cat([rows[:quota] for rows, quota in zip(by_class, quota_C.tolist(), strict=True)]).sort().values
-
-
-def _shuffled(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Indices by falling score, ties in random order."""
-    order = torch.randperm(len(scores), generator=generator)
-    return order[scores[order].argsort(descending=True, stable=True)]

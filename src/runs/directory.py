@@ -119,7 +119,8 @@ def exclusive(directory: Path, patience: float = 0.0) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / ".lock")
         lock.acquire(timeout=patience)
-        _write_holder(directory)
+        with suppress(OSError):  # a full disk: what matters more will say so
+            (directory / HOLDER).write_text(_this_process())
     except Timeout as error:
         raise UsageError(f"{directory}: {_holder(directory)} is using it; wait for it, or stop it") from error
     except OSError as error:
@@ -133,12 +134,6 @@ def exclusive(directory: Path, patience: float = 0.0) -> Iterator[None]:
             if _holder(directory) == _this_process():  # not another's, whose folder has taken the place of this one
                 (directory / HOLDER).unlink()
         lock.release()
-
-
-def _write_holder(directory: Path) -> None:
-    """Notes who holds the directory, for whoever wants it meanwhile."""
-    with suppress(OSError):  # a full disk: what matters more will say so
-        (directory / HOLDER).write_text(_this_process())
 
 
 def _this_process() -> str:

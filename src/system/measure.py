@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from types import TracebackType
 
 import torch
 
@@ -27,9 +26,7 @@ class Stopwatch:
         else:
             self._started = time.perf_counter()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
             self._events[-1][1].record()
         else:
