@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -55,7 +55,8 @@ def image_folder(root: Path, train_split: str | None = None, test_split: str | N
     seen, began = {str(root)}, time.time()
     folders = _folders_of_splits(root, train_split, test_split)
     splits = {name: _files(folders[name], seen) for name in used_splits(folders, train_split, test_split)}
-    classes = _classes(splits.values())
+    # Those of the first split that tells two or more apart.
+    classes = next((list(files.by_class) for files in splits.values() if len(files.by_class) > 1), [])
     parts = {name: _part(files, classes) for name, files in splits.items()}
     paths = [path for files in splits.values() for path in files.everything]
     states = _settled(seen, began) if len(paths) >= MANY else {}
@@ -116,17 +117,8 @@ def _is_image(path: str) -> bool:
     return path.lower().endswith(SUFFIXES)
 
 
-def _classes(splits: Iterable[Files]) -> list[str]:
-    """Those of the first split that tells two or more apart."""
-    return next((list(files.by_class) for files in splits if len(files.by_class) > 1), [])
-
-
 def _part(files: Files, classes: list[str]) -> Part:
-    """Labels and pictures of a split.
-
-    Raises:
-        UsageError: It has a class that is none of ``classes``.
-    """
+    """Labels and pictures of a split."""
     pictures = Pictures(files.everything)
     strangers = sorted(set(files.by_class) - set(classes))
     if not classes or not files.by_class or (strangers and len(files.by_class) == 1):

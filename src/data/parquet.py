@@ -59,7 +59,7 @@ def parquet(
     used = {name: [root / shard for shard in splits[name]] for name in used_splits(splits, train_split, test_split)}
     shards = [shard for each in used.values() for shard in each]
     image_column, label_column, notes = find_columns(shards[0], image_column, label_column)
-    if all(_has_nothing_but(shard, image_column) for shard in shards):
+    if not any(_holds_labels(each.type) for shard in shards for each in _schema(shard) if each.name != image_column):
         label_column = NO_LABELS
     for shard in shards:
         _check_columns(shard, image_column, label_column)
@@ -143,12 +143,10 @@ def find_columns(shard: Path, image: str | None, label: str | None) -> tuple[str
     Raises:
         UsageError: Several columns could be meant.
     """
-    import pyarrow.parquet as pq
-
     if image is not None and label is not None:
         return image, label, []
+    schema = _schema(shard)
     with _readable(shard):
-        schema = pq.read_schema(shard)
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     if image is None:
         images = [each.name for each in schema if _holds_images(each.type)]
@@ -171,19 +169,15 @@ def find_columns(shard: Path, image: str | None, label: str | None) -> tuple[str
     return image, chosen, notes
 
 
-def _has_nothing_but(shard: Path, column: str) -> bool:
-    """Whether no other column could hold labels."""
+def _schema(shard: Path) -> pyarrow.Schema:
     import pyarrow.parquet as pq
 
     with _readable(shard):
-        return not any(_holds_labels(each.type) for each in pq.read_schema(shard) if each.name != column)
+        return pq.read_schema(shard)
 
 
 def _check_columns(shard: Path, image_column: str, label_column: str) -> None:
-    import pyarrow.parquet as pq
-
-    with _readable(shard):
-        schema = pq.read_schema(shard)
+    schema = _schema(shard)
     for column in (image_column, *([label_column] if label_column != NO_LABELS else [])):
         if column not in schema.names:
             raise UsageError(
@@ -244,11 +238,7 @@ def _read(splits: dict[str, list[Path]], image_column: str, label_column: str) -
 
 
 def _values(shard: Path, column: str) -> list[Any]:
-    """The labels of a shard; None where there is none.
-
-    Raises:
-        UsageError: A label is a number between the whole ones.
-    """
+    """The labels of a shard; None where there is none."""
     import pyarrow.parquet as pq
 
     with _readable(shard):
@@ -275,10 +265,9 @@ def _count(shard: Path) -> int:
 
 def _class_names(shard: Path, label_column: str) -> list[str]:
     """Names that the hub's ``ClassLabel`` feature keeps in the schema's metadata; empty without it."""
-    import pyarrow.parquet as pq
-
+    schema = _schema(shard)
     with _readable(shard):
-        written = json.loads((pq.read_schema(shard).metadata or {}).get(b"huggingface", b"{}"))
+        written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         names = written.get("info", {}).get("features", {}).get(label_column, {}).get("names") or []
         if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError("the class names are no list of texts")
