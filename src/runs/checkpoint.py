@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
 
 from src.errors import UsageError
-from src.runs.record import begins_with
+from src.runs.record import begins_with, reason
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
 from src.system.regular_file import read_regular
@@ -77,8 +77,7 @@ def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 2) ->
     write_whole(path, payload, hashlib.sha256(payload).digest())
 
     saved = _by_step(directory)
-    kept = sorted(other for other in saved if other <= step)[-keep:]
-    for other in {other for other in saved if other <= step} - set(kept):
+    for other in sorted(other for other in saved if other <= step)[:-keep]:
         saved[other].unlink()
     set_aside_after(directory, step)
     return path
@@ -131,11 +130,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         _HEAD.validate_python(state, strict=True)
     except ValidationError as error:
-        wrong = error.errors(include_url=False, include_input=False)[0]
-        reason = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
-        raise UsageError(
-            f"{path} is not the checkpoint of a run ({one_line(ValueError(reason))}): choose another one"
-        ) from None
+        raise UsageError(f"{path} is not the checkpoint of a run ({reason(error)}): choose another one") from None
     return state
 
 

@@ -102,7 +102,7 @@ class Record:
                 raise ValueError(f"copies: lacks the experiment {record.experiment!r}")
             record._compare(content)
         except (OSError, ValueError) as error:
-            raise UsageError(f"{path} is not the record of a run ({_reason(error)}): name another folder") from None
+            raise UsageError(f"{path} is not the record of a run ({reason(error)}): name another folder") from None
         return record
 
     def _compare(self, content: bytes) -> None:
@@ -235,7 +235,7 @@ def _warn_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What is wrong in a file, and where in it."""
     if not isinstance(error, ValidationError):
         return one_line(error)
@@ -287,7 +287,7 @@ def read_rows(path: Path, start: int = 0) -> tuple[list[Row], int]:
     try:
         rows = [_ROW.validate_json(line) for line in complete.removesuffix(b"\n").split(b"\n") if complete]
     except ValidationError as error:
-        raise UsageError(f"{path} holds a damaged row ({_reason(error)}): remove it and all rows after it") from None
+        raise UsageError(f"{path} holds a damaged row ({reason(error)}): remove it and all rows after it") from None
     return rows, start + len(complete)
 
 

@@ -259,33 +259,13 @@ class Tracker:
 class NoTracker(Tracker):
     """Of a process that has no log of its own, since another one of the same run has it; takes what a tracker does."""
 
-    def __init__(
-        self,
-        directory: Path,
-        tracking: Tracking,
-        params: Mapping[str, object],  # noqa: ARG002
-        tags: Mapping[str, str],  # noqa: ARG002
-        is_stopping: Callable[[], object] = lambda: False,  # noqa: ARG002
-    ) -> None:
+    def __init__(self, directory: Path, tracking: Tracking, *_: object, **__: object) -> None:
         self.record = Record.new(directory.name, tracking.experiment)
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def _pass(self, *_: object, **__: object) -> None:
         pass
 
-    def sync(self) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-    def artifact(self, path: Path) -> None:
-        pass
-
-    def watch_system(self) -> None:
-        pass
-
-    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        pass
+    log = sync = flush = artifact = watch_system = close = _pass
 
 
 def deliver(directory: Path) -> str:
@@ -314,15 +294,9 @@ def catch_up(directory: Path, tracking: Tracking) -> None:
 
 
 def _bring_up(directory: Path, asked: Tracking | None = None, again: bool = False) -> tuple[list[str], bool]:
-    """`mlflow_store.bring_up`, for the process that holds the directory of a run that has ended.
-
-    A run whose process ended without closing it, by a SIGKILL say, is closed as killed.
-
-    Raises:
-        UsageError: the store does not take it.
-    """
+    """`mlflow_store.bring_up`, for the process that holds the directory of a run that has ended."""
     record = Record.load(directory)
-    if record.status == "RUNNING":
+    if record.status == "RUNNING":  # a SIGKILL, say, has ended its process
         record.close("KILLED", "its process is gone; the same command continues")
     if asked:
         record.ask(asked)
@@ -406,11 +380,7 @@ def _show(client: Any, record: Record, pages: mlflow_store.Pages) -> str:
 
 
 def _share_again(directory: Path, pages: mlflow_store.Pages) -> None:
-    """`share`, of a sweep that has ended, once MLflow has its run.
-
-    Raises:
-        UsageError: a process works on the sweep, or the store does not take it.
-    """
+    """`share`, of a sweep that has ended, once MLflow has its run."""
     with run_directory.exclusive(directory):
         record = Record.load(directory)
         if "sweep_id" not in record.tags or not record.copy.run_id:
