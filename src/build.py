@@ -75,28 +75,22 @@ def search(cfg: schema.Search, device: torch.device) -> Search:
 def views(cfg: Config, data: Dataset, part: tuple[int, int] = (0, 1)) -> tuple[ViewMaker, ViewMaker]:
     """What makes view 1 and view 2 of each batch, or of one of its equal parts (`ViewMaker`)."""
     mode = COMPILE_MODE if cfg.compile else None
-    view1, view2 = (
-        ViewMaker(
-            *(view, cfg.augment.interpolation, cfg.data.image_size, data.mean, data.std),
-            part=part,
-            compile_mode=mode,
-        )
-        for view in (cfg.augment.view1, cfg.augment.view2)
-    )
+    rest = cfg.augment.interpolation, cfg.data.image_size, data.mean, data.std
+    view1 = ViewMaker(cfg.augment.view1, *rest, part=part, compile_mode=mode)
+    view2 = ViewMaker(cfg.augment.view2, *rest, part=part, compile_mode=mode)
     return view1, view2
 
 
 def encoder(cfg: schema.Backbone, image_size: int) -> tuple[nn.Module, int]:
     """The backbone, and how many features it gives."""
-    match cfg.name:
-        case _ if cfg._target_ is not None:
-            model = make(cfg._target_, "backbone", nn.Module, **cfg.options)
-        case name if name in RESNETS:
-            model = models.resnet(cfg.name, cfg.stem)  # type: ignore[arg-type]
-        case name if name == RESNET_TINY:
-            model = models.ResNetTiny(cfg.stem)  # type: ignore[arg-type]
-        case name:
-            model = models.timm_model(name, cfg.options)
+    if cfg._target_ is not None:
+        model = make(cfg._target_, "backbone", nn.Module, **cfg.options)
+    elif cfg.name in RESNETS:
+        model = models.resnet(cfg.name, cfg.stem)  # type: ignore[arg-type]
+    elif cfg.name == RESNET_TINY:
+        model = models.ResNetTiny(cfg.stem)  # type: ignore[arg-type]
+    else:
+        model = models.timm_model(cfg.name, cfg.options)
     return model, models.feature_dim(model, image_size)
 
 

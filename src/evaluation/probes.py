@@ -279,9 +279,7 @@ def augmented_heads(
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         return ((frozen.encode(views), labels_B) for views, labels_B in cropped(epoch))
 
-    features = frozen.features(train.take(torch.arange(1))).x_NF.shape[1]
-    heads = LinearHeads(
-        classes, lrs, torch.zeros(features, device=frozen.device), torch.ones(features, device=frozen.device)
-    )
+    one_F = frozen.features(train.take(torch.arange(1))).x_NF[0]
+    heads = LinearHeads(classes, lrs, torch.zeros_like(one_F), torch.ones_like(one_F))
     heads.fit(batches, epochs, len(train) // batch_size)
     return heads

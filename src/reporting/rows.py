@@ -102,20 +102,18 @@ class Difference(NamedTuple):
         return self.mean + self.half_width
 
 
-NO_DIFFERENCE = Difference(math.nan, math.nan, 0)
-
-
-def difference(row: Row, control: Row, figure: str) -> Difference:
+def difference(row: Row, control: Row | None, figure: str) -> Difference:
     """Mean of the differences between runs of one seed, with its 95% interval by Student's t distribution.
+
+    Without a control there are no pairs.
 
     A seed gives both runs the same initial weights, order of images and views, so that what they have in common
     cancels. The interval assumes that the differences are normal; with two or three seeds it is wide, as it should be.
 
     Source: Student, "The Probable Error of a Mean", Biometrika 6, 1908.
     """
-    ours, theirs = (
-        {run.params["seed"]: run.metrics.get(figure, math.nan) for run in each.runs} for each in (row, control)
-    )
+    pair = row.runs, control.runs if control else ()
+    ours, theirs = ({run.params["seed"]: run.metrics.get(figure, math.nan) for run in runs} for runs in pair)
     gains = [gain for seed in ours.keys() & theirs.keys() if math.isfinite(gain := ours[seed] - theirs[seed])]
     if len(gains) < 2:
         return Difference(statistics.fmean(gains or [math.nan]), math.nan, len(gains))

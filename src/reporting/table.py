@@ -19,7 +19,7 @@ from rich.table import Table
 from src.config.names import UNTRAINED
 from src.reporting import curves, page
 from src.reporting.plots import caption, plot, to_svg, write_png
-from src.reporting.rows import FIGURES, NO_DIFFERENCE, NOTHING_STORED, Row, control_of, difference, figures_of
+from src.reporting.rows import FIGURES, NOTHING_STORED, Row, control_of, difference, figures_of
 from src.runs.record import METRICS
 from src.system.atomic_write import write_whole
 
@@ -40,8 +40,8 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     """
 
     def worth(row: Row) -> str:
-        control = control_of(row, rows)
-        if control is None or not (found := difference(row, control, WORTH)).pairs:
+        found = difference(row, control_of(row, rows), WORTH)
+        if not found.pairs:
             return "-"
         return f"{found.mean:+.2f}" + ("" if math.isnan(found.half_width) else f" ± {found.half_width:.2f}")
 
@@ -121,7 +121,7 @@ def _differences(row: Row, rows: Sequence[Row], figures: Iterable[str]) -> dict[
     control = control_of(row, rows)
     numbers: dict[str, float | None] = {}
     for figure in figures:
-        found = difference(row, control, figure) if control else NO_DIFFERENCE
+        found = difference(row, control, figure)
         numbers |= {f"{figure}_difference": _known(found.mean), f"{figure}_difference_low": _known(found.low)}
         numbers |= {f"{figure}_difference_high": _known(found.high), f"{figure}_pairs": found.pairs}
     return numbers
@@ -132,22 +132,12 @@ def courses(rows: Sequence[Row]) -> list[curves.Course]:
     found = []
     for row in rows:
         here = tuple(run.directory for run in row.runs if run.directory and (run.directory / METRICS).is_file())
-        if here:
-            params = row.runs[0].params
-            is_reset = params.get("support.forget") == "reset"
-            cycle = int(params["support.forget_every"]) if is_reset and "support.forget_every" in params else 1
-            found.append(
-                curves.Course(
-                    row.title,
-                    row.name,
-                    row.size,
-                    row.colour,
-                    int(params["epochs"]),
-                    here,
-                    cycle,
-                    row.method == UNTRAINED,
-                )
-            )
+        if not here:
+            continue
+        params = row.runs[0].params
+        cycle = int(params.get("support.forget_every", 1)) if params.get("support.forget") == "reset" else 1
+        epochs, is_untrained = int(params["epochs"]), row.method == UNTRAINED
+        found.append(curves.Course(row.title, row.name, row.size, row.colour, epochs, here, cycle, is_untrained))
     return found
 
 
@@ -172,18 +162,13 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
     writer.writeheader()
     writer.writerows(numbers)
     write_whole(out / "table.csv", sheet.getvalue().encode())
-    runs = [{"runs": [run.run_id for run in row.runs]} for row in rows]
-    result = {
-        "experiment": experiment,
-        "rows": [one | two for one, two in zip(numbers, runs, strict=True)],
-        "notes": list(notes),
-    }
+    with_ids = [one | {"runs": [run.run_id for run in row.runs]} for one, row in zip(numbers, rows, strict=True)]
+    result = {"experiment": experiment, "rows": with_ids, "notes": list(notes)}
     write_whole(out / "table.json", f"{json.dumps(result, indent=1, allow_nan=False)}\n".encode())
 
     paths = [out / name for name in ("table.md", "table.csv", "table.json", "plot.png", "plot.svg", "results.html")]
-    with rc_context(
-        {"font.size": 9, "svg.hashsalt": experiment, "text.parse_math": False}
-    ):  # the same runs, the same bytes
+    # The salt: the same runs give the same bytes.
+    with rc_context({"font.size": 9, "svg.hashsalt": experiment, "text.parse_math": False}):
         figure = plot(rows)
         write_png(figure, out / "plot.png", dpi=200)
         pictures = {"Support-set size and accuracy": to_svg(figure)}

@@ -28,6 +28,7 @@ from src.runs.record import CHARTS, METRICS, PARENT, Record, cut_and_read, encod
 from src.system.deadline import Call, Overdue, within
 from src.system.redact import one_line
 
+Status = Literal["FINISHED", "FAILED", "KILLED"]  # how a run may end
 WHEN_STOPPED = 5.0  # seconds for a delivery of a run that has been told to stop
 LONGEST = 600.0  # seconds for the whole of a run, for the command that does nothing else
 SLOW = 1.0  # seconds, above which a delivery is held to a tenth of the time
@@ -173,7 +174,7 @@ class Tracker:
         except Exception as error:
             logger.warning("MLflow takes no system metrics of this session: %s", one_line(error))
 
-    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    def close(self, status: Status) -> None:
         """Ends the run, here and in MLflow; a run that was told to stop does not wait for a store that fails.
 
         Raises:

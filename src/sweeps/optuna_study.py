@@ -99,7 +99,7 @@ class Study:
         self.study.set_user_attr("pruner", pruner)
         for trial in self.study.trials:
             if trial.state.name == "RUNNING" and trial.params.keys() != self.distributions.keys():
-                _tell(self.study, trial.number, "FAIL")  # cut off before it had its point
+                self.conclude(trial.number, "FAIL")  # cut off before it had its point
 
     def points(self) -> dict[int, dict[str, Any]]:
         """Every trial that has its point: its number, and the point."""
@@ -142,7 +142,9 @@ class Study:
 
     def conclude(self, number: int, state: str, value: float | None = None) -> None:
         """Ends a trial as ``COMPLETE`` with its value, ``PRUNED`` or ``FAIL``."""
-        _tell(self.study, number, state, value)
+        from optuna.trial import TrialState
+
+        self.study.tell(number, value, state=TrialState[state])
 
     def best(self) -> tuple[int, float] | None:
         """The number and the value of the best complete trial."""
@@ -210,12 +212,6 @@ def _check(path: Path, study: Any) -> None:
         raise ValueError(found)
     for trial in study.trials:
         trial._validate()
-
-
-def _tell(study: Any, number: int, state: str, value: float | None = None) -> None:
-    from optuna.trial import TrialState
-
-    study.tell(number, value, state=TrialState[state])
 
 
 def _quiet() -> Any:

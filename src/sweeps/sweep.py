@@ -11,7 +11,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Literal
 
 from src.config import schema
 from src.errors import UsageError
@@ -21,7 +20,7 @@ from src.runs import directory as run_directory
 from src.runs import mlflow_store
 from src.runs.query import how_to_open
 from src.runs.record import CHARTS, NOTE, Record
-from src.runs.tracker import Tracker, attach_children, mark_failed, share
+from src.runs.tracker import Status, Tracker, attach_children, mark_failed, share
 from src.sweeps.jobs import Job
 from src.system import environment
 from src.system.redact import redact
@@ -62,11 +61,12 @@ class Sweep:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         stopped = kind is not None and not issubclass(kind, Exception)
-        status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED" if stopped else "FAILED"
-        outcome: Literal["FINISHED", "FAILED", "KILLED"]
+        status: Status = "KILLED" if stopped else "FAILED"
         refused = kind is not None and issubclass(kind, UsageError) and not any(job.record for job in self.jobs)
         try:
-            outcome = "FAILED" if refused else self._conclude()  # a mistake in the command: it says all there is to say
+            outcome: Status = (
+                "FAILED" if refused else self._conclude()
+            )  # a mistake in the command: it says all there is to say
             status = outcome if kind is None else status
         finally:
             self.tracker.close(status)
@@ -74,7 +74,7 @@ class Sweep:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
 
-    def _conclude(self) -> Literal["FINISHED", "FAILED", "KILLED"]:
+    def _conclude(self) -> Status:
         finished = [job for job in self.jobs if job.is_finished]
         pruned = [job for job in self.jobs if job.status == PRUNED]
         lacking = [job for job in self.jobs if job not in finished and job not in pruned]

@@ -246,7 +246,9 @@ class _SharedEncoder(FrozenEncoder):
             mine = super().features(turn[min(dist.get_rank(), len(turn) - 1)], batch_size).x_NF
             whole = mine.new_zeros(batch_size, mine.shape[1])
             whole[: len(mine)] = mine
-            found += [x_NF[: len(block)] for x_NF, block in zip(_gather(whole).split(batch_size), turn, strict=False)]
+            found += [
+                x_NF[: len(block)] for x_NF, block in zip(_Gather.apply(whole).split(batch_size), turn, strict=False)
+            ]
         return Features(torch.cat(found), split.labels.to(self.device))
 
 
@@ -390,12 +392,8 @@ class _Sum(Function):
         return _Sum.forward(ctx, gradient)
 
 
-def _gather(own: Tensor) -> Tensor:
-    return _Gather.apply(own)
-
-
 def _gather_features(encoder: nn.Module, _: Any, features: Tensor) -> Tensor:
-    return _gather(features) if encoder.training else features
+    return _Gather.apply(features) if encoder.training else features
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):

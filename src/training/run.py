@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
 
 from omegaconf import OmegaConf
 
@@ -28,7 +27,7 @@ from src.runs import directory as run_directory
 from src.runs import mlflow_store, origin
 from src.runs.query import how_to_open, page_of
 from src.runs.record import METRICS, Record
-from src.runs.tracker import COLOUR_TAG, NoTracker, Tracker, catch_up
+from src.runs.tracker import COLOUR_TAG, NoTracker, Status, Tracker, catch_up
 from src.support.sharded import in_shards
 from src.system.atomic_write import write_whole
 from src.system.environment import conditions, environment_tags
@@ -124,7 +123,7 @@ def run(
             | tags,
             is_stopping=lambda: stopper.status,
         )
-        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+        status: Status = "FAILED"
         together = trained = False  # whether all ranks end at one place
         try:
             tracker.record.continue_under(now, state.step)
