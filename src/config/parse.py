@@ -15,23 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from src.config import schema
 from src.config.explain import explain_key, explain_type, explain_violation
 from src.config.names import LABELS, method_name
 from src.config.outside import settings_class
 from src.config.renamed import modernised, objective_name
-from src.config.schema import (
-    OBJECTIVES,
-    SUPPORTS,
-    Config,
-    Contrast,
-    KMeans,
-    Method,
-    Objective,
-    Queue,
-    Support,
-    Teacher,
-    WithTeacher,
-)
+from src.config.schema import OBJECTIVES, SUPPORTS, Config
 from src.config.secrets import refuse_secrets
 from src.errors import UsageError
 
@@ -44,12 +33,12 @@ def parse(composed: DictConfig) -> Config:
     """
     composed = modernised(composed)
     try:
-        support = _schema("support", composed, SUPPORTS, Support)
-        objective = _schema("objective", composed, OBJECTIVES, Objective)
-        ours = [*LABELS, str(OmegaConf.select(composed, "support.name"))]  # with somebody's support set, ours has its name
-        method = _schema("method", composed, dict.fromkeys(ours, Method), Method)
-        schema = _structured(support, objective, method)
-        cfg: Config = _without_minus_zero(OmegaConf.to_object(OmegaConf.merge(schema, composed)))
+        support = _schema("support", composed, SUPPORTS, schema.Support)
+        objective = _schema("objective", composed, OBJECTIVES, schema.Objective)
+        own_name = str(OmegaConf.select(composed, "support.name"))  # which our method has with somebody's support set
+        method = _schema("method", composed, dict.fromkeys([*LABELS, own_name], schema.Method), schema.Method)
+        typed = _structured(support, objective, method)
+        cfg: Config = _without_minus_zero(OmegaConf.to_object(OmegaConf.merge(typed, composed)))
     except OmegaConfBaseException as error:
         raise UsageError(explain_type(error)) from error
     for key, node in _nodes("", cfg):
@@ -65,17 +54,17 @@ def parse(composed: DictConfig) -> Config:
 @cache
 def _structured(support: type, objective: type, method: type) -> DictConfig:
     """The typed schema of these parts. Making it takes longer than merging a config into a copy of it."""
-    schema: DictConfig = OmegaConf.structured(Config)
+    typed: DictConfig = OmegaConf.structured(Config)
     kinds = get_type_hints(Config) | {"support": support, "objective": objective, "method": method}
     for each in fields(Config):
         if is_dataclass(kind := kinds[each.name]):
-            schema[each.name] = OmegaConf.structured(kind)
-    return schema
+            typed[each.name] = OmegaConf.structured(kind)
+    return typed
 
 
 @cache
-def _adapter(schema: Any) -> TypeAdapter:
-    return TypeAdapter(schema)
+def _adapter(kind: Any) -> TypeAdapter:
+    return TypeAdapter(kind)
 
 
 def _schema(group: str, composed: DictConfig, own: dict[str, type], base: type) -> type:
@@ -116,16 +105,16 @@ def _without_minus_zero(value: Any) -> Any:
 def _check_combinations(cfg: Config) -> None:
     support, objective = cfg.support, cfg.objective
     is_ours = cfg.method._target_ is None
-    if support.name != "none" and isinstance(objective, Contrast) and not objective.support_weight and is_ours:
+    if support.name != "none" and isinstance(objective, schema.Contrast) and not objective.support_weight and is_ours:
         raise UsageError(
             f"support={support.name}: objective.support_weight=0 makes no use of what is stored; "
             "choose objective=mixed, or support=none"
         )
-    for key, owner in (("k", KMeans), ("queue_size", Queue)):
+    for key, owner in (("k", schema.KMeans), ("queue_size", schema.Queue)):
         if getattr(cfg, key) is not None and not isinstance(support, owner):
             raise UsageError(explain_key(key))
-    if isinstance(support, KMeans):
-        if cfg.k == 1 and isinstance(objective, Contrast) and objective.same_prototype == "mask":
+    if isinstance(support, schema.KMeans):
+        if cfg.k == 1 and isinstance(objective, schema.Contrast) and objective.same_prototype == "mask":
             raise UsageError("k=1: all images share the one prototype, so none would be a negative; choose 2 or more")
         if support.refit == "faiss" and cfg.k is not None and support.refit_window < cfg.k:
             raise UsageError(f"support.refit_window={support.refit_window}: must hold k={cfg.k} embeddings or more")
@@ -136,7 +125,7 @@ def _check_combinations(cfg: Config) -> None:
         )
     if cfg.batch_size == cfg.backbone.bn_splits > 1:
         raise UsageError(f"backbone.bn_splits={cfg.backbone.bn_splits}: parts of one image; choose fewer")
-    if cfg.evaluation.teacher and not (isinstance(objective, WithTeacher) and is_ours):
+    if cfg.evaluation.teacher and not (isinstance(objective, schema.WithTeacher) and is_ours):
         raise UsageError(
             f"evaluation.teacher=true: objective={objective.name} has no teacher; choose objective=teacher or "
             "objective=relation, or leave evaluation.teacher=false"
@@ -156,9 +145,9 @@ def _check_combinations(cfg: Config) -> None:
             f"tracking.system_metrics=true: MLflow measures them, and tracking={cfg.tracking.name} has none; "
             "choose tracking=mlflow, or leave tracking.system_metrics=false"
         )
-    if cfg.search.name == "ivf" and not isinstance(support, Queue):
+    if cfg.search.name == "ivf" and not isinstance(support, schema.Queue):
         raise UsageError(f"search=ivf: only support=queue can use it; choose search=auto for support={support.name}")
-    if isinstance(objective, Teacher) and is_ours and objective.neighbours > 1:
+    if isinstance(objective, schema.Teacher) and is_ours and objective.neighbours > 1:
         few = f"objective.neighbours={objective.neighbours}: "
         if (size := cfg.k or cfg.queue_size) and size < objective.neighbours:
             raise UsageError(f"{few}more than the {size} vectors that are stored; lower it")
@@ -168,11 +157,11 @@ def _check_combinations(cfg: Config) -> None:
 
 def _canonical(cfg: Config) -> Config:
     """One way to say each thing: a queue of none is no queue, and the parts name the method, not the preset typed."""
-    if isinstance(cfg.support, Queue) and cfg.queue_size == 0:
-        cfg.support, cfg.queue_size = Support(name="none"), None
-    if isinstance(cfg.objective, Contrast):
+    if isinstance(cfg.support, schema.Queue) and cfg.queue_size == 0:
+        cfg.support, cfg.queue_size = schema.Support(name="none"), None
+    if isinstance(cfg.objective, schema.Contrast):
         cfg.objective.name = objective_name(cfg.objective.support_weight, cfg.objective.predictor_hidden)
     if cfg.method._target_ is None:
         name = method_name(cfg.objective.name, cfg.support.name)
-        cfg.method = Method(name=name, label=cfg.support.label, colour=cfg.support.colour)
+        cfg.method = schema.Method(name=name, label=cfg.support.label, colour=cfg.support.colour)
     return cfg

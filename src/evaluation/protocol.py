@@ -68,37 +68,24 @@ def validation(
     return metrics | {"val/effective_rank": effective_rank(val.x_NF)}
 
 
-def final(frozen: FrozenEncoder, data: Dataset, cfg: schema.Evaluation, search: Search, seed: int) -> dict[str, float]:
-    """kNN and a linear probe on the test images, which are read here and nowhere else; in percent.
-
-    The number of neighbours and the probe's learning rate are chosen on the validation images. With ``data.final``
-    there are none: they are chosen on a tenth of the training images, and the probe is then trained on all of them.
-    Beside these, few labels and fine-tuning where the protocol asks for them. Nothing where no image has a label.
-    """
-    return _final(frozen, data, cfg, search, seed, *_features(frozen, data)) if data.classes else {}
-
-
-def of_teacher(
-    frozen: FrozenEncoder, data: Dataset, cfg: schema.Evaluation, search: Search, seed: int
-) -> dict[str, float]:
-    """The same of a teacher's encoder, with a probe and a number of neighbours of its own: ``teacher/test/...``."""
-    return {f"{TEACHER}/{key}": value for key, value in final(frozen, data, cfg, search, seed).items()}
-
-
-def _features(frozen: FrozenEncoder, data: Dataset) -> tuple[Features, Features | None]:
-    """Those from which probes and neighbours learn, and those on which they are chosen."""
-    return frozen.features(data.probe), None if data.val is None else frozen.features(data.val)
-
-
-def _final(
+def final(
     frozen: FrozenEncoder,
     data: Dataset,
     cfg: schema.Evaluation,
     search: Search,
     seed: int,
-    train: Features,
-    val: Features | None,
+    features: tuple[Features, Features | None] | None = None,
 ) -> dict[str, float]:
+    """kNN and a linear probe on the test images, which are read here and nowhere else; in percent.
+
+    The number of neighbours and the probe's learning rate are chosen on the validation images. With ``data.final``
+    there are none: they are chosen on a tenth of the training images, and the probe is then trained on all of them.
+    Beside these, few labels and fine-tuning where the protocol asks for them. Nothing where no image has a label.
+    ``features`` are those of the training and the validation images, where they are known already.
+    """
+    if not data.classes:
+        return {}
+    train, val = features or _features(frozen, data)
     classes = len(data.classes)
     metrics: dict[str, float] = {}
     if val is not None:
@@ -127,14 +114,26 @@ def _final(
     }
 
 
+def of_teacher(
+    frozen: FrozenEncoder, data: Dataset, cfg: schema.Evaluation, search: Search, seed: int
+) -> dict[str, float]:
+    """The same of a teacher's encoder, with a probe and a number of neighbours of its own: ``teacher/test/...``."""
+    return {f"{TEACHER}/{key}": value for key, value in final(frozen, data, cfg, search, seed).items()}
+
+
+def _features(frozen: FrozenEncoder, data: Dataset) -> tuple[Features, Features | None]:
+    """Those from which probes and neighbours learn, and those on which they are chosen."""
+    return frozen.features(data.probe), None if data.val is None else frozen.features(data.val)
+
+
 def untrained(
     frozen: FrozenEncoder, data: Dataset, cfg: schema.Evaluation, search: Search, seed: int
 ) -> dict[str, float]:
     """The figures of an encoder that has learned nothing, below which no other should be: ``untrained/test/...``."""
     if not data.classes:
         return {}
-    train, val = _features(frozen, data)
-    figures = _final(frozen, data, cfg, search, seed, train, val)
+    train, val = features = _features(frozen, data)
+    figures = final(frozen, data, cfg, search, seed, features)
     if val is not None:
         k = int(figures["test/knn_k"])  # which these images have chosen
         bank = _bank(train, train.labels_N, cfg)
@@ -161,11 +160,10 @@ def neighbours(cfg: schema.Evaluation, images_a_class: int) -> list[int]:
 
 def warn_of_few_neighbours(cfg: schema.Evaluation, data: Dataset) -> None:
     """Say so where a number of neighbours that is asked for is not the one that votes."""
-    if (
-        data.classes
-        and isinstance(cfg.knn_k, int)
-        and [cfg.knn_k] != neighbours(cfg, images := len(data.probe) // len(data.classes))
-    ):
+    if not (data.classes and isinstance(cfg.knn_k, int)):
+        return
+    images = len(data.probe) // len(data.classes)
+    if neighbours(cfg, images) != [cfg.knn_k]:
         logger.warning("evaluation.knn_k=%d: a class has %d training images, so that many vote", cfg.knn_k, images)
 
 

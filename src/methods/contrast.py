@@ -34,7 +34,6 @@ class Contrast(Method):
         self.predictor = predictor(parts.dim, objective.predictor_hidden) if objective.predictor_hidden else None
 
     def forward(self, view1: Tensor, view2: Tensor) -> Output:
-        """Two views [B, 3, S, S] of the same images, in the same order."""
         h1, h2 = self.encoder(view1), self.encoder(view2)
         z1, z2 = self.projector(h1), self.projector(h2)
         predictions = None if self.predictor is None else (self.predictor(z1), self.predictor(z2))

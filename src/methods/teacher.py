@@ -45,7 +45,6 @@ class WithTeacher(Method):
         return [*super().networks, self.teacher_encoder, self.teacher_projector]
 
     def forward(self, view1: Tensor, view2: Tensor) -> Output:
-        """Two views [B, 3, S, S] of the same images, in the same order."""
         h1, h2 = self.encoder(view1), self.encoder(view2)
         z1, z2 = self.projector(h1), self.projector(h2)
         predictions = torch.cat([self.predictor(z2), self.predictor(z1)])  # of the other view, beside its target

@@ -182,16 +182,13 @@ def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:
 
 
 def _untrained(runs: Sequence[Record], keys: Sequence[str]) -> list[Row]:
-    """What the runs' encoders were worth before the first step: the same for all runs of a seed, whatever the method.
-
-    Runs that started from others' weights, and those from before it was measured, have no such figures.
-    """
+    """What the runs' encoders were worth before the first step: the same for every run of a seed, in any method."""
     keys = [key for key in keys if key.startswith(("backbone.", "data.")) or is_protocol(key)]
     prefix = f"{UNTRAINED}/"
     seeds: dict[str, dict[str, Record]] = defaultdict(dict)
     for run in runs:
         figures = {key.removeprefix(prefix): run.metrics[key] for key in run.metrics if key.startswith(prefix)}
-        if figures:
+        if figures:  # not of runs that started from others' weights, or from before it was measured
             seeds[_variant(run, keys)][run.params["seed"]] = replace(run, metrics=figures)
     rows = []
     for variant, by_seed in sorted(seeds.items()):

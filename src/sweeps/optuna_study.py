@@ -180,11 +180,7 @@ def should_prune(folder: str | None, number: int | None, epoch: int, metrics: Ma
 
 
 def _open(folder: Path, check: bool = False) -> Any:
-    """The study in a folder; what there is of it is checked if that is asked for.
-
-    Raises:
-        UsageError: its file is damaged, another Optuna's or something else.
-    """
+    """The study in a folder; what there is of it is checked if that is asked for."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

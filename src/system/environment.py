@@ -34,10 +34,8 @@ def environment_tags(device: str) -> dict[str, str]:
         torch.cuda.get_device_name(device) if "cuda" in device else f"{device} ({torch.get_num_threads()} threads)"
     )
     for package in ("torch", "torchvision", "mlflow", "faiss-cpu", "faiss-gpu"):
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             tags[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     commit = _git("rev-parse", "HEAD")
     tags |= {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}  # a column of MLflow's
     if commit:

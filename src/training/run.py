@@ -110,17 +110,12 @@ def run(
             warn_of_other_conditions(directory, now, state.step)
         ranks.check_same(state.method, images=data.fingerprint, step=state.step)
         config = identity.flat(cfg)
+        own = {"dtype": dtype, "config_hash": identity.config_hash(cfg), COLOUR_TAG: colour_of(config)}
         tracker = (Tracker if ranks.first else NoTracker)(
             directory,
             cfg.tracking,
             params=config | state.sizes() | {"skipped_images": data.skipped},
-            tags=environment_tags(str(state.device))
-            | {
-                "dtype": dtype,
-                "config_hash": identity.config_hash(cfg),
-                COLOUR_TAG: colour_of(config),
-            }
-            | tags,
+            tags=environment_tags(str(state.device)) | own | tags,
             is_stopping=lambda: stopper.status,
         )
         status: Status = "FAILED"
