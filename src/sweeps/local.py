@@ -71,10 +71,8 @@ class LocalLauncher(JobLauncher):
             command = self.command(job)
             if self.max_minutes is not None:
                 left = max(stopper.deadline - time.monotonic(), 0.1) / 60
-                command = [
-                    *(each for each in command if not each.startswith("max_minutes=")),
-                    f"max_minutes={left:.4f}",
-                ]
+                command = [each for each in command if not each.startswith("max_minutes=")]
+                command.append(f"max_minutes={left:.4f}")
             self.processes.append(self._start(job, slot, command))
 
     def _start(self, job: Job, slot: int, command: list[str]) -> Process:

@@ -30,9 +30,8 @@ def environment_tags(device: str) -> dict[str, str]:
     import torch
 
     tags = {"python": platform.python_version(), "command": shlex.join([sys.argv[0], *map(redact, TYPED)])}
-    tags["device"] = (
-        torch.cuda.get_device_name(device) if "cuda" in device else f"{device} ({torch.get_num_threads()} threads)"
-    )
+    processor = f"{device} ({torch.get_num_threads()} threads)"
+    tags["device"] = torch.cuda.get_device_name(device) if "cuda" in device else processor
     for package in ("torch", "torchvision", "mlflow", "faiss-cpu", "faiss-gpu"):
         with suppress(importlib.metadata.PackageNotFoundError):
             tags[package] = importlib.metadata.version(package)
