@@ -26,6 +26,7 @@ from scripts.reliability import forks
 from src.system import environment as system
 
 SECONDS = 600  # that a command may take
+SECONDS_BETWEEN_LOOKS = 0.005  # for children that have ended
 
 
 def become(module: str, arguments: list[str], folder: str, environment: dict[str, str], executable: str) -> NoReturn:
@@ -58,6 +59,7 @@ class Server:
 
     def __init__(self, address: str, executable: str) -> None:
         self.executable = executable
+        self.children: dict[int, socket.socket] = {}  # and who stands for them
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(address)
         self.listener.listen()
@@ -67,43 +69,43 @@ class Server:
 
     def run(self) -> NoReturn:
         while True:
-            for key, _ in self.selector.select():
+            for key, _ in self.selector.select(SECONDS_BETWEEN_LOOKS if self.children else None):
                 key.data()
+            while self.children:
+                child, status = os.waitpid(-1, os.WNOHANG)
+                if not child:
+                    break
+                self.answer(child, os.waitstatus_to_exitcode(status))
 
     def fork(self) -> None:
         connection, _ = self.listener.accept()
         _, streams, _, _ = socket.recv_fds(connection, 1, 3)
         request = json.loads(connection.makefile().readline())
         if (child := os.fork()) == 0:
-            for each in (connection.fileno(), *(key.fd for key in self.selector.get_map().values())):
-                os.close(each)
+            for each in (connection, *self.children.values(), self.listener):
+                each.close()
             for target, stream in enumerate(streams):
                 os.dup2(stream, target)
             become(**request, executable=self.executable)
         for stream in streams:
             os.close(stream)
         connection.sendall(f"{child}\n".encode())
-        process = os.pidfd_open(child)
-        self.selector.register(process, selectors.EVENT_READ, partial(self.answer, child, process, connection))
-        self.selector.register(connection, selectors.EVENT_READ, partial(self.kill, process, connection))
+        self.children[child] = connection
+        self.selector.register(connection, selectors.EVENT_READ, partial(self.kill, child))
 
-    def kill(self, process: int, connection: socket.socket) -> None:
-        """The end of whoever stood for the child is the child's."""
-        if connection.fileno() >= 0:  # else it has ended in the same moment
-            self.selector.unregister(connection)
-            connection.close()
-            signal.pidfd_send_signal(process, signal.SIGKILL)
+    def kill(self, child: int) -> None:
+        """The end of whoever stands for a child is the child's."""
+        self.selector.unregister(self.children[child])
+        os.kill(child, signal.SIGKILL)
 
-    def answer(self, child: int, process: int, connection: socket.socket) -> None:
+    def answer(self, child: int, status: int) -> None:
         """The exit status, negative for a signal."""
-        _, status = os.waitpid(child, 0)
-        self.selector.unregister(process)
-        os.close(process)
-        if connection.fileno() >= 0:
+        connection = self.children.pop(child)
+        if connection in self.selector.get_map():
             self.selector.unregister(connection)
             with contextlib.suppress(BrokenPipeError):
-                connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-            connection.close()
+                connection.sendall(f"{status}\n".encode())
+        connection.close()
 
 
 if __name__ == "__main__":
