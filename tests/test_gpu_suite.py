@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 
@@ -36,12 +35,12 @@ def fillable(text):
 
 
 @pytest.mark.slow
-def test_the_suite_stops_in_time_and_continues(tmp_path, small):
+def test_the_suite_stops_in_time_and_continues(python, tmp_path, small):
     for name in ("conf", "src", "scripts"):
         shutil.copytree(PROJECT / name, tmp_path / name)
     speed = tmp_path / "scripts/gpu_speed.py"
     speed.write_text(fillable(speed.read_text()))
-    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OUT": "out"}
+    environment = os.environ | {"PYTHON": python, "OMP_NUM_THREADS": "1", "OUT": "out"}
     environment |= {"BATCHES": "64", "EPOCHS": ""}
 
     def suite(minutes, **settings):

@@ -40,6 +40,9 @@ def become(module: str, arguments: list[str], folder: str, environment: dict[str
     sys.argv = [module, *arguments]
     sys.executable = executable
     system.TYPED = tuple(arguments)  # which is noted when the module is imported
+    if os.path.isdir("src"):  # another copy of this project
+        for name in [each for each in sys.modules if each.partition(".")[0] in ("src", "scripts")]:
+            del sys.modules[name]
     status: object = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -9,11 +9,11 @@ from tests.data.layouts import random_image
 @pytest.mark.slow
 def test_imagenets_experiment_trains_and_is_evaluated(command, tmp_path):
     """Its network, size of images, heads and views; the batch, k and the epochs are smaller."""
-    for index in range(32):
-        picture = tmp_path / "images" / ("train" if index < 24 else "val") / f"n0{index % 2}" / f"{index}.JPEG"
+    for index in range(18):
+        picture = tmp_path / "images" / ("train" if index < 12 else "val") / f"n0{index % 2}" / f"{index}.JPEG"
         picture.parent.mkdir(parents=True, exist_ok=True)
         random_image(index, 300 - index, 240 + index).save(picture)
-    fewer = ("batch_size=8", "k=4", "epochs=1", "schedule.warmup_epochs=0", "data.val_fraction=0.3")
+    fewer = ("batch_size=4", "k=4", "epochs=1", "schedule.warmup_epochs=0", "data.val_fraction=0.3")
     overrides = ["experiment=imagenet_kmclr", "data.root=images", "data.cache_dir=cache", *fewer, "tracking=jsonl"]
     done = command("src.train", *overrides, "tracking.log_every=1", "output_dir=run", "evaluation.epochs=2")
     assert done.returncode == 0, done.stderr
