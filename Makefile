@@ -26,9 +26,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 demo: setup ## SimCLR, NNCLR and KMCLR on scikit-learn's digits: a table, a plot, an MLflow comparison
 	$(TRAIN) --multirun +sweep=demo jobs=2
 
-# A process a core and one more, since some tests wait; a thread a process: threads of several would wait for each other.
-WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup
+# A process a core, and a thread a process: threads of several processes would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
 
 test: setup ## Run every test
 	$(PYTEST)
