@@ -30,6 +30,11 @@ class Batch(NamedTuple):
     aspects: Tensor | None  # [B] float32 on the CPU, of whole images: `src.data.splits.Split`
 
 
+def images_a_step(batch_size: int, images: int) -> int:
+    """How many images a batch holds: all that there are, where a default asks for more."""
+    return min(batch_size, images)
+
+
 def check_batch_size(batch_size: int, split: Split) -> None:
     """Refuses a batch that the split cannot fill, since an epoch would then hold no batch at all.
 

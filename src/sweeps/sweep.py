@@ -64,9 +64,8 @@ class Sweep:
         status: Status = "KILLED" if stopped else "FAILED"
         refused = kind is not None and issubclass(kind, UsageError) and not any(job.record for job in self.jobs)
         try:
-            outcome: Status = (
-                "FAILED" if refused else self._conclude()
-            )  # a mistake in the command: it says all there is to say
+            # A mistake in the command says all there is to say.
+            outcome: Status = "FAILED" if refused else self._conclude()
             status = outcome if kind is None else status
         finally:
             self.tracker.close(status)

@@ -20,7 +20,7 @@ from src.config import identity, schema
 from src.config.names import TEACHER, colour_of
 from src.config.schema import Config
 from src.data import Dataset, load
-from src.data.batches import check_batch_size
+from src.data.batches import check_batch_size, images_a_step
 from src.errors import Diverged, UsageError
 from src.evaluation.protocol import warn_of_few_neighbours
 from src.runs import directory as run_directory
@@ -223,7 +223,7 @@ def refuse_unfillable(cfg: Config, images: int) -> None:
     epochs, key = cfg.epochs, "epochs"
     if isinstance(cfg.support, schema.KMeans) and cfg.support.forget == "reset" and cfg.support.forget_every < epochs:
         epochs, key = cfg.support.forget_every, "support.forget_every"
-    batch_size = min(cfg.batch_size, images)
+    batch_size = images_a_step(cfg.batch_size, images)
     seen = (images // batch_size * epochs - 1) * batch_size
     name, size = ("k", cfg.k) if cfg.k is not None else ("queue_size", cfg.queue_size)
     if cfg.support.name == "evolving":
@@ -254,7 +254,7 @@ def warn_of_doubtful(cfg: Config, images: int) -> None:
             *(cfg.queue_size, images),
         )
     if isinstance(cfg.support, schema.KMeans) and (cfg.support.refit, cfg.support.forget) == ("faiss", "reset"):
-        batch_size = min(cfg.batch_size, images)
+        batch_size = images_a_step(cfg.batch_size, images)
         between = images // batch_size * batch_size * cfg.support.forget_every
         if between < cfg.support.refit_window:
             logger.warning(

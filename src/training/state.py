@@ -14,6 +14,7 @@ from src import build
 from src.config import identity
 from src.config.schema import Config
 from src.data import Dataset
+from src.data.batches import images_a_step
 from src.errors import Diverged, UsageError
 from src.evaluation.encoder import read_weights
 from src.evaluation.probes import FrozenEncoder
@@ -36,7 +37,7 @@ class TrainState:
 
     def __init__(self, cfg: Config, data: Dataset, ranks: Ranks | None = None) -> None:
         self.cfg = cfg
-        self.batch_size = min(cfg.batch_size, len(data.train))  # which `src.training.run` refuses, or says
+        self.batch_size = images_a_step(cfg.batch_size, len(data.train))
         self.ranks = ranks or Ranks(build.device(cfg.device))
         self.device = self.ranks.device
         self.dtype = build.precision(cfg.precision, self.device)
