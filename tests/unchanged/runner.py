@@ -1,5 +1,7 @@
 """Runs short trainings and prints their losses: ``python -m tests.unchanged.runner FOLDER < cases.json``.
 
+The cases are command lines, each with how many steps of it are run.
+
 A process of its own, because arithmetic that is the same on every x86-64 machine is chosen by environment variables
 that are read when torch is loaded.
 """
@@ -11,7 +13,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -36,11 +39,17 @@ def losses(overrides: list[str], folder: Path) -> list[str]:
     return [float(row[key]).hex() for row in rows for key in keys if key in row]
 
 
-def stopped_in_the_second_epoch(data, size, seed, epoch, *others) -> Iterator[tuple[torch.Tensor, ...]]:
-    """A step of ResNet-18 takes as long as twenty of the tiny one."""
-    if epoch == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    yield from epoch_batches(data, size, seed, epoch, *others)
+def stopped_at(step: int) -> Callable[..., Iterator[tuple[torch.Tensor, ...]]]:
+    """The batches of a run that a signal stops when it asks for the one after this step, if there is one."""
+    asked = count()
+
+    def batches(*arguments):
+        for batch in epoch_batches(*arguments):
+            if next(asked) == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    return batches
 
 
 if __name__ == "__main__":
@@ -50,7 +59,7 @@ if __name__ == "__main__":
     curves.plot = lambda directory: directory
     root = Path(sys.argv[1])
     found = {}
-    for place, case in enumerate(json.load(sys.stdin)):
-        loop.epoch_batches = stopped_in_the_second_epoch if "backbone=resnet18" in case else epoch_batches
+    for place, (case, steps) in enumerate(json.load(sys.stdin).items()):
+        loop.epoch_batches = stopped_at(steps)
         found[case] = losses(json.loads(case), root / str(place))
     (root / "losses.json").write_text(json.dumps(found, indent=1))
