@@ -50,14 +50,14 @@ def common(cache_dir):
 def compared(typed):
     """How many steps of a command line are compared.
 
-    All of a preset and of an experiment, and the figures at the end. Half of an option, which acts from the first step
-    or in the first epochs. Three of ResNet-18, whose step takes as long as twenty of the tiny network: a loss, one
-    after a gradient, and one after momentum.
+    All of a preset and of an experiment, and the figures at the end. A quarter of an option, which acts in the first
+    two epochs. Three of ResNet-18, whose step takes as long as twenty of the tiny network: a loss, one after a
+    gradient, and one after momentum.
     """
     if "backbone=resnet18" in typed:
         return 3
     keys = {each.split("=", 1)[0] for each in typed}
-    return STEPS if keys <= OF_PRESETS or "experiment" in keys else STEPS // 2
+    return STEPS if keys <= OF_PRESETS or "experiment" in keys else STEPS // 4
 
 
 @pytest.mark.slow
