@@ -59,6 +59,17 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         pass
 
 
+def test_who_reads_a_run_that_may_only_be_read_is_told_to_copy_it(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(run_directory.FileLock, "acquire", refused)  # root would be allowed to write
+    (tmp_path / "run.json").touch()
+    with pytest.raises(UsageError) as error, run_directory.exclusive(tmp_path):
+        pass
+    assert str(error.value) == f"{tmp_path}: cannot be written (Permission denied); copy it to a folder of yours"
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints/step-00000100.pt", "notes", ".hidden"])
 def test_a_folder_of_another_program_is_left_alone(tmp_path, name):
     theirs = tmp_path / name
