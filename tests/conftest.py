@@ -21,6 +21,7 @@ settings.load_profile("no deadline")
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup every process of a test would ignore it
 
 PROJECT = Path(__file__).parent.parent
+ELSEWHERE = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}  # of this project's commands in another folder
 CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", PROJECT.parent / "shared" / "data" / "cifar100"))
 
 
@@ -73,7 +74,7 @@ def command(python, cache_dir, tmp_path):
     """
 
     def run(module, *arguments, environment=None):
-        fixed = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        fixed = ELSEWHERE | {"COLUMNS": "200"}
         return subprocess.run(
             [python if environment is None else sys.executable, "-m", module, *arguments],
             cwd=tmp_path,

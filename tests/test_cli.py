@@ -20,7 +20,7 @@ from src.data.augment import ViewMaker
 from src.errors import UsageError
 from src.runs.record import Record
 from src.training import optim
-from tests.conftest import PROJECT
+from tests.conftest import ELSEWHERE, PROJECT
 
 
 def test_help_is_complete(command):
@@ -259,9 +259,8 @@ def test_a_damaged_config_file_is_one_line(command, tmp_path, content):
 @pytest.mark.parametrize("megabytes", [200, 1000])
 def test_too_little_memory_is_one_line(tmp_path, megabytes):
     limited = f"ulimit -v {megabytes * 1024}; exec {sys.executable} -m src.train data=digits backbone=resnet_tiny"
-    fixed = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        ["bash", "-c", limited], cwd=tmp_path, env=os.environ | fixed, capture_output=True, text=True, timeout=300
+        ["bash", "-c", limited], cwd=tmp_path, env=os.environ | ELSEWHERE, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: there is not enough memory (")

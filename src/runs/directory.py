@@ -124,11 +124,10 @@ def exclusive(directory: Path, patience: float = 0.0) -> Iterator[None]:
     except Timeout as error:
         raise UsageError(f"{directory}: {_holder(directory)} is using it; wait for it, or stop it") from error
     except OSError as error:
+        reason = f"cannot be written ({error.strerror})"
         if (directory / RECORD).exists():
-            what, remedy = directory, "copy it to a folder of yours"
-        else:
-            what, remedy = f"output_dir={directory}", "set another"
-        raise UsageError(f"{what}: cannot be written ({error.strerror}); {remedy}") from error
+            raise UsageError(f"{directory}: {reason}; copy it to a folder of yours") from error
+        raise UsageError(f"output_dir={directory}: {reason}; set another") from error
     try:
         yield
     except OSError as error:

@@ -12,7 +12,7 @@ import pytest
 from src.runs.record import Record
 from src.sweeps.grid import alternatives
 from src.system.stopping import is_stop
-from tests.conftest import PROJECT
+from tests.conftest import ELSEWHERE
 from tests.sweeps.test_jobs import sets
 
 UNION = [
@@ -162,7 +162,7 @@ def test_a_sweep_with_a_bad_value_then_again(command, small, tmp_path):
 
 
 def start(interpreter, path, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | ELSEWHERE
     line = [interpreter, "-m", "src.train", "--multirun", *arguments]
     return subprocess.Popen(line, cwd=path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

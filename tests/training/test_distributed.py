@@ -25,7 +25,7 @@ from src.training import run as run_module
 from src.training.distributed import GlobalBatchNorm, Ranks
 from src.training.state import TrainState
 from tests.config.test_schema import composed, parsed
-from tests.conftest import PROJECT
+from tests.conftest import ELSEWHERE, PROJECT
 from tests.training.test_loop import assert_same_run, history
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def start(python, tmp_path):
         return subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", *command],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python},
+            env=os.environ | ELSEWHERE | {"PYTHON_EXEC": python},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -157,7 +157,7 @@ def test_ranks_stopped_and_killed_are_the_unbroken_ones(start, tmp_path, tiny, m
 def test_the_only_rank_of_a_run_is_a_run_without_ranks(request, tiny, tmp_path, device):
     """Up to rounding, which in float32 gives an embedding another prototype after a few steps."""
     interpreter = request.getfixturevalue("python") if device == "cpu" else sys.executable
-    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | ELSEWHERE
     for folder, launcher in (("alone", []), ("rank", ["-m", "torch.distributed.run", "--nproc-per-node=1"])):
         line = [interpreter, *launcher, "-m", "src.train", *tiny, *SUPPORTS["kmclr"], f"device={device}", "epochs=1"]
         subprocess.run([*line, f"output_dir={folder}"], cwd=tmp_path, env=environment, check=True)

@@ -38,7 +38,7 @@ from src.system.stopping import Stopper
 from src.training import loop
 from src.training import run as run_module
 from tests.config.test_schema import composed, parsed
-from tests.conftest import CIFAR100, PROJECT
+from tests.conftest import CIFAR100, ELSEWHERE, PROJECT
 from tests.data.layouts import LAYOUTS, random_image, write_set
 
 CONTRAST = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=100"], "kmclr": ["method=kmclr", "k=7"]}
@@ -788,7 +788,7 @@ def test_sigkill_at_any_moment_changes_nothing(python, run, small, tmp_path):
     """
     overrides = [*METHODS["kmclr"], "epochs=12", "checkpoint.every=1"]
     unbroken = run(*overrides, directory="unbroken")
-    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | ELSEWHERE
     arguments, kills = [*small, *overrides, "tracking=jsonl", "output_dir=broken"], 0
     broken = [python, "-m", "src.train", *arguments]
     metrics = tmp_path / "broken" / "metrics.jsonl"
@@ -807,7 +807,7 @@ def test_sigkill_at_any_moment_changes_nothing(python, run, small, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_run_cleanly(python, small, tmp_path, number):
-    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | ELSEWHERE
     arguments = [*small, "method=kmclr", "k=7", "tracking=jsonl", "epochs=1000", "output_dir=run"]
     process = subprocess.Popen([python, "-m", "src.train", *arguments], cwd=tmp_path, env=environment)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -824,7 +824,7 @@ def test_a_signal_stops_the_run_cleanly(python, small, tmp_path, number):
 def test_a_run_whose_output_nobody_reads_stops_as_by_a_signal(small, tmp_path):
     arguments = " ".join([*small, "method=simclr", "tracking=jsonl", "epochs=1000", "output_dir=run"])
     line = f"{sys.executable} -m src.train {arguments} | head -1; exit ${{PIPESTATUS[0]}}"
-    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | ELSEWHERE
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (128 + signal.SIGPIPE, "run: started at step 0\n")
     assert "Error" not in done.stderr
