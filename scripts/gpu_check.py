@@ -1,11 +1,10 @@
-"""Whether a GPU does what the plans need (`scripts.gpu_plan`), and how fast: FAISS, timed steps, tests marked ``gpu``.
+"""Whether a GPU does what the plans need (`scripts.gpu_plan`), and how fast: timed steps, tests marked ``gpu``.
 
     python -m scripts.gpu_check --out results/gpu -- data.root=DIR
 
-FAISS is compared with exact arithmetic by .gpu/0/check_faiss.py where that is present. Steps are those of the training
-loop with a filled support set, compiled, plain, and as the only rank of its run, on the images that are asked for or,
-where they are not there, on noise. OUT/check.md is written after each part; a part for which there is no time is left
-out, and said to be. Status 1: a part failed; 75: one was left out.
+Steps are those of the training loop with a filled support set, compiled, plain, and as the only rank of its run, on the
+images that are asked for or, where they are not there, on noise. OUT/check.md is written after each part; a part for
+which there is no time is left out, and said to be. Status 1: a part failed; 75: one was left out.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ from src.system.stopping import TIME_IS_UP
 from src.training import distributed, loop
 from src.training.state import TrainState
 
-FAISS = Path(".gpu/0/check_faiss.py")
 BATCHES = (512, 1024)
 WARM, STEPS = 10, 20  # steps in which graphs are recorded, and those that are timed
 START = 20.0  # seconds without which no part is begun
@@ -131,8 +129,6 @@ def parts(overrides: Sequence[str]) -> dict[str, Part]:
     """What is checked, in its order."""
     on_gpu = build.device(compose(*overrides).device).type == "cuda"
     chosen: dict[str, Part] = {}
-    if on_gpu and FAISS.is_file():
-        chosen["FAISS"] = Part(partial(program, "FAISS", [sys.executable, str(FAISS)], 60))
     for compiled, batch in itertools.product(("true", "false") if on_gpu else ("false",), BATCHES):
         settings = [f"batch_size={batch}", *overrides, f"compile={compiled}"]
         chosen[f"steps, batch {batch}, compile={compiled}"] = Part(partial(steps, settings))
@@ -147,7 +143,7 @@ def parts(overrides: Sequence[str]) -> dict[str, Part]:
 
 def tests_marked_gpu() -> list[str]:
     """The files with tests marked ``gpu``. The others may import what a GPU machine lacks, and are not collected."""
-    return [str(file) for file in sorted(Path("tests").rglob("test_*.py")) if "@pytest.mark.gpu" in file.read_text()]
+    return [str(file) for file in sorted(Path("tests").rglob("test_*.py")) if "pytest.mark.gpu" in file.read_text()]
 
 
 def check(chosen: dict[str, Part], end: float, page: Path, head: Sequence[str]) -> int:
