@@ -29,9 +29,6 @@ from src.support.sharded import Shard
 COMPILE_MODE = "reduce-overhead"
 
 
-RESNETS, RESNET_TINY = ("resnet18", "resnet34", "resnet50"), "resnet_tiny"  # any other backbone is timm's
-
-
 def device(name: str) -> torch.device:
     """``auto`` is the GPU where there is one.
 
@@ -85,9 +82,9 @@ def encoder(cfg: schema.Backbone, image_size: int) -> tuple[nn.Module, int]:
     """The backbone, and how many features it gives."""
     if cfg._target_ is not None:
         model = make(cfg._target_, "backbone", nn.Module, **cfg.options)
-    elif cfg.name in RESNETS:
+    elif cfg.name in schema.RESNETS:
         model = models.resnet(cfg.name, cfg.stem)  # type: ignore[arg-type]
-    elif cfg.name == RESNET_TINY:
+    elif cfg.name == schema.RESNET_TINY:
         model = models.ResNetTiny(cfg.stem)  # type: ignore[arg-type]
     else:
         model = models.timm_model(cfg.name, cfg.options)

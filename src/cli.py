@@ -136,6 +136,8 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     A user who sets ``HYDRA_FULL_ERROR=1`` gets the tracebacks.
     """
     plugins.register()
+    if "" in sys.argv[1:]:
+        fail("an argument is empty: a variable of the shell may have no value")
     if {"--multirun", "-m"} & set(sys.argv):
         if is_rank():
             fail("--multirun: a sweep starts its jobs itself; leave out torchrun, which is for one run")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.errors import UsageError
+from src.system.redact import one_line
 
 Stem = Literal["small", "small_padded", "large"]
 
@@ -87,8 +88,11 @@ def timm_model(name: str, options: dict[str, Any]) -> nn.Module:
         raise UsageError(f"backbone.name={name}: timm has no such model{hint}")
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **options)
-    except TypeError as error:
-        raise UsageError(f"backbone.options={options}: {name} does not take them ({error})") from error
+    except Exception as error:  # of whatever kind: a tag or an option that the model does not know
+        what = (
+            f"backbone.options={options}: {name} does not take them" if options else f"backbone.name={name}: timm fails"
+        )
+        raise UsageError(f"{what} ({one_line(error)})") from error
 
 
 def projector(in_dim: int, hidden: list[int], out: int, *, final_norm: bool = True) -> nn.Sequential:

@@ -120,6 +120,18 @@ def typed(tmp_path, monkeypatch, capsys):
     [
         ("k=0", "k=0: must be 1 or more"),
         ("k=-3", "k=-3: must be 1 or more"),
+        ("k=null", "k=null: support=kmeans needs a number of vectors"),
+        ("method=nnclr queue_size=null", "queue_size=null: support=queue needs a number of vectors"),
+        ("backbone.stem=null", "backbone.stem=null: choose small, small_padded or large"),
+        ("+backbone.options.width=8", "backbone.options={'width': 8}: resnet18 takes none"),
+        (
+            "data=digits data.test_split=validation",
+            "data.test_split: data=digits has no other splits than train and test",
+        ),
+        (
+            "data=digits data.final=true data.limit=10 batch_size=5",
+            "data.final=true: too few images to hold out a tenth",
+        ),
         ("k=abc", "k=abc: "),
         ("method=nnclr k=200", "k: only support=kmeans (method=kmclr) has it"),
         ("queue_size=64", "queue_size: only support=queue (method=nnclr) has it"),
@@ -254,6 +266,16 @@ def test_a_damaged_config_file_is_one_line(command, tmp_path, content):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("before", [[], ["--multirun"]])
+def test_an_empty_argument_is_one_line(command, before):
+    """As of ``python -m src.train "$UNSET"``."""
+    done = command("src.train", *before, "")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: an argument is empty: a variable of the shell may have no value\n",
+    )
 
 
 @pytest.mark.parametrize("megabytes", [200, 1000])

@@ -67,6 +67,8 @@ def test_timm_mistakes_are_explained():
         models.timm_model("resnetv2_5", {})
     with pytest.raises(UsageError, match=r"backbone.options=.*resnet10t does not take them"):
         models.timm_model("resnet10t", {"sides": 3})
+    with pytest.raises(UsageError, match=r"backbone.name=resnet18.foo: timm fails \(Invalid pretrained tag"):
+        models.timm_model("resnet18.foo", {})
     with pytest.raises(UsageError, match=r"data.image_size=32"):
         models.feature_dim(models.timm_model("vit_tiny_patch16_224", {}), 32)
 

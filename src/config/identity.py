@@ -85,8 +85,10 @@ def inert(cfg: Config) -> set[str]:
     optimizer = {"lars": ("momentum", "trust_coefficient", "clip_trust"), "sgd": ("momentum",), "adamw": ("betas",)}
     own = optimizer[cfg.optimizer.name]
     keys |= {f"optimizer.{key}" for each in optimizer.values() for key in each if key not in own}
-    if not cfg.optimizer.weight_decay:
-        keys.add("optimizer.decay_all")
+    if not cfg.optimizer.weight_decay:  # without which LARS does not adapt its rate either
+        keys |= {"optimizer.decay_all", "optimizer.trust_coefficient", "optimizer.clip_trust"}
+    if cfg.data.final:
+        keys |= {"data.val_fraction", *(() if cfg.data.limit else ("data.split_seed",))}
     if cfg.schedule.name != "step":
         keys |= {"schedule.milestones", "schedule.gamma"}
     if isinstance(cfg.support, KMeans):
@@ -98,7 +100,7 @@ def inert(cfg: Config) -> set[str]:
     if not cfg.objective.decorrelation:
         keys.add("objective.off_diagonal")
     if cfg.support.name == "none":
-        keys |= set(SAY_OF_STORED)
+        keys |= {*SAY_OF_STORED, "search.name", "search.index", "search.nprobe", "search.refresh_every"}
     keys.add("objective.name")  # a preset of the settings beside it
     if cfg.method._target_ is not None:  # which is not told them
         keys |= {f"objective.{each.name}" for each in fields(cfg.objective)}
@@ -122,7 +124,8 @@ def is_protocol(key: str) -> bool:
 def settings(cfg: Config) -> dict[str, Any]:
     """The settings that count, by dotted key: neither neutral nor inert, nor of what makes no difference."""
     counted, without = flatten(without_neutral(cfg)), inert(cfg)
-    return {key: value for key, value in counted.items() if is_setting(key) and key not in without}
+    kept = {key: value for key, value in counted.items() if is_setting(key) and key not in without}
+    return kept | ({"search.name": "auto"} if cfg.support.name == "none" else {})  # as every hash so far has it
 
 
 def check_same(saved: Mapping[str, Any], cfg: Config, where: Path, saved_hash: str = "") -> None:
@@ -152,6 +155,13 @@ def check_same(saved: Mapping[str, Any], cfg: Config, where: Path, saved_hash: s
         differences = ", ".join(f"{key} was {shown_before.get(key)} and is {shown.get(key)}" for key in keys[:4])
         more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
         raise UsageError(f"{where} is of another configuration ({differences}{more}): set another output_dir")
+
+
+def same_images(saved: Mapping[str, Any], cfg: Config) -> bool:
+    """Whether a run with the saved config (nested) trained on the same images, in the same rows."""
+    before, now = modern(flatten(saved)), flatten(without_neutral(cfg))
+    keys = [f"data.{key}" for key in ("fingerprint", "limit", "val_fraction", "split_seed", "final")]
+    return all(before.get(key) == now.get(key) for key in keys)
 
 
 def config_hash(cfg: Config) -> str:

@@ -113,11 +113,20 @@ def _check_combinations(cfg: Config) -> None:
     for key, owner in (("k", schema.KMeans), ("queue_size", schema.Queue)):
         if getattr(cfg, key) is not None and not isinstance(support, owner):
             raise UsageError(explain_key(key))
+        if getattr(cfg, key) is None and isinstance(support, owner):
+            raise UsageError(f"{key}=null: support={support.name} needs a number of vectors")
     if isinstance(support, schema.KMeans):
         if cfg.k == 1 and isinstance(objective, schema.Contrast) and objective.same_prototype == "mask":
             raise UsageError("k=1: all images share the one prototype, so none would be a negative; choose 2 or more")
         if support.refit == "faiss" and cfg.k is not None and support.refit_window < cfg.k:
             raise UsageError(f"support.refit_window={support.refit_window}: must hold k={cfg.k} embeddings or more")
+    if cfg.backbone._target_ is None and cfg.backbone.name in (*schema.RESNETS, schema.RESNET_TINY):
+        if cfg.backbone.options:
+            raise UsageError(
+                f"backbone.options={cfg.backbone.options}: {cfg.backbone.name} takes none; timm's models do"
+            )
+        if cfg.backbone.stem is None:
+            raise UsageError("backbone.stem=null: choose small, small_padded or large")
     if cfg.batch_size % cfg.backbone.bn_splits:
         raise UsageError(
             f"backbone.bn_splits={cfg.backbone.bn_splits}: batch_size={cfg.batch_size} has no such equal parts; "

@@ -149,6 +149,9 @@ class Projector:
     final_norm: bool = True
 
 
+RESNETS, RESNET_TINY = ("resnet18", "resnet34", "resnet50"), "resnet_tiny"  # any other backbone is timm's
+
+
 @dataclass
 class Backbone:
     name: str

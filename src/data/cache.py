@@ -189,6 +189,7 @@ def _identity(cfg: Data) -> Path:
     decoding = (cfg.image_size, cfg.image_column, cfg.label_column, cfg.resize, cfg.background)
     # Neutral settings leave their names to the caches that there are.
     newer = (*(("keep", cfg.keep) if cfg.keep else ()), *(("draft",) if cfg.draft else ()))
+    newer += (cfg._target_, json.dumps(cfg.options, sort_keys=True, default=str)) if cfg._target_ else ()
     return Path(cfg.cache_dir).expanduser().resolve() / f"{cfg.name}-{_digest(*places, *decoding, *newer)}"
 
 

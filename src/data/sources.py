@@ -22,6 +22,8 @@ from src.data.parquet import parquet
 from src.data.roles import hold_out_test
 from src.errors import UsageError
 
+OF_TWO_SPLITS = ("digits", "cifar10", "cifar100")
+
 
 def root_of(cfg: Data) -> Path | None:
     return None if cfg.root is None else Path(cfg.root).expanduser().resolve()
@@ -35,6 +37,9 @@ def find(cfg: Data) -> Source:
     """
     if cfg._target_ is not None:
         return outside(cfg._target_, cfg.options)
+    named = [f"data.{key}" for key in ("train_split", "test_split") if getattr(cfg, key) is not None]
+    if cfg.name in OF_TWO_SPLITS and named:
+        raise UsageError(f"{named[0]}: data={cfg.name} has no other splits than train and test; leave it null")
     if cfg.name == "digits":
         return digits()
     if cfg.name == "hub":

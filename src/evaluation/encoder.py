@@ -179,7 +179,7 @@ def _load_pyfunc(path: str) -> Encoder:
 
 def is_of_timm(facts: Mapping[str, Any]) -> bool:
     """Whether the architecture's name is timm's."""
-    return facts["architecture"] not in (*build.RESNETS, build.RESNET_TINY) and "_target_" not in facts["options"]
+    return facts["architecture"] not in (*schema.RESNETS, schema.RESNET_TINY) and "_target_" not in facts["options"]
 
 
 def read_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:

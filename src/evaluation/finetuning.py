@@ -14,7 +14,7 @@ from torch import nn
 
 from src.config import schema
 from src.data import Dataset
-from src.data.splits import Split, stratified_split
+from src.data.splits import Split, held_out_tenth
 from src.errors import Diverged
 from src.evaluation.probes import FrozenEncoder, cropped_batches, topk_percent
 from src.models import SplitBatchNorm
@@ -76,7 +76,7 @@ def fine_tuning(frozen: FrozenEncoder, data: Dataset, cfg: schema.Finetune, seed
     """
     classes, fit, choose = len(data.classes), data.probe, data.val
     if choose is None:
-        rows, held_out = stratified_split(fit.labels.cpu(), 0.1, seed)
+        rows, held_out = held_out_tenth(fit.labels, seed)
         fit, choose = data.probe.take(rows), data.probe.take(held_out)
     tuned, best_lr, best = None, 0.0, -1.0
     for lr in cfg.lr:

@@ -19,7 +19,7 @@ from src.config import schema
 from src.config.names import TEACHER, UNTRAINED
 from src.config.parse import parse
 from src.data import Dataset, load
-from src.data.splits import Split, class_balanced_subset, stratified_split
+from src.data.splits import Split, class_balanced_subset, held_out_tenth
 from src.errors import UsageError
 from src.evaluation.diagnostics import effective_rank
 from src.evaluation.finetuning import fine_tuning
@@ -94,7 +94,7 @@ def final(
         head, k = heads.best(val), best_k(train, val, classes, cfg, search)
         metrics["val/linear_top1"] = topk_percent(heads.scores(val.x_NF, head), val.labels_N, 1)
     else:
-        rows, held_out = stratified_split(data.probe.labels.cpu(), 0.1, seed)
+        rows, held_out = held_out_tenth(data.probe.labels, seed)
         fit, choose = train.take(rows), train.take(held_out)
         inner = _probe(cfg, frozen, data.probe.take(rows), fit, classes, cfg.lr, seed)
         best_lr, k = cfg.lr[inner.best(choose)], best_k(fit, choose, classes, cfg, search)
@@ -112,6 +112,16 @@ def final(
         "test/linear_top1": topk_percent(logits, test.labels_N, 1),
         "test/linear_top5": topk_percent(logits, test.labels_N, 5),
     }
+
+
+def refuse_too_few(data: Dataset) -> None:
+    """Keeps a run from an end at which no image is left to choose a probe by.
+
+    Raises:
+        UsageError: there is no validation split, and a tenth of the labelled images is none.
+    """
+    if data.classes and data.val is None and not len(held_out_tenth(data.probe.labels, 0)[1]):
+        raise UsageError("data.final=true: too few images to hold out a tenth, by which probes are chosen; use more")
 
 
 def of_teacher(
@@ -203,8 +213,9 @@ def main(composed: DictConfig) -> dict[str, float]:
 
     Protocol and precision are the run's own unless the command line says otherwise. The metrics are named as in
     training where they are; ``test_original/...``, after the protocol, where one of its settings or the arithmetic
-    differs; ``transfer/NAME-FINGERPRINT/...``, of which eight digits, before that on another data set. A checkpoint
-    away from its run's directory is evaluated too; its figures are only printed.
+    differs, and ``teacher_original/test/...`` of a teacher; ``transfer/NAME-FINGERPRINT/...``, of which eight digits,
+    before that on another data set. A checkpoint away from its run's directory is evaluated too; its figures are only
+    printed.
 
     Raises:
         UsageError: there is no such checkpoint, its run is not finished, its own images have become others, or the
@@ -225,6 +236,7 @@ def main(composed: DictConfig) -> dict[str, float]:
     warn_of_few_neighbours(cfg.evaluation, data)
     if not data.classes:
         raise UsageError(f"data={cfg.data.name}: no image has a label to evaluate with; choose other images with data=")
+    refuse_too_few(data)
     dtype = build.precision(cfg.precision, device)
     rest = data, cfg.evaluation, build.search(cfg.search, device), cfg.seed
     metrics = final(_frozen("encoder", path, saved, cfg, device, dtype), *rest)

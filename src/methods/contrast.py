@@ -21,7 +21,8 @@ class Contrast(Method):
     Source: SimCLR: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020,
     section 2. NNCLR: Dwibedi et al., "With a Little Help from My Friends", ICCV 2021, section 3.2, equations 3 and 4
     (symmetric form). KMCLR: https://github.com/mwritescode/nnclr-cifar100, which replaces NNCLR's queue by online
-    k-means. The last two are ``objective=published``; the deviations are those of `support_contrast`.
+    k-means. The last two are ``objective=published``. Deviations: those of `support_contrast` and `info_nce`; nothing
+    is asked of a support set before it is filled.
 
     Args:
         parts: encoder, projector, support set.

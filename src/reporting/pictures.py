@@ -19,6 +19,7 @@ from torch import Tensor
 from src.data import Dataset
 from src.data.decoding import UNLABELLED
 from src.data.splits import Split
+from src.evaluation.embed import FEWEST
 from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method
 from src.reporting.plots import write_png
@@ -77,7 +78,7 @@ def illustrate(
             write_png(figure, kept, dpi=100)
             write_whole(directory / f"{name}.png", kept.read_bytes())
             paths.append(kept)
-    if last and data.val is not None:
+    if last and data.val is not None and len(data.val) >= FEWEST:
         val = data.val.take(mapped(data.val.labels, len(data.classes)))
         z_ND = embed(method, frozen, val)
         marked = support.lookup(z_ND) if support.shared else None

@@ -132,7 +132,15 @@ def control_of(row: Row, rows: Sequence[Row]) -> Row | None:
     is_simclr = row.method == "simclr"
     if row.method == UNTRAINED or row.is_control:
         return None
-    free = ("method.", "support.", "k", "queue_size", "seed", *(("objective.",) if is_simclr else SAY_OF_STORED))
+    free = (
+        "method.",
+        "support.",
+        "search.",
+        "k",
+        "queue_size",
+        "seed",
+        *(("objective.",) if is_simclr else SAY_OF_STORED),
+    )
 
     def agree(one: Mapping[str, str], two: Mapping[str, str]) -> bool:
         shared = [key for key in one.keys() & two.keys() if not key.startswith(free)]

@@ -41,6 +41,13 @@ def choose(cfg: schema.Config) -> Path:
     return directory.with_name(f"{directory.name}.{number}")
 
 
+def how_to_continue(cfg: schema.Config | None, directory: Path) -> str:
+    """What goes on with a run that has been stopped, in words."""
+    if cfg is not None and cfg.resume == "never":
+        return f"output_dir={directory} resume=auto continues"
+    return "the same command continues"
+
+
 def is_finished(directory: Path, cfg: schema.Config) -> bool:
     """Whether the directory holds this run's result.
 

@@ -246,7 +246,7 @@ class Delivery:
             if run.info.lifecycle_stage == "active":
                 tags = {key: run.data.tags[key] for key in copy.tags if key in run.data.tags}
                 home = client.get_experiment(run.info.experiment_id)
-                record.copies.setdefault(home.name, replace(copy, tags=tags))
+                record.copies = {home.name: replace(copy, tags=tags)} | record.copies  # which a save may be reading
             copy.run_id, copy.has, run = "", "", None
         if run and run.info.lifecycle_stage == "deleted":
             home = client.get_experiment(run.info.experiment_id)

@@ -130,12 +130,13 @@ def _unknown(experiment: str, where: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"experiment={experiment} is not in {where}: choose from {', '.join(sorted(known)) or 'none'}")
 
 
-def named_run(run: str, root: Path = Path("multirun")) -> Path:
-    """The folder of a run, by its path, by its name under ``root``, or by the run's id.
+def named_run(run: str) -> Path:
+    """The folder of a run, by its path, by its name in ``multirun``, or by the run's id.
 
     Raises:
         UsageError: there is none.
     """
+    root = Path("multirun")
     for folder in (root / run, Path(run).expanduser()):
         if (folder / RECORD).is_file():
             return folder

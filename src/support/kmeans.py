@@ -119,7 +119,7 @@ class KMeans(SupportSet):
         """Find the nearest prototype of each embedding ([B, D]; unit norm is given to it where the metric wants it).
 
         Raises:
-            ValueError: fewer than k embeddings have been seen since the start or the last reset.
+            ValueError: not all prototypes have been seeded since the start or the last reset.
         """
         found = self.nearest(embeddings_BD, 1)
         return Neighbors(found.embeddings[:, 0], found.ids[:, 0])

@@ -183,7 +183,14 @@ class InvertedLists:
 
         self.index = self._untrained()
         every = max(1, len(ring.filled_ND) // (SAMPLE * self.index.nlist))
-        self.index.train(ring.filled_ND[::every].float().cpu().numpy())
+        sample = ring.filled_ND[::every].float().cpu().numpy()
+        try:
+            self.index.train(sample)
+        except RuntimeError as error:
+            raise UsageError(
+                f"search.index={self.factory}: FAISS cannot find its centroids from {len(sample)} vectors "
+                f"({one_line(error)}); use a coarser index, or search=auto"
+            ) from None
         self.trained = torch.as_tensor(faiss.serialize_index(self.index))
         self.fill(ring)
 

@@ -16,6 +16,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from src.errors import UsageError
+from src.runs.directory import how_to_continue
 from src.sweeps.bars import Bars
 from src.sweeps.jobs import Job
 from src.sweeps.sweep import Sweep
@@ -106,8 +107,20 @@ class JobLauncher(Launcher):
         return {}
 
     def command(self, job: Job) -> list[str]:
-        """What a user would type for the job alone, and what the sweep tells it."""
-        return [sys.executable, "-m", "src.train", *self.config_dir, *job.overrides, *self.sweep.overrides(job)]
+        """What a user would type for the job alone, and what the sweep tells it.
+
+        A cluster may start the command again: with ``resume=never`` it goes on in the folder that was chosen here.
+        """
+        chosen = [f"output_dir={job.directory}", "resume=auto"] if job.cfg and job.cfg.resume == "never" else []
+        return [
+            sys.executable,
+            "-m",
+            "src.train",
+            *self.config_dir,
+            *job.overrides,
+            *chosen,
+            *self.sweep.overrides(job),
+        ]
 
     def say(self, job: Job, what: str) -> None:
         """Print a line about a job."""
@@ -131,12 +144,12 @@ class JobLauncher(Launcher):
         self.say(job, f"{how}{after}")
         job.status = status
         if status < 0:
-            name = signal.Signals(-status).name
+            name = next((each.name for each in signal.Signals if each == -status), f"signal {-status}")
             job.error = f"its process was ended by {name}{'; is there enough memory?' if name == 'SIGKILL' else ''}"
         elif status == PRUNED:
             job.error = "pruned"
         elif is_stop(status):
-            job.error = "stopped; the same command continues"
+            job.error = f"stopped; {how_to_continue(job.cfg, job.directory)}"
         elif status:
             lines = output.strip().splitlines() or [f"exit status {status}, see {log}"]
             job.error = lines[-1].removeprefix("error: ")

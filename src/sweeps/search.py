@@ -91,11 +91,17 @@ class StudySweeper(GridSweeper):
             sweep.jobs += [job(number) for number in study.points()]
             print(f"{sweep.directory}: {len(sweep.jobs)} of {self.trials} trials are there", flush=True)
 
+            exhausted: list[UsageError] = []  # raised where all jobs have ended, not while one runs
+
             def trials() -> Iterator[Job]:
                 there = [each for each in sweep.jobs if study.state(each.trial or 0) == "RUNNING"]
                 while there or len(sweep.jobs) < self.trials:
                     if not there:
-                        there = [job(study.propose())]
+                        try:
+                            there = [job(study.propose())]
+                        except UsageError as error:
+                            exhausted.append(error)
+                            return
                         sweep.jobs.append(there[0])
                     each = there.pop(0)
                     if each.cfg and not each.is_finished:
@@ -107,6 +113,8 @@ class StudySweeper(GridSweeper):
                 _conclude(study, each)
             if best := study.best():
                 print(f"best: trial {best[0]}, val/knn_top1 {best[1]:.2f}, {study.points()[best[0]]}", flush=True)
+            if exhausted:
+                raise exhausted[0]
         sys.exit(sweep.status)
 
 

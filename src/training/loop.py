@@ -57,7 +57,7 @@ def pretrain(
     """The loop.
 
     Raises:
-        Stopped: before its end; there is a checkpoint of where it stopped.
+        Stopped: before its end; there is a checkpoint of where it stopped, unless no step had been taken.
         Diverged: the loss, the gradient, the weights or the features stopped being finite.
         Collapsed: the features of different images became alike, and ``on_collapse=stop``.
     """

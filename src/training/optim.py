@@ -26,7 +26,7 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, decay_all: bool 
 
 
 def build(cfg: schema.Optimizer, module: nn.Module, batch_size: int) -> Optimizer:
-    """The optimizer over all of a module's parameters.
+    """The optimizer over all of a module's parameters that have a gradient.
 
     LARS adapts where weight decay is not 0 (timm's rule), so a weight decay of 0 is a plain SGD with momentum.
 

@@ -22,7 +22,7 @@ from src.config.schema import Config
 from src.data import Dataset, load
 from src.data.batches import check_batch_size, images_a_step
 from src.errors import Diverged, UsageError
-from src.evaluation.protocol import warn_of_few_neighbours
+from src.evaluation.protocol import refuse_too_few, warn_of_few_neighbours
 from src.runs import directory as run_directory
 from src.runs import mlflow_store, origin
 from src.runs.query import how_to_open, page_of
@@ -75,12 +75,13 @@ def run(
     cfg.data.fingerprint = data.fingerprint  # a run is its settings and its images
     ranks.check(cfg)
     refuse_large_batch(cfg, data, exact_batch or ranks.count > 1)
+    refuse_too_few(data)
     state = TrainState(cfg, data, ranks)
-    refuse_unfillable(cfg, len(data.train))
     warn_of_doubtful(cfg, len(data.train))
     warn_of_few_neighbours(cfg.evaluation, data)
     origin.identify(cfg)
     tags = {"init.taken": state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
+    refuse_unfillable(cfg, len(data.train), filled=state.method.support is not None and state.method.support.ready)
 
     directory = ranks.told(run_directory.choose(cfg))
     if cfg.tracking.system_metrics:
@@ -93,10 +94,8 @@ def run(
             if ranks.first:
                 catch_up(directory, cfg.tracking)
             if changes := changed_protocol(cfg, directory):
-                logger.warning(
-                    "%s was evaluated otherwise (%s): python -m src.evaluate checkpoint=%s adds other figures",
-                    *(directory, changes, directory),
-                )
+                add = f"python -m src.evaluate checkpoint={directory}, with these settings, adds other figures"
+                logger.warning("%s was evaluated otherwise (%s): %s", directory, changes, add)
             return say_result(directory)
         run_directory.refuse_hopeless(directory, cfg)
         with ranks.in_turn() if in_shards(state.method) else nullcontext():
@@ -146,7 +145,8 @@ def run(
         finally:
             tracker.close(status)
             if status == "KILLED":
-                then = "pruned: other trials are far better" if stopper.pruned else "the same command continues"
+                go_on = run_directory.how_to_continue(cfg, directory)
+                then = "pruned: other trials are far better" if stopper.pruned else go_on
                 print(f"{directory}: stopped at step {state.step}; {then}", flush=True)
             if together:
                 ranks.leave()
@@ -214,8 +214,10 @@ def refuse_large_batch(cfg: Config, data: Dataset, exact: bool) -> None:
         )
 
 
-def refuse_unfillable(cfg: Config, images: int) -> None:
+def refuse_unfillable(cfg: Config, images: int, filled: bool = False) -> None:
     """Keeps a run from being the control where it is named after a support set, which would never be filled.
+
+    One that is ``filled`` already, by another run's weights, must be fillable only where it is ever seeded anew.
 
     Raises:
         UsageError: the support set has not had enough embeddings when it is asked for the last time.
@@ -228,7 +230,7 @@ def refuse_unfillable(cfg: Config, images: int) -> None:
     name, size = ("k", cfg.k) if cfg.k is not None else ("queue_size", cfg.queue_size)
     if cfg.support.name == "evolving":
         name, size = "support.start", getattr(cfg.support, "start", None)
-    if size is not None and size > seen:
+    if size is not None and size > seen and not (filled and key == "epochs"):
         raise UsageError(
             f"{name}={size}: is never filled, because the last batch of {key}={epochs} comes after {seen} embeddings; "
             f"set {name} lower or {key} higher"

@@ -83,7 +83,7 @@ class TrainState:
         return torch.nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
 
     def weight_norm(self) -> float:
-        """Euclidean norm of all that the method's optimizer changes."""
+        """Euclidean norm of all weights of the method, a teacher's too."""
         return float(torch.nn.utils.get_total_norm([p.detach() for p in self.method.parameters()]))
 
     def diverged(self, loss: float, grad_norm: float) -> Diverged:
@@ -163,7 +163,8 @@ class TrainState:
     def start_from(self, path: Path) -> str:
         """Take over what another run, or somebody's encoder, has learned; returns what has been taken.
 
-        The encoder has to fit. Of a checkpoint, so do projector, predictor and support set where they can.
+        The encoder has to fit. Of a checkpoint, projector and predictor are taken where they fit, and so is the support
+        set where its run had the same images, whose rows its entries remember.
 
         Raises:
             UsageError: the file is damaged, or holds no encoder of this architecture.
@@ -171,7 +172,10 @@ class TrainState:
         taken = []
         with checkpoint.understood(path):
             if path.suffix == ".pt":
-                weights = checkpoint.load(path)["model"]
+                state = checkpoint.load(path)
+                weights = state["model"]
+                if not identity.same_images(state["config"], self.cfg):
+                    weights = {key: value for key, value in weights.items() if not key.startswith("support.")}
             else:
                 try:
                     weights = {f"encoder.{key}": value for key, value in read_weights(path)[1].items()}

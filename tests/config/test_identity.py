@@ -33,6 +33,10 @@ from tests.config.test_schema import parsed
         (["objective=teacher", "support=none", "objective.neighbours=5"], ["objective=teacher", "support=none"]),
         (["data.draft=true"], []),  # the fingerprint tells
         (["objective=relation", "support=none"], ["objective=teacher", "support=none"]),
+        (["method=simclr", "search=torch"], ["method=simclr"]),  # which finds the same neighbours
+        (["method=nnclr", "queue_size=0", "search=ivf"], ["method=nnclr", "support=none"]),
+        (["optimizer.weight_decay=0", "optimizer.clip_trust=true"], ["optimizer.weight_decay=0"]),
+        (["data.final=true", "data.val_fraction=0.2", "data.split_seed=3"], ["data.final=true"]),
     ],
 )
 def test_what_has_no_effect_and_how_it_was_typed_do_not_count(one, other):

@@ -363,6 +363,13 @@ def test_processes_that_start_together_decode_once(config, tmp_path):
     assert leftovers(cfg) == []
 
 
+def test_options_of_a_source_from_outside_have_caches_of_their_own(config):
+    """One of them would take the other away, whenever a sweep has both."""
+    made = [config("mine", _target_="mine.Images", options={"scale": scale}) for scale in (1, 2)]
+    one, two = (cache_module._identity(cfg) for cfg in made)
+    assert one != two
+
+
 def test_a_process_that_waited_finds_the_cache(config, folder, decodings, caplog):
     """While another holds the lock, this one says that it waits; then it reads what the other has written."""
     from threading import Thread

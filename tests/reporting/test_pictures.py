@@ -222,6 +222,15 @@ def test_vectors_that_are_all_equal_have_a_map():
     assert len(figure.axes[0].collections[0].get_offsets()) == 12
 
 
+@pytest.mark.parametrize(("images", "drawn"), [(2, False), (3, True)])
+def test_so_few_validation_images_have_no_map(tmp_path, images, drawn):
+    made = data_of()
+    data = replace(made, val=made.train.take(torch.arange(images)))
+    method, frozen = method_with(Queue(60, 3, TorchSearch()), data)
+    paths = pictures.illustrate(method, frozen, data, tmp_path, 1, True)
+    assert (tmp_path / "map.png" in paths) == (tmp_path / "map.png").exists() == drawn
+
+
 def test_images_without_a_label_are_no_class_on_a_map():
     torch.manual_seed(0)
     labels = torch.arange(40) % 4 - 1

@@ -236,6 +236,13 @@ def test_beside_a_teacher_the_control_is_byol():
     assert controls == {"BYOL": None, "MNN": "BYOL", "KMCLR": None, "mine": None, "SimCLR": None}
 
 
+def test_how_a_queue_is_searched_keeps_no_control_from_it():
+    own = {"objective.support_weight": "0.5", "objective.predictor_hidden": "0"}
+    lists = {"search.name": "ivf", "search.index": "IVF64,Flat", "search.nprobe": "4", "search.refresh_every": "50"}
+    rows, _ = summarise([run("nnclr", 0, **own, **{"search.name": "auto"}), run("nnclr", 400, **own, **lists)])
+    assert control_of(rows[1], rows) is rows[0]
+
+
 def test_the_control_does_the_same_but_for_what_it_stores():
     def weighed(method, size, weight):
         more = {"method.support_weight": weight, "method.predictor_hidden": "0"}

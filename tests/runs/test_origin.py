@@ -72,6 +72,25 @@ def test_what_fits_is_taken_over_and_the_rest_starts_afresh(run):
     assert Record.load(second).tags["init.taken"] == "encoder, projector"
 
 
+def test_what_is_stored_of_other_images_is_not_taken_over(run):
+    """Its entries remember rows, and images of the present run lie there."""
+    first = run("method=nnclr", "queue_size=64")
+    longer = run("method=nnclr", "queue_size=64", f"init={first}", "epochs=2")
+    assert Record.load(longer).tags["init.taken"] == "encoder, projector, support"
+    other = run("method=nnclr", "queue_size=64", f"init={first}", "data.limit=130", "evaluation.pictures=true")
+    assert Record.load(other).tags["init.taken"] == "encoder, projector"
+
+
+def test_a_support_set_that_is_filled_by_another_run_need_not_be_filled_again(run):
+    with pytest.raises(UsageError, match="queue_size=128: is never filled"):
+        run("method=nnclr", "queue_size=128")
+    first = run("method=nnclr", "queue_size=128", "epochs=3")
+    assert Record.load(run("method=nnclr", "queue_size=128", f"init={first}")).status == "FINISHED"
+    first = run("method=kmclr", "k=65", "epochs=3", "support.forget=none")
+    with pytest.raises(UsageError, match=r"k=65: is never filled, .* of support.forget_every=1 comes"):
+        run("method=kmclr", "k=65", f"init={first}", "epochs=3", "support.forget_every=1")
+
+
 def test_a_foreign_encoder_is_a_start_too(run, tmp_path):
     first = run("method=simclr")
     save_file(load_file(first / "encoder.safetensors"), tmp_path / "theirs.safetensors")

@@ -192,3 +192,10 @@ def test_an_index_that_cannot_serve_is_refused(factory, size, says):
     pytest.importorskip("faiss")
     with pytest.raises(UsageError, match=f"search.index={factory}.*{says}"):
         InvertedLists(size, 16, factory, 1)
+
+
+def test_an_index_that_so_few_vectors_cannot_train_is_refused_when_they_are_there():
+    queue = listed(128, nprobe=1, factory="IVF4,PQ8")
+    queue.update(*batch_of(0, 100))
+    with pytest.raises(UsageError, match=r"search.index=IVF4,PQ8: FAISS cannot find its centroids from 128 vectors"):
+        queue.update(*batch_of(1, 100))

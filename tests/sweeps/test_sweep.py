@@ -231,6 +231,18 @@ def test_time_for_all_jobs_together(command, small, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_search_of_a_space_with_fewer_points_than_trials_tries_them_all_and_says_so(command, small, tmp_path):
+    """The two are proposed beside a third, which there is not."""
+    fixed = ["objective.temperature=0.2", "support.forget_every=3", "optimizer.lr=1", "epochs=1", "tracking=jsonl"]
+    arguments = ["+sweep=optuna", "k=5,6", "hydra.sweeper.trials=9", "jobs=3"]
+    done = command("src.train", "--multirun", *small, *arguments, *fixed)
+    assert done.returncode == 2
+    assert re.search("^best: trial ", done.stdout, re.MULTILINE)
+    assert re.search("^error: .*no other point", done.stderr, re.MULTILINE), done.stderr
+    assert len(finished(tmp_path)) == 2
+
+
+@pytest.mark.slow
 def test_a_search_killed_and_run_again(python, command, small, tmp_path):
     arguments = [*small, "+sweep=optuna", "k=int(interval(5,60))", "hydra.sweeper.trials=2", "tracking=jsonl"]
     process = start(python, tmp_path, *arguments)

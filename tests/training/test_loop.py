@@ -668,8 +668,12 @@ def test_a_run_that_was_stopped_continues_on_its_own_images_only(run, tmp_path, 
     assert Record.load(tmp_path / "run").status == "FINISHED"
 
 
-def test_resume_never_starts_beside_what_is_there(run, tmp_path):
+def test_resume_never_starts_beside_what_is_there(run, tmp_path, capsys):
     run("method=simclr", "epochs=1")
+    with pytest.raises(SystemExit):
+        run("method=simclr", "epochs=1", "resume=never", "max_minutes=0.00001")
+    assert "run.2: stopped at step 1; output_dir=run.2 resume=auto continues" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run.2")
     run("method=simclr", "epochs=1", "resume=never")
     assert Record.load(tmp_path / "run").run_id != Record.load(tmp_path / "run.2").run_id
     assert history(tmp_path / "run") == history(tmp_path / "run.2")

@@ -26,6 +26,8 @@ DEMO_OF_THEN = [
     "data.val_fraction=0.1",
     *(f"augment.{view}.{key}=0.0" for view in ("view1", "view2") for key in ("jitter", "brightness", "contrast")),
 ]
+# The original study's blur was taken for ten times as wide.
+ORIGINAL_OF_THEN = [f"augment.{view}.blur_sigma=[0.1,2.0]" for view in ("view1", "view2")]
 
 
 def common(cache_dir):
@@ -68,6 +70,7 @@ def test_every_loss_is_what_it_was(tmp_path, cache_dir, part):
     for case in list(recorded)[part::PARTS]:
         typed = json.loads(case)
         then = DEMO_OF_THEN if "experiment=demo" in typed else []
+        then += ORIGINAL_OF_THEN if typed[0].startswith("experiment=original") else []
         lines[case] = json.dumps([*typed, *then, *common(cache_dir)])
         steps[lines[case]] = compared(typed)
     subprocess.run(
