@@ -70,13 +70,13 @@ def python():
 def command(python, cache_dir, tmp_path):
     """Run ``python -m MODULE ARGUMENTS`` as a user would, in the test's own folder; returns the finished process.
 
-    Where the test sets variables of the environment, which imports may read, the imports are done anew.
+    Imports are done ``anew`` where they read the variables that the test sets.
     """
 
-    def run(module, *arguments, environment=None):
+    def run(module, *arguments, environment=None, anew=False):
         fixed = ELSEWHERE | {"COLUMNS": "200"}
         return subprocess.run(
-            [python if environment is None else sys.executable, "-m", module, *arguments],
+            [sys.executable if anew else python, "-m", module, *arguments],
             cwd=tmp_path,
             env=os.environ | fixed | (environment or {}),
             capture_output=True,

@@ -156,7 +156,8 @@ def address(folder, tmp_path_factory):
             "--workers",
             "1",
         ]  # of four, each of which takes seconds to start
-        server = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, start_new_session=True)
+        fewer = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # of MLflow's processes
+        server = subprocess.Popen(command, cwd=folder, env=fewer, stdout=file, stderr=file, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for_server(server, f"{address}/health", log)

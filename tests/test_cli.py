@@ -248,7 +248,7 @@ def test_a_launcher_that_is_not_installed_is_one_line(command, tmp_path, small, 
     # A module that is None cannot be imported, whether the package is installed or not.
     (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{package!r}] = None")
     search = {"PYTHONPATH": f"{tmp_path}:{PROJECT}"}
-    done = command("src.train", "--multirun", *small, f"hydra/launcher={launcher}", environment=search)
+    done = command("src.train", "--multirun", *small, f"hydra/launcher={launcher}", environment=search, anew=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: hydra/launcher")

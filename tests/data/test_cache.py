@@ -348,7 +348,8 @@ def _load_counting(cfg, tally: Path, ready, results) -> None:
 def test_processes_that_start_together_decode_once(config, tmp_path):
     folder = write_folder(tmp_path / "images", {"a": 60, "b": 60})
     cfg, tally = config("image_folder", folder), tmp_path / "tally"
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["src.data", "torch", "torchvision", "pytest"])  # which take seconds to import
     ready, results = context.Barrier(4), context.Queue()
     processes = [context.Process(target=_load_counting, args=(cfg, tally, ready, results)) for _ in range(4)]
     for process in processes:

@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
             "experiment=demo", "method=kmclr", "k=5", "epochs=1", "data.limit=200", "batch_size=64",
             f"data.cache_dir={folder}/cache", f"output_dir={folder}/run", "tracking=jsonl", "precision=float32",
             "projector.hidden=[32]", "projector.out=16", "evaluation.epochs=5", "evaluation.knn_k=[10,20,50,200]",
-            "data.image_size=32", "evaluation.pictures=false",
+            "data.image_size=8", "evaluation.pictures=false",
         ])  # fmt: skip
     cli.pretrain(cfg)
     return folder / "run"
@@ -58,7 +58,7 @@ def taught(finished):
             "experiment=demo", "objective=teacher", "support=none", "epochs=1", "data.limit=200", "batch_size=64",
             f"data.cache_dir={finished.parent}/cache", f"output_dir={finished.parent}/taught", "tracking=jsonl",
             "precision=float32", "projector.hidden=[32]", "projector.out=16", "objective.predictor_hidden=32",
-            "evaluation.epochs=5", "data.image_size=32", "evaluation.pictures=false", "evaluation.teacher=true",
+            "evaluation.epochs=5", "data.image_size=8", "evaluation.pictures=false", "evaluation.teacher=true",
         ])  # fmt: skip
     cli.pretrain(cfg)
     return finished.parent / "taught"
@@ -218,7 +218,7 @@ def test_a_sample_of_the_training_images_votes_in_a_validation(finished):
 
     cfg, seen = load_config(finished), []
     data = load(cfg.data)
-    encoder = nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
+    encoder = nn.Sequential(nn.AvgPool2d(2), nn.Flatten())
     frozen = Counted(encoder, data.mean, data.std, torch.device("cpu"), torch.float32)
     rest = nn.Linear(48, 10), data
     figures = {
@@ -240,7 +240,9 @@ def test_more_neighbours_than_a_class_has_images_are_said(finished, caplog):
 
 
 def test_transfer_has_the_data_sets_name(finished):
-    metrics = run(f"checkpoint={finished}", "data=digits", f"data.cache_dir={finished.parent}/cache")
+    metrics = run(
+        f"checkpoint={finished}", "data=digits", "data.image_size=8", f"data.cache_dir={finished.parent}/cache"
+    )
     (own,) = (finished.parent / "cache").glob("digits-*.safetensors")
     with safe_open(own, "np") as file:
         assert f"transfer/digits-{file.metadata()['fingerprint'][:8]}/test/linear_top1" in metrics

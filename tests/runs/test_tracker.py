@@ -460,6 +460,7 @@ def test_mlflow_ui_without_options_shows_the_runs(client, tmp_path, monkeypatch)
     local.close("FINISHED")
 
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PYTEST_"))}
+    env |= {"MLFLOW_WORKERS": "1", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # of 16 processes, which take longer
     ui = subprocess.Popen([sys.executable, "-m", "mlflow", "ui"], env=env, start_new_session=True)
     try:
         deadline = time.monotonic() + 120

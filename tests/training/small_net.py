@@ -1,6 +1,11 @@
-"""A backbone for two ranks, which exchange messages for each of its batch norms: `resnet_tiny` has 12, this has two."""
+"""A backbone of two layers, for tests of all that is not the network.
+
+Two ranks exchange messages for each of its batch norms: `resnet_tiny` has 12, this has two.
+"""
 
 from torch import nn
+
+SMALL_NET = ["backbone.name=small_net", "+backbone._target_=tests.training.small_net.SmallNet"]
 
 
 class SmallNet(nn.Sequential):

@@ -40,6 +40,7 @@ from src.training import run as run_module
 from tests.config.test_schema import composed, parsed
 from tests.conftest import CIFAR100, ELSEWHERE, PROJECT
 from tests.data.layouts import LAYOUTS, random_image, write_set
+from tests.training.small_net import SMALL_NET
 
 CONTRAST = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=100"], "kmclr": ["method=kmclr", "k=7"]}
 TEACHER = ["method=nnclr", "objective=teacher", "queue_size=100", "objective.neighbours=3"]
@@ -84,13 +85,13 @@ def run(tmp_path, monkeypatch, small):
     """Train in this process; returns the run's directory.
 
     Composing and drawing take longer than so small a training: a line that is typed again is not composed again, and
-    the curves are drawn where they are asked for.
+    the curves are drawn where they are asked for. With ``net=[]`` the network is the ResNet of `small`.
     """
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
 
-    def run(*overrides, directory="run", draw=False):
-        cfg = copy.deepcopy(composed_once(*small, "tracking=jsonl", f"output_dir={directory}", *overrides))
+    def run(*overrides, directory="run", draw=False, net=SMALL_NET):
+        cfg = copy.deepcopy(composed_once(*small, *net, "tracking=jsonl", f"output_dir={directory}", *overrides))
         with monkeypatch.context() as patch:
             if not draw:
                 patch.setattr(curves, "plot", lambda directory: directory)
@@ -133,7 +134,7 @@ def assert_equal(one, other, where):
 
 @pytest.mark.parametrize("method", OF_METHOD)
 def test_a_run_leaves_what_it_promises(run, method, capsys):
-    directory = run(*ALL[method], "evaluation.pictures=true", draw=True)
+    directory = run(*ALL[method], "evaluation.pictures=true", draw=True, net=[])
     record = Record.load(directory)
     assert record.status == "FINISHED"
     assert record.metrics.keys() == METRICS | OF_METHOD[method]
@@ -171,7 +172,7 @@ def test_the_untrained_encoder_is_that_of_step_0_and_a_seeds_whatever_the_method
         history_ = history(run(*overrides, directory=method))
         assert history_["untrained/val/knn_top1", 0] == history_["val/knn_top1", 0]
         figures[method] = {key: value for (key, step), value in history_.items() if key.startswith("untrained/")}
-    assert figures["simclr"] == figures["nnclr"] == figures["kmclr"]
+    assert figures["simclr"] == figures["nnclr"] == figures["kmclr"] == figures["mnn"]
     assert figures["simclr"] != {
         key: value
         for (key, _), value in history(run("method=simclr", "seed=1", directory="1")).items()
@@ -195,11 +196,11 @@ def test_what_makes_a_step_fast_leaves_the_loss_curve(run, monkeypatch, method, 
     At a small learning rate: on such small maps rounding grows up to tenfold a step at the usual one.
     """
     rate, tolerance = {"search": (0.001, 0), "layout": (0.0003, 0.003), "precision": (0.001, 0.05)}[plain]
-    overrides = [*ALL[method], f"optimizer.lr={rate}"]
-    fast = losses(run(*overrides, *(["precision=bfloat16"] if plain == "precision" else []), directory="fast"))
+    overrides, net = [*ALL[method], f"optimizer.lr={rate}"], SMALL_NET if plain == "search" else []
+    fast = losses(run(*overrides, *(["precision=bfloat16"] if plain == "precision" else []), directory="fast", net=net))
     if plain == "layout":
         monkeypatch.setattr(torch, "channels_last", torch.contiguous_format)
-    slow = losses(run(*overrides, "search=faiss" if plain == "search" else "search=torch", directory="slow"))
+    slow = losses(run(*overrides, "search=faiss" if plain == "search" else "search=torch", directory="slow", net=net))
     assert len(set(slow)) == len(slow)
     assert fast == pytest.approx(slow, abs=0, rel=tolerance)
 
@@ -208,12 +209,13 @@ def test_what_makes_a_step_fast_leaves_the_loss_curve(run, monkeypatch, method, 
 @pytest.mark.parametrize("method", ["kmclr", "relation", "evolving"])
 def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(run, monkeypatch, method):
     overrides = [*ALL[method], "optimizer.lr=0.0003"]
-    plain, compiled = run(*overrides, directory="plain"), run(*overrides, "compile=true", directory="compiled")
+    plain = run(*overrides, directory="plain", net=[])
+    compiled = run(*overrides, "compile=true", directory="compiled", net=[])
     assert losses(compiled) == pytest.approx(losses(plain), abs=0, rel=0.003)
     for steps in (2, 100):
         monkeypatch.setattr(run_module, "Stopper", lambda _, steps=steps: StopAfter(steps))
         with contextlib.suppress(SystemExit):
-            run(*overrides, "compile=true", directory="broken")
+            run(*overrides, "compile=true", directory="broken", net=[])
     assert_same_run(compiled, compiled.parent / "broken")
 
 
@@ -230,7 +232,8 @@ def test_cuda_graphs_leave_the_loss_curve(run, method, monkeypatch):
         pytest.skip("needs a CUDA device")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     overrides = [*ALL[method], "optimizer.lr=0.0003", "epochs=2", "device=cuda", "precision=float32"]
-    plain, graphed = run(*overrides, directory="plain"), run(*overrides, "compile=true", directory="graphed")
+    plain = run(*overrides, directory="plain", net=[])
+    graphed = run(*overrides, "compile=true", directory="graphed", net=[])
     assert losses(graphed) == pytest.approx(losses(plain), abs=0, rel=0.005)
 
 
@@ -466,14 +469,14 @@ def test_a_collapse_is_said_once_and_tagged_or_ends_the_run(run, tmp_path, monke
 
     monkeypatch.setattr(models.ResNetTiny, "forward", collapsed)
     said = r"collapsed at step 3: features of different images are alike \(effective rank 1\.00 of 128\); lower optim"
-    record = Record.load(run("method=simclr"))
+    record = Record.load(run("method=simclr", net=[]))
     assert len(re.findall(said, caplog.text)) == caplog.text.count("collapsed at step") == 1
     assert record.tags["collapsed"].startswith("at step 3: features of different images are alike")
 
     with pytest.raises(Collapsed, match=said):
-        run("method=simclr", "on_collapse=stop", directory="stopped")
+        run("method=simclr", "on_collapse=stop", directory="stopped", net=[])
     with pytest.raises(Collapsed, match="on_collapse=warn trains on"):  # without another epoch
-        run("method=simclr", "on_collapse=stop", directory="stopped")
+        run("method=simclr", "on_collapse=stop", directory="stopped", net=[])
     assert Record.load(tmp_path / "stopped").status == "FAILED"
     assert max(step for _, step in history(tmp_path / "stopped")) == 3
 
@@ -598,16 +601,15 @@ def test_final_trains_on_the_validation_images_too(run):
     metrics = Record.load(directory).metrics
     assert not [key for key in metrics if key.startswith("val/")]
     assert metrics["test/linear_top1"] > 0
-    assert metrics["train/lr"] >= 0
     assert max(step for _, step in history(directory)) == 1437 // 64
 
 
 def test_the_original_protocol_and_timm_run_too(run):
     directory = run(
         "method=simclr", "epochs=1", "evaluation=original", "evaluation.epochs=1", "data.limit=128",
-        "backbone=timm", "backbone.name=resnet10t",
+        "backbone=timm", "backbone.name=resnet10t", net=[],
     )  # fmt: skip
-    assert Record.load(directory).metrics["test/linear_top1"] >= 0
+    assert 0 < Record.load(directory).metrics["test/linear_top1"] < 100
 
 
 def test_another_configuration_in_the_same_directory_is_refused(run):
@@ -747,7 +749,7 @@ def test_system_metrics_without_psutil_are_refused_before_anything_is_written(ru
     "largest", [["method=nnclr", "queue_size=320"], ["method=kmclr", "k=128", "support.forget_every=1"]]
 )
 def test_a_support_set_that_is_filled_in_the_last_moment_is_used(run, largest):
-    assert Record.load(run(*largest)).metrics["support/perplexity"] >= 1
+    assert 1 <= Record.load(run(*largest)).metrics["support/perplexity"] <= 64  # of the one batch that asked
 
 
 def test_a_run_whose_support_set_was_never_filled_is_not_reported_as_what_it_is_not(run, monkeypatch, caplog):
@@ -790,8 +792,8 @@ def test_sigkill_at_any_moment_changes_nothing(python, run, small, tmp_path):
 
     With the method that has most to save; `test_stopped_anywhere_and_continued_it_is_the_unbroken_run` has them all.
     """
-    overrides = [*METHODS["kmclr"], "epochs=12", "checkpoint.every=1"]
-    unbroken = run(*overrides, directory="unbroken")
+    overrides = [*METHODS["kmclr"], "epochs=8", "checkpoint.every=1"]
+    unbroken = run(*overrides, directory="unbroken", net=[])
     environment = os.environ | ELSEWHERE
     arguments, kills = [*small, *overrides, "tracking=jsonl", "output_dir=broken"], 0
     broken = [python, "-m", "src.train", *arguments]
@@ -837,7 +839,7 @@ def test_a_run_whose_output_nobody_reads_stops_as_by_a_signal(small, tmp_path):
 
 @pytest.mark.slow
 def test_max_minutes_stops_resumably(command, small, tmp_path):
-    arguments = [*small, "method=simclr", "tracking=jsonl", "output_dir=run", "epochs=1000", "max_minutes=0.02"]
+    arguments = [*small, "method=simclr", "tracking=jsonl", "output_dir=run", "epochs=1000", "max_minutes=0.002"]
     first = command("src.train", *arguments)
     assert (first.returncode, Record.load(tmp_path / "run").status) == (75, "KILLED")
     assert "the same command continues" in first.stdout
@@ -850,14 +852,17 @@ def test_neither_mlflow_nor_faiss_is_needed(command, small, tmp_path):
     for name in ("mlflow", "faiss"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')")
     shadowed = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}"}
-    run = [*small, "method=kmclr", "k=7", "epochs=1", "output_dir=run"]
-    done = command("src.train", *run, "tracking=jsonl", "search=torch", environment=shadowed)
+    run = [*small, "method=kmclr", "k=7", "epochs=1", "output_dir=run", "tracking=jsonl", "search=torch"]
+    done = command("src.train", *run, environment=shadowed, anew=True)
     assert done.returncode == 0, done.stderr
     assert Record.load(tmp_path / "run").metrics.keys() >= METRICS
-    done = command("src.train", *run, "output_dir=other", "search=torch", environment=shadowed)
-    assert done.returncode == 2
-    assert "tracking=jsonl" in done.stderr
-    assert not (tmp_path / "other").exists()
+
+
+def test_without_mlflow_the_other_tracking_is_named_and_nothing_is_written(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(UsageError, match="tracking=jsonl"):
+        run("method=simclr", "tracking=mlflow")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -870,7 +875,7 @@ def test_real_images_and_mlflow(command, cache_dir, tmp_path, monkeypatch):
         *METHODS["kmclr"],
         f"data.root={CIFAR100}",
         f"data.cache_dir={cache_dir}",
-        "backbone=resnet_tiny",
+        *SMALL_NET,
         "data.limit=500",
         "batch_size=100",
         "epochs=2",
