@@ -85,17 +85,20 @@ class FrozenEncoder:
         Raises:
             Diverged: some are not finite.
         """
-        blocks = []
-        for block in split.blocks(batch_size):
-            self.before_block()
-            blocks.append(self.encode(normalise(block.squares(self.device), self.mean, self.std)))
-        x_NF = torch.cat(blocks)
+        x_NF = self._encoded(split, batch_size)
         if lost := len(x_NF) - int(x_NF.isfinite().all(1).sum()):
             raise Diverged(
                 f"the features of {lost} of {len(x_NF)} images are not finite: the encoder's weights are too large; "
                 "lower optimizer.lr or raise schedule.warmup_epochs"
             )
         return Features(x_NF, split.labels.to(self.device))
+
+    def _encoded(self, split: Split, batch_size: int) -> Tensor:
+        blocks = []
+        for block in split.blocks(batch_size):
+            self.before_block()
+            blocks.append(self.encode(normalise(block.squares(self.device), self.mean, self.std)))
+        return torch.cat(blocks)
 
 
 def topk_percent(scores_NC: Tensor, labels_N: Tensor, k: int) -> float:

@@ -32,7 +32,7 @@ from src import build
 from src.config.schema import Config, KMeans, Relation
 from src.data.splits import Split
 from src.errors import RankLost, RunFailed, UsageError
-from src.evaluation.probes import Features, FrozenEncoder
+from src.evaluation.probes import FrozenEncoder
 from src.support.sharded import Shard, in_shards
 from src.system.collectives import LOST, gathered, sum_, together
 from src.system.environment import is_rank
@@ -238,18 +238,18 @@ class Ranks:
 class _SharedEncoder(FrozenEncoder):
     """Each rank encodes every so many-th block of images, and has the features of all of them."""
 
-    def features(self, split: Split, batch_size: int = 512) -> Features:
+    def _encoded(self, split: Split, batch_size: int) -> Tensor:
         blocks, count = list(split.blocks(batch_size)), dist.get_world_size()
         found: list[Tensor] = []
         for start in range(0, len(blocks), count):
             turn = blocks[start : start + count]
-            mine = super().features(turn[min(dist.get_rank(), len(turn) - 1)], batch_size).x_NF
+            mine = super()._encoded(turn[min(dist.get_rank(), len(turn) - 1)], batch_size)
             whole = mine.new_zeros(batch_size, mine.shape[1])
             whole[: len(mine)] = mine
             found += [
                 x_NF[: len(block)] for x_NF, block in zip(_Gather.apply(whole).split(batch_size), turn, strict=False)
             ]
-        return Features(torch.cat(found), split.labels.to(self.device))
+        return torch.cat(found)
 
 
 def checksum(*modules: nn.Module) -> int:

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import random
 import re
@@ -17,7 +18,8 @@ from torch import nn
 from scripts.rivals.ours import Paced, Unlogged, fill
 from src import build, cli
 from src.data import load
-from src.errors import RankLost, UsageError
+from src.data.splits import Split
+from src.errors import Diverged, RankLost, UsageError
 from src.runs import checkpoint
 from src.runs.record import METRICS, Record
 from src.training import distributed, loop
@@ -84,6 +86,17 @@ def wait_for_rows(folder, process, count):
     metrics = folder / METRICS
     while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < count):
         time.sleep(0.003)
+
+
+def test_features_that_are_not_finite_are_so_for_every_rank(monkeypatch):
+    """Also where another has encoded them: all end alike, and none waits for one that has ended."""
+    blocks = Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4))
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(distributed._Gather, "apply", lambda mine: torch.cat([torch.full_like(mine, math.nan), mine]))
+    frozen = distributed._SharedEncoder(nn.Flatten(), [0.0] * 3, [1.0] * 3, CPU, torch.float32)
+    with pytest.raises(Diverged, match="the features of 2 of 4 images are not finite"):
+        frozen.features(blocks, batch_size=2)
 
 
 @pytest.mark.slow
