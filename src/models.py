@@ -28,7 +28,7 @@ def resnet(name: Literal["resnet18", "resnet34", "resnet50"], stem: Stem) -> nn.
     Args:
         name: which.
         stem: ``small`` for 32x32 images: 3x3, stride 1, no max-pool; ``small_padded``: the same with padding 2, as the
-            original study had it; ``large``: the ordinary 7x7, stride 2, and max-pool.
+            original study and solo-learn have it; ``large``: the ordinary 7x7, stride 2, and max-pool.
 
     Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; the small stem as in Chen et al.,
     "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, appendix B.9.

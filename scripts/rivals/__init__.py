@@ -17,7 +17,7 @@ from src.data.splits import Split
 
 Pace = Callable[[], None]
 Transform = Callable[[Image.Image], Sequence[Tensor]]  # an image to its two views
-TEMPERATURE, EMBEDDING, PROJECTOR, PREDICTOR = 0.2, 256, 2048, 4096  # the defaults of conf/method
+TEMPERATURE, EMBEDDING, PROJECTOR, PREDICTOR = 0.2, 256, 2048, 4096  # as in NNCLR on small images
 
 
 class Setting(NamedTuple):

@@ -111,7 +111,8 @@ class Teacher(WithTeacher):
 class Relation(WithTeacher):
     """The support set's say is a relation: a prediction is to be as near to each stored vector as the target is.
 
-    Source: ReSSL, see `src.losses.relation`. Deviation: the pull towards the target stays beside it.
+    Source: ReSSL, see `src.losses.relation`. Deviations: both directions, where its teacher sees the weak view alone;
+    BYOL's heads; the pull towards the target stays beside it.
     """
 
     objective: schema.Relation
