@@ -19,6 +19,7 @@ setup: $(STAMP) ## Make .venv and install the pinned dependencies
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	-$(BIN)/pip uninstall --quiet --yes $(filter-out $(FAISS),faiss-cpu faiss-gpu) 2>/dev/null
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(FAISS),export,dev]'
 	rm -f $(VENV)/.installed-*
 	touch $@

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import shutil
 import sys
 import textwrap
 import time
@@ -42,6 +41,7 @@ from src.reporting.rows import FIGURES, summarise
 from src.runs import directory as run_directory
 from src.runs import origin
 from src.runs.record import METRICS, RECORD, Record, records_below
+from src.system.atomic_write import write_whole
 from src.system.stopping import TIME_IS_UP, Stopped, is_stop
 from src.training.run import run
 
@@ -163,7 +163,7 @@ def as_many_as_fit(first: Record, minutes: float, out: Path) -> int:
     noted = out / "epochs.txt"
     if not noted.is_file():
         seconds = first.seconds / int(first.params["epochs"])
-        noted.write_text(f"{int((60 * minutes - RESERVE) / seconds)}\n")
+        write_whole(noted, f"{int((60 * minutes - RESERVE) / seconds)}\n".encode())
     return int(noted.read_text())
 
 
@@ -221,7 +221,7 @@ def keep(directory: Path, copy: Path) -> None:
     for file in (METRICS, RECORD):
         if (directory / file).is_file():
             copy.mkdir(parents=True, exist_ok=True)
-            shutil.copy(directory / file, copy / file)
+            write_whole(copy / file, (directory / file).read_bytes())
 
 
 def report(name: str, out: Path, command: str) -> None:

@@ -163,6 +163,7 @@ def typed(tmp_path, monkeypatch, capsys):
         ("output_dir=a_file data=digits backbone=resnet_tiny", "output_dir=a_file: is a file"),
         ("hydra.run.dir=elsewhere", "hydra.run.dir=elsewhere: has no effect; a run's folder is output_dir"),
         ("--multirun hydra.sweep.dir=elsewhere k=5,6", "hydra.sweep.* out"),
+        ("--multirun +sweep=optuna data=digits resume=never", "resume=never: a search goes on from its trials"),
         ("--multirun hydra/sweeper=optuna k=5,6", "hydra/sweeper=optuna: leave it out for a grid"),
         ("--multirun hydra/sweeper=basic k=5,6", "hydra/sweeper=basic: leave it out for a grid"),
     ],

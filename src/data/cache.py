@@ -117,7 +117,7 @@ def cached(cfg: Data) -> Cache:
 
 def _made(identity: Path, path: Path, source: Source, cfg: Data) -> Cache:
     """The cache that this process decodes, or for which it has waited."""
-    with _locked(identity.with_suffix(".lock")):
+    with _locked(_beside(identity, ".lock")):
         cache = _open(path, logging.WARNING)
         if cache is None:
             for outdated in path.parent.glob(f"{identity.name}-*{PARTIAL}"):
@@ -193,6 +193,11 @@ def _identity(cfg: Data) -> Path:
     return Path(cfg.cache_dir).expanduser().resolve() / f"{cfg.name}-{_digest(*places, *decoding, *newer)}"
 
 
+def _beside(identity: Path, ending: str) -> Path:
+    """A file of an identity, in whose name there may be a dot."""
+    return identity.with_name(f"{identity.name}{ending}")
+
+
 def _path(identity: Path, source: Source) -> Path:
     """The cache of a source in its present state."""
     return identity.with_name(f"{identity.name}-{_digest(FORMAT, source.stamp)}.safetensors")
@@ -201,7 +206,7 @@ def _path(identity: Path, source: Source) -> Path:
 def _remembered(identity: Path) -> Path | None:
     """The cache of a source of very many files, if its folders are as they were when all files were looked at."""
     try:
-        remembered = json.loads(identity.with_suffix(".folders").read_text())
+        remembered = json.loads(_beside(identity, ".folders").read_text())
         path, folders = identity.with_name(remembered["cache"]), remembered["folders"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -212,7 +217,7 @@ def _remembered(identity: Path) -> Path | None:
 def _remember(identity: Path, path: Path, source: Source) -> None:
     remembered = {"cache": path.name, "folders": dict(source.folders)}
     with suppress(OSError):  # of a folder that may only be read
-        write_whole(identity.with_suffix(".folders"), json.dumps(remembered).encode())
+        write_whole(_beside(identity, ".folders"), json.dumps(remembered).encode())
 
 
 def _check_meant(cfg: Data, skipped: list[str], found: str) -> None:

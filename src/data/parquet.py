@@ -147,7 +147,7 @@ def find_columns(shard: Path, image: str | None, label: str | None) -> tuple[str
         return image, label, []
     schema = _schema(shard)
     with _readable(shard):
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        features = _features(schema)
     if image is None:
         images = [each.name for each in schema if _holds_images(each.type)]
         if len(images) != 1:
@@ -167,6 +167,13 @@ def find_columns(shard: Path, image: str | None, label: str | None) -> tuple[str
         [f"the labels are: {chosen} (data.label_column chooses; there is also {', '.join(others)})"] if others else []
     )
     return image, chosen, notes
+
+
+def _features(schema: pyarrow.Schema) -> dict[str, Any]:
+    """What the hub has noted of the columns; nothing of a shard that it has not written."""
+    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features: dict[str, Any] = (noted.get("info") or {}).get("features") or {}
+    return features
 
 
 def _schema(shard: Path) -> pyarrow.Schema:
@@ -217,6 +224,11 @@ def _read(splits: dict[str, list[Path]], image_column: str, label_column: str) -
     }
     found = {name: {value for each in shards.values() for value in each} - {None} for name, shards in values.items()}
     first = next((name for name in splits if found[name]), None)
+    if first and len(kinds := {type(value).__name__ for value in found[first]}) > 1:
+        raise UsageError(
+            f"{splits[first][0].parent}: {label_column} holds {' and '.join(sorted(kinds))} in one split; give all "
+            "labels one type, or set data.label_column to another"
+        )
     names = _class_names(splits[first][0], label_column) if first else []
     known = range(len(names)) if names else sorted(found[first]) if first else []
     if len(found.get(first or "", [])) < 2:  # which tells nothing apart
@@ -267,8 +279,7 @@ def _class_names(shard: Path, label_column: str) -> list[str]:
     """Names that the hub's ``ClassLabel`` feature keeps in the schema's metadata; empty without it."""
     schema = _schema(shard)
     with _readable(shard):
-        written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        names = written.get("info", {}).get("features", {}).get(label_column, {}).get("names") or []
+        names = (_features(schema).get(label_column) or {}).get("names") or []
         if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError("the class names are no list of texts")
     if doubles := [name for name, times in Counter(names).items() if times > 1]:

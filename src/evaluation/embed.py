@@ -116,15 +116,20 @@ def _write(
                 named = list(islice(part.names, len(block)))
                 if len(named) < len(block):
                     raise RunFailed("there are fewer images than there were a moment ago: run the command again")
-                labels = [None if label == UNLABELLED else classes[label] for label in block.labels.tolist()]
+                labels = [None if label == UNLABELLED else _utf8(classes[label]) for label in block.labels.tolist()]
                 starts = torch.arange(len(x_NF) + 1, dtype=torch.int32) * x_NF.shape[1]
                 vectors = pa.ListArray.from_arrays(starts.numpy(), x_NF.flatten().numpy())
-                splits, names = zip(*named, strict=True)
+                splits, names = zip(*(map(_utf8, each) for each in named), strict=True)
                 arrays = [pa.array(each, text) for each in (names, splits, labels)]
                 table.write_table(pa.Table.from_arrays([*arrays, vectors], schema=columns))
                 shown.append(x_NF[shown_N[row : row + len(x_NF)]])
                 row += len(x_NF)
     return torch.cat(shown)
+
+
+def _utf8(name: str) -> str:
+    """The name of a file or a folder, with a question mark for each byte that is no UTF-8, which Parquet refuses."""
+    return name.encode(errors="replace").decode()
 
 
 def _parts(data: Dataset, cfg: schema.Data, everything: bool) -> list[Part]:

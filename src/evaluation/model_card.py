@@ -59,7 +59,9 @@ def card(facts: dict[str, Any], features: int, record: Record) -> str:
         or None,
     )
     rows = [f"| {MEASURED[key]} | {value:.2f} |" for key, value in measured.items()]
-    figures = "\n".join(["| test images | % |", "| --- | --- |", *rows]) if rows else "It was not measured on labels."
+    said = "The encoder was frozen, and a classifier was trained on its features of the training images."
+    measured_ = ["| test images | % |", "| --- | --- |", *rows, "", said]
+    figures = "\n".join(measured_) if rows else "It was not measured on labels."
     commit = f" Its code is commit `{facts['commit']}`." if facts["commit"] else ""
     return f"""---
 {metadata.to_yaml()}
@@ -71,8 +73,6 @@ An image encoder, {facts["architecture"]}, trained without labels on {data}. It 
 {size} by {size} pixels.
 
 {figures}
-
-The encoder was frozen, and a classifier was trained on its features of the training images.
 
 ## Use
 

@@ -151,13 +151,20 @@ def compare(courses: Sequence[Course]) -> Figure | None:
     rows, columns = len(cells), len(cells[0])
     figure = Figure(figsize=(max(4.0, 3.5 * columns), 0.4 + 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, max(1, columns), squeeze=False, sharey="row" if methods else False)
+    lines: list[list[Axes]] = []  # of the panels that have something to show
     for line, some in zip(panels, cells, strict=True):
-        for place, (axes, (metric, group)) in enumerate(zip(line, some, strict=True)):
+        lines.append([])
+        for axes, (metric, group) in zip(line, some, strict=True):
             title, factor = COMPARED[metric]
-            _panel(axes, [each for each in group if each in drawn[metric]], drawn[metric], factor, styles)
-            if place == 0 or not methods:
+            shown = [each for each in group if each in drawn[metric]]
+            _panel(axes, shown, drawn[metric], factor, styles)
+            if not shown:
+                continue
+            if not lines[-1] or not methods:
                 axes.set_ylabel(title)
-    for line in panels:  # once all is drawn, because the panels of a line may share their axis
+                axes.tick_params(labelleft=True)
+            lines[-1].append(axes)
+    for line in lines:  # once all is drawn, because the panels of a line may share their axis
         for axes in line[:1] if methods else line:
             _make_room(axes, max(len(each.get_legend_handles_labels()[0]) for each in line))
     for axes, method in zip(panels[0], methods, strict=False):

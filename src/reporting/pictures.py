@@ -25,6 +25,7 @@ from src.methods.base import Method
 from src.reporting.plots import write_png
 from src.support.base import SupportSet
 from src.system.atomic_write import write_whole
+from src.system.output import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -273,11 +274,12 @@ def _at(place: int, split: Split) -> Tensor:
 
 
 def _name(data: Dataset, label: int) -> str:
-    return _words(data.classes[label])[:14] if data.labelled else ""
+    return _words(data.classes[label], 14) if data.labelled else ""
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ")  # as data sets write aquarium_fish
+def _words(name: str, longest: int | None = None) -> str:
+    """A class's name, which data sets write as aquarium_fish; in a picture no part of it is a formula."""
+    return printable(name).replace("_", " ")[:longest].replace("$", r"\$")
 
 
 def _first_of_each(ids_N: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from src.errors import UsageError
 from src.reporting.rows import summarise
 from src.reporting.table import show, write
 from src.runs.query import how_to_open, newest_charts, read_runs, read_sweep
+from src.system.output import printable
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     asked = parse(arguments)
     if asked.sweep:
         name, runs = read_sweep(asked.sweep, asked.tracking, Path(asked.root))
+        name = printable(name)  # which a server may have made up
     else:
         name, runs = asked.experiment, read_runs(asked.experiment, asked.tracking, Path(asked.root))
     rows, notes = summarise(runs)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,11 +19,15 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from src.config.names import UNTRAINED
+from src.errors import UsageError
 from src.reporting import curves, page
 from src.reporting.plots import caption, plot, to_svg, write_png
 from src.reporting.rows import FIGURES, NOTHING_STORED, Row, control_of, difference, figures_of
 from src.runs.record import METRICS
 from src.system.atomic_write import write_whole
+from src.system.redact import one_line
+
+logger = logging.getLogger(__name__)
 
 WORTH = "test/linear_top1"
 FOR_WIDE = ("bytes", "of largest queue")  # columns that a narrower terminal leaves to the files
@@ -66,7 +72,8 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table in Markdown."""
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body)]
+    escaped = [[cell.replace("|", r"\|") for cell in line] for line in (header, ["---"] * len(header), *body)]
+    return [f"| {' | '.join(line)} |" for line in escaped]
 
 
 def shares(rows: Sequence[Row]) -> list[float | None]:
@@ -127,11 +134,23 @@ def _differences(row: Row, rows: Sequence[Row], figures: Iterable[str]) -> dict[
     return numbers
 
 
+def _has_curves(directory: Path) -> bool:
+    """Whether a run's rows can be read here; those of a colleague, or damaged ones, are left out and said to be."""
+    if not os.path.isfile(directory / METRICS):  # `Path.is_file` raises where a folder above is closed
+        return False
+    try:
+        curves.read(directory)
+    except (UsageError, OSError) as error:
+        logger.warning("%s: its curves are left out (%s)", directory, one_line(error))
+        return False
+    return True
+
+
 def courses(rows: Sequence[Row]) -> list[curves.Course]:
     """The rows' runs as curves over epochs, of those runs whose folders are here."""
     found = []
     for row in rows:
-        here = tuple(run.directory for run in row.runs if run.directory and (run.directory / METRICS).is_file())
+        here = tuple(run.directory for run in row.runs if run.directory and _has_curves(run.directory))
         if not here:
             continue
         params = row.runs[0].params

@@ -101,11 +101,11 @@ def _is_of_a_start(path: Path) -> bool:
 
 
 def is_held(directory: Path) -> bool:
-    """Whether a process works on the run."""
+    """Whether a process works on the run, or nobody may write to its folder."""
     try:
         with FileLock(directory / ".lock", timeout=0):
             return False
-    except Timeout:
+    except OSError:  # of which `Timeout` is one
         return True
 
 

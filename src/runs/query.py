@@ -40,7 +40,11 @@ def how_to_open(path: str) -> str:
 
 def _server() -> str:
     address = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return f"{address.rstrip('/')}/" if address.startswith(("http://", "https://")) else ""
+    if not address.startswith(("http://", "https://")):
+        return ""
+    scheme, _, rest = address.rstrip("/").partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}/"  # without the password that may stand before the host
 
 
 def read_runs(experiment: str, backend: str, root: Path = Path("multirun")) -> list[Record]:

@@ -31,6 +31,7 @@ from src.system.redact import one_line
 Status = Literal["FINISHED", "FAILED", "KILLED"]  # how a run may end
 WHEN_STOPPED = 5.0  # seconds for a delivery of a run that has been told to stop
 LONGEST = 600.0  # seconds for the whole of a run, for the command that does nothing else
+REFUSALS = 3  # in a row, after which it is the store that takes nothing
 SLOW = 1.0  # seconds, above which a delivery is held to a tenth of the time
 COLOUR_TAG = "mlflow.runColor"  # of a run: its colour in every chart of MLflow's pages, such as "#0072b2"
 
@@ -123,6 +124,11 @@ class Tracker:
         newest = {key: value for key, value in metrics.items() if step >= self._last_step.get(key, -1)}
         self.record.metrics |= newest
         self._last_step |= dict.fromkeys(newest, step)
+
+    @property
+    def next_step(self) -> int:
+        """The first after all that have been logged."""
+        return max(self._last_step.values(), default=-1) + 1
 
     @property
     def written(self) -> tuple[int, str]:
@@ -408,6 +414,9 @@ def main(pages: mlflow_store.Pages, arguments: Iterable[str] | None = None) -> N
     """Delivers the runs in the folders that are named, else what MLflow lacks of any below ``multirun/``.
 
     Those that are deleted in MLflow are delivered again if they are named, and otherwise listed.
+
+    Raises:
+        UsageError: MLflow does not take one of them. The others have been delivered, unless it is the store that fails.
     """
     parser = argparse.ArgumentParser(prog="python -m src.tracking", description=main.__doc__)
     parser.add_argument("output_dir", type=Path, nargs="*", help="a run's output directory")
@@ -416,13 +425,26 @@ def main(pages: mlflow_store.Pages, arguments: Iterable[str] | None = None) -> N
         print(f"{directory}: delivered as run {deliver(directory)}", flush=True)
         _share_again(directory, pages)
     found = [] if named else sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time)
+    refused, in_a_row = list[UsageError](), 0
     for directory, record in found:
-        if not run_directory.is_held(directory):
+        if run_directory.is_held(directory):
+            continue
+        try:
             delivered, is_deleted = _bring_up_free(directory)
             deleted += [directory] if is_deleted else []
             if delivered:
                 print(f"{directory}: delivered as run {', '.join(delivered)}", flush=True)
             if not is_deleted and (delivered or CHARTS not in record.tags):
                 _share_again(directory, pages)
+            in_a_row = 0
+        except UsageError as error:
+            refused.append(error)
+            in_a_row += 1
+            if in_a_row == REFUSALS:
+                break
     if deleted:
         print(_deleted(deleted), flush=True)
+    for each in refused[1:]:
+        logger.warning("%s", each)
+    if refused:
+        raise refused[0]

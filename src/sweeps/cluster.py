@@ -64,6 +64,11 @@ class ClusterLauncher(JobLauncher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         require(self.package, self.extra, f"hydra/launcher={self.extra}")
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        if config.get("resume") == "never":
+            raise UsageError(
+                f"resume=never: {self.engine} may start a job again, and the same command waits for the jobs that it "
+                "knows; leave it out, or delete the runs that are to begin anew"
+            )
         self.submitted: list[Submitted] = []
         self.asked = 0.0
         self.silent = ""
@@ -213,8 +218,10 @@ class ClusterLauncher(JobLauncher):
         return True
 
     def _status(self, job: Job) -> int | None:
-        path = self._file(job, "status")
-        return int(path.read_text()) if path.exists() else None
+        try:
+            return int(self._file(job, "status").read_text())
+        except FileNotFoundError:
+            return None
 
     def _conclude(self, each: Submitted, status: int) -> None:
         log = self._file(each.job, "log")

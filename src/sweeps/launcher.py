@@ -107,20 +107,8 @@ class JobLauncher(Launcher):
         return {}
 
     def command(self, job: Job) -> list[str]:
-        """What a user would type for the job alone, and what the sweep tells it.
-
-        A cluster may start the command again: with ``resume=never`` it goes on in the folder that was chosen here.
-        """
-        chosen = [f"output_dir={job.directory}", "resume=auto"] if job.cfg and job.cfg.resume == "never" else []
-        return [
-            sys.executable,
-            "-m",
-            "src.train",
-            *self.config_dir,
-            *job.overrides,
-            *chosen,
-            *self.sweep.overrides(job),
-        ]
+        """What a user would type for the job alone, and what the sweep tells it."""
+        return [sys.executable, "-m", "src.train", *self.config_dir, *job.overrides, *self.sweep.overrides(job)]
 
     def say(self, job: Job, what: str) -> None:
         """Print a line about a job."""

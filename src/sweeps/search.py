@@ -56,6 +56,8 @@ class StudySweeper(GridSweeper):
         refuse_unused([base])
         if not space:
             raise UsageError("hydra.sweeper.params: every setting is fixed; give one an interval or choices")
+        if base.cfg and base.cfg.resume == "never":
+            raise UsageError("resume=never: a search goes on from its trials; leave it out")
         if base.cfg and base.cfg.data.final:
             raise UsageError("data.final=true: leaves no validation images, by which a search judges its trials")
         if not space.keys() & {"experiment", "data", "data.root", "data.repo"}:  # which say where the images are

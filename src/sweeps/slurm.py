@@ -9,7 +9,7 @@ import io
 import re
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class SlurmLauncher(ClusterLauncher):
         if "cpus_per_task" in settings:  # which srun has not taken over from sbatch since SLURM 22.05
             settings["srun_args"] = [f"--cpus-per-task={settings['cpus_per_task']}"]
         try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # a job's environment lies there
             executor = SlurmExecutor(self._folder, self.max_num_timeout)
             executor.update_parameters(
                 **executor._convert_parameters(settings),
@@ -120,7 +121,8 @@ class SlurmLauncher(ClusterLauncher):
 
     def cancel(self, identity: str) -> None:
         """By scancel."""
-        subprocess.run(["scancel", identity], capture_output=True, timeout=60)
+        with suppress(Silent):
+            _ask("scancel", identity)
 
     def how_to_stop(self, ids: Sequence[str]) -> str:
         """By scancel, on whose SIGTERM a job saves."""

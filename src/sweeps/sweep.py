@@ -62,8 +62,8 @@ class Sweep:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         stopped = kind is not None and not issubclass(kind, Exception)
         status: Status = "KILLED" if stopped else "FAILED"
-        refused = kind is not None and issubclass(kind, UsageError) and not any(job.record for job in self.jobs)
         try:
+            refused = kind is not None and issubclass(kind, UsageError) and not any(job.record for job in self.jobs)
             # A mistake in the command says all there is to say.
             outcome: Status = "FAILED" if refused else self._conclude()
             status = outcome if kind is None else status
@@ -96,11 +96,11 @@ class Sweep:
                 self.tracker.artifact(path)
             table.show(rows, more, f"{self.name} ({self.id})")
             self.tracker.record.tags[NOTE] = mlflow_charts.describe_sweep(f"{self.name} ({self.id})", rows)
-            self.tracker.log(table.summary(rows), len(finished))
         stopped = [job.status for job in lacking if is_stop(job.status)]
         counts = {"sweep/finished": len(finished), "sweep/stopped": len(stopped)}
         counts |= {"sweep/failed": len(lacking) - len(stopped), "sweep/pruned": len(pruned)}
-        self.tracker.log(counts, len(finished))
+        # What the sweep was before stays as it was logged.
+        self.tracker.log(counts | (table.summary(rows) if rows else {}), max(len(finished), self.tracker.next_step))
         share(self.tracker, mlflow_charts)
 
         print(f"{self.directory}: {len(finished)} of {len(self.jobs)} jobs finished, {len(pruned)} pruned", flush=True)
@@ -113,7 +113,7 @@ class Sweep:
             print(f"charts: {how_to_open(charts_path)}", flush=True)
         for note in notes:
             print(note, file=sys.stderr)
-        if lacking:
+        if lacking and not any(job.cfg and job.cfg.resume == "never" for job in lacking):
             print(f"run again just what is missing: {_command()}", file=sys.stderr)
         self.status = (stopped[0] if stopped else 1) if lacking else 0
         return "FINISHED" if not lacking else "KILLED" if stopped else "FAILED"

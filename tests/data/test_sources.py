@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -394,6 +395,18 @@ class TestParquet:
         write_shard(tmp_path / "train-0.parquet", [0, 1])
         write_shard(tmp_path / "test-0.parquet", [0, 1])
         assert complaint in refusal("parquet", tmp_path, **changes)
+
+    def test_labels_of_several_types_in_a_split_are_one_line(self, refusal, tmp_path):
+        write_shard(tmp_path / "train-0.parquet", [0, 1])
+        write_shard(tmp_path / "train-1.parquet", ["a", "b"])
+        assert f"{tmp_path}: label holds int and str in one split" in refusal("parquet", tmp_path)
+
+    def test_a_note_of_the_hub_without_features_says_nothing(self, config, tmp_path):
+        write_shard(tmp_path / "train-0.parquet", [0, 1] * 4, names=["a", "b"])
+        path = tmp_path / "train-0.parquet"
+        said = {"huggingface": json.dumps({"info": {"features": None}})}
+        pq.write_table(pq.read_table(path).replace_schema_metadata(said), path)
+        assert load(config("parquet", tmp_path)).classes == ["0", "1"]
 
     def test_a_damaged_shard_is_named(self, refusal, tmp_path):
         write_shard(tmp_path / "train-0.parquet", [0, 1])

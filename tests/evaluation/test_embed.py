@@ -110,6 +110,17 @@ def test_each_image_has_its_path_its_split_and_its_class(run, drawn, cache_dir, 
         assert (row["split"], row["label"]) == (split, label)
 
 
+def test_names_that_are_not_utf_8_have_question_marks(run, drawn, cache_dir, tmp_path):
+    folder = write_folder(tmp_path / "images", {"train/a": 4, "train/b": 4, "test/a": 1, "test/b": 1})
+    for split in ("train", "test"):
+        (folder / split / "a").rename(folder / split / "caf\udce9")
+    out = tmp_path / "out.parquet"
+    write(run, *of_folder(folder, cache_dir), f"out={out}")
+    rows = pq.read_table(out).to_pylist()
+    assert {row["label"] for row in rows} == {"caf?", "b"}
+    assert all("/caf?/" in row["image"] for row in rows if row["label"] == "caf?")
+
+
 def test_of_unlabelled_training_images_the_labelled_others_have_their_class(run, drawn, cache_dir, tmp_path):
     folder = write_folder(tmp_path / "images", {"unlabeled": 5, "train/a": 4, "train/b": 4, "test/a": 1, "test/b": 1})
     out = tmp_path / "out.parquet"

@@ -86,6 +86,20 @@ def test_many_courses_have_a_column_a_method_and_only_the_best_of_a_crowd_has_a_
     assert len(right.lines) == 13  # the control and all of the crowd
 
 
+def test_the_first_panel_of_a_line_that_is_drawn_has_its_name(tmp_path):
+    """The first column's method has no self-hits, so that its panel of these is taken out."""
+    folders = [write(tmp_path / str(i), [10, 20]) for i in range(6)]
+    for folder in folders[3:]:
+        row = {"step": 5, "time": 0, "metrics": {"support/self_hit": 0.5}}
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    some = [course(f"KMCLR {i}", 1 + i, (folders[i],), method="KMCLR") for i in range(3)]
+    some += [course(f"MNN {i}", 1 + i, (folders[i],), "red", method="MNN") for i in range(3, 6)]
+    first, second, self_hits = compare(some).axes
+    assert [axes.get_ylabel() != "" for axes in (first, second, self_hits)] == [True, False, True]
+    assert all(label.get_visible() for label in self_hits.get_yticklabels())
+
+
 @pytest.mark.parametrize("keys", [("train/loss", "val/knn_top1", "support/dead"), ("train/loss",)])
 def test_curves_are_read_in_order_and_drawn(tmp_path, keys):
     rows = [{"step": step, "time": 0, "metrics": dict.fromkeys(keys, step / 2)} for step in range(4)]

@@ -177,6 +177,16 @@ def test_class_names_are_words():
     assert "aquarium fish" in texts(figure)
 
 
+@pytest.mark.parametrize("name", ["caf\udce9", r"$\frac$", "a$_{$", "US$_and_A$"])
+def test_no_class_name_is_a_formula_or_ends_a_run(tmp_path, name):
+    """The first is a folder's name in Latin-1."""
+    data = data_of()
+    data.classes[:] = [name] * CLASSES
+    method, frozen = method_with(KMeans(2, 3, CLASSES, TorchSearch()), data)
+    drawn = pictures.illustrate(method, frozen, data, tmp_path, 1, True)
+    assert {path.name for path in drawn} >= {"positives-epoch-0001.png", "prototypes-epoch-0001.png", "map.png"}
+
+
 def test_a_run_is_not_changed_by_its_pictures_and_keeps_those_of_each_epoch(tmp_path):
     data = data_of()
     kmeans = KMeans(4, 3, CLASSES, TorchSearch())

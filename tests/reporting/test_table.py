@@ -15,7 +15,7 @@ from src.reporting import report
 from src.reporting import table as table_module
 from src.reporting.report import Arguments, parse
 from src.reporting.rows import summarise
-from src.reporting.table import GAIN_NOTE, courses, records, summary, table, write
+from src.reporting.table import GAIN_NOTE, courses, markdown, records, summary, table, write
 from src.runs.record import Copy, Record
 from tests.conftest import PROJECT
 from tests.made_up_runs import STUDY, run, with_untrained, without
@@ -140,6 +140,23 @@ def test_curves_are_drawn_of_the_runs_whose_folders_are_here(tmp_path):
     )
     assert [path.name for path in write(rows, notes, "study", tmp_path / "out")][-1] == "curves.png"
     assert (tmp_path / "out/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_that_cannot_be_read_are_left_out_and_said_to_be(tmp_path, caplog):
+    row = json.dumps({"step": 9, "time": 0, "metrics": {"val/knn_top1": 1.0}})
+    for name, content in (("whole", row), ("damaged", f"{row}\n{row[:-9]}\n{row}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(f"{content}\n")
+    places = [tmp_path / name for name in ("whole", "damaged")]
+    runs = [replace(run("kmclr", 50, seed), directory=place) for seed, place in enumerate(places)]
+    rows, _ = summarise(runs)
+    (course,) = courses(rows)
+    assert course.directories == (tmp_path / "whole",)
+    assert f"{tmp_path / 'damaged'}: its curves are left out (" in caplog.text
+
+
+def test_a_bar_in_a_name_is_no_column():
+    assert markdown(["a|b"], [["c"]]) == [r"| a\|b |", "| --- |", "| c |"]
 
 
 def test_arguments():

@@ -59,6 +59,15 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         pass
 
 
+def test_a_folder_that_may_only_be_read_is_nobodys_to_work_on(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    assert not run_directory.is_held(tmp_path)
+    monkeypatch.setattr(run_directory.FileLock, "acquire", refused)
+    assert run_directory.is_held(tmp_path)
+
+
 def test_who_reads_a_run_that_may_only_be_read_is_told_to_copy_it(tmp_path, monkeypatch):
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied")

@@ -125,6 +125,10 @@ def test_how_a_page_is_opened(monkeypatch):
     for uri in ("https://mlflow.example/", "https://mlflow.example"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         assert query.how_to_open("#/a") == query.link_to("#/a") == "https://mlflow.example/#/a"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:p@ss/word@host:5000/base/")
+    assert "p@ss" not in query.how_to_open("#/a")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:p@ss@host:5000/base/")
+    assert query.how_to_open("#/a") == "http://host:5000/base/#/a"
 
 
 def test_a_run_has_a_page_where_mlflow_has_it_and_none_where_it_is_deleted(client, tmp_path):

@@ -505,6 +505,46 @@ def test_one_command_delivers_all_that_waits_and_no_dead_run_stays_running(clien
         assert [step for step, _ in history(client, run_id, "train/loss")] == [0, 3, 6, 9]
 
 
+def test_a_run_that_mlflow_refuses_keeps_no_other_back(client, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        break_store(client, patch, "search_runs", "create_run", "log_batch")
+        for name in ("a", "b", "c"):
+            train(tracker := Tracker(tmp_path / "multirun" / name, MLFLOW, {}, {}), range(10))
+            tracker.close("FINISHED")
+    (tmp_path / "multirun/a/link").symlink_to("/etc/hostname")
+    values = json.loads((tmp_path / "multirun/a/run.json").read_text())
+    (tmp_path / "multirun/a/run.json").write_text(json.dumps(values | {"artifacts": ["link"]}))
+    with pytest.raises(UsageError, match="folder"):
+        tracking.main(mlflow_charts, [])
+    said = [line.split(": delivered as run ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["multirun/b", "multirun/c"]
+
+
+def test_where_the_store_takes_nothing_not_every_run_is_tried(client, tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(directory):
+        asked.append(directory)
+        raise UsageError("MLflow takes nothing")
+
+    for name in "abcde":
+        Tracker(tmp_path / "multirun" / name, MLFLOW, {}, {}).close("FINISHED")
+    monkeypatch.setattr(tracking, "_bring_up_free", refuse)
+    with pytest.raises(UsageError, match="takes nothing"):
+        tracking.main(mlflow_charts, [])
+    assert len(asked) == 3
+
+
+def test_the_next_step_is_after_all_that_were_logged(client, tmp_path):
+    tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
+    assert tracker.next_step == 0
+    tracker.log({"a": 1.0}, 3)
+    tracker.log({"b": 1.0}, 2)
+    assert tracker.next_step == 4
+    tracker.close("KILLED")
+    assert Tracker(tmp_path / "run", MLFLOW, {}, {}).next_step == 4
+
+
 def test_a_run_that_is_worked_on_is_not_delivered(client, tmp_path):
     Tracker(tmp_path / "run", MLFLOW, {}, {})
     with (

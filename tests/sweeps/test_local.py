@@ -1,14 +1,11 @@
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from src.sweeps import local
-from src.sweeps.jobs import Job
 from src.sweeps.local import LocalLauncher
-from tests.config.test_schema import parsed
 from tests.sweeps.launching import jobs_of, run
 
 
@@ -27,15 +24,6 @@ def test_each_job_ends_in_its_own_way(program, jobs):
         ("", 0),
     ]
     assert {path.name for path in (program / "sweep").iterdir()} == {f"{number}.log" for number in range(6)}
-
-
-def test_a_job_that_never_resumes_goes_on_where_a_cluster_starts_it_again():
-    never, auto = parsed("method=simclr", "resume=never"), parsed("method=simclr")
-    launcher = LocalLauncher(1)
-    launcher.config_dir, launcher.sweep = [], SimpleNamespace(overrides=lambda job: [])
-    fresh = launcher.command(Job(["resume=never"], never, Path("multirun/run.2")))
-    assert fresh[-3:] == ["resume=never", "output_dir=multirun/run.2", "resume=auto"]
-    assert launcher.command(Job([], auto, Path("multirun/run")))[-1] == "src.train"
 
 
 def test_a_signal_without_a_name_ends_a_job_too(program):
