@@ -10,12 +10,13 @@ from pathlib import Path
 
 from src.errors import UsageError
 from src.runs import mlflow_store
+from src.runs.directory import ROOT
 from src.runs.record import CHARTS, RECORD, Copy, Record, records_below
 
 CHARTS_AT = "http://127.0.0.1:5000/"  # where `mlflow ui` serves its pages
 
 
-def newest_charts(root: Path = Path("multirun")) -> str:
+def newest_charts(root: Path = ROOT) -> str:
     """Where MLflow's pages show the newest sweep; empty where no sweep below ``root`` has reached MLflow."""
     sweeps = [record for _, record in records_below(root) if CHARTS in record.tags]
     newest = max(sweeps, key=lambda record: record.end_time or record.start_time, default=None)
@@ -47,7 +48,7 @@ def _server() -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}/"  # without the password that may stand before the host
 
 
-def read_runs(experiment: str, backend: str, root: Path = Path("multirun")) -> list[Record]:
+def read_runs(experiment: str, backend: str, root: Path = ROOT) -> list[Record]:
     """Lists an experiment's runs, oldest first, from MLflow or from the ``run.json`` files under ``root``.
 
     Raises:
@@ -57,7 +58,7 @@ def read_runs(experiment: str, backend: str, root: Path = Path("multirun")) -> l
     return sorted((run for run in runs if "sweep_id" not in run.tags), key=lambda run: run.start_time)
 
 
-def read_sweep(sweep: str, backend: str, root: Path = Path("multirun")) -> tuple[str, list[Record]]:
+def read_sweep(sweep: str, backend: str, root: Path = ROOT) -> tuple[str, list[Record]]:
     """Lists a sweep's jobs, oldest first.
 
     Args:
@@ -140,16 +141,15 @@ def named_run(run: str) -> Path:
     Raises:
         UsageError: there is none.
     """
-    root = Path("multirun")
-    for folder in (root / run, Path(run).expanduser()):
+    for folder in (ROOT / run, Path(run).expanduser()):
         if (folder / RECORD).is_file():
             return folder
-    if found := _by_id(run, root):
+    if found := _by_id(run, ROOT):
         return found
-    raise UsageError(f"run={run}: there is no such run; give the name of its folder in {root}/, its path, or its id")
+    raise UsageError(f"run={run}: there is no such run; give the name of its folder in {ROOT}/, its path, or its id")
 
 
-def find_run_directory(run_id: str, root: Path = Path("multirun")) -> Path:
+def find_run_directory(run_id: str, root: Path = ROOT) -> Path:
     """The output directory of a run, by the ``run.json`` files under ``root``, else by the run's tag in MLflow.
 
     Raises:
