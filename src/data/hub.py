@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 
 from src.config.schema import Data
 from src.data.decoding import Contents, Source
-from src.data.parquet import parquet, shards_of_splits
+from src.data.parquet import lacking, parquet, shards_of_splits
 from src.data.roles import used_splits
 from src.errors import UsageError
 
@@ -73,7 +73,7 @@ def download(cfg: Data) -> Path:
     except errors.HFValidationError as error:
         raise UsageError(f"{where}: not of the form OWNER/NAME") from error
     except Exception as error:  # what the library raises without a network depends on its release
-        return _downloaded_before(repo, cfg.revision, error)
+        return _downloaded_before(repo, cfg, error)
 
 
 def _shards(repo: str, revision: str | None) -> tuple[str | None, list[PurePath]]:
@@ -93,22 +93,24 @@ def _shards(repo: str, revision: str | None) -> tuple[str | None, list[PurePath]
     return revision, shards
 
 
-def _downloaded_before(repo: str, revision: str | None, problem: Exception) -> Path:
-    """The folder with all shards of the data set, if the library's cache has them.
+def _downloaded_before(repo: str, cfg: Data, problem: Exception) -> Path:
+    """The folder with all shards that are asked for, if the library's cache has them.
 
     Raises:
         UsageError: It does not.
     """
     from huggingface_hub import HfApi
 
-    for each in [revision] if revision else [None, CONVERTED]:
+    for each in [cfg.revision] if cfg.revision else [None, CONVERTED]:
         try:
             folder = HfApi().snapshot_download(
                 repo, repo_type="dataset", revision=each, allow_patterns="*.parquet", local_files_only=True
             )
         except (OSError, ValueError):
             continue
-        if any(Path(folder).rglob("*.parquet")):
+        splits = shards_of_splits((path.relative_to(folder) for path in Path(folder).rglob("*.parquet")), cfg.config)
+        wanted = used_splits(splits, cfg.train_split, cfg.test_split) if splits else []
+        if wanted and not lacking({name: splits[name] for name in wanted}):
             log.warning("data.repo=%s: the hub cannot be reached; what was downloaded before is used", repo)
             return Path(folder)
     reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)

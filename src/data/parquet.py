@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePath
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 256  # bounds memory: a shard holds many thousand encoded images
 NO_LABELS = "none"  # data.label_column of images that have none
 USUAL_LABELS = ("label", "labels", "fine_label")
+OF = re.compile(r"-of-(\d+)")
 NUMBERING = re.compile(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]+)?$")
 KNOWN_SPLIT = re.compile(rf"(?:partial-)?({'|'.join(SPELLINGS)})(?=[-.]|$)", re.IGNORECASE)
 
@@ -63,6 +64,7 @@ def parquet(
         label_column = NO_LABELS
     for shard in shards:
         _check_columns(shard, image_column, label_column)
+    notes += [f"{each}, and the others are not here" for each in lacking(used)]
 
     def read() -> Contents:
         classes, parts = _read(used, image_column, label_column)
@@ -100,6 +102,16 @@ def shards_of_splits(shards: Iterable[PurePath], config: str | None) -> dict[str
             raise UsageError(f"several configurations of one data set: {names}; choose one with data.config=NAME")
         splits |= each
     return splits
+
+
+def lacking(splits: Mapping[str, Sequence[PurePath]]) -> list[str]:
+    """The splits that have fewer shards than these say there are, in words; a download may have been cut short."""
+    found = []
+    for name, shards in splits.items():
+        said = {int(each[1]) for shard in shards if (each := OF.search(shard.stem))}
+        if len(said) == 1 and len(shards) < (total := said.pop()):
+            found.append(f"{name} has {len(shards)} of {total} shards")
+    return found
 
 
 def _split_and_folder(shard: PurePath) -> tuple[str, PurePath]:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from layouts import pixels, write_shard
 
 from src.data import load
@@ -170,6 +170,26 @@ def test_without_a_network_what_was_downloaded_serves(hub, config, refusal, tmp_
     message = refusal(repo="someone/else")
     assert message.startswith("data.repo=someone/else: not downloaded, and the hub cannot be reached (")
     assert "hf download --repo-type dataset someone/else" in message
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_download_that_was_cut_short_does_not_serve(config, refusal, tmp_path, monkeypatch, shards):
+    """As older versions of the library give it, which do not know what is missing."""
+    for each in range(shards):
+        write_shard(tmp_path / f"snapshot/train-0000{each}-of-00002.parquet", [0, 1] * 6, seed=each)
+    write_shard(tmp_path / "snapshot/test-00000-of-00001.parquet", [0, 1], seed=5)
+
+    def snapshot(*_, local_files_only=False, **__):
+        if local_files_only:
+            return str(tmp_path / "snapshot")
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(HfApi, "snapshot_download", snapshot)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    if shards == 1:
+        assert "not downloaded, and the hub cannot be reached" in refusal(repo=REPO)
+    else:
+        assert len(load(config("hub", repo=REPO, final=True)).train) == 24
 
 
 def test_what_the_hub_converted_serves_where_there_are_no_shards(hub, config, tmp_path):

@@ -396,6 +396,14 @@ class TestParquet:
         write_shard(tmp_path / "test-0.parquet", [0, 1])
         assert complaint in refusal("parquet", tmp_path, **changes)
 
+    def test_a_split_that_lacks_shards_is_said(self, config, tmp_path, caplog):
+        write_shard(tmp_path / "train-00000-of-00003.parquet", [0, 1] * 4)
+        write_shard(tmp_path / "train-00002-of-00003.parquet", [0, 1] * 4, seed=1)
+        write_shard(tmp_path / "test-00000-of-00001.parquet", [0, 1], seed=2)
+        load(config("parquet", tmp_path))
+        assert "train has 2 of 3 shards, and the others are not here" in caplog.text
+        assert "test has" not in caplog.text
+
     def test_labels_of_several_types_in_a_split_are_one_line(self, refusal, tmp_path):
         write_shard(tmp_path / "train-0.parquet", [0, 1])
         write_shard(tmp_path / "train-1.parquet", ["a", "b"])
