@@ -157,9 +157,10 @@ def compare(courses: Sequence[Course]) -> Figure | None:
         for axes, (metric, group) in zip(line, some, strict=True):
             title, factor = COMPARED[metric]
             shown = [each for each in group if each in drawn[metric]]
-            _panel(axes, shown, drawn[metric], factor, styles)
             if not shown:
+                axes.remove()
                 continue
+            _panel(axes, shown, drawn[metric], factor, styles)
             if not lines[-1] or not methods:
                 axes.set_ylabel(title)
                 axes.tick_params(labelleft=True)
@@ -204,9 +205,6 @@ def _panel(
     factor: float,
     styles: Mapping[Course, Mapping[str, Any]],
 ) -> None:
-    if not courses:
-        axes.remove()
-        return
     for course in courses:
         points, style = points_of[course], styles[course]
         epochs, means = [epoch for epoch, _, _ in points], [factor * mean for _, mean, _ in points]

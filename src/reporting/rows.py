@@ -132,15 +132,8 @@ def control_of(row: Row, rows: Sequence[Row]) -> Row | None:
     is_simclr = row.method == "simclr"
     if row.method == UNTRAINED or row.is_control:
         return None
-    free = (
-        "method.",
-        "support.",
-        "search.",
-        "k",
-        "queue_size",
-        "seed",
-        *(("objective.",) if is_simclr else SAY_OF_STORED),
-    )
+    own = ("objective.",) if is_simclr else SAY_OF_STORED
+    free = ("method.", "support.", "search.", "k", "queue_size", "seed", *own)
 
     def agree(one: Mapping[str, str], two: Mapping[str, str]) -> bool:
         shared = [key for key in one.keys() & two.keys() if not key.startswith(free)]
