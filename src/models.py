@@ -120,6 +120,10 @@ class SplitBatchNorm(nn.BatchNorm2d):
     He et al., "Momentum Contrast", CVPR 2020, and its code for CIFAR, for the name.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
     splits = 1
 
     @classmethod
@@ -133,19 +137,36 @@ class SplitBatchNorm(nn.BatchNorm2d):
         """[B, C, H, W] to the same shape; while it trains, B is a multiple of ``splits``."""
         if not self.training or self.splits == 1:
             return super().forward(x)
-        assert self.momentum is not None
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
+        return self._as_one(x) if torch.compiler.is_compiling() else self._by_parts(x)
+
+    def _by_parts(self, x: Tensor) -> Tensor:
+        """By a call for each part, whose kernels need neither copies nor float32 in between."""
         means, variances = (each.repeat(self.splits, 1) for each in (self.running_mean, self.running_var))
         normal = [
             F.batch_norm(part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
             for part, mean, variance in zip(x.chunk(self.splits), means, variances, strict=True)
         ]
-        self.running_mean.copy_(means.mean(0))
-        self.running_var.copy_(variances.mean(0))
-        self.num_batches_tracked += 1
+        self._set_running(means.mean(0), variances.mean(0))
         return torch.cat(normal)
+
+    def _as_one(self, x: Tensor) -> Tensor:
+        """The same up to rounding, in one expression: by parts, a ResNet's graph would be ``splits`` times as large."""
+        parts = x.unflatten(0, (self.splits, -1)).float()
+        variance, mean = torch.var_mean(parts, (1, 3, 4), correction=0, keepdim=True)
+        normal = (parts - mean) * (variance + self.eps).rsqrt()
+        if self.affine:
+            normal = normal * self.weight[:, None, None] + self.bias[:, None, None]
+        count = parts[0].numel() // self.num_features
+        self._set_running(
+            self.running_mean.lerp(mean.detach().mean(0).flatten(), self.momentum),
+            self.running_var.lerp(variance.detach().mean(0).flatten() * count / (count - 1), self.momentum),
+        )
+        return normal.flatten(0, 1).to(x.dtype)
+
+    def _set_running(self, mean: Tensor, variance: Tensor) -> None:
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(variance)
+        self.num_batches_tracked += 1
 
 
 def split_batch_norms(module: nn.Module, splits: int) -> None:

@@ -1,5 +1,6 @@
 """Fixtures that several tests share."""
 
+import math
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from src.runs import mlflow_store
+from src.runs import mlflow_store, tracker
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine fails no test
 settings.load_profile("no deadline")
@@ -124,5 +125,6 @@ def client(fresh_store, tmp_path, monkeypatch):
     """The current folder is an empty one with a store."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(tracker, "SLOW", math.inf)  # what a busy machine takes long for is no slow store
     shutil.copy(fresh_store, tmp_path / "mlflow.db")
     return mlflow_store.prepare()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from lightly.loss import NTXentLoss
-from lightly.models.modules import NNCLRPredictionHead, NNCLRProjectionHead, NNMemoryBankModule
+from lightly.models.modules import NNCLRPredictionHead, NNMemoryBankModule, SimCLRProjectionHead
 from lightly.transforms.simclr_transform import SimCLRTransform
 from torch import nn
 
@@ -14,7 +14,7 @@ from scripts.rivals import EMBEDDING, PREDICTOR, PROJECTOR, TEMPERATURE, Images,
 def run(setting: Setting, images: Images, pace: Pace) -> None:
     """Train NNCLR; ``setting.support`` is the size of its memory bank."""
     backbone, features = encoder(setting.backbone)
-    projector = NNCLRProjectionHead(features, PROJECTOR, EMBEDDING)
+    projector = SimCLRProjectionHead(features, PROJECTOR, EMBEDDING)  # two layers, as here; its NNCLR head has three
     predictor = NNCLRPredictionHead(EMBEDDING, PREDICTOR, EMBEDDING)
     bank = NNMemoryBankModule(size=(setting.support, EMBEDDING))
     criterion = NTXentLoss(temperature=TEMPERATURE)

@@ -132,7 +132,7 @@ class Queue(SupportSet):
         rows, kept = self.ring.write(F.normalize(embeddings_BD.float(), dim=1))
         self.images_N[rows] = images_B[kept]
         self.labels_N[rows] = labels_B[kept]
-        self.written_N[rows] = self.step
+        self.written_N.index_fill_(0, rows, self.step)  # on a GPU, assigning a number would wait for the device
         self.step += 1
         if self.lists is not None and self.ready:
             self._list(len(rows))
