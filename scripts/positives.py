@@ -71,10 +71,10 @@ def of_neighbours(views: Views, size: int) -> tuple[Tensor, Tensor]:
 
 def of_prototypes(views: Views, k: int) -> tuple[Tensor, Tensor]:
     """How near the nearest of k prototypes is, and the share of its other members that are of the anchor's class."""
-    centroids_KD, members_N = cluster(
+    means_KD, members_N = cluster(
         views.second_ND, k, spherical=True, seed=0, initial_KD=views.second_ND[:k], iterations=20
     )
-    scores_N1, ids_N1 = TorchSearch()(views.first_ND, centroids_KD)
+    scores_N1, ids_N1 = TorchSearch()(views.first_ND, F.normalize(means_KD, dim=1))
     ids_N, labels_N = ids_N1[:, 0], views.labels_N
     classes_KC = torch.zeros(k, int(labels_N.max()) + 1)
     classes_KC.index_put_((members_N, labels_N), torch.ones(()), accumulate=True)

@@ -154,6 +154,9 @@ def _check_combinations(cfg: Config) -> None:
             f"tracking.system_metrics=true: MLflow measures them, and tracking={cfg.tracking.name} has none; "
             "choose tracking=mlflow, or leave tracking.system_metrics=false"
         )
+    lists = {key: getattr(cfg.search, key) for key in ("index", "nprobe", "refresh_every")}
+    if cfg.search.name == "ivf" and (lacking := [key for key, value in lists.items() if value is None]):
+        raise UsageError(f"search.{lacking[0]}=null: search=ivf needs it; leave it as it comes")
     if cfg.search.name == "ivf" and not isinstance(support, schema.Queue):
         raise UsageError(f"search=ivf: only support=queue can use it; choose search=auto for support={support.name}")
     if isinstance(objective, schema.Teacher) and is_ours and objective.neighbours > 1:

@@ -59,6 +59,11 @@ class Method(nn.Module, ABC):
         return loss + objective.decorrelation * cross_correlation(z1, z2, objective.off_diagonal)
 
     @property
+    def asks_with(self) -> tuple[nn.Module, nn.Module]:
+        """The encoder and the projector whose embeddings the support set is asked with."""
+        return self.encoder, self.projector
+
+    @property
     def networks(self) -> list[nn.Module]:
         """What ``compile=true`` compiles, each as a whole."""
         return [self.encoder, self.projector]

@@ -41,6 +41,10 @@ class WithTeacher(Method):
         self._average = get_ema_multi_avg_fn(objective.momentum)
 
     @property
+    def asks_with(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        return self.teacher_encoder, self.teacher_projector
+
+    @property
     def networks(self) -> list[torch.nn.Module]:
         return [*super().networks, self.teacher_encoder, self.teacher_projector]
 

@@ -7,6 +7,7 @@ Shapes: A anchors, D dimensions, N images of a sample.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,12 +103,14 @@ def mapped(labels_N: Tensor, classes: int) -> Tensor:
 
 @torch.no_grad()
 def embed(method: Method, frozen: FrozenEncoder, split: Split) -> Tensor:
-    """Embeddings [N, D] of a split's images, as they are."""
-    training = method.projector.training
-    method.projector.eval()
+    """Embeddings [N, D] of a split's images, as they are, with which the support set is asked."""
+    frozen = copy.copy(frozen)
+    frozen.encoder, projector = method.asks_with
+    training = projector.training
+    projector.eval()
     with torch.compiler.set_stance("force_eager"):
-        z_ND = method.projector(frozen.features(split).x_NF)
-    method.projector.train(training)
+        z_ND = projector(frozen.features(split).x_NF)
+    projector.train(training)
     return z_ND.float()
 
 

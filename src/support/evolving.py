@@ -156,4 +156,5 @@ class Evolving(KMeans):
         rows = (uniform_B.log() / distance_B.clamp(min=1e-12)).topk(new).indices
         slots = torch.arange(self.seeded, self.seeded + new, device=points_BD.device)
         self._place(slots, points_BD[rows], images_B[rows], labels_B[rows])
+        self.written_K[slots] = self.step - 1  # by the batch that has just been counted
         self.seeded += new

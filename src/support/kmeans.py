@@ -259,5 +259,5 @@ class KMeans(SupportSet):
         self.counts_K[:] = torch.bincount(ids_N, minlength=self.size)
         self.classes_KC.zero_().index_put_((ids_N, self.window_labels_N), window_ND.new_ones(()), accumulate=True)
         self.idle_K.zero_()
-        self.written_K.fill_(self.step)
+        self.written_K.fill_(self.step - 1)  # by the batch that has just been counted
         self.images_K.fill_(-1)

@@ -239,7 +239,8 @@ def cluster(
     """Re-cluster vectors with ``faiss.Kmeans``, from given centroids.
 
     Returns:
-        centroids [K, D], and which of them each vector belongs to [N] (int64).
+        the means of the clusters' members [K, D], which are shorter than unit vectors where ``spherical``, and which
+        cluster each vector belongs to [N] (int64). A cluster without members keeps FAISS's centroid.
     """
     import faiss
 
@@ -257,5 +258,9 @@ def cluster(
     )
     kmeans.train(window, init_centroids=initial_KD.float().cpu().numpy())
     _, ids = kmeans.assign(window)
-    centroids = torch.as_tensor(kmeans.centroids, device=window_ND.device)
-    return centroids, torch.as_tensor(ids, device=window_ND.device).long()
+    means_KD, ids_N = torch.as_tensor(kmeans.centroids).clone(), torch.as_tensor(ids).long()
+    # On the host, where a sum has a fixed order.
+    sums_KD = torch.zeros_like(means_KD).index_add_(0, ids_N, torch.as_tensor(window))
+    members_K = torch.bincount(ids_N, minlength=k)
+    means_KD[members_K > 0] = (sums_KD / members_K[:, None])[members_K > 0]
+    return means_KD.to(window_ND.device), ids_N.to(window_ND.device)

@@ -52,7 +52,10 @@ def test_a_problem_that_can_be_solved_is_solved_and_the_encoder_stays(data, froz
     assert all(parameter.grad is None for parameter in frozen.encoder.parameters())
 
 
-def test_the_whole_network_learns_and_the_same_seed_to_the_same_bits(data, frozen):
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_whole_network_learns_and_the_same_seed_to_the_same_bits(data, frozen, trains):
+    """A teacher's encoder requires no gradient in its run, and does where it is read from a file."""
+    frozen.encoder.requires_grad_(trains)
     first, again = (fine_tune(frozen, data.probe, 3, 0.1, CFG, seed=1).encoder for _ in range(2))
     for key, value in first[0].state_dict().items():
         assert not torch.equal(value, frozen.encoder.state_dict()[key]), key

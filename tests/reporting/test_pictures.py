@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
+from src.config import schema
 from src.data import Dataset
 from src.data.splits import Split
 from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method, Output, Parts
+from src.methods.teacher import Teacher
 from src.reporting import pictures
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
@@ -45,6 +47,22 @@ def method_with(support, data):
         z = pictures.embed(method, frozen, data.train)
         support.update(z, torch.arange(len(z)), data.train.labels)
     return method, frozen
+
+
+def test_what_a_teacher_stores_is_asked_with_its_embeddings():
+    data = data_of()
+    method, frozen = method_with(None, data)
+    objective = schema.Teacher(name="teacher", momentum=0.9, predictor_hidden=4, neighbours=1)
+    taught = Teacher(Parts(method.encoder, method.projector, 3, 3, None), objective)
+    student = pictures.embed(method, frozen, data.train)
+    torch.testing.assert_close(pictures.embed(taught, frozen, data.train), student)
+    nn.init.constant_(taught.teacher_projector[0].weight, 1)
+    assert not pictures.embed(taught, frozen, data.train).allclose(student)
+    taught.teacher_encoder[2].bias.fill_(5)
+    others = pictures.embed(taught, frozen, data.train)
+    x = (data.train.images.float().mean((2, 3)) / 255 - 0.3) / 0.1
+    h = taught.teacher_encoder.eval()(x[:, :, None, None])
+    torch.testing.assert_close(others, taught.teacher_projector.eval()(h), rtol=1e-3, atol=1e-3)
 
 
 def texts(figure):

@@ -152,6 +152,14 @@ def test_there_are_never_more_than_the_slots_nor_fewer_than_two():
     assert 2 <= evolving.seeded <= 2 + 1
 
 
+def test_what_has_just_been_split_off_is_as_old_as_its_batch():
+    evolving = make(start=4, penalty=1e-9, every=1)
+    for _ in range(2):
+        update(evolving, torch.randn(64, DIM))
+    assert evolving.seeded > 4
+    assert 0 <= evolving.stats()["support/age_steps"] < 1
+
+
 def test_none_of_the_unused_slots_is_ever_found():
     evolving = make(size=50, start=4)
     update(evolving, F.normalize(torch.rand(4, DIM), dim=1))

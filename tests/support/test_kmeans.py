@@ -162,6 +162,22 @@ def test_refit_reclusters_the_window_and_keeps_the_order():
     assert (found.embeddings * centres).sum(1).min() > 0.99
 
 
+@pytest.mark.parametrize("spherical", [True, False])
+def test_after_a_refit_each_mean_is_that_of_its_members_and_as_old_as_the_batch(spherical):
+    """Which a unit vector is not: with the members' count it would let the next batch move it too little."""
+    kmeans = make(3, spherical=spherical, refit_every=5, refit_window=60)
+    centres = torch.eye(DIM)[:3].repeat(8, 1)
+    for _ in range(5):
+        update(kmeans, centres + torch.randn(24, DIM))
+    window = kmeans.window.rows_ND
+    ids = kmeans.lookup(window).ids
+    counts = torch.bincount(ids, minlength=3)
+    means = torch.stack([window[ids == each].mean(0) for each in range(3)])
+    assert (counts - kmeans.counts_K).abs().max() <= 2  # a member may be nearer to the mean of another cluster
+    torch.testing.assert_close(kmeans.means_KD.norm(dim=1), means.norm(dim=1), rtol=0.1, atol=0)
+    assert kmeans.stats()["support/age_steps"] == 0
+
+
 def test_a_refit_counts_the_classes_of_its_clusters():
     kmeans = make(3, spherical=True, refit_every=5, refit_window=60)
     centres, labels = torch.eye(DIM)[:3].repeat(8, 1), torch.arange(3).repeat(8)
