@@ -21,18 +21,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from scripts.comparison import arguments
-from scripts.rivals.ours import Paced, Unlogged, fill
-from scripts.workbench import compose, dataset, machine, noise, shown
-from src.runs.tracker import Tracker
-from src.system.stopping import Stopper
-from src.training import distributed, loop
+from scripts.workbench import compose, dataset, fill, machine, noise, shown, train
+from src.training import distributed
 from src.training.state import TrainState
 
 SETTINGS = {"resnet18-64": ("resnet18", 64), "resnet_tiny-256": ("resnet_tiny", 256)}
@@ -171,8 +168,7 @@ def contend(name: str, setting: str) -> None:
     ranks, data = distributed.join("cpu"), dataset(noise(IMAGES))
     state = TrainState(cfg, data, ranks)
     fill(state)
-    stopper = cast(Stopper, Paced(Side(ranks, output)))
-    loop.pretrain(state, data, cast(Tracker, Unlogged()), stopper, Path(os.devnull), lambda *_: False)
+    train(state, data, Side(ranks, output))
 
 
 class Processes:

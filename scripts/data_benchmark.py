@@ -21,24 +21,21 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from scripts.rivals.ours import Paced, Unlogged
-from scripts.workbench import compose, machine
+from scripts.workbench import EnoughError, compose, machine, train
 from src.config.schema import Data
 from src.data import folders, load
 from src.data.batches import epoch_batches
 from src.data.cache import cached
 from src.data.sources import find
-from src.runs.tracker import Tracker
 from src.system.environment import environment_tags
 from src.system.threads import cores, in_threads
 from src.training import loop
@@ -133,9 +130,6 @@ def waiting(cfg: Data) -> dict[str, float]:
                 return
             yield batch
 
-    class EnoughError(Exception):
-        pass
-
     def pace() -> None:
         ended.append(time.perf_counter())
         if len(ended) == 12:
@@ -143,9 +137,7 @@ def waiting(cfg: Data) -> dict[str, float]:
 
     loop.epoch_batches = timed
     state = TrainState(compose("backbone=resnet_tiny", "batch_size=128", "k=20", "checkpoint.minutes=100000"), dataset)
-    with suppress(EnoughError):
-        quiet = cast(Tracker, Unlogged()), Paced(pace), Path(os.devnull)
-        loop.pretrain(state, dataset, *quiet, lambda *_: False)
+    train(state, dataset, pace)
     step = median(np.diff(ended[2:]))
     return {"share": median(waited[3:]) / step, "rate": 128 / step}
 

@@ -21,22 +21,20 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 
-from scripts.rivals.ours import Paced, Unlogged, fill
-from scripts.workbench import compose, dataset, machine, noise, shown
+from scripts.workbench import EnoughError, compose, dataset, fill, machine, noise, shown, train
 from src import build
 from src.data import load
 from src.data.batches import check_batch_size
 from src.errors import UsageError
-from src.runs.tracker import Tracker
 from src.system.atomic_write import write_whole
 from src.system.environment import is_rank
 from src.system.redact import one_line
 from src.system.stopping import TIME_IS_UP
-from src.training import distributed, loop
+from src.training import distributed
 from src.training.state import TrainState
 
 BATCHES = (512, 1024)
@@ -50,10 +48,6 @@ class Part(NamedTuple):
 
     run: Callable[[float], tuple[bool, list[str]]]  # of the seconds left: whether it went well, and lines of Markdown
     needs: float = START  # seconds
-
-
-class EnoughError(Exception):
-    """All steps have been seen."""
 
 
 def step_seconds(overrides: Sequence[str]) -> tuple[float, str]:
@@ -80,11 +74,8 @@ def step_seconds(overrides: Sequence[str]) -> tuple[float, str]:
         if len(clock) > WARM + STEPS:
             raise EnoughError
 
-    stopper, tracker = Paced(pace), cast(Tracker, Unlogged())
     try:
-        loop.pretrain(state, data.on(state.device), tracker, stopper, Path(os.devnull), lambda *_: False)
-    except EnoughError:
-        pass
+        train(state, data.on(state.device), pace)
     finally:
         if cfg.compile:
             torch.compiler.reset()

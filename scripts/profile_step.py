@@ -9,31 +9,21 @@ its sum is above the real step. Support sets are filled before the first step.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import shlex
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from scripts.rivals.ours import Paced, Unlogged, fill
-from scripts.workbench import compose, dataset, images, machine
+from scripts.workbench import EnoughError, compose, dataset, fill, images, machine, train
 from src.data.augment import ViewMaker
 from src.methods.teacher import WithTeacher
-from src.runs.tracker import Tracker
-from src.training import loop
 from src.training.state import TrainState
 
 SKIPPED = 2  # steps in which caches and allocators fill
-
-
-class EnoughError(Exception):
-    """All steps have been seen."""
 
 
 class Parts:
@@ -96,15 +86,7 @@ def profile(overrides: list[str], steps: int) -> list[dict[str, float]]:
         parts.time("support update", method.support, "update")
     parts.time("backward", torch.Tensor, "backward")
     parts.time("optimizer", state.optimizer, "step")
-    with contextlib.suppress(EnoughError):
-        loop.pretrain(
-            state,
-            dataset(measured_on),
-            cast(Tracker, Unlogged()),
-            Paced(parts.step),
-            Path(os.devnull),
-            lambda *_: False,
-        )
+    train(state, dataset(measured_on), parts.step)
     return parts.steps[SKIPPED:]
 
 

@@ -1,4 +1,4 @@
-"""What the measuring scripts share: a run's config, images to measure on, and a line on the machine."""
+"""What the measuring scripts share: a run's config, images, the loop step by step, and a line on the machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import importlib.metadata
 import os
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import cast
@@ -22,6 +23,10 @@ from src.config.parse import parse
 from src.data import Dataset, load
 from src.data.cache import Cache
 from src.data.splits import Split
+from src.runs.tracker import NoTracker
+from src.system.stopping import Stopper
+from src.training import loop
+from src.training.state import TrainState
 
 CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", "../shared/data/cifar100"))
 MEAN, STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]  # CIFAR-100's
@@ -61,6 +66,41 @@ def dataset(measured_on: Images) -> Dataset:
     """The images as a run sees them, without validation and test."""
     names = [str(label) for label in range(measured_on.classes)]
     return Dataset("benchmark", names, MEAN, STD, measured_on.split, None, 0, cast(Cache, None))
+
+
+class EnoughError(Exception):
+    """All steps have been seen."""
+
+
+class Paced(Stopper):
+    """A `Stopper` that paces the loop, which asks it once a step whether to go on."""
+
+    def __init__(self, pace: Callable[[], None]) -> None:
+        super().__init__(max_minutes=None)
+        self.pace = pace
+
+    @property
+    def status(self) -> int:
+        self.pace()
+        return 0
+
+
+def train(state: TrainState, data: Dataset, pace: Callable[[], None]) -> None:
+    """The loop itself, without a log and a folder; calls ``pace`` once a step, until that raises an `EnoughError`."""
+    nowhere = Path(os.devnull)
+    with suppress(EnoughError):
+        loop.pretrain(state, data, NoTracker(nowhere, state.cfg.tracking), Paced(pace), nowhere, lambda *_: False)
+
+
+def fill(state: TrainState) -> None:
+    """Fill the support set, so that its search costs from the first step what it costs from some epoch on."""
+    support = state.method.support
+    if support is None:
+        return
+    size, dim = support.size, state.cfg.projector.out
+    vectors = torch.randn(size, dim, device=state.device)
+    rows = torch.arange(size, device=state.device)
+    support.update(vectors, rows, rows % state.classifier.out_features)
 
 
 def machine() -> str:

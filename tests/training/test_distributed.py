@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from scripts.rivals.ours import Paced, Unlogged, fill
+from scripts.workbench import EnoughError, fill
+from scripts.workbench import train as train_at_pace
 from src import build, cli
 from src.data import load
 from src.data.splits import Split
@@ -315,7 +316,7 @@ def test_a_step_sends_what_the_page_says(tiny, monkeypatch, overrides, rows, aga
     def pace():
         steps.append(len(sent))
         if len(steps) == 3:
-            raise StopIteration
+            raise EnoughError
 
     for name, fake in {"all_gather": all_gather, "all_reduce": all_reduce}.items():
         monkeypatch.setattr(dist, name, fake)
@@ -325,8 +326,7 @@ def test_a_step_sends_what_the_page_says(tiny, monkeypatch, overrides, rows, aga
     data = load(cfg.data)
     state = TrainState(cfg, data, Ranks(CPU, 0, 2, object()))
     fill(state)
-    with pytest.raises(StopIteration):
-        loop.pretrain(state, data, Unlogged(), Paced(pace), Path(os.devnull), lambda *_: False)
+    train_at_pace(state, data, pace)
 
     encoder, support = state.method.encoder, state.method.support
     named = {
