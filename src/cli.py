@@ -89,7 +89,7 @@ def deliver() -> None:
 
     with _without_reader(), _explained():
         _log_to_stderr()
-        tracker.main(mlflow_charts)
+        tracker.main(mlflow_charts.share_again)
 
 
 def pretrain(composed: DictConfig) -> float:

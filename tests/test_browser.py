@@ -34,7 +34,7 @@ from src.reporting.plots import PLOTTED
 from src.reporting.rows import summarise
 from src.runs.mlflow_store import prepare
 from src.runs.record import NOTE, Record
-from src.runs.tracker import COLOUR_TAG, Tracker, share
+from src.runs.tracker import COLOUR_TAG, Tracker
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]  # one server, one browser
 
@@ -95,7 +95,7 @@ def make_sweep(folder: Path) -> None:
             job.close("FINISHED")
     rows, _ = summarise([Record.load(directory) for directory in directories])
     sweep.record.tags[NOTE] = mlflow_charts.describe_sweep("sweep", rows)
-    share(sweep, mlflow_charts)
+    mlflow_charts.share(sweep)
     sweep.close("FINISHED")
 
 

@@ -9,19 +9,30 @@ report and ignore. ``tests/test_browser.py`` looks at the result with a real bro
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from src.config.identity import LOG_SIZE
+from src.errors import UsageError
 from src.reporting.plots import PLOTTED, caption
 from src.reporting.rows import FIGURES, Row
 from src.reporting.table import GAIN, GAIN_NOTE, markdown, table
-from src.runs.mlflow_store import Shown
+from src.runs.directory import exclusive
+from src.runs.mlflow_store import PATIENCE, prepare
+from src.runs.record import CHARTS, NOTE, Record, now
+from src.runs.tracker import LONGEST as LONGEST_DELIVERY
+from src.runs.tracker import Tracker, bring_up_free
+from src.system.deadline import within
+from src.system.redact import one_line
 
 COURSE = "val/knn_top1"  # what is drawn over the steps of training
 OPENING = "Support-set size against accuracy"  # of every description, which tells ours from others
 LONGEST = 7500  # characters of a description: MLflow cuts a run's after 8,000
 MOST_SWEEPS = 20
+
+logger = logging.getLogger(__name__)
 
 
 class View(NamedTuple):
@@ -30,6 +41,14 @@ class View(NamedTuple):
     key: str
     value: str
     path: str  # after the address of the server, a slash between them
+
+
+class Shown(NamedTuple):
+    """A sweep as an experiment's description names it."""
+
+    name: str
+    path: str  # of its charts, after the address of the server
+    note: str  # its own description; empty where it has no result
 
 
 def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -> View:
@@ -111,3 +130,61 @@ def describe_experiment(sweeps: Sequence[Shown]) -> str:
 def is_own(note: str) -> bool:
     """Whether a description is one of the above, rather than somebody's own."""
     return note.startswith(OPENING)
+
+
+def show_sweep(client: Any, record: Record) -> str:
+    """Gives the experiment of a sweep a view of its jobs, and a description of its newest sweeps.
+
+    A description that somebody else has written stays.
+
+    Returns:
+        Where MLflow shows the view, after the address of the server.
+    """
+    home = client.get_experiment(client.get_run(record.run_id).info.experiment_id)
+    key, value, path = sweep_view(home.experiment_id, record.run_id, record.name, record.start_time)
+    client.set_experiment_tag(home.experiment_id, key, value)
+
+    found = [(record.end_time or now(), Shown(record.name, path, record.tags.get(NOTE, "")))]
+    for run in client.search_runs([home.experiment_id], "tags.sweep_id != ''"):
+        info = run.info
+        key, _, path_of_other = sweep_view(home.experiment_id, info.run_id, info.run_name, info.start_time)
+        if key in home.tags and info.run_id != record.run_id:
+            shown = Shown(info.run_name, path_of_other, run.data.tags.get(NOTE, ""))
+            found.append((info.end_time or info.start_time, shown))
+    sweeps = [sweep for _, sweep in sorted(found, reverse=True) if sweep.note]
+    before = home.tags.get(NOTE, "")
+    if sweeps and (not before or is_own(before)):
+        client.set_experiment_tag(home.experiment_id, NOTE, describe_experiment(sweeps))
+    return path
+
+
+def share(sweep: Tracker) -> None:
+    """Shows a sweep in MLflow's pages, and tags its run with where that is; a failing store is only noted."""
+    sweep.record.tags.pop(CHARTS, None)  # without it, `share_again` is called
+
+    def shown() -> str:
+        client = sweep.client()
+        return show_sweep(client, sweep.record) if client else ""
+
+    try:
+        if path := within(PATIENCE, shown):
+            sweep.record.tags[CHARTS] = path
+    except Exception as error:
+        logger.warning("MLflow does not take the view of %s: %s", sweep.directory, one_line(error))
+
+
+def share_again(directory: Path) -> None:
+    """`share`, of a sweep that has ended, once MLflow has its run; nothing of another run."""
+    with exclusive(directory):
+        record = Record.load(directory)
+        if "sweep_id" not in record.tags or not record.copy.run_id:
+            return
+        try:
+            client = prepare()
+            record.tags[CHARTS] = within(LONGEST_DELIVERY, lambda: show_sweep(client, record))
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
+        record.save(directory)
+    bring_up_free(directory)  # the tag

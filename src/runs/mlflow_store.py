@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
 from src.config.identity import LOG_SIZE
 from src.errors import UsageError
-from src.runs.record import ENCODER, METRICS, NOTE, PARENT, Record, now, read_rows
+from src.runs.record import ENCODER, METRICS, NOTE, PARENT, Record, read_rows
 from src.system.deadline import Overdue, within
 from src.system.redact import one_line, redact
 
@@ -449,45 +449,3 @@ def bring_up(client: Any, record: Record, asked: str = "", again: bool = False) 
             delivery.push()
             delivered.append(delivery.copy.run_id)
     return delivered, stays_deleted
-
-
-class Shown(NamedTuple):
-    """A sweep as an experiment's description names it."""
-
-    name: str
-    path: str  # of its charts, after the address of the server
-    note: str  # its own description; empty where it has no result
-
-
-class Pages(Protocol):
-    """What MLflow's pages show of sweeps: the module `src.reporting.mlflow_charts`."""
-
-    def sweep_view(self, experiment_id: str, sweep_run_id: str, name: str, created: int) -> tuple[str, str, str]: ...
-    def describe_experiment(self, sweeps: Sequence[Shown]) -> str: ...
-    def is_own(self, note: str) -> bool: ...
-
-
-def show_sweep(client: Any, record: Record, pages: Pages) -> str:
-    """Gives the experiment of a sweep a view of its jobs, and a description of its newest sweeps.
-
-    A description that somebody else has written stays.
-
-    Returns:
-        Where MLflow shows the view, after the address of the server.
-    """
-    home = client.get_experiment(client.get_run(record.run_id).info.experiment_id)
-    key, value, path = pages.sweep_view(home.experiment_id, record.run_id, record.name, record.start_time)
-    client.set_experiment_tag(home.experiment_id, key, value)
-
-    found = [(record.end_time or now(), Shown(record.name, path, record.tags.get(NOTE, "")))]
-    for run in client.search_runs([home.experiment_id], "tags.sweep_id != ''"):
-        info = run.info
-        key, _, path_of_other = pages.sweep_view(home.experiment_id, info.run_id, info.run_name, info.start_time)
-        if key in home.tags and info.run_id != record.run_id:
-            shown = Shown(info.run_name, path_of_other, run.data.tags.get(NOTE, ""))
-            found.append((info.end_time or info.start_time, shown))
-    sweeps = [sweep for _, sweep in sorted(found, reverse=True) if sweep.note]
-    before = home.tags.get(NOTE, "")
-    if sweeps and (not before or pages.is_own(before)):
-        client.set_experiment_tag(home.experiment_id, NOTE, pages.describe_experiment(sweeps))
-    return path

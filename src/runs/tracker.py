@@ -285,7 +285,7 @@ def deliver(directory: Path) -> str:
         UsageError: the folder holds no run, a process works on it, or the store does not take it.
     """
     Record.load(directory)
-    return ", ".join(_bring_up_free(directory, again=True)[0])
+    return ", ".join(bring_up_free(directory, again=True)[0])
 
 
 def catch_up(directory: Path, tracking: Tracking) -> None:
@@ -323,7 +323,7 @@ def _bring_up(directory: Path, asked: Tracking | None = None, again: bool = Fals
         record.save(directory)
 
 
-def _bring_up_free(directory: Path, asked: Tracking | None = None, again: bool = False) -> tuple[list[str], bool]:
+def bring_up_free(directory: Path, asked: Tracking | None = None, again: bool = False) -> tuple[list[str], bool]:
     with run_directory.exclusive(directory):
         return _bring_up(directory, asked, again)
 
@@ -366,41 +366,10 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
     try:
         if within(mlflow_store.PATIENCE, parent.client):
             free = [directory for directory in children if not run_directory.is_held(directory)]
-            if deleted := [directory for directory in free if _bring_up_free(directory, parent.tracking)[1]]:
+            if deleted := [directory for directory in free if bring_up_free(directory, parent.tracking)[1]]:
                 logger.warning("%s", _deleted(deleted))
     except (UsageError, Overdue) as error:
         logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, one_line(error))
-
-
-def share(parent: Tracker, pages: mlflow_store.Pages) -> None:
-    """Shows a sweep in MLflow's pages, and tags its run with where that is; a failing store is only noted."""
-    parent.record.tags.pop(CHARTS, None)  # without it, `main` tries again
-    try:
-        if path := within(mlflow_store.PATIENCE, lambda: _show(parent.client(), parent.record, pages)):
-            parent.record.tags[CHARTS] = path
-    except Exception as error:
-        logger.warning("MLflow does not take the view of %s: %s", parent.directory, one_line(error))
-
-
-def _show(client: Any, record: Record, pages: mlflow_store.Pages) -> str:
-    return mlflow_store.show_sweep(client, record, pages) if client else ""
-
-
-def _share_again(directory: Path, pages: mlflow_store.Pages) -> None:
-    """`share`, of a sweep that has ended, once MLflow has its run."""
-    with run_directory.exclusive(directory):
-        record = Record.load(directory)
-        if "sweep_id" not in record.tags or not record.copy.run_id:
-            return
-        try:
-            client = mlflow_store.prepare()
-            record.tags[CHARTS] = within(LONGEST, lambda: _show(client, record, pages))
-        except UsageError:
-            raise
-        except Exception as error:
-            raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
-        record.save(directory)
-    _bring_up_free(directory)  # the tag
 
 
 def mark_failed(directory: Path, reason: str) -> None:
@@ -410,7 +379,7 @@ def mark_failed(directory: Path, reason: str) -> None:
     record.save(directory)
 
 
-def main(pages: mlflow_store.Pages, arguments: Iterable[str] | None = None) -> None:
+def main(share_again: Callable[[Path], None], arguments: Iterable[str] | None = None) -> None:
     """Delivers the runs in the folders that are named, else what MLflow lacks of any below ``multirun/``.
 
     Those that are deleted in MLflow are delivered again if they are named, and otherwise listed.
@@ -423,19 +392,19 @@ def main(pages: mlflow_store.Pages, arguments: Iterable[str] | None = None) -> N
     named, deleted = parser.parse_args(arguments).output_dir, []
     for directory in named:
         print(f"{directory}: delivered as run {deliver(directory)}", flush=True)
-        _share_again(directory, pages)
+        share_again(directory)
     found = [] if named else sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time)
     refused, in_a_row = list[UsageError](), 0
     for directory, record in found:
         if run_directory.is_held(directory):
             continue
         try:
-            delivered, is_deleted = _bring_up_free(directory)
+            delivered, is_deleted = bring_up_free(directory)
             deleted += [directory] if is_deleted else []
             if delivered:
                 print(f"{directory}: delivered as run {', '.join(delivered)}", flush=True)
             if not is_deleted and (delivered or CHARTS not in record.tags):
-                _share_again(directory, pages)
+                share_again(directory)
             in_a_row = 0
         except UsageError as error:
             refused.append(error)

@@ -20,7 +20,7 @@ from src.runs import directory as run_directory
 from src.runs import mlflow_store
 from src.runs.query import how_to_open
 from src.runs.record import CHARTS, NOTE, Record
-from src.runs.tracker import Status, Tracker, attach_children, mark_failed, share
+from src.runs.tracker import Status, Tracker, attach_children, mark_failed
 from src.sweeps.jobs import Job
 from src.system import environment
 from src.system.redact import redact
@@ -101,7 +101,7 @@ class Sweep:
         counts |= {"sweep/failed": len(lacking) - len(stopped), "sweep/pruned": len(pruned)}
         # What the sweep was before stays as it was logged.
         self.tracker.log(counts | (table.summary(rows) if rows else {}), max(len(finished), self.tracker.next_step))
-        share(self.tracker, mlflow_charts)
+        mlflow_charts.share(self.tracker)
 
         print(f"{self.directory}: {len(finished)} of {len(self.jobs)} jobs finished, {len(pruned)} pruned", flush=True)
         print(f"report: python -m src.report sweep={self.id} tracking={self.cfg.name}", flush=True)

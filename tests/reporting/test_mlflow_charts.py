@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.config.schema import Tracking
-from src.reporting.mlflow_charts import describe_experiment, describe_sweep, is_own, sweep_view
+from src.reporting.mlflow_charts import Shown, describe_experiment, describe_sweep, is_own, sweep_view
 from src.reporting.rows import summarise
-from src.runs.mlflow_store import Shown, prepare
+from src.runs.mlflow_store import prepare
 from src.runs.tracker import Tracker
 from tests.made_up_runs import STUDY, run
 

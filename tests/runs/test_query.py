@@ -68,7 +68,7 @@ ASKING = {
     "an experiment": lambda: report.main(["experiment=exp"]),
     "a sweep": lambda: report.main(["sweep=0123abcd"]),
     "a run": lambda: query.find_run_directory("0" * 32),
-    "delivery": lambda: tracker.main(mlflow_charts, ["run"]),
+    "delivery": lambda: tracker.main(mlflow_charts.share_again, ["run"]),
 }
 
 
