@@ -89,7 +89,9 @@ def train(state: TrainState, data: Dataset, pace: Callable[[], None]) -> None:
     """The loop itself, without a log and a folder; calls ``pace`` once a step, until that raises an `EnoughError`."""
     nowhere = Path(os.devnull)
     with suppress(EnoughError):
-        loop.pretrain(state, data, NoTracker(nowhere, state.cfg.tracking), Paced(pace), nowhere, lambda *_: False)
+        loop.Pretraining(
+            state, data, NoTracker(nowhere, state.cfg.tracking), Paced(pace), nowhere, lambda *_: False
+        ).run()
 
 
 def fill(state: TrainState) -> None:

@@ -25,7 +25,9 @@ def history(client, run_id: str, key: str) -> list[tuple[int, float]]:
 
 
 def warnings(caplog) -> list[str]:
-    messages = [each.getMessage() for each in caplog.records if each.name in ("src.runs.tracker", "src.reporting.mlflow_charts")]
+    messages = [
+        each.getMessage() for each in caplog.records if each.name in ("src.runs.tracker", "src.reporting.mlflow_charts")
+    ]
     assert not any("\n" in message for message in messages)
     return messages
 

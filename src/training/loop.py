@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from src import build
 from src.data import Dataset
-from src.data.batches import epoch_batches
+from src.data.batches import Batch, epoch_batches
 from src.evaluation import protocol
 from src.evaluation.diagnostics import alignment, uniformity
 from src.evaluation.encoder import save_encoder
@@ -45,178 +45,192 @@ def no_pictures(*_: object) -> list[Path]:
     return []
 
 
-def pretrain(
-    state: TrainState,
-    data: Dataset,
-    tracker: Tracker,
-    stopper: Stopper,
-    directory: Path,
-    should_prune: ShouldPrune,
-    illustrate: Illustrate = no_pictures,
-) -> None:
-    """The loop.
+class Pretraining:
+    """The loop, and what its parts share.
 
-    Raises:
-        Stopped: before its end; there is a checkpoint of where it stopped, unless no step had been taken.
-        Diverged: the loss, the gradient, the weights or the features stopped being finite.
-        Collapsed: the features of different images became alike, and ``on_collapse=stop``.
+    Args:
+        state: what is trained.
+        data: on what.
+        tracker: where its figures go.
+        stopper: asked after each step whether to stop.
+        directory: the run's.
+        should_prune: told how a trial does, after each epoch but the last.
+        illustrate: draws what the support set gives, after each validation.
     """
-    cfg = state.cfg
-    with Progress(cfg.epochs, len(data.train) // state.batch_size, state.batch_size) as progress:
-        _train(state, data, tracker, stopper, directory, should_prune, illustrate, progress)
 
+    def __init__(
+        self,
+        state: TrainState,
+        data: Dataset,
+        tracker: Tracker,
+        stopper: Stopper,
+        directory: Path,
+        should_prune: ShouldPrune,
+        illustrate: Illustrate = no_pictures,
+    ) -> None:
+        self.state, self.data, self.tracker, self.stopper = state, data, tracker, stopper
+        self.directory, self.should_prune, self.illustrate = directory, should_prune, illustrate
+        self.cfg, self.ranks, self.support = state.cfg, state.ranks, state.method.support
+        self.views = build.views(state.cfg, data, state.ranks.part)
+        self.steps_per_epoch = len(data.train) // state.batch_size
+        self.saved, self.wished = time.monotonic(), 0
+        self.loss = self.grad_norm = math.nan
+        self.outcome: Output | None = None  # of the last step that this process took
+        state.frozen.before_block = self._stop_if_signalled
 
-def _train(
-    state: TrainState,
-    data: Dataset,
-    tracker: Tracker,
-    stopper: Stopper,
-    directory: Path,
-    should_prune: ShouldPrune,
-    illustrate: Illustrate,
-    progress: Progress,
-) -> None:
-    cfg, device, method, ranks = state.cfg, state.device, state.method, state.ranks
-    support = method.support
-    rows = ranks.rows(state.batch_size)
-    view1, view2 = build.views(cfg, data, ranks.part)
-    steps_per_epoch = len(data.train) // state.batch_size
-    saved, wished = time.monotonic(), 0
-    loss = grad_norm = math.nan
-    outcome: Output | None = None
+    def run(self) -> None:
+        """From the step where the state is to the last.
 
-    def check_weights() -> None:
-        if not math.isfinite(state.weight_norm()):
-            raise state.diverged(loss, grad_norm)
+        Raises:
+            Stopped: before its end; there is a checkpoint of where it stopped, unless no step had been taken.
+            Diverged: the loss, the gradient, the weights or the features stopped being finite.
+            Collapsed: the features of different images became alike, and ``on_collapse=stop``.
+        """
+        state, epochs = self.state, self.cfg.epochs
+        with Progress(epochs, self.steps_per_epoch, state.batch_size) as self.progress:
+            if state.step == 0:
+                self.tracker.log(self._validate(), step=0)
+            # A run that was stopped in a validation takes that up first.
+            for epoch in range((state.step - (not state.validated)) // self.steps_per_epoch, epochs):
+                self._train(epoch)
+                self._end(epoch)
 
-    def stop_if_signalled() -> None:
-        """A time limit waits for the end of a validation instead, so that each stay gets on, however short it is."""
-        nonlocal wished
-        wished = max(wished, ranks.agree(stopper.signal and stopper.status))
-        if is_signal(wished):
-            raise Stopped(wished)
-
-    state.frozen.before_block = stop_if_signalled
-
-    def validate() -> dict[str, float]:
-        check_weights()
-        return protocol.validation(state.frozen, state.classifier, data, cfg.evaluation, state.search)
-
-    def look() -> None:
-        if outcome is not None and ranks.first:  # None where a run that was stopped in a validation goes on with that
-            collapse.look(outcome, state.step, tracker, cfg.on_collapse)
-
-    def save() -> None:
-        nonlocal saved
-        check_weights()
-        model = ranks.whole_state(method)  # to which every rank may contribute
-        if ranks.first:
-            tracker.sync()  # no checkpoint is ahead of the rows
-            state.save(directory / "checkpoints", model, tracker.written)
-        saved = time.monotonic()
-
-    def wish() -> int:
-        """A reason to stop, or that a checkpoint is due by the first rank's clock, so that all ranks save together."""
-        nonlocal saved
-        due = ranks.first and time.monotonic() >= saved + 60 * cfg.checkpoint.minutes
-        if due:  # is wished for once, and may be granted a step later
-            saved = time.monotonic()
-        return stopper.status or (SAVE if due else 0)
-
-    if state.step == 0:
-        tracker.log(validate(), step=0)
-
-    # A run that was stopped in a validation takes that up first.
-    for epoch in range((state.step - (not state.validated)) // steps_per_epoch, cfg.epochs):
-        start, wished = state.step - epoch * steps_per_epoch, 0
-        if support is not None and start == 0:
-            support.start_epoch(epoch)
-            support.clear_stats()
+    def _train(self, epoch: int) -> None:
+        """The steps of an epoch that are still to be taken."""
+        state, cfg, ranks = self.state, self.cfg, self.ranks
+        start, self.wished = state.step - epoch * self.steps_per_epoch, 0
+        if self.support is not None and start == 0:
+            self.support.start_epoch(epoch)
+            self.support.clear_stats()
         clock = time.perf_counter()
-        for images, labels, ids, aspects in epoch_batches(
-            data.train, state.batch_size, cfg.seed, epoch, device, start, rows
-        ):
-            if cfg.compile:  # compiled parts may overwrite what they returned; the compiler takes seconds to import
-                torch.compiler.cudagraph_mark_step_begin()
-            seed_everything(cfg.seed, state.step)
-            lr = state.set_lr(steps_per_epoch)
-
-            with torch.autocast(device.type, state.dtype, enabled=state.dtype != torch.float32):
-                outcome = method(view1(images, aspects), view2(images, aspects))
-            logits = state.classifier(outcome.features.float())
-            online_loss = F.cross_entropy(logits, labels.repeat(2))
-
-            state.optimizer.zero_grad()
-            state.classifier_optimizer.zero_grad()
-            (outcome.loss + online_loss).backward()
-            ranks.sum_gradients(method.encoder)
-            log_now = state.step % cfg.tracking.log_every == 0
-            if log_now or device.type == "cpu":  # reading makes the host wait for a GPU; `save` never keeps a bad step
-                loss, grad_norm = torch.stack([outcome.loss.detach(), state.grad_norm()]).tolist()
-                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                    raise state.diverged(loss, grad_norm)
-            state.optimizer.step()
-            state.classifier_optimizer.step()
-            method.after_step((state.step + 1) / (cfg.epochs * steps_per_epoch))
-
-            if support is not None:
-                if outcome.ids is not None:
-                    state.served = True
-                    support.record(outcome.ids, ids.repeat(2), labels.repeat(2))
-                with support.stopwatch:
-                    support.update(outcome.embeddings, ids, labels)
-            if log_now:
-                spread = {
-                    "train/alignment": alignment(*outcome.features.chunk(2)),
-                    "train/uniformity": uniformity(outcome.features.chunk(2)[0]),
-                }
-                tracker.log({"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr} | spread, state.step)
-            state.step += 1
-            progress.step(state.step, loss)
-            wished = ranks.agree(wish())
-            if state.step % steps_per_epoch and wished:
+        rows = ranks.rows(state.batch_size)
+        for batch in epoch_batches(self.data.train, state.batch_size, cfg.seed, epoch, state.device, start, rows):
+            self._step(batch)
+            self.progress.step(state.step, self.loss)
+            self.wished = ranks.agree(self._wish())
+            if state.step % self.steps_per_epoch and self.wished:
                 state.seconds += time.perf_counter() - clock
-                save()
-                if wished > SAVE:
-                    raise Stopped(wished)
+                self._save()
+                if self.wished > SAVE:
+                    raise Stopped(self.wished)
                 clock = time.perf_counter()
-
-        if device.type == "cuda":  # the clock stops when the work is done, not when it has been handed over
-            torch.cuda.synchronize(device)
+        if state.device.type == "cuda":  # the clock stops when the work is done, not when it has been handed over
+            torch.cuda.synchronize(state.device)
         state.seconds += time.perf_counter() - clock
-        ranks.check_same(method, state.classifier)
+        ranks.check_same(state.method, state.classifier)
+
+    def _step(self, batch: Batch) -> None:
+        state, cfg, device, method, support = self.state, self.cfg, self.state.device, self.state.method, self.support
+        images, labels, ids, aspects = batch
+        view1, view2 = self.views
+        if cfg.compile:  # compiled parts may overwrite what they returned; the compiler takes seconds to import
+            torch.compiler.cudagraph_mark_step_begin()
+        seed_everything(cfg.seed, state.step)
+        lr = state.set_lr(self.steps_per_epoch)
+
+        with torch.autocast(device.type, state.dtype, enabled=state.dtype != torch.float32):
+            self.outcome = outcome = method(view1(images, aspects), view2(images, aspects))
+        logits = state.classifier(outcome.features.float())
+        online_loss = F.cross_entropy(logits, labels.repeat(2))
+
+        state.optimizer.zero_grad()
+        state.classifier_optimizer.zero_grad()
+        (outcome.loss + online_loss).backward()
+        self.ranks.sum_gradients(method.encoder)
+        log_now = state.step % cfg.tracking.log_every == 0
+        if log_now or device.type == "cpu":  # reading makes the host wait for a GPU; a save never keeps a bad step
+            self.loss, self.grad_norm = torch.stack([outcome.loss.detach(), state.grad_norm()]).tolist()
+            if not (math.isfinite(self.loss) and math.isfinite(self.grad_norm)):
+                raise state.diverged(self.loss, self.grad_norm)
+        state.optimizer.step()
+        state.classifier_optimizer.step()
+        method.after_step((state.step + 1) / (cfg.epochs * self.steps_per_epoch))
+
+        if support is not None:
+            if outcome.ids is not None:
+                state.served = True
+                support.record(outcome.ids, ids.repeat(2), labels.repeat(2))
+            with support.stopwatch:
+                support.update(outcome.embeddings, ids, labels)
+        if log_now:
+            spread = {
+                "train/alignment": alignment(*outcome.features.chunk(2)),
+                "train/uniformity": uniformity(outcome.features.chunk(2)[0]),
+            }
+            figures = {"train/loss": self.loss, "train/grad_norm": self.grad_norm, "train/lr": lr}
+            self.tracker.log(figures | spread, state.step)
+        state.step += 1
+
+    def _end(self, epoch: int) -> None:
+        """What comes after an epoch's last step: validation, pictures, log, checkpoint."""
+        state, cfg, ranks, tracker = self.state, self.cfg, self.ranks, self.tracker
         last = epoch + 1 == cfg.epochs
         evaluates = last or (epoch + 1) % cfg.evaluation.every == 0
         state.validated = not evaluates
         try:
-            validation = validate() if evaluates else {}
+            validation = self._validate() if evaluates else {}
         except Stopped:
-            save()
-            look()
+            self._save()
+            self._look()
             raise
         state.validated = True
-        metrics = state.pop_times(steps_per_epoch) | {"memory/peak_gib": peak_gib(device)}
-        if support is not None:
-            known = support.stats()
-            metrics |= {key: known[key] for key in known if data.labelled or key not in NEED_LABELS}
+        metrics = state.pop_times(self.steps_per_epoch) | {"memory/peak_gib": peak_gib(state.device)}
+        if self.support is not None:
+            known = self.support.stats()
+            metrics |= {key: known[key] for key in known if self.data.labelled or key not in NEED_LABELS}
         metrics |= validation
         # To draw is to look up, which one rank alone cannot do where the support set is in shards.
-        draws = evaluates and cfg.evaluation.pictures and ranks.first and not in_shards(method)
-        pictures = illustrate(method, state.frozen_here, data, directory, epoch + 1, last) if draws else []
+        draws = evaluates and cfg.evaluation.pictures and ranks.first and not in_shards(state.method)
+        drawn = state.method, state.frozen_here, self.data, self.directory, epoch + 1, last
+        pictures = self.illustrate(*drawn) if draws else []
         if not last and ranks.first:
-            stopper.pruned = should_prune(cfg.tracking.parent, cfg.tracking.trial, epoch + 1, metrics)
+            self.stopper.pruned = self.should_prune(cfg.tracking.parent, cfg.tracking.trial, epoch + 1, metrics)
         tracker.log(metrics, state.step)
         for picture in pictures:
             tracker.artifact(picture)
-        progress.epoch(epoch, loss, metrics)
+        self.progress.epoch(epoch, self.loss, metrics)
         if evaluates:
-            look()
-        wished = max(wished, ranks.agree(wish(), wait=True))
-        if last or wished or (epoch + 1) % cfg.checkpoint.every == 0:
-            save()
-        if wished > SAVE:
-            raise Stopped(wished)
+            self._look()
+        self.wished = max(self.wished, ranks.agree(self._wish(), wait=True))
+        if last or self.wished or (epoch + 1) % cfg.checkpoint.every == 0:
+            self._save()
+        if self.wished > SAVE:
+            raise Stopped(self.wished)
         tracker.flush()
+
+    def _validate(self) -> dict[str, float]:
+        self._check_weights()
+        state = self.state
+        return protocol.validation(state.frozen, state.classifier, self.data, self.cfg.evaluation, state.search)
+
+    def _check_weights(self) -> None:
+        if not math.isfinite(self.state.weight_norm()):
+            raise self.state.diverged(self.loss, self.grad_norm)
+
+    def _look(self) -> None:
+        if self.outcome is not None and self.ranks.first:  # None where a run stopped in a validation goes on with that
+            collapse.look(self.outcome, self.state.step, self.tracker, self.cfg.on_collapse)
+
+    def _save(self) -> None:
+        self._check_weights()
+        model = self.ranks.whole_state(self.state.method)  # to which every rank may contribute
+        if self.ranks.first:
+            self.tracker.sync()  # no checkpoint is ahead of the rows
+            self.state.save(self.directory / "checkpoints", model, self.tracker.written)
+        self.saved = time.monotonic()
+
+    def _wish(self) -> int:
+        """A reason to stop, or that a checkpoint is due by the first rank's clock, so that all ranks save together."""
+        due = self.ranks.first and time.monotonic() >= self.saved + 60 * self.cfg.checkpoint.minutes
+        if due:  # is wished for once, and may be granted a step later
+            self.saved = time.monotonic()
+        return self.stopper.status or (SAVE if due else 0)
+
+    def _stop_if_signalled(self) -> None:
+        """A time limit waits for the end of a validation instead, so that each stay gets on, however short it is."""
+        self.wished = max(self.wished, self.ranks.agree(self.stopper.signal and self.stopper.status))
+        if is_signal(self.wished):
+            raise Stopped(self.wished)
 
 
 def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, draw: Callable[[Path], Path]) -> None:

@@ -127,7 +127,7 @@ def run(
             started = f"started from {cfg.init} ({tags['init.taken']})," if cfg.init is not None else "started"
             print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)
             tracker.watch_system()
-            loop.pretrain(state, data, tracker, stopper, directory, should_prune, illustrate)
+            loop.Pretraining(state, data, tracker, stopper, directory, should_prune, illustrate).run()
             trained = True
             with stopper.at_once():
                 loop.finish(state, data, tracker, directory, draw)

@@ -195,7 +195,7 @@ def test_a_loss_is_said_while_the_launchers_signal_is_only_noted(tiny, tmp_path,
         os.kill(os.getpid(), signal.SIGTERM)
         return True
 
-    monkeypatch.setattr(loop, "pretrain", lose)
+    monkeypatch.setattr(loop.Pretraining, "run", lose)
     monkeypatch.setattr(distributed, "is_first_to_say", signalled)
     with pytest.raises(RankLost):
         run_module.run(parsed(*tiny, "k=8", "output_dir=run"), lambda *_: False, lambda folder: folder)
