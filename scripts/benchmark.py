@@ -9,12 +9,8 @@ taken round by round; the table has medians and ranges. Settings: resnet18-64, r
 
 from __future__ import annotations
 
-import json
 import os
 import resource
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from scripts.comparison import arguments
+from scripts.comparison import Contender, arguments, end_turn, in_rounds, next_turn
 
 SETTINGS = {"resnet18-64": ("resnet18", 64), "resnet18-256": ("resnet18", 256), "resnet_tiny-256": ("resnet_tiny", 256)}
 # Label, module in scripts/rivals, method, stored vectors.
@@ -36,46 +32,12 @@ CONTENDERS = (
     ("lightly, NNCLR 4,096", "lightly_nnclr", "nnclr", 4_096),
 )
 OUT = Path("results/benchmarks/speed.md")
-WARM_UP = 2  # turns that do not count
 
 
 class Turn(NamedTuple):
     images_per_second: float
     seconds_per_step: float
     peak_gib: float
-
-
-class Contender:
-    """A process in a group of its own, which trains only while it has its turn."""
-
-    def __init__(self, number: int, setting: str) -> None:
-        self.label = CONTENDERS[number][0]
-        self.turns: list[Turn] = []
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "scripts.benchmark", setting, "--contender", str(number)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            process_group=0,
-        )
-
-    def turn(self, seconds: float) -> Turn:
-        """Let it train for about so long."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        os.killpg(self.process.pid, signal.SIGCONT)
-        self.process.stdin.write(f"{seconds}\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                os.killpg(self.process.pid, signal.SIGSTOP)
-                return Turn(**json.loads(line))
-        raise SystemExit(f"error: {self.label} ended with status {self.process.wait()}")
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
 
 
 def contend(number: int, setting: str) -> None:
@@ -113,7 +75,7 @@ class Clock:
         self.batch_size = batch_size
 
     def wait(self) -> None:
-        self.seconds = float(sys.stdin.readline())
+        self.seconds = next_turn()
         self.steps, self.started = 0, time.perf_counter()
 
     def __call__(self) -> None:
@@ -122,35 +84,20 @@ class Clock:
         if elapsed < self.seconds:
             return
         usage = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        print(json.dumps(Turn(self.steps * self.batch_size / elapsed, elapsed / self.steps, usage / 2**20)._asdict()))
-        sys.stdout.flush()
+        end_turn(Turn(self.steps * self.batch_size / elapsed, elapsed / self.steps, usage / 2**20))
         self.wait()
 
 
-def compare(setting: str, rounds: int, seconds: float) -> list[Contender]:
+def compare(setting: str, rounds: int, seconds: float) -> dict[str, list[Turn]]:
     """Give every contender its turn, round after round."""
-    contenders = [Contender(number, setting) for number in range(len(CONTENDERS))]
-    try:
-        for each in contenders:
-            os.killpg(each.process.pid, signal.SIGSTOP)
-        for each in contenders:
-            for _ in range(WARM_UP):
-                each.turn(0)
-        for number in range(rounds):
-            for each in contenders:
-                each.turns.append(each.turn(seconds))
-            print(
-                f"{setting} round {number + 1}: "
-                + ", ".join(f"{each.label} {each.turns[-1].images_per_second:.1f}" for each in contenders),
-                flush=True,
-            )
-    finally:
-        for each in contenders:
-            each.end()
-    return contenders
+    command = ["-m", "scripts.benchmark", setting, "--contender"]
+    contenders = [
+        Contender(label, Turn, [*command, str(number)], pauses=True) for number, (label, *_) in enumerate(CONTENDERS)
+    ]
+    return in_rounds(setting, contenders, rounds, seconds, lambda turn: f"{turn.images_per_second:.1f}")
 
 
-def table(setting: str, contenders: list[Contender]) -> list[str]:
+def table(setting: str, turns: dict[str, list[Turn]]) -> list[str]:
     """Markdown: images a second, and how often the first contender's speed that is."""
     backbone, batch_size = SETTINGS[setting]
     lines = [
@@ -159,12 +106,13 @@ def table(setting: str, contenders: list[Contender]) -> list[str]:
         "| | images/s | range | KMCLR 400 is faster by | range | peak memory |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for each in contenders:
-        speeds = [turn.images_per_second for turn in each.turns]
-        ratios = [a.images_per_second / b for a, b in zip(contenders[0].turns, speeds, strict=True)]
-        peak = max(turn.peak_gib for turn in each.turns)
+    first = [turn.images_per_second for turn in turns[CONTENDERS[0][0]]]
+    for label, each in turns.items():
+        speeds = [turn.images_per_second for turn in each]
+        ratios = [a / b for a, b in zip(first, speeds, strict=True)]
+        peak = max(turn.peak_gib for turn in each)
         lines.append(
-            f"| {each.label} | {median(speeds):.1f} | {min(speeds):.1f} to {max(speeds):.1f} | "
+            f"| {label} | {median(speeds):.1f} | {min(speeds):.1f} to {max(speeds):.1f} | "
             f"{median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {peak:.1f} GiB |"
         )
     return [*lines, ""]

@@ -12,10 +12,7 @@ resnet_tiny-256.
 
 from __future__ import annotations
 
-import json
-import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -27,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scripts.comparison import arguments
+from scripts import comparison
+from scripts.comparison import WARM_UP
 from scripts.workbench import compose, dataset, fill, machine, noise, shown, train
 from src.training import distributed
 from src.training.state import TrainState
@@ -35,7 +33,6 @@ from src.training.state import TrainState
 SETTINGS = {"resnet18-64": ("resnet18", 64), "resnet_tiny-256": ("resnet_tiny", 256)}
 OUT = Path("results/benchmarks/communication.md")
 IMAGES = 2048
-WARM_UP = 2  # turns that do not count
 REPLAYS = 10
 LARGE = 2**16  # bytes: of the sums only the gradient's is larger
 GATHERED, GRADIENT = "features, gathered", "the encoder's gradient, summed"
@@ -135,7 +132,7 @@ class Side:
     def begin(self) -> None:
         self.before, self.sent = self.step, list[Message]()
         if self.ranks.first:
-            self.seconds = float(sys.stdin.readline())
+            self.seconds = comparison.next_turn()
         self.began, self.cpu = time.perf_counter(), time.process_time()
 
     def __call__(self) -> None:
@@ -148,8 +145,7 @@ class Side:
         if self.ranks.first and took >= self.seconds:
             steps = self.step - self.before
             cpu = (time.process_time() - self.cpu) / steps
-            turn = Turn(took / steps, cpu, by_kind(self.sent, steps), self.alone)
-            print(json.dumps(turn._asdict()), file=self.output, flush=True)
+            comparison.end_turn(Turn(took / steps, cpu, by_kind(self.sent, steps), self.alone), self.output)
             self.begin()
 
 
@@ -171,68 +167,22 @@ def contend(name: str, setting: str) -> None:
     train(state, data, Side(ranks, output))
 
 
-class Processes:
+def processes(name: str, setting: str) -> comparison.Contender[Turn]:
     """A contender, seen from outside. Between its turns its processes wait, for a line or for each other."""
-
-    def __init__(self, name: str, setting: str) -> None:
-        self.contender = CONTENDERS[name]
-        self.turns: list[Turn] = []
-        command = [sys.executable, "-m", "scripts.communication", setting, "--contender", name]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        count = str(self.contender.processes)
-        places = [{**address, "RANK": str(rank), "WORLD_SIZE": count} for rank in range(self.contender.processes)]
-        self.processes = [
-            subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=os.environ | (place if self.contender.ranks else {}),
-            )
-            for place in places
-        ]
-        self.speakers = self.processes[:1] if self.contender.ranks else self.processes
-
-    def turn(self, seconds: float) -> Turn:
-        """Let it train for about so long; the slowest of its processes."""
-        for each in self.speakers:
-            assert each.stdin is not None
-            each.stdin.write(f"{seconds}\n")
-            each.stdin.flush()
-        return max(self._said(each) for each in self.speakers)
-
-    def _said(self, process: subprocess.Popen[str]) -> Turn:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                return Turn(**json.loads(line))
-        raise SystemExit(f"error: {self.contender.label} ended with status {process.wait()}")
-
-    def end(self) -> None:
-        for each in self.processes:
-            each.kill()
-            each.wait()
+    label, count, ranks = CONTENDERS[name]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    run = {**address, "WORLD_SIZE": str(count)} if ranks else {}
+    places = [run | ({"RANK": str(rank)} if ranks else {}) for rank in range(count)]
+    return comparison.Contender(label, Turn, ["-m", "scripts.communication", setting, "--contender", name], places)
 
 
 def compare(setting: str, rounds: int, seconds: float) -> dict[str, list[Turn]]:
-    """The turns of every contender, round after round."""
-    contenders = {name: Processes(name, setting) for name in CONTENDERS}
-    turns: dict[str, list[Turn]] = {name: [] for name in CONTENDERS}
-    try:
-        for each in contenders.values():
-            for _ in range(WARM_UP):
-                each.turn(0)
-        for number in range(rounds):
-            for name, each in contenders.items():
-                turns[name].append(each.turn(seconds))
-            said = ", ".join(f"{name} {1000 * each[-1].seconds:.0f} ms" for name, each in turns.items())
-            print(f"{setting} round {number + 1}: {said}", flush=True)
-    finally:
-        for each in contenders.values():
-            each.end()
-    return turns
+    """The turns of every contender by its name, round after round."""
+    contenders = [processes(name, setting) for name in CONTENDERS]
+    turns = comparison.in_rounds(setting, contenders, rounds, seconds, lambda turn: f"{1000 * turn.seconds:.0f} ms")
+    return dict(zip(CONTENDERS, turns.values(), strict=True))
 
 
 def table(setting: str, turns: dict[str, list[Turn]]) -> list[str]:
@@ -268,7 +218,7 @@ def table(setting: str, turns: dict[str, list[Turn]]) -> list[str]:
 
 def main() -> None:
     """Compare in every setting, print the tables, write them."""
-    args = arguments(__doc__, SETTINGS, OUT)
+    args = comparison.arguments(__doc__, SETTINGS, OUT)
     if args.contender:
         contend(args.contender, args.settings[0])
         return

@@ -1,10 +1,23 @@
-"""The command line of the scripts in which contenders take turns."""
+"""Contenders that take turns on one machine: their command line, their processes, and what these say to each other.
+
+A contender trains for ever. It is told by a line how many seconds its next turn has, and tells by a line of JSON how
+the turn went.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any, Generic, TypeVar
+
+T = TypeVar("T")
+WARM_UP = 2  # turns that do not count
 
 
 def arguments(description: str | None, settings: Collection[str], out: Path) -> argparse.Namespace:
@@ -19,3 +32,97 @@ def arguments(description: str | None, settings: Collection[str], out: Path) -> 
     if unknown := set(args.settings) - set(settings):
         parser.error(f"{', '.join(unknown)}: choose of {', '.join(settings)}")
     return args
+
+
+def next_turn() -> float:
+    """The contender's side: wait to be told how many seconds the turn has."""
+    return float(sys.stdin.readline())
+
+
+def end_turn(turn: Any, output: IO[str] = sys.stdout) -> None:
+    """The contender's side: tell how the turn went, in a named tuple."""
+    print(json.dumps(turn._asdict()), file=output, flush=True)
+
+
+class Contender(Generic[T]):
+    """A contender's processes, in a group each.
+
+    Args:
+        label: for people.
+        turn: the named tuple of `end_turn`.
+        command: what follows the interpreter.
+        places: what the environment of each process has besides; only the first is told and asked where they are ranks.
+        pauses: whether they are stopped between turns, workers included (SIGSTOP), rather than waiting by themselves.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        turn: Callable[..., T],
+        command: Sequence[str],
+        places: Sequence[Mapping[str, str]] = ({},),
+        *,
+        pauses: bool = False,
+    ) -> None:
+        self.label, self.kind, self.pauses = label, turn, pauses
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | place,
+                process_group=0,
+            )
+            for place in places
+        ]
+        self.speakers = self.processes[:1] if "RANK" in places[0] else self.processes
+        self._pause(signal.SIGSTOP)
+
+    def turn(self, seconds: float) -> T:
+        """Let it train for about so long; the slowest of its processes, by what a turn has first."""
+        self._pause(signal.SIGCONT)
+        for each in self.speakers:
+            assert each.stdin is not None
+            each.stdin.write(f"{seconds}\n")
+            each.stdin.flush()
+        turns = [self._said(each) for each in self.speakers]
+        self._pause(signal.SIGSTOP)
+        return max(turns)  # type: ignore[type-var]
+
+    def _said(self, process: subprocess.Popen[str]) -> T:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                return self.kind(**json.loads(line))
+        raise SystemExit(f"error: {self.label} ended with status {process.wait()}")
+
+    def _pause(self, number: int) -> None:
+        for each in self.processes if self.pauses else ():
+            os.killpg(each.pid, number)
+
+    def end(self) -> None:
+        for each in self.processes:
+            if each.poll() is None:
+                os.killpg(each.pid, signal.SIGKILL)
+                each.wait()
+
+
+def in_rounds(
+    setting: str, contenders: Sequence[Contender[T]], rounds: int, seconds: float, shown: Callable[[T], str]
+) -> dict[str, list[T]]:
+    """The turns of every contender by its label, round after round; ends their processes."""
+    turns: dict[str, list[T]] = {each.label: [] for each in contenders}
+    try:
+        for each in contenders:
+            for _ in range(WARM_UP):
+                each.turn(0)
+        for number in range(rounds):
+            for each in contenders:
+                turns[each.label].append(each.turn(seconds))
+            said = ", ".join(f"{label} {shown(each[-1])}" for label, each in turns.items())
+            print(f"{setting} round {number + 1}: {said}", flush=True)
+    finally:
+        for each in contenders:
+            each.end()
+    return turns
