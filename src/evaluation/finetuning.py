@@ -67,7 +67,7 @@ def fine_tune(
             schedule.step()
         if not loss.isfinite():
             raise Diverged(f"fine-tuning diverged at a learning rate of {lr:g}")
-    return FrozenEncoder(network.eval(), frozen.mean, frozen.std, frozen.device, frozen.dtype)
+    return frozen.of(network.eval())
 
 
 def fine_tuning(frozen: FrozenEncoder, data: Dataset, cfg: schema.Finetune, seed: int) -> dict[str, float]:

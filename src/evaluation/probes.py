@@ -67,6 +67,10 @@ class FrozenEncoder:
         self.device, self.dtype = device, dtype
         self.before_block: Callable[[], object] = lambda: None  # of images; may raise, where the process is to stop
 
+    def of(self, encoder: nn.Module) -> FrozenEncoder:
+        """Another encoder, used in the same way on the same device."""
+        return type(self)(encoder, self.mean, self.std, self.device, self.dtype)
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Features [B, F] of normalised images [B, 3, S, S]."""

@@ -125,13 +125,11 @@ class TrainState:
         """The encoder as it was before the first step, made again: the seed is all that it depends on."""
         seed_everything(self.cfg.seed)
         encoder, _ = build.encoder(self.cfg.backbone, self.cfg.data.image_size)
-        encoder.to(self.device).to(memory_format=torch.channels_last)
-        return self.ranks.frozen(encoder, self.frozen.mean, self.frozen.std, self.dtype)
+        return self.frozen.of(encoder.to(self.device).to(memory_format=torch.channels_last))
 
     def teacher(self) -> FrozenEncoder:
         """The teacher's encoder, of a method that has one."""
-        encoder = self.method.get_submodule("teacher_encoder")
-        return self.ranks.frozen(encoder, self.frozen.mean, self.frozen.std, self.dtype)
+        return self.frozen.of(self.method.get_submodule("teacher_encoder"))
 
     def encoder_weights(self) -> dict[str, Tensor]:
         """The encoder's state dict, on the CPU, contiguous."""
