@@ -207,7 +207,7 @@ def feature_dim(encoder: nn.Module, image_size: int) -> int:
     try:
         shape = tuple(encoder.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
     except Exception as error:  # what a model raises depends on the model
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
         raise UsageError(f"backbone: does not take images of data.image_size={image_size} ({reason})") from error
     finally:
         encoder.train(training)

@@ -14,6 +14,7 @@ from src.data.decoding import Contents, Source
 from src.data.parquet import lacking, parquet, shards_of_splits
 from src.data.roles import used_splits
 from src.errors import UsageError
+from src.system.redact import one_line
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +114,7 @@ def _downloaded_before(repo: str, cfg: Data, problem: Exception) -> Path:
         if wanted and not lacking({name: splits[name] for name in wanted}):
             log.warning("data.repo=%s: the hub cannot be reached; what was downloaded before is used", repo)
             return Path(folder)
-    reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
     raise UsageError(
-        f"data.repo={repo}: not downloaded, and the hub cannot be reached ({reason}); connect to a network, or "
-        f"type where there is one: hf download --repo-type dataset {repo}"
+        f"data.repo={repo}: not downloaded, and the hub cannot be reached ({one_line(problem)}); connect to a network, "
+        f"or type where there is one: hf download --repo-type dataset {repo}"
     ) from problem
