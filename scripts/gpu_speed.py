@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.workbench import compose, machine
+from scripts.workbench import compose, machine, shown
 from src import build
 from src.config import identity, schema
 from src.config.schema import Config
@@ -136,7 +135,7 @@ def main() -> int:
         "machine": machine(),
         "precision": str(dtype).removeprefix("torch."),
         "ceiling_tflops": peak,
-        "command": shlex.join(["python", "-m", "scripts.gpu_speed", *sys.argv[1:]]),
+        "command": shown("scripts.gpu_speed", sys.argv[1:]),
         "rows": rows,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
