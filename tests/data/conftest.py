@@ -2,12 +2,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from layouts import SIZE
 
 from src.config.schema import Data
 from src.data import cache as cache_module
 from src.data import load
 from src.errors import UsageError
+from tests.data.layouts import SIZE
 
 
 @pytest.fixture

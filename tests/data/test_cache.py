@@ -8,7 +8,6 @@ import pytest
 import safetensors.torch
 import torch
 from filelock import FileLock
-from layouts import pixels, random_image, write_folder, write_shard
 from PIL import Image
 
 import src.data.cache as cache_module
@@ -16,6 +15,7 @@ from src.data import load
 from src.data.cache import Cache, cached, known_fingerprint
 from src.data.unfinished import AHEAD, BLOCK
 from src.errors import UsageError
+from tests.data.layouts import pixels, random_image, write_folder, write_shard
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layouts import SIZE, decoded, encoded, random_image, write_folder, write_shard
 from PIL import Image, ImageOps
 
 from src.data import load
 from src.data.cache import cached
 from src.data.decoding import Picture, open_bytes
 from src.errors import UsageError
+from tests.data.layouts import SIZE, decoded, encoded, random_image, write_folder, write_shard
 
 CASES = int(os.environ.get("CASES", "50"))  # of each kind; scripts and patience may want more
 many = settings(max_examples=CASES, suppress_health_check=list(HealthCheck))

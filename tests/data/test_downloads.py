@@ -6,13 +6,13 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
-from archives import write_imagenette, write_stl10
-from layouts import all_images, pixels, write_shard
 from torchvision import datasets
 from torchvision.datasets.utils import calculate_md5
 
 from src.data import load
 from src.data.downloads import MD5
+from tests.data.archives import write_imagenette, write_stl10
+from tests.data.layouts import all_images, pixels, write_shard
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from layouts import LAYOUTS, encoded, random_image, write_folder, write_set
 
 import src.data.cache as cache_module
 from src.data import load
 from src.data.cache import fingerprint, known_fingerprint
 from src.errors import UsageError
+from tests.data.layouts import LAYOUTS, encoded, random_image, write_folder, write_set
 
 
 @pytest.fixture(params=LAYOUTS)

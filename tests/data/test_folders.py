@@ -6,11 +6,11 @@ import time
 
 import numpy as np
 import pytest
-from layouts import encoded, pixels, random_image, write_folder, write_shard
 from PIL import Image
 
 from src.data import load
 from src.errors import UsageError
+from tests.data.layouts import encoded, pixels, random_image, write_folder, write_shard
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfApi, constants
-from layouts import pixels, write_shard
 
 from src.data import load
 from src.data.cache import known_fingerprint
 from src.data.parquet import find_columns
 from src.errors import UsageError
 from src.runs.record import Record
+from tests.data.layouts import pixels, write_shard
 
 REPO = "someone/photos"
 

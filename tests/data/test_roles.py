@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from layouts import write_flat, write_folder, write_shard
 
 from src.data import Dataset, load
 from src.errors import UsageError
+from tests.data.layouts import write_flat, write_folder, write_shard
 
 LAYOUTS = ("image_folder", "parquet")
 

@@ -6,7 +6,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from layouts import SIZE, all_images, decoded, encoded, pixels, random_image, write_flat, write_folder, write_shard
 from omegaconf import OmegaConf
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
@@ -16,6 +15,17 @@ from src.data import load
 from src.data.decoding import FORMATS, SUFFIXES, Picture, open_bytes
 from src.errors import UsageError
 from tests.config.test_schema import composed
+from tests.data.layouts import (
+    SIZE,
+    all_images,
+    decoded,
+    encoded,
+    pixels,
+    random_image,
+    write_flat,
+    write_folder,
+    write_shard,
+)
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from layouts import SIZE, random_image, write_folder, write_shard
 
 import src.data.cache as cache_module
 from src.data.cache import cached
 from src.data.unfinished import AHEAD, Block, Tally, histogram
 from src.errors import UsageError
 from tests.conftest import PROJECT
+from tests.data.layouts import SIZE, random_image, write_folder, write_shard
 
 COUNT = 30
 

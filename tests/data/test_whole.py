@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from layouts import write_folder
 from PIL import Image, ImageOps
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
@@ -16,6 +15,7 @@ from src.data.augment import draw_boxes, middle
 from src.data.cache import cached
 from src.runs.record import Record
 from tests.config.test_schema import composed
+from tests.data.layouts import write_folder
 
 SHAPES = [(16, 8), (8, 16), (12, 12), (24, 8)]
 
