@@ -48,12 +48,12 @@ def config_of(run: Path, data: Path | None) -> schema.Config:
     return parse(composed)
 
 
-def images(count: int = 50_000) -> Images:
+def images() -> Images:
     """CIFAR-100's training images where ``CIFAR100_ROOT`` has them, else uniform noise of the same shape."""
     if CIFAR100.is_dir():
         split = load(compose("data.final=true", f"data.root={CIFAR100}").data).train
         return Images(split, 100, f"CIFAR-100, {len(split.labels):,} images")
-    return noise(count)
+    return noise()
 
 
 def noise(count: int = 50_000) -> Images:

@@ -107,6 +107,20 @@ class Sweep:
         return {int(path.name.split("-")[1][1:]): path.read_text() for path in paths}
 
 
+class JobOfRay(Sweep):
+    """The command as a job of Ray's, and the process that submits it."""
+
+    def begin(self) -> None:
+        self.folder.mkdir(parents=True)
+        line = " ".join(f"'{each}'" for each in self.overrides)
+        inside = f"cd {self.folder} && PYTHONPATH={ROOT} {sys.executable} -m src.train {line}"
+        address = f"http://127.0.0.1:{one_node.PORTS['dashboard']}"
+        tool = str(Path(sys.executable).with_name("ray"))
+        submit = [tool, "job", "submit", f"--address={address}", "--", "bash", "-c", inside]
+        with (self.folder / "output.txt").open("wb") as said:
+            self.process = subprocess.Popen(submit, stdout=said, stderr=said)
+
+
 def expect(condition: object, what: object) -> None:
     if not condition:
         raise Wrong(str(what))
@@ -374,25 +388,7 @@ def no_gpu(folder: Path) -> str:
 
 
 def job_submit(folder: Path, engine: list[str]) -> str:
-    tool = str(Path(sys.executable).with_name("ray"))
-    sweep = Sweep.__new__(Sweep)
-    sweep.folder = folder
-    folder.mkdir(parents=True)
-    line = [
-        "--multirun",
-        *SMALL,
-        "tracking=jsonl",
-        f"data.cache_dir={folder.parent / 'cache'}",
-        "method=kmclr",
-        "k=10,20",
-        "epochs=6",
-        *engine,
-    ]
-    inside = f"cd {folder} && PYTHONPATH={ROOT} {sys.executable} -m src.train " + " ".join(f"'{each}'" for each in line)
-    address = f"http://127.0.0.1:{one_node.PORTS['dashboard']}"
-    submit = [tool, "job", "submit", f"--address={address}", "--", "bash", "-c", inside]
-    with (folder / "output.txt").open("wb") as said:
-        sweep.process = subprocess.Popen(submit, stdout=said, stderr=said)
+    sweep = JobOfRay(folder, "method=kmclr", "k=10,20", "epochs=6", *engine)
     sweep.until_steps(10, 1)
     sweep.process.kill()
     sweep.process.wait()

@@ -32,7 +32,6 @@ from scripts.reliability.runs import (
 from scripts.reliability.servers import Server, histories
 
 KMCLR = [*SMALL, *METHODS["kmclr"], "output_dir=run"]
-CANNOT_WRITE = 74
 
 
 @contextmanager

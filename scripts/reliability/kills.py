@@ -32,6 +32,7 @@ from scripts.reliability.runs import (
     SMALL,
     Process,
     compared,
+    logged,
     output,
     start,
     statuses,
@@ -111,9 +112,9 @@ def typed(where: Path, line: list[str], *, real: bool) -> Process:
 def killed(where: Path, line: list[str], moment: str, rng: random.Random, *, real: bool) -> bool:
     """Starts the run and kills it at a moment; whether it came to that."""
     said = len(output(where)) if (where / "output.txt").exists() else 0
-    logged, further = lines(where), rng.randrange(2 * STEPS_AN_EPOCH)
+    enough = logged(where / "run") + rng.randrange(2 * STEPS_AN_EPOCH)
     conditions: dict[str, tuple[Callable[[], object], float]] = {
-        ANY_TIME: (lambda: " at step " in output(where)[said:] and lines(where) >= logged + further, 0.1),
+        ANY_TIME: (lambda: " at step " in output(where)[said:] and logged(where / "run") >= enough, 0.1),
         AT_THE_END: (lambda: "evaluating on the test" in output(where)[said:], 0.6),
     }
     process = typed(where, line, real=real)
@@ -123,12 +124,6 @@ def killed(where: Path, line: list[str], moment: str, rng: random.Random, *, rea
             process.wait(rng.uniform(0, delay))
         process.kill()
     return process.wait() == -9
-
-
-def lines(where: Path) -> int:
-    """How many rows the run has logged."""
-    metrics = where / "run/metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def main(folder: Path, kills: int = 500, first: int = 0) -> int:

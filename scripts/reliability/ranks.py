@@ -17,8 +17,17 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from scripts.reliability.runs import METHODS, SMALL, differences, lost_and_doubled, output, rows, start, wait_for
-from src.runs.record import METRICS
+from scripts.reliability.runs import (
+    METHODS,
+    SMALL,
+    differences,
+    logged,
+    lost_and_doubled,
+    output,
+    rows,
+    start,
+    wait_for,
+)
 from src.system.collectives import LOST
 
 RUNS = {"kmclr": METHODS["kmclr"], "nnclr in shards": [*METHODS["nnclr"], "support.shards=ranks"]}
@@ -32,12 +41,6 @@ def torchrun(folder: Path, name: str) -> subprocess.Popen[bytes]:
     return start(folder, arguments, "torch.distributed.run")
 
 
-def written(folder: Path) -> int:
-    """Lines in the run's metrics: at least one a step."""
-    path = folder / "run" / METRICS
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 def broken_run(folder: Path, name: str, kills: int) -> tuple[Counter[str], list[str]]:
     """Kills one run so many times and lets it finish: who was killed, and what was wrong."""
     rng, killed = random.Random(name), Counter[str]()
@@ -48,8 +51,8 @@ def broken_run(folder: Path, name: str, kills: int) -> tuple[Counter[str], list[
         if killed.total() == kills:
             assert process.wait(300) == 0, output(folder)[said:]
             return killed, wrong
-        aim = written(folder) + rng.randint(1, STEPS)
-        if not wait_for(lambda aim=aim: written(folder) >= aim, process):  # type: ignore[misc]
+        aim = logged(folder / "run") + rng.randint(1, STEPS)
+        if not wait_for(lambda aim=aim: logged(folder / "run") >= aim, process):  # type: ignore[misc]
             raise RuntimeError(f"{name} ended before its kill: {output(folder)[said:]}")
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         both = killed.total() % 2 == 1

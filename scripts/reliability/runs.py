@@ -79,6 +79,12 @@ def wait_for(condition: Callable[[], object], process: Process, seconds: float =
     return True
 
 
+def logged(run: Path) -> int:
+    """How many rows a run has in ``metrics.jsonl``."""
+    metrics = run / METRICS
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
 def rows(run: Path) -> list[tuple[str, int, float]]:
     """Every value in ``metrics.jsonl`` but times and memory, which differ from run to run."""
     return [

@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 
 from scripts.reliability.kills import PROTOTYPES, QUEUE, STEPS_AN_EPOCH, TEACHER
-from scripts.reliability.runs import SMALL, compared, output, start, statuses, wait_for
+from scripts.reliability.runs import SMALL, compared, logged, output, start, statuses, wait_for
 
 SWEEPS = {
     "queue": [*QUEUE, "search=faiss,torch"],
@@ -40,11 +40,6 @@ def arguments(name: str) -> list[str]:
 def jobs_of(where: Path) -> list[Path]:
     """The folders of a sweep's jobs, in order."""
     return sorted(path.parent for path in where.glob("multirun/*/metrics.jsonl") if "sweep-" not in path.parent.name)
-
-
-def logged(where: Path) -> int:
-    """How many rows all jobs have logged."""
-    return sum((job / "metrics.jsonl").read_bytes().count(b"\n") for job in jobs_of(where))
 
 
 def broken_sweep(folder: Path, name: str, number: int) -> tuple[Counter[str], list[str]]:
@@ -71,9 +66,14 @@ def broken_sweep(folder: Path, name: str, number: int) -> tuple[Counter[str], li
 
 def killed(where: Path, name: str, which: str, rng: random.Random) -> tuple[int, int]:
     """Starts the sweep and kills what is to be killed: how many processes that were, and the sweep's status."""
-    before, further = logged(where), rng.randrange(4 * STEPS_AN_EPOCH)
+    further = rng.randrange(4 * STEPS_AN_EPOCH)
+
+    def rows_of_all() -> int:
+        return sum(map(logged, jobs_of(where)))
+
+    before = rows_of_all()
     sweep = start(where, arguments(name))
-    if not wait_for(lambda: logged(where) > before + further, sweep, 900):
+    if not wait_for(lambda: rows_of_all() > before + further, sweep, 900):
         return 0, sweep.wait()
     sweep.send_signal(signal.SIGSTOP)  # so that it starts no other meanwhile
     jobs = [int(each) for each in Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()]
