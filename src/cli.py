@@ -85,11 +85,11 @@ def report() -> None:
 def deliver() -> None:
     """``python -m src.tracking``."""
     from src.reporting import mlflow_charts
-    from src.runs import tracker
+    from src.runs import delivery
 
     with _without_reader(), _explained():
         _log_to_stderr()
-        tracker.main(mlflow_charts.share_again)
+        delivery.main(mlflow_charts.share_again)
 
 
 def pretrain(composed: DictConfig) -> float:

@@ -11,6 +11,7 @@ from src.runs import record
 from src.runs.tracker import Tracker
 from tests.conftest import PROJECT
 
+LOGGERS = {"src.runs.tracker", "src.runs.delivery", "src.reporting.mlflow_charts"}
 JSONL = Tracking("jsonl", "exp", 10)
 MLFLOW = Tracking("mlflow", "exp", 10)
 
@@ -25,9 +26,7 @@ def history(client, run_id: str, key: str) -> list[tuple[int, float]]:
 
 
 def warnings(caplog) -> list[str]:
-    messages = [
-        each.getMessage() for each in caplog.records if each.name in ("src.runs.tracker", "src.reporting.mlflow_charts")
-    ]
+    messages = [each.getMessage() for each in caplog.records if each.name in LOGGERS]
     assert not any("\n" in message for message in messages)
     return messages
 

@@ -19,11 +19,12 @@ from src.errors import UsageError
 from src.reporting.plots import PLOTTED, caption
 from src.reporting.rows import FIGURES, Row
 from src.reporting.table import GAIN, GAIN_NOTE, markdown, table
+from src.runs.delivery import LONGEST as LONGEST_DELIVERY
+from src.runs.delivery import bring_up_free
 from src.runs.directory import exclusive
 from src.runs.mlflow_store import PATIENCE, prepare
 from src.runs.record import CHARTS, NOTE, Record, now
-from src.runs.tracker import LONGEST as LONGEST_DELIVERY
-from src.runs.tracker import Tracker, bring_up_free
+from src.runs.tracker import Tracker
 from src.system.deadline import within
 from src.system.redact import one_line
 

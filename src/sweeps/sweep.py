@@ -18,9 +18,10 @@ from src.reporting import mlflow_charts, table
 from src.reporting.rows import summarise
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
+from src.runs.delivery import attach_children
 from src.runs.query import how_to_open
 from src.runs.record import CHARTS, NOTE, Record
-from src.runs.tracker import Status, Tracker, attach_children, mark_failed
+from src.runs.tracker import Status, Tracker, mark_failed
 from src.sweeps.jobs import Job
 from src.system import environment
 from src.system.redact import redact

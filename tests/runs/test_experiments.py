@@ -11,8 +11,7 @@ from src.config.schema import Tracking
 from src.errors import UsageError
 from src.reporting import mlflow_charts
 from src.reporting.rows import settings
-from src.runs import mlflow_store, query
-from src.runs import tracker as tracking
+from src.runs import delivery, mlflow_store, query
 from src.runs.record import CHARTS, NOTE, Record
 from src.runs.tracker import Tracker
 from tests.stores import JSONL, MLFLOW, break_store, history, train, warnings
@@ -46,7 +45,7 @@ def test_a_finished_run_is_delivered_to_the_experiment_that_it_is_asked_for_unde
     directory = tmp_path / "multirun/run"
     first = ended(directory, before)
     for _ in range(2):
-        tracking.catch_up(directory, OTHER)
+        delivery.catch_up(directory, OTHER)
         assert listed(client, "other") == {"run": ("FINISHED", STEPS)}
     for backend in ("mlflow", "jsonl"):
         assert [run.run_id for run in query.read_runs("other", backend)] == [Record.load(directory).run_id]
@@ -61,9 +60,9 @@ def test_without_mlflow_a_finished_run_is_listed_under_the_experiment_that_it_is
     directory = tmp_path / "multirun/run"
     ended(directory, JSONL)
     monkeypatch.setattr(mlflow_store, "prepare", lambda *_: pytest.fail("nobody asked for MLflow"))
-    tracking.catch_up(directory, Tracking("jsonl", "other", 10))
+    delivery.catch_up(directory, Tracking("jsonl", "other", 10))
     assert len(query.read_runs("other", "jsonl")) == len(query.read_runs("exp", "jsonl")) == 1
-    tracking.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.share_again, [])
 
 
 def test_where_mlflow_is_away_the_other_experiment_waits(client, tmp_path, monkeypatch, caplog, capsys):
@@ -71,9 +70,9 @@ def test_where_mlflow_is_away_the_other_experiment_waits(client, tmp_path, monke
     ended(directory)
     with monkeypatch.context() as patch:
         break_store(client, patch, "log_batch")
-        tracking.catch_up(directory, OTHER)
+        delivery.catch_up(directory, OTHER)
     assert "try again later" in warnings(caplog)[0]
-    tracking.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.share_again, [])
     assert capsys.readouterr().out.count("delivered as run") == 1
     assert listed(client, "other") == listed(client, "exp") == {"run": ("FINISHED", STEPS)}
 
@@ -83,11 +82,11 @@ def test_a_run_is_continued_wherever_its_experiment_has_been_renamed_to(client, 
     first = ended(directory, status="KILLED")
     rename(client, "exp", "renamed")
     assert ended(directory) == first
-    tracking.catch_up(directory, MLFLOW)
-    assert tracking.deliver(directory) == first
+    delivery.catch_up(directory, MLFLOW)
+    assert delivery.deliver(directory) == first
     assert listed(client, "renamed") == {"run": ("FINISHED", STEPS)}
     assert client.get_experiment_by_name("exp") is None
-    tracking.catch_up(directory, Tracking("mlflow", "renamed", 10))
+    delivery.catch_up(directory, Tracking("mlflow", "renamed", 10))
     assert Record.load(directory).run_id == first, "it is asked for by the new name too"
 
 
@@ -100,7 +99,7 @@ def test_a_new_experiment_of_the_old_name_gets_the_run_too(client, tmp_path, sta
     if status == "KILLED":
         assert ended(directory) != first
     else:
-        tracking.catch_up(directory, MLFLOW)
+        delivery.catch_up(directory, MLFLOW)
     assert listed(client, "exp") == {"run": ("FINISHED", STEPS), "stranger": ("FINISHED", STEPS)}
     assert listed(client, "renamed") == {"run": ("FINISHED", STEPS)}
 
@@ -127,16 +126,16 @@ def test_a_deleted_run_is_named_and_its_folder_brings_it_back(client, tmp_path, 
     record.close("FAILED", "and MLflow was not told")
     record.save(waiting)
 
-    tracking.catch_up(directory, MLFLOW)
+    delivery.catch_up(directory, MLFLOW)
     assert warnings(caplog) == [f"{NAMED.format('this run')} {directory}"]
-    tracking.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.share_again, [])
     assert capsys.readouterr().out == f"{NAMED.format('2 runs')} multirun/run multirun/waiting\n"
     assert listed(client, "exp") == {}
 
-    tracking.main(mlflow_charts.share_again, ["multirun/run", "multirun/waiting"])
+    delivery.main(mlflow_charts.share_again, ["multirun/run", "multirun/waiting"])
     assert f"multirun/run: delivered as run {run_id}\n" in capsys.readouterr().out
     assert listed(client, "exp") == {"run": ("FINISHED", STEPS), "waiting": ("FAILED", STEPS)}
-    tracking.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.share_again, [])
     assert capsys.readouterr().out == ""
 
 
@@ -152,9 +151,9 @@ def test_runs_of_a_store_that_is_gone_are_named_and_not_all_delivered_to_the_nex
     run_id = ended(tmp_path / "multirun/run", status="KILLED")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     shutil.copy(fresh_store, tmp_path / "other.db")
-    tracking.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.share_again, [])
     assert capsys.readouterr().out.endswith("python -m src.tracking multirun/run\n")
-    tracking.main(mlflow_charts.share_again, ["multirun/run"])
+    delivery.main(mlflow_charts.share_again, ["multirun/run"])
     assert listed(mlflow_store.prepare(), "exp") == {"run": ("KILLED", STEPS)}
     assert Record.load(tmp_path / "multirun/run").run_id != run_id
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
@@ -168,17 +167,17 @@ def test_a_deleted_experiment_keeps_no_other_run_waiting(client, tmp_path, monke
         ended(tmp_path / "multirun/a")
         ended(tmp_path / "multirun/b", OTHER)
     client.delete_experiment(client.get_experiment_by_name("exp").experiment_id)
-    tracking.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.share_again, [])
     delivered, deleted = capsys.readouterr().out.splitlines()
     assert delivered.startswith("multirun/b: delivered")
     assert deleted.endswith("python -m src.tracking multirun/a")
     with pytest.raises(UsageError, match=r"^the experiment 'exp' has been deleted .*mlflow experiments restore -x \d"):
-        tracking.main(mlflow_charts.share_again, ["multirun/a"])
+        delivery.main(mlflow_charts.share_again, ["multirun/a"])
 
 
 def sweep_under(config, directory, children, note=""):
     sweep = Tracker(directory, config, {"sweep": "grid"}, {"sweep_id": directory.name})
-    tracking.attach_children(sweep, children)
+    delivery.attach_children(sweep, children)
     sweep.record.tags |= {NOTE: note} if note else {}
     mlflow_charts.share(sweep)
     sweep.close("FINISHED")
@@ -200,11 +199,11 @@ def test_an_experiment_is_described_by_its_sweeps_the_newest_first(client, tmp_p
     assert f"[0a]({old})" in text
     assert "the old table" not in text
 
-    tracking.main(mlflow_charts.share_again, [str(one)])
+    delivery.main(mlflow_charts.share_again, [str(one)])
     assert described(client) == text, "an older sweep that is delivered again is not the newest"
     home = client.get_experiment_by_name("exp").experiment_id
     client.set_experiment_tag(home, NOTE, "somebody's own")
-    tracking.main(mlflow_charts.share_again, [str(two)])
+    delivery.main(mlflow_charts.share_again, [str(two)])
     assert described(client) == "somebody's own"
 
 
@@ -213,7 +212,7 @@ def test_a_sweep_of_jsonl_that_is_delivered_later_has_its_charts(client, tmp_pat
     assert sweep_under(JSONL, directory, [], "the table")[1] is None
     assert client.get_experiment_by_name("exp") is None
     for _ in range(2):
-        tracking.main(mlflow_charts.share_again, [str(directory)])
+        delivery.main(mlflow_charts.share_again, [str(directory)])
         record = Record.load(directory)
         assert f"]({record.tags[CHARTS]})\n\nthe table" in described(client)
         assert client.get_run(record.run_id).data.tags[CHARTS] == record.tags[CHARTS]
@@ -226,10 +225,10 @@ def test_a_view_that_the_store_did_not_take_is_made_by_the_next_delivery(client,
         assert sweep_under(MLFLOW, tmp_path / "multirun/0a", [], "the table")[1] is None
     assert "MLflow does not take the view" in warnings(caplog)[0]
     assert described(client) is None
-    tracking.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.share_again, [])
     assert "the table" in described(client)
     again = Record.load(tmp_path / "multirun/0a")
-    tracking.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.share_again, [])
     assert Record.load(tmp_path / "multirun/0a") == again
 
 
@@ -263,7 +262,7 @@ def test_a_sweep_shows_finished_jobs_of_other_experiments_and_takes_them_from_no
     client.delete_run(Record.load(jobs[0]).run_id)
     sweep_under(OTHER, tmp_path / "multirun/0b", jobs)
     assert warnings(caplog) == [f"{NAMED.format('this run')} {jobs[0]}"]
-    tracking.deliver(jobs[0])
+    delivery.deliver(jobs[0])
     assert nested(client, "exp", one) == nested(client, "other", two) == ["a", "b"]
 
 
@@ -294,9 +293,9 @@ def test_a_record_from_when_a_run_had_one_experiment_is_read(client, tmp_path, m
     record = Record.load(directory)
     assert record.run_id == run_id
     assert record.tags == {"device": "cpu", "output_dir": str(directory)}
-    tracking.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.share_again, [])
     assert capsys.readouterr().out.count("delivered") == missing
-    tracking.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.share_again, [])
     assert capsys.readouterr().out == ""
     assert [run.name for run in query.read_runs("exp", "jsonl")] == ["run"]
     assert client.get_run(run_id).data.tags.get("sweep.0a") == ("true" if missing else None)
@@ -332,7 +331,7 @@ def test_the_data_set_is_an_input_of_the_run_once(client, tmp_path, params, kind
     params |= {"data.name": "cifar100", "data.fingerprint": "abc123"}
     run = Tracker(tmp_path / "run", MLFLOW, params, {})
     run.close("FINISHED")
-    tracking.main(mlflow_charts.share_again, [str(tmp_path / "run")])
+    delivery.main(mlflow_charts.share_again, [str(tmp_path / "run")])
     (found,) = client.get_run(run.run_id).inputs.dataset_inputs
     assert (found.dataset.name, found.dataset.digest, found.dataset.source_type) == ("cifar100", "abc123", kind)
     assert where.items() <= mlflow.data.get_source(found.dataset).to_dict().items()

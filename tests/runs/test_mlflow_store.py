@@ -12,7 +12,8 @@ from src.config.schema import Tracking
 from src.errors import UsageError
 from src.evaluation.encoder import load_encoder
 from src.runs import mlflow_store, query
-from src.runs.tracker import Tracker, deliver
+from src.runs.delivery import deliver
+from src.runs.tracker import Tracker
 from tests.evaluation.test_export import write_run
 from tests.stores import MLFLOW, RUN, break_store, history, start
 

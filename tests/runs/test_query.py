@@ -10,10 +10,11 @@ import pytest
 from src.config.schema import Tracking
 from src.errors import UsageError
 from src.reporting import mlflow_charts, report
-from src.runs import mlflow_store, query, tracker
+from src.runs import delivery, mlflow_store, query
+from src.runs.delivery import catch_up, deliver
 from src.runs.query import newest_charts
 from src.runs.record import CHARTS, Record
-from src.runs.tracker import Tracker, catch_up, deliver
+from src.runs.tracker import Tracker
 from tests.stores import JSONL, MLFLOW, break_store
 
 
@@ -68,7 +69,7 @@ ASKING = {
     "an experiment": lambda: report.main(["experiment=exp"]),
     "a sweep": lambda: report.main(["sweep=0123abcd"]),
     "a run": lambda: query.find_run_directory("0" * 32),
-    "delivery": lambda: tracker.main(mlflow_charts.share_again, ["run"]),
+    "delivery": lambda: delivery.main(mlflow_charts.share_again, ["run"]),
 }
 
 

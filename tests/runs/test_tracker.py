@@ -21,8 +21,8 @@ from omegaconf import OmegaConf
 from src.config.schema import Tracking
 from src.errors import UsageError
 from src.reporting import mlflow_charts
+from src.runs import delivery, mlflow_store, query, record
 from src.runs import directory as run_directory
-from src.runs import mlflow_store, query, record
 from src.runs import tracker as tracking
 from src.runs.record import Record
 from src.runs.tracker import Tracker
@@ -188,13 +188,13 @@ def test_a_run_killed_between_its_record_and_mlflow_is_told_when_it_is_looked_at
 
     with monkeypatch.context() as patch:
         break_store(client, patch, "log_batch")
-        tracking.catch_up(directory, MLFLOW)
+        delivery.catch_up(directory, MLFLOW)
     assert "try again later" in warnings(caplog)[0]
-    tracking.catch_up(directory, MLFLOW)
+    delivery.catch_up(directory, MLFLOW)
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     assert [step for step, _ in history(client, tracker.run_id, "train/loss")] == [0, 3, 6]
     monkeypatch.setattr(mlflow_store.Delivery, "push", lambda _: pytest.fail("MLflow has all of it already"))
-    tracking.catch_up(directory, MLFLOW)
+    delivery.catch_up(directory, MLFLOW)
     assert len(warnings(caplog)) == 1
 
 
@@ -288,7 +288,7 @@ def test_a_store_that_is_down_from_start_to_end_gets_the_run_later(client, tmp_p
     assert f"python -m src.tracking {directory}" in warnings(caplog)[-1]
     assert query.read_runs("exp", "jsonl", tmp_path)[0].status == "FINISHED"
 
-    run_ids = {tracking.deliver(directory) for _ in range(2)}
+    run_ids = {delivery.deliver(directory) for _ in range(2)}
     (run,) = query.read_runs("exp", "mlflow")
     assert run_ids == {run.run_id}
     assert (run.status, run.params) == ("FINISHED", {"k": "50"})
@@ -301,13 +301,13 @@ def test_runs_of_jsonl_are_delivered_by_command(client, tmp_path, capsys):
         tracker = Tracker(tmp_path / name, JSONL, {}, {})
         tracker.log({"x": 1.0}, 0)
         tracker.close("KILLED")
-    tracking.main(mlflow_charts.share_again, [str(tmp_path / "a"), str(tmp_path / "b")])
+    delivery.main(mlflow_charts.share_again, [str(tmp_path / "a"), str(tmp_path / "b")])
     found = {run.name: run for run in query.read_runs("exp", "mlflow")}
     assert found["a"].metrics == found["b"].metrics == {"x": 1.0}
     assert found["a"].status == "KILLED"
     assert found["b"].run_id in capsys.readouterr().out.splitlines()[1]
     with pytest.raises(UsageError, match="not the record of a run"):
-        tracking.main(mlflow_charts.share_again, [str(tmp_path)])
+        delivery.main(mlflow_charts.share_again, [str(tmp_path)])
 
 
 @pytest.mark.slow
@@ -358,7 +358,7 @@ def test_delivery_to_a_server_is_idempotent_too(client, server, tmp_path):
     remote.artifact(directory / "a.txt")
     remote.close("FINISHED")
     for _ in range(2):
-        assert tracking.deliver(directory) == remote.run_id
+        assert delivery.deliver(directory) == remote.run_id
     assert history(client, remote.run_id, "train/loss") == [(step, 1 / (1 + step)) for step in range(0, 20, 3)]
     assert len(client.get_metric_history(remote.run_id, "support/perplexity")) == 1
     assert client.get_run(remote.run_id).info.status == "FINISHED"
@@ -489,7 +489,7 @@ def test_one_command_delivers_all_that_waits_and_no_dead_run_stays_running(clien
     Tracker(root / "not meant", JSONL, {}, {}).close("FINISHED")
     train(Tracker(root / "at work", MLFLOW, {}, {}), range(10))
     with run_directory.exclusive(root / "at work"):
-        tracking.main(mlflow_charts.share_again, [])
+        delivery.main(mlflow_charts.share_again, [])
     said = [line.split(": delivered as run ")[0] for line in capsys.readouterr().out.splitlines()]
     assert said == [f"multirun/{name}" for name in ("late", "later", "killed")]
     status = {run.name: run.status for run in query.read_runs("exp", "mlflow")}
@@ -515,7 +515,7 @@ def test_a_run_that_mlflow_refuses_keeps_no_other_back(client, tmp_path, monkeyp
     values = json.loads((tmp_path / "multirun/a/run.json").read_text())
     (tmp_path / "multirun/a/run.json").write_text(json.dumps(values | {"artifacts": ["link"]}))
     with pytest.raises(UsageError, match="folder"):
-        tracking.main(mlflow_charts.share_again, [])
+        delivery.main(mlflow_charts.share_again, [])
     said = [line.split(": delivered as run ")[0] for line in capsys.readouterr().out.splitlines()]
     assert said == ["multirun/b", "multirun/c"]
 
@@ -529,9 +529,9 @@ def test_where_the_store_takes_nothing_not_every_run_is_tried(client, tmp_path, 
 
     for name in "abcde":
         Tracker(tmp_path / "multirun" / name, MLFLOW, {}, {}).close("FINISHED")
-    monkeypatch.setattr(tracking, "bring_up_free", refuse)
+    monkeypatch.setattr(delivery, "bring_up_free", refuse)
     with pytest.raises(UsageError, match="takes nothing"):
-        tracking.main(mlflow_charts.share_again, [])
+        delivery.main(mlflow_charts.share_again, [])
     assert len(asked) == 3
 
 
@@ -551,7 +551,7 @@ def test_a_run_that_is_worked_on_is_not_delivered(client, tmp_path):
         run_directory.exclusive(tmp_path / "run"),
         pytest.raises(UsageError, match=f"process {os.getpid()} on .* is using it"),
     ):
-        tracking.deliver(tmp_path / "run")
+        delivery.deliver(tmp_path / "run")
 
 
 def test_a_sweep_leaves_the_record_of_a_run_that_is_worked_on_alone(tmp_path):
@@ -561,7 +561,7 @@ def test_a_sweep_leaves_the_record_of_a_run_that_is_worked_on_alone(tmp_path):
         Tracker(folder, JSONL, {}, {}).close("FINISHED")
     before = (folders[1] / "run.json").read_bytes()
     with run_directory.exclusive(folders[1]):
-        tracking.attach_children(parent, folders)
+        delivery.attach_children(parent, folders)
         assert (folders[1] / "run.json").read_bytes() == before
     assert Record.load(folders[0]).copy.tags["sweep.0a"] == "true"
 
@@ -575,7 +575,7 @@ def test_a_store_that_is_locked_at_the_start_gets_the_run_later(client, tmp_path
     assert process.communicate()[1].count("database is locked") == 1
     assert process.returncode == 0
     other.rollback()
-    tracking.deliver(tmp_path / "run")
+    delivery.deliver(tmp_path / "run")
     (run,) = query.read_runs("exp", "mlflow")
     assert [step for step, _ in history(client, run.run_id, "train/loss")] == list(range(5))
 
@@ -595,6 +595,6 @@ def test_nothing_but_files_of_its_own_folder_goes_to_mlflow(client, tmp_path, na
     values = json.loads((directory / "run.json").read_text())
     (directory / "run.json").write_text(json.dumps(values | {"artifacts": [name]}))
     with pytest.raises(UsageError, match="folder") as error:
-        tracking.deliver(directory)
+        delivery.deliver(directory)
     assert "\n" not in str(error.value)
     assert not client.list_artifacts(tracker.run_id)

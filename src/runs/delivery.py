@@ -1,0 +1,152 @@
+"""Delivery to MLflow of runs that have ended: at the end of a sweep, when a command is typed again, and by hand.
+
+A run delivers itself while it trains (`src.runs.tracker`). What an outage or a kill has left undone is done here, from
+the run's files, by a process that holds its folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from src.config.schema import Tracking
+from src.errors import UsageError
+from src.runs import directory as run_directory
+from src.runs import mlflow_store
+from src.runs.record import CHARTS, Record, records_below
+from src.runs.tracker import Tracker, parent_tags
+from src.system.deadline import Overdue, within
+from src.system.redact import one_line
+
+LONGEST = 600.0  # seconds for the whole of a run, for the command that does nothing else
+REFUSALS = 3  # in a row, after which it is the store that takes nothing
+
+logger = logging.getLogger(__name__)
+
+
+def deliver(directory: Path) -> str:
+    """Delivers the whole of a run that is not being trained, from its files, also where MLflow has deleted it.
+
+    Returns:
+        MLflow's run id, and one for each further experiment that it was asked for under.
+
+    Raises:
+        UsageError: the folder holds no run, a process works on it, or the store does not take it.
+    """
+    Record.load(directory)
+    return ", ".join(bring_up_free(directory, again=True)[0])
+
+
+def catch_up(directory: Path, tracking: Tracking) -> None:
+    """Delivers a run that has ended to the experiment that it is asked for under; a failing store is only noted.
+
+    For the process that holds the directory.
+    """
+    try:
+        if _bring_up(directory, tracking)[1]:
+            logger.warning("%s", _deleted([directory]))
+    except UsageError as error:
+        logger.warning("%s", error)
+
+
+def _bring_up(directory: Path, asked: Tracking | None = None, again: bool = False) -> tuple[list[str], bool]:
+    """`mlflow_store.bring_up`, for the process that holds the directory of a run that has ended."""
+    record = Record.load(directory)
+    if record.status == "RUNNING":  # a SIGKILL, say, has ended its process
+        record.close("KILLED", "its process is gone; the same command continues")
+    if asked:
+        record.ask(asked)
+    record.copy.for_mlflow |= again
+    try:
+        if asked.name == "mlflow" if asked else any(copy.for_mlflow for copy in record.copies.values()):
+            experiment = asked.experiment if asked else ""
+            seconds = mlflow_store.PATIENCE if asked else LONGEST  # a run or a sweep waits for it; or nobody does
+            client = mlflow_store.prepare()
+            return within(seconds, lambda: mlflow_store.bring_up(client, record, experiment, again))
+        return [], False
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
+    finally:
+        record.save(directory)
+
+
+def bring_up_free(directory: Path, asked: Tracking | None = None, again: bool = False) -> tuple[list[str], bool]:
+    with run_directory.exclusive(directory):
+        return _bring_up(directory, asked, again)
+
+
+def _deleted(directories: Sequence[Path]) -> str:
+    """What brings back runs that are deleted in MLflow's pages, or that went with the store that had them."""
+    what = "this run" if len(directories) == 1 else f"{len(directories)} runs"
+    folders = shlex.join(map(str, directories))
+    return (
+        f"MLflow no longer has {what} (deleted, or another store); deliver again with: python -m src.tracking {folders}"
+    )
+
+
+def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
+    """Puts runs that have ended under a sweep's, and delivers what MLflow lacks of them; a failing store is only noted.
+
+    A run of several sweeps in an experiment is shown under the last of them; its tags ``sweep.ID`` name all. One that
+    another process works on is left to that process.
+    """
+    parent.flush()  # which may be the first to reach MLflow
+    tags = parent_tags(str(parent.directory))
+    for directory in children:
+        with suppress(UsageError), run_directory.exclusive(directory):
+            record = Record.load(directory)
+            record.ask(parent.tracking).tags |= tags
+            record.save(directory)
+    try:
+        if within(mlflow_store.PATIENCE, parent.client):
+            free = [directory for directory in children if not run_directory.is_held(directory)]
+            if deleted := [directory for directory in free if bring_up_free(directory, parent.tracking)[1]]:
+                logger.warning("%s", _deleted(deleted))
+    except (UsageError, Overdue) as error:
+        logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, one_line(error))
+
+
+def main(share_again: Callable[[Path], None], arguments: Iterable[str] | None = None) -> None:
+    """Delivers the runs in the folders that are named, else what MLflow lacks of any below ``multirun/``.
+
+    Those that are deleted in MLflow are delivered again if they are named, and otherwise listed.
+
+    Raises:
+        UsageError: MLflow does not take one of them. The others have been delivered, unless it is the store that fails.
+    """
+    parser = argparse.ArgumentParser(prog="python -m src.tracking", description=main.__doc__)
+    parser.add_argument("output_dir", type=Path, nargs="*", help="a run's output directory")
+    named, deleted = parser.parse_args(arguments).output_dir, []
+    for directory in named:
+        print(f"{directory}: delivered as run {deliver(directory)}", flush=True)
+        share_again(directory)
+    found = [] if named else sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time)
+    refused, in_a_row = list[UsageError](), 0
+    for directory, record in found:
+        if run_directory.is_held(directory):
+            continue
+        try:
+            delivered, is_deleted = bring_up_free(directory)
+            deleted += [directory] if is_deleted else []
+            if delivered:
+                print(f"{directory}: delivered as run {', '.join(delivered)}", flush=True)
+            if not is_deleted and (delivered or CHARTS not in record.tags):
+                share_again(directory)
+            in_a_row = 0
+        except UsageError as error:
+            refused.append(error)
+            in_a_row += 1
+            if in_a_row == REFUSALS:
+                break
+    if deleted:
+        print(_deleted(deleted), flush=True)
+    for each in refused[1:]:
+        logger.warning("%s", each)
+    if refused:
+        raise refused[0]
