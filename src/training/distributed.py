@@ -37,6 +37,7 @@ from src.support.sharded import Shard, in_shards
 from src.system.collectives import LOST, gathered, sum_, together
 from src.system.environment import is_rank
 from src.system.redact import one_line
+from src.training.batch_norm import replace_batch_norms
 
 T = TypeVar("T")
 _left = threading.Event()  # set when this rank has no more need of the others
@@ -126,7 +127,7 @@ class Ranks:
 
             encoder = convert_sync_batchnorm(encoder)
         else:
-            _replace_batch_norms(encoder)
+            replace_batch_norms(encoder)
         encoder.register_forward_hook(_gather_features)  # a copy of the encoder, such as a teacher, has it too
         return encoder
 
@@ -380,73 +381,5 @@ class _Gather(Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-class _Sum(Function):
-    """The sum over the ranks. Backwards it is a sum, too: what every rank made of it depends on this rank's part."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:  # noqa: ARG004
-        return sum_(own.clone())
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _Sum.forward(ctx, gradient)
-
-
 def _gather_features(encoder: nn.Module, _: Any, features: Tensor) -> Tensor:
     return _Gather.apply(features) if encoder.training else features
-
-
-class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """`torch.nn.SyncBatchNorm` for CPUs, which that one refuses: the statistics are those of all ranks' rows.
-
-    All ranks must have as many rows. The arithmetic is float32.
-    """
-
-    @classmethod
-    def of(cls, module: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
-        made = cls(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
-        made.load_state_dict(module.state_dict())
-        return made.train(module.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, ...] of this rank to the same shape."""
-        if not self.training:
-            return super().forward(x)
-        wide = x.float()
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        shape = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = _Sum.apply(wide.sum(axes)) / count
-        centred = wide - mean.view(shape)
-        variance = _Sum.apply(centred.square().sum(axes)) / count
-        if self.track_running_stats:
-            self._track(mean.detach(), variance.detach() * count / (count - 1))
-        normal = centred * (variance + self.eps).rsqrt().view(shape)
-        if self.affine:
-            normal = normal * self.weight.view(shape) + self.bias.view(shape)
-        return normal.to(x.dtype)
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, rate)
-        self.running_var.lerp_(variance, rate)
-
-    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's name
-        pass
-
-
-def _replace_batch_norms(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if not isinstance(child, nn.modules.batchnorm._BatchNorm):
-            _replace_batch_norms(child)
-        elif type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            setattr(module, name, GlobalBatchNorm.of(child))
-        else:
-            raise UsageError(
-                f"backbone: its {type(child).__name__} cannot span several CPU processes; train with one, or on GPUs"
-            )

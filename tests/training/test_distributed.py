@@ -25,7 +25,8 @@ from src.runs import checkpoint
 from src.runs.record import METRICS, Record
 from src.training import distributed, loop
 from src.training import run as run_module
-from src.training.distributed import GlobalBatchNorm, Ranks
+from src.training.batch_norm import GlobalBatchNorm
+from src.training.distributed import Ranks
 from src.training.state import TrainState
 from tests.config.test_schema import composed, parsed
 from tests.conftest import ELSEWHERE, PROJECT

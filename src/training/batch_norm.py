@@ -1,0 +1,86 @@
+"""Batch norm over the rows of all ranks of a run, on CPUs; on GPUs it is torch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from src.errors import UsageError
+from src.system.collectives import sum_
+
+
+class _Sum(Function):
+    """The sum over the ranks. Backwards it is a sum, too: what every rank made of it depends on this rank's part."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:  # noqa: ARG004
+        return sum_(own.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradient)
+
+
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """`torch.nn.SyncBatchNorm` for CPUs, which that one refuses: the statistics are those of all ranks' rows.
+
+    All ranks must have as many rows. The arithmetic is float32.
+    """
+
+    @classmethod
+    def of(cls, module: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
+        made = cls(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+        made.load_state_dict(module.state_dict())
+        return made.train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, ...] of this rank to the same shape."""
+        if not self.training:
+            return super().forward(x)
+        wide = x.float()
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        shape = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = _Sum.apply(wide.sum(axes)) / count
+        centred = wide - mean.view(shape)
+        variance = _Sum.apply(centred.square().sum(axes)) / count
+        if self.track_running_stats:
+            self._track(mean.detach(), variance.detach() * count / (count - 1))
+        normal = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            normal = normal * self.weight.view(shape) + self.bias.view(shape)
+        return normal.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, rate)
+        self.running_var.lerp_(variance, rate)
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's name
+        pass
+
+
+def replace_batch_norms(module: nn.Module) -> None:
+    """Put one over all ranks in the place of every batch norm inside a module; the keys of its state dict stay.
+
+    Raises:
+        UsageError: there is one that plain batch norm cannot stand for.
+    """
+    for name, child in module.named_children():
+        if not isinstance(child, nn.modules.batchnorm._BatchNorm):
+            replace_batch_norms(child)
+        elif type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            setattr(module, name, GlobalBatchNorm.of(child))
+        else:
+            raise UsageError(
+                f"backbone: its {type(child).__name__} cannot span several CPU processes; train with one, or on GPUs"
+            )
