@@ -110,10 +110,10 @@ class ClusterLauncher(JobLauncher):
     def start(self, jobs: Sequence[Job], stopper: Stopper) -> None:  # noqa: ARG002
         """Find those that the scheduler has already, and submit the others."""
         self._file(jobs[0], "log").parent.mkdir(parents=True, exist_ok=True)
-        before = {id(job): known for job in jobs if (known := self._known(job))}
-        unknown = {self._file(job, "log").resolve(): job for job in jobs if id(job) not in before}
+        before = {job: known for job in jobs if (known := self._known(job))}
+        unknown = {self._file(job, "log").resolve(): job for job in jobs if job not in before}
         try:
-            before |= {id(unknown[log]): found for log, found in self.unnoted(unknown).items() if log in unknown}
+            before |= {unknown[log]: found for log, found in self.unnoted(unknown).items() if log in unknown}
             standings = self.standings(set(before.values())) if before else {}
         except Silent as silence:
             raise UsageError(
@@ -121,11 +121,11 @@ class ClusterLauncher(JobLauncher):
             ) from None
         fresh = []
         for job in jobs:
-            standing = standings.get(before.get(id(job), ""), Standing("is gone"))
+            standing = standings.get(before.get(job, ""), Standing("is gone"))
             if standing.phase == "is gone":
                 fresh.append(job)
             else:
-                self._note(job, before[id(job)], "is with {} already, as {}")
+                self._note(job, before[job], "is with {} already, as {}")
         if not fresh:
             return
         for job in fresh:

@@ -28,7 +28,7 @@ from src.runs.record import Record
 MOST = 10_000  # jobs of a grid: to compose them takes a quarter of an hour
 
 
-@dataclass
+@dataclass(eq=False)  # a job is itself, and a key of dicts
 class Job:
     """One configuration of a sweep."""
 

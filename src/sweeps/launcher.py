@@ -71,7 +71,7 @@ class JobLauncher(Launcher):
             at_a_time: how many; None: all of them.
         """
         self.sweep, self.swept = sweep, swept
-        self.numbers: dict[int, int] = {}
+        self.numbers: dict[Job, int] = {}
         left, running = iter(jobs), list[Job]()
         total = len(jobs) if isinstance(jobs, Sized) else None
         with Stopper(self.max_minutes) as stopper, Bars(total) as bars:
@@ -80,7 +80,7 @@ class JobLauncher(Launcher):
                     room = None if at_a_time is None else at_a_time - len(running)
                     batch = list(islice(left, room))
                     for job in batch:
-                        self.numbers[id(job)] = len(self.numbers)
+                        self.numbers[job] = len(self.numbers)
                     if batch:
                         self.start(batch, stopper)
                     running += batch
@@ -112,7 +112,7 @@ class JobLauncher(Launcher):
 
     def say(self, job: Job, what: str) -> None:
         """Print a line about a job."""
-        print(f"job {self.numbers[id(job)]} {what}", flush=True)
+        print(f"job {self.numbers[job]} {what}", flush=True)
 
     def describe(self, job: Job) -> str:
         """Its swept settings."""

@@ -76,7 +76,7 @@ class LocalLauncher(JobLauncher):
             self.processes.append(self._start(job, slot, command))
 
     def _start(self, job: Job, slot: int, command: list[str]) -> Process:
-        path = self.sweep.directory / f"{self.numbers[id(job)]}.log"
+        path = self.sweep.directory / f"{self.numbers[job]}.log"
         log = path.open("w+b")
         self.say(job, f"starts: {self.describe(job)} ({path})")
         process = subprocess.Popen(
@@ -101,7 +101,7 @@ class LocalLauncher(JobLauncher):
         return share
 
     def logs(self) -> Mapping[str, Path]:
-        return {f"job {self.numbers[id(each.job)]}": Path(each.log.name) for each in self.processes}
+        return {f"job {self.numbers[each.job]}": Path(each.log.name) for each in self.processes}
 
     def ended(self, stopper: Stopper) -> list[Job]:
         """Pass a signal on, and collect the processes that are no more."""

@@ -35,12 +35,12 @@ class Sweep:
         name: for people.
         identity: what makes it the same sweep when it is run again.
         jobs: all of them, also those that are finished or not legal; a search adds to them.
-        cfg: where to log.
+        tracking: where to log.
     """
 
-    def __init__(self, name: str, identity: Sequence[str], jobs: list[Job], cfg: schema.Tracking) -> None:
-        self.name, self.jobs, self.cfg = name, jobs, cfg
-        self.id = hashlib.sha256(" ".join([cfg.experiment, *identity]).encode()).hexdigest()[:8]
+    def __init__(self, name: str, identity: Sequence[str], jobs: list[Job], tracking: schema.Tracking) -> None:
+        self.name, self.jobs, self.tracking = name, jobs, tracking
+        self.id = hashlib.sha256(" ".join([tracking.experiment, *identity]).encode()).hexdigest()[:8]
         self.directory = run_directory.ROOT / f"sweep-{name}-{self.id}"
         self.status = 1
 
@@ -50,14 +50,14 @@ class Sweep:
         return [f"tracking.parent={self.directory}", *trial]
 
     def __enter__(self) -> Sweep:
-        if self.cfg.name == "mlflow":
-            mlflow_store.check(self.cfg.experiment)  # once, ahead of the jobs
+        if self.tracking.name == "mlflow":
+            mlflow_store.check(self.tracking.experiment)  # once, ahead of the jobs
         self.lock = run_directory.exclusive(self.directory, run_directory.PATIENCE)
         self.lock.__enter__()
         numbers = {signal.SIGTERM, signal.SIGHUP} - ignored()
         self.handlers = {number: signal.signal(number, _exit) for number in numbers}  # which closes what is open
         tags = {"sweep_id": self.id, "command": _command()}
-        self.tracker = Tracker(self.directory, self.cfg, {"sweep": self.name}, tags)
+        self.tracker = Tracker(self.directory, self.tracking, {"sweep": self.name}, tags)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -105,7 +105,7 @@ class Sweep:
         mlflow_charts.share(self.tracker)
 
         print(f"{self.directory}: {len(finished)} of {len(self.jobs)} jobs finished, {len(pruned)} pruned", flush=True)
-        print(f"report: python -m src.report sweep={self.id} tracking={self.cfg.name}", flush=True)
+        print(f"report: python -m src.report sweep={self.id} tracking={self.tracking.name}", flush=True)
         for path in pictures:
             print(f"plot: {path}", flush=True)
         if rows:

@@ -29,7 +29,7 @@ def test_each_job_ends_in_its_own_way(program, jobs):
 def test_a_signal_without_a_name_ends_a_job_too(program):
     (job,) = run(LocalLauncher(1), jobs_of("k=a status=0"))
     launcher = LocalLauncher(1)
-    launcher.numbers = {id(job): 0}
+    launcher.numbers = {job: 0}
     launcher.conclude(job, -37, "", Path("log"))
     assert job.error == "its process was ended by signal 37"
 
