@@ -12,7 +12,7 @@ from string import Template
 from src.config.names import UNTRAINED
 from src.reporting.plots import caption
 from src.reporting.rows import Row
-from src.runs.query import link_to, page_of
+from src.runs.links import link_to, page_of
 from src.runs.record import Record
 from src.system.redact import redact
 

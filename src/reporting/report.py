@@ -19,7 +19,8 @@ from pathlib import Path
 from src.errors import UsageError
 from src.reporting.rows import summarise
 from src.reporting.table import show, write
-from src.runs.query import how_to_open, newest_charts, read_runs, read_sweep
+from src.runs.links import how_to_open, newest_charts
+from src.runs.query import read_runs, read_sweep
 from src.system.output import printable
 
 

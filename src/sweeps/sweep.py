@@ -19,7 +19,7 @@ from src.reporting.rows import summarise
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
 from src.runs.delivery import attach_children
-from src.runs.query import how_to_open
+from src.runs.links import how_to_open
 from src.runs.record import CHARTS, NOTE, Record
 from src.runs.tracker import Status, Tracker, mark_failed
 from src.sweeps.jobs import Job

@@ -26,7 +26,7 @@ from src.evaluation.protocol import refuse_too_few, warn_of_few_neighbours
 from src.runs import directory as run_directory
 from src.runs import mlflow_store, origin
 from src.runs.delivery import catch_up
-from src.runs.query import how_to_open, page_of
+from src.runs.links import how_to_open, page_of
 from src.runs.record import METRICS, Record
 from src.runs.tracker import COLOUR_TAG, NoTracker, Status, Tracker
 from src.support.sharded import in_shards

@@ -10,9 +10,9 @@ import pytest
 from src.config.schema import Tracking
 from src.errors import UsageError
 from src.reporting import mlflow_charts, report
-from src.runs import delivery, mlflow_store, query
+from src.runs import delivery, links, mlflow_store, query
 from src.runs.delivery import catch_up, deliver
-from src.runs.query import newest_charts
+from src.runs.links import newest_charts
 from src.runs.record import CHARTS, Record
 from src.runs.tracker import Tracker
 from tests.stores import JSONL, MLFLOW, break_store
@@ -122,30 +122,30 @@ def test_pages_that_repeat_themselves_come_to_an_end(client, tmp_path, monkeypat
 def test_how_a_page_is_opened(monkeypatch):
     for uri in ("", "sqlite:///mlflow.db"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert query.how_to_open("#/a") == "mlflow ui, then http://127.0.0.1:5000/#/a"
+        assert links.how_to_open("#/a") == "mlflow ui, then http://127.0.0.1:5000/#/a"
     for uri in ("https://mlflow.example/", "https://mlflow.example"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert query.how_to_open("#/a") == query.link_to("#/a") == "https://mlflow.example/#/a"
+        assert links.how_to_open("#/a") == links.link_to("#/a") == "https://mlflow.example/#/a"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:p@ss/word@host:5000/base/")
-    assert "p@ss" not in query.how_to_open("#/a")
+    assert "p@ss" not in links.how_to_open("#/a")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:p@ss@host:5000/base/")
-    assert query.how_to_open("#/a") == "http://host:5000/base/#/a"
+    assert links.how_to_open("#/a") == "http://host:5000/base/#/a"
 
 
 def test_a_run_has_a_page_where_mlflow_has_it_and_none_where_it_is_deleted(client, tmp_path):
     Tracker(tmp_path / "files", JSONL, {}, {}).close("FINISHED")
-    assert query.page_of(Record.load(tmp_path / "files")) == ""
+    assert links.page_of(Record.load(tmp_path / "files")) == ""
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
     tracker.close("FINISHED")
     (found,) = client.search_runs([client.get_experiment_by_name(MLFLOW.experiment).experiment_id])
     page = f"#/experiments/{found.info.experiment_id}/runs/{found.info.run_id}"
-    assert query.page_of(Record.load(tmp_path / "run")) == page
+    assert links.page_of(Record.load(tmp_path / "run")) == page
 
     client.delete_run(found.info.run_id)
     catch_up(tmp_path / "run", MLFLOW)
-    assert query.page_of(Record.load(tmp_path / "run")) == ""
+    assert links.page_of(Record.load(tmp_path / "run")) == ""
     deliver(tmp_path / "run")
-    assert query.page_of(Record.load(tmp_path / "run")) == page
+    assert links.page_of(Record.load(tmp_path / "run")) == page
 
 
 def test_the_newest_sweeps_charts(tmp_path, monkeypatch):
