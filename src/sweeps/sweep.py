@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from src.config import schema
 from src.errors import UsageError
@@ -52,12 +52,13 @@ class Sweep:
     def __enter__(self) -> Sweep:
         if self.tracking.name == "mlflow":
             mlflow_store.check(self.tracking.experiment)  # once, ahead of the jobs
-        self.lock = run_directory.exclusive(self.directory, run_directory.PATIENCE)
-        self.lock.__enter__()
-        numbers = {signal.SIGTERM, signal.SIGHUP} - ignored()
-        self.handlers = {number: signal.signal(number, _exit) for number in numbers}  # which closes what is open
         tags = {"sweep_id": self.id, "command": _command()}
-        self.tracker = Tracker(self.directory, self.tracking, {"sweep": self.name}, tags)
+        with ExitStack() as stack:
+            stack.enter_context(run_directory.exclusive(self.directory, run_directory.PATIENCE))
+            for number in {signal.SIGTERM, signal.SIGHUP} - ignored():
+                stack.callback(signal.signal, number, signal.signal(number, _exit))  # which closes what is open
+            self.tracker = Tracker(self.directory, self.tracking, {"sweep": self.name}, tags)
+            self.held = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -70,9 +71,7 @@ class Sweep:
             status = outcome if kind is None else status
         finally:
             self.tracker.close(status)
-            self.lock.__exit__(None, None, None)
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
+            self.held.close()
 
     def _conclude(self) -> Status:
         finished = [job for job in self.jobs if job.is_finished]
