@@ -168,7 +168,7 @@ def test_every_plan_at_a_tiny_size(tmp_path, cache_dir, monkeypatch, capsys):
     monkeypatch.setattr(gpu_plan.curves, "plot", lambda directory: directory)
     curve = gpu_plan.PLANS["curve"]
     monkeypatch.setitem(gpu_plan.PLANS, "curve", replace(curve, runs=curve.runs[:13]))  # what seed=0 leaves of it
-    monkeypatch.setattr(protocol, "untrained", lambda *_: {})  # which is half of a run this short
+    monkeypatch.setattr(protocol.Protocol, "untrained", lambda *_: {})  # which is half of a run this short
     composed = functools.cache(compose)
     monkeypatch.setattr(gpu_plan, "compose", lambda *overrides: copy.deepcopy(composed(*overrides)))
 

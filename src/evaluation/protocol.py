@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,73 +45,121 @@ T = TypeVar("T", Split, Features)
 logger = logging.getLogger(__name__)
 
 
-def validation(
-    frozen: FrozenEncoder, classifier: nn.Module, data: Dataset, cfg: schema.Evaluation, search: Search
-) -> dict[str, float]:
-    """kNN and the online classifier on the validation images, in percent; nothing where there are none.
+@dataclass(frozen=True)
+class Protocol:
+    """How encoders are evaluated on a data set: by which settings, searching how, with which seed."""
 
-    What needs labels is left out where the images have none: kNN where no image has, the classifier, which learns as
-    the encoder does, where the training images have none.
-    """
-    if data.val is None:
-        return {}
-    val = frozen.features(data.val)
-    metrics: dict[str, float] = {}
-    if data.classes:
-        bank = frozen.features(_bank(data.probe, data.probe.labels, cfg))
-        k = best_k(bank, val, len(data.classes), cfg, search)
-        metrics |= {"val/knn_top1": _knn_percent(bank, val, len(data.classes), k, cfg, search), "val/knn_k": k}
-    if data.labelled:
-        with torch.no_grad():
-            logits = classifier(val.x_NF)
-        metrics |= {f"val/online_top{k}": topk_percent(logits, val.labels_N, k) for k in (1, 5)}
-    return metrics | {"val/effective_rank": effective_rank(val.x_NF)}
+    data: Dataset
+    cfg: schema.Evaluation
+    search: Search
+    seed: int
 
+    @property
+    def classes(self) -> int:
+        return len(self.data.classes)
 
-def final(
-    frozen: FrozenEncoder,
-    data: Dataset,
-    cfg: schema.Evaluation,
-    search: Search,
-    seed: int,
-    features: tuple[Features, Features | None] | None = None,
-) -> dict[str, float]:
-    """kNN and a linear probe on the test images, which are read here and nowhere else; in percent.
+    def validation(self, frozen: FrozenEncoder, classifier: nn.Module) -> dict[str, float]:
+        """kNN and the online classifier on the validation images, in percent; nothing where there are none.
 
-    The number of neighbours and the probe's learning rate are chosen on the validation images. With ``data.final``
-    there are none: they are chosen on a tenth of the training images, and the probe is then trained on all of them.
-    Beside these, few labels and fine-tuning where the protocol asks for them. Nothing where no image has a label.
-    ``features`` are those of the training and the validation images, where they are known already.
-    """
-    if not data.classes:
-        return {}
-    train, val = features or _features(frozen, data)
-    classes = len(data.classes)
-    metrics: dict[str, float] = {}
-    if val is not None:
-        fit, choose = train, val
-        heads = _probe(cfg, frozen, data.probe, train, classes, cfg.lr, seed)
-        head, k = heads.best(val), best_k(train, val, classes, cfg, search)
-        metrics["val/linear_top1"] = topk_percent(heads.scores(val.x_NF, head), val.labels_N, 1)
-    else:
-        rows, held_out = held_out_tenth(data.probe.labels, seed)
-        fit, choose = train.take(rows), train.take(held_out)
-        inner = _probe(cfg, frozen, data.probe.take(rows), fit, classes, cfg.lr, seed)
-        best_lr, k = cfg.lr[inner.best(choose)], best_k(fit, choose, classes, cfg, search)
-        heads, head = _probe(cfg, frozen, data.probe, train, classes, [best_lr], seed), 0
+        What needs labels is left out where the images have none: kNN where no image has, the classifier, which learns
+        as the encoder does, where the training images have none.
+        """
+        if self.data.val is None:
+            return {}
+        val = frozen.features(self.data.val)
+        metrics: dict[str, float] = {}
+        if self.data.classes:
+            bank = frozen.features(self._bank(self.data.probe, self.data.probe.labels))
+            k = self.best_k(bank, val)
+            metrics |= {"val/knn_top1": self._knn_percent(bank, val, k), "val/knn_k": k}
+        if self.data.labelled:
+            with torch.no_grad():
+                logits = classifier(val.x_NF)
+            metrics |= {f"val/online_top{k}": topk_percent(logits, val.labels_N, k) for k in (1, 5)}
+        return metrics | {"val/effective_rank": effective_rank(val.x_NF)}
 
-    test = frozen.features(data.test)
-    logits = heads.scores(test.x_NF, head)
-    if cfg.fewshot is not None:
-        metrics |= few_shot(fit, choose, test, classes, cfg, cfg.fewshot, seed)
-    if cfg.finetune is not None:
-        metrics |= fine_tuning(frozen, data, cfg.finetune, seed)
-    return metrics | {
-        "test/knn_top1": _knn_percent(train, test, classes, k, cfg, search),
-        "test/knn_k": k,
-        "test/linear_top1": topk_percent(logits, test.labels_N, 1),
-        "test/linear_top5": topk_percent(logits, test.labels_N, 5),
-    }
+    def final(
+        self, frozen: FrozenEncoder, features: tuple[Features, Features | None] | None = None
+    ) -> dict[str, float]:
+        """kNN and a linear probe on the test images, which are read here and nowhere else; in percent.
+
+        The number of neighbours and the probe's learning rate are chosen on the validation images. With ``data.final``
+        there are none: they are chosen on a tenth of the training images, and the probe is then trained on all of them.
+        Beside these, few labels and fine-tuning where the protocol asks for them. Nothing where no image has a label.
+        ``features`` are those of the training and the validation images, where they are known already.
+        """
+        if not self.data.classes:
+            return {}
+        train, val = features or self._features(frozen)
+        metrics: dict[str, float] = {}
+        if val is not None:
+            fit, choose = train, val
+            heads = self._probe(frozen, self.data.probe, train, self.cfg.lr)
+            head, k = heads.best(val), self.best_k(train, val)
+            metrics["val/linear_top1"] = topk_percent(heads.scores(val.x_NF, head), val.labels_N, 1)
+        else:
+            rows, held_out = held_out_tenth(self.data.probe.labels, self.seed)
+            fit, choose = train.take(rows), train.take(held_out)
+            inner = self._probe(frozen, self.data.probe.take(rows), fit, self.cfg.lr)
+            best_lr, k = self.cfg.lr[inner.best(choose)], self.best_k(fit, choose)
+            heads, head = self._probe(frozen, self.data.probe, train, [best_lr]), 0
+
+        test = frozen.features(self.data.test)
+        logits = heads.scores(test.x_NF, head)
+        if self.cfg.fewshot is not None:
+            metrics |= few_shot(fit, choose, test, self.classes, self.cfg, self.cfg.fewshot, self.seed)
+        if self.cfg.finetune is not None:
+            metrics |= fine_tuning(frozen, self.data, self.cfg.finetune, self.seed)
+        return metrics | {
+            "test/knn_top1": self._knn_percent(train, test, k),
+            "test/knn_k": k,
+            "test/linear_top1": topk_percent(logits, test.labels_N, 1),
+            "test/linear_top5": topk_percent(logits, test.labels_N, 5),
+        }
+
+    def of_teacher(self, frozen: FrozenEncoder) -> dict[str, float]:
+        """The same of a teacher's encoder, with a probe and a number of neighbours of its own: ``teacher/test/...``."""
+        return {f"{TEACHER}/{key}": value for key, value in self.final(frozen).items()}
+
+    def untrained(self, frozen: FrozenEncoder) -> dict[str, float]:
+        """The figures of an encoder that has learned nothing, below which no other should be (``untrained/...``)."""
+        if not self.data.classes:
+            return {}
+        train, val = features = self._features(frozen)
+        figures = self.final(frozen, features)
+        if val is not None:
+            k = int(figures["test/knn_k"])  # which these images have chosen
+            bank = self._bank(train, train.labels_N)
+            figures["val/knn_top1"] = self._knn_percent(bank, val, k)
+        return {f"{UNTRAINED}/{key}": value for key, value in figures.items()}
+
+    def best_k(self, bank: Features, held_out: Features) -> int:
+        """The number of neighbours with the highest top-1 on held-out features; the smallest of equals."""
+        ks = neighbours(self.cfg, len(bank.labels_N) // self.classes)
+        if len(ks) == 1:
+            return ks[0]
+        votes = knn_scores(bank, held_out.x_NF, self.classes, ks, self.cfg.knn_temperature, self.search)
+        accuracy = [topk_percent(each, held_out.labels_N, 1) for each in votes]
+        return ks[accuracy.index(max(accuracy))]
+
+    def _features(self, frozen: FrozenEncoder) -> tuple[Features, Features | None]:
+        """Those from which probes and neighbours learn, and those on which they are chosen."""
+        return frozen.features(self.data.probe), None if self.data.val is None else frozen.features(self.data.val)
+
+    def _bank(self, train: T, labels: torch.Tensor) -> T:
+        """The training images that vote in a validation: always the same, of which classes have equal parts."""
+        if self.cfg.bank is None or self.cfg.bank >= len(labels):
+            return train
+        return train.take(class_balanced_subset(labels.cpu(), self.cfg.bank, seed=0).to(labels.device))
+
+    def _knn_percent(self, bank: Features, queries: Features, k: int) -> float:
+        (votes,) = knn_scores(bank, queries.x_NF, self.classes, [k], self.cfg.knn_temperature, self.search)
+        return topk_percent(votes, queries.labels_N, 1)
+
+    def _probe(self, frozen: FrozenEncoder, split: Split, features: Features, lrs: list[float]) -> LinearHeads:
+        if self.cfg.name == "original":
+            return augmented_heads(frozen, split, self.classes, lrs, self.cfg.epochs, self.cfg.batch_size, self.seed)
+        return cached_heads(features, self.classes, lrs, self.cfg.epochs, self.cfg.batch_size, self.seed)
 
 
 def refuse_too_few(data: Dataset) -> None:
@@ -122,40 +170,6 @@ def refuse_too_few(data: Dataset) -> None:
     """
     if data.classes and data.val is None and not len(held_out_tenth(data.probe.labels, 0)[1]):
         raise UsageError("data.final=true: too few images to hold out a tenth, by which probes are chosen; use more")
-
-
-def of_teacher(
-    frozen: FrozenEncoder, data: Dataset, cfg: schema.Evaluation, search: Search, seed: int
-) -> dict[str, float]:
-    """The same of a teacher's encoder, with a probe and a number of neighbours of its own: ``teacher/test/...``."""
-    return {f"{TEACHER}/{key}": value for key, value in final(frozen, data, cfg, search, seed).items()}
-
-
-def _features(frozen: FrozenEncoder, data: Dataset) -> tuple[Features, Features | None]:
-    """Those from which probes and neighbours learn, and those on which they are chosen."""
-    return frozen.features(data.probe), None if data.val is None else frozen.features(data.val)
-
-
-def untrained(
-    frozen: FrozenEncoder, data: Dataset, cfg: schema.Evaluation, search: Search, seed: int
-) -> dict[str, float]:
-    """The figures of an encoder that has learned nothing, below which no other should be: ``untrained/test/...``."""
-    if not data.classes:
-        return {}
-    train, val = features = _features(frozen, data)
-    figures = final(frozen, data, cfg, search, seed, features)
-    if val is not None:
-        k = int(figures["test/knn_k"])  # which these images have chosen
-        bank = _bank(train, train.labels_N, cfg)
-        figures["val/knn_top1"] = _knn_percent(bank, val, len(data.classes), k, cfg, search)
-    return {f"{UNTRAINED}/{key}": value for key, value in figures.items()}
-
-
-def _bank(train: T, labels: torch.Tensor, cfg: schema.Evaluation) -> T:
-    """The training images that vote in a validation: always the same, of which classes have equal parts."""
-    if cfg.bank is None or cfg.bank >= len(labels):
-        return train
-    return train.take(class_balanced_subset(labels.cpu(), cfg.bank, seed=0).to(labels.device))
 
 
 def neighbours(cfg: schema.Evaluation, images_a_class: int) -> list[int]:
@@ -175,37 +189,6 @@ def warn_of_few_neighbours(cfg: schema.Evaluation, data: Dataset) -> None:
     images = len(data.probe) // len(data.classes)
     if neighbours(cfg, images) != [cfg.knn_k]:
         logger.warning("evaluation.knn_k=%d: a class has %d training images, so that many vote", cfg.knn_k, images)
-
-
-def best_k(bank: Features, held_out: Features, classes: int, cfg: schema.Evaluation, search: Search) -> int:
-    """The number of neighbours with the highest top-1 on held-out features; the smallest of equals."""
-    ks = neighbours(cfg, len(bank.labels_N) // classes)
-    if len(ks) == 1:
-        return ks[0]
-    votes = knn_scores(bank, held_out.x_NF, classes, ks, cfg.knn_temperature, search)
-    accuracy = [topk_percent(each, held_out.labels_N, 1) for each in votes]
-    return ks[accuracy.index(max(accuracy))]
-
-
-def _knn_percent(
-    bank: Features, queries: Features, classes: int, k: int, cfg: schema.Evaluation, search: Search
-) -> float:
-    (votes,) = knn_scores(bank, queries.x_NF, classes, [k], cfg.knn_temperature, search)
-    return topk_percent(votes, queries.labels_N, 1)
-
-
-def _probe(
-    cfg: schema.Evaluation,
-    frozen: FrozenEncoder,
-    split: Split,
-    features: Features,
-    classes: int,
-    lrs: list[float],
-    seed: int,
-) -> LinearHeads:
-    if cfg.name == "original":
-        return augmented_heads(frozen, split, classes, lrs, cfg.epochs, cfg.batch_size, seed)
-    return cached_heads(features, classes, lrs, cfg.epochs, cfg.batch_size, seed)
 
 
 def main(composed: DictConfig) -> dict[str, float]:
@@ -238,10 +221,10 @@ def main(composed: DictConfig) -> dict[str, float]:
         raise UsageError(f"data={cfg.data.name}: no image has a label to evaluate with; choose other images with data=")
     refuse_too_few(data)
     dtype = build.precision(cfg.precision, device)
-    rest = data, cfg.evaluation, build.search(cfg.search, device), cfg.seed
-    metrics = final(_frozen("encoder", path, saved, cfg, device, dtype), *rest)
+    protocol = Protocol(data, cfg.evaluation, build.search(cfg.search, device), cfg.seed)
+    metrics = protocol.final(_frozen("encoder", path, saved, cfg, device, dtype))
     if cfg.evaluation.teacher:
-        metrics |= of_teacher(_frozen("teacher_encoder", path, saved, cfg, device, dtype), *rest)
+        metrics |= protocol.of_teacher(_frozen("teacher_encoder", path, saved, cfg, device, dtype))
     trained_in = record.tags.get("dtype") if record else None
     if _protocol(cfg) != _protocol(before) or trained_in not in (None, str(dtype).removeprefix("torch.")):
         metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}

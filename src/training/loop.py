@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from src import build
 from src.data import Dataset
 from src.data.batches import Batch, epoch_batches
-from src.evaluation import protocol
 from src.evaluation.diagnostics import alignment, uniformity
 from src.evaluation.encoder import save_encoder
 from src.evaluation.probes import FrozenEncoder
+from src.evaluation.protocol import Protocol
 from src.methods.base import Method, Output
 from src.runs.record import ENCODER, UNUSED
 from src.runs.tracker import Tracker
@@ -72,6 +72,7 @@ class Pretraining:
         self.directory, self.should_prune, self.illustrate = directory, should_prune, illustrate
         self.cfg, self.ranks, self.support = state.cfg, state.ranks, state.method.support
         self.views = build.views(state.cfg, data, state.ranks.part)
+        self.protocol = Protocol(data, state.cfg.evaluation, state.search, state.cfg.seed)
         self.steps_per_epoch = len(data.train) // state.batch_size
         self.saved, self.wished = time.monotonic(), 0
         self.loss = self.grad_norm = math.nan
@@ -200,8 +201,7 @@ class Pretraining:
 
     def _validate(self) -> dict[str, float]:
         self._check_weights()
-        state = self.state
-        return protocol.validation(state.frozen, state.classifier, self.data, self.cfg.evaluation, state.search)
+        return self.protocol.validation(self.state.frozen, self.state.classifier)
 
     def _check_weights(self) -> None:
         if not math.isfinite(self.state.weight_norm()):
@@ -241,11 +241,12 @@ def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, 
         logger.warning("%s: the support set was never filled, so reports leave the run out", directory)
     if data.classes:
         print("evaluating on the test images", flush=True)
-    tracker.log(protocol.final(state.frozen, data, cfg.evaluation, state.search, cfg.seed), state.step)
+    protocol = Protocol(data, cfg.evaluation, state.search, cfg.seed)
+    tracker.log(protocol.final(state.frozen), state.step)
     if cfg.evaluation.teacher:
-        tracker.log(protocol.of_teacher(state.teacher(), data, cfg.evaluation, state.search, cfg.seed), state.step)
+        tracker.log(protocol.of_teacher(state.teacher()), state.step)
     if cfg.init is None:  # else a run starts from what another has learned
-        tracker.log(protocol.untrained(state.untrained(), data, cfg.evaluation, state.search, cfg.seed), step=0)
+        tracker.log(protocol.untrained(state.untrained()), step=0)
     if not state.ranks.first:
         return
     tracker.sync()  # as before each save

@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from src.data import load
 from src.errors import UsageError
 from src.evaluation import protocol
 from src.evaluation.probes import Features, FrozenEncoder
+from src.evaluation.protocol import Protocol
 from src.runs import checkpoint
 from src.runs.record import Record
 from src.support.search import TorchSearch
@@ -200,10 +202,14 @@ def test_the_number_of_neighbours_is_chosen_on_validation_images_and_recorded(fi
     x_NF = torch.stack([angle.cos(), angle.sin(), torch.tensor([0.05, -0.05]).repeat_interleave(40)], dim=1)
     features = Features(x_NF, torch.tensor([0, 1]).repeat_interleave(40))
     cfg = replace(load_config(finished).evaluation, knn_k=[1, 10, 39])
-    ks = {k: protocol.best_k(features, features, 2, replace(cfg, knn_k=k), TorchSearch()) for k in (1, 10, 39, 200)}
+
+    def of(cfg):
+        return Protocol(SimpleNamespace(classes=["a", "b"]), cfg, TorchSearch(), 0)
+
+    ks = {k: of(replace(cfg, knn_k=k)).best_k(features, features) for k in (1, 10, 39, 200)}
     assert ks == {1: 1, 10: 10, 39: 39, 200: 40}
-    top1 = [protocol._knn_percent(features, features, 2, k, cfg, TorchSearch()) for k in cfg.knn_k]
-    chosen = protocol.best_k(features, features, 2, cfg, TorchSearch())
+    top1 = [of(cfg)._knn_percent(features, features, k) for k in cfg.knn_k]
+    chosen = of(cfg).best_k(features, features)
     assert chosen == cfg.knn_k[top1.index(max(top1))]
     metrics = Record.load(finished).metrics
     assert metrics["val/knn_k"] == metrics["test/knn_k"]
@@ -220,17 +226,18 @@ def test_a_sample_of_the_training_images_votes_in_a_validation(finished):
     data = load(cfg.data)
     encoder = nn.Sequential(nn.AvgPool2d(2), nn.Flatten())
     frozen = Counted(encoder, data.mean, data.std, torch.device("cpu"), torch.float32)
-    rest = nn.Linear(48, 10), data
-    figures = {
-        size: protocol.validation(frozen, *rest, replace(cfg.evaluation, bank=size), TorchSearch())
-        for size in (None, 10**6, 40)
-    }
+    classifier = nn.Linear(48, 10)
+
+    def of(**changes):
+        return Protocol(data, replace(cfg.evaluation, **changes), TorchSearch(), 0)
+
+    figures = {size: of(bank=size).validation(frozen, classifier) for size in (None, 10**6, 40)}
     assert [len(labels) for labels in seen[1::2]] == [len(data.probe), len(data.probe), 40]
     assert set(seen[-1].bincount().tolist()) == {4}
     assert figures[None] == figures[10**6] != figures[40]
     assert (figures[40]["val/knn_k"], figures[None]["val/effective_rank"]) == (4, figures[40]["val/effective_rank"])
-    beside = protocol.untrained(frozen, data, replace(cfg.evaluation, bank=40, knn_k=1), TorchSearch(), 0)
-    one = protocol.validation(frozen, *rest, replace(cfg.evaluation, bank=40, knn_k=1), TorchSearch())
+    beside = of(bank=40, knn_k=1).untrained(frozen)
+    one = of(bank=40, knn_k=1).validation(frozen, classifier)
     assert beside["untrained/val/knn_top1"] == one["val/knn_top1"]
 
 

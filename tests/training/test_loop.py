@@ -547,7 +547,7 @@ def test_a_signal_in_the_final_evaluation_is_not_kept_waiting(run, tmp_path, mon
         pytest.fail("went on")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.protocol, "final", interrupted)
+        patch.setattr(loop.Protocol, "final", interrupted)
         with pytest.raises(SystemExit) as end:
             run("method=simclr")
     assert end.value.code == 128 + signal.SIGTERM
@@ -559,7 +559,7 @@ def test_a_signal_in_a_validation_is_looked_at_between_its_blocks(run, tmp_path,
     """Each command is told to stop in the second validation that it comes to; the end is that of a run that was not."""
     arguments = ["method=kmclr", "k=7", "evaluation.every=1", "epochs=2"]
     unbroken = run(*arguments, directory="unbroken")
-    validate, encode, counts = loop.protocol.validation, FrozenEncoder.encode, []
+    validate, encode, counts = loop.Protocol.validation, FrozenEncoder.encode, []
 
     def counted(frozen, images):
         counts[-1] += 1
@@ -575,7 +575,7 @@ def test_a_signal_in_a_validation_is_looked_at_between_its_blocks(run, tmp_path,
         counts.clear()
         with monkeypatch.context() as patch:
             patch.setattr(FrozenEncoder, "encode", counted)
-            patch.setattr(loop.protocol, "validation", interrupted)
+            patch.setattr(loop.Protocol, "validation", interrupted)
             with pytest.raises(SystemExit) as end:
                 run(*arguments)
         assert end.value.code == 128 + signal.SIGTERM

@@ -55,7 +55,7 @@ def stopped_at(step: int) -> Callable[..., Iterator[tuple[torch.Tensor, ...]]]:
 if __name__ == "__main__":
     torch.backends.mkldnn.enabled = False
     torch.set_num_threads(1)
-    protocol.untrained = lambda *_: {}  # which nobody compares, nor the picture of the curves
+    protocol.Protocol.untrained = lambda *_: {}  # which nobody compares, nor the picture of the curves
     curves.plot = lambda directory: directory
     root = Path(sys.argv[1])
     found = {}
