@@ -159,8 +159,8 @@ def check_same(saved: Mapping[str, Any], cfg: Config, where: Path, saved_hash: s
 
 def same_images(saved: Mapping[str, Any], cfg: Config) -> bool:
     """Whether a run with the saved config (nested) trained on the same images, in the same rows."""
-    before, now = modern(flatten(saved)), flatten(without_neutral(cfg))
-    keys = [f"data.{key}" for key in ("fingerprint", "limit", "val_fraction", "split_seed", "final")]
+    before, now, without = modern(flatten(saved)), flatten(without_neutral(cfg)), inert(cfg)
+    keys = {f"data.{key}" for key in ("fingerprint", "limit", "val_fraction", "split_seed", "final")} - without
     return all(before.get(key) == now.get(key) for key in keys)
 
 

@@ -41,14 +41,34 @@ def parse(composed: DictConfig) -> Config:
         cfg: Config = _without_minus_zero(OmegaConf.to_object(OmegaConf.merge(typed, composed)))
     except OmegaConfBaseException as error:
         raise UsageError(explain_type(error)) from error
-    for key, node in _nodes("", cfg):
-        try:
-            _adapter(node.__class__).validate_python({each.name: getattr(node, each.name) for each in fields(node)})
-        except ValidationError as error:
-            raise UsageError(explain_violation(key, error)) from None
+    _check_values("", cfg)
     refuse_secrets(cfg)
     _check_combinations(cfg)
     return _canonical(cfg)
+
+
+def parse_data(composed: DictConfig) -> schema.Data:
+    """The data of a config alone, of which other parts may be from packages that are not here.
+
+    Raises:
+        UsageError: as `parse`.
+    """
+    typed = OmegaConf.create({"data": OmegaConf.structured(schema.Data)})
+    try:
+        data: schema.Data = OmegaConf.to_object(OmegaConf.merge(typed, {"data": composed.data}))["data"]  # type: ignore
+    except OmegaConfBaseException as error:
+        raise UsageError(explain_type(error)) from error
+    _check_values("data.", data)
+    _check_data(data)
+    return data
+
+
+def _check_values(key: str, cfg: Any) -> None:
+    for place, node in _nodes(key, cfg):
+        try:
+            _adapter(node.__class__).validate_python({each.name: getattr(node, each.name) for each in fields(node)})
+        except ValidationError as error:
+            raise UsageError(explain_violation(place, error)) from None
 
 
 @cache
@@ -102,6 +122,19 @@ def _without_minus_zero(value: Any) -> Any:
     return value
 
 
+def _check_data(data: schema.Data) -> None:
+    if data.keep is not None and data.keep < data.image_size:
+        raise UsageError(
+            f"data.keep={data.keep}: fewer pixels than data.image_size={data.image_size}; "
+            "raise it, or leave data.keep=null"
+        )
+    if data.keep is not None and data.resize != "crop":
+        raise UsageError(
+            f"data.resize={data.resize}: data.keep={data.keep} has the whole image, of which evaluation sees "
+            "the middle; leave data.resize=crop, or data.keep=null"
+        )
+
+
 def _check_combinations(cfg: Config) -> None:
     support, objective = cfg.support, cfg.objective
     is_ours = cfg.method._target_ is None
@@ -139,16 +172,7 @@ def _check_combinations(cfg: Config) -> None:
             f"evaluation.teacher=true: objective={objective.name} has no teacher; choose objective=teacher or "
             "objective=relation, or leave evaluation.teacher=false"
         )
-    if cfg.data.keep is not None and cfg.data.keep < cfg.data.image_size:
-        raise UsageError(
-            f"data.keep={cfg.data.keep}: fewer pixels than data.image_size={cfg.data.image_size}; "
-            "raise it, or leave data.keep=null"
-        )
-    if cfg.data.keep is not None and cfg.data.resize != "crop":
-        raise UsageError(
-            f"data.resize={cfg.data.resize}: data.keep={cfg.data.keep} has the whole image, of which evaluation sees "
-            "the middle; leave data.resize=crop, or data.keep=null"
-        )
+    _check_data(cfg.data)
     if cfg.tracking.system_metrics and cfg.tracking.name != "mlflow":
         raise UsageError(
             f"tracking.system_metrics=true: MLflow measures them, and tracking={cfg.tracking.name} has none; "

@@ -22,7 +22,7 @@ from yaml import YAMLError
 
 from src import build
 from src.config import schema
-from src.config.parse import parse
+from src.config.parse import parse_data
 from src.data import Dataset, load
 from src.data.decoding import UNLABELLED
 from src.data.splits import Split
@@ -187,7 +187,7 @@ def _data(composed: DictConfig, run: Run) -> schema.Data:
         cfg.data.root = composed.data_root
     cfg.data.image_size = size
     cfg.data.final = True  # images for validation are not told apart
-    return parse(cfg).data
+    return parse_data(cfg)
 
 
 @contextmanager

@@ -159,7 +159,8 @@ def finished_run(name: str | None) -> Run:
     directory = named_run(str(name))
     record = Record.load(directory)
     if not (directory / ENCODER).exists():
-        raise UsageError(f"run={name}: the run is {record.status} and has no {ENCODER}; run its command again")
+        remedy = "with resume=never it trains anew" if record.status == "FINISHED" else "run its command again"
+        raise UsageError(f"run={name}: the run is {record.status} and has no {ENCODER}; {remedy}")
     return Run(directory, record, *read_encoder(directory / ENCODER))
 
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from src import build
-from src.config import schema
+from src.config import identity, schema
 from src.config.names import TEACHER, UNTRAINED
 from src.config.parse import parse
 from src.data import Dataset, load
@@ -41,6 +41,8 @@ from src.runs.tracker import Tracker
 from src.support.search import Search
 
 T = TypeVar("T", Split, Features)
+
+EVALUATED = "evaluated"  # tags, EVALUATED/test_linear or the like: by which settings, where they are not the run's
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +199,8 @@ def main(composed: DictConfig) -> dict[str, float]:
     Protocol and precision are the run's own unless the command line says otherwise. The metrics are named as in
     training where they are; ``test_original/...``, after the protocol, where one of its settings or the arithmetic
     differs, and ``teacher_original/test/...`` of a teacher; ``transfer/NAME-FINGERPRINT/...``, of which eight digits,
-    before that on another data set. A checkpoint away from its run's directory is evaluated too; its figures are only
-    printed.
+    before that on another data set. A tag says by which settings, where they are not the run's. A checkpoint away from
+    its run's directory is evaluated too; its figures are only printed.
 
     Raises:
         UsageError: there is no such checkpoint, its run is not finished, its own images have become others, or the
@@ -236,7 +238,12 @@ def main(composed: DictConfig) -> dict[str, float]:
         with run_directory.exclusive(directory):
             name = "mlflow" if record.copy.for_mlflow else "jsonl"
             tracking = replace(cfg.tracking, name=name, experiment=record.experiment, parent=None)
-            tracker = Tracker(directory, tracking, {}, {})
+            chosen = _chosen(cfg, before)
+            tags = {f"{EVALUATED}/{key.rpartition('/')[0]}": chosen for key in metrics if chosen}
+            for tag in tags:
+                if record.tags.get(tag, chosen) != chosen:
+                    logger.warning("%s: was with %s; its figures are now with %s", tag, record.tags[tag], chosen)
+            tracker = Tracker(directory, tracking, {}, tags, reopens=True)
             tracker.log(metrics, saved["step"])
             tracker.close("FINISHED")
     return metrics
@@ -256,6 +263,14 @@ def _frozen(
             raise ValueError(f"mean and std of {len(mean)} and {len(std)} channels")
     encoder.to(device).to(memory_format=torch.channels_last)
     return FrozenEncoder(encoder, mean, std, device, dtype)
+
+
+def _chosen(cfg: schema.Config, before: schema.Config) -> str:
+    """The settings by which an evaluation differs from the one at its run's end, as they are typed."""
+    then, now = identity.flat(before), identity.flat(cfg)
+    of_images = {key for key in now | then if key.startswith("data.") and identity.is_setting(key)}
+    counted = of_images - {"data.fingerprint"} | set(filter(identity.is_protocol, now | then))  # it is in the name
+    return " ".join(f"{key}={now.get(key, 'null')}" for key in sorted(counted) if now.get(key) != then.get(key))
 
 
 def _protocol(cfg: schema.Config) -> schema.Evaluation:

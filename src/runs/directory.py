@@ -29,7 +29,8 @@ def choose(cfg: schema.Config) -> Path:
     """
     name = f"{identity.run_name(cfg)}-{identity.config_hash(cfg)}"
     directory = Path(cfg.output_dir) if cfg.output_dir else ROOT / name
-    if not cfg.output_dir and ROOT.resolve() not in directory.resolve().parents:
+    parent = directory.parent.resolve()  # the run itself may be a link to another disk
+    if not cfg.output_dir and ROOT.resolve() not in (parent, *parent.parents):
         raise UsageError(f"{name}: names no folder inside {ROOT}/; choose names without '..', or set output_dir")
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"output_dir={directory}: is a file; name a folder")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from src.config.schema import Config
 from src.errors import UsageError
-from src.runs.record import Record
+from src.runs.record import ENCODER, Record
 
 DIGEST_BYTES = 32  # SHA-256, which ends a checkpoint
 
@@ -35,6 +35,8 @@ def locate(init: str) -> Path:
     if record and record.status != "FINISHED":
         raise UsageError(f"init={init}: the run is {record.status}, not FINISHED; name one of its checkpoints instead")
     checkpoints = sorted((path / "checkpoints").glob("step-*.pt"))
+    if not checkpoints and (path / ENCODER).is_file():
+        raise UsageError(f"init={init}: the run's checkpoints are gone; name {path / ENCODER}, its encoder alone")
     if not checkpoints:
         raise UsageError(
             f"init={init}: no run, checkpoint or encoder there; give a run's folder, a .pt or .safetensors"

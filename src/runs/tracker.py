@@ -50,6 +50,7 @@ class Tracker:
         params: the flattened config. A continued run keeps the values that it has.
         tags: replaced where they exist.
         is_stopping: whether the run has been told to stop, which no delivery delays by more than `WHEN_STOPPED`.
+        reopens: a finished run gets further figures, and still ended when it did, after as long.
 
     Raises:
         UsageError: MLflow is not installed, or its local store does not open.
@@ -62,6 +63,8 @@ class Tracker:
         params: Mapping[str, object],
         tags: Mapping[str, str],
         is_stopping: Callable[[], object] = lambda: False,
+        *,
+        reopens: bool = False,
     ) -> None:
         self.tracking, self.is_stopping = tracking, is_stopping
         self._client: Any = None
@@ -85,6 +88,7 @@ class Tracker:
         finished = record.status == "FINISHED"
         self._logged = set() if finished else {(key, row["step"]) for row in rows for key in row["metrics"]}
 
+        self._ended = record.end_time if reopens else None
         record.status, record.end_time = "RUNNING", None
         record.params = {key: str(value) for key, value in params.items()} | record.params
         record.tags |= dict(tags) | {"output_dir": str(directory.resolve())}
@@ -185,6 +189,7 @@ class Tracker:
             if self._end_watch:
                 Call(self._end_watch).result(self._patience)
         self.record.close(status)
+        self.record.end_time = self._ended or self.record.end_time
         if not self._is_in_place():  # what is there now belongs to another process; MLflow keeps what it has
             with suppress(Exception):
                 if self._delivery:
@@ -206,7 +211,9 @@ class Tracker:
         self._rows.close()
 
     def _save(self) -> None:
-        self.record.seconds, self.record.rows = time.monotonic() - self._opened, self.written
+        if self._ended is None:
+            self.record.seconds = time.monotonic() - self._opened
+        self.record.rows = self.written
         self.record.save(self.directory)
 
     def _deliver(self) -> bool:

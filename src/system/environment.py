@@ -29,14 +29,16 @@ def environment_tags(device: str) -> dict[str, str]:
     """
     import torch
 
-    tags = {"python": platform.python_version(), "command": shlex.join([sys.argv[0], *map(redact, TYPED)])}
+    program = Path(sys.argv[0])  # python -m src.train has the whole path of train.py here, which is nobody's business
+    command = ["python", "-m", f"{program.parent.name}.{program.stem}", *map(redact, TYPED)]
+    tags = {"python": platform.python_version(), "command": shlex.join(command)}
     processor = f"{device} ({torch.get_num_threads()} threads)"
     tags["device"] = torch.cuda.get_device_name(device) if "cuda" in device else processor
     for package in ("torch", "torchvision", "mlflow", "faiss-cpu", "faiss-gpu"):
         with suppress(importlib.metadata.PackageNotFoundError):
             tags[package] = importlib.metadata.version(package)
     commit = _git("rev-parse", "HEAD")
-    tags |= {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}  # a column of MLflow's
+    tags |= {"mlflow.source.name": program.name, "mlflow.source.type": "LOCAL"}  # a column of MLflow's
     if commit:
         tags["git_commit"] = tags["mlflow.source.git.commit"] = commit
         tags["git_dirty"] = str(bool(_git("status", "--porcelain", "--", "src", "conf"))).lower()

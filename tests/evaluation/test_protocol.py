@@ -255,6 +255,19 @@ def test_transfer_has_the_data_sets_name(finished):
         assert f"transfer/digits-{file.metadata()['fingerprint'][:8]}/test/linear_top1" in metrics
 
 
+def test_the_record_says_by_which_settings_and_still_when_the_run_ended(finished, caplog):
+    before = Record.load(finished)
+    data = ["data=digits", "data.image_size=8", f"data.cache_dir={finished.parent}/cache"]
+    for limit in (250, 300):
+        assert "was with" not in caplog.text
+        metrics = run(f"checkpoint={finished}", *data, f"data.limit={limit}", "evaluation.epochs=3")
+    family = next(key for key in metrics if key.endswith("linear/linear_top1")).rpartition("/")[0]
+    record = Record.load(finished)
+    assert record.tags[f"evaluated/{family}"] == "data.limit=300 data.val_fraction=0.1 evaluation.epochs=3"
+    assert f"evaluated/{family}: was with data.limit=250 data.val_fraction=0.1 evaluation.epochs=3" in caplog.text
+    assert (record.end_time, record.seconds, record.status) == (before.end_time, before.seconds, "FINISHED")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_sets_of_a_layout_have_metrics_of_their_own(finished, tmp_path, layout):
     names = []

@@ -103,6 +103,16 @@ def test_a_run_that_has_lost_its_record_is_known_by_its_checkpoint(tmp_path):
         pass
 
 
+def test_a_run_may_be_a_link_to_another_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = parsed("k=50")
+    directory = run_directory.choose(cfg)
+    (tmp_path / "elsewhere").mkdir()
+    directory.parent.mkdir()
+    directory.symlink_to(tmp_path / "elsewhere")
+    assert run_directory.choose(cfg) == directory
+
+
 def test_a_name_leads_nowhere_but_into_the_folder_of_runs():
     cfg = parsed("k=50", "data.name=../../../x")
     with pytest.raises(UsageError, match="names no folder inside multirun"):

@@ -9,7 +9,7 @@ from src.config.identity import config_hash
 from src.errors import UsageError
 from src.reporting import curves
 from src.runs import checkpoint, origin
-from src.runs.record import Record
+from src.runs.record import ENCODER, Record
 from tests.config.test_schema import composed, parsed
 
 KMCLR = ["method=kmclr", "k=7"]
@@ -123,6 +123,15 @@ def test_a_start_that_is_not_there_is_one_line(tmp_path, monkeypatch, init):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=f"init={init}: no run, checkpoint or encoder there"):
         origin.identify(parsed(f"init={init}"))
+
+
+def test_a_run_whose_checkpoints_are_gone_has_its_encoder(tmp_path):
+    record = Record.new("run", "exp")
+    record.status = "FINISHED"
+    record.save(tmp_path)
+    (tmp_path / ENCODER).touch()
+    with pytest.raises(UsageError, match=rf"checkpoints are gone; name {tmp_path / ENCODER}"):
+        origin.identify(parsed(f"init={tmp_path}"))
 
 
 def test_a_run_that_has_not_finished_is_refused(tmp_path):

@@ -18,7 +18,7 @@ def test_the_environment_names_code_versions_and_device(monkeypatch):
     tags = environment.environment_tags("cpu")
     assert tags["torch"] == torch.__version__.partition("+")[0] or tags["torch"] == torch.__version__
     assert tags["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert tags["command"] == "src/train.py k=50 'a b'"
+    assert tags["command"] == "python -m src.train k=50 'a b'"
     assert tags["device"] == f"cpu ({torch.get_num_threads()} threads)"
     assert not any(socket.gethostname() in value for value in tags.values())
 
