@@ -126,18 +126,19 @@ def difference(row: Row, control: Row | None, figure: str) -> Difference:
 def control_of(row: Row, rows: Sequence[Row]) -> Row | None:
     """The row that does the same and stores nothing; None where there is none, or several that could be meant.
 
-    They agree in every setting that both have, but for what belongs to the support set. SimCLR is the control's own
-    other loss, so it need not agree in the objective.
+    They agree in every setting, also in those that only one of them has, but for what belongs to the support set.
+    SimCLR is the control's own other loss, so it need not agree in what its loss does not have.
     """
     is_simclr = row.method == "simclr"
     if row.method == UNTRAINED or row.is_control:
         return None
-    own = ("objective.",) if is_simclr else SAY_OF_STORED
-    free = ("method.", "support.", "search.", "k", "queue_size", "seed", *own)
+    own = ("objective.support_weight", "objective.predictor_hidden") if is_simclr else ()
+    parts = ("method.", "support.", "search.")
+    free = {"k", "queue_size", "seed", "objective.name", *SAY_OF_STORED, *own}  # a name stands for settings beside it
 
     def agree(one: Mapping[str, str], two: Mapping[str, str]) -> bool:
-        shared = [key for key in one.keys() & two.keys() if not key.startswith(free)]
-        return one.get("method._target_") == two.get("method._target_") and all(one[key] == two[key] for key in shared)
+        keys = {key for key in one.keys() | two.keys() if not key.startswith(parts) and key not in free}
+        return all(one.get(key) == two.get(key) for key in keys | {"method._target_"})
 
     found = [
         other

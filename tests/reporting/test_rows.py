@@ -268,6 +268,44 @@ def test_the_control_does_the_same_but_for_what_it_stores():
     assert control_of(rows[0], rows) is None  # of other epochs
 
 
+@pytest.mark.parametrize(("key", "value"), [("data.limit", "100"), ("origin", "a1b2"), ("backbone.stem", "small")])
+def test_a_setting_that_only_one_of_two_rows_has_keeps_the_control_from_it(key, value):
+    other, control, stored = run("nnclr", 0, **{key: value}), run("nnclr", 0), run("nnclr", 128)
+    rows, _ = summarise([other, stored])
+    assert control_of(rows[1], rows) is None
+    rows, _ = summarise([control, replace(stored, params=stored.params | {key: value})])
+    assert control_of(rows[1], rows) is None
+    rows, _ = summarise([other, control, stored])
+    found = control_of(rows[-1], rows)
+    assert found.runs[0].run_id == control.run_id
+
+
+def test_simclrs_control_has_its_temperature_and_its_decorrelation():
+    def both(**settings):
+        return run("simclr", **settings), run("nnclr", 0, **settings, **{"objective.support_weight": "0.5"})
+
+    cold, warm = ({"objective.temperature": temperature} for temperature in ("0.1", "0.5"))
+    rows, _ = summarise([both(**warm)[0], both(**cold)[1]])
+    assert control_of(rows[0], rows) is None
+    rows, _ = summarise([*both(**warm), *both(**cold)])
+    found = {row.title: control_of(row, rows).title for row in rows if row.method == "simclr"}
+    assert found == {f"SimCLR, temperature={t}": f"nothing stored, temperature={t}" for t in ("0.1", "0.5")}
+    rows, _ = summarise([both(**cold)[0], both(**cold, **{"objective.decorrelation": "0.02"})[1]])
+    assert control_of(rows[0], rows) is None
+
+
+def test_byol_is_the_control_of_both_losses_beside_a_teacher():
+    """With nothing stored they are one run, which is recorded under the name of one of them."""
+
+    def taught(method, support, loss, **more):
+        return run(method, **{"support.name": support, "objective.name": loss, "objective.momentum": "0.99"} | more)
+
+    relation = taught("relation_queue", "queue", "relation", **{"objective.teacher_temperature": "0.05"})
+    for loss in ("teacher", "relation"):
+        rows, _ = summarise([taught("byol", "none", loss), relation, taught("mnn", "queue", "teacher")])
+        assert [getattr(control_of(row, rows), "name", None) for row in rows] == [None, "BYOL", "BYOL"]
+
+
 def test_a_number_of_vectors_that_changes_is_that_of_the_end():
     runs = [run("evolving", 400, seed) for seed in (0, 1)]
     for each, in_use, peak in zip(runs, (150.0, 153.0), (210.0, 180.0), strict=True):
