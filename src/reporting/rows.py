@@ -31,7 +31,7 @@ NOTHING_STORED = LABELS["nothing_stored"]
 IN_THE_ROW = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
 NUMBERS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
 IN_USE, PEAK = "support/size", "support/peak_size"  # of a support set whose number of vectors changes
-SAME = ("dtype", "git_commit", "git_dirty", "device", "evaluation_changed")  # tags of runs that can be compared
+SAME = ("dtype", "git_commit", "git_dirty", "device")  # tags of runs that can be compared
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,10 @@ def _remarks(
     for run in (run for row in rows for run in row.runs):
         if CHANGED in run.tags:
             notes.append(f"{run.name} is exact up to roundings only: {run.tags[CHANGED]}")
+        if "evaluation_changed" in run.tags:
+            notes.append(f"{run.name} has its last evaluation's figures: {run.tags['evaluation_changed']}")
+    if len({run.params.get("evaluation.bank") for row in rows for run in row.runs} - {None}) > 1:
+        notes.append("the runs differ in evaluation.bank: their val kNN cannot be compared")
     seeds = sorted({len(row.runs) for row in rows})
     if len(seeds) > 1:
         notes.append(f"the rows differ in their number of seeds: {seeds[0]} to {seeds[-1]}")
@@ -246,7 +250,7 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
         if reason := _unusable(run):
             unfinished.append(f"{run.name} ({reason})")
         else:
-            usable = replace(run, params=with_neutral(modern(run.params)))
+            usable = replace(run, params=with_neutral(modern(run.params)) | _last_evaluation(run))
             repeats[frozenset(settings(usable).items())].append(usable)
     notes = [f"left out: {', '.join(unfinished)}"] if unfinished else []
     notes += [
@@ -255,6 +259,11 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
         if len(group) > 1
     ]
     return [group[-1] for group in repeats.values()], notes
+
+
+def _last_evaluation(run: Record) -> dict[str, str]:
+    """The settings of the evaluation that are not those of the run's first session, as its tags have them."""
+    return {key: value for key, value in run.tags.items() if key in run.params and key.startswith("evaluation.")}
 
 
 def _printable(run: Record) -> Record:

@@ -96,20 +96,23 @@ def run(
                 catch_up(directory, cfg.tracking)
             if changes := changed_protocol(cfg, directory):
                 add = f"python -m src.evaluate checkpoint={directory}, with these settings, adds other figures"
-                logger.warning("%s was evaluated otherwise (%s): %s", directory, changes, add)
+                logger.warning("%s was evaluated otherwise (%s): %s", directory, ", ".join(changes.values()), add)
             return say_result(directory)
         run_directory.refuse_hopeless(directory, cfg)
         with ranks.in_turn() if in_shards(state.method) else nullcontext():
             resumed = state.resume(directory / "checkpoints", directory / METRICS)
-        if resumed and (changes := changed_protocol(cfg, directory)):
-            tags["evaluation_changed"] = f"{changes} at step {state.step}"
-            logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, changes)
+        config = identity.flat(cfg)
+        if changes := changed_protocol(cfg, directory):
+            text = ", ".join(changes.values())
+            earlier = Record.load(directory).tags.get("evaluation_changed")
+            tags |= {key: str(config[key]) for key in changes}
+            tags["evaluation_changed"] = "; ".join(filter(None, [earlier, f"{text} at step {state.step}"]))
+            logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, text)
         dtype = str(state.dtype).removeprefix("torch.")
         now = conditions(str(state.device), dtype) | {"processes": str(ranks.count)}
         if resumed:
             warn_of_other_conditions(directory, now, state.step)
         ranks.check_same(state.method, images=data.fingerprint, step=state.step)
-        config = identity.flat(cfg)
         own = {"dtype": dtype, "config_hash": identity.config_hash(cfg), COLOUR_TAG: colour_of(config)}
         tracker = (Tracker if ranks.first else NoTracker)(
             directory,
@@ -154,16 +157,17 @@ def run(
         return say_result(directory)
 
 
-def changed_protocol(cfg: Config, directory: Path) -> str:
-    """How the evaluation that is asked for differs from the record's; empty where it does not.
+def changed_protocol(cfg: Config, directory: Path) -> dict[str, str]:
+    """In which settings of the evaluation this session differs from the last one, and how.
 
-    It is no part of a run's identity: another one starts no training anew.
+    They are no part of a run's identity: others start no training anew. A record keeps the first session's params, as
+    MLflow does, so that a tag with a param's name holds the value of now.
     """
     record, now = Record.find(directory), identity.flat(cfg)
-    before = record.params if record else {}
-    asked = [key for key in now if identity.is_protocol(key) or key == "evaluation.teacher"]
+    before = record.params | record.tags if record else {}
+    asked = [key for key in now if identity.is_protocol(key) or key in ("evaluation.teacher", "evaluation.bank")]
     keys = [key for key in asked if before.get(key, str(now[key])) != str(now[key])]
-    return ", ".join(f"{key} was {before[key]} and is {now[key]}" for key in keys)
+    return {key: f"{key} was {before[key]} and is {now[key]}" for key in keys}
 
 
 def say_result(directory: Path) -> float:

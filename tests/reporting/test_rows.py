@@ -139,6 +139,27 @@ def test_seeds_that_were_computed_otherwise_are_noted():
     assert summarise([*runs[:1], run("simclr")])[1] == []  # of an older version, which did not say
 
 
+def test_a_run_counts_under_the_evaluation_that_its_figures_are_of():
+    """Its params are the first session's; a tag has what a later session evaluated with."""
+    one, other = (run("simclr", seed=seed, **{"evaluation.epochs": "20"}) for seed in (0, 1))
+    (row,), _ = summarise([one, other])
+    assert len(row.runs) == 2
+    told = {"evaluation.epochs": "1", "evaluation_changed": "evaluation.epochs was 20 and is 1 at step 9"}
+    rows, notes = summarise([replace(one, tags=told), other])
+    assert sorted(each.variant for each in rows) == ["evaluation.epochs=1", "evaluation.epochs=20"]
+    assert "simclr-0-seed0 has its last evaluation's figures: evaluation.epochs was 20 and is 1 at step 9" in notes
+    (row,), _ = summarise([replace(each, tags=told) for each in (one, other)])
+    assert len(row.runs) == 2
+
+
+def test_a_validation_by_fewer_images_is_noted():
+    runs = [run("simclr", seed=seed, **{"evaluation.bank": bank}) for seed, bank in enumerate(("50000", "30"))]
+    (row,), notes = summarise(runs)
+    assert len(row.runs) == 2
+    assert notes == ["the runs differ in evaluation.bank: their val kNN cannot be compared"]
+    assert summarise([runs[0], run("simclr", seed=2)])[1] == []  # of an older version, which did not say
+
+
 @given(st.lists(st.tuples(*[st.integers(0, 2)] * 3), min_size=1, max_size=12))
 def test_the_keys_that_name_rows_tell_apart_all_that_differ_and_none_is_idle(settings_of_runs):
     keys = ["batch_size", "epochs", "optimizer.lr"]

@@ -330,9 +330,32 @@ def test_another_evaluation_starts_no_training_anew_and_is_said(run, monkeypatch
     assert "every" not in record.tags["evaluation_changed"]
     assert "rows logged so far keep the former evaluation (evaluation.knn_k was 20 and is 5)" in caplog.text
 
+    caplog.clear()
+    run(*overrides, "evaluation.knn_k=5")
+    assert "otherwise" not in caplog.text  # the last session's evaluation is the one that counts
     run(*overrides, "evaluation.knn_k=9")
-    assert "was evaluated otherwise (evaluation.knn_k was 20 and is 9)" in caplog.text
+    assert "was evaluated otherwise (evaluation.knn_k was 5 and is 9)" in caplog.text
     assert f"python -m src.evaluate checkpoint={directory.relative_to(tmp_path)}" in caplog.text
+    rows, notes = summarise([record])
+    assert [each.params["evaluation.knn_k"] for row in rows for each in row.runs] == ["5", "5"]  # untrained, trained
+    assert any("evaluation.knn_k was 20 and is 5 at step 4" in note for note in notes)
+
+
+def test_another_evaluation_is_said_of_a_run_that_lost_its_checkpoints_and_of_one_that_returns_to_the_first(
+    run, monkeypatch, tmp_path
+):
+    overrides, directory = ["method=simclr", "epochs=2"], tmp_path / "run"
+    for steps, more in [(2, []), (1, ["evaluation.knn_k=5"]), (1, ["evaluation.bank=30"])]:
+        monkeypatch.setattr(run_module, "Stopper", lambda _, steps=steps: StopAfter(steps))
+        with pytest.raises(SystemExit):
+            run(*overrides, *more)
+        if not more:
+            shutil.rmtree(directory / "checkpoints")
+    tags = Record.load(directory).tags
+    assert (tags["evaluation.knn_k"], tags["evaluation.bank"]) == ("20", "30")
+    first, second = tags["evaluation_changed"].split("; ")
+    assert first == "evaluation.knn_k was 20 and is 5 at step 0"
+    assert second == "evaluation.knn_k was 5 and is 20, evaluation.bank was 50000 and is 30 at step 2"
 
 
 def test_a_crash_loses_at_most_the_steps_since_the_checkpoint(run, monkeypatch):
