@@ -49,7 +49,9 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
         found = difference(row, control_of(row, rows), WORTH)
         if not found.pairs:
             return "-"
-        return f"{found.mean:+.2f}" + ("" if math.isnan(found.half_width) else f" ± {found.half_width:.2f}")
+        width = "" if math.isnan(found.half_width) else f" ± {found.half_width:.2f}"
+        fewer = f" ({found.pairs} of {len(row.runs)} seeds)" if found.pairs < len(row.runs) else ""
+        return f"{found.mean:+.2f}{width}{fewer}"
 
     figures = figures_of(rows)
     header = ["method", "vectors", "bytes", "of largest queue", "seeds", *figures.values()]

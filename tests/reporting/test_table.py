@@ -94,6 +94,14 @@ def test_what_storing_is_worth_stands_beside_the_figures_where_there_is_a_contro
     assert table(summarise(STUDY)[0])[0][-1] == "test linear top-5"
 
 
+def test_what_storing_is_worth_says_that_it_rests_on_fewer_seeds_than_the_row():
+    """The means differ by 8 points, and those of the one seed that both have by 5."""
+    stored = [run("nnclr", 128, seed, top1) for seed, top1 in enumerate((55, 58, 61))]
+    assert table(summarise([*stored, run("nnclr", 0, top1=50)])[0])[-1][-1] == "+5.00 (1 of 3 seeds)"
+    controls = [run("nnclr", 0, seed, 50) for seed in range(2)]
+    assert table(summarise([*stored, *controls])[0])[-1][-1].endswith(" (2 of 3 seeds)")
+
+
 def test_the_files_hold_the_same_table_and_do_not_change_when_written_again(tmp_path):
     rows, notes = summarise([*STUDY, run("nnclr", 0), run("simclr", seed=9, status="KILLED")])
     write(rows, notes, "study", tmp_path)
