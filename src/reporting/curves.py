@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from src.config.names import COLOURS, UNTRAINED
-from src.reporting.plots import frame, tell, write_png
+from src.reporting.plots import frame, tell, wrapped, write_png
 from src.runs.record import METRICS, read_rows
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ COMPARED = {
 }
 MOST_TOGETHER = 5  # more courses than that get panels of their own, a column a method
 MOST_NAMED = 5  # more courses of a method than that are thin lines behind the best
-LONGEST = 24  # characters of a name in a legend
+LONGEST = 24  # characters of the best one's name
+WIDEST = 32  # characters of a line in a legend
 RARE = 0.005
 FEW = 12  # so few points get markers
 
@@ -161,13 +162,14 @@ def compare(courses: Sequence[Course]) -> Figure | None:
                 axes.remove()
                 continue
             _panel(axes, shown, drawn[metric], factor, styles)
+            axes.set_xlim(0, 1.05 * max(course.epochs for course in courses))
             if not lines[-1] or not methods:
                 axes.set_ylabel(title)
                 axes.tick_params(labelleft=True)
             lines[-1].append(axes)
     for line in lines:  # once all is drawn, because the panels of a line may share their axis
         for axes in line[:1] if methods else line:
-            _make_room(axes, max(len(each.get_legend_handles_labels()[0]) for each in line))
+            _make_room(axes, max(_legend_lines(each) for each in line))
     for axes, method in zip(panels[0], methods, strict=False):
         axes.set_title(method, fontsize="medium")
     return figure
@@ -189,10 +191,12 @@ def _styles(courses: Sequence[Course], accuracy: Mapping[Course, float]) -> dict
         best = max(some, key=lambda each: accuracy.get(each, -1.0))
         for place, course in enumerate(some):
             if len(some) <= MOST_NAMED:
-                styles[course] = {"color": _shade(course.colour, (place + 1) / len(some)), "label": course.title}
+                colour = _shade(course.colour, (place + 1) / len(some))
+                styles[course] = {"color": colour, "label": wrapped(course.title, WIDEST)}
             elif course == best:
                 title = course.title if len(course.title) < LONGEST else method
-                styles[course] = {"color": course.colour, "label": f"{title}, best of {len(some)}", "zorder": 3}
+                label = wrapped(f"{title}, best of {len(some)}", WIDEST)
+                styles[course] = {"color": course.colour, "label": label, "zorder": 3}
             else:
                 styles[course] = {"color": course.colour, "alpha": 0.35, "linewidth": 0.7}
     return styles
@@ -216,16 +220,19 @@ def _panel(
             low, high = ([factor * (mean + side * std) for _, mean, std in points] for side in (-1, 1))
             axes.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
     axes.set(xlabel="epoch")
-    axes.set_xlim(left=0)
     frame(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small", handlelength=1.6, loc="upper left", edgecolor="none", framealpha=0.8)
 
 
-def _make_room(axes: Axes, names: int) -> None:
+def _legend_lines(axes: Axes) -> int:
+    return sum(label.count("\n") + 1 for label in axes.get_legend_handles_labels()[1])
+
+
+def _make_room(axes: Axes, lines: int) -> None:
     """Leaves the lines of a legend free above the curves."""
     low, high = axes.get_ylim()
-    legend = min(0.02 + 0.072 * names, 0.6)  # of the panel's height
+    legend = min(0.02 + 0.072 * lines, 0.6)  # of the panel's height
     axes.set_ylim(max(0.0, low), high + legend / (1 - legend) * (high - low))
 
 

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal
 
 from src.config.names import UNTRAINED, title_of
@@ -25,9 +26,11 @@ PLOTTED = {"test/linear_top1": "Linear top-1 accuracy (%)", "test/linear_top5": 
 MARKERS = {"simclr": "D", "nothing_stored": "s", "nnclr": "o", "kmclr": "v"}
 SPARE_MARKERS = "^P*X"
 LINES = ("-", "--", ":", "-.")  # the variants of a method
+FURTHER_MARKERS = "d>p"  # of the variants after the first two, which no method has
 MOST_LINES = 2 * len(LINES)  # more series than that are drawn as dots, one a row
 MOST_DOTS = 80
 LONGEST = 60  # characters of a dot's label
+WIDEST = 88  # characters of a line below the panels
 TOLD = "told: "  # begins the id of a mark that says something under the pointer
 
 
@@ -82,8 +85,8 @@ def by_size(rows: Sequence[Row]) -> Figure:
         _cap(axes)
     figure.suptitle(caption(rows), fontsize=9)
     if handles:
-        columns = min(4, len(handles), max(1, 96 // (max(map(len, handles)) + 8)))
-        names = list(handles)
+        names = [wrapped(label, WIDEST) for label in handles]
+        columns = min(4, len(names), max(1, 96 // (max(len(line) for name in names for line in name.split("\n")) + 8)))
         figure.legend(list(handles.values()), names, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
@@ -158,19 +161,26 @@ def frame(axes: Axes, grid: str = "y") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def wrapped(text: str, width: int) -> str:
+    """Text of at most two lines, so many characters wide; what has no room there is cut off."""
+    return "\n".join(wrap(text, width, max_lines=2, placeholder="…"))
+
+
 def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1].rstrip(' ,')}…"
 
 
 def _styles(series: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
-    """The method's colour and marker; its variants differ in their lines, and every second has hollow markers."""
+    """The method's colour; its variants differ in their lines, and two and two in their markers, one of them hollow."""
     seen: Counter[str] = Counter()
     styles: dict[str, dict[str, Any]] = {}
     for label, rows in series.items():
         row, variant = rows[0], seen[rows[0].method]
         seen[row.method] += 1
+        markers = marker_of(row.method) + FURTHER_MARKERS
         fill = "white" if variant % 2 else row.colour
-        styles[label] = {"color": row.colour, "marker": marker_of(row.method), "markerfacecolor": fill}
+        marker = markers[variant // 2 % len(markers)]
+        styles[label] = {"color": row.colour, "marker": marker, "markerfacecolor": fill}
         styles[label] |= {"linestyle": LINES[variant % len(LINES)], "markersize": 5, "linewidth": 1.3}
     return styles
 

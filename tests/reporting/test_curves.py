@@ -68,6 +68,36 @@ def test_a_few_courses_share_their_panels_and_what_stores_nothing_has_no_nearest
     assert "own image" in compare([course("NNCLR 9", 9, own, "red"), *some]).axes[-1].get_ylabel()
 
 
+LONG = "with a number of settings that no legend has room for in a line, since each is named by its whole key and value"
+
+
+@pytest.mark.parametrize("courses", [3, 7])
+def test_a_legend_stays_in_its_panel_however_long_its_names_are(tmp_path, courses):
+    folders = [(write(tmp_path / str(i), [10, 20 + i, 25]),) for i in range(courses)]
+    some = [course("SimCLR", 0, folders[0], "black")]
+    methods = ["KMCLR", "NNCLR"] * courses  # in columns where there are many
+    some += [course(f"{methods[i]} {i}, {LONG}", i, folders[i], method=methods[i]) for i in range(1, courses)]
+    figure = compare(some)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        panel, legend = axes.get_window_extent(), axes.get_legend().get_window_extent()
+        assert panel.x0 <= legend.x0
+        assert legend.x1 <= panel.x1
+        assert panel.y0 <= legend.y0
+
+
+def test_panels_beside_each_other_end_at_the_same_epoch(tmp_path):
+    """Prototypes that are reset have their last point before the others have theirs."""
+    folder = write(tmp_path / "a", [10, 20, 30, 40, 50])
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in (5, 10, 15):
+            file.write(json.dumps({"step": step, "time": 0, "metrics": {"support/label_agreement": 0.1}}) + "\n")
+    first, second = compare([course("KMCLR 50", 50, (folder,), cycle=2)]).axes
+    assert first.get_xlim() == second.get_xlim()
+    assert first.get_xlim()[0] == 0
+    assert first.get_xlim()[1] > 8
+
+
 def test_runs_that_validate_on_nothing_have_no_picture_together(tmp_path):
     some = [course(f"SimCLR {i}", 0, (write(tmp_path / str(i), []),)) for i in range(7)]
     assert compare(some[:1]) is None

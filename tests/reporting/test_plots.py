@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -117,6 +118,23 @@ def test_each_variant_is_one_line_of_the_plot_and_differs_from_the_others():
     lines = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_label().startswith("KMCLR")]
     assert [line.get_label() for line in lines] == ["KMCLR, forget=decay", "KMCLR, forget=reset"]
     assert len({line.get_linestyle() for line in lines}) == 2
+
+
+@pytest.mark.parametrize("method", ["kmclr", "nnclr", "somebodys"])
+def test_as_many_variants_as_are_drawn_as_lines_have_a_marker_each_where_there_is_no_line(method):
+    runs = [run(method, 400, **{"optimizer.lr": f"0.{number}"}) for number in range(plots.MOST_LINES)]
+    marks = [each.lines[0] for each in plot(summarise(runs)[0]).axes[0].containers]
+    assert len({(mark.get_marker(), mark.get_markerfacecolor()) for mark in marks}) == plots.MOST_LINES
+
+
+def test_a_label_that_is_wider_than_the_picture_is_not_cut_by_its_edges():
+    rows, _ = summarise([run("kmclr", 50), run("kmclr", 400)])
+    figure = plot([replace(row, label=f"{row.name}, {'optimizer.lr=0.4, ' * 7}number={row.size}") for row in rows])
+    figure.canvas.draw()
+    extent = figure.legends[0].get_window_extent()
+    assert extent.x0 >= 0
+    assert extent.x1 <= figure.bbox.x1
+    assert all("number=" in text.get_text() for text in figure.legends[0].texts)
 
 
 def test_many_variants_are_dots_sorted_by_accuracy_and_none_is_lost():
