@@ -13,7 +13,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal
 
 from src.config.names import UNTRAINED, title_of
-from src.reporting.rows import FIGURES, Row
+from src.reporting.rows import FIGURES, Row, control_of
 from src.system.atomic_write import write_whole
 
 if TYPE_CHECKING:
@@ -92,13 +92,14 @@ def by_size(rows: Sequence[Row]) -> Figure:
 
 
 def dots(rows: Sequence[Row]) -> Figure:
-    """A dot a row with its deviation over seeds, the most accurate at the top; the control is a line down."""
+    """A dot a row with its deviation over seeds, the most accurate at the top; a line down is the control beside it."""
     from matplotlib.figure import Figure
 
     metric = next(iter(PLOTTED))
-    found = sorted((row for row in rows if row.values(metric)), key=lambda row: row.mean(metric))[-MOST_DOTS:]
+    measured = sorted((row for row in rows if row.values(metric)), key=lambda row: row.mean(metric))
+    found = measured[-MOST_DOTS:]
     figure = Figure(figsize=(7.2, 1.1 + 0.165 * len(found)), layout="constrained")
-    controls = [row for row in found if row.is_control]
+    controls = [control_of(row, rows) for row in found]
     panels = figure.subplots(1, len(PLOTTED), sharey=True)
     for axes, (figure_name, title) in zip(panels, PLOTTED.items(), strict=True):
         for place, row in enumerate(found):
@@ -108,8 +109,9 @@ def dots(rows: Sequence[Row]) -> Figure:
             style |= {"capsize": 2, "linewidth": 1, "linestyle": "none", "clip_on": False}
             drawn = axes.errorbar(row.mean(figure_name), place, xerr=error, **style)
             tell(drawn[0], _reading(row, figure_name))
-        if len(controls) == 1:
-            axes.axvline(controls[0].mean(figure_name), color=controls[0].colour, linewidth=1, linestyle="--", zorder=0)
+            if control := controls[place]:  # a piece as high as the row, so that rows of one control have one line
+                ends = [place - 0.5, place + 0.5]
+                axes.plot([control.mean(figure_name)] * 2, ends, color=control.colour, linewidth=1, zorder=0)
         axes.set(xlabel=title, ylim=(-0.8, len(found) - 0.2))
         _cap(axes, "x")
         frame(axes, "x")
@@ -119,7 +121,7 @@ def dots(rows: Sequence[Row]) -> Figure:
         label.set_color(row.colour)
     for axes in panels:
         axes.tick_params(axis="y", length=0)
-    left_out = f"; the {MOST_DOTS} best of {len(rows)}" if len(rows) > MOST_DOTS else ""
+    left_out = f"; the {MOST_DOTS} best of {len(measured)}" if len(measured) > MOST_DOTS else ""
     figure.suptitle(caption(rows) + left_out, fontsize=9)
     return figure
 

@@ -316,6 +316,8 @@ def differing(runs: Sequence[Record]) -> list[str]:
         by_method[run.params["method.name"]].append(settings(run))
     everyone = [each for group in by_method.values() for each in group]
     keys = {key for each in everyone for key in each} - set(IN_THE_ROW)
+    if any(IN_USE in run.metrics for run in runs):  # the row has the vectors in use, not those that there is room for
+        keys.add("support.size")
 
     def differs(key: str) -> bool:
         groups = by_method.values() if key.startswith(OWN) else [everyone]

@@ -155,10 +155,11 @@ def courses(rows: Sequence[Row]) -> list[curves.Course]:
         here = tuple(run.directory for run in row.runs if run.directory and _has_curves(run.directory))
         if not here:
             continue
+        title = f"{row.title} ({len(here)} of {len(row.runs)} seeds)" if len(here) < len(row.runs) else row.title
         params = row.runs[0].params
         cycle = int(params.get("support.forget_every", 1)) if params.get("support.forget") == "reset" else 1
         epochs, is_untrained = int(params["epochs"]), row.method == UNTRAINED
-        found.append(curves.Course(row.title, row.name, row.size, row.colour, epochs, here, cycle, is_untrained))
+        found.append(curves.Course(title, row.name, row.size, row.colour, epochs, here, cycle, is_untrained))
     return found
 
 

@@ -138,7 +138,7 @@ def test_a_label_that_is_wider_than_the_picture_is_not_cut_by_its_edges():
 
 
 def test_many_variants_are_dots_sorted_by_accuracy_and_none_is_lost():
-    runs = [run("kmclr", k, top1=40 + k % 7, **{"optimizer.lr": f"0.{k}"}) for k in range(50, 70)] + [run("nnclr", 0)]
+    runs = [run("kmclr", k, top1=40 + k % 7, **{"method.half_life": str(k)}) for k in range(50, 70)] + [run("nnclr", 0)]
     rows, _ = summarise(runs)
     axes = plot(rows).axes[0]
     points = sorted((place, mean) for mean, place in (tuple(each.lines[0].get_xydata()[0]) for each in axes.containers))
@@ -146,7 +146,28 @@ def test_many_variants_are_dots_sorted_by_accuracy_and_none_is_lost():
     assert [mean for _, mean in points] == sorted(row.mean("test/linear_top1") for row in rows)
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert sorted(labels) == sorted(row.title for row in rows)
-    assert any(line.get_xdata()[0] == line.get_xdata()[1] == 50 for line in axes.lines if len(line.get_xdata()) == 2)
+    assert len(control_lines(axes)) == len(rows) - 1
+
+
+def control_lines(axes):
+    """Where the lines down of the control are: the row's place, and the control's mean."""
+    found = [line.get_xydata() for line in axes.lines if len(line.get_xdata()) == 2]
+    return {(low[1] + high[1]) / 2: low[0] for low, high in found if low[0] == high[0] and high[1] - low[1] == 1}
+
+
+def test_the_line_of_a_control_is_beside_its_own_rows_only():
+    long = [run("kmclr", k, top1=60, **{"method.half_life": str(k)}) for k in range(50, 60)]
+    short = [run("kmclr", 50, top1=20, epochs="5"), run("nnclr", 0, top1=10, epochs="5")]
+    rows, _ = summarise([*long, *short])
+    axes = plot(rows).axes[0]
+    assert control_lines(axes) == {1: 10}
+
+
+def test_the_best_are_counted_among_the_rows_that_have_a_figure():
+    rows, _ = summarise([run("kmclr", 400, **{"optimizer.lr": f"0.{number:03}"}) for number in range(90)])
+    assert plot(rows).get_suptitle().endswith("; the 80 best of 90")
+    unmeasured = [replace(row, runs=(without(row.runs[0], "test/linear_top1"),)) for row in rows[:20]]
+    assert "best" not in plot([*unmeasured, *rows[20:]]).get_suptitle()
 
 
 @pytest.mark.parametrize("runs", [[run("simclr")], [run("kmclr", 50)], [without(run("simclr"), "test/linear_top1")]])

@@ -338,6 +338,14 @@ def test_a_number_of_vectors_that_changes_is_that_of_the_end():
     assert "ever more than 210," in note
 
 
+def test_rows_with_room_for_different_numbers_of_vectors_say_so_where_as_many_are_in_use():
+    runs = [run("evolving", size, seed, **{"support.size": str(size)}) for size in (400, 800) for seed in (0, 1)]
+    for each in runs:
+        each.metrics["support/size"] = 150.0
+    assert [row.title for row in summarise(runs)[0]] == ["evolving 150, size=400", "evolving 150, size=800"]
+    assert [row.title for row in summarise(runs[:2])[0]] == ["evolving 150"]
+
+
 def test_characters_that_a_terminal_would_obey_are_not_printed():
     name, data, tag = "a\x1b]0;title\x07b", "set\x1b[2J\ud800\u202e", "rows\nof another"
     tagged = replace(run("kmclr", 50, name=name, **{"data.name": data}), tags={CHANGED: tag})

@@ -136,7 +136,7 @@ def test_curves_are_drawn_of_the_runs_whose_folders_are_here(tmp_path):
     runs = [replace(run("kmclr", 50, seed), directory=place) for seed, place in enumerate(places)]
     rows, notes = summarise([*runs, run("simclr")])
     (course,) = courses(rows)
-    assert (course.title, course.size, course.epochs) == ("KMCLR 50", 50, 500)
+    assert (course.title, course.size, course.epochs) == ("KMCLR 50 (2 of 4 seeds)", 50, 500)
     assert course.directories == (tmp_path / "a", tmp_path / "b")
     assert course.cycle == 1  # as the records do not say how often it is reset
     three = {"support.forget": "reset", "support.forget_every": "3"}
