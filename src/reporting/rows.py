@@ -27,6 +27,12 @@ FIGURES = {
 FEWSHOT = re.compile(r"test(_fewshot)?/fewshot_(\d+(?:\.\d+)?(?:e-\d+)?)pct_top1", re.ASCII)
 FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
 OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs
+IDLE = {  # settings of the loss that have no effect in a method of ours
+    "simclr": (*SAY_OF_STORED, "objective.support_weight", "objective.predictor_hidden"),
+    "nothing_stored": SAY_OF_STORED,
+    "byol": SAY_OF_STORED,
+    "nnclr": ("objective.same_prototype",),
+}
 NOTHING_STORED = LABELS["nothing_stored"]
 IN_THE_ROW = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
 NUMBERS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
@@ -211,7 +217,7 @@ def _remarks(
         f"{names_of[method]}'s {_short(key, value)}" if key.startswith(OWN) else f"{key}={value}"
         for method, values in common.items()
         for key, value in values.items()
-        if key in names
+        if key in names and key not in IDLE.get(method, ())
     )
     if unsaid:
         notes.append(f"where a row does not say otherwise: {', '.join(unsaid)}")

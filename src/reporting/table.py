@@ -78,6 +78,18 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in escaped]
 
 
+def with_gain_note(rows: Sequence[Row], notes: Sequence[str]) -> list[str]:
+    """The notes, ahead of them what the last column is where the table has it."""
+    return [*([GAIN_NOTE] if any(control_of(row, rows) for row in rows) else []), *notes]
+
+
+def document(rows: Sequence[Row], notes: Sequence[str], experiment: str) -> str:
+    """What table.md holds."""
+    header, *body = table(rows)
+    lines = [f"# {experiment}", "", caption(rows), "", *markdown(header, body), "", *(f"- {note}" for note in notes)]
+    return "\n".join([*lines, ""])
+
+
 def shares(rows: Sequence[Row]) -> list[float | None]:
     """Each row's support size over that of the largest queue; None where no run has a queue."""
     largest = max((row.size for row in rows if "queue_size" in row.runs[0].params), default=None)
@@ -172,11 +184,8 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
     from matplotlib import rc_context
 
     out.mkdir(parents=True, exist_ok=True)
-    header, *body = table(rows)
-    notes = [GAIN_NOTE, *notes] if GAIN in header else notes
-    lines = [f"# {experiment}", "", caption(rows), "", *markdown(header, body), "", *(f"- {note}" for note in notes)]
-    text = "\n".join(lines)
-    write_whole(out / "table.md", f"{text}\n".encode())
+    notes = with_gain_note(rows, notes)
+    write_whole(out / "table.md", document(rows, notes, experiment).encode())
 
     numbers = records(rows)
     sheet = io.StringIO()
@@ -199,7 +208,7 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
             paths.append(out / "curves.png")
             write_png(drawn, paths[-1], dpi=200)
             pictures["Over the epochs"] = to_svg(drawn)
-    write_whole(out / "results.html", page.render(experiment, rows, [header, *body], pictures, notes).encode())
+    write_whole(out / "results.html", page.render(experiment, rows, table(rows), pictures, notes).encode())
     return paths
 
 
@@ -216,5 +225,5 @@ def show(rows: Sequence[Row], notes: Sequence[str], title: str) -> None:
     for line in body:
         shown.add_row(*(line[place] for place in columns))
     console.print(shown)
-    for note in [GAIN_NOTE, *notes] if GAIN in header else notes:
+    for note in with_gain_note(rows, notes):
         console.print(f"note: {note}", markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""Committed records stay readable: a report of them has the figures of the table that was made of them then."""
+"""Committed records stay readable: a report of them is the table that was made of them then, and pages quote it."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 
 from src.reporting.rows import summarise
-from src.reporting.table import records
+from src.reporting.table import document, records, with_gain_note
 from src.runs.record import records_below
 from tests.conftest import PROJECT
 
@@ -18,9 +18,12 @@ def figures(row):
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(PROJECT / "results").parent))
-def test_a_report_of_old_records_has_the_old_figures(folder):
-    rows, _ = summarise([record for _, record in records_below(folder)])
-    written = json.loads((folder.parent / "table.json").read_text())["rows"]
+def test_a_report_of_old_records_has_the_old_table(folder):
+    runs = sorted((record for _, record in records_below(folder)), key=lambda run: run.start_time)
+    rows, notes = summarise(runs)
+    table = json.loads((folder.parent / "table.json").read_text())
+    written = table["rows"]
+    assert document(rows, with_gain_note(rows, notes), table["experiment"]) == (folder.parent / "table.md").read_text()
     assert len(rows) == len(written)
     for new, old in zip(sorted(map(figures, records(rows))), sorted(map(figures, written)), strict=True):
         assert new == pytest.approx(old, abs=1e-9)
