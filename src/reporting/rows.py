@@ -27,8 +27,8 @@ FIGURES = {
 FEWSHOT = re.compile(r"test(_fewshot)?/fewshot_(\d+(?:\.\d+)?(?:e-\d+)?)pct_top1", re.ASCII)
 FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
 OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs
-IDLE = {  # settings of the loss that have no effect in a method of ours
-    "simclr": (*SAY_OF_STORED, "objective.support_weight", "objective.predictor_hidden"),
+IDLE = {  # settings that follow from what the method is, or have no effect in it
+    "simclr": (*SAY_OF_STORED, "objective.support_weight"),
     "nothing_stored": SAY_OF_STORED,
     "byol": SAY_OF_STORED,
     "nnclr": ("objective.same_prototype",),
@@ -217,7 +217,7 @@ def _remarks(
         f"{names_of[method]}'s {_short(key, value)}" if key.startswith(OWN) else f"{key}={value}"
         for method, values in common.items()
         for key, value in values.items()
-        if key in names and key not in IDLE.get(method, ())
+        if key in names
     )
     if unsaid:
         notes.append(f"where a row does not say otherwise: {', '.join(unsaid)}")
@@ -256,7 +256,7 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
         if reason := _unusable(run):
             unfinished.append(f"{run.name} ({reason})")
         else:
-            usable = replace(run, params=with_neutral(modern(run.params)) | _last_evaluation(run))
+            usable = replace(run, params=_comparable(run))
             repeats[frozenset(settings(usable).items())].append(usable)
     notes = [f"left out: {', '.join(unfinished)}"] if unfinished else []
     notes += [
@@ -267,9 +267,14 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
     return [group[-1] for group in repeats.values()], notes
 
 
-def _last_evaluation(run: Record) -> dict[str, str]:
-    """The settings of the evaluation that are not those of the run's first session, as its tags have them."""
-    return {key: value for key, value in run.tags.items() if key in run.params and key.startswith("evaluation.")}
+def _comparable(run: Record) -> dict[str, str]:
+    """The params under the names of now, also those that did not exist then, without those that make no difference.
+
+    Where a later session evaluated otherwise than the first, a tag has the setting's value.
+    """
+    changed = {key: value for key, value in run.tags.items() if key in run.params and key.startswith("evaluation.")}
+    params = with_neutral(modern(run.params)) | changed
+    return {key: value for key, value in params.items() if key not in IDLE.get(params["method.name"], ())}
 
 
 def _printable(run: Record) -> Record:
