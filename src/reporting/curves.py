@@ -39,7 +39,7 @@ COMPARED = {
 MOST_TOGETHER = 5  # more courses than that get panels of their own, a column a method
 MOST_NAMED = 5  # more courses of a method than that are thin lines behind the best
 LONGEST = 24  # characters of the best one's name
-WIDEST = 32  # characters of a line in a legend
+WIDEST = 36  # characters of a line in a legend
 RARE = 0.005
 FEW = 12  # so few points get markers
 
@@ -167,9 +167,9 @@ def compare(courses: Sequence[Course]) -> Figure | None:
                 axes.set_ylabel(title)
                 axes.tick_params(labelleft=True)
             lines[-1].append(axes)
-    for line in lines:  # once all is drawn, because the panels of a line may share their axis
-        for axes in line[:1] if methods else line:
-            _make_room(axes, max(_legend_lines(each) for each in line))
+    for line in lines:  # once all is drawn, because the panels of methods share their line's axis
+        for together in [line] if methods else [[axes] for axes in line]:
+            _make_room(together[0], max(map(_legend_lines, together)))
     for axes, method in zip(panels[0], methods, strict=False):
         axes.set_title(method, fontsize="medium")
     return figure

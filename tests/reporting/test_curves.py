@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from matplotlib import rc_context
 
 from src.reporting import curves
 from src.reporting.curves import NEIGHBOUR, Course, compare, over_epochs
@@ -77,13 +78,22 @@ def test_a_legend_stays_in_its_panel_however_long_its_names_are(tmp_path, course
     some = [course("SimCLR", 0, folders[0], "black")]
     methods = ["KMCLR", "NNCLR"] * courses  # in columns where there are many
     some += [course(f"{methods[i]} {i}, {LONG}", i, folders[i], method=methods[i]) for i in range(1, courses)]
-    figure = compare(some)
-    figure.canvas.draw()
+    with rc_context({"font.size": 9}):  # as a report has it
+        figure = compare(some)
+        figure.canvas.draw()
     for axes in figure.axes:
         panel, legend = axes.get_window_extent(), axes.get_legend().get_window_extent()
         assert panel.x0 <= legend.x0
         assert legend.x1 <= panel.x1
         assert panel.y0 <= legend.y0
+
+
+def test_a_panel_leaves_room_for_its_own_legend_only(tmp_path):
+    some = [course(f"SimCLR {i}", 0, (write(tmp_path / str(i), [10, 20]),)) for i in range(4)]
+    some.append(course("NNCLR 9", 9, (write(tmp_path / "own", [0.5, 0.7], "support/self_hit"),), "red"))
+    accuracy, own = compare(some).axes
+    assert accuracy.get_ylim()[1] > 25
+    assert own.get_ylim()[1] < 80
 
 
 def test_panels_beside_each_other_end_at_the_same_epoch(tmp_path):
