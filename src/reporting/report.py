@@ -2,6 +2,7 @@
 
     python -m src.report experiment=NAME
     python -m src.report sweep=ID
+    python -m src.report experiment=NAME data.name=cifar100 epochs=500   (only the runs with these settings)
     python -m src.report experiment=NAME out=DIR tracking=jsonl root=RUNS
     python -m src.report charts                (only says where MLflow's pages show the newest sweep's charts)
 
@@ -12,8 +13,8 @@ tracking=jsonl from the run.json files under RUNS: multirun, unless it is set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from src.errors import UsageError
@@ -21,6 +22,7 @@ from src.reporting.rows import summarise
 from src.reporting.table import show, write
 from src.runs.links import how_to_open, newest_charts
 from src.runs.query import read_runs, read_sweep
+from src.runs.record import Record
 from src.system.output import printable
 
 
@@ -31,20 +33,25 @@ class Arguments:
     out: str
     tracking: str
     root: str
+    settings: dict[str, str]  # of the runs to report on; empty: of all
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
     """Reads ``key=value`` arguments; exactly one of ``experiment`` and ``sweep`` is not empty.
 
     Raises:
-        UsageError: a key is unknown, a value impossible, or it is not said what to report on.
+        UsageError: an argument is none, a value impossible, or it is not said what to report on.
     """
     given: dict[str, str] = dict(argument.partition("=")[::2] for argument in arguments)
-    for key in given.keys() - {each.name for each in fields(Arguments)}:
-        raise UsageError(
-            f"{key}: unknown key; there are experiment=NAME, sweep=ID, out=DIR, tracking=mlflow|jsonl and root=RUNS"
-        )
-    parsed = Arguments(**{"experiment": "", "sweep": "", "out": "", "tracking": "mlflow", "root": "multirun"} | given)
+    own = {"experiment": "", "sweep": "", "out": "", "tracking": "mlflow", "root": "multirun"}
+    settings = {key: value for key, value in given.items() if key not in own}
+    for key in settings:
+        if key in arguments or not {"experiment", "sweep"} & given.keys():
+            raise UsageError(
+                f"{key}: unknown key; there are experiment=NAME, sweep=ID, out=DIR, tracking=mlflow|jsonl, root=RUNS, "
+                "and KEY=VALUE of the runs' settings"
+            )
+    parsed = Arguments(**own | {key: value for key, value in given.items() if key in own}, settings=settings)
     if bool(parsed.experiment) == bool(parsed.sweep):
         raise UsageError("name one of experiment=NAME and sweep=ID to report on")
     if parsed.tracking not in ("mlflow", "jsonl"):
@@ -73,6 +80,8 @@ def main(arguments: Sequence[str]) -> None:
         name = printable(name)  # which a server may have made up
     else:
         name, runs = asked.experiment, read_runs(asked.experiment, asked.tracking, Path(asked.root))
+    runs = those_with(asked.settings, runs)
+    name = "-".join([name, *(f"{key}={value}" for key, value in asked.settings.items())])
     rows, notes = summarise(runs)
     if not rows:
         raise UsageError("; ".join([f"{name}: no run has finished", *notes, "train one first"]))
@@ -87,6 +96,26 @@ def main(arguments: Sequence[str]) -> None:
     print(f"page: {out / 'results.html'}")
     if asked.tracking == "mlflow":
         print(f"compare the runs in a browser: {how_to_open('')}")
+
+
+def those_with(settings: Mapping[str, str], runs: Sequence[Record]) -> list[Record]:
+    """The runs that have these settings, of which ``null`` means that the run has none.
+
+    Raises:
+        UsageError: a key is neither an argument nor a setting of any run, or no run has such a value.
+    """
+    kept = list(runs)
+    for key, value in settings.items():
+        there = sorted({run.params.get(key, "null") for run in kept})
+        if there in ([], ["null"]):
+            raise UsageError(
+                f"{key}: neither a setting of these runs nor one of experiment=NAME, sweep=ID, out=DIR, "
+                "tracking=mlflow|jsonl and root=RUNS"
+            )
+        if value not in there:
+            raise UsageError(f"{key}={value}: no run has it; choose one of {', '.join(map(printable, there))}")
+        kept = [run for run in kept if run.params.get(key, "null") == value]
+    return kept
 
 
 def _folder(name: str) -> Path:

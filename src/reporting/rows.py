@@ -26,6 +26,9 @@ FIGURES = {
 # Figures beside the linear probe's; a name after `test` says that a run was evaluated so after its end.
 FEWSHOT = re.compile(r"test(_fewshot)?/fewshot_(\d+(?:\.\d+)?(?:e-\d+)?)pct_top1", re.ASCII)
 FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
+# Of a teacher, by other settings, or on other images (src.evaluation.protocol).
+ELSEWHERE = re.compile(r"(?:transfer/([^/]+)/)?((?:teacher\w*/)?test\w*)/linear_top1", re.ASCII)
+LATER = ", evaluated later"
 OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs
 IDLE = {  # settings that follow from what the method is, or have no effect in it
     "simclr": (*SAY_OF_STORED, "objective.support_weight"),
@@ -83,13 +86,18 @@ class Row:
 
 
 def figures_of(rows: Sequence[Row]) -> dict[str, str]:
-    """The figures of a table with their titles: `FIGURES`, and of few labels and fine-tuning what any run has."""
+    """The figures of a table with their titles: `FIGURES`, and what any run has of the others that are known."""
     found = {key for row in rows for run in row.runs for key in run.metrics}
     few = sorted(filter(None, map(FEWSHOT.fullmatch, found)), key=lambda each: (float(each[2]), each[0]))
     tuned = sorted(filter(None, map(FINETUNE.fullmatch, found)), key=lambda each: (each[2], each[0]))
-    titles = [(each, f"test {each[2]}% of labels top-1") for each in few]
-    titles += [(each, f"test fine-tuned top-{each[2]}") for each in tuned]
-    return FIGURES | {each[0]: f"{title}, evaluated later" if each[1] else title for each, title in titles}
+    elsewhere = sorted(filter(None, map(ELSEWHERE.fullmatch, found - FIGURES.keys())), key=lambda each: each[0])
+    titles = {each[0]: f"test {each[2]}% of labels top-1{LATER if each[1] else ''}" for each in few}
+    titles |= {each[0]: f"test fine-tuned top-{each[2]}{LATER if each[1] else ''}" for each in tuned}
+    return (
+        FIGURES
+        | titles
+        | {each[0]: f"{' '.join(filter(None, each.groups())).replace('/', ' ')} linear top-1" for each in elsewhere}
+    )
 
 
 class Difference(NamedTuple):

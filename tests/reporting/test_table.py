@@ -65,6 +65,33 @@ def test_few_labels_and_fine_tuning_have_columns_where_a_run_has_them():
     assert "no test 1% of labels top-1: SimCLR (1 of 1 runs), KMCLR 50 (1 of 3 runs)" in notes
 
 
+def test_what_was_evaluated_elsewhere_has_columns_too():
+    found = {"teacher/test/linear_top1": 1.0, "test_original/linear_top1": 2.0, "untrained/test/linear_top1": 9.0}
+    found |= {f"transfer/cifar10-12ab34cd/{each}/linear_top1": 3.0 for each in ("test", "test_linear", "teacher/test")}
+    found |= {"transfer/cifar10-12ab34cd/val/linear_top1": 9.0}
+    one = run("kmclr", 50)
+    rows, _ = summarise([replace(one, metrics=one.metrics | found)])
+    header, *_, line = table(rows)
+    assert dict(zip(header[9:], line[9:], strict=True)) == {
+        "teacher test linear top-1": "1.00",
+        "test_original linear top-1": "2.00",
+        "cifar10-12ab34cd teacher test linear top-1": "3.00",
+        "cifar10-12ab34cd test linear top-1": "3.00",
+        "cifar10-12ab34cd test_linear linear top-1": "3.00",
+    }
+
+
+def test_a_report_may_be_of_the_runs_with_some_settings():
+    runs = [run("kmclr", 50), run("kmclr", 400), run("nnclr", 128)]
+    assert report.those_with({}, runs) == runs
+    assert report.those_with({"k": "400"}, runs) == [runs[1]]
+    assert report.those_with({"k": "null"}, runs) == [runs[2]]
+    with pytest.raises(UsageError, match="k=7: no run has it; choose one of 400, 50, null"):
+        report.those_with({"k": "7"}, runs)
+    with pytest.raises(UsageError, match="experimnt: neither a setting of these runs nor one of experiment=NAME"):
+        report.those_with({"experimnt": "x"}, runs)
+
+
 def test_missing_figures_are_counted_and_shown():
     lacking = without(run("nnclr", 4096, seed=1, top1=60), "test/linear_top1")
     nan = replace(
@@ -168,8 +195,9 @@ def test_a_bar_in_a_name_is_no_column():
 
 
 def test_arguments():
-    assert parse(["experiment=2026_11"]) == Arguments("2026_11", "", "", "mlflow", "multirun")
-    assert parse(["out=a=b", "tracking=jsonl", "sweep=x", "root=r"]) == Arguments("", "x", "a=b", "jsonl", "r")
+    assert parse(["experiment=2026_11"]) == Arguments("2026_11", "", "", "mlflow", "multirun", {})
+    assert parse(["out=a=b", "tracking=jsonl", "sweep=x", "root=r"]) == Arguments("", "x", "a=b", "jsonl", "r", {})
+    assert parse(["experiment=x", "k=50", "data.limit=null"]).settings == {"k": "50", "data.limit": "null"}
 
 
 @pytest.mark.parametrize(
@@ -218,6 +246,10 @@ def test_the_command_reports_on_the_runs_in_a_folder(command, tmp_path):
     for name in ("table.md", "plot.png", "results.html"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "results/study" / name).read_bytes()
     (tmp_path / "kept").rename(tmp_path / "multirun")
+    some = command("src.report", "experiment=study", "tracking=jsonl", "k=400", "out=some")
+    assert (some.returncode, some.stderr) == (0, "")
+    assert "study-k=400" in some.stdout
+    assert "NNCLR" not in some.stdout
 
     for arguments, named in [
         (
