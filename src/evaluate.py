@@ -1,4 +1,4 @@
-"""Evaluate a finished run's frozen features again: ``python -m src.evaluate checkpoint=PATH`` (or ``run_id=ID``)."""
+"""Evaluate a finished run's frozen features again: ``python -m src.evaluate run=NAME`` (or ``checkpoint=PATH``)."""
 
 from src import cli
 

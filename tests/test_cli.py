@@ -191,9 +191,13 @@ def test_a_mistake_in_a_process_of_its_own(command, tmp_path, cache_dir, argumen
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("", "give one of checkpoint=PATH and run_id=ID"),
-        ("checkpoint=nowhere", "there is no checkpoint"),
-        ("run_id=nothing", "there is no MLflow store"),
+        ("", "give one of run=NAME and checkpoint=PATH"),
+        ("run=a checkpoint=b", "give one of run=NAME and checkpoint=PATH"),
+        ("run=nowhere", "run=nowhere: there is no such run; give the name of its folder in multirun/"),
+        ("checkpoint=nowhere", "checkpoint=nowhere: there is no such run"),
+        ("checkpoint=.", "there is no checkpoint"),
+        ("run_id=nothing", "run_id=nothing: there is no such run"),
+        (f"run={'0' * 32}", "there is no MLflow store"),
         ("checkpoint=a_file", "a_file is damaged, or not a checkpoint"),
         ("method=kmclr", "method: unknown key"),
         ("evaluation.epoch=5", "did you mean evaluation.epochs?"),

@@ -1,6 +1,6 @@
 """What a frozen encoder is worth: during training on validation, at the end, once, on test.
 
-``python -m src.evaluate checkpoint=PATH`` (or ``run_id=ID``) repeats the final evaluation of a run and writes it there.
+``python -m src.evaluate run=NAME`` (or ``checkpoint=PATH``) repeats the final evaluation of a run and writes it there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from src.evaluation.probes import (
 )
 from src.runs import checkpoint
 from src.runs import directory as run_directory
-from src.runs.query import find_run_directory
+from src.runs.query import named_run
 from src.runs.record import Record
 from src.runs.tracker import Tracker
 from src.support.search import Search
@@ -292,16 +292,15 @@ def _merged(saved: dict[str, Any], composed: DictConfig) -> schema.Config:
 
 
 def _checkpoint(composed: DictConfig) -> tuple[Path, dict[str, Any]]:
-    if (composed.checkpoint is None) == (composed.run_id is None):
-        raise UsageError("give one of checkpoint=PATH and run_id=ID")
-    if composed.checkpoint is not None:
-        path = Path(composed.checkpoint)
-        directory = path if path.name == "checkpoints" else path / "checkpoints"
-        if path.is_file():
-            return path, checkpoint.load(path)
-    else:
-        directory = find_run_directory(composed.run_id) / "checkpoints"
-
+    given = [key for key in ("run", "checkpoint", "run_id") if composed[key] is not None]
+    if len(given) != 1:
+        raise UsageError("give one of run=NAME and checkpoint=PATH")
+    named = str(composed[given[0]])
+    path = Path(named).expanduser()
+    if path.is_file():
+        return path, checkpoint.load(path)
+    path = path if path.is_dir() else named_run(named, given[0])
+    directory = path if path.name == "checkpoints" else path / "checkpoints"
     found = checkpoint.load_latest(directory) if directory.is_dir() else None
     if found is None:
         raise UsageError(f"{directory}: there is no checkpoint; give a checkpoint's file or its run's folder")

@@ -1,4 +1,4 @@
-"""Where a run's first weights come from: ``init=`` a run's folder, a checkpoint, or an encoder's file."""
+"""Where a run's first weights come from: ``init=`` a run's name, its folder, a checkpoint, or an encoder's file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from src.config.schema import Config
 from src.errors import UsageError
+from src.runs.query import named_run
 from src.runs.record import ENCODER, Record
 
 DIGEST_BYTES = 32  # SHA-256, which ends a checkpoint
@@ -31,16 +32,16 @@ def locate(init: str) -> Path:
     path = Path(init).expanduser()
     if path.is_file():
         return path
-    record = Record.find(path) if path.is_dir() else None
+    if not path.is_dir():
+        path = named_run(init, "init")
+    record = Record.find(path)
     if record and record.status != "FINISHED":
         raise UsageError(f"init={init}: the run is {record.status}, not FINISHED; name one of its checkpoints instead")
     checkpoints = sorted((path / "checkpoints").glob("step-*.pt"))
     if not checkpoints and (path / ENCODER).is_file():
         raise UsageError(f"init={init}: the run's checkpoints are gone; name {path / ENCODER}, its encoder alone")
     if not checkpoints:
-        raise UsageError(
-            f"init={init}: no run, checkpoint or encoder there; give a run's folder, a .pt or .safetensors"
-        )
+        raise UsageError(f"init={init}: there is no checkpoint; give a run's folder, a .pt or a .safetensors")
     return checkpoints[-1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -100,8 +101,12 @@ def _unknown(experiment: str, where: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"experiment={experiment} is not in {where}: choose from {', '.join(sorted(known)) or 'none'}")
 
 
-def named_run(run: str) -> Path:
+def named_run(run: str, key: str = "run") -> Path:
     """The folder of a run, by its path, by its name in ``multirun``, or by the run's id.
+
+    Args:
+        run: what names it.
+        key: of the setting that does.
 
     Raises:
         UsageError: there is none.
@@ -109,9 +114,9 @@ def named_run(run: str) -> Path:
     for folder in (ROOT / run, Path(run).expanduser()):
         if (folder / RECORD).is_file():
             return folder
-    if found := _by_id(run, ROOT):
-        return found
-    raise UsageError(f"run={run}: there is no such run; give the name of its folder in {ROOT}/, its path, or its id")
+    if re.fullmatch("[0-9a-f]{32}", run):
+        return find_run_directory(run)
+    raise UsageError(f"{key}={run}: there is no such run; give the name of its folder in {ROOT}/, its path, or its id")
 
 
 def find_run_directory(run_id: str, root: Path = ROOT) -> Path:
@@ -125,10 +130,10 @@ def find_run_directory(run_id: str, root: Path = ROOT) -> Path:
     client = mlflow_store.existing()
     run = mlflow_store.answer(lambda: mlflow_store.known_run(client, run_id))
     if not run:
-        raise UsageError(f"run_id={run_id} is not in MLflow, nor under {root}/")
+        raise UsageError(f"the run {run_id} is not in MLflow, nor under {root}/")
     directory = run.data.tags.get("output_dir", "")
     if not directory or not Path(directory).is_dir():
-        raise UsageError(f"run_id={run_id} has no folder here (output_dir={directory!r}): pass checkpoint=PATH instead")
+        raise UsageError(f"the run {run_id} has no folder here (output_dir={directory!r}): give the path of one")
     return Path(directory)
 
 

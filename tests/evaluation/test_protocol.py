@@ -113,10 +113,16 @@ def test_a_finished_run_is_evaluated_to_the_same_figures(finished):
     assert Record.load(finished).status == "FINISHED"
 
 
-@pytest.mark.parametrize("where", ["", "checkpoints"])
-def test_folders_are_found_by_either_name(finished, where):
-    file, _ = checkpoint.load_latest(finished / "checkpoints")
-    assert run(f"checkpoint={finished / where}") == run(f"checkpoint={file}")
+def test_a_run_is_named_by_its_name_its_folder_its_id_or_a_checkpoint(finished, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished, tmp_path / "multirun/named")
+    monkeypatch.chdir(tmp_path)
+    identity = Record.load(folder).uuid
+    file, _ = checkpoint.load_latest(folder / "checkpoints")
+    ways = ["run=named", "run_id=named", "checkpoint=named", f"run={identity}", f"run_id={identity}", f"run={folder}"]
+    ways += [f"checkpoint={folder}", f"checkpoint={folder}/checkpoints", f"checkpoint={file}"]
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        found = [protocol._checkpoint(compose("evaluate", overrides=[way]))[0].resolve() for way in ways]
+    assert set(found) == {file}
 
 
 def test_another_protocol_has_names_of_its_own(finished):

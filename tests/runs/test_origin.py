@@ -117,11 +117,11 @@ def test_a_stopped_run_continues_from_its_checkpoint_and_not_from_its_start(run,
     assert f"{second.relative_to(second.parents[1])}: continued at step 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("init", ["nothing", "empty"])
-def test_a_start_that_is_not_there_is_one_line(tmp_path, monkeypatch, init):
+@pytest.mark.parametrize(("init", "says"), [("nothing", "there is no such run"), ("empty", "there is no checkpoint")])
+def test_a_start_that_is_not_there_is_one_line(tmp_path, monkeypatch, init, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=f"init={init}: no run, checkpoint or encoder there"):
+    with pytest.raises(UsageError, match=f"init={init}: {says}"):
         origin.identify(parsed(f"init={init}"))
 
 
@@ -132,6 +132,18 @@ def test_a_run_whose_checkpoints_are_gone_has_its_encoder(tmp_path):
     (tmp_path / ENCODER).touch()
     with pytest.raises(UsageError, match=rf"checkpoints are gone; name {tmp_path / ENCODER}"):
         origin.identify(parsed(f"init={tmp_path}"))
+
+
+def test_a_start_is_named_as_any_run_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = Record.new("first", "exp")
+    record.close("FINISHED")
+    folder = tmp_path / "multirun/first"
+    (folder / "checkpoints").mkdir(parents=True)
+    record.save(folder)
+    (folder / "checkpoints/step-00000001.pt").touch()
+    for init in ("first", "multirun/first", record.uuid):
+        assert origin.locate(init).samefile(folder / "checkpoints/step-00000001.pt")
 
 
 def test_a_run_that_has_not_finished_is_refused(tmp_path):
