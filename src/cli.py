@@ -12,13 +12,14 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 import omegaconf
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -26,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config.explain import explain_composition
+from src.config.explain import explain_composition, keys_of
 from src.config.parse import parse
 from src.config.renamed import new_name
 from src.data.cache import known_fingerprint
@@ -142,6 +143,7 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
         if is_rank():
             fail("--multirun: a sweep starts its jobs itself; leave out torchrun, which is for one run")
         sys.argv[1:] = [_for_the_sweeper(argument) for argument in sys.argv[1:]]
+    known = None if main is pretrain else keys_of(yaml.safe_load((CONF / f"{config_name}.yaml").read_text()))
     _log_to_stderr()
     for argument in sys.argv[1:]:  # Hydra makes that folder before it hands the config over
         if re.match(r"\+*hydra\.run\.dir=", argument) and "hydra.job.chdir=true" not in sys.argv:
@@ -165,14 +167,14 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     tracebacks = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own reporting would hide the exception from us
     try:
-        with nullcontext() if tracebacks else _explained():
+        with nullcontext() if tracebacks else _explained(known):
             _with_present_names(hydra_main)
     except KeyboardInterrupt:  # before a run could take it for a request to stop
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if tracebacks or not _is_from_hydra(error):
             raise
-        fail(explain_composition(error))
+        fail(explain_composition(error, known))
 
 
 def _log_to_stderr() -> None:
@@ -232,8 +234,8 @@ def _without_reader() -> Iterator[None]:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """Ends with one line and a status where the fault is not in the program."""
+def _explained(known: Collection[str] | None = None) -> Iterator[None]:
+    """Ends with one line and a status where the fault is not in the program; ``known`` as of `explain_composition`."""
     try:
         yield
     except Exception as error:
@@ -244,7 +246,7 @@ def _explained() -> Iterator[None]:
         if isinstance(error, RunFailed):
             fail(str(error), error.status)
         if isinstance(error, HydraException | OmegaConfBaseException):  # one of Hydra's is an OSError too
-            fail(explain_composition(error))
+            fail(explain_composition(error, known))
         if isinstance(error, RuntimeError) and "Symlink loop" in str(error):  # an OSError since Python 3.13
             fail(f"{error}: name another folder")
         if isinstance(error, OSError):  # before a run had its directory: nothing has been written

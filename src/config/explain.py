@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, cast, get_type_hints
 
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
@@ -17,6 +18,8 @@ from src.config import schema
 from src.config.renamed import new_name
 
 OWNERS = {"k": "support=kmeans (method=kmclr)", "queue_size": "support=queue (method=nnclr)"}
+MEANT = {"model": "backbone", "arch": "backbone", "encoder": "backbone", "loss": "objective"}  # what others call groups
+MOST_ENDS = 4  # so many keys that end in a word are named
 LONGEST_VALUE = 100  # characters of it in a message, whose end says what is wrong
 BOUNDS = {
     "greater_than": "must be above {gt:g}",
@@ -32,35 +35,69 @@ BOUNDS = {
 }
 
 
-def explain_composition(error: Exception) -> str:
-    """What Hydra says in several lines of a command line that it cannot compose."""
+def explain_composition(error: Exception, known: Collection[str] | None = None) -> str:
+    """What Hydra says in several lines of a command line that it cannot compose.
+
+    Args:
+        error: Hydra's.
+        known: every dotted key that the command can have; None: those of a training run.
+    """
     message = str(error)
     if isinstance(error, YAMLError | UnicodeDecodeError):
         return f"a config file is not YAML in UTF-8: {message}"
     if missing := re.search(r"Could not find '([\w./-]+)/([^']*)'", message):
         group, option = missing.groups()
         options = re.findall(r"^\t(\S+)$", message, re.MULTILINE)
-        return f"{group}={option}: there is no such option; choose one of {', '.join(options)}"
+        beside = f"; tracking.experiment={option} names an MLflow experiment" if group == "experiment" else ""
+        return f"{group}={option}: there is no such option; choose one of {', '.join(options)}{beside}"
+    if added := re.search(r"Could not override 'sweep'[^+]*\+(sweep=\S+)", message):
+        return f"{added.group(1)}: write +{added.group(1)}, and add --multirun"
     if unknown := re.search(r"Could not (?:override|append to config)[^']*'([\w.@/-]+)'", message):
-        return explain_key(unknown.group(1), _beside(unknown.group(1), error.__cause__))
+        return explain_key(unknown.group(1), _beside(unknown.group(1), error.__cause__), known)
     if several := re.search(r"Ambiguous value for argument '([^']+)'", message):
         return f"{several.group(1)}: several values; add --multirun to run each of them"
+    if isinstance(error, OverrideParseException):
+        return _explain_override(error.override)
     return f"{_first_line(message) or type(error).__name__} (--help shows what can be set)"
 
 
-def explain_key(key: str, there: Iterable[str] = ()) -> str:
-    """A key that the composed config does not have; of those that it has, the ones that may have been meant."""
-    if key in OWNERS:
+def _explain_override(override: str) -> str:
+    """An argument that is no override."""
+    if override.endswith(","):
+        return f"{override}: ends in a comma; write several values without blanks, as in k=10,20"
+    if "=" not in override:
+        return f"{override}: is no setting; write key=value"
+    return f"{override}: cannot be read; write key=value, and put what has special characters between quotes"
+
+
+def explain_key(key: str, there: Iterable[str] = (), known: Collection[str] | None = None) -> str:
+    """A key that the composed config does not have; of those that it has, the ones that may have been meant.
+
+    Args:
+        key: with dots.
+        there: the dotted keys beside it that the composed config has.
+        known: as of `explain_composition`.
+    """
+    known, there = known_keys() if known is None else known, list(there)
+    if key in OWNERS and key in known:
         return f"{key}: only {OWNERS[key]} has it; the chosen support set does not"
-    if renamed := new_name(key):
+    if (renamed := new_name(key)) in known:
         return f"{key}: is now {renamed}, which the chosen options do not have (--help lists them)"
     group, _, setting = key.partition(".")
-    if setting and key in known_keys():
-        return f"{key}: the chosen options do not have it; choose {group}=... first (--help lists them)"
-    keys = [each for each in (*there, *known_keys()) if each != key]
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{key}: unknown key, or one that the chosen options do not have; {hint}(--help shows what can be set)"
+    if setting and key in known:
+        choose = f"another {group}=..." if f"{group}.name" in there else f"{group}=... first"
+        return f"{key}: the chosen options do not have it; choose {choose} (--help lists them)"
+    meant = _meant(key, [each for each in (*there, *known) if each != key])
+    hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+    return f"{key}: unknown key, or one that the chosen options do not have{hint} (--help shows what can be set)"
+
+
+def _meant(key: str, keys: list[str]) -> list[str]:
+    """Of some keys, those that a misspelt one, or one without its group, may have meant."""
+    if MEANT.get(key) in keys:
+        return [MEANT[key]]
+    ends = [each for each in keys if each.endswith(f".{key}")]
+    return ends if 0 < len(ends) <= MOST_ENDS else difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
 
 
 def _beside(key: str, error: BaseException | None) -> list[str]:
@@ -82,6 +119,8 @@ def explain_type(error: OmegaConfBaseException) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: has no default; give it a value"
     reason = _first_line(str(error.msg or error))
+    if "is not a ListConfig" in reason and not isinstance(error.value, dict):
+        return f"{key}={error.value}: give a list, {key}=[{error.value}]"
     return f"{key}={error.value}: {reason}" if error.value is not None else f"{key}: {reason}"
 
 
@@ -100,8 +139,19 @@ def explain_violation(prefix: str, error: ValidationError) -> str:
     return f"{prefix}{first['loc'][0]}={given}: {what}"
 
 
+def keys_of(config: Mapping[str, Any]) -> list[str]:
+    """Every dotted key that a command can have which shares some of the training's groups.
+
+    Args:
+        config: its config file, parsed.
+    """
+    groups = [each for entry in config["defaults"] if isinstance(entry, Mapping) for each in entry]
+    own = [key for key in config if key not in ("defaults", "hydra")]
+    return [*own, *(key for key in known_keys() if key.split(".")[0] in groups)]
+
+
 def known_keys() -> list[str]:
-    """Every dotted key that some composition can have."""
+    """Every dotted key that some composition of a training run can have."""
     keys: list[str] = []
     unions: dict[str, list[Any]] = {
         "support": list(schema.SUPPORTS.values()),
