@@ -20,11 +20,12 @@ from typing import Any, NoReturn
 import hydra
 import omegaconf
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.explain import explain_composition, keys_of
@@ -137,6 +138,7 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     A user who sets ``HYDRA_FULL_ERROR=1`` gets the tracebacks.
     """
     plugins.register()
+    OmegaConf.register_new_resolver("options", _options, replace=True)
     if "" in sys.argv[1:]:
         fail("an argument is empty: a variable of the shell may have no value")
     if {"--multirun", "-m"} & set(sys.argv):
@@ -175,6 +177,12 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
         if tracebacks or not _is_from_hydra(error):
             raise
         fail(explain_composition(error, known))
+
+
+def _options(*groups: str) -> str:
+    """For ``--help``: a line for each group with its options, those of ``--config-dir`` among them."""
+    options = GlobalHydra.instance().config_loader().get_group_options
+    return "\n".join(f"{group}: {', '.join(sorted(options(group.lstrip('+'))))}" for group in groups)
 
 
 def _log_to_stderr() -> None:

@@ -32,6 +32,31 @@ def test_help_is_complete(command):
     assert "mlflow ui" in done.stdout
 
 
+def test_help_lists_the_groups_of_the_command_and_no_others(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine/data").mkdir(parents=True)
+    (tmp_path / "mine/data/pets.yaml").touch()
+    for name in ("outlive_output", "redact_output"):  # which change the streams of the process
+        monkeypatch.setattr(cli, name, lambda: None)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+    def listed(command):
+        monkeypatch.setattr(sys, "argv", ["src", "--help", f"--config-dir={tmp_path}/mine"])
+        with pytest.raises(SystemExit):
+            command()
+        GlobalHydra.instance().clear()
+        above, _, _ = capsys.readouterr().out.partition("Set any value")
+        return dict(re.findall(r"^([+a-z/]+): (\w+(?:, \w+)*)$", above, re.MULTILINE))
+
+    of_train = listed(cli.train)
+    folders = {path.name for path in cli.CONF.iterdir() if path.is_dir()} - {"shared", "hydra", "sweep"}
+    assert of_train.keys() == {*folders, "+sweep", "hydra/launcher"}
+    assert "pets" in of_train["data"]
+    launchers = sorted(path.stem for path in cli.CONF.glob("hydra/launcher/*.yaml"))
+    assert of_train["hydra/launcher"].split(", ") == launchers
+    assert listed(cli.evaluate).keys() == {"evaluation", "search", "data"}
+    assert listed(cli.embed).keys() == {"data"}
+
+
 @pytest.mark.parametrize("module", ["src.train", "src.evaluate", "src.embed", "src.export"])
 def test_help_does_not_wait_for_torch(module):
     program = f"""
@@ -141,7 +166,8 @@ def typed(tmp_path, monkeypatch, capsys):
         ("lr=0.1", "that the chosen options do not have; did you mean optimizer.lr or evaluation.lr"),
         ("nonesuch=1", "that the chosen options do not have (--help shows what can be set)"),
         ("model=resnet18", "did you mean backbone?"),
-        ("sweep=demo", "sweep=demo: write +sweep=demo, and add --multirun"),
+        ("sweep=demo", "sweep: write +sweep=NAME, and add --multirun"),
+        ("--multirun sweep=demo", "sweep: write +sweep=NAME, and add --multirun"),
         ("k=10, 20", "k=10,: ends in a comma; write several values without blanks, as in k=10,20"),
         ("--multirun k=10, 20", "k=10,: ends in a comma; write several values without blanks, as in k=10,20"),
         ("20", "20: is no setting; write key=value"),

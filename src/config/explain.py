@@ -50,8 +50,6 @@ def explain_composition(error: Exception, known: Collection[str] | None = None) 
         options = re.findall(r"^\t(\S+)$", message, re.MULTILINE)
         beside = f"; tracking.experiment={option} names an MLflow experiment" if group == "experiment" else ""
         return f"{group}={option}: there is no such option; choose one of {', '.join(options)}{beside}"
-    if added := re.search(r"Could not override 'sweep'[^+]*\+(sweep=\S+)", message):
-        return f"{added.group(1)}: write +{added.group(1)}, and add --multirun"
     if unknown := re.search(r"Could not (?:override|append to config)[^']*'([\w.@/-]+)'", message):
         return explain_key(unknown.group(1), _beside(unknown.group(1), error.__cause__), known)
     if several := re.search(r"Ambiguous value for argument '([^']+)'", message):
@@ -78,6 +76,8 @@ def explain_key(key: str, there: Iterable[str] = (), known: Collection[str] | No
         there: the dotted keys beside it that the composed config has.
         known: as of `explain_composition`.
     """
+    if key == "sweep" and known is None:
+        return "sweep: write +sweep=NAME, and add --multirun (--help lists the sweeps)"
     known, there = known_keys() if known is None else known, list(there)
     if key in OWNERS and key in known:
         return f"{key}: only {OWNERS[key]} has it; the chosen support set does not"
