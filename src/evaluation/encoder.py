@@ -2,8 +2,9 @@
 
 from src.evaluation.encoder import load_encoder
 
-encoder = load_encoder("multirun/NAME/encoder.safetensors")  # images [B, 3, S, S]: uint8, or floats from 0 to 1
-features = encoder(images)                                   # [B, F] float32
+encoder = load_encoder("multirun/NAME")
+with torch.no_grad():
+    features = encoder(images)  # [B, 3, S, S], uint8 or floats from 0 to 1, to [B, F] float32
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from src.system.atomic_write import write_whole
 from src.system.redact import one_line
 from src.system.regular_file import open_regular
 
+OVERSHOOT = 0.5  # beyond 0 and 1, which sharp edges have after a bicubic resizing
+
 
 class Encoder(nn.Module):
     """A backbone that normalises its images itself.
@@ -51,22 +54,46 @@ class Encoder(nn.Module):
         self.register_buffer("mean_C11", torch.tensor(mean)[:, None, None])
         self.register_buffer("std_C11", torch.tensor(std)[:, None, None])
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | np.ndarray) -> Tensor:
         """Features [B, F] float32 of images [B, 3, S, S], uint8 from 0 to 255 or floats from 0 to 1.
 
         Raises:
-            ValueError: the images have another shape.
+            ValueError: the images have another shape, or other floats.
         """
-        if images.ndim != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
+        images = torch.as_tensor(images)
+        if remedy := _remedy(images.shape, self.image_size):
             size = self.image_size
-            raise ValueError(f"images are {list(images.shape)}, and must be [B, 3, {size}, {size}]: resize them")
+            raise ValueError(f"images are {list(images.shape)}, and must be [B, 3, {size}, {size}]: {remedy}")
+        if images.is_floating_point() and images.numel():
+            low, high = (bound.item() for bound in images.aminmax())
+            if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+                raise ValueError(f"images are floats from {low:g} to {high:g}, and must be from 0 to 1, or uint8")
+        return self.features(images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """`forward` without its checks."""
         pixels = images if images.is_floating_point() else images / 255
-        return self.backbone((pixels - self.mean_C11) / self.std_C11).float()
+        return self.backbone((pixels.to(self.mean_C11.dtype) - self.mean_C11) / self.std_C11).float()
 
     @torch.inference_mode()
     def predict(self, images: np.ndarray) -> np.ndarray:
         """The same of arrays: what MLflow calls."""
-        return self(torch.from_numpy(images)).numpy()
+        return self(images).numpy()
+
+
+def _remedy(shape: Sequence[int], size: int) -> str:
+    """What makes images of a shape [B, 3, S, S]; empty where they are."""
+    if len(shape) == 3:
+        return "give a batch, images[None]"
+    if len(shape) != 4:
+        return "reshape them"
+    if shape[1] != 3 and shape[3] == 3:
+        return "put the channels first, images.permute(0, 3, 1, 2)"
+    if shape[1] == 1:
+        return "repeat the grey channel, images.expand(-1, 3, -1, -1)"
+    if shape[1] != 3:
+        return "give three channels, red, green and blue"
+    return "" if tuple(shape[2:]) == (size, size) else "resize them"
 
 
 def save_encoder(
@@ -167,6 +194,9 @@ def finished_run(name: str | None) -> Run:
 def load_encoder(path: str | Path) -> Encoder:
     """The encoder that a run has left, in evaluation mode on the CPU, with the normalisation it was trained with.
 
+    Args:
+        path: of the run's folder, or of an ``encoder.safetensors``.
+
     Raises:
         UsageError: there is no such file, or it is not one that `save_encoder` wrote.
     """
@@ -189,13 +219,15 @@ def read_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
     Raises:
         UsageError: as `load_encoder`.
     """
+    path = Path(path).expanduser()
+    path = path / ENCODER if path.is_dir() else path
     try:
-        said, weights = read_weights(Path(path))
+        said, weights = read_weights(path)
         facts = {key: json.loads(value) for key, value in said.items()}
         backbone_cfg = schema.Backbone(facts["architecture"], **facts["options"])
         size, mean, std = facts["image_size"], facts["mean"], facts["std"]
     except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such file; give a run's encoder.safetensors") from None
+        raise UsageError(f"{path}: there is no such file; give a run's folder or its {ENCODER}") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror or error}): choose another one") from None
     except SafetensorError as error:
@@ -206,5 +238,5 @@ def read_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
             "build it from its run's config.yaml, or train again"
         ) from None
     backbone, _ = build.encoder(backbone_cfg, size)
-    checkpoint.restore(backbone, weights, Path(path))
+    checkpoint.restore(backbone, weights, path)
     return Encoder(backbone, size, mean, std).eval(), facts

@@ -111,7 +111,7 @@ class _TakesFloats(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         torch.ops.aten._assert_tensor_metadata(images, dtype=torch.float32)
-        return self.encoder(images)
+        return self.encoder.features(images)
 
 
 def _program(encoder: Encoder) -> torch.export.ExportedProgram:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_features_are_those_of_the_evaluation_from_bytes_and_from_floats(written
     encoder = load_encoder(path)
     assert not encoder.training
     with torch.no_grad():
-        for images in (split.images, split.images / 255):
+        for images in (split.images, split.images / 255, split.images.double() / 255, split.images.numpy()):
             torch.testing.assert_close(encoder(images), expected, rtol=0, atol=1e-5)
 
 
@@ -60,9 +61,37 @@ def test_what_the_file_says_has_one_order(written):
     assert list(header["__metadata__"]) == sorted(header["__metadata__"])
 
 
-def test_images_of_another_size_are_refused(written):
-    with pytest.raises(ValueError, match=r"images are \[2, 3, 64, 64\], and must be \[B, 3, 32, 32\]: resize them"):
-        load_encoder(written[0])(torch.zeros(2, 3, 64, 64))
+SHAPES = {
+    (2, 3, 64, 64): "resize them",
+    (3, 32, 32): "give a batch, images[None]",
+    (2, 32, 32, 3): "put the channels first, images.permute(0, 3, 1, 2)",
+    (2, 1, 32, 32): "repeat the grey channel, images.expand(-1, 3, -1, -1)",
+    (2, 4, 32, 32): "give three channels, red, green and blue",
+    (32, 32): "reshape them",
+}
+
+
+def test_images_of_another_shape_are_refused_with_the_remedy(written):
+    encoder = load_encoder(written[0])
+    for shape, remedy in SHAPES.items():
+        said = f"images are {list(shape)}, and must be [B, 3, 32, 32]: {remedy}"
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+            encoder(torch.zeros(shape))
+
+
+def test_floats_that_are_no_pixels_from_0_to_1_are_refused(written):
+    encoder, images = load_encoder(written[0]), torch.rand(2, 3, 32, 32)
+    for wrong in (images * 255, (images - 0.5) / 0.2):
+        with pytest.raises(ValueError, match=r"^images are floats from .* to .*, and must be from 0 to 1, or uint8$"):
+            encoder(wrong)
+    with torch.no_grad():
+        assert encoder(images * 1.2 - 0.1).isfinite().all()
+
+
+def test_a_runs_folder_stands_for_its_encoder(written):
+    with torch.no_grad():
+        images = torch.rand(2, 3, 32, 32)
+        assert torch.equal(load_encoder(written[0].parent)(images), load_encoder(str(written[0]))(images))
 
 
 def test_other_files_are_refused_in_a_line(written, tmp_path):
