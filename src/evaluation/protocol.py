@@ -36,7 +36,7 @@ from src.evaluation.probes import (
 from src.runs import checkpoint
 from src.runs import directory as run_directory
 from src.runs.query import named_run
-from src.runs.record import Record
+from src.runs.record import RECORD, Record
 from src.runs.tracker import Tracker
 from src.support.search import Search
 
@@ -232,8 +232,7 @@ def main(composed: DictConfig) -> dict[str, float]:
         metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
     if composed.get("data"):
         metrics = {f"transfer/{cfg.data.name}-{data.fingerprint[:8]}/{key}": value for key, value in metrics.items()}
-    for key, value in metrics.items():
-        print(f"{key:32} {value:6.2f}")
+    _print(str(directory if record else path), metrics)
     if record:
         with run_directory.exclusive(directory):
             name = "mlflow" if record.copy.for_mlflow else "jsonl"
@@ -246,7 +245,17 @@ def main(composed: DictConfig) -> dict[str, float]:
             tracker = Tracker(directory, tracking, {}, tags, reopens=True)
             tracker.log(metrics, saved["step"])
             tracker.close("FINISHED")
+        copy = tracker.record.copy
+        taken = copy.for_mlflow and copy.has == tracker.record.state(record.experiment)
+        print(f"written to {directory / RECORD}{' and MLflow' if taken else ''}")
     return metrics
+
+
+def _print(whose: str, metrics: dict[str, float]) -> None:
+    width = max(map(len, metrics))
+    print(f"{whose}:")
+    for key, value in metrics.items():
+        print(f"    {key:{width}} {value:6.{0 if key.endswith('/knn_k') else 2}f}")
 
 
 def _frozen(

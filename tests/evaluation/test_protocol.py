@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from src.support.search import TorchSearch
 from tests.config.test_schema import composed
 from tests.conftest import PROJECT
 from tests.data.layouts import LAYOUTS, write_set
+from tests.stores import break_store
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,30 @@ def test_a_run_is_named_by_its_name_its_folder_its_id_or_a_checkpoint(finished, 
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         found = [protocol._checkpoint(compose("evaluate", overrides=[way]))[0].resolve() for way in ways]
     assert set(found) == {file}
+
+
+def test_it_prints_whose_figures_they_are_and_where_they_went(finished, tmp_path, capsys):
+    metrics = run(f"run={finished}", "data=digits", "data.image_size=8", f"data.cache_dir={finished.parent}/cache")
+    first, *table, last = capsys.readouterr().out.splitlines()
+    assert (first, last) == (f"{finished}:", f"written to {finished}/run.json")
+    assert {line.split()[0]: float(line.split()[1]) for line in table} == {
+        key: round(value, 2) for key, value in metrics.items()
+    }
+    assert len({len(line) for line in table if not line.split()[0].endswith("knn_k")}) == 1
+    assert [line.split()[1].isdigit() for line in table] == ["knn_k" in line for line in table]
+
+
+@pytest.mark.parametrize("is_down", [False, True])
+def test_it_says_that_mlflow_has_the_figures_only_where_it_has(finished, client, monkeypatch, capsys, is_down):
+    shutil.copytree(finished, "run")
+    record = Record.load(Path("run"))
+    record.ask(Tracking("mlflow", "exp", 10))
+    record.save(Path("run"))
+    if is_down:
+        break_store(client, monkeypatch, "log_batch")
+    run("run=run", "evaluation.knn_k=5")
+    said = capsys.readouterr().out.splitlines()
+    assert (said[0], said[-1]) == ("run:", f"written to run/run.json{'' if is_down else ' and MLflow'}")
 
 
 def test_another_protocol_has_names_of_its_own(finished):
