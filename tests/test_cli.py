@@ -283,6 +283,13 @@ def test_mistakes_in_what_takes_a_finished_run(typed, tmp_path, command, argumen
     assert [path.name for path in folder.iterdir()] == ["run.json"]
 
 
+def test_what_evaluates_several_runs_makes_no_folders_of_its_own(typed, tmp_path):
+    status, stderr = typed(cli.evaluate, "--multirun", "run=gone,lost")
+    assert status == 2
+    assert "run=gone: there is no such run" in stderr
+    assert [path.name for path in (tmp_path / "multirun").iterdir()] == ["multirun.yaml"]  # Hydra's
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "package", "remedy"),
