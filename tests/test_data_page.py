@@ -1,9 +1,13 @@
 """docs/data.md: each row of its table is built as it says, and loads with the line that it says to type."""
 
 import re
+import sys
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 
+from src import cli
+from src.config.identity import run_name
 from src.config.parse import parse
 from src.data import load
 from tests.config.test_schema import composed
@@ -51,6 +55,36 @@ def test_each_layout_loads_as_its_row_says(tmp_path, monkeypatch, layout, line):
     unlabelled = "no labels" in layout
     assert (len(dataset.test) == 0) == unlabelled == (not dataset.classes)
     assert dataset.labelled == (not unlabelled and "for the probes" not in layout and "unlabeled" not in layout)
+
+
+FILES = dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("name", ["pets", "listed"])
+def test_a_data_set_of_ones_own(tmp_path, monkeypatch, name):
+    for place, text in FILES.items():
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(text)
+    root = write_folder(tmp_path / "photographs", {"train/cat": 12, "train/dog": 12, "test/cat": 3, "test/dog": 3})
+    for split in ("train", "test"):
+        rows = [f"{path},{path.parent.name}" for path in sorted(root.glob(f"{split}/*/*"))]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["path,label", *rows]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "mine")
+    line = re.search(rf"-m src.train (--config-dir .* data={name})$", PAGE, re.MULTILINE)[1].split()
+    monkeypatch.setattr(sys, "argv", ["src", *line, "data.image_size=8"])
+    monkeypatch.setattr(cli, "outlive_output", lambda: None)
+    monkeypatch.setattr(cli, "redact_output", lambda: None)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    made = []
+    monkeypatch.setattr(cli, "pretrain", made.append)
+    cli.train()
+    GlobalHydra.instance().clear()
+    cfg = parse(made[0])
+    assert f"-{name}-resnet18" in run_name(cfg)
+    dataset = load(cfg.data)
+    assert (dataset.name, dataset.classes) == (name, ["cat", "dog"])
+    assert (len(dataset.train) + len(dataset.val), len(dataset.test)) == (24, 6)
 
 
 def test_the_table_has_all_data_sets():

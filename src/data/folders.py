@@ -39,7 +39,7 @@ class Files(NamedTuple):
     everything: list[str]
 
 
-def image_folder(root: Path, train_split: str | None = None, test_split: str | None = None) -> Source:
+def image_folder(root: str | Path, train_split: str | None = None, test_split: str | None = None) -> Source:
     """Images in a folder for each split, or all of them in ``root``; each with a folder for each class, or without.
 
     Fewer than two class folders tell nothing apart: such images have no labels.
@@ -52,6 +52,7 @@ def image_folder(root: Path, train_split: str | None = None, test_split: str | N
     Raises:
         UsageError: A folder cannot be read or holds no image, a class has no training image, or a split is missing.
     """
+    root = Path(root).expanduser().resolve()
     seen, began = {str(root)}, time.time()
     folders = _folders_of_splits(root, train_split, test_split)
     splits = {name: _files(folders[name], seen) for name in used_splits(folders, train_split, test_split)}

@@ -61,7 +61,7 @@ def find(cfg: Data) -> Source:
         columns = cfg.image_column or "image", cfg.label_column or "label"
         return parquet(root, *columns, cfg.config, cfg.train_split, cfg.test_split)
     known = "cifar100, cifar10, digits, hub, image_folder, imagenet, imagenette, parquet or stl10"
-    raise UsageError(f"data.name={cfg.name}: unknown; choose {known}")
+    raise UsageError(f"data.name={cfg.name}: unknown; choose {known}, or give it a file of its own (docs/data.md)")
 
 
 def outside(path: str, options: dict[str, Any]) -> Source:
