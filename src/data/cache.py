@@ -111,7 +111,7 @@ def cached(cfg: Data) -> Cache:
     for note in cache.notes:
         log.warning("%s: %s", _where(cfg), note)
     if cache.skipped:
-        log.warning("%d images are left out, first %s", len(cache.skipped), cache.skipped[0])
+        log.warning("images that cannot be read are left out (%d), first %s", len(cache.skipped), cache.skipped[0])
     return cache
 
 
@@ -410,7 +410,8 @@ def _append(file: BinaryIO, path: Path, place: int, contents: Contents, cfg: Dat
                 saved = time.monotonic()
                 if not progress.console.is_terminal:
                     left = (total - tally.images) / rate / 60
-                    log.info("%d of %d images, %.0f images/s, %.0f minutes left", tally.images, total, rate, left)
+                    how_long = f"{left:.0f} min" if left >= 1 else "less than a minute"
+                    log.info("%d of %d images, %.0f images/s, %s left", tally.images, total, rate, how_long)
         saving.result()
 
 
@@ -435,7 +436,12 @@ def _decoded(contents: Contents, cfg: Data, done: int) -> Iterator[Block]:
         images = np.empty((len(pictures), 3, cfg.stored_size, cfg.stored_size), np.uint8)
         aspects = np.empty(len(pictures), np.float32)
         for row, picture in enumerate(pictures):
-            images[row], aspects[row] = _decode(picture, cfg)
+            try:
+                images[row], aspects[row] = _decode(picture, cfg)
+            except UsageError as error:
+                if cfg.on_error == "skip":  # it could be read a moment ago
+                    raise
+                raise UsageError(f"{error}, or set data.on_error=skip") from error
         return Block(images, histogram(images), aspects)
 
     for part in contents.parts().values():

@@ -101,7 +101,7 @@ def _files(folder: Path, seen: set[str]) -> Files:
     by_class = {name: images for name in names if (images := list(filter(_is_image, below[name])))}
     loose = list(filter(_is_image, beside))
     if loose and len(by_class) > 1:
-        log.warning("%s: %d images beside the class folders are left out, first %s", folder, len(loose), loose[0])
+        log.warning("%s: images beside the class folders are left out (%d), first %s", folder, len(loose), loose[0])
         beside, loose = [], []
     files = [*beside, *(path for name in names for path in below[name])]
     images = list(filter(_is_image, files))
@@ -110,7 +110,7 @@ def _files(folder: Path, seen: set[str]) -> Files:
             f"{folder}: holds no images ({' '.join(SUFFIXES)}), in class folders or without; set data.root"
         )
     if others := [path for path in files if not _is_image(path)]:
-        log.warning("%s: %d files that are not images are left out, first %s", folder, len(others), others[0])
+        log.warning("%s: files that are not images are left out (%d), first %s", folder, len(others), others[0])
     return Files(folder, {} if loose else by_class, images)
 
 

@@ -236,10 +236,12 @@ def refuse_unfillable(cfg: Config, images: int, filled: bool = False) -> None:
     if cfg.support.name == "evolving":
         name, size = "support.start", getattr(cfg.support, "start", None)
     if size is not None and size > seen and not (filled and key == "epochs"):
-        raise UsageError(
-            f"{name}={size}: is never filled, because the last batch of {key}={epochs} comes after {seen} embeddings; "
-            f"set {name} lower or {key} higher"
-        )
+        why = f"only {seen} embeddings are seen before the last batch of epochs={epochs}"
+        if key != "epochs":
+            often = "epoch" if epochs == 1 else f"{epochs} epochs"
+            why = f"prototypes start anew every {often} ({key}), and only {seen} embeddings are seen in that time"
+        lower = f"{name} lower" if seen else "batch_size lower"
+        raise UsageError(f"{name}={size}: is never filled, because {why}; set {lower} or {key} higher")
 
 
 def warn_of_doubtful(cfg: Config, images: int) -> None:

@@ -42,7 +42,7 @@ def test_what_cannot_be_read_is_refused_or_skipped_and_counted(config, folder, c
     with caplog.at_level(logging.WARNING):
         dataset = load(config("image_folder", folder, final=True, on_error="skip"))
     assert dataset.skipped == 1
-    assert f"1 images are left out, first {folder / 'train/a' / name}: " in caplog.text
+    assert f"images that cannot be read are left out (1), first {folder / 'train/a' / name}: " in caplog.text
     assert len(dataset.train.labels) == 8
     caplog.clear()
     assert load(config("image_folder", folder, final=True, on_error="skip")).skipped == 1, "from the cache too"
@@ -142,7 +142,7 @@ def test_files_that_are_no_images_are_counted(config, folder, caplog):
     (folder / "train/b/scan.xcf").write_text("x")
     (folder / "train/b/.DS_Store").write_text("x")
     load(config("image_folder", folder))
-    assert f"{folder / 'train'}: 2 files that are not images are left out, first" in caplog.text
+    assert f"{folder / 'train'}: files that are not images are left out (2), first" in caplog.text
 
 
 def test_a_shard_that_is_a_pipe_is_not_waited_for(config, tmp_path):

@@ -158,7 +158,7 @@ def test_images_beside_class_folders_are_left_out_aloud(config, tmp_path, caplog
     root = write_folder(tmp_path / "images", {"a": 10, "b": 10})
     write_flat(root, 3)
     assert sizes(load(config("image_folder", root, final=True))) == {"train": 16, "test": 4, "probe": 16}
-    assert f"{root}: 3 images beside the class folders are left out, first {root / '000.png'}" in caplog.text
+    assert f"{root}: images beside the class folders are left out (3), first {root / '000.png'}" in caplog.text
 
 
 def test_two_spellings_of_a_split_are_refused(config, tmp_path):

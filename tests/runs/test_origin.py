@@ -87,7 +87,7 @@ def test_a_support_set_that_is_filled_by_another_run_need_not_be_filled_again(ru
     first = run("method=nnclr", "queue_size=128", "epochs=3")
     assert Record.load(run("method=nnclr", "queue_size=128", f"init={first}")).status == "FINISHED"
     first = run("method=kmclr", "k=65", "epochs=3", "support.forget=none")
-    with pytest.raises(UsageError, match=r"k=65: is never filled, .* of support.forget_every=1 comes"):
+    with pytest.raises(UsageError, match=r"k=65: is never filled, .* every epoch \(support.forget_every\)"):
         run("method=kmclr", "k=65", f"init={first}", "epochs=3", "support.forget_every=1")
 
 

@@ -744,11 +744,15 @@ def test_a_stem_that_keeps_every_pixel_of_a_large_image_is_warned_of(caplog, siz
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["method=nnclr", "queue_size=321"], "queue_size=321: is never filled, because the last batch of epochs=2"),
+        (
+            ["method=nnclr", "queue_size=321"],
+            "queue_size=321: is never filled, because only 320 embeddings are seen before the last batch of epochs=2; set q",
+        ),
         (
             ["method=kmclr", "k=129", "support.forget_every=1"],
-            "k=129: .* of support.forget_every=1 comes after 128 emb",
+            "k=129: .* prototypes start anew every epoch .*, and only 128 embeddings are seen in that time; set k lower",
         ),
+        (["epochs=1", "batch_size=200", "k=5"], "only 0 embeddings .*; set batch_size lower or epochs higher"),
         (["method=kmclr", "k=321", "support.forget_every=5"], "k=321: is never filled"),
         (["method=kmclr", "k=321", "support.forget=none"], "k=321: is never filled"),
         (["support=evolving", "support.start=321"], "support.start=321: is never filled"),
