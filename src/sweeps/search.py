@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from src.config import identity
-from src.errors import UsageError
+from src.errors import Diverged, UsageError
 from src.runs.record import RECORD
 from src.sweeps.dry_run import preview
 from src.sweeps.grid import SWEPT, GridSweeper, refuse_unused
 from src.sweeps.jobs import Job, values
 from src.sweeps.sweep import Sweep
-from src.system.stopping import PRUNED, is_stop
+from src.system.stopping import PRUNED
 
 if TYPE_CHECKING:
     from src.sweeps.optuna_study import Study
@@ -121,9 +121,12 @@ class StudySweeper(GridSweeper):
 
 
 def _conclude(study: Study, job: Job) -> None:
+    """End a trial that would end again as it did; any other stays open, and the next command takes it up."""
     assert job.trial is not None
     value = job.record.metrics.get("val/knn_top1", math.nan) if job.is_finished and job.record else math.nan
     if math.isfinite(value):
         study.conclude(job.trial, "COMPLETE", value)
-    elif not is_stop(job.status):  # which stays open, and the next command continues it
-        study.conclude(job.trial, "PRUNED" if job.status == PRUNED else "FAIL")
+    elif job.status == PRUNED:
+        study.conclude(job.trial, "PRUNED")
+    elif job.cfg is None or job.is_finished or job.status == Diverged.status:
+        study.conclude(job.trial, "FAIL")

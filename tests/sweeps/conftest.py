@@ -1,4 +1,28 @@
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import flag_override
+
+from src.sweeps.jobs import Composer
+from tests.config.test_schema import CONF
+
+
+@pytest.fixture
+def as_hydra_does():
+    """Gives a sweeper what Hydra gives it for ``python -m src.train --multirun OVERRIDES``."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+
+        def set_up(sweeper, *overrides):
+            base = loader.load_configuration("train", list(overrides), run_mode=RunMode.MULTIRUN)
+            with flag_override(base.hydra, ["struct", "readonly"], False):
+                base.hydra.job.config_name = "train"
+                base.hydra.overrides.hydra = []
+            sweeper.config, sweeper.compose = base, Composer(loader, base)
+            return sweeper
+
+        yield set_up
 
 
 @pytest.fixture

@@ -1,30 +1,17 @@
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.types import RunMode
-from omegaconf import flag_override
 
 from src.data.cache import fingerprint
 from src.errors import UsageError
 from src.sweeps.dry_run import preview
 from src.sweeps.grid import GridSweeper
 from src.sweeps.jobs import Composer
-from tests.config.test_schema import CONF
 from tests.data.layouts import write_set
 
 
 @pytest.fixture
-def sweeper():
-    """A grid sweeper as Hydra makes it for ``python -m src.train --multirun dry_run=true``."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        base = loader.load_configuration("train", ["dry_run=true"], run_mode=RunMode.MULTIRUN)
-        with flag_override(base.hydra, ["struct", "readonly"], False):
-            base.hydra.job.config_name = "train"
-            base.hydra.overrides.hydra = []
-        made = GridSweeper(params={})
-        made.config, made.compose = base, Composer(loader, base)
-        yield made
+def sweeper(as_hydra_does):
+    """Of a dry run."""
+    return as_hydra_does(GridSweeper(params={}), "dry_run=true")
 
 
 def sizes(jobs):

@@ -1,0 +1,70 @@
+"""A search without its jobs' processes: what stands in for the launcher ends each job as the test says."""
+
+import pytest
+
+from src.runs.record import Record
+from src.sweeps import optuna_study
+from src.sweeps.search import StudySweeper
+
+SPACE = {"k": "choice(10,20,30,40,50,60)"}
+FIXED = ["data=digits", "backbone=resnet_tiny", "tracking=jsonl"]
+
+
+class Launcher:
+    """Ends jobs, in the order in which they are asked for, with the statuses; 0 leaves the result of a run.
+
+    Args:
+        statuses: of jobs; when there are no more, no other is asked for.
+        status: that of whatever stopped the sweep.
+    """
+
+    def __init__(self, *statuses, status=0):
+        self.statuses, self.status, self.ran = statuses, status, []
+
+    def run(self, sweep, jobs, swept, at_a_time):
+        self.folder = sweep.directory
+        for status, job in zip(self.statuses, jobs, strict=False):
+            self.ran.append(job.trial)
+            job.error, job.status = "as the test says" if status else "", status
+            if status == 0:
+                record = Record.new(job.directory.name, "study")
+                record.status, record.metrics = "FINISHED", {"val/knn_top1": float(job.cfg.k)}
+                record.tags["config_hash"] = job.directory.name.rpartition("-")[2]
+                job.directory.mkdir(parents=True)
+                record.save(job.directory)
+            yield job
+
+
+@pytest.fixture
+def search(as_hydra_does, cache_dir, tmp_path, monkeypatch):
+    """Types a search; its exit status, and what has stood in for the launcher."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(launcher, *arguments, trials=3, space=SPACE):
+        sweeper = as_hydra_does(StudySweeper(trials=trials, pruner="none", seed=0, params=space))
+        sweeper.launcher, sweeper.prepare = launcher, lambda: None
+        with pytest.raises(SystemExit) as end:
+            sweeper.sweep([*FIXED, f"data.cache_dir={cache_dir}", *arguments])
+        return end.value.code
+
+    return run
+
+
+def states(launcher):
+    study = optuna_study._open(launcher.folder)
+    return [trial.state.name for trial in study.trials]
+
+
+@pytest.fixture(autouse=True)
+def _without_a_table(monkeypatch):
+    """Its rows are of runs that these jobs do not leave."""
+    monkeypatch.setattr("src.sweeps.sweep.summarise", lambda records: ([], []))
+
+
+def test_a_trial_whose_job_may_end_otherwise_is_taken_up_again_and_no_other(search):
+    first, second = Launcher(74, -9, 2, 65), Launcher(0, 0, 0)
+    assert search(first, trials=4) == 1
+    assert states(first) == ["RUNNING"] * 3 + ["FAIL"]
+    assert search(second, trials=4) == 1
+    assert second.ran == [0, 1, 2]
+    assert states(second) == ["COMPLETE"] * 3 + ["FAIL"]
