@@ -117,6 +117,8 @@ class StudySweeper(GridSweeper):
                 print(f"best: trial {best[0]}, val/knn_top1 {best[1]:.2f}, {study.points()[best[0]]}", flush=True)
             if exhausted:
                 raise exhausted[0]
+            if self.launcher.status and len(sweep.jobs) < self.trials:  # the last of its jobs may have ended by itself
+                sys.exit(self.launcher.status)
         sys.exit(sweep.status)
 
 

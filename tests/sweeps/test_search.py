@@ -68,3 +68,10 @@ def test_a_trial_whose_job_may_end_otherwise_is_taken_up_again_and_no_other(sear
     assert search(second, trials=4) == 1
     assert second.ran == [0, 1, 2]
     assert states(second) == ["COMPLETE"] * 3 + ["FAIL"]
+
+
+def test_a_search_whose_time_is_up_says_so_where_its_last_job_has_ended_by_itself(search):
+    launcher = Launcher(0, status=75)
+    assert search(launcher, trials=2) == 75
+    assert Record.load(launcher.folder).status == "KILLED"
+    assert search(Launcher(0, status=75), trials=2) == 0
