@@ -1,6 +1,7 @@
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from src.config.parse import parse
 from src.data.augment import ViewMaker
 from src.errors import UsageError
 from src.runs.record import Record
+from src.sweeps.launcher import JobLauncher
 from src.training import optim
 from tests.conftest import ELSEWHERE, PROJECT
 
@@ -380,6 +382,34 @@ def test_known_keys_reach_into_every_support_set():
 )
 def test_what_hydra_leaves_to_the_sweeper(typed, given):
     assert cli._for_the_sweeper(typed) == given
+
+
+def test_jobs_are_composed_of_the_files_that_the_sweep_is_composed_of(typed, cache_dir, tmp_path, monkeypatch, capsys):
+    shutil.copytree(cli.CONF, tmp_path / "conf")
+    for name, text in {
+        "conf/seven.yaml": "defaults: [train, _self_]\nseed: 7",
+        "mine/nine.yaml": "defaults: [seven, _self_]\nepochs: 9",
+        "more/augment/none.yaml": "defaults: [symmetric]\ninterpolation: bilinear",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    commands = []
+
+    def run(self, sweep, jobs, swept, at_a_time):
+        self.sweep = sweep
+        commands.extend(self.command(job) for job in jobs)
+        return iter(())
+
+    monkeypatch.setattr(JobLauncher, "run", run)
+    files = [f"--config-path={tmp_path}/conf", "--config-dir=mine", "--config-name=nine", "--multirun"]
+    files.append(f"hydra.searchpath=[file://{tmp_path}/more]")
+    settings = ["data=digits", f"data.cache_dir={cache_dir}", "tracking=jsonl", "augment=none"]
+    status, said = typed(cli.train, *files, *settings, "k=5")
+    assert status == 1, said
+    ((_, _, _, *job),) = commands
+    monkeypatch.setattr(sys, "argv", ["src", "--cfg", "job", *job])
+    cli.train()
+    assert {"seed: 7", "epochs: 9", "  interpolation: bilinear", "k: 5"} <= set(capsys.readouterr().out.splitlines())
 
 
 def test_a_traceback_can_be_asked_for(command):

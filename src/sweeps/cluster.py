@@ -8,7 +8,6 @@ longer has the job.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from abc import abstractmethod
@@ -147,7 +146,7 @@ class ClusterLauncher(JobLauncher):
             Path.cwd(),
             self._file(job, "log").resolve(),
             self._file(job, "status").resolve(),
-            dict(os.environ),
+            self.environment(),
         )
 
     def _file(self, job: Job, kind: str) -> Path:

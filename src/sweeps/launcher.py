@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -21,6 +22,9 @@ from src.sweeps.bars import Bars
 from src.sweeps.jobs import Job
 from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED, Stopper, is_stop
+
+CONF = Path(__file__).parents[2] / "conf"
+TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR", "0")  # what the user says of them; cli.py then sets it for Hydra's sake
 
 
 def refuse_foreign_sweeper(hydra: Any) -> None:
@@ -49,9 +53,15 @@ class JobLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:  # noqa: ARG002
         refuse_foreign_sweeper(config.hydra)
-        self.config = config
-        sources = config.hydra.runtime.config_sources
-        self.config_dir = [f"--config-dir={each.path}" for each in sources if each.provider == "command-line"]
+        self.config, hydra = config, config.hydra
+        flags = {"main": "--config-path", "command-line": "--config-dir"}
+        sources = [each for each in hydra.runtime.config_sources if each.path != str(CONF) and each.provider in flags]
+        name = hydra.job.config_name
+        self.files = [  # of which jobs are composed
+            *(f"{flags[each.provider]}={each.path}" for each in sources),
+            *([] if name == "train" else [f"--config-name={name}"]),
+            *(each for each in hydra.overrides.hydra if each.startswith("hydra.searchpath=")),
+        ]
         self.status = 0  # that of whatever stopped the sweep
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> NoReturn:
@@ -108,7 +118,11 @@ class JobLauncher(Launcher):
 
     def command(self, job: Job) -> list[str]:
         """What a user would type for the job alone, and what the sweep tells it."""
-        return [sys.executable, "-m", "src.train", *self.config_dir, *job.overrides, *self.sweep.overrides(job)]
+        return [sys.executable, "-m", "src.train", *self.files, *job.overrides, *self.sweep.overrides(job)]
+
+    def environment(self) -> dict[str, str]:
+        """The variables of a job."""
+        return os.environ | {"HYDRA_FULL_ERROR": TRACEBACKS}
 
     def say(self, job: Job, what: str) -> None:
         """Print a line about a job."""

@@ -84,7 +84,7 @@ class LocalLauncher(JobLauncher):
             stdin=subprocess.DEVNULL,
             stdout=None if self.prints else log,
             stderr=log,
-            env=os.environ | self._share(slot),
+            env=self.environment() | self._share(slot),
             # Apart from the terminal's group: Ctrl-C reaches a job through the launcher, once.
             start_new_session=True,
             preexec_fn=end_with_parent,

@@ -14,9 +14,10 @@ def jobs_of(*lines):
     return [Job(line.split(), None, Path(line.split()[0])) for line in lines]
 
 
-def run(launcher, jobs, at_a_time=None, max_minutes=None, swept=("k",)):
+def run(launcher, jobs, at_a_time=None, max_minutes=None, swept=("k",), **settings):
     """Yields the jobs in the order in which they end."""
-    config = {"max_minutes": max_minutes, "hydra": {"runtime": {"config_sources": []}, "sweeper": {"_target_": OURS}}}
+    hydra = {"job": {"config_name": "train"}, "runtime": {"config_sources": []}, "overrides": {"hydra": []}}
+    config = {"max_minutes": max_minutes, **settings, "hydra": {**hydra, "sweeper": {"_target_": OURS}}}
     launcher.setup(hydra_context=None, task_function=None, config=OmegaConf.create(config))
     sweep = SimpleNamespace(directory=Path("sweep"), overrides=lambda job: [])
     yield from launcher.run(sweep, jobs, set(swept), at_a_time or launcher.at_a_time)

@@ -8,14 +8,13 @@ import sys
 import time
 
 import pytest
-from omegaconf import OmegaConf
 
 from src.errors import UsageError
 from src.sweeps import cluster
 from src.sweeps import slurm as slurm_module
 from src.sweeps.slurm import SlurmLauncher
 from src.sweeps.worker import Work, as_rank
-from tests.sweeps.launching import OURS, jobs_of, run
+from tests.sweeps.launching import jobs_of, run
 
 pytest.importorskip("submitit")
 
@@ -108,10 +107,8 @@ def test_a_scancel_that_fails_ends_no_sweep(monkeypatch, fails):
 
 
 def test_to_begin_anew_is_refused_where_the_same_command_waits_for_its_jobs(slurm):
-    hydra = {"runtime": {"config_sources": []}, "sweeper": {"_target_": OURS}}
-    anew = OmegaConf.create({"max_minutes": None, "resume": "never", "hydra": hydra})
     with pytest.raises(UsageError, match="resume=never: SLURM may start a job again"):
-        launcher().setup(hydra_context=None, task_function=None, config=anew)
+        list(run(launcher(), jobs_of("k=a"), resume="never"))
 
 
 def test_a_failing_sacct_leaves_no_job_waiting(slurm):

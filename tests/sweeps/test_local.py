@@ -64,6 +64,13 @@ def test_the_threads_to_share_are_what_openmp_would_use(monkeypatch, told, threa
     assert local._threads() == threads
 
 
+def test_a_job_has_tracebacks_only_where_the_user_asks_for_them(program, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as cli.py does
+    (program / "src" / "train.py").write_text("import os; open('said', 'w').write(os.environ['HYDRA_FULL_ERROR'])")
+    list(run(LocalLauncher(1), jobs_of("k=a")))
+    assert (program / "said").read_text() == "0"
+
+
 def test_when_the_time_is_up_no_other_starts(program):
     launcher = LocalLauncher(1)
     first, second = jobs_of("k=a status=75 sleep=0.3", "k=b status=0")
