@@ -6,7 +6,7 @@ import math
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -152,6 +152,11 @@ class GridSweeper(Sweeper):
                 job.error, job.status = "not started: the sweep was stopped", self.launcher.status
 
 
+def plain(key: str, there: Container[str]) -> str:
+    """A key as it is, also of ``++key=value``, which replaces what is there."""
+    return bare if (bare := key.removeprefix("++")) in there else key
+
+
 def refuse_unused(jobs: Sequence[Job]) -> None:
     """Raise a `UsageError` for a key that every job passed over."""
     unused = [set(job.passed_over) for job in jobs if job.cfg]
@@ -170,7 +175,8 @@ def alternatives(union: Sequence[Grid], params: Grid, given: Grid, methods: Sequ
         methods: of each alternative; none where it leaves that to the command line.
     """
     theirs = {key for grid in union for key in grid} - {"method"}
-    given = {new if (new := new_name(key)) in theirs else key: each for key, each in given.items()}
+    there = theirs | params.keys() | given.keys()
+    given = {new if (new := new_name(key)) in theirs else plain(key, there): each for key, each in given.items()}
     for grid, names in zip(union, methods, strict=True):
         chosen = [each for each in names if each in given.get("method", names)]
         if names and not chosen:

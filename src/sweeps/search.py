@@ -11,7 +11,7 @@ from src.config import identity
 from src.errors import Diverged, UsageError
 from src.runs.record import RECORD
 from src.sweeps.dry_run import preview
-from src.sweeps.grid import SWEPT, GridSweeper, refuse_unused
+from src.sweeps.grid import SWEPT, GridSweeper, plain, refuse_unused
 from src.sweeps.jobs import Job, values
 from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED
@@ -48,7 +48,8 @@ class StudySweeper(GridSweeper):
         parsed = self.compose.parser.parse_overrides(
             [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         )
-        overrides = {each.get_key_element(): each for each in parsed}
+        keys = {each.get_key_element() for each in parsed}
+        overrides = {plain(each.get_key_element(), keys): each for each in parsed}
         fixed = [f"{key}={only[0]}" for key, each in overrides.items() if (only := values(each)) and len(only) == 1]
         drawn = [each for each in overrides.values() if len(values(each) or ()) != 1]
         space = studies.space(drawn, self.config)

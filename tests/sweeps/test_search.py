@@ -75,3 +75,15 @@ def test_a_search_whose_time_is_up_says_so_where_its_last_job_has_ended_by_itsel
     assert search(launcher, trials=2) == 75
     assert Record.load(launcher.folder).status == "KILLED"
     assert search(Launcher(0, status=75), trials=2) == 0
+
+
+def test_a_key_with_plus_signs_replaces_a_distribution(search):
+    launcher = Launcher(0, 0)
+    assert search(launcher, "++k=10,20", trials=2) == 0
+    assert sorted(Record.load(path).name.split("-")[1] for path in launcher.folder.parent.glob("kmclr-*")) == [
+        "k10",
+        "k20",
+    ]
+    fixed = Launcher(0, 0)
+    assert search(fixed, "++k=10", trials=2, space=SPACE | {"epochs": "choice(1,2,3)"}) == 0
+    assert len(list(fixed.folder.parent.glob("kmclr-k10-*"))) == 3

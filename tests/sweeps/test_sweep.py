@@ -40,6 +40,20 @@ def test_the_command_line_replaces_values_where_they_belong():
     assert {tuple(grid["seed"]) for grid in (simclr, nnclr, kmclr)} == {("3",)}
 
 
+@pytest.mark.parametrize(
+    ("given", "k", "seed"),
+    [
+        ({"++k": ["7"], "++seed": ["3"]}, ["7"], ["3"]),
+        ({"k": ["20", "30"], "++k": ["7"]}, ["7"], ["0", "1"]),
+        ({"++k": ["7"], "k": ["20", "30"]}, ["20", "30"], ["0", "1"]),
+    ],
+)
+def test_a_key_with_plus_signs_replaces_values_too(given, k, seed):
+    simclr, _, kmclr = grids(given, {"seed": ["0", "1"]})
+    assert kmclr == {"method": ["kmclr"], "k": k, "seed": seed}
+    assert simclr == {"method": ["simclr"], "seed": seed}
+
+
 def test_the_command_line_chooses_among_methods():
     assert [grid["method"] for grid in grids({"method": ["kmclr", "simclr"]})] == [["simclr"], ["kmclr"]]
 
