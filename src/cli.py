@@ -41,7 +41,7 @@ from src.system.environment import is_rank
 from src.system.output import lost_output, outlive_output, printable
 from src.system.redact import one_line, redact, redact_output
 
-OF_THE_SWEEP = ("jobs", "dry_run", "max_minutes")  # keys that concern a sweep as a whole
+OF_THE_SWEEP = ("jobs", "dry_run", "max_minutes", "resume")  # keys that concern a sweep as a whole
 LONGEST = 600  # characters of a line for people
 _LACKS_MEMORY = re.compile(
     "MemoryError|out of memory|(can't|cannot) allocate memory|bad_alloc|failed to map segment|can't start new thread",

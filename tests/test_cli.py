@@ -372,6 +372,7 @@ def test_known_keys_reach_into_every_support_set():
         ("tracking.experiment='a, b'", "tracking.experiment=choice('a, b')"),
         ("data.limit=null", "data.limit=null"),
         ("jobs=2", "jobs=2"),
+        ("resume=never", "resume=never"),
         ("hydra/launcher=slurm", "hydra/launcher=slurm"),
         ("hydra.launcher.partition=gpu", "hydra.launcher.partition=gpu"),
         ("+sweep=support_size", "+sweep=support_size"),
