@@ -71,7 +71,7 @@ class Sweep:
             status = outcome if kind is None else status
         finally:
             self.tracker.close(status)
-            self.held.close()
+            self.held.__exit__(*sys.exc_info())  # which says what a disk has refused
 
     def _conclude(self) -> Status:
         finished = [job for job in self.jobs if job.is_finished]

@@ -9,9 +9,13 @@ import time
 
 import pytest
 
+from src.errors import CannotWrite
+from src.runs.directory import is_held
 from src.runs.record import Record
 from src.sweeps.grid import alternatives
+from src.sweeps.sweep import Sweep
 from src.system.stopping import is_stop
+from tests.config.test_schema import parsed
 from tests.conftest import ELSEWHERE
 from tests.sweeps.test_jobs import sets
 
@@ -86,6 +90,28 @@ def test_two_sets_are_swept_and_both_are_known_again(command, small, tmp_path):
     assert len(folders(tmp_path, "simclr")) == 2
     assert "2 jobs, 2 finished already" in command("src.train", *arguments).stdout
     assert "2 jobs, 0 to run" in command("src.train", *arguments, "dry_run=true").stdout
+
+
+@pytest.fixture
+def a_sweep(tmp_path, monkeypatch):
+    """Without jobs, in the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+    return Sweep("grid", ["identity"], [], parsed("tracking=jsonl").tracking)
+
+
+def test_what_a_disk_refuses_a_sweep_is_said_and_continues(a_sweep):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(CannotWrite, match="Is a directory; mend that, and the same command continues"), a_sweep:
+        a_sweep.directory.open("w")
+    assert Record.load(a_sweep.directory).status == "FAILED"
+    assert not is_held(a_sweep.directory)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_table_that_finds_no_room_is_said_too(a_sweep, monkeypatch):
+    monkeypatch.setattr(a_sweep, "_conclude", lambda: a_sweep.directory.write_text(""))
+    with pytest.raises(CannotWrite, match="Is a directory"), a_sweep:
+        pass
 
 
 def folders(path, prefix=""):
