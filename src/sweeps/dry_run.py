@@ -8,6 +8,7 @@ from typing import Any
 
 from src.config import identity
 from src.config.schema import Config
+from src.errors import UsageError
 from src.runs import directory as run_directory
 from src.runs.record import Record, records_below
 
@@ -21,8 +22,11 @@ def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
     finished = _seconds_an_epoch()
     for number, cfg in enumerate(cfgs):
         directory = run_directory.choose(cfg) if cfg.data.fingerprint else Path(identity.run_name(cfg))
-        record = Record.find(directory) if cfg.data.fingerprint else None
-        state, estimate = record.status.lower() if record else "to do", ""
+        try:
+            record = Record.find(directory) if cfg.data.fingerprint else None
+            state, estimate = record.status.lower() if record else "to do", ""
+        except UsageError:
+            record, state, estimate = None, "damaged", ""
         if not (record and record.status == "FINISHED"):
             todo += 1
             alike = _alike(identity.flat(cfg))

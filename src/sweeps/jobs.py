@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -47,8 +48,10 @@ class Job:
 
     @property
     def record(self) -> Record | None:
-        """What its folder says of it; None before its start."""
-        return Record.find(self.directory) if self.cfg else None
+        """What its folder says of it; None before its start, and where that is damaged, of which a job says more."""
+        with suppress(UsageError):
+            return Record.find(self.directory) if self.cfg else None
+        return None
 
     @property
     def reason(self) -> str:
@@ -57,7 +60,9 @@ class Job:
 
     @property
     def is_finished(self) -> bool:
-        return self.cfg is not None and run_directory.is_finished(self.directory, self.cfg)
+        with suppress(UsageError):  # as `record`
+            return self.cfg is not None and run_directory.is_finished(self.directory, self.cfg)
+        return False
 
 
 class Composer:

@@ -147,3 +147,11 @@ def test_a_dry_run_decodes_nothing_and_names_what_it_does_not_know(sweeper, on_i
 def test_an_experiment_is_asked_for_its_method_and_not_for_its_images(sweeper, monkeypatch):
     monkeypatch.setattr("src.sweeps.jobs.fingerprint", lambda _: pytest.fail("looked for images"))
     assert sweeper._methods({"experiment": ["original_nnclr"]}) == ["nnclr"]
+
+
+def test_a_damaged_record_stops_no_other_job(sweeper, on_images, tmp_path):
+    damaged, other = sweeper.jobs([*on_images, sets(tmp_path, 0), "seed=0,1"])
+    damaged.directory.mkdir(parents=True)
+    (damaged.directory / "run.json").write_text("garbage")
+    assert [(job.record, job.is_finished) for job in (damaged, other)] == [(None, False)] * 2
+    assert [line.split()[1] for line in preview([damaged.cfg, other.cfg], 1).splitlines()] == ["damaged", "to", "jobs,"]
