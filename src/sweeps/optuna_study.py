@@ -10,14 +10,13 @@ import logging
 import os
 import sqlite3
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override, Transformer
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 
 from src.errors import UsageError
 from src.system.redact import one_line
@@ -31,10 +30,14 @@ ATTEMPTS = 100
 logger = logging.getLogger(__name__)
 
 
-def space(overrides: Sequence[Override], base: DictConfig) -> dict[str, Any]:
+def space(overrides: Sequence[Override], whole: Container[str]) -> dict[str, Any]:
     """The distribution of each key that is not fixed: choices, ``range``, ``interval``, ``tag(log, interval)``.
 
-    As everywhere in Hydra a ``range`` excludes its end, and a key that holds an integer gets integers.
+    As everywhere in Hydra a ``range`` excludes its end.
+
+    Args:
+        overrides: those that sweep.
+        whole: the keys that hold integers, and get them.
 
     Raises:
         UsageError: a choice or an interval that Optuna cannot draw from.
@@ -45,7 +48,7 @@ def space(overrides: Sequence[Override], base: DictConfig) -> dict[str, Any]:
             key = override.get_key_element()
             try:
                 with _quiet():
-                    drawn[key] = _distribution(override, isinstance(OmegaConf.select(base, key), int))
+                    drawn[key] = _distribution(override, key in whole)
             except (HydraException, ValueError) as error:
                 raise UsageError(f"{override.input_line}: Optuna cannot draw from that ({error})") from None
     return drawn
@@ -81,6 +84,11 @@ def numbers(low: float, high: float, step: float | None = None, log: bool = Fals
     if whole:
         return known.IntUniformDistribution(low, high, step or 1)
     return known.DiscreteUniformDistribution(low, high, step) if step else known.UniformDistribution(low, high)
+
+
+def first(space: Mapping[str, Any]) -> list[str]:
+    """A point of the space: of each key the lowest number, or the first choice."""
+    return [f"{key}={each.low if hasattr(each, 'low') else each.choices[0]}" for key, each in space.items()]
 
 
 class Study:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
-from src.config import identity
+from src.config import identity, schema
 from src.errors import Diverged, UsageError
 from src.runs.record import RECORD
 from src.sweeps.dry_run import preview
@@ -52,8 +53,11 @@ class StudySweeper(GridSweeper):
         overrides = {plain(each.get_key_element(), keys): each for each in parsed}
         fixed = [f"{key}={only[0]}" for key, each in overrides.items() if (only := values(each)) and len(only) == 1]
         drawn = [each for each in overrides.values() if len(values(each) or ()) != 1]
-        space = studies.space(drawn, self.config)
+        space = studies.space(drawn, set(whole_numbers()))
         base = self.compose(fixed)
+        if not base.cfg:  # what is fixed may be at odds with the defaults of what is drawn
+            base = self.compose([*fixed, *studies.first(space)])
+        base.passed_over = [key for key in base.passed_over if key not in space]
         refuse_unused([base])
         if not space:
             raise UsageError("hydra.sweeper.params: every setting is fixed; give one an interval or choices")
@@ -121,6 +125,19 @@ class StudySweeper(GridSweeper):
             if self.launcher.status and len(sweep.jobs) < self.trials:  # the last of its jobs may have ended by itself
                 sys.exit(self.launcher.status)
         sys.exit(sweep.status)
+
+
+def whole_numbers(node: type = schema.Config, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of every setting that holds an integer, in whichever option."""
+    kinds = get_type_hints(node)
+    options: dict[str, Mapping[str, Any]] = {"support": schema.SUPPORTS, "objective": schema.OBJECTIVES}
+    for each in fields(node):
+        key = f"{prefix}{each.name}"
+        for kind in options[key].values() if key in options else [kinds[each.name]]:
+            if is_dataclass(kind):
+                yield from whole_numbers(cast(type, kind), f"{key}.")
+            elif kind in (int, int | None):
+                yield key
 
 
 def _conclude(study: Study, job: Job) -> None:

@@ -4,28 +4,27 @@ from functools import partial
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution
 
 from src.errors import UsageError
 from src.sweeps import optuna_study
 
 
-def space(*overrides, **base):
-    return optuna_study.space(OverridesParser.create().parse_overrides(list(overrides)), OmegaConf.create(base))
+def space(*overrides, whole=()):
+    return optuna_study.space(OverridesParser.create().parse_overrides(list(overrides)), whole)
 
 
 def test_a_range_excludes_its_end_and_whole_keys_get_whole_numbers():
-    assert space("k=range(1,10)", k=400) == {"k": optuna_study.numbers(1, 9)}
-    assert space("k=interval(5,60)", k=400) == {"k": optuna_study.numbers(5, 60)}
-    assert space("k=tag(log,interval(5,60))", k=400) == {"k": optuna_study.numbers(5, 60, log=True)}
+    assert space("k=range(1,10)", whole={"k"}) == {"k": optuna_study.numbers(1, 9)}
+    assert space("k=interval(5,60)", whole={"k"}) == {"k": optuna_study.numbers(5, 60)}
+    assert space("k=tag(log,interval(5,60))", whole={"k"}) == {"k": optuna_study.numbers(5, 60, log=True)}
     assert space("k=int(interval(5,60))") == {"k": optuna_study.numbers(5, 60)}
-    assert space("lr=interval(1,2)", lr=0.5) == {"lr": optuna_study.numbers(1.0, 2.0)}
+    assert space("lr=interval(1,2)") == {"lr": optuna_study.numbers(1.0, 2.0)}
     assert space("lr=range(0.5,2,0.5)") == {"lr": optuna_study.numbers(0.5, 1.5, 0.5)}
     assert space("lr=float(range(1,4))") == {"lr": optuna_study.numbers(1.0, 3.0, 1.0)}
     assert space("k=range(10,1,-3)") == {"k": optuna_study.numbers(4, 10, 3)}
     assert space("f=a,b", "seed=3") == {"f": CategoricalDistribution(("a", "b"))}
-    assert space("b=true,false", b=True) == {"b": CategoricalDistribution((True, False))}
+    assert space("b=true,false") == {"b": CategoricalDistribution((True, False))}
 
 
 def test_numbers_have_the_names_that_this_optuna_knows():
@@ -33,6 +32,11 @@ def test_numbers_have_the_names_that_this_optuna_knows():
     names = [type(optuna_study.numbers(*each)).__name__.removesuffix("Distribution") for each in asked]
     since_3 = ["Int", "Float", "Float", "Int", "Float"]
     assert names in (["IntUniform", "Uniform", "DiscreteUniform", "IntLogUniform", "LogUniform"], since_3)
+
+
+def test_a_first_point_is_the_lowest_of_each():
+    drawn = space("k=tag(log,interval(5,60))", "lr=interval(0.5,2)", "f=shuffle(b,a)", whole={"k"})
+    assert optuna_study.first(drawn) == ["k=5", "lr=0.5", "f=b"]
 
 
 def test_shuffling_changes_no_space():

@@ -2,9 +2,10 @@
 
 import pytest
 
+from src.errors import UsageError
 from src.runs.record import Record
 from src.sweeps import optuna_study
-from src.sweeps.search import StudySweeper
+from src.sweeps.search import StudySweeper, whole_numbers
 
 SPACE = {"k": "choice(10,20,30,40,50,60)"}
 FIXED = ["data=digits", "backbone=resnet_tiny", "tracking=jsonl"]
@@ -87,3 +88,20 @@ def test_a_key_with_plus_signs_replaces_a_distribution(search):
     fixed = Launcher(0, 0)
     assert search(fixed, "++k=10", trials=2, space=SPACE | {"epochs": "choice(1,2,3)"}) == 0
     assert len(list(fixed.folder.parent.glob("kmclr-k10-*"))) == 3
+
+
+def test_the_keys_of_whole_numbers_are_those_of_the_schema():
+    whole = set(whole_numbers())
+    assert whole >= {"k", "queue_size", "data.limit", "support.refit_window", "objective.neighbours", "projector.out"}
+    assert not whole & {"support.half_life", "schedule.warmup_epochs", "optimizer.lr", "compile", "projector.hidden"}
+
+
+def test_settings_that_are_at_odds_with_a_default_only_are_searched(search):
+    launcher = Launcher(0)
+    fixed = ["support.refit=faiss", "support.refit_window=100"]
+    assert search(launcher, *fixed, "k=interval(10,50)", trials=1, space={}) == 0
+    assert states(launcher) == ["COMPLETE"]
+    with pytest.raises(UsageError, match="must hold k=200"):
+        search(launcher, *fixed, "k=interval(200,300)", trials=1, space={})
+    with pytest.raises(UsageError, match="suport"):
+        search(launcher, *fixed, "k=interval(10,50)", "suport.metric=euclidean", trials=1, space={})
