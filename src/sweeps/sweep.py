@@ -6,11 +6,14 @@ However a sweep ends, one table and one plot show what has come out, and a line 
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from src.config import schema
 from src.errors import UsageError
@@ -47,7 +50,10 @@ class Sweep:
     def overrides(self, job: Job) -> list[str]:
         """What a job is told of the sweep."""
         trial = [] if job.trial is None else [f"tracking.trial={job.trial}"]
-        return [f"tracking.parent={self.directory}", *trial]
+        folder = str(self.directory)
+        if not re.fullmatch(r"[\w./-]+", folder, re.ASCII):  # all that Hydra takes without quotes
+            folder = QuotedString(folder, Quote.single).with_quotes()
+        return [f"tracking.parent={folder}", *trial]
 
     def __enter__(self) -> Sweep:
         if self.tracking.name == "mlflow":

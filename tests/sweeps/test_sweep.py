@@ -6,13 +6,16 @@ import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from src.errors import CannotWrite
 from src.runs.directory import is_held
 from src.runs.record import Record
 from src.sweeps.grid import alternatives
+from src.sweeps.jobs import Job
 from src.sweeps.sweep import Sweep
 from src.system.stopping import is_stop
 from tests.config.test_schema import parsed
@@ -106,6 +109,14 @@ def test_what_a_disk_refuses_a_sweep_is_said_and_continues(a_sweep):
     assert Record.load(a_sweep.directory).status == "FAILED"
     assert not is_held(a_sweep.directory)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("name", ["größe", "it's a sweep", "demo"])
+def test_hydra_takes_a_sweeps_folder_of_any_name(name):
+    told = Sweep(name, [], [], parsed("tracking=jsonl").tracking)
+    (given,) = OverridesParser.create().parse_overrides(told.overrides(Job([], None, Path())))
+    value = given.value()
+    assert getattr(value, "text", value) == str(told.directory)
 
 
 def test_a_table_that_finds_no_room_is_said_too(a_sweep, monkeypatch):
