@@ -100,9 +100,14 @@ class StudySweeper(GridSweeper):
 
             exhausted: list[UsageError] = []  # raised where all jobs have ended, not while one runs
 
+            def cannot_be_judged() -> bool:
+                """Whether a run has finished without the figure that the search is for."""
+                records = [each.record for each in sweep.jobs if each.is_finished]
+                return any(record and studies.OBJECTIVE not in record.metrics for record in records)
+
             def trials() -> Iterator[Job]:
                 there = [each for each in sweep.jobs if study.state(each.trial or 0) == "RUNNING"]
-                while there or len(sweep.jobs) < self.trials:
+                while (there or len(sweep.jobs) < self.trials) and not cannot_be_judged():
                     if not there:
                         try:
                             there = [job(study.propose())]
@@ -120,6 +125,9 @@ class StudySweeper(GridSweeper):
                 _conclude(study, each)
             if best := study.best():
                 print(f"best: trial {best[0]}, val/knn_top1 {best[1]:.2f}, {study.points()[best[0]]}", flush=True)
+            if cannot_be_judged():
+                lacking = f"without labels there is no {studies.OBJECTIVE}, by which a search judges its trials"
+                raise UsageError(f"data: {lacking}; choose images that have some")
             if exhausted:
                 raise exhausted[0]
             if self.launcher.status and len(sweep.jobs) < self.trials:  # the last of its jobs may have ended by itself

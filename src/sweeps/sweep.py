@@ -81,7 +81,7 @@ class Sweep:
 
     def _conclude(self) -> Status:
         finished = [job for job in self.jobs if job.is_finished]
-        pruned = [job for job in self.jobs if job.status == PRUNED]
+        pruned = [job for job in self.jobs if job.status == PRUNED and job not in finished]
         lacking = [job for job in self.jobs if job not in finished and job not in pruned]
         for job in self.jobs:
             if job.record and job.record.status == "RUNNING":

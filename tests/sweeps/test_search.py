@@ -17,23 +17,31 @@ class Launcher:
     Args:
         statuses: of jobs; when there are no more, no other is asked for.
         status: that of whatever stopped the sweep.
+        figures: of every run; None: its k.
     """
 
-    def __init__(self, *statuses, status=0):
-        self.statuses, self.status, self.ran = statuses, status, []
+    def __init__(self, *statuses, status=0, figures=None):
+        self.statuses, self.status, self.figures = statuses, status, figures
+        self.ran, self.directories = [], []
 
     def run(self, sweep, jobs, swept, at_a_time):
         self.folder = sweep.directory
         for status, job in zip(self.statuses, jobs, strict=False):
             self.ran.append(job.trial)
             job.error, job.status = "as the test says" if status else "", status
+            self.directories.append(job.directory)
             if status == 0:
-                record = Record.new(job.directory.name, "study")
-                record.status, record.metrics = "FINISHED", {"val/knn_top1": float(job.cfg.k)}
-                record.tags["config_hash"] = job.directory.name.rpartition("-")[2]
-                job.directory.mkdir(parents=True)
-                record.save(job.directory)
+                finish(job.directory, self.figures or {"val/knn_top1": float(job.cfg.k)})
             yield job
+
+
+def finish(directory, figures):
+    """Leaves what a search reads of a finished run."""
+    record = Record.new(directory.name, "study")
+    record.status, record.metrics = "FINISHED", figures
+    record.tags["config_hash"] = directory.name.rpartition("-")[2]
+    directory.mkdir(parents=True)
+    record.save(directory)
 
 
 @pytest.fixture
@@ -105,3 +113,19 @@ def test_settings_that_are_at_odds_with_a_default_only_are_searched(search):
         search(launcher, *fixed, "k=interval(200,300)", trials=1, space={})
     with pytest.raises(UsageError, match="suport"):
         search(launcher, *fixed, "k=interval(10,50)", "suport.metric=euclidean", trials=1, space={})
+
+
+def test_images_without_labels_are_searched_once_and_not_again(search):
+    first, second = (Launcher(0, 0, 0, figures={"val/effective_rank": 3.0}) for _ in range(2))
+    for launcher in (first, second):
+        with pytest.raises(UsageError, match="without labels there is no val/knn_top1"):
+            search(launcher)
+    assert (first.ran, second.ran) == ([0], [])
+
+
+def test_a_pruned_trial_that_was_finished_by_hand_counts_once(search, capsys):
+    pruned = Launcher(76, 0)
+    assert search(pruned, trials=2) == 0
+    finish(pruned.directories[0], {"val/knn_top1": 9.0})
+    assert search(Launcher(), trials=2) == 0
+    assert "2 of 2 jobs finished, 0 pruned" in capsys.readouterr().out
