@@ -48,7 +48,8 @@ class LocalLauncher(JobLauncher):
 
     Args:
         jobs: how many at a time; None: one. With several, each gets its share of the threads, one GPU in turn, and a
-            file for its output, ``N.log`` in the sweep's folder. In a terminal, which shows bars, so does a single one.
+            file for its output, ``N.log`` in the sweep's folder, or ``N.2.log`` where an earlier command has left that.
+            In a terminal, which shows bars, so does a single one.
     """
 
     pause = 0.05
@@ -76,8 +77,12 @@ class LocalLauncher(JobLauncher):
             self.processes.append(self._start(job, slot, command))
 
     def _start(self, job: Job, slot: int, command: list[str]) -> Process:
-        path = self.sweep.directory / f"{self.numbers[job]}.log"
-        log = path.open("w+b")
+        number, session = self.numbers[job], 1
+        path = self.sweep.directory / f"{number}.log"
+        while path.exists():  # from an earlier command, which may have numbered the jobs otherwise
+            session += 1
+            path = self.sweep.directory / f"{number}.{session}.log"
+        log = path.open("x+b")
         self.say(job, f"starts: {self.describe(job)} ({path})")
         process = subprocess.Popen(
             command,

@@ -26,6 +26,15 @@ def test_each_job_ends_in_its_own_way(program, jobs):
     assert {path.name for path in (program / "sweep").iterdir()} == {f"{number}.log" for number in range(6)}
 
 
+def test_what_jobs_of_an_earlier_command_have_said_stays(program, capsys):
+    for line in ("k=a status=2", "k=b status=0", "k=c status=2"):
+        (job,) = run(LocalLauncher(2), jobs_of(line))
+    assert job.error == "no such thing"
+    said = {path.name: path.read_text() for path in (program / "sweep").iterdir()}
+    assert said == {"0.log": "error: no such thing\n", "0.2.log": "a word\n", "0.3.log": "error: no such thing\n"}
+    assert "job 0 starts: k=c (sweep/0.3.log)" in capsys.readouterr().out
+
+
 def test_a_signal_without_a_name_ends_a_job_too(program):
     (job,) = run(LocalLauncher(1), jobs_of("k=a status=0"))
     launcher = LocalLauncher(1)
