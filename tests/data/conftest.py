@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,12 @@ from src.data import cache as cache_module
 from src.data import load
 from src.errors import UsageError
 from tests.data.layouts import SIZE
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_saved_meanwhile(monkeypatch):
+    """Of what takes long on a busy machine only."""
+    monkeypatch.setattr(cache_module, "SAVE_EVERY", math.inf)
 
 
 @pytest.fixture

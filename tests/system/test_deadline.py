@@ -18,7 +18,7 @@ def test_nobody_waits_longer_than_asked_and_the_call_goes_on():
     go_on = threading.Event()
     call = Call(lambda: go_on.wait(60))
     started = time.monotonic()
-    with pytest.raises(Overdue, match="no answer in 0 s"):
+    with pytest.raises(Overdue, match=r"no answer in \d+ s"):
         call.result(lambda: 0.3)
     with pytest.raises(Overdue):  # told to hurry while it waits
         call.result(lambda: 60 if time.monotonic() < started + 0.5 else 0)
