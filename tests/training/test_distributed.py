@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from src.data import load
 from src.data.splits import Split
 from src.errors import Diverged, RankLost, UsageError
 from src.runs import checkpoint
-from src.runs.record import METRICS, Record
+from src.runs.record import Record
 from src.training import distributed, loop
 from src.training import run as run_module
 from src.training.batch_norm import GlobalBatchNorm
@@ -58,13 +57,13 @@ def tiny(cache_dir):
 
 @pytest.fixture
 def start(python, tmp_path):
-    """Starts a module's command line in the test's folder, on two ranks."""
+    """Starts a module's command line in the test's folder, on two ranks, of which one may end itself (`SmallNet`)."""
 
-    def run(*command):
+    def run(*command, ends="- 0 0"):
         return subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", *command],
             cwd=tmp_path,
-            env=os.environ | ELSEWHERE | {"PYTHON_EXEC": python},
+            env=os.environ | ELSEWHERE | {"PYTHON_EXEC": python, "ENDS": ends},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -74,23 +73,9 @@ def start(python, tmp_path):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return out, err
-
-
-def ranks_of(process):
-    """The ids of the processes that torchrun has started, in the order of their ranks."""
-    return [int(each) for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def wait_for_step(folder, process, step):
-    """Until the run has logged this step; not until it has so many rows, of which a step may have several."""
-    metrics = folder / METRICS
-    logged = re.compile(rb'"step": (\d+)')
-    while not metrics.exists() or max(map(int, logged.findall(metrics.read_bytes())), default=0) < step:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.003)
 
 
 def test_features_that_are_not_finite_are_so_for_every_rank(monkeypatch):
@@ -138,10 +123,8 @@ def test_ranks_stopped_and_killed_are_the_unbroken_ones(start, tmp_path, tiny, m
     broken, command = tmp_path / "broken", ["src.train", *settings, "output_dir=broken"]
     finish(start(*command[:-1], "output_dir=unbroken"))
 
-    process = start(*command)
-    wait_for_step(broken, process, 2)
-    os.kill(ranks_of(process)[1], signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    process = start(*command, ends=f"1 {signal.SIGTERM:d} 9")
+    out, err = process.communicate(timeout=600)
     assert "the same command continues" in out
     assert "exitcode  : 143" in err
     assert Record.load(broken).status == "KILLED"
@@ -150,10 +133,9 @@ def test_ranks_stopped_and_killed_are_the_unbroken_ones(start, tmp_path, tiny, m
     assert f"stopped at step {step};" in out
     shutil.copytree(broken, tmp_path / "alone")
 
-    process = start(*command)
-    wait_for_step(broken, process, random.randrange(step + 2, 20))
-    os.kill(random.choice(ranks_of(process)), signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    rank, call = random.randrange(2), random.randrange(5, 2 * (24 - step))
+    process = start(*command, ends=f"{rank} {signal.SIGKILL:d} {call}")
+    _, err = process.communicate(timeout=600)
     assert process.returncode
     assert re.findall(r"^error: .*", err, re.MULTILINE) == [f"error: {distributed.LOST}"]
 
