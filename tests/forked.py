@@ -4,11 +4,14 @@ It is told the interpreter, the socket and the arguments, is stopped and killed 
 command has ended. It starts within milliseconds, and leaves whatever is no module to the interpreter.
 """
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import sys
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 python, address, *arguments = sys.argv[1:]
 if arguments[:1] == ["-u"]:  # from torchrun
@@ -16,6 +19,7 @@ if arguments[:1] == ["-u"]:  # from torchrun
 if arguments[:1] != ["-m"]:
     os.execv(python, [python, *arguments])
 
+signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that comes now is passed on once there is a child
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(address)
 socket.send_fds(connection, [b"\0"], [0, 1, 2])
@@ -26,11 +30,13 @@ child = int(answers.readline())
 
 
 def pass_on(number, _):
-    os.kill(child, number)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(child, number)
 
 
-for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+for each in SIGNALS:
     signal.signal(each, pass_on)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 status = int(answers.readline())
 if status < 0:
     if -status != signal.SIGKILL:  # which has no handler

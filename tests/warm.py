@@ -64,8 +64,9 @@ class Server:
         self.executable = executable
         self.children: dict[int, socket.socket] = {}  # and who stands for them
         self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(address)
+        self.listener.bind(f"{address}.new")
         self.listener.listen()
+        os.rename(f"{address}.new", address)  # whoever finds it may connect
         self.selector = selectors.DefaultSelector()
         self.selector.register(sys.stdin, selectors.EVENT_READ, partial(os._exit, 0))
         self.selector.register(self.listener, selectors.EVENT_READ, self.fork)
@@ -83,7 +84,13 @@ class Server:
     def fork(self) -> None:
         connection, _ = self.listener.accept()
         _, streams, _, _ = socket.recv_fds(connection, 1, 3)
-        request = json.loads(connection.makefile().readline())
+        try:
+            request = json.loads(connection.makefile().readline())
+        except ValueError:  # it was killed before it had asked
+            connection.close()
+            for stream in streams:
+                os.close(stream)
+            return
         if (child := os.fork()) == 0:
             for each in (connection, *self.children.values(), self.listener):
                 each.close()
@@ -92,7 +99,8 @@ class Server:
             become(**request, executable=self.executable)
         for stream in streams:
             os.close(stream)
-        connection.sendall(f"{child}\n".encode())
+        with contextlib.suppress(OSError):  # of one that was killed since, whose end is the child's
+            connection.sendall(f"{child}\n".encode())
         self.children[child] = connection
         self.selector.register(connection, selectors.EVENT_READ, partial(self.kill, child))
 
