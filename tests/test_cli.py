@@ -422,8 +422,8 @@ NUMBERS = "0 1 -1 1.5 nan inf -inf 1e400 0x10 1_000 [1,2] [] [nan] [-1,2] [1e400
 TEXTS = "true null abc {a:1} {} ${seed} ${nope} ${ ??? é a=b choice(1,2) interval(0,1) - \\ ' [ cuda:x ../x ~"
 VALUES = [*NUMBERS.split(" "), *TEXTS.split(" "), "", "a b", "a\nb", "9" * 20, "a" * 3000]
 GROUPS = {
-    folder.name: ["", "nope", *(path.stem for path in folder.glob("*.yaml"))]
-    for folder in cli.CONF.iterdir()
+    folder.name: ["", "nope", *(path.stem for path in sorted(folder.glob("*.yaml")))]
+    for folder in sorted(cli.CONF.iterdir())
     if folder.is_dir() and folder.name not in ("hydra", "sweep", "shared")
 }
 STRANGE_KEYS = ["", "nope", "a.b", "hydra.run.dir", "data@x", "k.k", "=", "_target_"]

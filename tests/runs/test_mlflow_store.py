@@ -198,17 +198,19 @@ def test_processes_may_start_together_in_an_empty_folder(tmp_path, monkeypatch):
 def test_a_kill_while_the_store_is_created_leaves_none_or_a_whole_one(tmp_path):
     pytest.importorskip("mlflow")
     aside = tmp_path / "mlflow.db.new"
+    stays_there = (
+        "import time; from src.runs import mlflow_store; mlflow_store.os.replace = lambda *_: time.sleep(600); "
+        "mlflow_store.prepare()"
+    )
     for tenths in (8, 1, 0):
         aside.unlink(missing_ok=True)
-        process = start("from src.runs import mlflow_store; mlflow_store.prepare()", tmp_path)
+        process = start(stays_there, tmp_path)
         while not aside.exists():
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         time.sleep(tenths / 10)
         process.kill()
         process.communicate()
-        if (tmp_path / "mlflow.db").exists():  # it was faster than the kill
-            (tmp_path / "mlflow.db").unlink()
     assert aside.exists(), "the last kill left a torn one"
     process = start(RUN, tmp_path, NAME="run")
     assert process.communicate() == ("", "")

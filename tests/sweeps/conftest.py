@@ -35,7 +35,8 @@ def program(tmp_path, monkeypatch):
         "keys = ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES')\n"
         "open(given['k'], 'a').write(' '.join(os.environ.get(key, '-') for key in keys))\n"
         "print('error: no such thing' if given['status'] == '2' else 'a word', file=sys.stderr)\n"
-        "time.sleep(float(given.get('sleep', 0)))\n"
+        "while 'after' in given and not os.path.exists(given['after']):\n"
+        "    time.sleep(0.01)\n"
         "os.kill(os.getpid(), signal.SIGKILL) if given['status'] == 'kill' else sys.exit(int(given['status']))\n"
     )
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,6 @@
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_more_jobs_at_a_time_than_anybody_has_are_started_at_once(program):
 
 
 def test_a_job_is_announced_by_what_is_swept(program, capsys):
-    given = jobs_of("k=a status=0 width=3 sleep=0", "k=b status=0 width=4 sleep=0")
+    given = jobs_of("k=a status=0 width=3 lr=1", "k=b status=0 width=4 lr=1")
     list(run(LocalLauncher(None), given, swept=("k", "width")))
     assert [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines() if "starts" in line] == [
         *("k=a width=3 (sweep/0.log)", "k=b width=4 (sweep/1.log)")
@@ -58,7 +59,7 @@ def test_a_job_is_announced_by_what_is_swept(program, capsys):
 def test_jobs_share_threads_and_take_gpus_in_turn(program, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    list(run(LocalLauncher(3), jobs_of("k=a status=0 sleep=1", "k=b status=0 sleep=1", "k=c status=0 sleep=1")))
+    list(run(LocalLauncher(3), jobs_of("k=a status=0", "k=b status=0", "k=c status=0")))
     assert [(program / name).read_text() for name in "abc"] == ["2 4", "2 7", "2 4"]
     list(run(LocalLauncher(1), jobs_of("k=alone status=0")))
     assert (program / "alone").read_text() == "8 4,7"
@@ -80,10 +81,15 @@ def test_a_job_has_tracebacks_only_where_the_user_asks_for_them(program, monkeyp
     assert (program / "said").read_text() == "0"
 
 
-def test_when_the_time_is_up_no_other_starts(program):
+def test_when_the_time_is_up_no_other_starts(program, monkeypatch):
+    now, ended = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     launcher = LocalLauncher(1)
-    first, second = jobs_of("k=a status=75 sleep=0.3", "k=b status=0")
-    assert list(run(launcher, [first, second], max_minutes=0.002)) == [first]
+    first, second = jobs_of("k=a status=75", "k=b status=0")
+    for job in run(launcher, [first, second], max_minutes=1):
+        ended.append(job)
+        now[0] += 60
+    assert ended == [first]
     assert launcher.status == first.status == 75
     assert not os.path.exists("b")
 
@@ -92,12 +98,14 @@ def test_a_job_is_asked_for_when_another_has_ended(program):
     known, done = [], []
 
     def proposals():
-        for job in jobs_of("k=a status=0 sleep=2", "k=b status=0", "k=c status=0", "k=d status=0"):
+        for job in jobs_of("k=a status=0 after=go", "k=b status=0", "k=c status=0", "k=d status=0"):
             known.append([each.overrides[0] for each in done])
             yield job
 
     for job in run(LocalLauncher(2), proposals()):
         done.append(job)
+        if job.overrides[0] == "k=d":
+            Path("go").touch()
     assert known == [[], [], ["k=b"], ["k=b", "k=c"]]
     assert done[-1].overrides[0] == "k=a"
 
