@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,7 +247,7 @@ class TestManyFiles:
         assert cached(cfg).fingerprint != first
 
     def test_a_folder_that_has_just_been_changed_is_listed_again(self, config, folder, looked_at):
-        os.utime(folder / "train" / "a")
+        os.utime(folder / "train" / "a", (time.time() + 60,) * 2)
         cfg = config("image_folder", folder)
         cached(cfg)
         cached(cfg)
@@ -354,7 +355,7 @@ def test_processes_that_start_together_decode_once(config, tmp_path):
     processes = [context.Process(target=_load_counting, args=(cfg, tally, ready, results)) for _ in range(4)]
     for process in processes:
         process.start()
-    sums = {results.get(timeout=120) for _ in processes}
+    sums = {results.get(timeout=600) for _ in processes}
     for process in processes:
         process.join()
 

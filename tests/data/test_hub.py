@@ -98,6 +98,7 @@ class Answers(BaseHTTPRequestHandler):
 def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
     """As the library finds it; the test fills its folders."""
     server = Hub({"main": tmp_path / "main"})
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(

@@ -260,7 +260,7 @@ def test_ahead_of_a_time_limit_work_saves_and_can_be_queued_again(program):
     script = (
         "import signal, sys\nfrom pathlib import Path\nfrom src.sweeps.worker import Work\n"
         "saves = 'import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(138)); "
-        "print(1, flush=True); time.sleep(60)'\n"
+        "print(1, flush=True); time.sleep(600)'\n"
         "work = Work([sys.executable, '-c', saves], Path(), Path('log'), Path('note'), {})\n"
         "def handler(*_):\n"
         "    again = work.checkpoint()\n"
@@ -279,6 +279,6 @@ def test_ahead_of_a_time_limit_work_saves_and_can_be_queued_again(program):
     os.kill(int(child), signal.SIGUSR2)  # is not meant for it
     time.sleep(0.2)
     process.send_signal(signal.SIGUSR2)
-    assert process.communicate(timeout=30)[0] == "True 138\n"
+    assert process.communicate(timeout=600)[0] == "True 138\n"
     assert process.returncode == 9
     assert not (program / "note").exists()

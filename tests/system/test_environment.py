@@ -1,5 +1,6 @@
 """What a result depends on besides its config."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -26,6 +27,10 @@ def test_the_environment_names_code_versions_and_device(monkeypatch):
 def test_the_commit_and_whether_the_code_differs_from_it(tmp_path, monkeypatch):
     if not shutil.which("git"):
         pytest.skip("no git")
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):  # as a hook has them, of its own repository
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "src/system/environment.py"))
     assert "git_commit" not in environment.environment_tags("cpu"), "an unpacked archive has none"
 

@@ -29,7 +29,7 @@ def test_one_slow_item_does_not_keep_the_other_cores_from_those_after_it():
         pytest.skip("on one core nothing runs beside the slow item")
     fourth = threading.Event()
     results = in_threads(
-        lambda item: fourth.wait(10) if item == 1 else fourth.set() if item == 4 else True, range(9), 4
+        lambda item: fourth.wait(600) if item == 1 else fourth.set() if item == 4 else True, range(9), 4
     )
     assert next(results) is True
     assert next(results) is True, "the fifth item ran while the second waited"
@@ -43,8 +43,8 @@ def test_after_an_error_nothing_new_is_begun():
         begun.append(item)
         if item == 0:
             raise ValueError("item 0")
-        time.sleep(0.02)
+        time.sleep(0.2)
 
     with pytest.raises(ValueError, match="item 0"):
-        list(in_threads(fails_at_once, range(1000), 100))
-    assert len(begun) < 50
+        list(in_threads(fails_at_once, range(1000), 100, threads=2))
+    assert len(begun) < 100
