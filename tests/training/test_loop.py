@@ -24,8 +24,11 @@ from safetensors.torch import load_file
 
 from src import build, cli, models
 from src.config.parse import parse
+from src.config.schema import Tracking
 from src.errors import CannotWrite, Collapsed, Diverged, UsageError
+from src.evaluation.diagnostics import alignment, uniformity
 from src.evaluation.probes import FrozenEncoder
+from src.methods.base import Method
 from src.reporting import curves
 from src.reporting.rows import summarise
 from src.runs import checkpoint
@@ -34,13 +37,16 @@ from src.runs.query import read_runs
 from src.runs.record import Record
 from src.runs.tracker import Tracker
 from src.support.kmeans import KMeans
-from src.system.stopping import Stopper
+from src.support.queue import Queue
+from src.sweeps import optuna_study
+from src.system.stopping import PRUNED, Stopper
 from src.training import loop
 from src.training import run as run_module
+from src.training.state import TrainState
 from tests.config.test_schema import composed, parsed
 from tests.conftest import CIFAR100, ELSEWHERE, PROJECT
 from tests.data.layouts import LAYOUTS, random_image, write_set
-from tests.training.small_net import SMALL_NET
+from tests.training.small_net import SMALL_NET, SmallNet
 
 CONTRAST = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=100"], "kmclr": ["method=kmclr", "k=7"]}
 TEACHER = ["method=nnclr", "objective=teacher", "queue_size=100", "objective.neighbours=3"]
@@ -259,6 +265,80 @@ def test_positives_are_described_as_they_were_when_they_served(run):
     """The queue holds exactly the batch before; within an epoch none of its images can be the anchor's own."""
     directory = run("method=nnclr", "queue_size=64", "epochs=1", "data.limit=640")
     assert curves.read(directory)["support/self_hit"][1] == [0.0]
+
+
+def test_a_view_that_finds_its_own_image_is_a_hit_and_of_its_label(run):
+    """The queue holds the one batch of all images, which look alike each time, to an encoder that does not learn."""
+    plain = [f"augment.view{n}.{key}" for n in (1, 2) for key in ("crop_scale=[1,1]", "jitter=0")]
+    directory = run("method=nnclr", "queue_size=64", "data.limit=64", "optimizer.lr=1e-12", *plain)
+    metrics = Record.load(directory).metrics
+    assert metrics["support/self_hit"] == metrics["support/label_agreement"] == 1
+
+
+def test_the_online_classifier_learns(run):
+    rates = ["optimizer.lr=1e-12", "evaluation.online_lr=1"]
+    directory = run("method=simclr", "epochs=30", "evaluation.every=30", *rates)
+    assert Record.load(directory).metrics["val/online_top1"] > 30
+
+
+def test_an_epoch_takes_its_steps_and_the_support_set_its_lookups_and_updates(run, monkeypatch):
+    """By a clock that only these move."""
+    now = [0.0]
+
+    def taking(seconds, function):
+        def call(*args):
+            now[0] += seconds
+            return function(*args)
+
+        return call
+
+    for owner, name, seconds in ((Queue, "lookup", 1), (Queue, "update", 2), (SmallNet, "forward", 4)):
+        monkeypatch.setattr(owner, name, taking(seconds, getattr(owner, name)))
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    logged = curves.read(run("method=nnclr", "queue_size=64"))
+    steps, seconds = logged["time/epoch_seconds"]
+    assert (steps, seconds) == ([3, 6], [32, 33])  # the first step finds nothing to look up
+    assert logged["time/support_fraction"][1] == [8 / 32, 9 / 33]
+    assert logged["time/images_per_second"][1] == [3 * 64 / 32, 3 * 64 / 33]
+
+
+def test_a_step_logs_how_its_features_lie_and_says_how_far_it_is(run, monkeypatch):
+    forward, features, progress = SmallNet.forward, [], []
+
+    def noting(self, images):
+        out = forward(self, images)
+        features.extend([out.detach()] if self.training else [])
+        return out
+
+    monkeypatch.setattr(SmallNet, "forward", noting)
+    monkeypatch.setattr(Method, "after_step", lambda self, done: progress.append(done))
+    logged = curves.read(run("method=simclr"))
+    assert progress == [step / 6 for step in range(1, 7)]
+    views = list(zip(features[::2], features[1::2], strict=True))
+    assert logged["train/alignment"][1] == pytest.approx([alignment(one, other) for one, other in views])
+    assert logged["train/uniformity"][1] == pytest.approx([uniformity(one) for one, _ in views])
+
+
+def test_the_norm_of_the_gradient_is_that_of_all_parameters_together():
+    method = torch.nn.Linear(2, 1)
+    method.weight.grad, method.bias.grad = torch.tensor([[2.0, 3.0]]), torch.tensor([6.0])
+    assert TrainState.grad_norm(SimpleNamespace(method=method)) == 7
+
+
+def test_a_trial_behind_the_median_stops_as_pruned(run, tmp_path, capsys):
+    """The others were better than can be, after their second epoch."""
+    Tracker(Path("sweep"), Tracking("jsonl", "exp", 10), {}, {"sweep_id": "0a"})
+    study = optuna_study.Study(Path("sweep"), {"k": optuna_study.numbers(1, 50)}, "median", seed=0)
+    for _ in range(4):
+        other = study.propose()
+        optuna_study.should_prune("sweep", other, 2, {"val/knn_top1": 101.0})
+        study.conclude(other, "COMPLETE", 101.0)
+    with pytest.raises(SystemExit) as end:
+        run("method=simclr", "epochs=4", "tracking.parent=sweep", f"tracking.trial={study.propose()}")
+    assert end.value.code == PRUNED
+    record = Record.load(tmp_path / "run")
+    assert (record.status, record.tags["pruned"]) == ("KILLED", "true")
+    assert "stopped at step 6; pruned: other trials are far better" in capsys.readouterr().out
 
 
 def test_the_same_command_again_trains_nothing_and_reports(run, capsys):
