@@ -828,11 +828,11 @@ def test_a_stem_that_keeps_every_pixel_of_a_large_image_is_warned_of(caplog, siz
     [
         (
             ["method=nnclr", "queue_size=321"],
-            "queue_size=321: is never filled, because only 320 embeddings are seen before the last batch of epochs=2; set q",
+            "queue_size=321: is never filled, because only 320 embeddings are seen before the last batch of epochs=2",
         ),
         (
             ["method=kmclr", "k=129", "support.forget_every=1"],
-            "k=129: .* prototypes start anew every epoch .*, and only 128 embeddings are seen in that time; set k lower",
+            "k=129: .* prototypes start anew every epoch .*, and only 128 embeddings are seen in that time",
         ),
         (["epochs=1", "batch_size=200", "k=5"], "only 0 embeddings .*; set batch_size lower or epochs higher"),
         (["method=kmclr", "k=321", "support.forget_every=5"], "k=321: is never filled"),
