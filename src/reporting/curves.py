@@ -169,7 +169,7 @@ def compare(courses: Sequence[Course]) -> Figure | None:
             lines[-1].append(axes)
     for line in lines:  # once all is drawn, because the panels of methods share their line's axis
         for together in [line] if methods else [[axes] for axes in line]:
-            _make_room(together[0], max(map(_legend_lines, together)))
+            _place_legends(together)
     for axes, method in zip(panels[0], methods, strict=False):
         axes.set_title(method, fontsize="medium")
     return figure
@@ -225,15 +225,30 @@ def _panel(
         axes.legend(fontsize="small", handlelength=1.6, loc="upper left", edgecolor="none", framealpha=0.8)
 
 
-def _legend_lines(axes: Axes) -> int:
-    return sum(label.count("\n") + 1 for label in axes.get_legend_handles_labels()[1])
+def _place_legends(panels: Sequence[Axes]) -> None:
+    """Under the curves of panels that share an axis, where that corner is free in all; else in new room above them."""
+    legends = {axes: legend for axes in panels if (legend := axes.get_legend())}
+    lines = {axes: "\n".join(axes.get_legend_handles_labels()[1]).split("\n") for axes in legends}
+    low, high = panels[0].get_ylim()
+    height = min(0.02 + 0.072 * max(map(len, lines.values()), default=0), 0.6)  # of a panel's
+    starts = {axes: 0.86 - 0.024 * max(map(len, lines[axes])) for axes in legends}  # by the longest line's letters
+    if all(_lowest(axes, starts[axes]) > low + (height + 0.03) * (high - low) for axes in legends):
+        for legend in legends.values():
+            legend.set_loc("lower right")
+    else:
+        panels[0].set_ylim(max(0.0, low), high + height / (1 - height) * (high - low))
 
 
-def _make_room(axes: Axes, lines: int) -> None:
-    """Leaves the lines of a legend free above the curves."""
-    low, high = axes.get_ylim()
-    legend = min(0.02 + 0.072 * lines, 0.6)  # of the panel's height
-    axes.set_ylim(max(0.0, low), high + legend / (1 - legend) * (high - low))
+def _lowest(axes: Axes, start: float) -> float:
+    """The lowest value of a curve right of a share of the panel's width."""
+    import numpy as np
+
+    left, found = max(0.0, start) * axes.get_xlim()[1], [math.inf]
+    for line in axes.get_lines():
+        x, y = map(np.asarray, line.get_data())
+        if x[-1] >= left:
+            found += [np.interp(left, x, y), *y[x >= left]]
+    return min(found)
 
 
 def _shade(colour: str, share: float) -> tuple[float, float, float]:
