@@ -194,10 +194,12 @@ def _log_to_stderr() -> None:
 def _for_the_sweeper(argument: str) -> str:
     """A plain value as a choice of one: Hydra leaves that to the sweeper, which knows each job's options.
 
-    It would set a plain value in the sweep's own config as well, where the default method may not have the key.
+    It would set a plain value in the sweep's own config as well, where the default method may not have the key. An
+    option stays as it is, for keys that are taken away or are null, as no choice can be.
     """
     key, _, value = argument.partition("=")
-    if argument[0] in "-+~" or "/" in key or key.split(".")[0] in ("hydra", *OF_THE_SWEEP) or not value:
+    is_group = "/" in key or os.path.isdir(CONF / key)  # which takes a name of any length
+    if argument[0] in "-+~" or is_group or key.split(".")[0] in ("hydra", *OF_THE_SWEEP) or not value:
         return argument
     try:
         override = OverridesParser.create().parse_override(argument)

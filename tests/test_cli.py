@@ -203,6 +203,10 @@ def typed(tmp_path, monkeypatch, capsys):
         ("output_dir=a_file data=digits backbone=resnet_tiny", "output_dir=a_file: is a file"),
         ("hydra.run.dir=elsewhere", "hydra.run.dir=elsewhere: has no effect; a run's folder is output_dir"),
         ("--multirun hydra.sweep.dir=elsewhere k=5,6", "hydra.sweep.* out"),
+        (
+            "--multirun method=nnclr search=ivf search.refresh_every=null",
+            "search.refresh_every=null: search=ivf needs it",
+        ),
         ("--multirun +sweep=optuna data=digits resume=never", "resume=never: a search goes on from its trials"),
         ("--multirun hydra/sweeper=optuna k=5,6", "hydra/sweeper=optuna: leave it out for a grid"),
         ("--multirun hydra/sweeper=basic k=5,6", "hydra/sweeper=basic: leave it out for a grid"),
@@ -373,6 +377,7 @@ def test_known_keys_reach_into_every_support_set():
         ("data.limit=null", "data.limit=null"),
         ("jobs=2", "jobs=2"),
         ("resume=never", "resume=never"),
+        ("method=nnclr", "method=nnclr"),
         ("hydra/launcher=slurm", "hydra/launcher=slurm"),
         ("hydra.launcher.partition=gpu", "hydra.launcher.partition=gpu"),
         ("+sweep=support_size", "+sweep=support_size"),
@@ -411,6 +416,10 @@ def test_jobs_are_composed_of_the_files_that_the_sweep_is_composed_of(typed, cac
     monkeypatch.setattr(sys, "argv", ["src", "--cfg", "job", *job])
     cli.train()
     assert {"seed: 7", "epochs: 9", "  interpolation: bilinear", "k: 5"} <= set(capsys.readouterr().out.splitlines())
+
+
+def test_a_key_of_a_chosen_option_is_taken_away_in_a_sweep_too(typed):
+    assert typed(cli.train, "--multirun", "optimizer=adamw", "~optimizer.betas", "seed=0,1", "dry_run=true") == (0, "")
 
 
 def test_a_traceback_can_be_asked_for(command):
