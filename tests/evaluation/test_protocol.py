@@ -15,6 +15,7 @@ from src import cli
 from src.config.parse import parse
 from src.config.schema import Tracking
 from src.data import load
+from src.data.splits import held_out_tenth
 from src.errors import UsageError
 from src.evaluation import protocol
 from src.evaluation.probes import Features, FrozenEncoder
@@ -246,6 +247,18 @@ def test_the_number_of_neighbours_is_chosen_on_validation_images_and_recorded(fi
     metrics = Record.load(finished).metrics
     assert metrics["val/knn_k"] == metrics["test/knn_k"]
     assert metrics["test/knn_k"] in (10, 16, 20)  # 161 training images of ten classes
+
+
+def test_without_validation_images_a_tenth_chooses_and_the_probe_learns_from_all(finished, monkeypatch):
+    cfg, seen, train = load_config(finished), [], protocol.cached_heads
+    data = load(replace(cfg.data, final=True))
+    monkeypatch.setattr(
+        protocol, "cached_heads", lambda features, *rest: seen.append(len(features.labels_N)) or train(features, *rest)
+    )
+    frozen = FrozenEncoder(nn.Flatten(), data.mean, data.std, torch.device("cpu"), torch.float32)
+    Protocol(data, cfg.evaluation, TorchSearch(), 0).final(frozen)
+    held_out = held_out_tenth(data.train.labels, 0)[1]
+    assert seen == [len(data.train) - len(held_out), len(data.train)]
 
 
 def test_a_sample_of_the_training_images_votes_in_a_validation(finished):

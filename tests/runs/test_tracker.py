@@ -273,9 +273,9 @@ def test_a_slow_failing_store_is_left_alone_for_ten_times_what_it_cost(client, t
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
     monkeypatch.setattr(tracking.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(type(client), "log_batch", hang)
-    for _ in range(500):
+    for _ in range(50):
         tracker.flush()
-        clock[0] += 1.0
+        clock[0] += 10.0
     assert calls == [0.0, 220.0, 440.0]
 
 
@@ -443,17 +443,34 @@ def test_who_is_told_to_stop_waits_for_no_server(slow_server, tmp_path, monkeypa
 
 
 def test_a_slow_store_gets_no_more_than_a_tenth_of_the_time_and_all_in_the_end(client, tmp_path, monkeypatch):
+    clock, pushed, push = [0.0], [], mlflow_store.Delivery.push
+
+    def push_slowly(delivery):
+        pushed.append(clock[0])
+        clock[0] += 20.0
+        push(delivery)
+
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
-    monkeypatch.setattr(tracking, "SLOW", 0.0)
-    pushed, push = [], mlflow_store.Delivery.push
-    monkeypatch.setattr(mlflow_store.Delivery, "push", lambda one: (pushed.append(1), time.sleep(0.3), push(one)))
+    monkeypatch.setattr(tracking, "SLOW", 19.0)
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(mlflow_store.Delivery, "push", push_slowly)
     for step in range(50):
         tracker.log({"x": step}, step)
         tracker.flush()
-    assert 1 <= len(pushed) < 10
+        clock[0] += 10.0
+    assert pushed == [0.0, 220.0, 440.0]
     tracker.close("KILLED")
     assert history(client, tracker.run_id, "x") == [(step, step) for step in range(50)]
     assert client.get_run(tracker.run_id).info.status == "KILLED"
+
+
+def test_rows_are_on_the_disk_before_mlflow_is_told_of_them(client, tmp_path, monkeypatch):
+    tracker, order = Tracker(tmp_path, MLFLOW, {}, {}), []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: order.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(mlflow_store.Delivery, "push", lambda _: order.append("push"))
+    tracker.log({"x": 1.0}, 0)
+    tracker.flush()
+    assert order.index((tmp_path / record.METRICS).stat().st_ino) < order.index("push")
 
 
 @pytest.mark.slow

@@ -310,6 +310,8 @@ def test_a_search_killed_and_run_again(python, command, small, tmp_path):
     with sqlite3.connect(folder / "study.db") as study:
         states = [state for (state,) in study.execute("select state from trials order by number")]
         points = study.execute("select trial_id, param_name, param_value from trial_params").fetchall()
+        values = study.execute("select value from trial_values").fetchall()
+    assert sorted(values) == sorted((Record.load(each).metrics["val/knn_top1"],) for each in folders(tmp_path, "kmclr"))
     assert len(states) == 2
     assert set(states) <= {"COMPLETE", "PRUNED"}
     by_trial = {}

@@ -80,10 +80,3 @@ def test_where_nothing_can_be_lost_the_first_signal_stops_at_once():
             with pytest.raises(Stopped) as end:
                 go_on(stopper, number)
             assert end.value.code == 128 + signal.SIGTERM
-
-
-def stopped_by(number, called):
-    with Stopper(None) as stopper:
-        os.kill(os.getpid(), number)
-        assert not called
-        raise Stopped(stopper.status)

@@ -281,8 +281,16 @@ def test_the_online_classifier_learns(run):
     assert Record.load(directory).metrics["val/online_top1"] > 30
 
 
-def test_an_epoch_takes_its_steps_and_the_support_set_its_lookups_and_updates(run, monkeypatch):
-    """By a clock that only these move."""
+@pytest.mark.parametrize(
+    ("objective", "lookup", "networks"),
+    [
+        ([], "lookup", 2),
+        (["objective=teacher", "objective.neighbours=3"], "nearest", 4),
+        (["objective=relation"], "lookup", 4),
+    ],
+)
+def test_an_epoch_takes_its_steps_and_the_support_set_its_share(run, monkeypatch, objective, lookup, networks):
+    """By a clock that only a network, a lookup and an update move."""
     now = [0.0]
 
     def taking(seconds, function):
@@ -292,14 +300,13 @@ def test_an_epoch_takes_its_steps_and_the_support_set_its_lookups_and_updates(ru
 
         return call
 
-    for owner, name, seconds in ((Queue, "lookup", 1), (Queue, "update", 2), (SmallNet, "forward", 4)):
+    for owner, name, seconds in ((Queue, lookup, 1), (Queue, "update", 2), (SmallNet, "forward", 4 / networks)):
         monkeypatch.setattr(owner, name, taking(seconds, getattr(owner, name)))
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    logged = curves.read(run("method=nnclr", "queue_size=64"))
-    steps, seconds = logged["time/epoch_seconds"]
-    assert (steps, seconds) == ([3, 6], [32, 33])  # the first step finds nothing to look up
-    assert logged["time/support_fraction"][1] == [8 / 32, 9 / 33]
-    assert logged["time/images_per_second"][1] == [3 * 64 / 32, 3 * 64 / 33]
+    logged = curves.read(run("method=nnclr", "queue_size=64", *objective))
+    assert logged["time/epoch_seconds"] == ([3, 6], [20, 21])  # the first step has nothing to look up
+    assert logged["time/support_fraction"][1] == [8 / 20, 9 / 21]
+    assert logged["time/images_per_second"][1] == [3 * 64 / 20, 3 * 64 / 21]
 
 
 def test_a_step_logs_how_its_features_lie_and_says_how_far_it_is(run, monkeypatch):
