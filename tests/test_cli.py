@@ -289,6 +289,23 @@ def test_mistakes_in_what_takes_a_finished_run(typed, tmp_path, command, argumen
     assert [path.name for path in folder.iterdir()] == ["run.json"]
 
 
+def test_what_delivers_says_so_where_nothing_waits_and_its_help_is_no_docstring(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("outlive_output", "redact_output"):  # which change the streams of the process
+        monkeypatch.setattr(cli, name, lambda: None)
+    monkeypatch.setattr(sys, "argv", ["src"])
+    cli.deliver()
+    assert capsys.readouterr().out == "nothing waits to be delivered\n"
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(sys, "argv", ["src", "--help"])
+    with pytest.raises(SystemExit):
+        cli.deliver()
+    said = capsys.readouterr().out
+    assert "Deliver to MLflow what it lacks" in said
+    assert "Raises" not in said
+    assert "`" not in said
+
+
 def test_what_evaluates_several_runs_makes_no_folders_of_its_own(typed, tmp_path):
     status, stderr = typed(cli.evaluate, "--multirun", "run=gone,lost")
     assert status == 2

@@ -120,20 +120,24 @@ def main(share_again: Callable[[Path], None], arguments: Iterable[str] | None = 
     Raises:
         UsageError: MLflow does not take one of them. The others have been delivered, unless it is the store that fails.
     """
-    parser = argparse.ArgumentParser(prog="python -m src.tracking", description=main.__doc__)
-    parser.add_argument("output_dir", type=Path, nargs="*", help="a run's output directory")
+    parser = argparse.ArgumentParser(
+        prog="python -m src.tracking",
+        description="Deliver to MLflow what it lacks of the runs in multirun/, or the whole of those that are named.",
+    )
+    parser.add_argument("output_dir", type=Path, nargs="*", help="a run's output directory, also of a deleted run")
     named, deleted = parser.parse_args(arguments).output_dir, []
     for directory in named:
         print(f"{directory}: delivered as run {deliver(directory)}", flush=True)
         share_again(directory)
     found = [] if named else sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time)
-    refused, in_a_row = list[UsageError](), 0
+    refused, in_a_row, waited = list[UsageError](), 0, 0
     for directory, record in found:
         if run_directory.is_held(directory):
             continue
         try:
             delivered, is_deleted = bring_up_free(directory)
             deleted += [directory] if is_deleted else []
+            waited += len(delivered)
             if delivered:
                 print(f"{directory}: delivered as run {', '.join(delivered)}", flush=True)
             if not is_deleted and (delivered or CHARTS not in record.tags):
@@ -146,6 +150,8 @@ def main(share_again: Callable[[Path], None], arguments: Iterable[str] | None = 
                 break
     if deleted:
         print(_deleted(deleted), flush=True)
+    if not (named or waited or deleted or refused):
+        print("nothing waits to be delivered")
     for each in refused[1:]:
         logger.warning("%s", each)
     if refused:

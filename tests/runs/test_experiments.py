@@ -136,7 +136,7 @@ def test_a_deleted_run_is_named_and_its_folder_brings_it_back(client, tmp_path, 
     assert f"multirun/run: delivered as run {run_id}\n" in capsys.readouterr().out
     assert listed(client, "exp") == {"run": ("FINISHED", STEPS), "waiting": ("FAILED", STEPS)}
     delivery.main(mlflow_charts.share_again, [])
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "nothing waits to be delivered\n"
 
 
 def test_a_deleted_run_that_is_continued_is_restored(client, tmp_path):
@@ -294,9 +294,9 @@ def test_a_record_from_when_a_run_had_one_experiment_is_read(client, tmp_path, m
     assert record.run_id == run_id
     assert record.tags == {"device": "cpu", "output_dir": str(directory)}
     delivery.main(mlflow_charts.share_again, [])
-    assert capsys.readouterr().out.count("delivered") == missing
+    assert capsys.readouterr().out.count("delivered as run") == missing
     delivery.main(mlflow_charts.share_again, [])
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "nothing waits to be delivered\n"
     assert [run.name for run in query.read_runs("exp", "jsonl")] == ["run"]
     assert client.get_run(run_id).data.tags.get("sweep.0a") == ("true" if missing else None)
 
