@@ -95,7 +95,7 @@ class Ranks:
         if cfg.evaluation.finetune is not None and self.count > 1:
             raise UsageError(
                 "evaluation=finetune: works in one process only; choose evaluation=linear, and type when the run is "
-                "finished: python -m src.evaluate checkpoint=DIR evaluation=finetune"
+                "finished: python -m src.evaluate run=NAME evaluation=finetune"
             )
         if self.count > 1 and getattr(cfg.support, "shards", "none") == "ranks":
             self._check_shards(cfg)

@@ -95,7 +95,7 @@ def run(
             if ranks.first:
                 catch_up(directory, cfg.tracking)
             if changes := changed_protocol(cfg, directory):
-                add = f"python -m src.evaluate checkpoint={directory}, with these settings, adds other figures"
+                add = f"python -m src.evaluate run={directory}, with these settings, adds other figures"
                 logger.warning("%s was evaluated otherwise (%s): %s", directory, ", ".join(changes.values()), add)
             return say_result(directory)
         run_directory.refuse_hopeless(directory, cfg)

@@ -424,7 +424,7 @@ def test_another_evaluation_starts_no_training_anew_and_is_said(run, monkeypatch
     assert "otherwise" not in caplog.text  # the last session's evaluation is the one that counts
     run(*overrides, "evaluation.knn_k=9")
     assert "was evaluated otherwise (evaluation.knn_k was 5 and is 9)" in caplog.text
-    assert f"python -m src.evaluate checkpoint={directory.relative_to(tmp_path)}" in caplog.text
+    assert f"python -m src.evaluate run={directory.relative_to(tmp_path)}" in caplog.text
     rows, notes = summarise([record])
     assert [each.params["evaluation.knn_k"] for row in rows for each in row.runs] == ["5", "5"]  # untrained, trained
     assert any("evaluation.knn_k was 20 and is 5 at step 4" in note for note in notes)
