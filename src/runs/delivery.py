@@ -17,6 +17,7 @@ from src.config.schema import Tracking
 from src.errors import UsageError
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
+from src.runs.query import named_run
 from src.runs.record import CHARTS, Record, records_below
 from src.runs.tracker import Tracker, parent_tags
 from src.system.deadline import Overdue, within
@@ -113,7 +114,7 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
 
 
 def main(share_again: Callable[[Path], None], arguments: Iterable[str] | None = None) -> None:
-    """Delivers the runs in the folders that are named, else what MLflow lacks of any below ``multirun/``.
+    """Delivers the runs that are named, else what MLflow lacks of any below ``multirun/``.
 
     Those that are deleted in MLflow are delivered again if they are named, and otherwise listed.
 
@@ -124,8 +125,8 @@ def main(share_again: Callable[[Path], None], arguments: Iterable[str] | None = 
         prog="python -m src.tracking",
         description="Deliver to MLflow what it lacks of the runs in multirun/, or the whole of those that are named.",
     )
-    parser.add_argument("output_dir", type=Path, nargs="*", help="a run's output directory, also of a deleted run")
-    named, deleted = parser.parse_args(arguments).output_dir, []
+    parser.add_argument("run", nargs="*", help="a run's name in multirun/, its folder or its id; also of a deleted run")
+    named, deleted = [named_run(each) for each in parser.parse_args(arguments).run], []
     for directory in named:
         print(f"{directory}: delivered as run {deliver(directory)}", flush=True)
         share_again(directory)

@@ -132,7 +132,7 @@ def test_a_deleted_run_is_named_and_its_folder_brings_it_back(client, tmp_path, 
     assert capsys.readouterr().out == f"{NAMED.format('2 runs')} multirun/run multirun/waiting\n"
     assert listed(client, "exp") == {}
 
-    delivery.main(mlflow_charts.share_again, ["multirun/run", "multirun/waiting"])
+    delivery.main(mlflow_charts.share_again, ["run", "multirun/waiting"])  # by name, or by folder
     assert f"multirun/run: delivered as run {run_id}\n" in capsys.readouterr().out
     assert listed(client, "exp") == {"run": ("FINISHED", STEPS), "waiting": ("FAILED", STEPS)}
     delivery.main(mlflow_charts.share_again, [])

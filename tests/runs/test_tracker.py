@@ -307,7 +307,7 @@ def test_runs_of_jsonl_are_delivered_by_command(client, tmp_path, capsys):
     assert found["a"].metrics == found["b"].metrics == {"x": 1.0}
     assert found["a"].status == "KILLED"
     assert found["b"].run_id in capsys.readouterr().out.splitlines()[1]
-    with pytest.raises(UsageError, match="not the record of a run"):
+    with pytest.raises(UsageError, match="there is no such run"):
         delivery.main(mlflow_charts.share_again, [str(tmp_path)])
 
 
