@@ -1,10 +1,12 @@
 """The encoder to take away: one file of weights that says what they are, and a module that needs nothing else.
 
-from src.evaluation.encoder import load_encoder
+A few lines make features of images::
 
-encoder = load_encoder("multirun/NAME")
-with torch.no_grad():
-    features = encoder(images)  # [B, 3, S, S], uint8 or floats from 0 to 1, to [B, F] float32
+    from src.evaluation.encoder import load_encoder
+
+    encoder = load_encoder("multirun/NAME")
+    with torch.no_grad():
+        features = encoder(images)  # [B, 3, S, S], uint8 or floats from 0 to 1, to [B, F] float32
 """
 
 from __future__ import annotations
