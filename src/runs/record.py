@@ -35,6 +35,8 @@ UNUSED = "support_unused"  # a tag: the support set was never filled, so the pos
 PARENT = "mlflow.parentRunId"  # a tag: MLflow's id of the sweep's run, under which its pages show a job
 CHARTS = "charts"  # a tag of a sweep: where MLflow's pages show it, after their address
 NOTE = "mlflow.note.content"  # a tag: the description, in Markdown, that MLflow's pages show
+# What to do where there is no record, and where it is damaged.
+ELSEWHERE, REPLACED = "name another folder", "move it away, or name another folder"
 FOR_PEOPLE = ("command", "error", "evaluation_changed")  # tags, which may quote anything
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,8 @@ class Record:
                 raise ValueError(f"copies: lacks the experiment {record.experiment!r}")
             record._compare(content)
         except (OSError, ValueError) as error:
-            raise UsageError(f"{path} is not the record of a run ({reason(error)}): name another folder") from None
+            remedy = ELSEWHERE if isinstance(error, FileNotFoundError) else REPLACED
+            raise UsageError(f"{path} is not the record of a run ({reason(error)}): {remedy}") from None
         return record
 
     def _compare(self, content: bytes) -> None:
@@ -249,7 +252,7 @@ def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
         try:
             yield path.parent, Record.load(path.parent)
         except UsageError as error:
-            logger.warning("passed over: %s", str(error).removesuffix(": name another folder"))
+            logger.warning("passed over: %s", str(error).removesuffix(f": {REPLACED}"))
 
 
 def cut_and_read(path: Path) -> list[Row]:

@@ -113,7 +113,9 @@ NOT_JSON = [
 @pytest.mark.parametrize("content", NOT_JSON)
 def test_a_foreign_record_is_named(tmp_path, content):
     (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(UsageError, match=r"run\.json is not the record of a run") as error:
+    with pytest.raises(
+        UsageError, match=r"run\.json is not the record of a run .*: move it away, or name another folder"
+    ) as error:
         Tracker(tmp_path, JSONL, {}, {})
     assert one_line(error)
 
