@@ -9,6 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from src import cli
@@ -82,6 +83,13 @@ def test_the_teachers_figures_stand_beside_the_students_and_are_its_own(taught, 
     metrics = run(f"checkpoint={path}", "evaluation.teacher=false")
     assert metrics == {key: figures[f"teacher/{key}"] for key in metrics}
     assert metrics != {key: figures[key] for key in metrics}
+
+
+def test_others_get_the_encoder_of_the_student(taught):
+    model = checkpoint.load_latest(taught / "checkpoints")[1]["model"]
+    weights = load_file(taught / "encoder.safetensors")
+    assert all(torch.equal(value, model[f"encoder.{key}"]) for key, value in weights.items())
+    assert not all(torch.equal(value, model[f"teacher_encoder.{key}"]) for key, value in weights.items())
 
 
 def test_a_teacher_is_evaluated_when_the_run_has_long_been_finished(taught):

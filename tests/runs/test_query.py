@@ -15,6 +15,7 @@ from src.runs.delivery import catch_up, deliver
 from src.runs.links import newest_charts
 from src.runs.record import CHARTS, Record
 from src.runs.tracker import Tracker
+from src.training.run import say_result
 from tests.stores import JSONL, MLFLOW, break_store
 
 
@@ -132,7 +133,7 @@ def test_how_a_page_is_opened(monkeypatch):
     assert links.how_to_open("#/a") == "http://host:5000/base/#/a"
 
 
-def test_a_run_has_a_page_where_mlflow_has_it_and_none_where_it_is_deleted(client, tmp_path):
+def test_a_run_has_a_page_where_mlflow_has_it_and_none_where_it_is_deleted(client, tmp_path, capsys):
     Tracker(tmp_path / "files", JSONL, {}, {}).close("FINISHED")
     assert links.page_of(Record.load(tmp_path / "files")) == ""
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
@@ -146,6 +147,8 @@ def test_a_run_has_a_page_where_mlflow_has_it_and_none_where_it_is_deleted(clien
     assert links.page_of(Record.load(tmp_path / "run")) == ""
     deliver(tmp_path / "run")
     assert links.page_of(Record.load(tmp_path / "run")) == page
+    say_result(tmp_path / "run")
+    assert capsys.readouterr().out.splitlines()[-1] == f"MLflow: mlflow ui, then http://127.0.0.1:5000/{page}"
 
 
 def test_the_newest_sweeps_charts(tmp_path, monkeypatch):

@@ -152,6 +152,23 @@ def test_ranks_stopped_and_killed_are_the_unbroken_ones(start, tmp_path, tiny, m
 
 
 @pytest.mark.slow
+def test_who_is_left_without_the_other_rank_says_so_and_ends_with_69(python, tiny, tmp_path):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # which torchrun would keep
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment = os.environ | ELSEWHERE | address | {"WORLD_SIZE": "2", "ENDS": f"1 {signal.SIGKILL:d} 3"}
+    command = [python, "-m", "src.train", *tiny, *SMALL_NET, "method=simclr", "output_dir=run"]
+    left, lost = (
+        subprocess.Popen(command, cwd=tmp_path, env=environment | {"RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    )
+    _, said = left.communicate(timeout=600)
+    assert left.returncode == 69
+    assert re.findall(r"^error: .*", said, re.MULTILINE) == [f"error: {distributed.LOST}"]
+    assert lost.wait(600) == -signal.SIGKILL
+    lost.stderr.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_only_rank_of_a_run_is_a_run_without_ranks(request, tiny, tmp_path, device):
     """Up to rounding, which in float32 gives an embedding another prototype after a few steps."""

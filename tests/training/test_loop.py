@@ -3,7 +3,6 @@ import copy
 import errno
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -612,8 +611,9 @@ def test_a_full_disk_stops_the_run_and_when_there_is_room_it_is_the_unbroken_one
 def test_a_disk_that_fills_up_before_the_first_step_leaves_no_run_that_seems_to_go_on(run, tmp_path, monkeypatch):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(run_module, "write_whole", failing(run_module.write_whole, full, after=0))
-    with pytest.raises(CannotWrite, match="No space left on device"):
+    with pytest.raises(CannotWrite, match="No space left on device") as error:
         run("method=simclr")
+    assert error.value.status == 74  # of the command
     assert Record.load(tmp_path / "run").status == "FAILED"
 
 
@@ -917,19 +917,22 @@ def test_sigkill_at_any_moment_changes_nothing(command, run, small, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_the_run_cleanly(python, small, tmp_path, number):
-    environment = os.environ | ELSEWHERE
-    arguments = [*small, "method=kmclr", "k=7", "tracking=jsonl", "epochs=1000", "output_dir=run"]
-    process = subprocess.Popen([python, "-m", "src.train", *arguments], cwd=tmp_path, env=environment)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 5:
-        time.sleep(0.01)
-    process.send_signal(number)
-    assert process.wait(600) == 128 + number
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGXCPU])
+def test_a_signal_stops_the_run_cleanly(command, small, tmp_path, number):
+    """In its fifth step, which is the last; SIGXCPU is what comes at a limit of processor time (``ulimit -S -t``)."""
+    arguments = [*small, *SMALL_NET, "method=kmclr", "k=7", "tracking=jsonl", "output_dir=run"]
+    stopped = command("src.train", *arguments, environment={"ENDS": f"- {number:d} 9"})
+    assert stopped.returncode == 128 + number
     assert Record.load(tmp_path / "run").status == "KILLED"
-    last = [json.loads(line)["step"] for line in metrics.read_text().splitlines()][-1]
-    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints")[1]["step"] >= last
+    assert curves.read(tmp_path / "run")["train/loss"][0] == list(range(5))
+    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints")[1]["step"] == 5
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_ends_with_65(command, small):
+    diverged = command("src.train", *small, *SMALL_NET, "method=simclr", "tracking=jsonl", "optimizer.lr=1e30")
+    assert diverged.returncode == 65
+    assert diverged.stderr.splitlines()[-1].startswith("error: diverged at step ")
 
 
 @pytest.mark.slow
