@@ -181,7 +181,7 @@ def test_processes_may_start_together_in_an_empty_folder(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     processes = [start(RUN, tmp_path, NAME=f"run{i}") for i in range(3)]
     for process in processes:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
         assert (process.returncode, out, err) == (0, "", ""), "and none of MLflow's chatter"
 
     monkeypatch.chdir(tmp_path)
