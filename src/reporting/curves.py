@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from src.config.names import COLOURS, UNTRAINED
 from src.reporting.plots import frame, tell, wrapped, write_png
 from src.runs.record import METRICS, read_rows
@@ -241,8 +243,6 @@ def _place_legends(panels: Sequence[Axes]) -> None:
 
 def _lowest(axes: Axes, start: float) -> float:
     """The lowest value of a curve right of a share of the panel's width."""
-    import numpy as np
-
     left, found = max(0.0, start) * axes.get_xlim()[1], [math.inf]
     for line in axes.get_lines():
         x, y = map(np.asarray, line.get_data())
