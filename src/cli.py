@@ -36,7 +36,7 @@ from src.errors import RunFailed, UsageError
 from src.runs import origin
 from src.sweeps import plugins
 from src.sweeps.dry_run import preview
-from src.sweeps.launcher import refuse_foreign_sweeper
+from src.sweeps.launcher import CONF, refuse_foreign_sweeper
 from src.system.environment import is_rank
 from src.system.output import lost_output, outlive_output, printable
 from src.system.redact import one_line, redact, redact_output
@@ -47,7 +47,6 @@ _LACKS_MEMORY = re.compile(
     "MemoryError|out of memory|(can't|cannot) allocate memory|bad_alloc|failed to map segment|can't start new thread",
     re.I,
 )
-CONF = Path(__file__).parent.parent / "conf"
 os.environ.pop("MPLBACKEND", None)  # all pictures are files, and matplotlib does not load with a name that it lacks
 
 

@@ -50,6 +50,8 @@ def explain_composition(error: Exception, known: Collection[str] | None = None) 
         options = re.findall(r"^\t(\S+)$", message, re.MULTILINE)
         beside = f"; tracking.experiment={option} names an MLflow experiment" if group == "experiment" else ""
         return f"{group}={option}: there is no such option; choose one of {', '.join(options)}{beside}"
+    if there := re.search(r"Could not append to config\. An item is already at '([\w.@/-]+)'", message):
+        return f"{there.group(1)}: is there already; leave out the plus"
     if unknown := re.search(r"Could not (?:override|append to config)[^']*'([\w.@/-]+)'", message):
         return explain_key(unknown.group(1), _beside(unknown.group(1), error.__cause__), known)
     if several := re.search(r"Ambiguous value for argument '([^']+)'", message):

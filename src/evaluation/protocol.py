@@ -36,13 +36,13 @@ from src.evaluation.probes import (
 from src.runs import checkpoint
 from src.runs import directory as run_directory
 from src.runs.query import named_run
-from src.runs.record import RECORD, Record
+from src.runs.record import EVALUATED, RECORD, Record
 from src.runs.tracker import Tracker
 from src.support.search import Search
 
 T = TypeVar("T", Split, Features)
 
-EVALUATED = "evaluated"  # tags, EVALUATED/test_linear or the like: by which settings, where they are not the run's
+OWN = "the run's own settings"
 
 logger = logging.getLogger(__name__)
 
@@ -227,8 +227,9 @@ def main(composed: DictConfig) -> dict[str, float]:
     metrics = protocol.final(_frozen("encoder", path, saved, cfg, device, dtype))
     if cfg.evaluation.teacher:
         metrics |= protocol.of_teacher(_frozen("teacher_encoder", path, saved, cfg, device, dtype))
-    trained_in = record.tags.get("dtype") if record else None
-    if _protocol(cfg) != _protocol(before) or trained_in not in (None, str(dtype).removeprefix("torch.")):
+    arithmetic = str(dtype).removeprefix("torch.")
+    is_other = record is not None and record.tags.get("dtype", arithmetic) != arithmetic
+    if _protocol(cfg) != _protocol(before) or is_other:
         metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
     if composed.get("data"):
         metrics = {f"transfer/{cfg.data.name}-{data.fingerprint[:8]}/{key}": value for key, value in metrics.items()}
@@ -237,11 +238,12 @@ def main(composed: DictConfig) -> dict[str, float]:
         with run_directory.exclusive(directory):
             name = "mlflow" if record.copy.for_mlflow else "jsonl"
             tracking = replace(cfg.tracking, name=name, experiment=record.experiment, parent=None)
-            chosen = _chosen(cfg, before)
-            tags = {f"{EVALUATED}/{key.rpartition('/')[0]}": chosen for key in metrics if chosen}
-            for tag in tags:
-                if record.tags.get(tag, chosen) != chosen:
-                    logger.warning("%s: was with %s; its figures are now with %s", tag, record.tags[tag], chosen)
+            chosen = " ".join([*_chosen(cfg, before), *([f"precision={arithmetic}"] if is_other else [])])
+            families = {f"{EVALUATED}/{key.rpartition('/')[0]}" for key in metrics}
+            tags = {tag: chosen or OWN for tag in families if chosen or tag in record.tags}
+            for tag, now in tags.items():
+                if record.tags.get(tag, now) != now:
+                    logger.warning("%s: was with %s; its figures are now with %s", tag, record.tags[tag], now)
             tracker = Tracker(directory, tracking, {}, tags, reopens=True)
             tracker.log(metrics, saved["step"])
             tracker.close("FINISHED")
@@ -274,12 +276,12 @@ def _frozen(
     return FrozenEncoder(encoder, mean, std, device, dtype)
 
 
-def _chosen(cfg: schema.Config, before: schema.Config) -> str:
+def _chosen(cfg: schema.Config, before: schema.Config) -> list[str]:
     """The settings by which an evaluation differs from the one at its run's end, as they are typed."""
     then, now = identity.flat(before), identity.flat(cfg)
     of_images = {key for key in now | then if key.startswith("data.") and identity.is_setting(key)}
     counted = of_images - {"data.fingerprint"} | set(filter(identity.is_protocol, now | then))  # it is in the name
-    return " ".join(f"{key}={now.get(key, 'null')}" for key in sorted(counted) if now.get(key) != then.get(key))
+    return [f"{key}={now.get(key, 'null')}" for key in sorted(counted) if now.get(key) != then.get(key)]
 
 
 def _protocol(cfg: schema.Config) -> schema.Evaluation:

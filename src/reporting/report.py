@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.errors import UsageError
-from src.reporting.rows import summarise
+from src.reporting.rows import comparable, summarise, unusable
 from src.reporting.table import show, write
 from src.runs.links import how_to_open, newest_charts
 from src.runs.query import read_runs, read_sweep
@@ -104,18 +104,20 @@ def those_with(settings: Mapping[str, str], runs: Sequence[Record]) -> list[Reco
     Raises:
         UsageError: a key is neither an argument nor a setting of any run, or no run has such a value.
     """
-    kept = list(runs)
-    for key, value in settings.items():
-        there = sorted({run.params.get(key, "null") for run in kept})
-        if there in ([], ["null"]):
+    kept = [(run, run.params if unusable(run) else comparable(run)) for run in runs]
+    known = {key for _, params in kept for key in params}
+    for key, typed in settings.items():
+        value = {"true": "True", "false": "False"}.get(typed, typed)
+        there = sorted({params.get(key, "null") for _, params in kept})
+        if key not in known:
             raise UsageError(
                 f"{key}: neither a setting of these runs nor one of experiment=NAME, sweep=ID, out=DIR, "
                 "tracking=mlflow|jsonl and root=RUNS"
             )
         if value not in there:
             raise UsageError(f"{key}={value}: no run has it; choose one of {', '.join(map(printable, there))}")
-        kept = [run for run in kept if run.params.get(key, "null") == value]
-    return kept
+        kept = [(run, params) for run, params in kept if params.get(key, "null") == value]
+    return [run for run, _ in kept]
 
 
 def _folder(name: str) -> Path:

@@ -14,7 +14,7 @@ from src.config.identity import SAY_OF_STORED, is_protocol, is_setting, with_neu
 from src.config.names import COLOURS, LABELS, UNTRAINED, colour_of, label_of
 from src.config.renamed import modern
 from src.errors import UsageError
-from src.runs.record import CHANGED, UNUSED, Record
+from src.runs.record import CHANGED, EVALUATED, UNUSED, Record
 from src.system.output import printable
 
 FIGURES = {
@@ -245,6 +245,14 @@ def _remarks(
             notes.append(f"{run.name} has its last evaluation's figures: {run.tags['evaluation_changed']}")
     if len({run.params.get("evaluation.bank") for row in rows for run in row.runs} - {None}) > 1:
         notes.append("the runs differ in evaluation.bank: their val kNN cannot be compared")
+    for family in dict.fromkeys(figure.rpartition("/")[0] for figure in figures_of(rows)):
+        tag, runs = f"{EVALUATED}/{family}", [run for row in rows for run in row.runs]
+        those = [run for run in runs if any(key.startswith(f"{family}/") for key in run.metrics)]
+        by = {run.tags.get(tag, "settings that no tag names") for run in those}
+        if len(by) > 1:
+            notes.append(f"the runs differ in how {family} was evaluated: {'; '.join(sorted(by))}")
+        elif any(tag in run.tags for run in those):
+            notes.append(f"{family} was evaluated with {by.pop()}")
     seeds = sorted({len(row.runs) for row in rows})
     if len(seeds) > 1:
         notes.append(f"the rows differ in their number of seeds: {seeds[0]} to {seeds[-1]}")
@@ -261,10 +269,10 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
     repeats: dict[frozenset[tuple[str, str]], list[Record]] = defaultdict(list)
     unfinished = []
     for run in map(_printable, sorted(runs, key=lambda run: run.start_time)):
-        if reason := _unusable(run):
+        if reason := unusable(run):
             unfinished.append(f"{run.name} ({reason})")
         else:
-            usable = replace(run, params=_comparable(run))
+            usable = replace(run, params=comparable(run))
             repeats[frozenset(settings(usable).items())].append(usable)
     notes = [f"left out: {', '.join(unfinished)}"] if unfinished else []
     notes += [
@@ -275,14 +283,15 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
     return [group[-1] for group in repeats.values()], notes
 
 
-def _comparable(run: Record) -> dict[str, str]:
+def comparable(run: Record) -> dict[str, str]:
     """The params under the names of now, also those that did not exist then, without those that make no difference.
 
     Where a later session evaluated otherwise than the first, a tag has the setting's value.
     """
-    changed = {key: value for key, value in run.tags.items() if key in run.params and key.startswith("evaluation.")}
+    changed = {key: value for key, value in run.tags.items() if key.startswith("evaluation.")}
     params = with_neutral(modern(run.params)) | changed
-    return {key: value for key, value in params.items() if key not in IDLE.get(params["method.name"], ())}
+    idle = IDLE.get(params.get("method.name", ""), ())
+    return {key: value for key, value in params.items() if value != "null" and key not in idle}
 
 
 def _printable(run: Record) -> Record:
@@ -303,7 +312,7 @@ def _changing(runs: Sequence[Record]) -> list[str]:
     ]
 
 
-def _unusable(run: Record) -> str:
+def unusable(run: Record) -> str:
     """Why a run is no part of a report; empty where it is."""
     if run.status != "FINISHED":
         return "pruned" if "pruned" in run.tags else run.status.lower()

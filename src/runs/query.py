@@ -116,7 +116,10 @@ def named_run(run: str, key: str = "run") -> Path:
             return folder
     if re.fullmatch("[0-9a-f]{32}", run):
         return find_run_directory(run)
-    raise UsageError(f"{key}={run}: there is no such run; give the name of its folder in {ROOT}/, its path, or its id")
+    files = {"init": ", or a .pt or .safetensors", "checkpoint": ", or a checkpoint's file"}.get(key, "")
+    raise UsageError(
+        f"{key}={run}: there is no such run; give the name of its folder in {ROOT}/, its path, or its id{files}"
+    )
 
 
 def find_run_directory(run_id: str, root: Path = ROOT) -> Path:

@@ -35,6 +35,7 @@ UNUSED = "support_unused"  # a tag: the support set was never filled, so the pos
 PARENT = "mlflow.parentRunId"  # a tag: MLflow's id of the sweep's run, under which its pages show a job
 CHARTS = "charts"  # a tag of a sweep: where MLflow's pages show it, after their address
 NOTE = "mlflow.note.content"  # a tag: the description, in Markdown, that MLflow's pages show
+EVALUATED = "evaluated"  # tags, EVALUATED/test_linear or the like: by which settings, where they are not the run's
 # What to do where there is no record, and where it is damaged.
 ELSEWHERE, REPLACED = "name another folder", "move it away, or name another folder"
 FOR_PEOPLE = ("command", "error", "evaluation_changed")  # tags, which may quote anything

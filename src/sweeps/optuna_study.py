@@ -10,7 +10,7 @@ import logging
 import os
 import sqlite3
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,21 @@ ATTEMPTS = 100
 logger = logging.getLogger(__name__)
 
 
-def space(overrides: Sequence[Override], whole: Container[str]) -> dict[str, Any]:
+def space(overrides: Mapping[str, Override], whole: Container[str]) -> dict[str, Any]:
     """The distribution of each key that is not fixed: choices, ``range``, ``interval``, ``tag(log, interval)``.
 
     As everywhere in Hydra a ``range`` excludes its end.
 
     Args:
-        overrides: those that sweep.
+        overrides: those that sweep, by their keys.
         whole: the keys that hold integers, and get them.
 
     Raises:
         UsageError: a choice or an interval that Optuna cannot draw from.
     """
     drawn = {}
-    for override in overrides:
+    for key, override in overrides.items():
         if override.is_sweep_override():
-            key = override.get_key_element()
             try:
                 with _quiet():
                     drawn[key] = _distribution(override, key in whole)

@@ -52,7 +52,7 @@ class StudySweeper(GridSweeper):
         keys = {each.get_key_element() for each in parsed}
         overrides = {plain(each.get_key_element(), keys): each for each in parsed}
         fixed = [f"{key}={only[0]}" for key, each in overrides.items() if (only := values(each)) and len(only) == 1]
-        drawn = [each for each in overrides.values() if len(values(each) or ()) != 1]
+        drawn = {key: each for key, each in overrides.items() if len(values(each) or ()) != 1}
         space = studies.space(drawn, set(whole_numbers()))
         base = self.compose(fixed)
         if not base.cfg:  # what is fixed may be at odds with the defaults of what is drawn

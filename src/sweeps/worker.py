@@ -56,6 +56,9 @@ class Work:
         if self.first:
             self.note.unlink(missing_ok=True)
         cores = os.environ.get("SLURM_CPUS_PER_TASK")
+        environment = {**self.environment, **os.environ, **rank}
+        # The scheduler may have handed on the sweep's own, which cli.py sets.
+        environment["HYDRA_FULL_ERROR"] = self.environment.get("HYDRA_FULL_ERROR", "0")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -63,7 +66,7 @@ class Work:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**self.environment, **os.environ, **rank} | ({"OMP_NUM_THREADS": cores} if cores else {}),
+                env=environment | ({"OMP_NUM_THREADS": cores} if cores else {}),
                 preexec_fn=_behind_the_scheduler,
             )
 

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from src.config import identity, schema
 from src.config.names import TEACHER, colour_of
+from src.config.renamed import modern
 from src.config.schema import Config
 from src.data import Dataset, load
 from src.data.batches import check_batch_size, images_a_step
@@ -105,7 +106,7 @@ def run(
         if changes := changed_protocol(cfg, directory):
             text = ", ".join(changes.values())
             earlier = Record.load(directory).tags.get("evaluation_changed")
-            tags |= {key: str(config[key]) for key in changes}
+            tags |= {key: str(config.get(key, "null")) for key in changes}
             tags["evaluation_changed"] = "; ".join(filter(None, [earlier, f"{text} at step {state.step}"]))
             logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, text)
         dtype = str(state.dtype).removeprefix("torch.")
@@ -163,11 +164,13 @@ def changed_protocol(cfg: Config, directory: Path) -> dict[str, str]:
     They are no part of a run's identity: others start no training anew. A record keeps the first session's params, as
     MLflow does, so that a tag with a param's name holds the value of now.
     """
-    record, now = Record.find(directory), identity.flat(cfg)
-    before = record.params | record.tags if record else {}
-    asked = [key for key in now if identity.is_protocol(key) or key in ("evaluation.teacher", "evaluation.bank")]
-    keys = [key for key in asked if before.get(key, str(now[key])) != str(now[key])]
-    return {key: f"{key} was {before[key]} and is {now[key]}" for key in keys}
+    if (record := Record.find(directory)) is None:
+        return {}
+    before, now = identity.with_neutral(modern(record.params)) | record.tags, identity.flat(cfg)
+    besides = {"evaluation.teacher", "evaluation.bank"} & before.keys()
+    asked = sorted({key for key in before | now if identity.is_protocol(key)} | besides)
+    found = {key: (before.get(key, "null"), str(now.get(key, "null"))) for key in asked}
+    return {key: f"{key} was {was} and is {now}" for key, (was, now) in found.items() if was != now}
 
 
 def say_result(directory: Path) -> float:

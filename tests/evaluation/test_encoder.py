@@ -88,6 +88,14 @@ def test_floats_that_are_no_pixels_from_0_to_1_are_refused(written):
         assert encoder(images * 1.2 - 0.1).isfinite().all()
 
 
+def test_torch_exports_it_too(written):
+    encoder = load_encoder(written[0])
+    images = torch.rand(2, 3, encoder.image_size, encoder.image_size)
+    with torch.no_grad():
+        program = torch.export.export(encoder, (images,))
+        torch.testing.assert_close(program.module()(images / 2), encoder(images / 2))
+
+
 def test_a_runs_folder_stands_for_its_encoder(written):
     with torch.no_grad():
         images = torch.rand(2, 3, 32, 32)

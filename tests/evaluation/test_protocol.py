@@ -321,6 +321,19 @@ def test_the_record_says_by_which_settings_and_still_when_the_run_ended(finished
     assert (record.end_time, record.seconds, record.status) == (before.end_time, before.seconds, "FINISHED")
 
 
+def test_a_tag_is_of_the_figures_that_are_there(finished, caplog):
+    for chosen in (["evaluation.knn_k=5"], ["precision=bfloat16"]):
+        run(f"checkpoint={finished}", *chosen)
+    assert Record.load(finished).tags["evaluated/test_linear"] == "precision=bfloat16"
+    assert "evaluated/test_linear: was with evaluation.knn_k=5; its figures are now with precision=b" in caplog.text
+    own = {key: value for key, value in Record.load(finished).params.items() if key.startswith("data.")}
+    data = ["data=digits", *(f"data.{key}={own[f'data.{key}']}" for key in ("image_size", "cache_dir", "val_fraction"))]
+    for limit in (250, 200):
+        metrics = run(f"checkpoint={finished}", *data, f"data.limit={limit}")
+    family = next(key for key in metrics if key.endswith("/test/linear_top1")).rpartition("/")[0]
+    assert Record.load(finished).tags[f"evaluated/{family}"] == "the run's own settings"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_sets_of_a_layout_have_metrics_of_their_own(finished, tmp_path, layout):
     names = []

@@ -81,11 +81,32 @@ def test_what_was_evaluated_elsewhere_has_columns_too():
     }
 
 
+def test_a_note_says_by_which_settings_it_was_evaluated_elsewhere():
+    tag, figure = "evaluated/test_linear", "test_linear/linear_top1"
+    runs = [run("kmclr", 50, seed) for seed in range(3)]
+    runs = [replace(each, metrics=each.metrics | {figure: 60.0}, tags={tag: "evaluation.knn_k=5"}) for each in runs]
+    assert "test_linear was evaluated with evaluation.knn_k=5" in summarise(runs)[1]
+    runs[1].tags[tag] = "evaluation.epochs=1"
+    runs[2].tags.clear()
+    assert summarise(runs)[1][-1] == (
+        "the runs differ in how test_linear was evaluated: "
+        "evaluation.epochs=1; evaluation.knn_k=5; settings that no tag names"
+    )
+
+
 def test_a_report_may_be_of_the_runs_with_some_settings():
     runs = [run("kmclr", 50), run("kmclr", 400), run("nnclr", 128)]
     assert report.those_with({}, runs) == runs
     assert report.those_with({"k": "400"}, runs) == [runs[1]]
     assert report.those_with({"k": "null"}, runs) == [runs[2]]
+    assert report.those_with({"k": "null", "method.name": "nnclr"}, runs) == [runs[2]]
+    assert report.those_with({"method.name": "nnclr", "k": "null"}, runs) == [runs[2]]
+    final = replace(runs[0], params=runs[0].params | {"data.final": "True"})
+    assert report.those_with({"data.final": "true"}, [final, *runs]) == [final]
+    later = replace(runs[0], tags={"evaluation.knn_k": "5"})
+    assert report.those_with({"evaluation.knn_k": "5"}, [later, *runs]) == [later]
+    failed = replace(runs[0], status="FAILED", params={"k": "50"})
+    assert report.those_with({"k": "50"}, [failed]) == [failed]
     with pytest.raises(UsageError, match="k=7: no run has it; choose one of 400, 50, null"):
         report.those_with({"k": "7"}, runs)
     with pytest.raises(UsageError, match="experimnt: neither a setting of these runs nor one of experiment=NAME"):

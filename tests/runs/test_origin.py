@@ -117,7 +117,10 @@ def test_a_stopped_run_continues_from_its_checkpoint_and_not_from_its_start(run,
     assert f"{second.relative_to(second.parents[1])}: continued at step 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("init", "says"), [("nothing", "there is no such run"), ("empty", "there is no checkpoint")])
+@pytest.mark.parametrize(
+    ("init", "says"),
+    [("nothing", "there is no such run; .*, or a .pt or .safetensors"), ("empty", "there is no checkpoint")],
+)
 def test_a_start_that_is_not_there_is_one_line(tmp_path, monkeypatch, init, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

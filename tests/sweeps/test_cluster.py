@@ -255,6 +255,14 @@ def test_work_notes_its_status_and_keeps_the_output_of_all_attempts(program, mon
     assert (program / "a").read_text() == "3 53 5"
 
 
+def test_a_job_has_tracebacks_as_the_sweep_says_and_not_as_the_scheduler_hands_on(program, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    log = program / "log"
+    for said in ({"HYDRA_FULL_ERROR": "1"}, {}):
+        Work(["sh", "-c", "echo $HYDRA_FULL_ERROR"], program, log, program / "note", said)()
+    assert log.read_text().split() == ["1", "0"]
+
+
 def test_ahead_of_a_time_limit_work_saves_and_can_be_queued_again(program):
     """What submitit does on SIGUSR2, which SLURM sends to all processes of a job: checkpoint, queue again, exit."""
     script = (

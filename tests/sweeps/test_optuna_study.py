@@ -11,7 +11,8 @@ from src.sweeps import optuna_study
 
 
 def space(*overrides, whole=()):
-    return optuna_study.space(OverridesParser.create().parse_overrides(list(overrides)), whole)
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return optuna_study.space({each.get_key_element(): each for each in parsed}, whole)
 
 
 def test_a_range_excludes_its_end_and_whole_keys_get_whole_numbers():

@@ -93,6 +93,7 @@ def test_a_key_with_plus_signs_replaces_a_distribution(search):
         "k10",
         "k20",
     ]
+    assert search(Launcher(0), "++k=interval(5,9)", trials=1) == 0  # of whole numbers, as k is
     fixed = Launcher(0, 0)
     assert search(fixed, "++k=10", trials=2, space=SPACE | {"epochs": "choice(1,2,3)"}) == 0
     assert len(list(fixed.folder.parent.glob("kmclr-k10-*"))) == 3

@@ -29,7 +29,7 @@ from src.evaluation.diagnostics import alignment, uniformity
 from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method
 from src.reporting import curves
-from src.reporting.rows import summarise
+from src.reporting.rows import comparable, summarise
 from src.runs import checkpoint
 from src.runs import directory as run_directory
 from src.runs.query import read_runs
@@ -443,7 +443,21 @@ def test_another_evaluation_is_said_of_a_run_that_lost_its_checkpoints_and_of_on
     assert (tags["evaluation.knn_k"], tags["evaluation.bank"]) == ("20", "30")
     first, second = tags["evaluation_changed"].split("; ")
     assert first == "evaluation.knn_k was 20 and is 5 at step 0"
-    assert second == "evaluation.knn_k was 5 and is 20, evaluation.bank was 50000 and is 30 at step 2"
+    assert second == "evaluation.bank was 50000 and is 30, evaluation.knn_k was 5 and is 20 at step 2"
+
+
+def test_what_an_evaluation_no_longer_has_is_no_setting_of_the_run(run, monkeypatch, tmp_path):
+    overrides, directory = ["method=simclr", "epochs=2"], tmp_path / "run"
+    monkeypatch.setattr(run_module, "Stopper", lambda _: StopAfter(2))
+    with pytest.raises(SystemExit):
+        run(*overrides, "evaluation=fewshot")
+    monkeypatch.setattr(run_module, "Stopper", Stopper)
+    run(*overrides, "evaluation.bank=null")
+    record = Record.load(directory)
+    assert record.tags["evaluation.fewshot.draws"] == record.tags["evaluation.bank"] == "null"
+    of_now = comparable(record)
+    assert of_now["evaluation.name"] == "linear"
+    assert not [key for key in of_now if key.startswith("evaluation.fewshot") or key == "evaluation.bank"]
 
 
 def test_a_crash_loses_at_most_the_steps_since_the_checkpoint(run, monkeypatch):
