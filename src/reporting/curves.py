@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +41,7 @@ COMPARED = {
 MOST_TOGETHER = 5  # more courses than that get panels of their own, a column a method
 MOST_NAMED = 5  # more courses of a method than that are thin lines behind the best
 LONGEST = 24  # characters of the best one's name
+GAP = 0.03  # between a legend and a curve, of a panel's height
 WIDEST = 36  # characters of a line in a legend
 RARE = 0.005
 FEW = 12  # so few points get markers
@@ -228,27 +229,32 @@ def _panel(
 
 
 def _place_legends(panels: Sequence[Axes]) -> None:
-    """Under the curves of panels that share an axis, where that corner is free in all; else in new room above them."""
+    """At the right of panels that share an axis, where no curve of any is; else in new room above the curves."""
     legends = {axes: legend for axes in panels if (legend := axes.get_legend())}
     lines = {axes: "\n".join(axes.get_legend_handles_labels()[1]).split("\n") for axes in legends}
     low, high = panels[0].get_ylim()
     height = min(0.02 + 0.072 * max(map(len, lines.values()), default=0), 0.6)  # of a panel's
-    starts = {axes: 0.86 - 0.024 * max(map(len, lines[axes])) for axes in legends}  # by the longest line's letters
-    if all(_lowest(axes, starts[axes]) > low + (height + 0.03) * (high - low) for axes in legends):
-        for legend in legends.values():
-            legend.set_loc("lower right")
-    else:
-        panels[0].set_ylim(max(0.0, low), high + height / (1 - height) * (high - low))
+    taken = [
+        (value - low) / (high - low)
+        for axes in legends
+        for value in _values(axes, 0.86 - 0.024 * max(map(len, lines[axes])))  # by the longest line's letters
+    ]
+    for bottom in (0.02 * step for step in range(30)):
+        if not any(bottom - GAP < share < bottom + height + GAP for share in taken):
+            for axes, legend in legends.items():
+                legend.set_loc("lower right")
+                legend.set_bbox_to_anchor((1, bottom), axes.transAxes)
+            return
+    panels[0].set_ylim(max(0.0, low), high + height / (1 - height) * (high - low))
 
 
-def _lowest(axes: Axes, start: float) -> float:
-    """The lowest value of a curve right of a share of the panel's width."""
-    left, found = max(0.0, start) * axes.get_xlim()[1], [math.inf]
+def _values(axes: Axes, start: float) -> Iterator[float]:
+    """What the curves go through right of a share of the panel's width."""
+    left = max(0.0, start) * axes.get_xlim()[1]
     for line in axes.get_lines():
         x, y = map(np.asarray, line.get_data())
         if x[-1] >= left:
-            found += [np.interp(left, x, y), *y[x >= left]]
-    return min(found)
+            yield from np.interp(np.linspace(left, x[-1], 50), x, y)
 
 
 def _shade(colour: str, share: float) -> tuple[float, float, float]:

@@ -96,27 +96,27 @@ def over_curves(axes):
 
 
 @pytest.mark.parametrize(
-    ("values", "below"),
+    ("values", "has_room"),
     [
         ([10, 20, 30, 40, 41], True),  # as an accuracy rises
         ([40, 40, 40, 40, 40], False),
-        ([41, 40, 30, 20, 10], False),
+        ([41, 40, 30, 20, 10], True),
     ],
 )
-def test_a_legend_covers_no_curve_and_takes_no_room_where_there_is_some(tmp_path, values, below):
+def test_a_legend_covers_no_curve_and_takes_no_room_where_there_is_some(tmp_path, values, has_room):
     some = [course(f"SimCLR {i}", 0, (write(tmp_path / str(i), [each + i for each in values]),)) for i in range(4)]
     with rc_context({"font.size": 9}):  # as a report has it
         (axes,) = compare(some).axes
         assert over_curves(axes) == 0
     low, high = min(values), max(values) + 3
-    assert (axes.get_ylim()[1] > high + 0.2 * (high - low)) != below
+    assert (axes.get_ylim()[1] > high + 0.2 * (high - low)) != has_room
 
 
 def test_a_panel_leaves_room_for_its_own_legend_only(tmp_path):
-    some = [course(f"SimCLR {i}", 0, (write(tmp_path / str(i), [20, 10, 10, 10, 10]),)) for i in range(4)]
+    some = [course(f"SimCLR {i}", 0, (write(tmp_path / str(i), [10 + 3 * i] * 5),)) for i in range(4)]
     some.append(course("NNCLR 9", 9, (write(tmp_path / "own", [0.7, 0.5], "support/self_hit"),), "red"))
     accuracy, own = compare(some).axes
-    assert accuracy.get_ylim()[1] > 25
+    assert accuracy.get_ylim()[1] > 22
     assert own.get_ylim()[1] < 80
 
 
