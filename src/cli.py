@@ -25,9 +25,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from src.config import resolvers
 from src.config.explain import explain_composition, keys_of
 from src.config.parse import parse
 from src.config.renamed import new_name
@@ -137,7 +138,7 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     A user who sets ``HYDRA_FULL_ERROR=1`` gets the tracebacks.
     """
     plugins.register()
-    OmegaConf.register_new_resolver("options", _options, replace=True)
+    resolvers.register("options", _options)
     if "" in sys.argv[1:]:
         fail("an argument is empty: a variable of the shell may have no value")
     if {"--multirun", "-m"} & set(sys.argv):

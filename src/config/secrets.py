@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict
 from typing import Any
 
-from omegaconf import OmegaConf
 from omegaconf.resolvers import oc
 
 from src.config.renamed import flatten
+from src.config.resolvers import register
 from src.config.schema import Config
 from src.errors import UsageError
 from src.system.redact import named_secret_in, names_a_secret
@@ -40,6 +39,4 @@ def _environment(name: str, *default: Any) -> Any:
     return oc.env(name, *default)
 
 
-with warnings.catch_warnings():  # OmegaConf 2.4 gives it a new name, under which 2.3 has something else
-    warnings.simplefilter("ignore")
-    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+register("oc.env", _environment)
