@@ -96,7 +96,7 @@ class GridSweeper(Sweeper):
         if sum(math.prod(map(len, grid.values())) for grid in grids) > MOST:
             raise UsageError(f"--multirun: more than {MOST:,} combinations; give the keys fewer values")
         points = [
-            [f"{key}={value}" for key, value in zip(grid, point, strict=True)]
+            [typed(key, value) for key, value in zip(grid, point, strict=True)]
             for grid in grids
             for point in product(*grid.values())
         ]
@@ -150,6 +150,11 @@ class GridSweeper(Sweeper):
         for job in sweep.jobs if self.launcher.status else ():
             if job.cfg and not job.status and not job.is_finished:
                 job.error, job.status = "not started: the sweep was stopped", self.launcher.status
+
+
+def typed(key: str, value: str) -> str:
+    """An argument for Hydra, of which 1.4 does not take away a key that has another value than the one given."""
+    return key if key[0] == "~" and value == "null" else f"{key}={value}"
 
 
 def plain(key: str, there: Container[str]) -> str:

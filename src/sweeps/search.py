@@ -12,7 +12,7 @@ from src.config import identity, schema
 from src.errors import Diverged, UsageError
 from src.runs.record import RECORD
 from src.sweeps.dry_run import preview
-from src.sweeps.grid import SWEPT, GridSweeper, plain, refuse_unused
+from src.sweeps.grid import SWEPT, GridSweeper, plain, refuse_unused, typed
 from src.sweeps.jobs import Job, values
 from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED
@@ -51,7 +51,7 @@ class StudySweeper(GridSweeper):
         )
         keys = {each.get_key_element() for each in parsed}
         overrides = {plain(each.get_key_element(), keys): each for each in parsed}
-        fixed = [f"{key}={only[0]}" for key, each in overrides.items() if (only := values(each)) and len(only) == 1]
+        fixed = [typed(key, only[0]) for key, each in overrides.items() if (only := values(each)) and len(only) == 1]
         drawn = {key: each for key, each in overrides.items() if len(values(each) or ()) != 1}
         space = studies.space(drawn, set(whole_numbers()))
         base = self.compose(fixed)
