@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, cast, get_type_hints
 
@@ -154,22 +154,27 @@ def keys_of(config: Mapping[str, Any]) -> list[str]:
 
 def known_keys() -> list[str]:
     """Every dotted key that some composition of a training run can have."""
-    keys: list[str] = []
-    unions: dict[str, list[Any]] = {
-        "support": list(schema.SUPPORTS.values()),
-        "objective": list(dict.fromkeys(schema.OBJECTIVES.values())),
+    return [
+        key for key in dict.fromkeys(key for key, _ in _settings("", schema.Config)) if not key.endswith("_target_")
+    ]
+
+
+def whole_numbers() -> set[str]:
+    """The dotted keys of every setting that holds an integer, in whichever option."""
+    return {key for key, kind in _settings("", schema.Config) if kind in (int, int | None)}
+
+
+def _settings(prefix: str, node: type) -> Iterator[tuple[str, Any]]:
+    """Every dotted key that some composition can have, and of what type; of several options more than once."""
+    unions: dict[str, Iterable[Any]] = {
+        "support": schema.SUPPORTS.values(),
+        "objective": schema.OBJECTIVES.values(),
         "method": [schema.Method],
     }
-
-    def visit(prefix: str, node: type) -> None:
-        hints = get_type_hints(node)
-        for each in fields(node):
-            key = f"{prefix}{each.name}"
-            keys.append(key)
-            kinds: list[Any] = unions.get(key, [hints[each.name]])
-            for kind in kinds:
-                if is_dataclass(kind):
-                    visit(f"{key}.", cast(type, kind))
-
-    visit("", schema.Config)
-    return [key for key in dict.fromkeys(keys) if not key.endswith("_target_")]
+    hints = get_type_hints(node)
+    for each in fields(node):
+        key = f"{prefix}{each.name}"
+        for kind in unions.get(key, [hints[each.name]]):
+            yield key, kind
+            if is_dataclass(kind):
+                yield from _settings(f"{key}.", cast(type, kind))

@@ -44,9 +44,8 @@ def fine_tune(
     classifier = nn.Linear(features, classes, device=frozen.device)
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
-    network = (
-        nn.Sequential(copy.deepcopy(frozen.encoder), classifier).train().requires_grad_()
-    )  # a teacher requires none
+    network = nn.Sequential(copy.deepcopy(frozen.encoder), classifier).train()
+    network.requires_grad_()  # which a teacher's does not require
     for module in network.modules():
         if isinstance(module, SplitBatchNorm):
             module.splits = 1  # parts belong to the pre-training

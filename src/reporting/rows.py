@@ -217,7 +217,7 @@ def _remarks(
     rows: Sequence[Row], keys: Sequence[str], names: Sequence[str], common: Mapping[str, Mapping[str, str]]
 ) -> list[str]:
     """What the rows' labels leave unsaid, and what makes rows less comparable than they look."""
-    notes = []
+    notes, runs = [], [run for row in rows for run in row.runs]
     if names:
         notes.append(f"the runs also differ in {', '.join(names)}: each combination has its own row")
     names_of = {row.method: row.name for row in rows}
@@ -238,15 +238,15 @@ def _remarks(
             notes.append(f"the runs of a row differ in {tag}: {', '.join(mixed)}")
         elif len(set().union(*found)) > 1:
             notes.append(f"rows differ in {tag}")
-    for run in (run for row in rows for run in row.runs):
+    for run in runs:
         if CHANGED in run.tags:
             notes.append(f"{run.name} is exact up to roundings only: {run.tags[CHANGED]}")
         if "evaluation_changed" in run.tags:
             notes.append(f"{run.name} has its last evaluation's figures: {run.tags['evaluation_changed']}")
-    if len({run.params.get("evaluation.bank") for row in rows for run in row.runs} - {None}) > 1:
+    if len({run.params.get("evaluation.bank") for run in runs} - {None}) > 1:
         notes.append("the runs differ in evaluation.bank: their val kNN cannot be compared")
     for family in dict.fromkeys(figure.rpartition("/")[0] for figure in figures_of(rows)):
-        tag, runs = f"{EVALUATED}/{family}", [run for row in rows for run in row.runs]
+        tag = f"{EVALUATED}/{family}"
         those = [run for run in runs if any(key.startswith(f"{family}/") for key in run.metrics)]
         by = {run.tags.get(tag, "settings that no tag names") for run in those}
         if len(by) > 1:

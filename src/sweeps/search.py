@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-from src.config import identity, schema
+from src.config import identity
+from src.config.explain import whole_numbers
 from src.errors import Diverged, UsageError
 from src.runs.record import RECORD
 from src.sweeps.dry_run import preview
@@ -53,7 +53,7 @@ class StudySweeper(GridSweeper):
         overrides = {plain(each.get_key_element(), keys): each for each in parsed}
         fixed = [typed(key, only[0]) for key, each in overrides.items() if (only := values(each)) and len(only) == 1]
         drawn = {key: each for key, each in overrides.items() if len(values(each) or ()) != 1}
-        space = studies.space(drawn, set(whole_numbers()))
+        space = studies.space(drawn, whole_numbers())
         base = self.compose(fixed)
         if not base.cfg:  # what is fixed may be at odds with the defaults of what is drawn
             base = self.compose([*fixed, *studies.first(space)])
@@ -100,14 +100,18 @@ class StudySweeper(GridSweeper):
 
             exhausted: list[UsageError] = []  # raised where all jobs have ended, not while one runs
 
-            def cannot_be_judged() -> bool:
-                """Whether a run has finished without the figure that the search is for."""
-                records = [each.record for each in sweep.jobs if each.is_finished]
-                return any(record and studies.OBJECTIVE not in record.metrics for record in records)
+            def lacks_figure(each: Job) -> bool:
+                return each.is_finished and each.record is not None and studies.OBJECTIVE not in each.record.metrics
+
+            unjudged = list(filter(lacks_figure, sweep.jobs))  # finished without the figure that the search is for
+
+            def conclude(each: Job) -> None:
+                _conclude(study, each)
+                unjudged.extend(filter(lacks_figure, [each]))
 
             def trials() -> Iterator[Job]:
                 there = [each for each in sweep.jobs if study.state(each.trial or 0) == "RUNNING"]
-                while (there or len(sweep.jobs) < self.trials) and not cannot_be_judged():
+                while (there or len(sweep.jobs) < self.trials) and not unjudged:
                     if not there:
                         try:
                             there = [job(study.propose())]
@@ -119,13 +123,13 @@ class StudySweeper(GridSweeper):
                     if each.cfg and not each.is_finished:
                         yield each
                     else:
-                        _conclude(study, each)
+                        conclude(each)
 
             for each in self.launch(sweep, trials(), SWEPT | space.keys(), at_a_time):
-                _conclude(study, each)
+                conclude(each)
             if best := study.best():
                 print(f"best: trial {best[0]}, val/knn_top1 {best[1]:.2f}, {study.points()[best[0]]}", flush=True)
-            if cannot_be_judged():
+            if unjudged:
                 lacking = f"without labels there is no {studies.OBJECTIVE}, by which a search judges its trials"
                 raise UsageError(f"data: {lacking}; choose images that have some")
             if exhausted:
@@ -133,19 +137,6 @@ class StudySweeper(GridSweeper):
             if self.launcher.status and len(sweep.jobs) < self.trials:  # the last of its jobs may have ended by itself
                 sys.exit(self.launcher.status)
         sys.exit(sweep.status)
-
-
-def whole_numbers(node: type = schema.Config, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of every setting that holds an integer, in whichever option."""
-    kinds = get_type_hints(node)
-    options: dict[str, Mapping[str, Any]] = {"support": schema.SUPPORTS, "objective": schema.OBJECTIVES}
-    for each in fields(node):
-        key = f"{prefix}{each.name}"
-        for kind in options[key].values() if key in options else [kinds[each.name]]:
-            if is_dataclass(kind):
-                yield from whole_numbers(cast(type, kind), f"{key}.")
-            elif kind in (int, int | None):
-                yield key
 
 
 def _conclude(study: Study, job: Job) -> None:

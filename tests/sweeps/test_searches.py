@@ -2,10 +2,11 @@
 
 import pytest
 
+from src.config.explain import whole_numbers
 from src.errors import UsageError
 from src.runs.record import Record
 from src.sweeps import optuna_study
-from src.sweeps.search import StudySweeper, whole_numbers
+from src.sweeps.search import StudySweeper
 
 SPACE = {"k": "choice(10,20,30,40,50,60)"}
 FIXED = ["data=digits", "backbone=resnet_tiny", "tracking=jsonl"]
@@ -100,7 +101,7 @@ def test_a_key_with_plus_signs_replaces_a_distribution(search):
 
 
 def test_the_keys_of_whole_numbers_are_those_of_the_schema():
-    whole = set(whole_numbers())
+    whole = whole_numbers()
     assert whole >= {"k", "queue_size", "data.limit", "support.refit_window", "objective.neighbours", "projector.out"}
     assert not whole & {"support.half_life", "schedule.warmup_epochs", "optimizer.lr", "compile", "projector.hidden"}
 
