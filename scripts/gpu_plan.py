@@ -180,7 +180,7 @@ def as_many_as_fit(first: Record, minutes: float, out: Path) -> int:
 
 def kept(out: Path, cfg: Config) -> Path:
     """Where the files of a run are that are worth keeping."""
-    return out / "runs" / run_directory.choose(cfg).name
+    return out / "runs" / run_directory.path_of(cfg).name
 
 
 def train(cfg: Config, minutes: float) -> int:
@@ -217,7 +217,7 @@ def follow(name: str, minutes: float, out: Path, overrides: Overrides, command: 
             continue
         left = end - time.monotonic() - RESERVE
         ended = train(cfg, left / 60) if left > 0 else TIME_IS_UP
-        keep(run_directory.choose(cfg), kept(out, cfg))
+        keep(run_directory.path_of(cfg), kept(out, cfg))
         try:
             report(name, out, command)
         except Exception:  # a table can be made again, and the minutes cannot

@@ -58,7 +58,7 @@ def trained(tmp_path, cache_dir, monkeypatch):
         return gpu_plan.follow(name, minutes, out, [*images, *overrides], "the command"), runs
 
     def end(cfg, status):
-        directory = run_directory.choose(cfg)
+        directory = run_directory.path_of(cfg)
         directory.mkdir(parents=True, exist_ok=True)
         record = Record.new(identity.run_name(cfg), "support-sets")
         record.params = {key: str(value) for key, value in identity.flat(cfg).items()}

@@ -22,7 +22,7 @@ PATIENCE = 10.0  # seconds in which a process that was told to stop has saved, a
 COLLAPSED = "collapsed"  # a tag: at which step, and how
 
 
-def choose(cfg: schema.Config) -> Path:
+def path_of(cfg: schema.Config) -> Path:
     """Where the run lives: ``output_dir``, or ``multirun/NAME-HASH``, the same for the same configuration.
 
     With ``resume=never`` and something there already, the next free of ``NAME-HASH.2``, ``.3``, ...

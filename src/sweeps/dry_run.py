@@ -21,7 +21,7 @@ def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
     lines, lasts, todo = [], list[float](), 0
     finished = _seconds_an_epoch()
     for number, cfg in enumerate(cfgs):
-        directory = run_directory.choose(cfg) if cfg.data.fingerprint else Path(identity.run_name(cfg))
+        directory = run_directory.path_of(cfg) if cfg.data.fingerprint else Path(identity.run_name(cfg))
         try:
             record = Record.find(directory) if cfg.data.fingerprint else None
             state, estimate = record.status.lower() if record else "to do", ""

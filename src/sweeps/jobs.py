@@ -101,7 +101,7 @@ class Composer:
         except (UsageError, HydraException, OmegaConfBaseException) as error:
             reason = str(error) if isinstance(error, UsageError) else explain_composition(error)
             return Job(kept, None, Path(), passed_over, " ".join(reason.split()), status=2)
-        return Job(kept, cfg, run_directory.choose(cfg), passed_over)
+        return Job(kept, cfg, run_directory.path_of(cfg), passed_over)
 
     def identify(self, job: Job) -> Job:
         """Says which images and first weights the job has, and so where it lives; without them it is not legal.
@@ -125,7 +125,7 @@ class Composer:
             reason = str(error)
         if reason:
             return Job(job.overrides, None, Path(), job.passed_over, reason, status=2)
-        return replace(job, directory=run_directory.choose(job.cfg))
+        return replace(job, directory=run_directory.path_of(job.cfg))
 
     def _is_choice(self, override: str) -> bool:
         """Whether it chooses an option, or adds or takes away a key, which is left to Hydra."""

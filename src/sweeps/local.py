@@ -89,21 +89,21 @@ class LocalLauncher(JobLauncher):
             stdin=subprocess.DEVNULL,
             stdout=None if self.prints else log,
             stderr=log,
-            env=self.environment() | self._share(slot),
+            env=self.environment() | self._slot_environment(slot),
             # Apart from the terminal's group: Ctrl-C reaches a job through the launcher, once.
             start_new_session=True,
             preexec_fn=end_with_parent,
         )
         return Process(job, slot, time.monotonic(), process, log)
 
-    def _share(self, slot: int) -> dict[str, str]:
-        """The environment that gives a job its part of the machine."""
+    def _slot_environment(self, slot: int) -> dict[str, str]:
+        """The variables that limit a job to its part of the threads, and to one of the GPUs."""
         if self.slots == 1:
             return {}
-        share = {"OMP_NUM_THREADS": str(max(1, _threads() // self.slots))}
+        variables = {"OMP_NUM_THREADS": str(max(1, _threads() // self.slots))}
         if gpus := _visible_gpus():
-            share["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-        return share
+            variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+        return variables
 
     def logs(self) -> Mapping[str, Path]:
         return {f"job {self.numbers[each.job]}": Path(each.log.name) for each in self.processes}

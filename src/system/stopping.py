@@ -72,7 +72,7 @@ class Stopper:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Meanwhile a reason to stop does not wait for a step to end: all that would be lost is done again."""
+        """Inside this block the process stops immediately; a resume repeats the work."""
         self._at_once = True
         try:
             if self.status:

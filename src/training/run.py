@@ -85,7 +85,7 @@ def run(
     tags = {"init.taken": state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
     refuse_unfillable(cfg, len(data.train), filled=state.method.support is not None and state.method.support.ready)
 
-    directory = ranks.told(run_directory.choose(cfg))
+    directory = ranks.told(run_directory.path_of(cfg))
     if cfg.tracking.system_metrics:
         require("psutil", "system", "tracking.system_metrics=true")
     if cfg.tracking.name == "mlflow" and ranks.first:

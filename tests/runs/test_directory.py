@@ -11,27 +11,27 @@ from tests.config.test_schema import parsed
 
 
 def test_one_configuration_has_one_directory():
-    one = run_directory.choose(parsed("k=50"))
+    one = run_directory.path_of(parsed("k=50"))
     assert one.parent.name == "multirun"
     assert one.name.startswith("kmclr-k50-cifar100-resnet18-seed0-")
-    assert one == run_directory.choose(parsed("method=kmclr", "k=50", "device=cpu"))
-    assert one != run_directory.choose(parsed("k=50", "optimizer.lr=0.1"))
+    assert one == run_directory.path_of(parsed("method=kmclr", "k=50", "device=cpu"))
+    assert one != run_directory.path_of(parsed("k=50", "optimizer.lr=0.1"))
 
 
 def test_a_named_directory_is_taken_and_resume_never_goes_beside_it(tmp_path):
     named = f"output_dir={tmp_path / 'run'}"
-    assert run_directory.choose(parsed(named, "resume=never")) == tmp_path / "run"
+    assert run_directory.path_of(parsed(named, "resume=never")) == tmp_path / "run"
     (tmp_path / "run").mkdir()
-    assert run_directory.choose(parsed(named)) == tmp_path / "run"
-    assert run_directory.choose(parsed(named, "resume=never")) == tmp_path / "run.2"
+    assert run_directory.path_of(parsed(named)) == tmp_path / "run"
+    assert run_directory.path_of(parsed(named, "resume=never")) == tmp_path / "run.2"
     (tmp_path / "run.2").mkdir()
-    assert run_directory.choose(parsed(named, "resume=never")) == tmp_path / "run.3"
+    assert run_directory.path_of(parsed(named, "resume=never")) == tmp_path / "run.3"
 
 
 def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(UsageError, match="is a file; name a folder"):
-        run_directory.choose(parsed(f"output_dir={tmp_path / 'run'}"))
+        run_directory.path_of(parsed(f"output_dir={tmp_path / 'run'}"))
 
 
 def test_a_directory_is_held_once_and_let_go(tmp_path):
@@ -106,14 +106,14 @@ def test_a_run_that_has_lost_its_record_is_known_by_its_checkpoint(tmp_path):
 def test_a_run_may_be_a_link_to_another_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = parsed("k=50")
-    directory = run_directory.choose(cfg)
+    directory = run_directory.path_of(cfg)
     (tmp_path / "elsewhere").mkdir()
     directory.parent.mkdir()
     directory.symlink_to(tmp_path / "elsewhere")
-    assert run_directory.choose(cfg) == directory
+    assert run_directory.path_of(cfg) == directory
 
 
 def test_a_name_leads_nowhere_but_into_the_folder_of_runs():
     cfg = parsed("k=50", "data.name=../../../x")
     with pytest.raises(UsageError, match="names no folder inside multirun"):
-        run_directory.choose(cfg)
+        run_directory.path_of(cfg)

@@ -16,7 +16,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 def ran(cfg, seconds, status="FINISHED"):
     """Leave the record of a run behind, as if it had been worked on for so long."""
-    directory = run_directory.choose(cfg)
+    directory = run_directory.path_of(cfg)
     directory.mkdir(parents=True)
     record = Record.new(directory.name, "support-sets")
     record.params = {key: str(value) for key, value in identity.flat(cfg).items()}
