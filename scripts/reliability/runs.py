@@ -16,7 +16,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from src.evaluation.encoder import read_weights
-from src.runs.record import ENCODER, METRICS, read_rows
+from src.runs.metrics_file import read_rows
+from src.runs.record import ENCODER, METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable

@@ -13,7 +13,8 @@ import numpy as np
 
 from src.config.names import COLOURS, UNTRAINED
 from src.reporting.plots import frame, tell, wrapped, write_png
-from src.runs.record import METRICS, read_rows
+from src.runs.metrics_file import read_rows
+from src.runs.record import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

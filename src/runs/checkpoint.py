@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
 
 from src.errors import UsageError
-from src.runs.record import begins_with, reason
+from src.runs.metrics_file import begins_with, reason
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
 from src.system.regular_file import read_regular

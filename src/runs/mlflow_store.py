@@ -23,7 +23,8 @@ from filelock import FileLock
 
 from src.config.identity import LOG_SIZE
 from src.errors import UsageError
-from src.runs.record import ENCODER, METRICS, NOTE, PARENT, Record, read_rows
+from src.runs.metrics_file import read_rows
+from src.runs.record import ENCODER, METRICS, NOTE, PARENT, Record
 from src.system.deadline import Overdue, within
 from src.system.redact import one_line, redact
 

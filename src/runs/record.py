@@ -1,6 +1,6 @@
-"""The files of one run: ``run.json``, what it is and how it stands, and ``metrics.jsonl``, a row a logged step.
+"""``run.json``: what a run is and how it stands, and the names of the run's files and tags.
 
-They are the truth; MLflow is a place that they are delivered to (src/runs/tracker.py).
+The files are the truth; MLflow is a place that they are delivered to (src/runs/tracker.py).
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import time
 import uuid
@@ -18,14 +17,15 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Annotated
 
-from pydantic import AfterValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter
 from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
 
 from src.config.schema import Natural, NotNegative, Tracking, one_of
 from src.errors import UsageError
+from src.runs.metrics_file import begins_with, encode, reason
 from src.system.atomic_write import write_whole
-from src.system.redact import hide_in_settings, one_line, redact
-from src.system.regular_file import open_regular, read_regular
+from src.system.redact import hide_in_settings, redact
+from src.system.regular_file import read_regular
 
 METRICS = "metrics.jsonl"
 RECORD = "run.json"
@@ -219,15 +219,7 @@ class Old(TypedDict):
     delivered_artifacts: int
 
 
-class Row(TypedDict):
-    """A line of ``metrics.jsonl``."""
-
-    step: Natural
-    time: Natural
-    metrics: dict[str, float]
-
-
-_RECORD, _OLD, _ROW = TypeAdapter(Record), TypeAdapter(Old), TypeAdapter(Row)
+_RECORD, _OLD = TypeAdapter(Record), TypeAdapter(Old)
 
 
 def _digest(values: Mapping[str, object]) -> str:
@@ -239,14 +231,6 @@ def _warn_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def reason(error: Exception) -> str:
-    """What is wrong in a file, and where in it."""
-    if not isinstance(error, ValidationError):
-        return one_line(error)
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return one_line(ValueError(": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))))
-
-
 def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
     """Every run's directory below a folder, and its record. A damaged one is passed over, with a warning."""
     for path in root.rglob(RECORD):
@@ -254,72 +238,6 @@ def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
             yield path.parent, Record.load(path.parent)
         except UsageError as error:
             logger.warning("passed over: %s", str(error).removesuffix(f": {REPLACED}"))
-
-
-def cut_and_read(path: Path) -> list[Row]:
-    """Removes a last row that a kill cut short, ends one that lacks nothing but its newline, and returns the rows.
-
-    Raises:
-        UsageError: another row is damaged, or the file is no regular one of this folder.
-    """
-    if path.is_symlink():
-        raise UsageError(f"{path} is a link, and what it names would be written to: put the rows themselves there")
-    path.touch()
-    rows, end = read_rows(path)
-    with path.open("r+b") as file:
-        file.truncate(end)
-        file.seek(max(end - 1, 0))
-        if file.read() not in (b"", b"\n"):
-            file.write(b"\n")
-    return rows
-
-
-def read_rows(path: Path, start: int = 0) -> tuple[list[Row], int]:
-    """The complete rows from byte ``start``, their metrics as numbers, and the byte after the last of them.
-
-    The last row may lack its newline.
-    """
-    try:
-        with open_regular(path) as file:
-            file.seek(start)
-            data = file.read()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}): put the run's rows back") from None
-    complete = data[: data.rfind(b"\n") + 1]
-    if _is_row(data[len(complete) :]):
-        complete = data
-    try:
-        rows = [_ROW.validate_json(line) for line in complete.removesuffix(b"\n").split(b"\n") if complete]
-    except ValidationError as error:
-        raise UsageError(f"{path} holds a damaged row ({reason(error)}): remove it and all rows after it") from None
-    return rows, start + len(complete)
-
-
-def _is_row(text: bytes) -> bool:
-    try:
-        _ROW.validate_json(text)
-    except ValidationError:
-        return False
-    return True
-
-
-def begins_with(path: Path, size: int, digest: str) -> bool:
-    """Whether rows' first ``size`` bytes have the SHA-256 ``digest``; no file counts as an empty one."""
-    if not path.exists():
-        return size == 0
-    try:
-        with open_regular(path) as file:
-            rows = file.read(size)
-    except OSError:
-        return False
-    if len(rows) == size - 1:  # the last row lacks nothing but its newline
-        rows += b"\n"
-    return hashlib.sha256(rows).hexdigest() == digest
-
-
-def encode(metrics: Mapping[str, float]) -> dict[str, float | str]:
-    """JSON has no NaN and no infinity: they are written as text, which ``float`` reads back."""
-    return {key: value if math.isfinite(value) else str(value) for key, value in metrics.items()}
 
 
 def now() -> int:

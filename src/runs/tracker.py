@@ -21,7 +21,8 @@ from typing import Any, Literal
 from src.config.schema import Tracking
 from src.errors import CannotWrite, UsageError
 from src.runs import mlflow_store
-from src.runs.record import METRICS, PARENT, Record, cut_and_read, encode, now
+from src.runs.metrics_file import cut_and_read, encode
+from src.runs.record import METRICS, PARENT, Record, now
 from src.system.deadline import Call, Overdue, within
 from src.system.redact import one_line
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from src import cli
-from src.runs.record import METRICS, Record, read_rows
+from src.runs.metrics_file import read_rows
+from src.runs.record import METRICS, Record
 from tests.config.test_schema import composed
 from tests.data.layouts import write_flat, write_folder
 
