@@ -31,8 +31,8 @@ from src.reporting.mlflow_charts import COURSE, View, sweep_view
 from src.reporting.plots import PLOTTED
 from src.reporting.rows import summarise
 from src.runs.mlflow_store import prepare
-from src.runs.record import NOTE, Record
-from src.runs.tracker import COLOUR_TAG, Tracker
+from src.runs.record import TAG_COLOUR, TAG_NOTE, Record
+from src.runs.tracker import Tracker
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]  # one server, one browser
 
@@ -83,7 +83,7 @@ def make_sweep(folder: Path) -> None:
     for method, sizes in SIZES.items():
         for size, seed in ((size, seed) for size in sizes for seed in SEEDS):
             name = f"{method}-{size}-{seed}"
-            tags = {"mlflow.parentRunId": sweep.run_id, COLOUR_TAG: COLOURS[method]}
+            tags = {"mlflow.parentRunId": sweep.run_id, TAG_COLOUR: COLOURS[method]}
             directories.append(folder / name)
             job = Tracker(directories[-1], config, common | {"method.name": method, SIZE: size, "seed": seed}, tags)
             top1 = 50 + math.log10(1 + size) + seed / 3
@@ -92,7 +92,7 @@ def make_sweep(folder: Path) -> None:
             job.log({"test/linear_top1": top1, "test/linear_top5": top1 + 25}, 10)
             job.close("FINISHED")
     rows, _ = summarise([Record.load(directory) for directory in directories])
-    sweep.record.tags[NOTE] = mlflow_charts.describe_sweep("sweep", rows)
+    sweep.record.tags[TAG_NOTE] = mlflow_charts.describe_sweep("sweep", rows)
     mlflow_charts.share(sweep)
     sweep.close("FINISHED")
 
@@ -114,7 +114,7 @@ def newest_sweep() -> Sweep:
             run.info.run_name,
             int(run.data.params[SIZE]),
             run.data.metrics["test/linear_top1"],
-            run.data.tags.get(COLOUR_TAG),
+            run.data.tags.get(TAG_COLOUR),
         )
         for run in children
         if "test/linear_top1" in run.data.metrics

@@ -30,6 +30,7 @@ from src.errors import RunFailed, UsageError
 from src.evaluation.encoder import Run, finished_run
 from src.evaluation.probes import FrozenEncoder
 from src.runs import directory as run_directory
+from src.runs.record import CONFIG
 from src.system.atomic_write import cannot_write, whole, write_whole
 from src.system.redact import one_line
 
@@ -170,7 +171,7 @@ def _data(composed: DictConfig, run: Run) -> schema.Data:
     Raises:
         UsageError: the run's configuration cannot be read, or the settings do not fit.
     """
-    path, size = run.directory / "config.yaml", run.encoder.image_size
+    path, size = run.directory / CONFIG, run.encoder.image_size
     try:
         cfg = OmegaConf.create(path.read_text())
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:

@@ -36,7 +36,7 @@ from src.evaluation.probes import (
 from src.runs import checkpoint
 from src.runs import directory as run_directory
 from src.runs.query import named_run
-from src.runs.record import EVALUATED, RECORD, Record
+from src.runs.record import CHECKPOINTS, RECORD, TAG_DTYPE, TAG_EVALUATED, Record
 from src.runs.tracker import Tracker
 from src.support.search import Search
 
@@ -228,7 +228,7 @@ def main(composed: DictConfig) -> dict[str, float]:
     if cfg.evaluation.teacher:
         metrics |= protocol.of_teacher(_frozen("teacher_encoder", path, saved, cfg, device, dtype))
     arithmetic = str(dtype).removeprefix("torch.")
-    is_other = record is not None and record.tags.get("dtype", arithmetic) != arithmetic
+    is_other = record is not None and record.tags.get(TAG_DTYPE, arithmetic) != arithmetic
     if _protocol(cfg) != _protocol(before) or is_other:
         metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
     if composed.get("data"):
@@ -239,7 +239,7 @@ def main(composed: DictConfig) -> dict[str, float]:
             name = "mlflow" if record.copy.for_mlflow else "jsonl"
             tracking = replace(cfg.tracking, name=name, experiment=record.experiment, parent=None)
             chosen = " ".join([*_chosen(cfg, before), *([f"precision={arithmetic}"] if is_other else [])])
-            families = {f"{EVALUATED}/{key.rpartition('/')[0]}" for key in metrics}
+            families = {f"{TAG_EVALUATED}/{key.rpartition('/')[0]}" for key in metrics}
             tags = {tag: chosen or OWN for tag in families if chosen or tag in record.tags}
             for tag, now in tags.items():
                 if record.tags.get(tag, now) != now:
@@ -311,7 +311,7 @@ def _checkpoint(composed: DictConfig) -> tuple[Path, dict[str, Any]]:
     if path.is_file():
         return path, checkpoint.load(path)
     path = path if path.is_dir() else named_run(named, given[0])
-    directory = path if path.name == "checkpoints" else path / "checkpoints"
+    directory = path if path.name == CHECKPOINTS else path / CHECKPOINTS
     found = checkpoint.load_latest(directory) if directory.is_dir() else None
     if found is None:
         raise UsageError(f"{directory}: there is no checkpoint; give a checkpoint's file or its run's folder")

@@ -14,7 +14,7 @@ import numpy as np
 from src.config.names import COLOURS, UNTRAINED
 from src.reporting.plots import frame, tell, wrapped, write_png
 from src.runs.metrics_file import read_rows
-from src.runs.record import METRICS
+from src.runs.record import CURVES, METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,7 +105,7 @@ def plot(directory: Path) -> Path:
         axes.title.set_fontsize("medium")
         axes.legend(frameon=False, fontsize="small")
         frame(axes)
-    path = directory / "curves.png"
+    path = directory / CURVES
     write_png(figure, path, dpi=120)
     return path
 

@@ -23,7 +23,7 @@ from src.runs.delivery import LONGEST as LONGEST_DELIVERY
 from src.runs.delivery import bring_up_free
 from src.runs.directory import exclusive
 from src.runs.mlflow_store import PATIENCE, prepare
-from src.runs.record import CHARTS, NOTE, Record, now
+from src.runs.record import TAG_CHARTS, TAG_NOTE, TAG_SWEEP_ID, Record, now
 from src.runs.tracker import Tracker
 from src.system.deadline import within
 from src.system.redact import one_line
@@ -145,23 +145,23 @@ def show_sweep(client: Any, record: Record) -> str:
     key, value, path = sweep_view(home.experiment_id, record.run_id, record.name, record.start_time)
     client.set_experiment_tag(home.experiment_id, key, value)
 
-    found = [(record.end_time or now(), Shown(record.name, path, record.tags.get(NOTE, "")))]
+    found = [(record.end_time or now(), Shown(record.name, path, record.tags.get(TAG_NOTE, "")))]
     for run in client.search_runs([home.experiment_id], "tags.sweep_id != ''"):
         info = run.info
         key, _, path_of_other = sweep_view(home.experiment_id, info.run_id, info.run_name, info.start_time)
         if key in home.tags and info.run_id != record.run_id:
-            shown = Shown(info.run_name, path_of_other, run.data.tags.get(NOTE, ""))
+            shown = Shown(info.run_name, path_of_other, run.data.tags.get(TAG_NOTE, ""))
             found.append((info.end_time or info.start_time, shown))
     sweeps = [sweep for _, sweep in sorted(found, reverse=True) if sweep.note]
-    before = home.tags.get(NOTE, "")
+    before = home.tags.get(TAG_NOTE, "")
     if sweeps and (not before or is_own(before)):
-        client.set_experiment_tag(home.experiment_id, NOTE, describe_experiment(sweeps))
+        client.set_experiment_tag(home.experiment_id, TAG_NOTE, describe_experiment(sweeps))
     return path
 
 
 def share(sweep: Tracker) -> None:
     """Shows a sweep in MLflow's pages, and tags its run with where that is; a failing store is only noted."""
-    sweep.record.tags.pop(CHARTS, None)  # without it, `share_again` is called
+    sweep.record.tags.pop(TAG_CHARTS, None)  # without it, `share_again` is called
 
     def shown() -> str:
         client = sweep.client()
@@ -169,7 +169,7 @@ def share(sweep: Tracker) -> None:
 
     try:
         if path := within(PATIENCE, shown):
-            sweep.record.tags[CHARTS] = path
+            sweep.record.tags[TAG_CHARTS] = path
     except Exception as error:
         logger.warning("MLflow does not take the view of %s: %s", sweep.directory, one_line(error))
 
@@ -178,11 +178,11 @@ def share_again(directory: Path) -> None:
     """`share`, of a sweep that has ended, once MLflow has its run; nothing of another run."""
     with exclusive(directory):
         record = Record.load(directory)
-        if "sweep_id" not in record.tags or not record.copy.run_id:
+        if TAG_SWEEP_ID not in record.tags or not record.copy.run_id:
             return
         try:
             client = prepare()
-            record.tags[CHARTS] = within(LONGEST_DELIVERY, lambda: show_sweep(client, record))
+            record.tags[TAG_CHARTS] = within(LONGEST_DELIVERY, lambda: show_sweep(client, record))
         except UsageError:
             raise
         except Exception as error:

@@ -14,7 +14,15 @@ from src.config.identity import SAY_OF_STORED, is_protocol, is_setting, with_neu
 from src.config.names import COLOURS, LABELS, UNTRAINED, colour_of, label_of
 from src.config.renamed import modern
 from src.errors import UsageError
-from src.runs.record import CHANGED, EVALUATED, UNUSED, Record
+from src.runs.record import (
+    TAG_CONDITIONS_CHANGED,
+    TAG_DTYPE,
+    TAG_EVALUATED,
+    TAG_EVALUATION_CHANGED,
+    TAG_PRUNED,
+    TAG_SUPPORT_UNUSED,
+    Record,
+)
 from src.system.output import printable
 
 FIGURES = {
@@ -40,7 +48,7 @@ NOTHING_STORED = LABELS["nothing_stored"]
 IN_THE_ROW = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
 NUMBERS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
 IN_USE, PEAK = "support/size", "support/peak_size"  # of a support set whose number of vectors changes
-SAME = ("dtype", "git_commit", "git_dirty", "device")  # tags of runs that can be compared
+SAME = (TAG_DTYPE, "git_commit", "git_dirty", "device")  # tags of runs that can be compared
 
 
 @dataclass(frozen=True)
@@ -239,14 +247,14 @@ def _remarks(
         elif len(set().union(*found)) > 1:
             notes.append(f"rows differ in {tag}")
     for run in runs:
-        if CHANGED in run.tags:
-            notes.append(f"{run.name} is exact up to roundings only: {run.tags[CHANGED]}")
-        if "evaluation_changed" in run.tags:
+        if TAG_CONDITIONS_CHANGED in run.tags:
+            notes.append(f"{run.name} is exact up to roundings only: {run.tags[TAG_CONDITIONS_CHANGED]}")
+        if TAG_EVALUATION_CHANGED in run.tags:
             notes.append(f"{run.name} has its last evaluation's figures: {run.tags['evaluation_changed']}")
     if len({run.params.get("evaluation.bank") for run in runs} - {None}) > 1:
         notes.append("the runs differ in evaluation.bank: their val kNN cannot be compared")
     for family in dict.fromkeys(figure.rpartition("/")[0] for figure in figures_of(rows)):
-        tag = f"{EVALUATED}/{family}"
+        tag = f"{TAG_EVALUATED}/{family}"
         those = [run for run in runs if any(key.startswith(f"{family}/") for key in run.metrics)]
         by = {run.tags.get(tag, "settings that no tag names") for run in those}
         if len(by) > 1:
@@ -315,10 +323,10 @@ def _changing(runs: Sequence[Record]) -> list[str]:
 def unusable(run: Record) -> str:
     """Why a run is no part of a report; empty where it is."""
     if run.status != "FINISHED":
-        return "pruned" if "pruned" in run.tags else run.status.lower()
+        return "pruned" if TAG_PRUNED in run.tags else run.status.lower()
     if "method.name" not in run.params:
         return "not a training run"
-    if UNUSED in run.tags:  # it would stand in the plot as what it is not
+    if TAG_SUPPORT_UNUSED in run.tags:  # it would stand in the plot as what it is not
         return "its support set was never filled"
     if damaged := [key for key in NUMBERS if not re.fullmatch(r"\d{1,18}", run.params.get(key, ""), re.ASCII)]:
         return f"its {damaged[0]} is {run.params.get(damaged[0], 'missing')}"

@@ -23,6 +23,7 @@ from typing_extensions import TypedDict  # typing's own is refused by pydantic b
 
 from src.errors import UsageError
 from src.runs.metrics_file import begins_with, reason
+from src.runs.record import CHECKPOINT_FILES
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
 from src.system.regular_file import read_regular
@@ -221,7 +222,7 @@ def _first(keys: list[str]) -> str:
 
 
 def _by_step(directory: Path) -> dict[int, Path]:
-    paths = {path: _NAME.fullmatch(path.name) for path in directory.glob("step-*.pt")}
+    paths = {path: _NAME.fullmatch(path.name) for path in directory.glob(CHECKPOINT_FILES)}
     return {int(match[1]): path for path, match in paths.items() if match}
 
 

@@ -18,7 +18,7 @@ from src.errors import UsageError
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
 from src.runs.query import named_run
-from src.runs.record import CHARTS, Record, records_below
+from src.runs.record import TAG_CHARTS, Record, records_below
 from src.runs.tracker import Tracker, parent_tags
 from src.system.deadline import Overdue, within
 from src.system.redact import one_line
@@ -141,7 +141,7 @@ def main(share_again: Callable[[Path], None], arguments: Iterable[str] | None = 
             waited += len(delivered)
             if delivered:
                 print(f"{directory}: delivered as run {', '.join(delivered)}", flush=True)
-            if not is_deleted and (delivered or CHARTS not in record.tags):
+            if not is_deleted and (delivered or TAG_CHARTS not in record.tags):
                 share_again(directory)
             in_a_row = 0
         except UsageError as error:

@@ -12,14 +12,22 @@ from filelock import FileLock, Timeout
 
 from src.config import identity, schema
 from src.errors import Collapsed, Diverged, UsageError
-from src.runs.record import METRICS, RECORD, Record
+from src.runs.record import (
+    CHECKPOINT_FILES,
+    CHECKPOINTS,
+    METRICS,
+    RECORD,
+    TAG_COLLAPSED,
+    TAG_CONFIG_HASH,
+    TAG_DIVERGED,
+    TAG_ERROR,
+    Record,
+)
 from src.system.atomic_write import cannot_write
 
 ROOT = Path("multirun")
-DIVERGED = "diverged"  # a tag: the run is not worth continuing
 HOLDER = ".holder"  # a file beside the lock: which process it is
 PATIENCE = 10.0  # seconds in which a process that was told to stop has saved, and let its directory go
-COLLAPSED = "collapsed"  # a tag: at which step, and how
 
 
 def path_of(cfg: schema.Config) -> Path:
@@ -58,7 +66,7 @@ def is_finished(directory: Path, cfg: schema.Config) -> bool:
     record = Record.find(directory)
     if record is None:
         return False
-    identity.check_same(record.params, cfg, directory, record.tags.get("config_hash", ""))
+    identity.check_same(record.params, cfg, directory, record.tags.get(TAG_CONFIG_HASH, ""))
     return record.status == "FINISHED"
 
 
@@ -70,10 +78,10 @@ def refuse_hopeless(directory: Path, cfg: schema.Config) -> None:
         Collapsed: it has, and ``on_collapse=stop``.
     """
     tags = record.tags if (record := Record.find(directory)) else {}
-    if DIVERGED in tags:
-        raise Diverged(tags.get("error", "diverged before; resume=never tries again"))
-    if COLLAPSED in tags and cfg.on_collapse == "stop":
-        raise Collapsed(f"collapsed {tags[COLLAPSED]}; on_collapse=warn trains on")
+    if TAG_DIVERGED in tags:
+        raise Diverged(tags.get(TAG_ERROR, "diverged before; resume=never tries again"))
+    if TAG_COLLAPSED in tags and cfg.on_collapse == "stop":
+        raise Collapsed(f"collapsed {tags[TAG_COLLAPSED]}; on_collapse=warn trains on")
 
 
 def refuse_foreign(directory: Path) -> None:
@@ -88,7 +96,7 @@ def refuse_foreign(directory: Path) -> None:
         return
     from src.runs import checkpoint  # torch takes seconds
 
-    if any(map(checkpoint.is_whole, directory.glob("checkpoints/step-*.pt"))):
+    if any(map(checkpoint.is_whole, (directory / CHECKPOINTS).glob(CHECKPOINT_FILES))):
         return
     if others := sorted(path.name for path in directory.iterdir() if not _is_of_a_start(path)):
         raise UsageError(

@@ -6,16 +6,16 @@ import os
 from pathlib import Path
 
 from src.runs.directory import ROOT
-from src.runs.record import CHARTS, Record, records_below
+from src.runs.record import TAG_CHARTS, Record, records_below
 
 CHARTS_AT = "http://127.0.0.1:5000/"  # where `mlflow ui` serves its pages
 
 
 def newest_charts(root: Path = ROOT) -> str:
     """Where MLflow's pages show the newest sweep; empty where no sweep below ``root`` has reached MLflow."""
-    sweeps = [record for _, record in records_below(root) if CHARTS in record.tags]
+    sweeps = [record for _, record in records_below(root) if TAG_CHARTS in record.tags]
     newest = max(sweeps, key=lambda record: record.end_time or record.start_time, default=None)
-    return link_to(newest.tags[CHARTS]) if newest else ""
+    return link_to(newest.tags[TAG_CHARTS]) if newest else ""
 
 
 def page_of(record: Record) -> str:

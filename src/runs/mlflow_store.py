@@ -24,7 +24,7 @@ from filelock import FileLock
 from src.config.identity import LOG_SIZE
 from src.errors import UsageError
 from src.runs.metrics_file import read_rows
-from src.runs.record import ENCODER, METRICS, NOTE, PARENT, Record
+from src.runs.record import ENCODER, METRICS, TAG_ERROR, TAG_NOTE, TAG_PARENT, Record
 from src.system.deadline import Overdue, within
 from src.system.redact import one_line, redact
 
@@ -332,7 +332,7 @@ class Delivery:
             if error.error_code != "ENDPOINT_NOT_FOUND":  # a server of MLflow 2 knows no models of runs
                 raise
             return
-        note = {NOTE: _describe_model(run_id, takes, gives)}
+        note = {TAG_NOTE: _describe_model(run_id, takes, gives)}
         model = next(iter(found), None) or client.create_logged_model(home, MODEL, run_id, note, params)
         model_id = model.model_id
         with tempfile.TemporaryDirectory() as folder:
@@ -363,15 +363,15 @@ class Delivery:
         """Creates the run, or takes up what there is of it."""
         client, record, copy = self.client, self.record, self.copy
         if self.run is None:
-            home = _experiment_for(client, self.experiment, known_run(client, copy.tags.get(PARENT, "")))
+            home = _experiment_for(client, self.experiment, known_run(client, copy.tags.get(TAG_PARENT, "")))
             tags = {"uuid": record.uuid}
             self.run = client.create_run(home, start_time=record.start_time, tags=tags, run_name=record.name)
         elif self.is_deleted:
             client.restore_run(self.run.info.run_id)
         copy.run_id, copy.experiment_id, copy.has = self.run.info.run_id, self.run.info.experiment_id, ""
-        if "error" in self.run.data.tags and "error" not in record.tags:  # of a session before
-            client.delete_tag(copy.run_id, "error")
-            del self.run.data.tags["error"]
+        if TAG_ERROR in self.run.data.tags and TAG_ERROR not in record.tags:  # of a session before
+            client.delete_tag(copy.run_id, TAG_ERROR)
+            del self.run.data.tags[TAG_ERROR]
         if record.status == "RUNNING":
             client.update_run(copy.run_id, status="RUNNING")
 

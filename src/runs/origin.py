@@ -8,7 +8,7 @@ from pathlib import Path
 from src.config.schema import Config
 from src.errors import UsageError
 from src.runs.query import named_run
-from src.runs.record import ENCODER, Record
+from src.runs.record import CHECKPOINT_FILES, CHECKPOINTS, ENCODER, Record
 
 DIGEST_BYTES = 32  # SHA-256, which ends a checkpoint
 
@@ -37,7 +37,7 @@ def locate(init: str) -> Path:
     record = Record.find(path)
     if record and record.status != "FINISHED":
         raise UsageError(f"init={init}: the run is {record.status}, not FINISHED; name one of its checkpoints instead")
-    checkpoints = sorted((path / "checkpoints").glob("step-*.pt"))
+    checkpoints = sorted((path / CHECKPOINTS).glob(CHECKPOINT_FILES))
     if not checkpoints and (path / ENCODER).is_file():
         raise UsageError(f"init={init}: the run's checkpoints are gone; name {path / ENCODER}, its encoder alone")
     if not checkpoints:

@@ -11,7 +11,7 @@ from pathlib import Path
 from src.errors import UsageError
 from src.runs import mlflow_store
 from src.runs.directory import ROOT
-from src.runs.record import RECORD, Copy, Record, records_below
+from src.runs.record import RECORD, TAG_OUTPUT_DIR, TAG_SWEEP_ID, Copy, Record, records_below
 
 
 def read_runs(experiment: str, backend: str, root: Path = ROOT) -> list[Record]:
@@ -21,7 +21,7 @@ def read_runs(experiment: str, backend: str, root: Path = ROOT) -> list[Record]:
         UsageError: there is no such experiment; the message lists those that there are.
     """
     runs = _runs_in_store(experiment) if backend == "mlflow" else _runs_under(root, experiment)
-    return sorted((run for run in runs if "sweep_id" not in run.tags), key=lambda run: run.start_time)
+    return sorted((run for run in runs if TAG_SWEEP_ID not in run.tags), key=lambda run: run.start_time)
 
 
 def read_sweep(sweep: str, backend: str, root: Path = ROOT) -> tuple[str, list[Record]]:
@@ -41,7 +41,7 @@ def read_sweep(sweep: str, backend: str, root: Path = ROOT) -> tuple[str, list[R
         runs = [run for name in names for run in _runs_in_store(name)]
     else:
         runs = [run for _, record in records_below(root) for run in _in_each_experiment(record)]
-    sweeps = {run.tags["sweep_id"]: run for run in runs if "sweep_id" in run.tags}
+    sweeps = {run.tags[TAG_SWEEP_ID]: run for run in runs if TAG_SWEEP_ID in run.tags}
     for identity, run in sweeps.items():
         if sweep in (identity, run.run_id):
             jobs = [each for each in runs if f"sweep.{identity}" in each.tags]
@@ -90,7 +90,7 @@ def _runs_in_store(experiment: str) -> list[Record]:
             tags=run.data.tags,
             metrics=run.data.metrics,
             copies={experiment: Copy(run.info.run_id, experiment_id=found.experiment_id)},
-            directory=Path(run.data.tags["output_dir"]) if "output_dir" in run.data.tags else None,
+            directory=Path(run.data.tags[TAG_OUTPUT_DIR]) if TAG_OUTPUT_DIR in run.data.tags else None,
         )
         for page in pages
         for run in page
@@ -134,7 +134,7 @@ def find_run_directory(run_id: str, root: Path = ROOT) -> Path:
     run = mlflow_store.answer(lambda: mlflow_store.known_run(client, run_id))
     if not run:
         raise UsageError(f"the run {run_id} is not in MLflow, nor under {root}/")
-    directory = run.data.tags.get("output_dir", "")
+    directory = run.data.tags.get(TAG_OUTPUT_DIR, "")
     if not directory or not Path(directory).is_dir():
         raise UsageError(f"the run {run_id} has no folder here (output_dir={directory!r}): give the path of one")
     return Path(directory)

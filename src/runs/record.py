@@ -27,18 +27,39 @@ from src.system.atomic_write import write_whole
 from src.system.redact import hide_in_settings, redact
 from src.system.regular_file import read_regular
 
+# The files in a run's folder.
 METRICS = "metrics.jsonl"
 RECORD = "run.json"
+CONFIG = "config.yaml"  # the settings that differ from their neutral defaults
 ENCODER = "encoder.safetensors"  # the weights of a finished run's encoder, and what they are
-CHANGED = "conditions_changed"  # a tag: that of which rounding depends, and where
-UNUSED = "support_unused"  # a tag: the support set was never filled, so the positives were the other views
-PARENT = "mlflow.parentRunId"  # a tag: MLflow's id of the sweep's run, under which its pages show a job
-CHARTS = "charts"  # a tag of a sweep: where MLflow's pages show it, after their address
-NOTE = "mlflow.note.content"  # a tag: the description, in Markdown, that MLflow's pages show
-EVALUATED = "evaluated"  # tags, EVALUATED/test_linear or the like: by which settings, where they are not the run's
+CURVES = "curves.png"
+CHECKPOINTS = "checkpoints"  # the folder of `CHECKPOINT_FILES`
+CHECKPOINT_FILES = "step-*.pt"
+DIGEST_BYTES = 32  # a checkpoint ends with the SHA-256 of what comes before
+
+# The tags of a run.
+TAG_OUTPUT_DIR = "output_dir"  # the run's folder
+TAG_CONFIG_HASH = "config_hash"
+TAG_DTYPE = "dtype"  # that the forward pass computes in
+TAG_INIT_TAKEN = "init.taken"  # the parts whose first weights come from ``init``
+TAG_ERROR = "error"  # why the run did not finish
+TAG_PRUNED = "pruned"  # a search stopped it early
+TAG_DIVERGED = "diverged"  # the run is not worth continuing
+TAG_COLLAPSED = "collapsed"  # at which step, and how
+TAG_SUPPORT_UNUSED = "support_unused"  # the support set was never filled, so the positives were the other views
+TAG_CONDITIONS_CHANGED = "conditions_changed"  # that rounding depends on, and from which step on
+TAG_EVALUATION_CHANGED = "evaluation_changed"  # settings of the evaluation, and at which step
+TAG_EVALUATED = "evaluated"  # TAG_EVALUATED/test_linear or the like: by which settings, where they are not the run's
+TAG_SWEEP_ID = "sweep_id"  # of a sweep's own run
+TAG_CHARTS = "charts"  # of a sweep's own run: where MLflow's pages show it, after their address
+# Tags that MLflow's pages give a meaning.
+TAG_PARENT = "mlflow.parentRunId"  # MLflow's id of the sweep's run, under which its pages show a job
+TAG_NOTE = "mlflow.note.content"  # a description, in Markdown
+TAG_COLOUR = "mlflow.runColor"  # the run's colour in every chart, such as "#0072b2"
+TAGS_OF_FREE_TEXT = ("command", TAG_ERROR, TAG_EVALUATION_CHANGED)  # which may quote anything
+
 # What to do where there is no record, and where it is damaged.
-ELSEWHERE, REPLACED = "name another folder", "move it away, or name another folder"
-FOR_PEOPLE = ("command", "error", "evaluation_changed")  # tags, which may quote anything
+NAME_ANOTHER, MOVE_AWAY = "name another folder", "move it away, or name another folder"
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +126,7 @@ class Record:
                 raise ValueError(f"copies: lacks the experiment {record.experiment!r}")
             record._compare(content)
         except (OSError, ValueError) as error:
-            remedy = ELSEWHERE if isinstance(error, FileNotFoundError) else REPLACED
+            remedy = NAME_ANOTHER if isinstance(error, FileNotFoundError) else MOVE_AWAY
             raise UsageError(f"{path} is not the record of a run ({reason(error)}): {remedy}") from None
         return record
 
@@ -123,7 +144,7 @@ class Record:
 
     def _take_over(self, old: Old) -> None:
         """What a file says of MLflow that is from the time when a run was in one experiment."""
-        sweeps = {key: self.tags.pop(key) for key in list(self.tags) if key == PARENT or key.startswith("sweep.")}
+        sweeps = {key: self.tags.pop(key) for key in list(self.tags) if key == TAG_PARENT or key.startswith("sweep.")}
         run_id = old["run_id"] if old["run_id"] != self.uuid else ""
         self.copies = {self.experiment: Copy(run_id, "", sweeps, old["for_mlflow"])}
         told = (old["delivered_status"], old["delivered_bytes"], old["delivered_artifacts"])
@@ -168,7 +189,7 @@ class Record:
         """Notes how the run ended, and why if it did not finish."""
         self.status, self.end_time = status, now()
         if error:
-            self.tags["error"] = error
+            self.tags[TAG_ERROR] = error
 
     def changes(self, now: Mapping[str, str]) -> str:
         """In which conditions the run was worked on last and is not now; empty where they are the same."""
@@ -181,7 +202,9 @@ class Record:
         """Adds conditions to the history, unless the run was worked on under the same."""
         changes = self.changes(now)
         if changes:
-            self.tags[CHANGED] = "; ".join(filter(None, [self.tags.get(CHANGED), f"{changes} from step {step} on"]))
+            self.tags[TAG_CONDITIONS_CHANGED] = "; ".join(
+                filter(None, [self.tags.get(TAG_CONDITIONS_CHANGED), f"{changes} from step {step} on"])
+            )
         if changes or not self.conditions:
             self.conditions.append({"step": str(step), **now})
 
@@ -199,7 +222,7 @@ class Record:
         """Writes ``run.json``, unless that is what it says; params and tags lose what is secret in them."""
         self.directory = directory.resolve()
         self.params, self.tags = hide_in_settings(self.params), hide_in_settings(self.tags)
-        self.tags |= {key: redact(self.tags[key]) for key in FOR_PEOPLE if key in self.tags}
+        self.tags |= {key: redact(self.tags[key]) for key in TAGS_OF_FREE_TEXT if key in self.tags}
         values = asdict(self) | {"metrics": encode(self.metrics)}
         del values["directory"]
         values = json.loads(json.dumps(values, allow_nan=False))
@@ -237,7 +260,7 @@ def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
         try:
             yield path.parent, Record.load(path.parent)
         except UsageError as error:
-            logger.warning("passed over: %s", str(error).removesuffix(f": {REPLACED}"))
+            logger.warning("passed over: %s", str(error).removesuffix(f": {MOVE_AWAY}"))
 
 
 def now() -> int:

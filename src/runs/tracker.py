@@ -22,14 +22,13 @@ from src.config.schema import Tracking
 from src.errors import CannotWrite, UsageError
 from src.runs import mlflow_store
 from src.runs.metrics_file import cut_and_read, encode
-from src.runs.record import METRICS, PARENT, Record, now
+from src.runs.record import METRICS, TAG_ERROR, TAG_OUTPUT_DIR, TAG_PARENT, TAG_SWEEP_ID, Record, now
 from src.system.deadline import Call, Overdue, within
 from src.system.redact import one_line
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]  # how a run may end
 WHEN_STOPPED = 5.0  # seconds for a delivery of a run that has been told to stop
 SLOW = 1.0  # seconds, above which a delivery is held to a tenth of the time
-COLOUR_TAG = "mlflow.runColor"  # of a run: its colour in every chart of MLflow's pages, such as "#0072b2"
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +91,8 @@ class Tracker:
         self._ended = record.end_time if reopens else None
         record.status, record.end_time = "RUNNING", None
         record.params = {key: str(value) for key, value in params.items()} | record.params
-        record.tags |= dict(tags) | {"output_dir": str(directory.resolve())}
-        record.tags.pop("error", None)  # of the session before
+        record.tags |= dict(tags) | {TAG_OUTPUT_DIR: str(directory.resolve())}
+        record.tags.pop(TAG_ERROR, None)  # of the session before
         record.save(directory)
         self._rows = (directory / METRICS).open("ab", buffering=0)
         self._digest = hashlib.sha256((directory / METRICS).read_bytes())
@@ -283,11 +282,11 @@ def parent_tags(parent: str | None) -> dict[str, str]:
     if parent is None:
         return {}
     record = Record.load(Path(parent))
-    if "sweep_id" not in record.tags:
+    if TAG_SWEEP_ID not in record.tags:
         raise UsageError(f"tracking.parent={parent}: is not the folder of a sweep; leave it out")
-    tags = {f"sweep.{record.tags['sweep_id']}": "true"}
+    tags = {f"sweep.{record.tags[TAG_SWEEP_ID]}": "true"}
     if record.copy.run_id:  # else MLflow does not have the sweep so far, and `attach_children` does it in the end
-        tags[PARENT] = record.copy.run_id
+        tags[TAG_PARENT] = record.copy.run_id
     return tags
 
 

@@ -24,7 +24,7 @@ from src.data.cache import fingerprint, known_fingerprint
 from src.errors import UsageError
 from src.runs import directory as run_directory
 from src.runs import origin
-from src.runs.record import Record
+from src.runs.record import TAG_ERROR, Record
 
 MOST = 10_000  # jobs of a grid: to compose them takes a quarter of an hour
 
@@ -56,7 +56,7 @@ class Job:
     @property
     def reason(self) -> str:
         """Why it has no result."""
-        return self.error or (self.record.tags.get("error", "not finished") if self.record else "not started")
+        return self.error or (self.record.tags.get(TAG_ERROR, "not finished") if self.record else "not started")
 
     @property
     def is_finished(self) -> bool:

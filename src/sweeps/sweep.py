@@ -23,7 +23,7 @@ from src.runs import directory as run_directory
 from src.runs import mlflow_store
 from src.runs.delivery import attach_children
 from src.runs.links import how_to_open
-from src.runs.record import CHARTS, NOTE, Record
+from src.runs.record import TAG_CHARTS, TAG_NOTE, TAG_SWEEP_ID, Record
 from src.runs.tracker import Status, Tracker, mark_failed
 from src.sweeps.jobs import Job
 from src.system import environment
@@ -58,7 +58,7 @@ class Sweep:
     def __enter__(self) -> Sweep:
         if self.tracking.name == "mlflow":
             mlflow_store.check(self.tracking.experiment)  # once, ahead of the jobs
-        tags = {"sweep_id": self.id, "command": _command()}
+        tags = {TAG_SWEEP_ID: self.id, "command": _command()}
         with ExitStack() as stack:
             stack.enter_context(run_directory.exclusive(self.directory, run_directory.PATIENCE))
             for number in {signal.SIGTERM, signal.SIGHUP} - ignored():
@@ -101,7 +101,7 @@ class Sweep:
             for path in paths:
                 self.tracker.artifact(path)
             table.show(rows, more, f"{self.name} ({self.id})")
-            self.tracker.record.tags[NOTE] = mlflow_charts.describe_sweep(f"{self.name} ({self.id})", rows)
+            self.tracker.record.tags[TAG_NOTE] = mlflow_charts.describe_sweep(f"{self.name} ({self.id})", rows)
         stopped = [job.status for job in lacking if is_stop(job.status)]
         counts = {"sweep/finished": len(finished), "sweep/stopped": len(stopped)}
         counts |= {"sweep/failed": len(lacking) - len(stopped), "sweep/pruned": len(pruned)}
@@ -115,7 +115,7 @@ class Sweep:
             print(f"plot: {path}", flush=True)
         if rows:
             print(f"page: {self.directory / 'results.html'}", flush=True)
-        if charts_path := self.tracker.record.tags.get(CHARTS):
+        if charts_path := self.tracker.record.tags.get(TAG_CHARTS):
             print(f"charts: {how_to_open(charts_path)}", flush=True)
         for note in notes:
             print(note, file=sys.stderr)

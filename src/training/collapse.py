@@ -7,7 +7,7 @@ import logging
 from src.errors import Collapsed
 from src.evaluation.diagnostics import collapsed_rank
 from src.methods.base import Output
-from src.runs.directory import COLLAPSED
+from src.runs.record import TAG_COLLAPSED
 from src.runs.tracker import Tracker
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ def look(outcome: Output, step: int, tracker: Tracker, on_collapse: str) -> None
     Raises:
         Collapsed: they have, and ``on_collapse=stop``.
     """
-    if COLLAPSED in tracker.record.tags:
+    if TAG_COLLAPSED in tracker.record.tags:
         return
     parts = {"features": outcome.features.chunk(2)[0], "embeddings": outcome.embeddings}
     for name, x_BF in parts.items():
@@ -27,8 +27,8 @@ def look(outcome: Output, step: int, tracker: Tracker, on_collapse: str) -> None
         if rank is None:
             continue
         how = f"effective rank {rank:.2f} of {x_BF.shape[1]}" if rank else "constant"
-        tracker.record.tags[COLLAPSED] = f"at step {step}: {name} of different images are alike ({how})"
-        line = f"collapsed {tracker.record.tags[COLLAPSED]}; lower optimizer.lr or raise schedule.warmup_epochs"
+        tracker.record.tags[TAG_COLLAPSED] = f"at step {step}: {name} of different images are alike ({how})"
+        line = f"collapsed {tracker.record.tags[TAG_COLLAPSED]}; lower optimizer.lr or raise schedule.warmup_epochs"
         if on_collapse == "stop":
             raise Collapsed(f"{line}; on_collapse=warn trains on")
         logger.warning("%s; on_collapse=stop ends such a run", line)

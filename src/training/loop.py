@@ -19,7 +19,7 @@ from src.evaluation.encoder import save_encoder
 from src.evaluation.probes import FrozenEncoder
 from src.evaluation.protocol import Protocol
 from src.methods.base import Method, Output
-from src.runs.record import ENCODER, UNUSED
+from src.runs.record import CHECKPOINTS, CONFIG, CURVES, ENCODER, TAG_SUPPORT_UNUSED
 from src.runs.tracker import Tracker
 from src.support.base import NEED_LABELS
 from src.support.sharded import in_shards
@@ -216,7 +216,7 @@ class Pretraining:
         model = self.ranks.whole_state(self.state.method)  # to which every rank may contribute
         if self.ranks.first:
             self.tracker.sync()  # no checkpoint is ahead of the rows
-            self.state.save(self.directory / "checkpoints", model, self.tracker.written)
+            self.state.save(self.directory / CHECKPOINTS, model, self.tracker.written)
         self.saved = time.monotonic()
 
     def _wish(self) -> int:
@@ -237,7 +237,7 @@ def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, 
     """The final evaluation, and the files that stay."""
     cfg = state.cfg
     if state.method.support is not None and cfg.method._target_ is None and not state.served:  # it may be an outsider's
-        tracker.record.tags[UNUSED] = "true"
+        tracker.record.tags[TAG_SUPPORT_UNUSED] = "true"
         logger.warning("%s: the support set was never filled, so reports leave the run out", directory)
     if data.classes:
         print("evaluating on the test images", flush=True)
@@ -256,5 +256,5 @@ def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, 
         *(figures, tracker.record.tags.get("git_commit", "")),
     )
     draw(directory)
-    for name in ("config.yaml", ENCODER, "curves.png"):
+    for name in (CONFIG, ENCODER, CURVES):
         tracker.artifact(directory / name)

@@ -28,8 +28,21 @@ from src.runs import directory as run_directory
 from src.runs import mlflow_store, origin
 from src.runs.delivery import catch_up
 from src.runs.links import how_to_open, page_of
-from src.runs.record import METRICS, Record
-from src.runs.tracker import COLOUR_TAG, NoTracker, Status, Tracker
+from src.runs.record import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    TAG_COLOUR,
+    TAG_CONFIG_HASH,
+    TAG_DIVERGED,
+    TAG_DTYPE,
+    TAG_ERROR,
+    TAG_EVALUATION_CHANGED,
+    TAG_INIT_TAKEN,
+    TAG_PRUNED,
+    Record,
+)
+from src.runs.tracker import NoTracker, Status, Tracker
 from src.support.sharded import in_shards
 from src.system.atomic_write import write_whole
 from src.system.environment import conditions, environment_tags
@@ -82,7 +95,7 @@ def run(
     warn_of_doubtful(cfg, len(data.train))
     warn_of_few_neighbours(cfg.evaluation, data)
     origin.identify(cfg)
-    tags = {"init.taken": state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
+    tags = {TAG_INIT_TAKEN: state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
     refuse_unfillable(cfg, len(data.train), filled=state.method.support is not None and state.method.support.ready)
 
     directory = ranks.told(run_directory.path_of(cfg))
@@ -101,20 +114,20 @@ def run(
             return say_result(directory)
         run_directory.refuse_hopeless(directory, cfg)
         with ranks.in_turn() if in_shards(state.method) else nullcontext():
-            resumed = state.resume(directory / "checkpoints", directory / METRICS)
+            resumed = state.resume(directory / CHECKPOINTS, directory / METRICS)
         config = identity.flat(cfg)
         if changes := changed_protocol(cfg, directory):
             text = ", ".join(changes.values())
-            earlier = Record.load(directory).tags.get("evaluation_changed")
+            earlier = Record.load(directory).tags.get(TAG_EVALUATION_CHANGED)
             tags |= {key: str(config.get(key, "null")) for key in changes}
-            tags["evaluation_changed"] = "; ".join(filter(None, [earlier, f"{text} at step {state.step}"]))
+            tags[TAG_EVALUATION_CHANGED] = "; ".join(filter(None, [earlier, f"{text} at step {state.step}"]))
             logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, text)
         dtype = str(state.dtype).removeprefix("torch.")
         now = conditions(str(state.device), dtype) | {"processes": str(ranks.count)}
         if resumed:
             warn_of_other_conditions(directory, now, state.step)
         ranks.check_same(state.method, images=data.fingerprint, step=state.step)
-        own = {"dtype": dtype, "config_hash": identity.config_hash(cfg), COLOUR_TAG: colour_of(config)}
+        own = {TAG_DTYPE: dtype, TAG_CONFIG_HASH: identity.config_hash(cfg), TAG_COLOUR: colour_of(config)}
         tracker = (Tracker if ranks.first else NoTracker)(
             directory,
             cfg.tracking,
@@ -128,8 +141,8 @@ def run(
             tracker.record.continue_under(now, state.step)
             kept = OmegaConf.to_yaml(OmegaConf.create(hide_in_settings(identity.without_neutral(cfg))))
             if ranks.first:
-                write_whole(directory / "config.yaml", kept.encode())
-            started = f"started from {cfg.init} ({tags['init.taken']})," if cfg.init is not None else "started"
+                write_whole(directory / CONFIG, kept.encode())
+            started = f"started from {cfg.init} ({tags[TAG_INIT_TAKEN]})," if cfg.init is not None else "started"
             print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)
             tracker.watch_system()
             loop.Pretraining(state, data, tracker, stopper, directory, should_prune, illustrate).run()
@@ -140,12 +153,12 @@ def run(
         except (KeyboardInterrupt, SystemExit) as end:
             status, together = "KILLED", isinstance(end, Stopped) and not trained
             if stopper.pruned:
-                tracker.record.tags["pruned"] = "true"
+                tracker.record.tags[TAG_PRUNED] = "true"
             raise
         except Exception as error:
-            tracker.record.tags["error"] = one_line(error)
+            tracker.record.tags[TAG_ERROR] = one_line(error)
             if isinstance(error, Diverged):
-                tracker.record.tags[run_directory.DIVERGED] = "true"
+                tracker.record.tags[TAG_DIVERGED] = "true"
             raise
         finally:
             tracker.close(status)
@@ -198,7 +211,7 @@ def warn_of_other_conditions(directory: Path, now: dict[str, str], step: int) ->
     record = Record.find(directory)
     if record is None:
         return
-    if (before := record.tags.get("dtype", now["precision"])) != now["precision"]:
+    if (before := record.tags.get(TAG_DTYPE, now["precision"])) != now["precision"]:
         raise UsageError(
             f"{directory}: was computed in {before} up to step {step}, and precision=auto means {now['precision']} on "
             f"this machine: continue on one like the first, or start another run with precision={now['precision']}"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from src.reporting.rows import control_of, difference, distinguishing, select, summarise
-from src.runs.record import CHANGED, Record
+from src.runs.record import TAG_CONDITIONS_CHANGED, Record
 from tests.made_up_runs import STUDY, run, with_untrained
 
 
@@ -348,7 +348,7 @@ def test_rows_with_room_for_different_numbers_of_vectors_say_so_where_as_many_ar
 
 def test_characters_that_a_terminal_would_obey_are_not_printed():
     name, data, tag = "a\x1b]0;title\x07b", "set\x1b[2J\ud800\u202e", "rows\nof another"
-    tagged = replace(run("kmclr", 50, name=name, **{"data.name": data}), tags={CHANGED: tag})
+    tagged = replace(run("kmclr", 50, name=name, **{"data.name": data}), tags={TAG_CONDITIONS_CHANGED: tag})
     rows, notes = summarise([tagged, run("simclr", name=name, status="FAILED")])
     shown = [rows[0].runs[0].params["data.name"], rows[0].runs[0].name, *notes]
     assert shown[:2] == ["set�[2J��", "a�]0;title�b"]

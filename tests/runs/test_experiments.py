@@ -12,7 +12,7 @@ from src.errors import UsageError
 from src.reporting import mlflow_charts
 from src.reporting.rows import settings
 from src.runs import delivery, mlflow_store, query
-from src.runs.record import CHARTS, NOTE, Record
+from src.runs.record import TAG_CHARTS, TAG_NOTE, Record
 from src.runs.tracker import Tracker
 from tests.stores import JSONL, MLFLOW, break_store, history, train, warnings
 
@@ -178,14 +178,14 @@ def test_a_deleted_experiment_keeps_no_other_run_waiting(client, tmp_path, monke
 def sweep_under(config, directory, children, note=""):
     sweep = Tracker(directory, config, {"sweep": "grid"}, {"sweep_id": directory.name})
     delivery.attach_children(sweep, children)
-    sweep.record.tags |= {NOTE: note} if note else {}
+    sweep.record.tags |= {TAG_NOTE: note} if note else {}
     mlflow_charts.share(sweep)
     sweep.close("FINISHED")
-    return sweep.run_id, sweep.record.tags.get(CHARTS)
+    return sweep.run_id, sweep.record.tags.get(TAG_CHARTS)
 
 
 def described(client):
-    return client.get_experiment_by_name("exp").tags.get(NOTE)
+    return client.get_experiment_by_name("exp").tags.get(TAG_NOTE)
 
 
 def test_an_experiment_is_described_by_its_sweeps_the_newest_first(client, tmp_path, monkeypatch):
@@ -202,7 +202,7 @@ def test_an_experiment_is_described_by_its_sweeps_the_newest_first(client, tmp_p
     delivery.main(mlflow_charts.share_again, [str(one)])
     assert described(client) == text, "an older sweep that is delivered again is not the newest"
     home = client.get_experiment_by_name("exp").experiment_id
-    client.set_experiment_tag(home, NOTE, "somebody's own")
+    client.set_experiment_tag(home, TAG_NOTE, "somebody's own")
     delivery.main(mlflow_charts.share_again, [str(two)])
     assert described(client) == "somebody's own"
 
@@ -214,8 +214,8 @@ def test_a_sweep_of_jsonl_that_is_delivered_later_has_its_charts(client, tmp_pat
     for _ in range(2):
         delivery.main(mlflow_charts.share_again, [str(directory)])
         record = Record.load(directory)
-        assert f"]({record.tags[CHARTS]})\n\nthe table" in described(client)
-        assert client.get_run(record.run_id).data.tags[CHARTS] == record.tags[CHARTS]
+        assert f"]({record.tags[TAG_CHARTS]})\n\nthe table" in described(client)
+        assert client.get_run(record.run_id).data.tags[TAG_CHARTS] == record.tags[TAG_CHARTS]
         assert client.get_run(record.run_id).info.status == "FINISHED"
 
 

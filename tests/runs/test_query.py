@@ -13,7 +13,7 @@ from src.reporting import mlflow_charts, report
 from src.runs import delivery, links, mlflow_store, query
 from src.runs.delivery import catch_up, deliver
 from src.runs.links import newest_charts
-from src.runs.record import CHARTS, Record
+from src.runs.record import TAG_CHARTS, Record
 from src.runs.tracker import Tracker
 from src.training.run import say_result
 from tests.stores import JSONL, MLFLOW, break_store
@@ -154,7 +154,7 @@ def test_a_run_has_a_page_where_mlflow_has_it_and_none_where_it_is_deleted(clien
 def test_the_newest_sweeps_charts(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert newest_charts(tmp_path) == ""
-    for name, at, tags in [("old", 1, {CHARTS: "#/old"}), ("new", 2, {CHARTS: "#/new"}), ("run", 3, {})]:
+    for name, at, tags in [("old", 1, {TAG_CHARTS: "#/old"}), ("new", 2, {TAG_CHARTS: "#/new"}), ("run", 3, {})]:
         (tmp_path / name).mkdir()
         record = Record.new(name, "study")
         record.start_time, record.tags = at, tags
