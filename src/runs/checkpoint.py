@@ -23,15 +23,12 @@ from typing_extensions import TypedDict  # typing's own is refused by pydantic b
 
 from src.errors import UsageError
 from src.runs.metrics_file import begins_with, reason
-from src.runs.record import CHECKPOINT_FILES
+from src.runs.record import CHECKPOINT_FILES, DIGEST_BYTES
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
 from src.system.regular_file import read_regular
 
-FORMAT = 3
-"""What the keys of the state mean. To be raised when they change."""
-
-_DIGEST_BYTES = hashlib.sha256().digest_size
+FORMAT = 3  # of the keys of the state: to be raised when they change their meaning
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 logger = logging.getLogger(__name__)
@@ -98,7 +95,13 @@ def is_whole(path: Path) -> bool:
         content = read_regular(path)
     except OSError:
         return False
-    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
+    return _checked(content) is not None
+
+
+def _checked(content: bytes) -> bytes | None:
+    """What comes before the SHA-256 that ends a checkpoint; None if that is not its SHA-256."""
+    payload, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+    return payload if hashlib.sha256(payload).digest() == digest else None
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -114,8 +117,8 @@ def load(path: Path) -> dict[str, Any]:
         if path.exists() and not path.is_file():
             raise DamagedCheckpointError(f"{path} is not a regular file: choose another one") from None
         raise UsageError(f"checkpoint {path} cannot be read: {error.strerror}") from None
-    payload, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-    if hashlib.sha256(payload).digest() != digest:
+    payload = _checked(content)
+    if payload is None:
         raise DamagedCheckpointError(f"{path} is damaged, or not a checkpoint of this project: choose another one")
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)

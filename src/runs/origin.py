@@ -8,9 +8,7 @@ from pathlib import Path
 from src.config.schema import Config
 from src.errors import UsageError
 from src.runs.query import named_run
-from src.runs.record import CHECKPOINT_FILES, CHECKPOINTS, ENCODER, Record
-
-DIGEST_BYTES = 32  # SHA-256, which ends a checkpoint
+from src.runs.record import CHECKPOINT_FILES, CHECKPOINTS, DIGEST_BYTES, ENCODER, Record
 
 
 def identify(cfg: Config) -> None:
