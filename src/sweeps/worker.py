@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from src.system.atomic_write import write_whole
+from src.system.stopping import TIME_IS_UP
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Work:
         try:
             return self.wait()
         except Exception:  # submitit's, where it has been put back too often: the job has saved, and can continue
-            write_whole(self.note, b"75")
+            write_whole(self.note, str(TIME_IS_UP).encode())
             raise
 
     def checkpoint(self) -> Any:
@@ -52,7 +53,7 @@ class Work:
     def start(self) -> None:
         """Start the process."""
         rank = as_rank()
-        self.first = rank.get("RANK", "0") == "0"  # of a run's ranks, which end alike, one notes how
+        self.first = rank.get("RANK", "0") == "0"  # all ranks of a run end alike, so one of them notes how
         if self.first:
             self.note.unlink(missing_ok=True)
         cores = os.environ.get("SLURM_CPUS_PER_TASK")
