@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -50,10 +50,14 @@ def without_neutral(node: Any) -> dict[str, Any]:
     kept = {}
     for each in fields(node):
         value = getattr(node, each.name)
-        default = each.default if each.default_factory is MISSING else each.default_factory()
-        if value != default:
+        if value != _default(each):
             kept[each.name] = without_neutral(value) if is_dataclass(value) else value
     return kept
+
+
+def _default(each: Field) -> Any:
+    """A field's default; MISSING where it has none."""
+    return each.default if each.default_factory is MISSING else each.default_factory()
 
 
 def with_neutral(params: Mapping[str, str]) -> dict[str, str]:
@@ -70,7 +74,7 @@ def _neutral(support: str, objective: str) -> dict[str, str]:
         hints = get_type_hints(node) | (chosen if node is Config else {})
         for each in fields(node):
             key = f"{prefix}{each.name}"
-            default = each.default if each.default_factory is MISSING else each.default_factory()
+            default = _default(each)
             if is_dataclass(kind := hints[each.name]):
                 yield from defaults(cast(type, kind), f"{key}.")
             elif default not in (MISSING, None, {}):
