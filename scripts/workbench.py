@@ -17,13 +17,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from scripts.rivals import Images
-from src import cli
 from src.config import schema
 from src.config.parse import parse
 from src.data import Dataset, load
 from src.data.cache import Cache
 from src.data.splits import Split
 from src.runs.tracker import NoTracker
+from src.system.environment import CONF
 from src.system.stopping import Stopper
 from src.training import loop
 from src.training.state import TrainState
@@ -34,7 +34,7 @@ MEAN, STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]  # CIFAR-100's
 
 def compose(*overrides: str) -> schema.Config:
     """The config of ``python -m src.train OVERRIDES``."""
-    with hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return parse(hydra.compose("train", overrides=list(overrides)))
 
 

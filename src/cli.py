@@ -37,8 +37,8 @@ from src.errors import RunFailed, UsageError
 from src.runs import origin
 from src.sweeps import plugins
 from src.sweeps.dry_run import preview
-from src.sweeps.launcher import CONF, refuse_foreign_sweeper
-from src.system.environment import is_rank
+from src.sweeps.launcher import refuse_foreign_sweeper
+from src.system.environment import CONF, PROJECT, is_rank
 from src.system.output import lost_output, outlive_output, printable
 from src.system.redact import one_line, redact, redact_output
 
@@ -227,7 +227,7 @@ def _is_from_hydra(error: Exception) -> bool:
     """Of what Hydra cannot compose it may raise anything: a TypeError for ``tracking=[1]``, YAML's for a file."""
     frames = traceback.extract_tb(error.__traceback__)
     raised_in = Path(frames[-1].filename)
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(CONF.parent / "src")]
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PROJECT / "src")]
     is_composing = not ours or ours[-1].name == _with_present_names.__name__
     return is_composing or any(raised_in.is_relative_to(Path(package.__path__[0])) for package in (hydra, omegaconf))
 

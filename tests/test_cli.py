@@ -21,6 +21,7 @@ from src.data.augment import ViewMaker
 from src.errors import UsageError
 from src.runs.record import Record
 from src.sweeps.launcher import JobLauncher
+from src.system.environment import CONF
 from src.training import optim
 from tests.conftest import ELSEWHERE, PROJECT
 
@@ -50,10 +51,10 @@ def test_help_lists_the_groups_of_the_command_and_no_others(tmp_path, monkeypatc
         return dict(re.findall(r"^([+a-z/]+): (\w+(?:, \w+)*)$", above, re.MULTILINE))
 
     of_train = listed(cli.train)
-    folders = {path.name for path in cli.CONF.iterdir() if path.is_dir()} - {"shared", "hydra", "sweep"}
+    folders = {path.name for path in CONF.iterdir() if path.is_dir()} - {"shared", "hydra", "sweep"}
     assert of_train.keys() == {*folders, "+sweep", "hydra/launcher"}
     assert "pets" in of_train["data"]
-    launchers = sorted(path.stem for path in cli.CONF.glob("hydra/launcher/*.yaml"))
+    launchers = sorted(path.stem for path in CONF.glob("hydra/launcher/*.yaml"))
     assert of_train["hydra/launcher"].split(", ") == launchers
     assert listed(cli.evaluate).keys() == {"evaluation", "search", "data"}
     assert listed(cli.embed).keys() == {"data"}
@@ -410,7 +411,7 @@ def test_what_hydra_leaves_to_the_sweeper(typed, given):
 
 
 def test_jobs_are_composed_of_the_files_that_the_sweep_is_composed_of(typed, cache_dir, tmp_path, monkeypatch, capsys):
-    shutil.copytree(cli.CONF, tmp_path / "conf")
+    shutil.copytree(CONF, tmp_path / "conf")
     for name, text in {
         "conf/seven.yaml": "defaults: [train, _self_]\nseed: 7",
         "mine/nine.yaml": "defaults: [seven, _self_]\nepochs: 9",
@@ -451,7 +452,7 @@ TEXTS = "true null abc {a:1} {} ${seed} ${nope} ${ ??? é a=b choice(1,2) interv
 VALUES = [*NUMBERS.split(" "), *TEXTS.split(" "), "", "a b", "a\nb", "9" * 20, "a" * 3000]
 GROUPS = {
     folder.name: ["", "nope", *(path.stem for path in sorted(folder.glob("*.yaml")))]
-    for folder in sorted(cli.CONF.iterdir())
+    for folder in sorted(CONF.iterdir())
     if folder.is_dir() and folder.name not in ("hydra", "sweep", "shared")
 }
 STRANGE_KEYS = ["", "nope", "a.b", "hydra.run.dir", "data@x", "k.k", "=", "_target_"]
@@ -474,7 +475,7 @@ CASES = int(os.environ.get("CASES", "60"))
 def composed_or_explained(overrides):
     """The config, or the line that the command would print."""
     try:
-        with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
             return parse(compose("train", overrides=overrides))
     except (HydraException, OmegaConfBaseException) as error:
         return explain.explain_composition(error)

@@ -21,9 +21,9 @@ from src.runs.directory import how_to_continue
 from src.sweeps.bars import Bars
 from src.sweeps.jobs import Job
 from src.sweeps.sweep import Sweep
+from src.system.environment import CONF
 from src.system.stopping import PRUNED, Stopper, is_stop
 
-CONF = Path(__file__).parents[2] / "conf"
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR", "0")  # what the user says of them; cli.py then sets it for Hydra's sake
 
 

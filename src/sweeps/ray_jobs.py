@@ -18,9 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from src.errors import UsageError
 from src.sweeps.cluster import ClusterLauncher, Silent, Standing
 from src.sweeps.worker import Work
+from src.system.environment import PROJECT
 
 NAMESPACE = "support-sets"
-CHECKOUT = Path(__file__).parents[2]
 
 
 class Holder:
@@ -63,7 +63,7 @@ class RayLauncher(ClusterLauncher):
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         import ray
 
-        search = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        search = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
         runtime = {"env_vars": {"PYTHONPATH": os.pathsep.join(search)}}
         try:
             ray.init(

@@ -1,4 +1,4 @@
-"""What a result depends on besides its config."""
+"""Where the project is, and what a result depends on besides its config."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 
 from src.system.redact import redact
 
+PROJECT = Path(__file__).parents[2]
+CONF = PROJECT / "conf"
 TYPED = tuple(sys.argv[1:])  # before anything rewrites it
 
 
@@ -68,9 +70,8 @@ def conditions(device: str, dtype: str) -> dict[str, str]:
 
 def _git(*arguments: str) -> str:
     """The output of git in the project's folder, empty where there is no git or no repository."""
-    root = Path(__file__).parent.parent.parent
     try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()

@@ -31,7 +31,7 @@ def test_the_commit_and_whether_the_code_differs_from_it(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "src/system/environment.py"))
+    monkeypatch.setattr(environment, "PROJECT", tmp_path)
     assert "git_commit" not in environment.environment_tags("cpu"), "an unpacked archive has none"
 
     def git(*arguments: str) -> str:
