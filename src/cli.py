@@ -43,7 +43,7 @@ from src.system.output import lost_output, outlive_output, printable
 from src.system.redact import one_line, redact, redact_output
 
 OF_THE_SWEEP = ("jobs", "dry_run", "max_minutes", "resume")  # keys that concern a sweep as a whole
-LONGEST = 600  # characters of a line for people
+MAX_MESSAGE_CHARS = 600  # of an error's line
 _LACKS_MEMORY = re.compile(
     "MemoryError|out of memory|(can't|cannot) allocate memory|bad_alloc|failed to map segment|can't start new thread",
     re.I,
@@ -275,7 +275,7 @@ def _lack_of_memory(error: BaseException | None) -> BaseException | None:
 def fail(message: str, status: int = 2) -> NoReturn:
     """Print one line, without secrets, and end with the status."""
     if _speaks():
-        print(f"error: {printable(redact(' '.join(message.split())))[:LONGEST]}", file=sys.stderr)
+        print(f"error: {printable(redact(' '.join(message.split())))[:MAX_MESSAGE_CHARS]}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -117,7 +117,7 @@ def fresh_store(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setattr(mlflow_store, "PATIENCE", math.inf)
+        patch.setattr(mlflow_store, "STORE_TIMEOUT_S", math.inf)
         mlflow_store.prepare()
     return directory / "mlflow.db"
 
@@ -127,6 +127,6 @@ def client(fresh_store, tmp_path, monkeypatch):
     """The current folder is an empty one with a store."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(tracker, "SLOW", math.inf)  # what a busy machine takes long for is no slow store
+    monkeypatch.setattr(tracker, "SLOW_DELIVERY_S", math.inf)  # what a busy machine takes long for is no slow store
     shutil.copy(fresh_store, tmp_path / "mlflow.db")
     return mlflow_store.prepare()

@@ -59,7 +59,7 @@ from pathlib import Path
 from src.config.schema import Tracking
 from src.runs import mlflow_store
 from src.runs.tracker import Tracker
-mlflow_store.PATIENCE = 600.0  # with a busy machine
+mlflow_store.STORE_TIMEOUT_S = 600.0  # with a busy machine
 name = os.environ["NAME"]
 tracker = Tracker(Path(name), Tracking("mlflow", "exp", 10), {"k": 50}, {})
 for step in range(50):

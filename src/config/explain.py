@@ -19,8 +19,8 @@ from src.config.renamed import new_name
 
 OWNERS = {"k": "support=kmeans (method=kmclr)", "queue_size": "support=queue (method=nnclr)"}
 MEANT = {"model": "backbone", "arch": "backbone", "encoder": "backbone", "loss": "objective"}  # what others call groups
-MOST_ENDS = 4  # so many keys that end in a word are named
-LONGEST_VALUE = 100  # characters of it in a message, whose end says what is wrong
+MAX_SUGGESTIONS = 4  # keys with the same last part; of more, none is named
+MAX_VALUE_CHARS = 100  # of a value in a message, whose end says what is wrong
 BOUNDS = {
     "greater_than": "must be above {gt:g}",
     "greater_than_equal": "must be {ge:g} or more",
@@ -99,7 +99,7 @@ def _meant(key: str, keys: list[str]) -> list[str]:
     if MEANT.get(key) in keys:
         return [MEANT[key]]
     ends = [each for each in keys if each.endswith(f".{key}")]
-    return ends if 0 < len(ends) <= MOST_ENDS else difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    return ends if 0 < len(ends) <= MAX_SUGGESTIONS else difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
 
 
 def _beside(key: str, error: BaseException | None) -> list[str]:
@@ -137,7 +137,7 @@ def explain_violation(prefix: str, error: ValidationError) -> str:
     bound = BOUNDS.get(first["type"])
     what = bound.format(**first.get("ctx", {})) if bound else first["msg"][:1].lower() + first["msg"][1:]
     given = str(first["input"])
-    given = given if len(given) <= LONGEST_VALUE else f"{given[:LONGEST_VALUE]}..."
+    given = given if len(given) <= MAX_VALUE_CHARS else f"{given[:MAX_VALUE_CHARS]}..."
     return f"{prefix}{first['loc'][0]}={given}: {what}"
 
 

@@ -24,12 +24,17 @@ NOT_IN_HASH = (
     *("method.label", "method.colour", "support.label", "support.colour", "support.shards"),
 )
 LOG_SIZE = "support_set_size_log10"  # a param in MLflow alone, whose charts have no logarithm of a param
-# How the stored vectors have a say in the loss: where nothing is stored, it makes no difference.
-SAY_OF_STORED = tuple(
+# Settings of how stored vectors enter the loss, which have no effect where nothing is stored.
+NEED_STORED_VECTORS = tuple(
     f"objective.{key}" for key in ("same_prototype", "neighbours", "teacher_temperature", "student_temperature")
 )
-DERIVED = (  # follow from them
-    *("support_set_size", LOG_SIZE, "support_bytes", "encoder_parameters", "encoder_features", "skipped_images"),
+DERIVED = (  # computed from the settings
+    "support_set_size",
+    LOG_SIZE,
+    "support_bytes",
+    "encoder_parameters",
+    "encoder_features",
+    "skipped_images",
 )
 
 
@@ -104,7 +109,7 @@ def inert(cfg: Config) -> set[str]:
     if not cfg.objective.decorrelation:
         keys.add("objective.off_diagonal")
     if cfg.support.name == "none":
-        keys |= {*SAY_OF_STORED, "search.name", "search.index", "search.nprobe", "search.refresh_every"}
+        keys |= {*NEED_STORED_VECTORS, "search.name", "search.index", "search.nprobe", "search.refresh_every"}
     keys.add("objective.name")  # a preset of the settings beside it
     if cfg.method._target_ is not None:  # which is not told them
         keys |= {f"objective.{each.name}" for each in fields(cfg.objective)}

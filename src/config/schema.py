@@ -13,10 +13,10 @@ from pydantic import AfterValidator, Field
 
 from src.config.names import COLOUR
 
-LARGEST = 2**63  # what torch and JSON hold of an integer
+INT64_BOUND = 2**63  # the first integer that torch does not hold
 
-Count = Annotated[int, Field(ge=1, lt=LARGEST)]
-Natural = Annotated[int, Field(ge=0, lt=LARGEST)]
+Count = Annotated[int, Field(ge=1, lt=INT64_BOUND)]
+Natural = Annotated[int, Field(ge=0, lt=INT64_BOUND)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -53,7 +53,7 @@ def _device(name: str) -> str:
 
 def _counts(value: Any) -> Any:
     each = value if isinstance(value, list) else [value]
-    if not each or not all(type(count) is int and 1 <= count < LARGEST for count in each):
+    if not each or not all(type(count) is int and 1 <= count < INT64_BOUND for count in each):
         raise ValueError("give a number of 1 or more, or a list of several")
     return value
 
@@ -185,7 +185,7 @@ class Optimizer:
 @dataclass
 class Data:
     name: str
-    image_size: Annotated[int, Field(ge=8, lt=LARGEST)]
+    image_size: Annotated[int, Field(ge=8, lt=INT64_BOUND)]
     cache_dir: str
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     split_seed: Natural
@@ -198,7 +198,7 @@ class Data:
     resize: Annotated[str, one_of("crop", "squash", "pad")] = "crop"
     background: Annotated[str, one_of("white", "grey", "black")] | None = None  # null: transparency is dropped
     # Whole images are kept, squeezed into squares of so many pixels, with their aspect; null: squares of image_size.
-    keep: Annotated[int, Field(ge=8, lt=LARGEST)] | None = None
+    keep: Annotated[int, Field(ge=8, lt=INT64_BOUND)] | None = None
     draft: bool = False  # JPEGs are decoded at a half, quarter or eighth that is at least twice image_size
     repo: str | None = None  # on the Hugging Face hub
     revision: str | None = None  # of the repo: a branch, tag or commit; null: main
@@ -251,7 +251,7 @@ class Finetune:
     """How the whole network learns from labels; the validation images choose the learning rate."""
 
     epochs: Count
-    batch_size: Annotated[int, Field(ge=2, lt=LARGEST)]
+    batch_size: Annotated[int, Field(ge=2, lt=INT64_BOUND)]
     lr: Annotated[list[Positive], Field(min_length=1)]
 
 
@@ -260,7 +260,7 @@ class Fewshot:
     """Of which shares of the labels a linear probe learns, and from how many draws of each."""
 
     fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
-    draws: Annotated[int, Field(ge=2, lt=LARGEST)]
+    draws: Annotated[int, Field(ge=2, lt=INT64_BOUND)]
 
 
 @dataclass
@@ -315,7 +315,7 @@ class Config:
     checkpoint: Checkpoint
     seed: Natural
     epochs: Count
-    batch_size: Annotated[int, Field(ge=2, lt=LARGEST)]
+    batch_size: Annotated[int, Field(ge=2, lt=INT64_BOUND)]
     device: Annotated[str, AfterValidator(_device)]
     precision: Annotated[str, one_of("auto", "float32", "bfloat16")]
     compile: bool

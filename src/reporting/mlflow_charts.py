@@ -19,10 +19,9 @@ from src.errors import UsageError
 from src.reporting.plots import PLOTTED, caption
 from src.reporting.rows import FIGURES, Row
 from src.reporting.table import GAIN, GAIN_NOTE, markdown, table
-from src.runs.delivery import LONGEST as LONGEST_DELIVERY
-from src.runs.delivery import bring_up_free
+from src.runs.delivery import DELIVERY_TIMEOUT_S, bring_up_free
 from src.runs.directory import exclusive
-from src.runs.mlflow_store import PATIENCE, prepare
+from src.runs.mlflow_store import STORE_TIMEOUT_S, prepare
 from src.runs.record import TAG_CHARTS, TAG_NOTE, TAG_SWEEP_ID, Record, now
 from src.runs.tracker import Tracker
 from src.system.deadline import within
@@ -168,7 +167,7 @@ def share(sweep: Tracker) -> None:
         return show_sweep(client, sweep.record) if client else ""
 
     try:
-        if path := within(PATIENCE, shown):
+        if path := within(STORE_TIMEOUT_S, shown):
             sweep.record.tags[TAG_CHARTS] = path
     except Exception as error:
         logger.warning("MLflow does not take the view of %s: %s", sweep.directory, one_line(error))
@@ -182,7 +181,7 @@ def share_again(directory: Path) -> None:
             return
         try:
             client = prepare()
-            record.tags[TAG_CHARTS] = within(LONGEST_DELIVERY, lambda: show_sweep(client, record))
+            record.tags[TAG_CHARTS] = within(DELIVERY_TIMEOUT_S, lambda: show_sweep(client, record))
         except UsageError:
             raise
         except Exception as error:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from src.config.identity import SAY_OF_STORED, is_protocol, is_setting, with_neutral
+from src.config.identity import NEED_STORED_VECTORS, is_protocol, is_setting, with_neutral
 from src.config.names import COLOURS, LABELS, UNTRAINED, colour_of, label_of
 from src.config.renamed import modern
 from src.errors import UsageError
@@ -39,9 +39,9 @@ ELSEWHERE = re.compile(r"(?:transfer/([^/]+)/)?((?:teacher\w*/)?test\w*)/linear_
 LATER = ", evaluated later"
 OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs
 IDLE = {  # settings that follow from what the method is, or have no effect in it
-    "simclr": (*SAY_OF_STORED, "objective.support_weight"),
-    "nothing_stored": SAY_OF_STORED,
-    "byol": SAY_OF_STORED,
+    "simclr": (*NEED_STORED_VECTORS, "objective.support_weight"),
+    "nothing_stored": NEED_STORED_VECTORS,
+    "byol": NEED_STORED_VECTORS,
     "nnclr": ("objective.same_prototype",),
 }
 NOTHING_STORED = LABELS["nothing_stored"]
@@ -156,7 +156,8 @@ def control_of(row: Row, rows: Sequence[Row]) -> Row | None:
         return None
     own = ("objective.support_weight", "objective.predictor_hidden") if is_simclr else ()
     parts = ("method.", "support.", "search.")
-    free = {"k", "queue_size", "seed", "objective.name", *SAY_OF_STORED, *own}  # a name stands for settings beside it
+    # A name stands for settings beside it.
+    free = {"k", "queue_size", "seed", "objective.name", *NEED_STORED_VECTORS, *own}
 
     def agree(one: Mapping[str, str], two: Mapping[str, str]) -> bool:
         keys = {key for key in one.keys() | two.keys() if not key.startswith(parts) and key not in free}

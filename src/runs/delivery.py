@@ -23,8 +23,8 @@ from src.runs.tracker import Tracker, parent_tags
 from src.system.deadline import Overdue, within
 from src.system.redact import one_line
 
-LONGEST = 600.0  # seconds for the whole of a run, for the command that does nothing else
-REFUSALS = 3  # in a row, after which it is the store that takes nothing
+DELIVERY_TIMEOUT_S = 600.0  # for the whole of a run, in the command that does nothing else
+MAX_REFUSALS = 3  # in a row, after which the store is taken to refuse every run
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ def _bring_up(directory: Path, asked: Tracking | None = None, again: bool = Fals
     try:
         if asked.name == "mlflow" if asked else any(copy.for_mlflow for copy in record.copies.values()):
             experiment = asked.experiment if asked else ""
-            seconds = mlflow_store.PATIENCE if asked else LONGEST  # a run or a sweep waits for it; or nobody does
+            # Short where a run or a sweep waits for it.
+            seconds = mlflow_store.STORE_TIMEOUT_S if asked else DELIVERY_TIMEOUT_S
             client = mlflow_store.prepare()
             return within(seconds, lambda: mlflow_store.bring_up(client, record, experiment, again))
         return [], False
@@ -105,7 +106,7 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
             record.ask(parent.tracking).tags |= tags
             record.save(directory)
     try:
-        if within(mlflow_store.PATIENCE, parent.client):
+        if within(mlflow_store.STORE_TIMEOUT_S, parent.client):
             free = [directory for directory in children if not run_directory.is_held(directory)]
             if deleted := [directory for directory in free if bring_up_free(directory, parent.tracking)[1]]:
                 logger.warning("%s", _deleted(deleted))
@@ -147,7 +148,7 @@ def main(share_again: Callable[[Path], None], arguments: Iterable[str] | None = 
         except UsageError as error:
             refused.append(error)
             in_a_row += 1
-            if in_a_row == REFUSALS:
+            if in_a_row == MAX_REFUSALS:
                 break
     if deleted:
         print(_deleted(deleted), flush=True)

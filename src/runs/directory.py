@@ -27,7 +27,7 @@ from src.system.atomic_write import cannot_write
 
 ROOT = Path("multirun")
 HOLDER = ".holder"  # a file beside the lock: which process it is
-PATIENCE = 10.0  # seconds in which a process that was told to stop has saved, and let its directory go
+LOCK_TIMEOUT_S = 10.0  # in which a process that was told to stop has saved, and let its directory go
 
 
 def path_of(cfg: schema.Config) -> Path:

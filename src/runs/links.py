@@ -8,7 +8,7 @@ from pathlib import Path
 from src.runs.directory import ROOT
 from src.runs.record import TAG_CHARTS, Record, records_below
 
-CHARTS_AT = "http://127.0.0.1:5000/"  # where `mlflow ui` serves its pages
+MLFLOW_UI = "http://127.0.0.1:5000/"  # where `mlflow ui` serves its pages
 
 
 def newest_charts(root: Path = ROOT) -> str:
@@ -26,7 +26,7 @@ def page_of(record: Record) -> str:
 
 def link_to(path: str) -> str:
     """The address of one of MLflow's pages, on the server if there is one, else where ``mlflow ui`` serves it."""
-    return f"{_server() or CHARTS_AT}{path}"
+    return f"{_server() or MLFLOW_UI}{path}"
 
 
 def how_to_open(path: str) -> str:

@@ -29,8 +29,8 @@ from src.system.deadline import Overdue, within
 from src.system.redact import one_line, redact
 
 T = TypeVar("T")
-ATTEMPTS = 5  # to open a database whose tables another process may be creating
-PATIENCE = 30.0  # seconds that a run or a command waits for a store, whatever that does meanwhile
+OPEN_ATTEMPTS = 5  # to open a database whose tables another process may be creating
+STORE_TIMEOUT_S = 30.0  # that a run or a command waits for a store, whatever that does meanwhile
 MODEL = "encoder"  # the name of a run's model
 LOADER = "src.evaluation.encoder"  # the module that loads it for `mlflow.pyfunc`
 _RACE = re.compile("UniqueViolation|DuplicateTable|duplicate key|already exists", re.IGNORECASE)
@@ -60,7 +60,7 @@ def prepare(experiment: str = "Default") -> Any:
     """
     mlflow = _import_mlflow()  # which may take long on a slow disk
     try:
-        return within(PATIENCE, lambda: open_store(experiment))
+        return within(STORE_TIMEOUT_S, lambda: open_store(experiment))
     except Overdue as error:
         raise Busy(
             f"the MLflow store {redact(mlflow.get_tracking_uri())} gives {error}: see MLFLOW_TRACKING_URI, or try again"
@@ -126,7 +126,7 @@ def _opened(client: Callable[[str], Any], uri: str) -> Any:
 
     A database of its own creates tables in one transaction: whoever comes second is refused when the first is done.
     """
-    for _ in range(ATTEMPTS - 1):
+    for _ in range(OPEN_ATTEMPTS - 1):
         try:
             return client(uri)
         except Exception as error:
@@ -185,7 +185,7 @@ def answer(request: Callable[[], T]) -> T:
         UsageError: it refuses, or does not answer in time.
     """
     try:
-        return within(PATIENCE, request)
+        return within(STORE_TIMEOUT_S, request)
     except Exception as error:
         raise UsageError(f"the MLflow store does not answer ({one_line(error)}): see MLFLOW_TRACKING_URI") from None
 

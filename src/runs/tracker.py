@@ -27,8 +27,8 @@ from src.system.deadline import Call, Overdue, within
 from src.system.redact import one_line
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]  # how a run may end
-WHEN_STOPPED = 5.0  # seconds for a delivery of a run that has been told to stop
-SLOW = 1.0  # seconds, above which a delivery is held to a tenth of the time
+STOPPING_TIMEOUT_S = 5.0  # for a delivery of a run that has been told to stop
+SLOW_DELIVERY_S = 1.0  # a delivery that takes longer is repeated so rarely that all take a tenth of the time
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Tracker:
         tracking: the config group. A run that was asked for under other experiments before belongs to all of them.
         params: the flattened config. A continued run keeps the values that it has.
         tags: replaced where they exist.
-        is_stopping: whether the run has been told to stop, which no delivery delays by more than `WHEN_STOPPED`.
+        is_stopping: whether the run has been told to stop, which no delivery delays by more than `STOPPING_TIMEOUT_S`.
         reopens: a finished run gets further figures, and still ended when it did, after as long.
 
     Raises:
@@ -70,7 +70,7 @@ class Tracker:
         self._client: Any = None
         self._call: Call[None] | None = None
         with suppress(mlflow_store.Busy, Overdue):
-            within(mlflow_store.PATIENCE, self.client)
+            within(mlflow_store.STORE_TIMEOUT_S, self.client)
         self._delivery: mlflow_store.Delivery | None = None
         self._warned = self._fails = False
         self._retry_at = 0.0
@@ -175,7 +175,7 @@ class Tracker:
             run_id = self.record.copy.run_id
             if not run_id:
                 raise Overdue("it does not have the run so far")
-            self._end_watch = within(mlflow_store.PATIENCE, lambda: mlflow_store.watch_system(run_id))
+            self._end_watch = within(mlflow_store.STORE_TIMEOUT_S, lambda: mlflow_store.watch_system(run_id))
         except Exception as error:
             logger.warning("MLflow takes no system metrics of this session: %s", one_line(error))
 
@@ -239,12 +239,12 @@ class Tracker:
             self._warned = self._fails = True
             return False
         self._fails = False
-        if time.monotonic() - started > SLOW:
+        if time.monotonic() - started > SLOW_DELIVERY_S:
             self._retry_at = time.monotonic() + 10 * (time.monotonic() - started)
         return True
 
     def _patience(self) -> float:
-        return WHEN_STOPPED if self.is_stopping() else mlflow_store.PATIENCE
+        return STOPPING_TIMEOUT_S if self.is_stopping() else mlflow_store.STORE_TIMEOUT_S
 
     def _push(self) -> None:
         client, record = self.client(), self.record

@@ -8,12 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from src.config.schema import LARGEST, BelowOne, Count
+from src.config.schema import INT64_BOUND, BelowOne, Count
 from src.errors import UsageError
 from src.support.base import Neighbors, Space
 from src.support.kmeans import KMeans
 
-Several = Annotated[int, Field(ge=2, lt=LARGEST)]
+Several = Annotated[int, Field(ge=2, lt=INT64_BOUND)]
 FEWEST = 2  # with a single prototype all images would share it
 TENTH = 10  # prototypes for each that is proposed at a time: enough to grow fourfold in fifteen times
 

@@ -17,8 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from src.system.output import in_terminal
 
-EVERY_SECONDS = 1.0  # between two looks at the logs
-TAIL = 4096  # bytes of a log that hold its last lines
+LOOK_EVERY_S = 1.0  # between two looks at the logs
+TAIL_BYTES = 4096  # of a log, which hold its last lines
 _LINE = re.compile(r"epoch (\d+)/(\d+)  (?:step (\d+)/(\d+)  )?(.*)")
 
 
@@ -49,7 +49,7 @@ class Bars(Progress):
         Args:
             logs: where each of them prints, by what it is called.
         """
-        if self.disable or time.monotonic() - self._looked < EVERY_SECONDS:
+        if self.disable or time.monotonic() - self._looked < LOOK_EVERY_S:
             return
         self._looked = time.monotonic()
         for gone in self.of_jobs.keys() - logs.keys():
@@ -75,7 +75,7 @@ def how_far(log: Path) -> tuple[float, str]:
     """The share of a job's training that is done, from 0 to 1, and the last line that says so."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return 0.0, ""

@@ -21,14 +21,14 @@ from src.config.explain import explain_key
 from src.config.renamed import new_name
 from src.errors import UsageError
 from src.sweeps.dry_run import preview
-from src.sweeps.jobs import MOST, Composer, Job, values
+from src.sweeps.jobs import MAX_GRID_JOBS, Composer, Job, values
 from src.sweeps.launcher import JobLauncher
 from src.sweeps.sweep import Sweep
 from src.system.output import in_terminal
 
 Grid = Mapping[str, Sequence[str]]  # key: its values, as on the command line
-# Worth a word when a job starts, as is all in which the jobs differ.
-SWEPT = {"method", "support", "objective", "k", "queue_size", "seed"}
+# Keys that a job's line shows when it starts, besides those in which the jobs differ.
+ALWAYS_SHOWN = {"method", "support", "objective", "k", "queue_size", "seed"}
 
 
 class GridSweeper(Sweeper):
@@ -82,8 +82,8 @@ class GridSweeper(Sweeper):
             print(f"{sweep.directory}: {len(jobs)} jobs, {done} finished already", flush=True)
             pending = [job for job in jobs if job.cfg and not job.is_finished]
             times = Counter(each for job in pending for each in job.overrides)
-            swept = SWEPT | {each.split("=")[0] for each in times if times[each] < len(pending)}
-            for _ in self.launch(sweep, pending, swept, self.launcher.at_a_time):
+            shown = ALWAYS_SHOWN | {each.split("=")[0] for each in times if times[each] < len(pending)}
+            for _ in self.launch(sweep, pending, shown, self.launcher.at_a_time):
                 pass
         sys.exit(sweep.status)
 
@@ -93,8 +93,8 @@ class GridSweeper(Sweeper):
         params = self._grid([f"{key}={value}" for key, value in self.params.items()])
         union = [self._grid(shlex.split(line)) for line in self.union]
         grids = list(alternatives(union, params, given, [self._methods(grid) for grid in union]))
-        if sum(math.prod(map(len, grid.values())) for grid in grids) > MOST:
-            raise UsageError(f"--multirun: more than {MOST:,} combinations; give the keys fewer values")
+        if sum(math.prod(map(len, grid.values())) for grid in grids) > MAX_GRID_JOBS:
+            raise UsageError(f"--multirun: more than {MAX_GRID_JOBS:,} combinations; give the keys fewer values")
         points = [
             [typed(key, value) for key, value in zip(grid, point, strict=True)]
             for grid in grids
@@ -144,9 +144,9 @@ class GridSweeper(Sweeper):
             raise UsageError(f"hydra/launcher={choice}: returns all results or none; choose local, slurm or ray")
         self.launcher = launcher
 
-    def launch(self, sweep: Sweep, jobs: Iterable[Job], swept: set[str], at_a_time: int | None) -> Iterator[Job]:
+    def launch(self, sweep: Sweep, jobs: Iterable[Job], shown: set[str], at_a_time: int | None) -> Iterator[Job]:
         """Have the launcher run jobs (`JobLauncher.run`); where it was stopped, those that did not start say so."""
-        yield from self.launcher.run(sweep, jobs, swept, at_a_time)
+        yield from self.launcher.run(sweep, jobs, shown, at_a_time)
         for job in sweep.jobs if self.launcher.status else ():
             if job.cfg and not job.status and not job.is_finished:
                 job.error, job.status = "not started: the sweep was stopped", self.launcher.status

@@ -26,7 +26,7 @@ from src.runs import directory as run_directory
 from src.runs import origin
 from src.runs.record import TAG_ERROR, Record
 
-MOST = 10_000  # jobs of a grid: to compose them takes a quarter of an hour
+MAX_GRID_JOBS = 10_000  # to compose so many takes a quarter of an hour
 
 
 @dataclass(eq=False)  # a job is itself, and a key of dicts
@@ -140,10 +140,10 @@ class Composer:
 
 
 def values(override: Override) -> list[str] | None:
-    """What an override sets or sweeps, as on the command line, cut off beyond `MOST`; None for an interval."""
+    """What an override sets or sweeps, as on the command line, cut off beyond `MAX_GRID_JOBS`; None for an interval."""
     if not override.is_sweep_override():
         return [override.get_value_element_as_str()]
-    return list(islice(override.sweep_string_iterator(), MOST + 1)) if override.is_discrete_sweep() else None
+    return list(islice(override.sweep_string_iterator(), MAX_GRID_JOBS + 1)) if override.is_discrete_sweep() else None
 
 
 def _set(composed: DictConfig, override: Override) -> str:

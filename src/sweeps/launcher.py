@@ -68,7 +68,7 @@ class JobLauncher(Launcher):
         """What Hydra's own sweepers call, and `setup` refuses."""
         raise NotImplementedError
 
-    def run(self, sweep: Sweep, jobs: Iterable[Job], swept: set[str], at_a_time: int | None) -> Iterator[Job]:
+    def run(self, sweep: Sweep, jobs: Iterable[Job], shown: set[str], at_a_time: int | None) -> Iterator[Job]:
         """Start the jobs, and yield each when it has ended, its ``error`` and ``status`` filled in.
 
         A job is asked for when there is room for it: a search proposes it knowing how the others ended. When the sweep
@@ -77,10 +77,10 @@ class JobLauncher(Launcher):
         Args:
             sweep: whose jobs they are; files about them go to its folder.
             jobs: those to start, in order.
-            swept: the keys that are worth a word when a job starts.
+            shown: the keys that the line about a job's start shows.
             at_a_time: how many; None: all of them.
         """
-        self.sweep, self.swept = sweep, swept
+        self.sweep, self.shown = sweep, shown
         self.numbers: dict[Job, int] = {}
         left, running = iter(jobs), list[Job]()
         total = len(jobs) if isinstance(jobs, Sized) else None
@@ -129,8 +129,8 @@ class JobLauncher(Launcher):
         print(f"job {self.numbers[job]} {what}", flush=True)
 
     def describe(self, job: Job) -> str:
-        """Its swept settings."""
-        return " ".join(each for each in job.overrides if each.split("=")[0] in self.swept)
+        """Its settings of those keys that are shown."""
+        return " ".join(each for each in job.overrides if each.split("=")[0] in self.shown)
 
     def conclude(self, job: Job, status: int, output: str, log: Path, after: str = "") -> None:
         """Say how a job ended, and note it.

@@ -25,7 +25,7 @@ from src.system.seeding import mix
 OBJECTIVE = "val/knn_top1"  # never a figure of the test images
 PRUNERS = ("median", "halving", "none")
 FILE = "study.db"
-ATTEMPTS = 100
+DRAW_ATTEMPTS = 100  # to find a point that no trial has
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,8 @@ class Study:
 
         trials = self.study.trials
         taken = [trial.params for trial in trials]
-        for attempt in range(ATTEMPTS):
-            seed = mix(self.seed, len(trials) * ATTEMPTS + attempt) % 2**32
+        for attempt in range(DRAW_ATTEMPTS):
+            seed = mix(self.seed, len(trials) * DRAW_ATTEMPTS + attempt) % 2**32
             with _quiet():
                 sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
                 scratch = optuna.create_study(direction="maximize", sampler=sampler)
@@ -145,7 +145,7 @@ class Study:
             point = scratch.ask(self.distributions).params
             if point not in taken:
                 return point
-        raise UsageError(f"{len(taken)} trials: {ATTEMPTS} draws found no other point; widen hydra.sweeper.params")
+        raise UsageError(f"{len(taken)} trials: {DRAW_ATTEMPTS} draws found no other point; widen hydra.sweeper.params")
 
     def conclude(self, number: int, state: str, value: float | None = None) -> None:
         """Ends a trial as ``COMPLETE`` with its value, ``PRUNED`` or ``FAIL``."""

@@ -12,7 +12,7 @@ from src.config.explain import whole_numbers
 from src.errors import Diverged, UsageError
 from src.runs.record import RECORD
 from src.sweeps.dry_run import preview
-from src.sweeps.grid import SWEPT, GridSweeper, plain, refuse_unused, typed
+from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, plain, refuse_unused, typed
 from src.sweeps.jobs import Job, values
 from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED
@@ -125,7 +125,7 @@ class StudySweeper(GridSweeper):
                     else:
                         conclude(each)
 
-            for each in self.launch(sweep, trials(), SWEPT | space.keys(), at_a_time):
+            for each in self.launch(sweep, trials(), ALWAYS_SHOWN | space.keys(), at_a_time):
                 conclude(each)
             if best := study.best():
                 print(f"best: trial {best[0]}, val/knn_top1 {best[1]:.2f}, {study.points()[best[0]]}", flush=True)

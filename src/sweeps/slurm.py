@@ -20,11 +20,19 @@ from src.sweeps.cluster import ClusterLauncher, Silent, Standing
 from src.sweeps.worker import Work
 
 # sbatch's man page and squeue's, "JOB STATE CODES" and "JOB REASON CODES".
-OVER = {
-    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
-    *("REVOKED", "TIMEOUT"),
+ENDED_STATES = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
 }
-NEVER = re.compile(
+NEVER_STARTS = re.compile(
     "AccountNotAllowed|BadConstraints|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|PartitionConfig"
     "|PartitionTimeLimit|QOSNotAllowed|.*PerJob(Limit)?"
 )
@@ -131,9 +139,9 @@ class SlurmLauncher(ClusterLauncher):
 
 def _standing(state: str, reason: str, nodes: str) -> Standing:
     state, _, more = state.partition(" ")  # sacct's "CANCELLED by 1000"
-    if state in OVER:
+    if state in ENDED_STATES:
         return Standing("is gone", f"{state} {more}".strip())
-    if state == "PENDING" and NEVER.fullmatch(reason):
+    if state == "PENDING" and NEVER_STARTS.fullmatch(reason):
         return Standing("cannot start", f"{reason}, {ASK_LESS}")
     if state == "PENDING":
         return Standing("waits", "" if reason in ("None", "Priority") else reason)

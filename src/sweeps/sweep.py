@@ -60,7 +60,7 @@ class Sweep:
             mlflow_store.check(self.tracking.experiment)  # once, ahead of the jobs
         tags = {TAG_SWEEP_ID: self.id, "command": _command()}
         with ExitStack() as stack:
-            stack.enter_context(run_directory.exclusive(self.directory, run_directory.PATIENCE))
+            stack.enter_context(run_directory.exclusive(self.directory, run_directory.LOCK_TIMEOUT_S))
             for number in {signal.SIGTERM, signal.SIGHUP} - ignored():
                 stack.callback(signal.signal, number, signal.signal(number, _exit))  # which closes what is open
             self.tracker = Tracker(self.directory, self.tracking, {"sweep": self.name}, tags)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-SLICE = 0.1  # seconds, in which whoever waits looks whether to go on waiting
+POLL_S = 0.1  # between two looks whether to go on waiting
 
 
 class Overdue(Exception):  # noqa: N818
@@ -51,7 +51,7 @@ class Call(Generic[T]):
         while self.is_running:
             if time.monotonic() - started >= seconds():
                 raise Overdue(f"no answer in {time.monotonic() - started:.0f} s")
-            self._thread.join(SLICE)
+            self._thread.join(POLL_S)
         if self._error is not None:
             raise self._error
         return self._value

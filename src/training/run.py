@@ -103,7 +103,7 @@ def run(
         require("psutil", "system", "tracking.system_metrics=true")
     if cfg.tracking.name == "mlflow" and ranks.first:
         mlflow_store.check(cfg.tracking.experiment)  # refuses what is no store before the directory is made
-    hold = run_directory.exclusive(directory, run_directory.PATIENCE) if ranks.first else nullcontext()
+    hold = run_directory.exclusive(directory, run_directory.LOCK_TIMEOUT_S) if ranks.first else nullcontext()
     with hold, Stopper(cfg.max_minutes) as stopper, distributed.losses_said():
         if ranks.told(run_directory.is_finished(directory, cfg)):
             if ranks.first:

@@ -96,7 +96,7 @@ def test_two_that_create_the_tables_of_a_database_together_both_get_it(fresh_sto
     monkeypatch.setattr(mlflow_store.time, "sleep", lambda _: None)
     assert mlflow_store.prepare() == "the client"
     calls.clear()
-    monkeypatch.setattr(mlflow_store, "ATTEMPTS", 2)
+    monkeypatch.setattr(mlflow_store, "OPEN_ATTEMPTS", 2)
     with pytest.raises(UsageError, match="does not open"):
         mlflow_store.prepare()
 

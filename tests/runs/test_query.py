@@ -79,7 +79,7 @@ def test_a_command_waits_for_no_store_that_opens_only_after_minutes(fresh_store,
     monkeypatch.chdir(tmp_path)
     Tracker(Path("run"), JSONL, {}, {}).close("FINISHED")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:it's-Xhunter2@127.0.0.1:9/db")
-    monkeypatch.setattr(mlflow_store, "PATIENCE", 0.2)
+    monkeypatch.setattr(mlflow_store, "STORE_TIMEOUT_S", 0.2)
     opens = threading.Event()
     monkeypatch.setattr("mlflow.MlflowClient", lambda _: opens.wait(600))
     with pytest.raises(UsageError, match=r"postgresql://.*gives no answer in \d+ s.*MLFLOW_TRACKING_URI") as error:
@@ -96,7 +96,7 @@ def test_a_store_that_opens_and_answers_no_request_is_one_line(client, monkeypat
     break_store(client, monkeypatch, *requests)
     answers = threading.Event()
     if hangs:
-        monkeypatch.setattr(mlflow_store, "PATIENCE", 0.2)
+        monkeypatch.setattr(mlflow_store, "STORE_TIMEOUT_S", 0.2)
         for name in requests:
             monkeypatch.setattr(type(client), name, lambda *_, **__: answers.wait(600))
     with pytest.raises(UsageError, match="does not answer.*" + ("no answer in" if hangs else "store is down")):

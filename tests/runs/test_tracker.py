@@ -344,7 +344,7 @@ def server(client, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{int(process.stdout.readline())}")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "300")
-    monkeypatch.setattr(mlflow_store, "PATIENCE", 300.0)
+    monkeypatch.setattr(mlflow_store, "STORE_TIMEOUT_S", 300.0)
     yield process
     process.kill()
     process.communicate()
@@ -417,7 +417,7 @@ def slow_server(monkeypatch):
 @pytest.mark.parametrize("drips", [True, False])
 def test_a_server_that_never_comes_to_an_end_holds_no_run(slow_server, tmp_path, monkeypatch, caplog, drips):
     monkeypatch.setattr(Slow, "drips", drips)
-    monkeypatch.setattr(mlflow_store, "PATIENCE", 1.0 if drips else 50.0)
+    monkeypatch.setattr(mlflow_store, "STORE_TIMEOUT_S", 1.0 if drips else 50.0)
     started = time.monotonic()
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
     train(tracker, range(10))
@@ -432,8 +432,8 @@ def test_a_server_that_never_comes_to_an_end_holds_no_run(slow_server, tmp_path,
 
 
 def test_who_is_told_to_stop_waits_for_no_server(slow_server, tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "WHEN_STOPPED", 0.2)
-    monkeypatch.setattr(mlflow_store, "PATIENCE", 1000.0)
+    monkeypatch.setattr(tracking, "STOPPING_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(mlflow_store, "STORE_TIMEOUT_S", 1000.0)
     started = time.monotonic()
     told_at = started + 1
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {}, is_stopping=lambda: time.monotonic() > told_at)
@@ -451,7 +451,7 @@ def test_a_slow_store_gets_no_more_than_a_tenth_of_the_time_and_all_in_the_end(c
         push(delivery)
 
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
-    monkeypatch.setattr(tracking, "SLOW", 19.0)
+    monkeypatch.setattr(tracking, "SLOW_DELIVERY_S", 19.0)
     monkeypatch.setattr(tracking.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(mlflow_store.Delivery, "push", push_slowly)
     for step in range(50):
@@ -492,7 +492,7 @@ def test_mlflow_ui_without_options_shows_the_runs(client, tmp_path, monkeypatch)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "300")
-        monkeypatch.setattr(mlflow_store, "PATIENCE", 300.0)
+        monkeypatch.setattr(mlflow_store, "STORE_TIMEOUT_S", 300.0)
         assert [run.run_id for run in query.read_runs("exp", "mlflow")] == [local.run_id]
     finally:
         if ui.poll() is None:

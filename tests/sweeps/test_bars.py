@@ -43,7 +43,7 @@ def test_a_terminal_shows_all_jobs_and_those_that_run(tmp_path, monkeypatch):
     sent = io.StringIO()
     monkeypatch.setattr(rich, "_console", Console(file=sent, force_terminal=True, width=120))
     monkeypatch.setattr(bars, "in_terminal", lambda: True)
-    monkeypatch.setattr(bars, "EVERY_SECONDS", 0)
+    monkeypatch.setattr(bars, "LOOK_EVERY_S", 0)
     logs = {f"job {number}": tmp_path / f"{number}.log" for number in range(3)}
     logs["job 1"].write_text("epoch 1/4  loss 1.250\n")
     with Bars(3) as shown:

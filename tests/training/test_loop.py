@@ -808,7 +808,7 @@ def test_resume_never_starts_beside_what_is_there(run, tmp_path, capsys):
 
 
 def test_a_directory_in_use_is_refused(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory, "PATIENCE", 0.1)
+    monkeypatch.setattr(run_directory, "LOCK_TIMEOUT_S", 0.1)
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"), pytest.raises(UsageError, match="another process is using it"):
         run("method=simclr")
