@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from src.runs.record import Copy, Record
+from src.runs.record import ExperimentEntry, Record
 
 
 def run(method, size=0, seed=0, top1=50.0, status="FINISHED", at=0.0, name=None, **params):
@@ -25,7 +25,7 @@ def run(method, size=0, seed=0, top1=50.0, status="FINISHED", at=0.0, name=None,
         "test/linear_top5": top1 + 30,
     }
     name = name or f"{method}-{size}-seed{seed}"
-    made = Record(f"{name}@{at}", name, "study", int(1000 * at), status=status, copies={"study": Copy()})
+    made = Record(f"{name}@{at}", name, "study", int(1000 * at), status=status, copies={"study": ExperimentEntry()})
     return replace(made, params=common | own | params, metrics=metrics)
 
 

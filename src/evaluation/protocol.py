@@ -236,7 +236,7 @@ def main(composed: DictConfig) -> dict[str, float]:
     _print(str(directory if record else path), metrics)
     if record:
         with run_directory.exclusive(directory):
-            name = "mlflow" if record.copy.for_mlflow else "jsonl"
+            name = "mlflow" if record.entry.for_mlflow else "jsonl"
             tracking = replace(cfg.tracking, name=name, experiment=record.experiment, parent=None)
             chosen = " ".join([*_chosen(cfg, before), *([f"precision={arithmetic}"] if is_other else [])])
             families = {f"{TAG_EVALUATED}/{key.rpartition('/')[0]}" for key in metrics}
@@ -247,8 +247,8 @@ def main(composed: DictConfig) -> dict[str, float]:
             tracker = Tracker(directory, tracking, {}, tags, reopens=True)
             tracker.log(metrics, saved["step"])
             tracker.close("FINISHED")
-        copy = tracker.record.copy
-        taken = copy.for_mlflow and copy.has == tracker.record.state(record.experiment)
+        entry = tracker.record.entry
+        taken = entry.for_mlflow and entry.has == tracker.record.state(record.experiment)
         print(f"written to {directory / RECORD}{' and MLflow' if taken else ''}")
     return metrics
 

@@ -19,7 +19,7 @@ from src.errors import UsageError
 from src.reporting.plots import PLOTTED, caption
 from src.reporting.rows import FIGURES, Row
 from src.reporting.table import GAIN, GAIN_NOTE, markdown, table
-from src.runs.delivery import DELIVERY_TIMEOUT_S, bring_up_free
+from src.runs.delivery import DELIVERY_TIMEOUT_S, deliver
 from src.runs.directory import exclusive
 from src.runs.mlflow_store import STORE_TIMEOUT_S, prepare
 from src.runs.record import TAG_CHARTS, TAG_NOTE, TAG_SWEEP_ID, Record, now
@@ -177,7 +177,7 @@ def share_again(directory: Path) -> None:
     """`share`, of a sweep that has ended, once MLflow has its run; nothing of another run."""
     with exclusive(directory):
         record = Record.load(directory)
-        if TAG_SWEEP_ID not in record.tags or not record.copy.run_id:
+        if TAG_SWEEP_ID not in record.tags or not record.entry.run_id:
             return
         try:
             client = prepare()
@@ -187,4 +187,4 @@ def share_again(directory: Path) -> None:
         except Exception as error:
             raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
         record.save(directory)
-    bring_up_free(directory)  # the tag
+    deliver(directory)  # the tag

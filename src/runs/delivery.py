@@ -17,6 +17,7 @@ from src.config.schema import Tracking
 from src.errors import UsageError
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
+from src.runs.mlflow_store import Delivered
 from src.runs.query import named_run
 from src.runs.record import TAG_CHARTS, Record, records_below
 from src.runs.tracker import Tracker, parent_tags
@@ -29,58 +30,55 @@ MAX_REFUSALS = 3  # in a row, after which the store is taken to refuse every run
 logger = logging.getLogger(__name__)
 
 
-def deliver(directory: Path) -> str:
-    """Delivers the whole of a run that is not being trained, from its files, also where MLflow has deleted it.
-
-    Returns:
-        MLflow's run id, and one for each further experiment that it was asked for under.
-
-    Raises:
-        UsageError: the folder holds no run, a process works on it, or the store does not take it.
-    """
-    Record.load(directory)
-    return ", ".join(bring_up_free(directory, again=True)[0])
-
-
 def catch_up(directory: Path, tracking: Tracking) -> None:
-    """Delivers a run that has ended to the experiment that it is asked for under; a failing store is only noted.
+    """Deliver a run that has ended to the experiment in which it is requested; a failing store is only noted.
 
     For the process that holds the directory.
     """
     try:
-        if _bring_up(directory, tracking)[1]:
+        if _deliver_held(directory, tracking).stays_deleted:
             logger.warning("%s", _deleted([directory]))
     except UsageError as error:
         logger.warning("%s", error)
 
 
-def _bring_up(directory: Path, asked: Tracking | None = None, again: bool = False) -> tuple[list[str], bool]:
-    """`mlflow_store.bring_up`, for the process that holds the directory of a run that has ended."""
+def deliver(directory: Path, requested: Tracking | None = None, again: bool = False) -> Delivered:
+    """Deliver a run that has ended, and that no process works on, from its files.
+
+    Args:
+        directory: the run's.
+        requested: the experiment that the user names now; None: all in which the run was requested before.
+        again: whether to deliver all of it, also what is deleted in MLflow.
+
+    Raises:
+        UsageError: the folder holds no run, a process works on it, or the store does not take it.
+    """
+    with run_directory.exclusive(directory):
+        return _deliver_held(directory, requested, again)
+
+
+def _deliver_held(directory: Path, requested: Tracking | None = None, again: bool = False) -> Delivered:
+    """`deliver`, for the process that holds the directory."""
     record = Record.load(directory)
     if record.status == "RUNNING":  # a SIGKILL, say, has ended its process
         record.close("KILLED", "its process is gone; the same command continues")
-    if asked:
-        record.ask(asked)
-    record.copy.for_mlflow |= again
+    if requested:
+        record.request(requested)
+    record.entry.for_mlflow |= again
     try:
-        if asked.name == "mlflow" if asked else any(copy.for_mlflow for copy in record.copies.values()):
-            experiment = asked.experiment if asked else ""
+        if requested.name == "mlflow" if requested else any(entry.for_mlflow for entry in record.copies.values()):
+            experiment = requested.experiment if requested else ""
             # Short where a run or a sweep waits for it.
-            seconds = mlflow_store.STORE_TIMEOUT_S if asked else DELIVERY_TIMEOUT_S
+            seconds = mlflow_store.STORE_TIMEOUT_S if requested else DELIVERY_TIMEOUT_S
             client = mlflow_store.prepare()
-            return within(seconds, lambda: mlflow_store.bring_up(client, record, experiment, again))
-        return [], False
+            return within(seconds, lambda: mlflow_store.deliver(client, record, experiment, again))
+        return Delivered([], False)
     except UsageError:
         raise
     except Exception as error:
         raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
     finally:
         record.save(directory)
-
-
-def bring_up_free(directory: Path, asked: Tracking | None = None, again: bool = False) -> tuple[list[str], bool]:
-    with run_directory.exclusive(directory):
-        return _bring_up(directory, asked, again)
 
 
 def _deleted(directories: Sequence[Path]) -> str:
@@ -103,12 +101,12 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
     for directory in children:
         with suppress(UsageError), run_directory.exclusive(directory):
             record = Record.load(directory)
-            record.ask(parent.tracking).tags |= tags
+            record.request(parent.tracking).tags |= tags
             record.save(directory)
     try:
         if within(mlflow_store.STORE_TIMEOUT_S, parent.client):
             free = [directory for directory in children if not run_directory.is_held(directory)]
-            if deleted := [directory for directory in free if bring_up_free(directory, parent.tracking)[1]]:
+            if deleted := [each for each in free if deliver(each, parent.tracking).stays_deleted]:
                 logger.warning("%s", _deleted(deleted))
     except (UsageError, Overdue) as error:
         logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, one_line(error))
@@ -129,7 +127,7 @@ def main(share_again: Callable[[Path], None], arguments: Iterable[str] | None = 
     parser.add_argument("run", nargs="*", help="a run's name in multirun/, its folder or its id; also of a deleted run")
     named, deleted = [named_run(each) for each in parser.parse_args(arguments).run], []
     for directory in named:
-        print(f"{directory}: delivered as run {deliver(directory)}", flush=True)
+        print(f"{directory}: delivered as run {', '.join(deliver(directory, again=True).run_ids)}", flush=True)
         share_again(directory)
     found = [] if named else sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time)
     refused, in_a_row, waited = list[UsageError](), 0, 0
@@ -137,12 +135,12 @@ def main(share_again: Callable[[Path], None], arguments: Iterable[str] | None = 
         if run_directory.is_held(directory):
             continue
         try:
-            delivered, is_deleted = bring_up_free(directory)
-            deleted += [directory] if is_deleted else []
-            waited += len(delivered)
-            if delivered:
-                print(f"{directory}: delivered as run {', '.join(delivered)}", flush=True)
-            if not is_deleted and (delivered or TAG_CHARTS not in record.tags):
+            run_ids, stays_deleted = deliver(directory)
+            deleted += [directory] if stays_deleted else []
+            waited += len(run_ids)
+            if run_ids:
+                print(f"{directory}: delivered as run {', '.join(run_ids)}", flush=True)
+            if not stays_deleted and (run_ids or TAG_CHARTS not in record.tags):
                 share_again(directory)
             in_a_row = 0
         except UsageError as error:

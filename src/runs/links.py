@@ -20,8 +20,8 @@ def newest_charts(root: Path = ROOT) -> str:
 
 def page_of(record: Record) -> str:
     """Where MLflow's pages show a run, after their address; empty where MLflow does not have it."""
-    copy = record.copy
-    return f"#/experiments/{copy.experiment_id}/runs/{copy.run_id}" if copy.experiment_id else ""
+    entry = record.entry
+    return f"#/experiments/{entry.experiment_id}/runs/{entry.run_id}" if entry.experiment_id else ""
 
 
 def link_to(path: str) -> str:

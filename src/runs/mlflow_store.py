@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from filelock import FileLock
 
@@ -221,34 +221,34 @@ def _experiment_for(client: Any, name: str, parent: Any) -> str:
 
 
 class Delivery:
-    """A run in one of the experiments that it was asked for under: `push` brings MLflow up to the run's files.
+    """A run in one of the experiments in which it was requested: `push` brings MLflow up to the run's files.
 
     MLflow's run is found by the id that was written down, wherever its experiment has been renamed to, else by the uuid
     that it is tagged with, as its creator may have been killed before it could write the id down.
 
     Args:
         record: of a run that has a directory.
-        asked: whether the user names the experiment now. Where another one has taken the name since, the run is
+        requested: whether the user names the experiment now. Where another one has taken the name since, the run is
             delivered to that, and the record remembers both.
     """
 
-    def __init__(self, client: Any, record: Record, experiment: str, asked: bool = False) -> None:
+    def __init__(self, client: Any, record: Record, experiment: str, requested: bool = False) -> None:
         self.client, self.record, self.experiment = client, record, experiment
         assert record.directory
-        self.directory, self.copy = record.directory, record.copies[experiment]
+        self.directory, self.entry = record.directory, record.copies[experiment]
         self.is_connected = False
         # What was sent, so that no flush sends it again.
         self.bytes, self.tags, self.artifacts = 0, dict[str, str](), set[str]()
 
-        copy = self.copy
-        run, named = known_run(client, copy.run_id), client.get_experiment_by_name(experiment)
+        entry = self.entry
+        run, named = known_run(client, entry.run_id), client.get_experiment_by_name(experiment)
         there = named.experiment_id if named and named.lifecycle_stage == "active" else None
-        if run and asked and there and run.info.experiment_id != there:
+        if run and requested and there and run.info.experiment_id != there:
             if run.info.lifecycle_stage == "active":
-                tags = {key: run.data.tags[key] for key in copy.tags if key in run.data.tags}
+                tags = {key: run.data.tags[key] for key in entry.tags if key in run.data.tags}
                 home = client.get_experiment(run.info.experiment_id)
-                record.copies = {home.name: replace(copy, tags=tags)} | record.copies  # which a save may be reading
-            copy.run_id, copy.has, run = "", "", None
+                record.copies = {home.name: replace(entry, tags=tags)} | record.copies  # which a save may be reading
+            entry.run_id, entry.has, run = "", "", None
         if run and run.info.lifecycle_stage == "deleted":
             home = client.get_experiment(run.info.experiment_id)
             run = None if home.lifecycle_stage == "deleted" else run  # to restore the run would not show it
@@ -256,15 +256,15 @@ class Delivery:
             found = client.search_runs([there], f"tags.uuid = '{record.uuid}'", max_results=1)
             run = next(iter(found), None)
             if run:
-                copy.run_id, copy.has = run.info.run_id, ""
+                entry.run_id, entry.has = run.info.run_id, ""
         self.run = run
         # In MLflow's pages, or with all of the store that had it.
         self.is_deleted = run.info.lifecycle_stage == "deleted" if run else self.is_whole or bool(named and not there)
-        copy.experiment_id = run.info.experiment_id if run and not self.is_deleted else ""
+        entry.experiment_id = run.info.experiment_id if run and not self.is_deleted else ""
 
     @property
     def is_whole(self) -> bool:
-        return self.copy.has == self.record.state(self.experiment)
+        return self.entry.has == self.record.state(self.experiment)
 
     def push(self) -> None:
         """Delivers what has come since. Harmless when repeated, also by another process: the store drops what it has.
@@ -274,15 +274,15 @@ class Delivery:
         """
         from mlflow.entities import Metric, Param, RunTag
 
-        client, record, copy = self.client, self.record, self.copy
+        client, record, entry = self.client, self.record, self.entry
         artifacts = record.artifact_paths()
         params = {} if self.is_connected else record.params | log_size(record.params)
         if not self.is_connected:
             self._connect()
         rows, end = read_rows(self.directory / METRICS, self.bytes)
-        tags = record.tags | copy.tags
+        tags = record.tags | entry.tags
         client.log_batch(  # which cuts it into requests of at most 1,000
-            copy.run_id,
+            entry.run_id,
             [Metric(key, value, row["time"], row["step"]) for row in rows for key, value in row["metrics"].items()],
             [Param(key, value) for key, value in params.items()],
             [RunTag(key, value) for key, value in tags.items() if self.tags.get(key) != value],
@@ -292,13 +292,13 @@ class Delivery:
         self.is_connected, self.bytes, self.tags = True, end, tags
         for name, path in artifacts.items():
             if name not in self.artifacts:
-                client.log_artifact(copy.run_id, str(path), os.path.dirname(name) or None)
+                client.log_artifact(entry.run_id, str(path), os.path.dirname(name) or None)
                 if name == ENCODER:
                     self._log_model(path)
             self.artifacts.add(name)
         if record.status != "RUNNING":
             self.terminate()
-        copy.has = record.state(self.experiment)
+        entry.has = record.state(self.experiment)
 
     def _log_data(self, params: Mapping[str, str]) -> None:
         """Names the data set as an input of the run; MLflow drops what it has."""
@@ -312,9 +312,9 @@ class Delivery:
         described = MetaDataset(_data_source(params), *known).to_dict()
         data = DatasetInput(Dataset(**described), [InputTag("mlflow.data.context", "training")])
         try:
-            self.client.log_inputs(self.copy.run_id, [data])
+            self.client.log_inputs(self.entry.run_id, [data])
         except MlflowException:  # another job of a sweep was faster to create the data set, or the store is down
-            self.client.log_inputs(self.copy.run_id, [data])
+            self.client.log_inputs(self.entry.run_id, [data])
 
     def _log_model(self, encoder: Path) -> None:
         """Makes the encoder a model of the run, with its signature and its figures; a second time completes it."""
@@ -323,7 +323,7 @@ class Delivery:
         from mlflow.models import Model, ModelSignature
         from mlflow.pyfunc import add_to_model
 
-        client, run_id, params, home = self.client, self.copy.run_id, self.record.params, self.copy.experiment_id
+        client, run_id, params, home = self.client, self.entry.run_id, self.record.params, self.entry.experiment_id
         size, count = (_number(params, key) or -1 for key in ("data.image_size", "encoder_features"))  # -1: any
         takes, gives = [-1, 3, size, size], [-1, count]
         try:
@@ -357,23 +357,23 @@ class Delivery:
 
     def terminate(self) -> None:
         """Tells MLflow how the run ended."""
-        self.client.set_terminated(self.copy.run_id, self.record.status, self.record.end_time)
+        self.client.set_terminated(self.entry.run_id, self.record.status, self.record.end_time)
 
     def _connect(self) -> None:
         """Creates the run, or takes up what there is of it."""
-        client, record, copy = self.client, self.record, self.copy
+        client, record, entry = self.client, self.record, self.entry
         if self.run is None:
-            home = _experiment_for(client, self.experiment, known_run(client, copy.tags.get(TAG_PARENT, "")))
+            home = _experiment_for(client, self.experiment, known_run(client, entry.tags.get(TAG_PARENT, "")))
             tags = {"uuid": record.uuid}
             self.run = client.create_run(home, start_time=record.start_time, tags=tags, run_name=record.name)
         elif self.is_deleted:
             client.restore_run(self.run.info.run_id)
-        copy.run_id, copy.experiment_id, copy.has = self.run.info.run_id, self.run.info.experiment_id, ""
+        entry.run_id, entry.experiment_id, entry.has = self.run.info.run_id, self.run.info.experiment_id, ""
         if TAG_ERROR in self.run.data.tags and TAG_ERROR not in record.tags:  # of a session before
-            client.delete_tag(copy.run_id, TAG_ERROR)
+            client.delete_tag(entry.run_id, TAG_ERROR)
             del self.run.data.tags[TAG_ERROR]
         if record.status == "RUNNING":
-            client.update_run(copy.run_id, status="RUNNING")
+            client.update_run(entry.run_id, status="RUNNING")
 
 
 def _tensor(dtype: str, shape: Sequence[int]) -> str:
@@ -431,22 +431,28 @@ def _number(params: Mapping[str, str], key: str) -> int | None:
     return int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
 
 
-def bring_up(client: Any, record: Record, asked: str = "", again: bool = False) -> tuple[list[str], bool]:
-    """Delivers what MLflow lacks of a run that has ended, in each experiment that it was asked for under.
+class Delivered(NamedTuple):
+    """What has come of a delivery."""
+
+    run_ids: list[str]  # MLflow's, of what was sent
+    stays_deleted: bool  # an entry that was deleted in MLflow has been left alone
+
+
+def deliver(client: Any, record: Record, requested: str = "", again: bool = False) -> Delivered:
+    """Deliver what MLflow lacks of a run that has ended, in each experiment in which it was requested.
 
     Args:
-        asked: the experiment that the user names now.
+        client: MLflow's.
+        record: of the run.
+        requested: the experiment that the user names now.
         again: whether to deliver all of it, also what is deleted in MLflow, which else stays so.
-
-    Returns:
-        MLflow's ids of what was delivered, and whether anything stays deleted.
     """
-    delivered, stays_deleted = list[str](), False
-    for experiment in [name for name, copy in record.copies.items() if copy.for_mlflow]:
-        delivery = Delivery(client, record, experiment, experiment == asked)
+    run_ids, stays_deleted = list[str](), False
+    for experiment in [name for name, entry in record.copies.items() if entry.for_mlflow]:
+        delivery = Delivery(client, record, experiment, experiment == requested)
         if delivery.is_deleted and not again:
             stays_deleted = True
         elif again or not delivery.is_whole:
             delivery.push()
-            delivered.append(delivery.copy.run_id)
-    return delivered, stays_deleted
+            run_ids.append(delivery.entry.run_id)
+    return Delivered(run_ids, stays_deleted)

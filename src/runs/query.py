@@ -11,7 +11,7 @@ from pathlib import Path
 from src.errors import UsageError
 from src.runs import mlflow_store
 from src.runs.directory import ROOT
-from src.runs.record import RECORD, TAG_OUTPUT_DIR, TAG_SWEEP_ID, Copy, Record, records_below
+from src.runs.record import RECORD, TAG_OUTPUT_DIR, TAG_SWEEP_ID, ExperimentEntry, Record, records_below
 
 
 def read_runs(experiment: str, backend: str, root: Path = ROOT) -> list[Record]:
@@ -62,8 +62,8 @@ def _runs_under(root: Path, experiment: str) -> list[Record]:
 
 
 def _in_each_experiment(record: Record) -> list[Record]:
-    """The run as each of the experiments has it that it was asked for under, with its tags there."""
-    return [replace(record, experiment=name, tags=record.tags | copy.tags) for name, copy in record.copies.items()]
+    """The run as each experiment has it in which it was requested, with its tags there."""
+    return [replace(record, experiment=name, tags=record.tags | entry.tags) for name, entry in record.copies.items()]
 
 
 def _runs_in_store(experiment: str) -> list[Record]:
@@ -89,7 +89,7 @@ def _runs_in_store(experiment: str) -> list[Record]:
             params=run.data.params,
             tags=run.data.tags,
             metrics=run.data.metrics,
-            copies={experiment: Copy(run.info.run_id, experiment_id=found.experiment_id)},
+            copies={experiment: ExperimentEntry(run.info.run_id, experiment_id=found.experiment_id)},
             directory=Path(run.data.tags[TAG_OUTPUT_DIR]) if TAG_OUTPUT_DIR in run.data.tags else None,
         )
         for page in pages
@@ -143,6 +143,6 @@ def find_run_directory(run_id: str, root: Path = ROOT) -> Path:
 def _by_id(run_id: str, root: Path) -> Path | None:
     """The folder below ``root`` whose record has the id, its own or one of MLflow's."""
     for directory, record in records_below(root):
-        if run_id in (record.uuid, *(copy.run_id for copy in record.copies.values())):
+        if run_id in (record.uuid, *(entry.run_id for entry in record.copies.values())):
             return directory
     return None

@@ -71,8 +71,8 @@ def _within(name: str) -> str:
 
 
 @dataclass
-class Copy:
-    """A run in one of the experiments that it was asked for under."""
+class ExperimentEntry:
+    """The run's entry in one MLflow experiment. A run has one for each ``tracking.experiment`` it was started with."""
 
     run_id: str = ""  # MLflow's; empty until MLflow has the run there
     has: str = ""  # the `Record.state` of which MLflow has everything
@@ -90,7 +90,7 @@ class Record:
 
     uuid: str
     name: str
-    experiment: str  # that it was last asked for under
+    experiment: str  # the last that was requested
     start_time: Natural
     end_time: Natural | None = None
     seconds: NotNegative = 0.0  # worked on it, in all its sessions
@@ -101,12 +101,12 @@ class Record:
     artifacts: list[Annotated[str, AfterValidator(_within)]] = field(default_factory=list)  # relative to the directory
     conditions: list[dict[str, str]] = field(default_factory=list)  # that bits depend on, each from a step on
     rows: tuple[Natural, str] | None = None  # how many bytes of them there were, and their SHA-256; None: an old record
-    copies: dict[str, Copy] = field(default_factory=dict)  # by the name of the experiment that was asked for
+    copies: dict[str, ExperimentEntry] = field(default_factory=dict)  # by the requested experiment
     directory: Path | None = None  # where it was read or written, which is not in the file; None: not known
 
     @classmethod
     def new(cls, name: str, experiment: str) -> Record:
-        return cls(uuid.uuid4().hex, name, experiment, now(), copies={experiment: Copy()})
+        return cls(uuid.uuid4().hex, name, experiment, now(), copies={experiment: ExperimentEntry()})
 
     @classmethod
     def load(cls, directory: Path) -> Record:
@@ -146,10 +146,10 @@ class Record:
         """What a file says of MLflow that is from the time when a run was in one experiment."""
         sweeps = {key: self.tags.pop(key) for key in list(self.tags) if key == TAG_PARENT or key.startswith("sweep.")}
         run_id = old["run_id"] if old["run_id"] != self.uuid else ""
-        self.copies = {self.experiment: Copy(run_id, "", sweeps, old["for_mlflow"])}
+        self.copies = {self.experiment: ExperimentEntry(run_id, "", sweeps, old["for_mlflow"])}
         told = (old["delivered_status"], old["delivered_bytes"], old["delivered_artifacts"])
         if told == (self.status, self._rows_bytes(), len(self.artifacts)):
-            self.copy.has = self.state(self.experiment)
+            self.entry.has = self.state(self.experiment)
 
     @classmethod
     def find(cls, directory: Path) -> Record | None:
@@ -157,20 +157,21 @@ class Record:
         return cls.load(directory) if os.path.lexists(directory / RECORD) else None
 
     @property
-    def copy(self) -> Copy:
+    def entry(self) -> ExperimentEntry:
+        """In the experiment that was last requested."""
         return self.copies[self.experiment]
 
     @property
     def run_id(self) -> str:
-        """MLflow's, in the experiment that was last asked for; `uuid` where MLflow does not have the run."""
-        return self.copy.run_id or self.uuid
+        """MLflow's, in the experiment that was last requested; `uuid` where MLflow does not have the run."""
+        return self.entry.run_id or self.uuid
 
-    def ask(self, tracking: Tracking) -> Copy:
-        """Notes that the run was asked for under an experiment."""
+    def request(self, tracking: Tracking) -> ExperimentEntry:
+        """Note that the run is requested in an experiment."""
         self.experiment = tracking.experiment
-        copy = self.copies.setdefault(tracking.experiment, Copy())
-        copy.for_mlflow |= tracking.name == "mlflow"
-        return copy
+        entry = self.copies.setdefault(tracking.experiment, ExperimentEntry())
+        entry.for_mlflow |= tracking.name == "mlflow"
+        return entry
 
     def artifact_paths(self) -> dict[str, Path]:
         """The artifacts that are there; a folder may have been tidied.

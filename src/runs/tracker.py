@@ -46,7 +46,7 @@ class Tracker:
 
     Args:
         directory: the run's output directory, whose name MLflow shows. A continued run keeps its name.
-        tracking: the config group. A run that was asked for under other experiments before belongs to all of them.
+        tracking: the config group. A run that was requested in other experiments before belongs to all of them.
         params: the flattened config. A continued run keeps the values that it has.
         tags: replaced where they exist.
         is_stopping: whether the run has been told to stop, which no delivery delays by more than `STOPPING_TIMEOUT_S`.
@@ -79,7 +79,7 @@ class Tracker:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.record = record = Record.find(directory) or Record.new(directory.resolve().name, tracking.experiment)
-        record.ask(tracking).tags |= parent_tags(tracking.parent)
+        record.request(tracking).tags |= parent_tags(tracking.parent)
         rows = cut_and_read(directory / METRICS)
         self._last_step: dict[str, int] = {}
         for row in rows:  # a kill may have come between a row and the record
@@ -100,7 +100,7 @@ class Tracker:
 
     @property
     def run_id(self) -> str:
-        """MLflow's id of the run where it was asked for; a generated one where there is no MLflow, or none so far."""
+        """MLflow's id of the run where it was requested; a generated one where there is no MLflow, or none so far."""
         return self.record.run_id
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -172,7 +172,7 @@ class Tracker:
         if not self.tracking.system_metrics:
             return
         try:
-            run_id = self.record.copy.run_id
+            run_id = self.record.entry.run_id
             if not run_id:
                 raise Overdue("it does not have the run so far")
             self._end_watch = within(mlflow_store.STORE_TIMEOUT_S, lambda: mlflow_store.watch_system(run_id))
@@ -249,10 +249,10 @@ class Tracker:
     def _push(self) -> None:
         client, record = self.client(), self.record
         if self._delivery is None:
-            self._delivery = mlflow_store.Delivery(client, record, record.experiment, asked=True)
+            self._delivery = mlflow_store.Delivery(client, record, record.experiment, requested=True)
         self._delivery.push()
         if record.status != "RUNNING":
-            mlflow_store.bring_up(client, record)  # where it was asked for before
+            mlflow_store.deliver(client, record)  # to the experiments that were requested before
 
     def client(self) -> Any:
         """MLflow's client. None with ``tracking=jsonl``.
@@ -285,8 +285,8 @@ def parent_tags(parent: str | None) -> dict[str, str]:
     if TAG_SWEEP_ID not in record.tags:
         raise UsageError(f"tracking.parent={parent}: is not the folder of a sweep; leave it out")
     tags = {f"sweep.{record.tags[TAG_SWEEP_ID]}": "true"}
-    if record.copy.run_id:  # else MLflow does not have the sweep so far, and `attach_children` does it in the end
-        tags[TAG_PARENT] = record.copy.run_id
+    if record.entry.run_id:  # else MLflow does not have the sweep so far, and `attach_children` does it in the end
+        tags[TAG_PARENT] = record.entry.run_id
     return tags
 
 

@@ -151,7 +151,7 @@ def test_it_prints_whose_figures_they_are_and_where_they_went(finished, tmp_path
 def test_it_says_that_mlflow_has_the_figures_only_where_it_has(finished, client, monkeypatch, capsys, is_down):
     shutil.copytree(finished, "run")
     record = Record.load(Path("run"))
-    record.ask(Tracking("mlflow", "exp", 10))
+    record.request(Tracking("mlflow", "exp", 10))
     record.save(Path("run"))
     if is_down:
         break_store(client, monkeypatch, "log_batch")
@@ -211,7 +211,7 @@ def test_figures_are_logged_where_the_run_was_last_asked_for(finished, tmp_path)
     shutil.copytree(finished, tmp_path / "run")
     record = Record.load(tmp_path / "run")
     before = {*record.copies, "other"}
-    record.ask(Tracking("jsonl", "other", 10, parent="a folder that is gone"))
+    record.request(Tracking("jsonl", "other", 10, parent="a folder that is gone"))
     record.save(tmp_path / "run")
     run(f"checkpoint={tmp_path / 'run'}")
     after = Record.load(tmp_path / "run")

@@ -8,7 +8,7 @@ import pytest
 
 from src.reporting.rows import summarise
 from src.reporting.table import table, write
-from src.runs.record import Copy
+from src.runs.record import ExperimentEntry
 from tests.made_up_runs import STUDY, run, with_untrained
 
 VOID = {"meta", "br", "img", "link"}
@@ -97,7 +97,9 @@ def test_all_text_is_inert(tmp_path):
 @pytest.mark.parametrize("server", ["", "https://user:secret-word@mlflow.example/"])
 def test_nothing_leads_out_of_the_page_but_the_links_to_the_runs(tmp_path, monkeypatch, server):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-    runs = [replace(each, copies={"study": Copy(f"r{n}", experiment_id="7")}) for n, each in enumerate(STUDY)]
+    runs = [
+        replace(each, copies={"study": ExperimentEntry(f"r{n}", experiment_id="7")}) for n, each in enumerate(STUDY)
+    ]
     _, page = page_of([*runs, run("nnclr", 8)], tmp_path)
     leading = [
         (tag, key, value)

@@ -16,7 +16,7 @@ from src.reporting import table as table_module
 from src.reporting.report import Arguments, parse
 from src.reporting.rows import summarise
 from src.reporting.table import GAIN_NOTE, courses, markdown, records, summary, table, write
-from src.runs.record import Copy, Record
+from src.runs.record import ExperimentEntry, Record
 from tests.conftest import PROJECT
 from tests.made_up_runs import STUDY, run, with_untrained, without
 
@@ -314,7 +314,7 @@ def test_no_name_of_a_run_is_read_as_markup_or_mathematics(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["../../x", "..", ".", "a/../../x"])
 def test_a_report_is_not_written_outside_of_results(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    finished = replace(run("simclr"), experiment=name, copies={name: Copy()})
+    finished = replace(run("simclr"), experiment=name, copies={name: ExperimentEntry()})
     (tmp_path / "runs").mkdir()
     finished.save(tmp_path / "runs")
     with pytest.raises(UsageError, match="out=DIR"):

@@ -1,4 +1,4 @@
-"""A run in MLflow: found again where its experiment was renamed, in each experiment that it was asked for under."""
+"""A run in MLflow: found again where its experiment was renamed, in each experiment in which it was requested."""
 
 import json
 import shutil
@@ -83,7 +83,7 @@ def test_a_run_is_continued_wherever_its_experiment_has_been_renamed_to(client, 
     rename(client, "exp", "renamed")
     assert ended(directory) == first
     delivery.catch_up(directory, MLFLOW)
-    assert delivery.deliver(directory) == first
+    assert delivery.deliver(directory, again=True).run_ids == [first]
     assert listed(client, "renamed") == {"run": ("FINISHED", STEPS)}
     assert client.get_experiment_by_name("exp") is None
     delivery.catch_up(directory, Tracking("mlflow", "renamed", 10))
@@ -262,7 +262,7 @@ def test_a_sweep_shows_finished_jobs_of_other_experiments_and_takes_them_from_no
     client.delete_run(Record.load(jobs[0]).run_id)
     sweep_under(OTHER, tmp_path / "multirun/0b", jobs)
     assert warnings(caplog) == [f"{NAMED.format('this run')} {jobs[0]}"]
-    delivery.deliver(jobs[0])
+    delivery.deliver(jobs[0], again=True)
     assert nested(client, "exp", one) == nested(client, "other", two) == ["a", "b"]
 
 

@@ -146,7 +146,7 @@ def test_a_model_that_was_cut_off_is_completed_and_not_made_twice(client, tmp_pa
         break_store(client, patch, method)
         run_id = log_encoder(tmp_path / "run", encoder)
     for _ in range(2):
-        assert deliver(tmp_path / "run") == run_id
+        assert deliver(tmp_path / "run", again=True).run_ids == [run_id]
     (model,) = client.search_logged_models([client.get_run(run_id).info.experiment_id])
     assert model.status == "READY"
     assert [(each.key, each.step, each.value) for each in model.metrics] == [("test/linear_top1", 7, 60.0)]

@@ -145,7 +145,7 @@ def test_a_run_has_a_page_where_mlflow_has_it_and_none_where_it_is_deleted(clien
     client.delete_run(found.info.run_id)
     catch_up(tmp_path / "run", MLFLOW)
     assert links.page_of(Record.load(tmp_path / "run")) == ""
-    deliver(tmp_path / "run")
+    deliver(tmp_path / "run", again=True)
     assert links.page_of(Record.load(tmp_path / "run")) == page
     say_result(tmp_path / "run")
     assert capsys.readouterr().out.splitlines()[-1] == f"MLflow: mlflow ui, then http://127.0.0.1:5000/{page}"

@@ -214,7 +214,7 @@ def test_a_failed_run_that_is_continued_runs_again(client, tmp_path):
 
 def test_a_run_whose_creator_was_killed_before_it_knew_the_id_is_found(client, tmp_path):
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
-    tracker.record.copy.run_id = ""  # what the file said at that moment
+    tracker.record.entry.run_id = ""  # what the file said at that moment
     tracker.record.save(tmp_path / "run")
     again = Tracker(tmp_path / "run", MLFLOW, {}, {})
     experiment = client.get_experiment_by_name("exp").experiment_id
@@ -289,7 +289,7 @@ def test_a_store_that_is_down_from_start_to_end_gets_the_run_later(client, tmp_p
     assert f"python -m src.tracking {directory}" in warnings(caplog)[-1]
     assert query.read_runs("exp", "jsonl", tmp_path)[0].status == "FINISHED"
 
-    run_ids = {delivery.deliver(directory) for _ in range(2)}
+    run_ids = {*delivery.deliver(directory, again=True).run_ids, *delivery.deliver(directory, again=True).run_ids}
     (run,) = query.read_runs("exp", "mlflow")
     assert run_ids == {run.run_id}
     assert (run.status, run.params) == ("FINISHED", {"k": "50"})
@@ -361,7 +361,7 @@ def test_delivery_to_a_server_is_idempotent_too(client, server, tmp_path):
     remote.artifact(directory / "a.txt")
     remote.close("FINISHED")
     for _ in range(2):
-        assert delivery.deliver(directory) == remote.run_id
+        assert delivery.deliver(directory, again=True).run_ids == [remote.run_id]
     assert history(client, remote.run_id, "train/loss") == [(step, 1 / (1 + step)) for step in range(0, 20, 3)]
     assert len(client.get_metric_history(remote.run_id, "support/perplexity")) == 1
     assert client.get_run(remote.run_id).info.status == "FINISHED"
@@ -552,7 +552,7 @@ def test_where_the_store_takes_nothing_not_every_run_is_tried(client, tmp_path, 
 
     for name in "abcde":
         Tracker(tmp_path / "multirun" / name, MLFLOW, {}, {}).close("FINISHED")
-    monkeypatch.setattr(delivery, "bring_up_free", refuse)
+    monkeypatch.setattr(delivery, "deliver", refuse)
     with pytest.raises(UsageError, match="takes nothing"):
         delivery.main(mlflow_charts.share_again, [])
     assert len(asked) == 3
@@ -574,7 +574,7 @@ def test_a_run_that_is_worked_on_is_not_delivered(client, tmp_path):
         run_directory.exclusive(tmp_path / "run"),
         pytest.raises(UsageError, match=f"process {os.getpid()} on .* is using it"),
     ):
-        delivery.deliver(tmp_path / "run")
+        delivery.deliver(tmp_path / "run", again=True)
 
 
 def test_a_sweep_leaves_the_record_of_a_run_that_is_worked_on_alone(tmp_path):
@@ -586,7 +586,7 @@ def test_a_sweep_leaves_the_record_of_a_run_that_is_worked_on_alone(tmp_path):
     with run_directory.exclusive(folders[1]):
         delivery.attach_children(parent, folders)
         assert (folders[1] / "run.json").read_bytes() == before
-    assert Record.load(folders[0]).copy.tags["sweep.0a"] == "true"
+    assert Record.load(folders[0]).entry.tags["sweep.0a"] == "true"
 
 
 @pytest.mark.slow
@@ -598,7 +598,7 @@ def test_a_store_that_is_locked_at_the_start_gets_the_run_later(client, tmp_path
     assert process.communicate()[1].count("database is locked") == 1
     assert process.returncode == 0
     other.rollback()
-    delivery.deliver(tmp_path / "run")
+    delivery.deliver(tmp_path / "run", again=True)
     (run,) = query.read_runs("exp", "mlflow")
     assert [step for step, _ in history(client, run.run_id, "train/loss")] == list(range(5))
 
@@ -618,6 +618,6 @@ def test_nothing_but_files_of_its_own_folder_goes_to_mlflow(client, tmp_path, na
     values = json.loads((directory / "run.json").read_text())
     (directory / "run.json").write_text(json.dumps(values | {"artifacts": [name]}))
     with pytest.raises(UsageError, match="folder") as error:
-        delivery.deliver(directory)
+        delivery.deliver(directory, again=True)
     assert "\n" not in str(error.value)
     assert not client.list_artifacts(tracker.run_id)
