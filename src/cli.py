@@ -51,45 +51,70 @@ _LACKS_MEMORY = re.compile(
 os.environ.pop("MPLBACKEND", None)  # all pictures are files, and matplotlib does not load with a name that it lacks
 
 
+@contextmanager
+def _survives_closed_output() -> Iterator[None]:
+    """Exit with the status of SIGPIPE if the reader of standard output has gone, and with 74 if the disk is full."""
+    outlive_output()
+    yield
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    if lost := lost_output():
+        sys.exit(lost)
+
+
+@_survives_closed_output()
 def train() -> None:
     """``python -m src.train``."""
-    with _without_reader():
-        _compose_and("train", pretrain)
+    _compose_and("train", pretrain)
 
 
+@_survives_closed_output()
 def evaluate() -> None:
     """``python -m src.evaluate``."""
-    with _without_reader():
-        _compose_and("evaluate", evaluate_again)
+
+    def main(composed: DictConfig) -> dict[str, float]:
+        from src.evaluation import protocol
+
+        return protocol.main(composed)
+
+    _compose_and("evaluate", main)
 
 
+@_survives_closed_output()
 def export() -> None:
     """``python -m src.export``."""
-    with _without_reader():
-        _compose_and("export", take_away)
+
+    def main(composed: DictConfig) -> Path:
+        from src.evaluation import export
+
+        return export.main(composed)
+
+    _compose_and("export", main)
 
 
+@_survives_closed_output()
 def embed() -> None:
     """``python -m src.embed``."""
-    with _without_reader():
-        _compose_and("embed", features)
+    _compose_and("embed", features)
 
 
+@_survives_closed_output()
 def report() -> None:
     """``python -m src.report``."""
     from src.reporting import report  # matplotlib takes a second
 
-    with _without_reader(), _explained():
+    with explained():
         _log_to_stderr()
         report.main(sys.argv[1:])
 
 
+@_survives_closed_output()
 def deliver() -> None:
     """``python -m src.tracking``."""
     from src.reporting import mlflow_charts
     from src.runs import delivery
 
-    with _without_reader(), _explained():
+    with explained():
         _log_to_stderr()
         delivery.main(mlflow_charts.share_again)
 
@@ -110,20 +135,6 @@ def pretrain(composed: DictConfig) -> float:
     return run(cfg, optuna_study.should_prune, curves.plot, pictures.illustrate, exact_batch)
 
 
-def evaluate_again(composed: DictConfig) -> dict[str, float]:
-    """The final evaluation of a run that has finished (`src.evaluation.protocol.main`)."""
-    from src.evaluation import protocol
-
-    return protocol.main(composed)
-
-
-def take_away(composed: DictConfig) -> Path:
-    """The encoder of a run that has finished, in a format of others (`src.evaluation.export.main`)."""
-    from src.evaluation import export
-
-    return export.main(composed)
-
-
 def features(composed: DictConfig) -> Path:
     """The features of images by a finished run's encoder, and a map of them (`src.evaluation.embed.main`)."""
     from src.evaluation import embed
@@ -137,6 +148,7 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
 
     A user who sets ``HYDRA_FULL_ERROR=1`` gets the tracebacks.
     """
+    trains = config_name == "train"
     plugins.register()
     resolvers.register("options", _options)
     if "" in sys.argv[1:]:
@@ -145,23 +157,23 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
         if is_rank():
             fail("--multirun: a sweep starts its jobs itself; leave out torchrun, which is for one run")
         sys.argv[1:] = [_for_the_sweeper(argument) for argument in sys.argv[1:]]
-    known = None if main is pretrain else keys_of(yaml.safe_load((CONF / f"{config_name}.yaml").read_text()))
+    known = None if trains else keys_of(yaml.safe_load((CONF / f"{config_name}.yaml").read_text()))
     _log_to_stderr()
     for argument in sys.argv[1:]:  # Hydra makes that folder before it hands the config over
         if re.match(r"\+*hydra\.run\.dir=", argument) and "hydra.job.chdir=true" not in sys.argv:
             fail(f"{argument}: has no effect; a run's folder is output_dir")
 
     def task(composed: DictConfig) -> Any:
-        if HydraConfig.get().mode == RunMode.MULTIRUN and main is pretrain:
+        if HydraConfig.get().mode == RunMode.MULTIRUN and trains:
             refuse_foreign_sweeper(HydraConfig.get())
         choices = HydraConfig.get().runtime.choices
         if "sweep" in choices and not composed.tracking.parent:
             fail(f"+sweep={choices['sweep']}: a sweep is many runs; add --multirun")
-        if HydraConfig.get().mode == RunMode.RUN and main is pretrain and choices["hydra/launcher"] != "local":
+        if HydraConfig.get().mode == RunMode.RUN and trains and choices["hydra/launcher"] != "local":
             fail(
                 f"hydra/launcher={choices['hydra/launcher']}: submits the jobs of a sweep; add --multirun, for one too"
             )
-        with _explained():  # here, because Hydra would print a line of its own first
+        with explained():  # here, because Hydra would print a line of its own first
             return main(composed)
 
     base = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}  # 1.4 has no other, and says so
@@ -169,8 +181,8 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     tracebacks = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own reporting would hide the exception from us
     try:
-        with nullcontext() if tracebacks else _explained(known):
-            _with_present_names(hydra_main)
+        with nullcontext() if tracebacks else explained(known):
+            _with_renamed_keys(hydra_main)
     except KeyboardInterrupt:  # before a run could take it for a request to stop
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
@@ -192,10 +204,10 @@ def _log_to_stderr() -> None:
 
 
 def _for_the_sweeper(argument: str) -> str:
-    """A plain value as a choice of one: Hydra leaves that to the sweeper, which knows each job's options.
+    """Rewrite ``key=value`` as ``key=choice(value)``.
 
-    It would set a plain value in the sweep's own config as well, where the default method may not have the key. An
-    option stays as it is, for keys that are taken away or are null, as no choice can be.
+    Hydra sets a plain value in the sweep's own config, where the default method may lack the key; it leaves a choice to
+    the sweeper, which sets it for each job. Options of a group, deleted keys and null stay as typed.
     """
     key, _, value = argument.partition("=")
     is_group = "/" in key or os.path.isdir(CONF / key)  # which takes a name of any length
@@ -209,8 +221,8 @@ def _for_the_sweeper(argument: str) -> str:
     return argument if is_choice_already else f"{key}=choice({value})"
 
 
-def _with_present_names(hydra_main: Callable[[], None]) -> None:
-    """Compose and run; where the line has a key that has been renamed, and that the options lack, try its new name."""
+def _with_renamed_keys(hydra_main: Callable[[], None]) -> None:
+    """Compose and run. If the chosen options lack a key that has been renamed, try again with its new name."""
     while True:
         try:
             return hydra_main()
@@ -224,28 +236,17 @@ def _with_present_names(hydra_main: Callable[[], None]) -> None:
 
 
 def _is_from_hydra(error: Exception) -> bool:
-    """Of what Hydra cannot compose it may raise anything: a TypeError for ``tracking=[1]``, YAML's for a file."""
+    """Whether Hydra could not compose: it may raise anything, a TypeError for ``tracking=[1]``, YAML's for a file."""
     frames = traceback.extract_tb(error.__traceback__)
     raised_in = Path(frames[-1].filename)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PROJECT / "src")]
-    is_composing = not ours or ours[-1].name == _with_present_names.__name__
+    is_composing = not ours or ours[-1].name == _with_renamed_keys.__name__
     return is_composing or any(raised_in.is_relative_to(Path(package.__path__[0])) for package in (hydra, omegaconf))
 
 
 @contextmanager
-def _without_reader() -> Iterator[None]:
-    """Ends as SIGPIPE ends other programs where nobody reads the output to its end; with 74 where it has no room."""
-    outlive_output()
-    yield
-    if sys.stdout is not None:
-        sys.stdout.flush()
-    if lost := lost_output():
-        sys.exit(lost)
-
-
-@contextmanager
-def _explained(known: Collection[str] | None = None) -> Iterator[None]:
-    """Ends with one line and a status where the fault is not in the program; ``known`` as of `explain_composition`."""
+def explained(known: Collection[str] | None = None) -> Iterator[None]:
+    """Exit with one line and a status if the fault is not in the program; ``known`` as of `explain_composition`."""
     try:
         yield
     except Exception as error:
@@ -274,13 +275,13 @@ def _lack_of_memory(error: BaseException | None) -> BaseException | None:
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """Print one line, without secrets, and end with the status."""
-    if _speaks():
+    if _is_first_rank_to_report():
         print(f"error: {printable(redact(' '.join(message.split())))[:MAX_MESSAGE_CHARS]}", file=sys.stderr)
     sys.exit(status)
 
 
-def _speaks() -> bool:
-    """Of a run's several processes, the first with something to say is the only one to say it."""
+def _is_first_rank_to_report() -> bool:
+    """Whether this is the first process of a run to report an error; the others stay silent."""
     if not is_rank():
         return True
     from src.training.distributed import is_first_to_say

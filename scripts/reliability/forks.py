@@ -81,7 +81,7 @@ class Fork:
 
 def prepare() -> None:
     """Loads the rest, and leaves this process one thread; to be called before the first fork."""
-    mlflow_store._import_mlflow()
+    mlflow_store.import_mlflow()
     torch.set_num_threads(1)
     threadpoolctl.threadpool_limits(1)
     gc.freeze()  # or each child would copy all pages that its collector looks at

@@ -96,7 +96,7 @@ def _printed(pattern: str, _: Path, said: str) -> object:
 
 
 def _load_encoder() -> None:
-    with cli._explained():
+    with cli.explained():
         print(load_encoder("run/encoder.safetensors")(torch.zeros(1, 3, 8, 8)).sum())
 
 

@@ -40,7 +40,7 @@ def main(folder: Path, times: int) -> None:
     """Repeats it, and prints what came out."""
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
-    mlflow_store._import_mlflow()
+    mlflow_store.import_mlflow()
     import sklearn.datasets  # noqa: F401
 
     wrong: list[str] = []

@@ -58,7 +58,7 @@ def prepare(experiment: str = "Default") -> Any:
         Busy: the store does not answer in time, or says that it is busy.
         UsageError: as `open_store`.
     """
-    mlflow = _import_mlflow()  # which may take long on a slow disk
+    mlflow = import_mlflow()  # which may take long on a slow disk
     try:
         return within(STORE_TIMEOUT_S, lambda: open_store(experiment))
     except Overdue as error:
@@ -81,7 +81,7 @@ def open_store(experiment: str) -> Any:
         UsageError: MLflow is not installed, the store is a folder of files or does not open, or the experiment has been
             deleted in it.
     """
-    mlflow = _import_mlflow()
+    mlflow = import_mlflow()
     uri = mlflow.get_tracking_uri()
     path = _sqlite_path(uri)
     if path and path.exists() and not path.is_file():  # MLflow would try for minutes
@@ -142,7 +142,8 @@ def _refuse_deleted(experiment: Any) -> None:
         raise UsageError(f"the experiment {experiment.name!r} has been deleted in MLflow: {remedy} tracking.experiment")
 
 
-def _import_mlflow() -> Any:
+def import_mlflow() -> Any:
+    """MLflow, told to print little and to fail soon, unless the user has told it otherwise."""
     quiet = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # it logs a traceback of each failure that is handled here
@@ -171,7 +172,7 @@ def _sqlite_path(uri: str) -> Path | None:
 
 def existing() -> Any:
     """The client, unless that would create a store in a folder which has none."""
-    uri = _import_mlflow().get_tracking_uri()
+    uri = import_mlflow().get_tracking_uri()
     path = _sqlite_path(uri)
     if path and not path.exists():
         raise UsageError(f"there is no MLflow store at {path}: change to the project root, or set MLFLOW_TRACKING_URI")
