@@ -28,12 +28,12 @@ from scripts.reliability.runs import environment
 from src.evaluation import protocol
 from src.reporting import curves, pictures, report
 from src.runs import mlflow_store, tracker
-from src.sweeps import optuna_study, search
+from src.sweeps import optuna_study, study_sweeper
 from src.training import run
 
 IMPORTED = (
     *(faiss, matplotlib, optuna, scipy, sklearn, torch, torchvision),
-    *(curves, optuna_study, pictures, protocol, report, run, search, tracker),
+    *(curves, optuna_study, pictures, protocol, report, run, study_sweeper, tracker),
 )  # so that no child has to
 
 Entry = Callable[[], object]  # a command of src.cli

@@ -54,7 +54,7 @@ class GridSweeper(Sweeper):
         if (config.hydra.sweep.dir, config.hydra.sweep.subdir) != ("multirun", "."):
             raise UsageError("hydra.sweep: a sweep's folder is multirun/sweep-NAME-ID; leave hydra.sweep.* out")
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
-        self.compose = Composer(hydra_context.config_loader, config)
+        self.composer = Composer(hydra_context.config_loader, config)
 
     def sweep(self, arguments: list[str]) -> None:
         """Run what is not finished, and summarise all of it.
@@ -101,10 +101,10 @@ class GridSweeper(Sweeper):
             for point in product(*grid.values())
         ]
         watched = track(points, "composing jobs", transient=True, disable=not in_terminal())
-        jobs = [self.compose(point) for point in watched]
+        jobs = [self.composer(point) for point in watched]
         refuse_unused(jobs)
         distinct: dict[str, Job] = {}
-        for job in map(self.compose.identify, jobs):
+        for job in map(self.composer.identify, jobs):
             key = " ".join(job.overrides)
             if job.cfg:  # a dry run may not know whether two folders hold the same images
                 key = f"{identity.config_hash(job.cfg)} {job.cfg.data.fingerprint or job.cfg.data.root}"
@@ -118,12 +118,12 @@ class GridSweeper(Sweeper):
         """The methods of an alternative; none where it leaves that to the command line."""
         if "experiment" not in grid or "method" in grid:
             return grid.get("method", [])
-        bare = [self.compose([f"experiment={value}"]) for value in grid["experiment"]]
+        bare = [self.composer([f"experiment={value}"]) for value in grid["experiment"]]
         return [job.cfg.method.name for job in bare if job.cfg]
 
     def _grid(self, overrides: list[str]) -> Grid:
         grid: dict[str, list[str]] = {}
-        for override in self.compose.parser.parse_overrides(overrides):
+        for override in self.composer.parser.parse_overrides(overrides):
             if (found := values(override)) is None:
                 raise UsageError(f"{override.input_line}: a grid wants single values; +sweep=optuna takes intervals")
             grid[override.get_key_element()] = found

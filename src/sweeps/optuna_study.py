@@ -22,7 +22,7 @@ from src.errors import UsageError
 from src.system.redact import one_line
 from src.system.seeding import mix
 
-OBJECTIVE = "val/knn_top1"  # never a figure of the test images
+OBJECTIVE = "val/knn_top1"  # which a search maximises; never a metric of the test images
 PRUNERS = ("median", "halving", "none")
 FILE = "study.db"
 DRAW_ATTEMPTS = 100  # to find a point that no trial has
@@ -101,7 +101,7 @@ class Study:
     """
 
     def __init__(self, folder: Path, distributions: Mapping[str, Any], pruner: str, seed: int) -> None:
-        self.distributions, self.seed = dict(distributions), seed
+        self.distributions, self.seed, self.objective = dict(distributions), seed, OBJECTIVE
         self.study = _open(folder, check=True)
         self.study.set_user_attr("pruner", pruner)
         for trial in self.study.trials:

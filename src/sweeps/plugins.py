@@ -9,8 +9,8 @@ from hydra.core.plugins import Plugins
 from src.sweeps.grid import GridSweeper
 from src.sweeps.local import LocalLauncher
 from src.sweeps.ray_jobs import RayLauncher
-from src.sweeps.search import StudySweeper
 from src.sweeps.slurm import SlurmLauncher
+from src.sweeps.study_sweeper import StudySweeper
 
 PACKAGE = "hydra_plugins.support_sets"
 

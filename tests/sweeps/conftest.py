@@ -19,7 +19,7 @@ def as_hydra_does():
             with flag_override(base.hydra, ["struct", "readonly"], False):
                 base.hydra.job.config_name = "train"
                 base.hydra.overrides.hydra = []
-            sweeper.config, sweeper.compose = base, Composer(loader, base)
+            sweeper.config, sweeper.composer = base, Composer(loader, base)
             return sweeper
 
         yield set_up

@@ -19,7 +19,7 @@ def sizes(jobs):
 
 
 def test_a_value_is_set_where_the_options_have_its_key(sweeper):
-    job = sweeper.compose(["method=nnclr", "k=50", "queue_size=64", "objective.temperature=0.3"])
+    job = sweeper.composer(["method=nnclr", "k=50", "queue_size=64", "objective.temperature=0.3"])
     assert (job.cfg.queue_size, job.cfg.k, job.cfg.objective.temperature) == (64, None, 0.3)
     assert job.passed_over == ["k"]
     assert job.overrides == ["method=nnclr", "queue_size=64", "objective.temperature=0.3"]
@@ -32,7 +32,7 @@ def test_a_sweep_too_large_to_be_composed_is_refused_at_once(sweeper, values):
 
 
 def test_a_job_is_told_present_names(sweeper):
-    job = sweeper.compose(["method=kmclr", "method.forget=none", "method.projector.out=8"])
+    job = sweeper.composer(["method=kmclr", "method.forget=none", "method.projector.out=8"])
     assert job.overrides == ["method=kmclr", "support.forget=none", "projector.out=8"]
     assert (job.cfg.support.forget, job.cfg.projector.out) == ("none", 8)
 
@@ -72,9 +72,9 @@ def test_a_key_that_no_option_of_the_grid_has_is_an_error(sweeper, arguments, sa
 
 def test_hydra_composes_each_choice_of_options_once(sweeper, monkeypatch):
     calls = []
-    real = sweeper.compose.loader.load_sweep_config
+    real = sweeper.composer.loader.load_sweep_config
     monkeypatch.setattr(
-        sweeper.compose.loader, "load_sweep_config", lambda *given: calls.append(given[1]) or real(*given)
+        sweeper.composer.loader, "load_sweep_config", lambda *given: calls.append(given[1]) or real(*given)
     )
     jobs = sweeper.jobs(["method=nnclr,kmclr", "k=2,3,4,5", "seed=0,1,2"])
     assert len(jobs) > 6
@@ -130,7 +130,7 @@ def test_a_dry_run_decodes_nothing_and_names_what_it_does_not_know(sweeper, on_i
 
     def previewed(dry_run):
         sweeper.config.dry_run = dry_run
-        monkeypatch.setattr(sweeper, "compose", Composer(sweeper.compose.loader, sweeper.config))
+        monkeypatch.setattr(sweeper, "composer", Composer(sweeper.composer.loader, sweeper.config))
         shown = preview([job.cfg for job in sweeper.jobs(arguments)], at_a_time=1)
         return [line.split()[4] for line in shown.splitlines()[:-1]]
 

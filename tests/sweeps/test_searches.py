@@ -6,7 +6,7 @@ from src.config.explain import whole_numbers
 from src.errors import UsageError
 from src.runs.record import Record
 from src.sweeps import optuna_study
-from src.sweeps.search import StudySweeper
+from src.sweeps.study_sweeper import StudySweeper
 
 SPACE = {"k": "choice(10,20,30,40,50,60)"}
 FIXED = ["data=digits", "backbone=resnet_tiny", "tracking=jsonl"]

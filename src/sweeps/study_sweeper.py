@@ -1,0 +1,171 @@
+"""``hydra/sweeper`` of ``+sweep=optuna``: a search, whose jobs are the trials of an Optuna study."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from src.config import identity
+from src.config.explain import whole_numbers
+from src.config.schema import Config
+from src.errors import Diverged, UsageError
+from src.runs.record import RECORD
+from src.sweeps.dry_run import preview
+from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, plain, refuse_unused, typed
+from src.sweeps.jobs import Job, values
+from src.sweeps.sweep import Sweep
+from src.system.stopping import PRUNED
+
+if TYPE_CHECKING:
+    from src.sweeps.optuna_study import Study
+
+
+class StudySweeper(GridSweeper):
+    """A search by Optuna (src/sweeps/optuna_study.py): every job is a trial, its value the last ``val/knn_top1``.
+
+    Args:
+        trials: how many in all, with those of earlier commands.
+        pruner: whether to stop hopeless trials early: ``median``, ``halving`` or ``none``.
+        seed: of the search.
+        params: the space. A key on the command line replaces its distribution, or fixes it.
+    """
+
+    def __init__(self, trials: int, pruner: str, seed: int, params: Mapping[str, Any]) -> None:
+        super().__init__(params=params)
+        self.trials, self.pruner, self.seed = trials, pruner, seed
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Take up the trials that were cut off, then propose another whenever one ends, until there are enough."""
+        from src.sweeps import optuna_study as studies  # optuna and torch take seconds
+
+        if self.pruner not in studies.PRUNERS:
+            raise UsageError(f"hydra.sweeper.pruner={self.pruner}: choose one of {', '.join(studies.PRUNERS)}")
+        at_a_time = self.jobs_at_a_time(self.trials)
+        if not self.config.dry_run:
+            self.prepare()
+            if self.config.jobs is None and at_a_time > 1:
+                raise UsageError("jobs: say how many trials run at a time, as in jobs=4; all at once is no search")
+        fixed, space, base = self._space(arguments)
+        what = [identity.config_hash(base), *sorted(f"{key}={value}" for key, value in space.items())]
+        sweep = Sweep("optuna", what, [], base.tracking)
+        if self.config.dry_run:
+            known = (sweep.directory / studies.FILE).exists()
+            study = studies.Study(sweep.directory, space, self.pruner, self.seed) if known else None
+            there = [self._job(study, fixed, number).cfg for number in study.points()] if study else []
+            print(preview([cfg for cfg in there if cfg], at_a_time))
+            print(f"{max(self.trials - len(there), 0)} trials to propose")
+            return
+        is_first = not (sweep.directory / RECORD).is_file()
+        with sweep:
+            study = studies.Study(sweep.directory, space, self.pruner, self.seed)
+            if not (is_first or study.points()):
+                anew = "has no trials: the search begins anew; jobs that it proposes again and that are finished stay"
+                print(f"{sweep.directory / studies.FILE} {anew}", file=sys.stderr)
+            sweep.jobs += [self._job(study, fixed, number) for number in study.points()]
+            print(f"{sweep.directory}: {len(sweep.jobs)} of {self.trials} trials are there", flush=True)
+            trials = _Trials(study, sweep.jobs, self.trials, partial(self._job, study, fixed))
+            for job in self.launch(sweep, trials, ALWAYS_SHOWN | space.keys(), at_a_time):
+                trials.conclude(job)
+            if best := study.best():
+                number, value = best
+                print(f"best: trial {number}, {studies.OBJECTIVE} {value:.2f}, {study.points()[number]}", flush=True)
+            if trials.unjudged:
+                lacking = f"without labels there is no {studies.OBJECTIVE}, by which a search judges its trials"
+                raise UsageError(f"data: {lacking}; choose images that have some")
+            if trials.exhausted:
+                raise trials.exhausted
+            if self.launcher.status and len(sweep.jobs) < self.trials:  # the last of its jobs may have ended by itself
+                sys.exit(self.launcher.status)
+        sys.exit(sweep.status)
+
+    def _space(self, arguments: list[str]) -> tuple[list[str], dict[str, Any], Config]:
+        """The overrides that all trials share, the distributions of all others, and a config that stands for all.
+
+        Raises:
+            UsageError: the search cannot be made, or its trials not be judged.
+        """
+        from src.sweeps import optuna_study as studies
+
+        params = [f"{key}={value}" for key, value in self.params.items()]
+        parsed = self.composer.parser.parse_overrides([*params, *arguments])
+        keys = {each.get_key_element() for each in parsed}
+        overrides = {plain(each.get_key_element(), keys): each for each in parsed}
+        fixed = [typed(key, only[0]) for key, each in overrides.items() if (only := values(each)) and len(only) == 1]
+        drawn = {key: each for key, each in overrides.items() if len(values(each) or ()) != 1}
+        space = studies.space(drawn, whole_numbers())
+        base = self.composer(fixed)
+        if not base.cfg:  # what is fixed may be at odds with the defaults of what is drawn
+            base = self.composer([*fixed, *studies.first(space)])
+        base.passed_over = [key for key in base.passed_over if key not in space]
+        refuse_unused([base])
+        if not space:
+            raise UsageError("hydra.sweeper.params: every setting is fixed; give one an interval or choices")
+        if base.cfg and base.cfg.resume == "never":
+            raise UsageError("resume=never: a search goes on from its trials; leave it out")
+        if base.cfg and base.cfg.data.final:
+            raise UsageError("data.final=true: leaves no validation images, by which a search judges its trials")
+        if not space.keys() & {"experiment", "data", "data.root", "data.repo"}:  # which say where the images are
+            base = self.composer.identify(base)
+        if base.cfg is None:
+            raise UsageError(base.error)
+        return fixed, space, base.cfg
+
+    def _job(self, study: Study, fixed: list[str], number: int) -> Job:
+        """The job of a trial that has its point."""
+        point = [f"{key}={value}" for key, value in study.points()[number].items()]
+        job = self.composer.identify(self.composer([*fixed, *point]))
+        job.trial = number
+        job.status = job.status or (PRUNED if study.state(number) == "PRUNED" else 0)
+        return job
+
+
+class _Trials:
+    """The jobs of a search: the trials that were cut off, then new ones, until there are ``total``.
+
+    Args:
+        study: which proposes the new ones.
+        jobs: of all trials so far; new ones are added.
+        total: how many there are to be.
+        job_of: makes the job of a trial, from its number.
+    """
+
+    def __init__(self, study: Study, jobs: list[Job], total: int, job_of: Callable[[int], Job]) -> None:
+        self.study, self.jobs, self.total, self.job_of = study, jobs, total, job_of
+        self.exhausted: UsageError | None = None  # why no other was proposed; raised when those that run have ended
+        self.unjudged = [job for job in jobs if self._is_unjudged(job)]
+
+    def __iter__(self) -> Iterator[Job]:
+        there = [job for job in self.jobs if self.study.state(job.trial or 0) == "RUNNING"]
+        while (there or len(self.jobs) < self.total) and not self.unjudged:
+            if not there:
+                try:
+                    there = [self.job_of(self.study.propose())]
+                except UsageError as error:
+                    self.exhausted = error
+                    return
+                self.jobs.append(there[0])
+            job = there.pop(0)
+            if job.cfg and not job.is_finished:
+                yield job
+            else:
+                self.conclude(job)
+
+    def conclude(self, job: Job) -> None:
+        """End a trial that would end again as it did; any other stays open, and the next command takes it up."""
+        assert job.trial is not None
+        value = job.record.metrics.get(self.study.objective, math.nan) if job.is_finished and job.record else math.nan
+        if math.isfinite(value):
+            self.study.conclude(job.trial, "COMPLETE", value)
+        elif job.status == PRUNED:
+            self.study.conclude(job.trial, "PRUNED")
+        elif job.cfg is None or job.is_finished or job.status == Diverged.status:
+            self.study.conclude(job.trial, "FAIL")
+        if self._is_unjudged(job):
+            self.unjudged.append(job)
+
+    def _is_unjudged(self, job: Job) -> bool:
+        """Whether a job has finished without the metric that the search is for."""
+        return job.is_finished and job.record is not None and self.study.objective not in job.record.metrics
