@@ -35,7 +35,8 @@ def parse(composed: DictConfig) -> Config:
     try:
         support = _schema("support", composed, SUPPORTS, schema.Support)
         objective = _schema("objective", composed, OBJECTIVES, schema.Objective)
-        own_name = str(OmegaConf.select(composed, "support.name"))  # which our method has with somebody's support set
+        # A built-in method is named after a support set from outside.
+        own_name = str(OmegaConf.select(composed, "support.name"))
         method = _schema("method", composed, dict.fromkeys([*LABELS, own_name], schema.Method), schema.Method)
         typed = _structured(support, objective, method)
         cfg: Config = _without_minus_zero(OmegaConf.to_object(OmegaConf.merge(typed, composed)))

@@ -76,7 +76,7 @@ class Part:
 
 @dataclass(kw_only=True)
 class Support(Part):
-    """Of a run whose method is ours, label and colour are the support set's."""
+    """A built-in method takes its label and colour from its support set."""
 
 
 @dataclass(kw_only=True)
@@ -139,7 +139,10 @@ class Relation(WithTeacher):
 
 @dataclass(kw_only=True)
 class Method(Part):
-    """Ours are told the objective's settings instead; to one from outside these mean nothing."""
+    """A built-in method takes its settings from the objective group.
+
+    A method of another package adds its own settings here and ignores that group.
+    """
 
 
 @dataclass

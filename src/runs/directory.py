@@ -71,7 +71,7 @@ def is_finished(directory: Path, cfg: schema.Config) -> bool:
 
 
 def refuse_hopeless(directory: Path, cfg: schema.Config) -> None:
-    """Keeps a run that has diverged or collapsed from doing so again and again.
+    """Refuse to continue a run that has diverged, or that has collapsed and is to stop for it.
 
     Raises:
         Diverged: as it was said then.
@@ -85,7 +85,7 @@ def refuse_hopeless(directory: Path, cfg: schema.Config) -> None:
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Keeps a run out of a folder in which it would overwrite what another program has put there.
+    """Refuse a folder in which a run would overwrite the files of another program.
 
     A run's record is the first that it writes. One that has lost its record is known by a whole checkpoint.
 

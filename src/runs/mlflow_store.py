@@ -52,7 +52,7 @@ def check(experiment: str) -> None:
 
 
 def prepare(experiment: str = "Default") -> Any:
-    """`open_store`, for who has nothing else to do: MLflow alone asks a database that is away for minutes.
+    """`open_store` with a deadline of `STORE_TIMEOUT_S`, because MLflow retries an unreachable database for minutes.
 
     Raises:
         Busy: the store does not answer in time, or says that it is busy.

@@ -266,7 +266,7 @@ class Tracker:
 
 
 class NoTracker(Tracker):
-    """Of a process that has no log of its own, since another one of the same run has it; takes what a tracker does."""
+    """A tracker that records nothing, for every rank but the first."""
 
     def __init__(self, directory: Path, tracking: Tracking, *_: object, **__: object) -> None:
         self.record = Record.new(directory.name, tracking.experiment)

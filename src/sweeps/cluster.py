@@ -1,9 +1,9 @@
 """What the launchers for clusters have in common: jobs that outlive the command, and are found again by their ids.
 
-The folder ``jobs`` in the sweep's has of each job ``NAME.id``, who runs it and as what, ``NAME.log``, its output, and,
-when it has ended, ``NAME.status``. The command only waits; when it is typed again, it waits for the jobs that are still
-there. A scheduler may take a job up again that has been stopped, so a status other than 0 counts when the scheduler no
-longer has the job.
+The sweep's folder ``jobs/`` has three files for each job: ``NAME.id``, the scheduler and its job id; ``NAME.log``, the
+output; and, once the job has ended, ``NAME.status``, its exit status. The command only waits; typed again, it waits
+for the jobs that are still there. A scheduler may take a job up again that has been stopped, so a status other than 0
+counts when the scheduler no longer has the job.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class ClusterLauncher(JobLauncher):
         """
 
     @abstractmethod
-    def cancel(self, identity: str) -> None:
+    def cancel(self, job_id: str) -> None:
         """Take a job that waits out of the queue."""
 
     @abstractmethod
@@ -131,13 +131,13 @@ class ClusterLauncher(JobLauncher):
             self._file(job, "status").unlink(missing_ok=True)
             self._file(job, "id").unlink(missing_ok=True)
         ids = self.submit({job.directory.name: self._work(job) for job in fresh})
-        for job, identity in zip(fresh, ids, strict=True):
-            self._note(job, identity, "is submitted to {} as {}")
+        for job, job_id in zip(fresh, ids, strict=True):
+            self._note(job, job_id, "is submitted to {} as {}")
 
-    def _note(self, job: Job, identity: str, what: str) -> None:
-        write_whole(self._file(job, "id"), f"{self.engine} {identity}".encode())
-        self.say(job, f"{what.format(self.engine, identity)}: {self._description(job)}")
-        self.submitted.append(Submitted(job, identity))
+    def _note(self, job: Job, job_id: str, what: str) -> None:
+        write_whole(self._file(job, "id"), f"{self.engine} {job_id}".encode())
+        self.say(job, f"{what.format(self.engine, job_id)}: {self._description(job)}")
+        self.submitted.append(Submitted(job, job_id))
 
     def _work(self, job: Job) -> Work:
         minutes = [] if self.config.max_minutes is None else [f"max_minutes={self.config.max_minutes}"]
@@ -157,8 +157,8 @@ class ClusterLauncher(JobLauncher):
 
     def _known(self, job: Job) -> str:
         path = self._file(job, "id")
-        engine, _, identity = path.read_text().partition(" ") if path.exists() else ("", "", "")
-        return identity if engine == self.engine else ""
+        engine, _, job_id = path.read_text().partition(" ") if path.exists() else ("", "", "")
+        return job_id if engine == self.engine else ""
 
     def ended(self, stopper: Stopper) -> list[Job]:
         """Those that have noted that they are finished, and, now and then, what the scheduler says of the others."""
@@ -200,7 +200,7 @@ class ClusterLauncher(JobLauncher):
         """Say what is new about a job; whether it has ended."""
         if standing.phase == "cannot start":
             self.cancel(each.id)
-            self._fail(each, f"{self.engine} can never start it ({standing.why}); it has been cancelled", 1)
+            self._fail(each, f"{self.engine} can never start it ({standing.why}); it has been cancelled")
             return True
         if standing.phase != "is gone":
             if standing not in (each.said, Standing("waits")):
@@ -213,7 +213,7 @@ class ClusterLauncher(JobLauncher):
         each.gone_since = each.gone_since or time.monotonic()
         if time.monotonic() < each.gone_since + self.grace_seconds:
             return False
-        self._fail(each, f"it ended without a result: {standing.why}", 1)
+        self._fail(each, f"it ended without a result: {standing.why}")
         return True
 
     def _status(self, job: Job) -> int | None:
@@ -227,6 +227,6 @@ class ClusterLauncher(JobLauncher):
         output = log.read_text(errors="replace") if log.exists() else ""
         self.conclude(each.job, status, output, log)
 
-    def _fail(self, each: Submitted, error: str, status: int) -> None:
+    def _fail(self, each: Submitted, error: str) -> None:
         self.say(each.job, f"({each.id}) failed: {error}")
-        each.job.error, each.job.status = error, status
+        each.job.error, each.job.status = error, 1

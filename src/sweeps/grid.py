@@ -153,7 +153,10 @@ class GridSweeper(Sweeper):
 
 
 def typed(key: str, value: str) -> str:
-    """An argument for Hydra, of which 1.4 does not take away a key that has another value than the one given."""
+    """The override for Hydra.
+
+    ``~key=null`` becomes ``~key``, because Hydra 1.4 deletes a key only if its value is the one given.
+    """
     return key if key[0] == "~" and value == "null" else f"{key}={value}"
 
 

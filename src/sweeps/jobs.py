@@ -81,7 +81,7 @@ class Composer:
         self.parser = OverridesParser.create(config_loader=loader)
         self.groups = set(loader.list_groups(""))
         self._chosen = cache(self._choose)
-        self._parsed = cache(lambda text: self.parser.parse_override(text))
+        self._parsed = cache(self.parser.parse_override)
         self._images: dict[str, tuple[str | None, str]] = {}  # of a source its fingerprint, or what is wrong with it
 
     def __call__(self, overrides: Sequence[str]) -> Job:

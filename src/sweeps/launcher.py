@@ -24,7 +24,7 @@ from src.sweeps.sweep import Sweep
 from src.system.environment import CONF
 from src.system.stopping import PRUNED, Stopper, is_stop
 
-TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR", "0")  # what the user says of them; cli.py then sets it for Hydra's sake
+TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR", "0")  # what the user set, before cli.py overwrites it
 
 
 def refuse_foreign_sweeper(hydra: Any) -> None:

@@ -115,7 +115,7 @@ class RayLauncher(ClusterLauncher):
         """What Ray says of the actors."""
         return {actor.actor_id: _standing(actor) for actor in _actors() if actor.actor_id in ids}
 
-    def cancel(self, identity: str) -> None:
+    def cancel(self, job_id: str) -> None:
         """Nothing waits that cannot start: it has been refused."""
 
     def how_to_stop(self, ids: Sequence[str]) -> str:

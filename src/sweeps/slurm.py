@@ -106,9 +106,9 @@ class SlurmLauncher(ClusterLauncher):
         listed = _ask("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T|%r|%N")
         found = {}
         for line in listed.splitlines():
-            identity, state, reason, nodes = line.split("|", 3)
-            if identity in ids:
-                found[identity] = _standing(state, reason, nodes)
+            job_id, state, reason, nodes = line.split("|", 3)
+            if job_id in ids:
+                found[job_id] = _standing(state, reason, nodes)
         if forgotten := [each for each in ids if each not in found]:
             try:
                 listed = _ask(
@@ -122,15 +122,15 @@ class SlurmLauncher(ClusterLauncher):
             except Silent:
                 listed = ""
             for line in listed.splitlines():
-                identity, state = line.split("|", 1)
-                if identity in forgotten:
-                    found[identity] = _standing(state, "", "")
+                job_id, state = line.split("|", 1)
+                if job_id in forgotten:
+                    found[job_id] = _standing(state, "", "")
         return found
 
-    def cancel(self, identity: str) -> None:
+    def cancel(self, job_id: str) -> None:
         """By scancel."""
         with suppress(Silent):
-            _ask("scancel", identity)
+            _ask("scancel", job_id)
 
     def how_to_stop(self, ids: Sequence[str]) -> str:
         """By scancel, on whose SIGTERM a job saves."""

@@ -42,10 +42,10 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             error.filename = error.filename or str(path)  # which the system does not say of a disk that is full
         aside.unlink(missing_ok=True)  # what there is of it may be the room that is lacking
         raise
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Puts a new name on the disk, which syncing the file alone does not."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -27,7 +27,7 @@ def in_threads(
     Args:
         function: which releases the interpreter, or the threads gain nothing.
         items: taken one by one.
-        window: how many of them are taken before the result of the first of these is.
+        window: the most items that are submitted and whose results have not been taken yet.
         threads: how many; None: as many as the process may use cores.
         name: what the threads' names begin with.
     """
