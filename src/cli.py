@@ -111,10 +111,10 @@ def pretrain(composed: DictConfig) -> float:
 
 
 def evaluate_again(composed: DictConfig) -> dict[str, float]:
-    """The final evaluation of a run that has finished (`src.evaluation.protocol.main`)."""
-    from src.evaluation import protocol
+    """The final evaluation of a run that has finished (`src.evaluation.evaluate.main`)."""
+    from src.evaluation import evaluate
 
-    return protocol.main(composed)
+    return evaluate.main(composed)
 
 
 def take_away(composed: DictConfig) -> Path:
