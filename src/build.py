@@ -96,7 +96,7 @@ def method(
     classes: int,
     search: Search,
     device: torch.device,
-    share_out: Callable[[nn.Module], nn.Module] = lambda encoder: encoder,
+    parallelize: Callable[[nn.Module], nn.Module] = lambda encoder: encoder,
     shard: Shard | None = None,
 ) -> tuple[Method, int]:
     """The method with its networks and its support set, on the device, and how many features its encoder gives.
@@ -106,14 +106,14 @@ def method(
         classes: of the data set, for the support set's diagnostics.
         search: the back end, which the evaluation uses too: on a GPU each one reserves memory.
         device: where all of it goes.
-        share_out: makes an encoder work with those of other processes.
+        parallelize: makes an encoder work with those of other processes (`src.training.distributed.Ranks.parallelize`).
         shard: this process's part of the slots, where ``support.shards=ranks``.
     """
     # First of all that is random, so that a seed stands for one untrained encoder, whatever the method.
     backbone, features = encoder(cfg.backbone, cfg.data.image_size)
     if cfg.backbone.bn_splits > 1:
         models.split_batch_norms(backbone, cfg.backbone.bn_splits)
-    backbone = share_out(backbone)
+    backbone = parallelize(backbone)
     dim = cfg.projector.out
     projector = models.projector(features, cfg.projector.hidden, dim, final_norm=cfg.projector.final_norm)
     parts = Parts(backbone, projector, features, dim, support(cfg, Space(dim, classes, search), shard))

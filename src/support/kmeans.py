@@ -240,7 +240,7 @@ class KMeans(SupportSet):
         # hold: a GPU's host would have to wait to learn which are dead.
         batch = len(points_BD)
         dead_K = self.idle_K >= self.revive_after * self.size
-        turn_K = self.shard.mine(self.shard.whole(dead_K.byte()).cumsum(0)) - 1
+        turn_K = self.shard.local(self.shard.all_gather(dead_K.byte()).cumsum(0)) - 1
         dead_K &= turn_K < batch
         shuffled_B = torch.randperm(batch).to(points_BD.device, non_blocking=True)
         rows_K = shuffled_B[turn_K.clamp(0, batch - 1)]

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.system.collectives import gathered, sum_
+from src.system.collectives import all_gather, all_reduce_sum_
 
 
 @dataclass(frozen=True)
 class Shard:
     """The slots of one process: those whose number is ``rank`` modulo ``count``. One that is alone holds all.
 
-    With rows that come in turn, as into a queue, all processes have equally many at any time. What has an answer of
-    all processes is to be called by all of them.
+    Consecutive slots belong to the processes in turn, so all hold equally many. Methods that return something of all
+    processes are collective: every process must call them.
     """
 
     rank: int = 0
@@ -43,18 +43,18 @@ class Shard:
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all processes, in place of the process's own value."""
-        return value if self.count == 1 else sum_(value)
+        return value if self.count == 1 else all_reduce_sum_(value)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over all processes."""
         return self.sum(value) / self.count
 
-    def whole(self, own: Tensor) -> Tensor:
-        """What all processes have for their slots [M, ...], in the slots' order [N, ...]."""
-        return own if self.count == 1 else torch.stack(gathered(own), 1).flatten(0, 1)
+    def all_gather(self, own: Tensor) -> Tensor:
+        """All slots [N, ...], in their order, from each process's own [M, ...]."""
+        return own if self.count == 1 else torch.stack(all_gather(own), 1).flatten(0, 1)
 
-    def mine(self, whole: Tensor) -> Tensor:
-        """Of what there is for all slots [N, ...], this process's part [M, ...]."""
+    def local(self, whole: Tensor) -> Tensor:
+        """This process's own slots [M, ...] out of all slots [N, ...]."""
         return whole[self.rank :: self.count]
 
     def fetch(self, own: Tensor, slots: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Shard:
             return own[slots]
         rows, mine = self.rows(slots)
         found = own[rows]
-        return sum_(found.masked_fill_(~mine.view(*mine.shape, *[1] * (own.ndim - 1)), 0))
+        return all_reduce_sum_(found.masked_fill_(~mine.view(*mine.shape, *[1] * (own.ndim - 1)), 0))
 
     def nearest(self, scores_BK: Tensor, rows_BK: Tensor, count: int) -> Tensor:
         """The slots nearest to each query among all processes' finds, nearest first: [B, count].
@@ -80,8 +80,8 @@ class Shard:
         """
         if self.count == 1:
             return rows_BK
-        slots, order = torch.cat(gathered(self.slots(rows_BK)), 1).sort(1)
-        scores = torch.cat(gathered(scores_BK), 1).gather(1, order)
+        slots, order = torch.cat(all_gather(self.slots(rows_BK)), 1).sort(1)
+        scores = torch.cat(all_gather(scores_BK), 1).gather(1, order)
         best = scores.sort(stable=True, dim=1, descending=True).indices[:, :count]
         return slots.gather(1, best)
 
@@ -121,4 +121,4 @@ def in_shards(module: nn.Module) -> dict[str, Shard]:
 def own_rows(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Of a state dict with the rows of all slots, what this process's module holds."""
     shards = in_shards(module)
-    return {key: shards[key].mine(value) if key in shards else value for key, value in state.items()}
+    return {key: shards[key].local(value) if key in shards else value for key, value in state.items()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from src.errors import UsageError
-from src.system.collectives import sum_
+from src.system.collectives import all_reduce_sum_
 
 
 class _Sum(Function):
@@ -18,7 +18,7 @@ class _Sum(Function):
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> Tensor:  # noqa: ARG004
-        return sum_(own.clone())
+        return all_reduce_sum_(own.clone())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

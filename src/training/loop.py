@@ -108,7 +108,7 @@ class Pretraining:
         for batch in epoch_batches(self.data.train, state.batch_size, cfg.seed, epoch, state.device, start, rows):
             self._step(batch)
             self.progress.step(state.step, self.loss)
-            self.wished = ranks.agree(self._wish())
+            self.wished = ranks.max_status(self._wish())
             if state.step % self.steps_per_epoch and self.wished:
                 state.seconds += time.perf_counter() - clock
                 self._save()
@@ -192,7 +192,7 @@ class Pretraining:
         self.progress.epoch(epoch, self.loss, metrics)
         if evaluates:
             self._look()
-        self.wished = max(self.wished, ranks.agree(self._wish(), wait=True))
+        self.wished = max(self.wished, ranks.max_status(self._wish(), wait=True))
         if last or self.wished or (epoch + 1) % cfg.checkpoint.every == 0:
             self._save()
         if self.wished > SAVE:
@@ -213,7 +213,7 @@ class Pretraining:
 
     def _save(self) -> None:
         self._check_weights()
-        model = self.ranks.whole_state(self.state.method)  # to which every rank may contribute
+        model = self.ranks.full_state_dict(self.state.method)  # to which every rank may contribute
         if self.ranks.first:
             self.tracker.sync()  # no checkpoint is ahead of the rows
             self.state.save(self.directory / "checkpoints", model, self.tracker.written)
@@ -228,7 +228,7 @@ class Pretraining:
 
     def _stop_if_signalled(self) -> None:
         """A time limit waits for the end of a validation instead, so that each stay gets on, however short it is."""
-        self.wished = max(self.wished, self.ranks.agree(self.stopper.signal and self.stopper.status))
+        self.wished = max(self.wished, self.ranks.max_status(self.stopper.signal and self.stopper.status))
         if is_signal(self.wished):
             raise Stopped(self.wished)
 

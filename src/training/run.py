@@ -75,7 +75,7 @@ def run(
     ranks = distributed.join(cfg.device)  # refuses a GPU that is not there before images are decoded
     data = load(cfg.data).on(ranks.device)
     cfg.data.fingerprint = data.fingerprint  # a run is its settings and its images
-    ranks.check(cfg)
+    ranks.refuse_unsupported(cfg)
     refuse_large_batch(cfg, data, exact_batch or ranks.count > 1)
     refuse_too_few(data)
     state = TrainState(cfg, data, ranks)
@@ -85,14 +85,14 @@ def run(
     tags = {"init.taken": state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
     refuse_unfillable(cfg, len(data.train), filled=state.method.support is not None and state.method.support.ready)
 
-    directory = ranks.told(run_directory.choose(cfg))
+    directory = ranks.broadcast(run_directory.choose(cfg))
     if cfg.tracking.system_metrics:
         require("psutil", "system", "tracking.system_metrics=true")
     if cfg.tracking.name == "mlflow" and ranks.first:
         mlflow_store.check(cfg.tracking.experiment)  # refuses what is no store before the directory is made
     hold = run_directory.exclusive(directory, run_directory.PATIENCE) if ranks.first else nullcontext()
-    with hold, Stopper(cfg.max_minutes) as stopper, distributed.losses_said():
-        if ranks.told(run_directory.is_finished(directory, cfg)):
+    with hold, Stopper(cfg.max_minutes) as stopper, distributed.announcing_rank_lost():
+        if ranks.broadcast(run_directory.is_finished(directory, cfg)):
             if ranks.first:
                 catch_up(directory, cfg.tracking)
             if changes := changed_protocol(cfg, directory):
@@ -100,7 +100,7 @@ def run(
                 logger.warning("%s was evaluated otherwise (%s): %s", directory, ", ".join(changes.values()), add)
             return say_result(directory)
         run_directory.refuse_hopeless(directory, cfg)
-        with ranks.in_turn() if in_shards(state.method) else nullcontext():
+        with ranks.one_rank_at_a_time() if in_shards(state.method) else nullcontext():
             resumed = state.resume(directory / "checkpoints", directory / METRICS)
         config = identity.flat(cfg)
         if changes := changed_protocol(cfg, directory):
@@ -123,7 +123,7 @@ def run(
             is_stopping=lambda: stopper.status,
         )
         status: Status = "FAILED"
-        together = trained = False  # whether all ranks end at one place
+        ranks_in_step = trained = False  # whether all ranks end at one place
         try:
             tracker.record.continue_under(now, state.step)
             kept = OmegaConf.to_yaml(OmegaConf.create(hide_in_settings(identity.without_neutral(cfg))))
@@ -136,9 +136,9 @@ def run(
             trained = True
             with stopper.at_once():
                 loop.finish(state, data, tracker, directory, draw)
-            status, together = "FINISHED", True
+            status, ranks_in_step = "FINISHED", True
         except (KeyboardInterrupt, SystemExit) as end:
-            status, together = "KILLED", isinstance(end, Stopped) and not trained
+            status, ranks_in_step = "KILLED", isinstance(end, Stopped) and not trained
             if stopper.pruned:
                 tracker.record.tags["pruned"] = "true"
             raise
@@ -153,8 +153,8 @@ def run(
                 go_on = run_directory.how_to_continue(cfg, directory)
                 then = "pruned: other trials are far better" if stopper.pruned else go_on
                 print(f"{directory}: stopped at step {state.step}; {then}", flush=True)
-            if together:
-                ranks.leave()
+            if ranks_in_step:
+                ranks.final_barrier()
         return say_result(directory)
 
 

@@ -45,7 +45,7 @@ class TrainState:
         seed_everything(cfg.seed)
         classes = len(data.classes) if data.labelled else 1  # images without labels are of one
         self.method, features = build.method(
-            *(cfg, classes, self.search, self.device), share_out=self.ranks.share_out, shard=self.ranks.shard
+            *(cfg, classes, self.search, self.device), parallelize=self.ranks.parallelize, shard=self.ranks.shard
         )
         self.classifier = nn.Linear(features, classes).to(self.device)
         self.optimizer = optim.build(cfg.optimizer, self.method, self.batch_size)
@@ -140,7 +140,7 @@ class TrainState:
 
         Args:
             directory: of the checkpoints.
-            model: the method's state (`src.training.distributed.Ranks.whole_state`).
+            model: the method's state (`src.training.distributed.Ranks.full_state_dict`).
             rows: what ``metrics.jsonl`` holds now (`src.runs.tracker.Tracker.written`).
         """
         state = {
