@@ -16,12 +16,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from src.config import identity, schema
+from src.config import identity
 from src.config.names import TEACHER, colour_of
 from src.config.renamed import modern
 from src.config.schema import Config
-from src.data import Dataset, load
-from src.data.batches import check_batch_size, images_a_step
+from src.data import load
 from src.errors import Diverged, UsageError
 from src.evaluation.protocol import refuse_too_few, warn_of_few_neighbours
 from src.runs import directory as run_directory
@@ -37,10 +36,8 @@ from src.system.extras import require
 from src.system.redact import hide_in_settings, one_line
 from src.system.stopping import Stopped, Stopper
 from src.training import distributed, loop
+from src.training.checks import check_batch_fits, refuse_unfillable, warn_of_doubtful_settings
 from src.training.state import TrainState
-
-LARGEST_FOR_SMALL_STEM = 64  # pixels a side
-SMALLEST_BATCH = 2  # images; one alone has no negative
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +45,7 @@ logger = logging.getLogger(__name__)
 def run(
     cfg: Config,
     should_prune: loop.ShouldPrune,
-    draw: Callable[[Path], Path],
+    draw_curves: Callable[[Path], Path],
     illustrate: loop.Illustrate = loop.no_pictures,
     exact_batch: bool = True,
 ) -> float:
@@ -58,7 +55,7 @@ def run(
         cfg: what `src.config.parse.parse` returned.
         should_prune: told the folder of the sweep, the number of the trial, the epoch and its metrics; whether the
             trial lags so far behind others as to stop it.
-        draw: makes the picture of a run in its folder, and returns its path.
+        draw_curves: makes the picture of a run's curves in its folder, and returns its path.
         illustrate: draws what the support set gives, after each validation.
         exact_batch: whether ``batch_size`` was asked for; a default gives way to a data set of fewer images.
 
@@ -76,10 +73,10 @@ def run(
     data = load(cfg.data).on(ranks.device)
     cfg.data.fingerprint = data.fingerprint  # a run is its settings and its images
     ranks.refuse_unsupported(cfg)
-    refuse_large_batch(cfg, data, exact_batch or ranks.count > 1)
+    check_batch_fits(cfg, data, exact_batch or ranks.count > 1)
     refuse_too_few(data)
     state = TrainState(cfg, data, ranks)
-    warn_of_doubtful(cfg, len(data.train))
+    warn_of_doubtful_settings(cfg, len(data.train))
     warn_of_few_neighbours(cfg.evaluation, data)
     origin.identify(cfg)
     tags = {"init.taken": state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
@@ -103,12 +100,7 @@ def run(
         with ranks.one_rank_at_a_time() if in_shards(state.method) else nullcontext():
             resumed = state.resume(directory / "checkpoints", directory / METRICS)
         config = identity.flat(cfg)
-        if changes := changed_protocol(cfg, directory):
-            text = ", ".join(changes.values())
-            earlier = Record.load(directory).tags.get("evaluation_changed")
-            tags |= {key: str(config.get(key, "null")) for key in changes}
-            tags["evaluation_changed"] = "; ".join(filter(None, [earlier, f"{text} at step {state.step}"]))
-            logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, text)
+        tags |= note_changed_protocol(cfg, directory, state.step)
         dtype = str(state.dtype).removeprefix("torch.")
         now = conditions(str(state.device), dtype) | {"processes": str(ranks.count)}
         if resumed:
@@ -135,7 +127,7 @@ def run(
             loop.Pretraining(state, data, tracker, stopper, directory, should_prune, illustrate).run()
             trained = True
             with stopper.at_once():
-                loop.finish(state, data, tracker, directory, draw)
+                loop.finish(state, data, tracker, directory, draw_curves)
             status, ranks_in_step = "FINISHED", True
         except (KeyboardInterrupt, SystemExit) as end:
             status, ranks_in_step = "KILLED", isinstance(end, Stopped) and not trained
@@ -159,10 +151,10 @@ def run(
 
 
 def changed_protocol(cfg: Config, directory: Path) -> dict[str, str]:
-    """In which settings of the evaluation this session differs from the last one, and how.
+    """The settings of the evaluation in which this session differs from the last one, each with how it differs.
 
-    They are no part of a run's identity: others start no training anew. A record keeps the first session's params, as
-    MLflow does, so that a tag with a param's name holds the value of now.
+    They are no part of a run's identity, so a change of them starts no new run. A record keeps the params of the first
+    session, as MLflow does; a tag with the name of a param holds its present value.
     """
     if (record := Record.find(directory)) is None:
         return {}
@@ -171,6 +163,18 @@ def changed_protocol(cfg: Config, directory: Path) -> dict[str, str]:
     asked = sorted({key for key in before | now if identity.is_protocol(key)} | besides)
     found = {key: (before.get(key, "null"), str(now.get(key, "null"))) for key in asked}
     return {key: f"{key} was {was} and is {now}" for key, (was, now) in found.items() if was != now}
+
+
+def note_changed_protocol(cfg: Config, directory: Path, step: int) -> dict[str, str]:
+    """Warn where the evaluation has changed since the last session; the tags that record it, none where it has not."""
+    changes = changed_protocol(cfg, directory)
+    if not changes:
+        return {}
+    config, text = identity.flat(cfg), ", ".join(changes.values())
+    earlier = Record.load(directory).tags.get("evaluation_changed")
+    logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, text)
+    tags = {key: str(config.get(key, "null")) for key in changes}
+    return tags | {"evaluation_changed": "; ".join(filter(None, [earlier, f"{text} at step {step}"]))}
 
 
 def say_result(directory: Path) -> float:
@@ -190,7 +194,7 @@ def say_result(directory: Path) -> float:
 
 
 def warn_of_other_conditions(directory: Path, now: dict[str, str], step: int) -> None:
-    """Says so where the run goes on under conditions in which it would have come to other bits.
+    """Warn where the run continues under conditions that give other bits, such as another version of torch.
 
     Raises:
         UsageError: the precision is another one, which is more than a rounding.
@@ -205,73 +209,3 @@ def warn_of_other_conditions(directory: Path, now: dict[str, str], step: int) ->
         )
     if changes := record.changes(now):
         logger.warning("%s: %s, so the end differs by roundings from that of an unbroken run", directory, changes)
-
-
-def refuse_large_batch(cfg: Config, data: Dataset, exact: bool) -> None:
-    """Keeps an epoch from being without a batch: where the size need not be exact, all images are one batch.
-
-    Raises:
-        UsageError: there are fewer images, and the size was asked for, or must have equal parts.
-    """
-    if exact or cfg.backbone.bn_splits > 1 or len(data.train) < SMALLEST_BATCH:
-        check_batch_size(cfg.batch_size, data.train)
-    elif cfg.batch_size > len(data.train):
-        logger.warning(
-            "batch_size=%d: more than the %d training images, so each step takes all of them",
-            *(cfg.batch_size, len(data.train)),
-        )
-
-
-def refuse_unfillable(cfg: Config, images: int, filled: bool = False) -> None:
-    """Keeps a run from being the control where it is named after a support set, which would never be filled.
-
-    One that is ``filled`` already, by another run's weights, must be fillable only where it is ever seeded anew.
-
-    Raises:
-        UsageError: the support set has not had enough embeddings when it is asked for the last time.
-    """
-    epochs, key = cfg.epochs, "epochs"
-    if isinstance(cfg.support, schema.KMeans) and cfg.support.forget == "reset" and cfg.support.forget_every < epochs:
-        epochs, key = cfg.support.forget_every, "support.forget_every"
-    batch_size = images_a_step(cfg.batch_size, images)
-    seen = (images // batch_size * epochs - 1) * batch_size
-    name, size = ("k", cfg.k) if cfg.k is not None else ("queue_size", cfg.queue_size)
-    if cfg.support.name == "evolving":
-        name, size = "support.start", getattr(cfg.support, "start", None)
-    if size is not None and size > seen and not (filled and key == "epochs"):
-        why = f"only {seen} embeddings are seen before the last batch of epochs={epochs}"
-        if key != "epochs":
-            often = "epoch" if epochs == 1 else f"{epochs} epochs"
-            why = f"prototypes start anew every {often} ({key}), and only {seen} embeddings are seen in that time"
-        lower = f"{name} lower" if seen else "batch_size lower"
-        raise UsageError(f"{name}={size}: is never filled, because {why}; set {lower} or {key} higher")
-
-
-def warn_of_doubtful(cfg: Config, images: int) -> None:
-    """Say so where a legal setting can hardly be meant, such as a support set that the images cannot fill."""
-    if cfg.schedule.warmup_epochs >= cfg.epochs:
-        logger.warning(
-            "schedule.warmup_epochs=%g: not shorter than epochs=%d, so the learning rate only ever warms up",
-            *(cfg.schedule.warmup_epochs, cfg.epochs),
-        )
-    if cfg.data.image_size > LARGEST_FOR_SMALL_STEM and cfg.backbone.stem in ("small", "small_padded"):
-        logger.warning(
-            "backbone.stem=%s: keeps all %d x %d pixels, 16 times the work of backbone.stem=large",
-            *(cfg.backbone.stem, cfg.data.image_size, cfg.data.image_size),
-        )
-    if cfg.queue_size is not None and cfg.queue_size > images:
-        logger.warning(
-            "queue_size=%d: more than the %d training images, so many positives will be old embeddings of the anchor's "
-            "own image (support/self_hit tells)",
-            *(cfg.queue_size, images),
-        )
-    if isinstance(cfg.support, schema.KMeans) and (cfg.support.refit, cfg.support.forget) == ("faiss", "reset"):
-        batch_size = images_a_step(cfg.batch_size, images)
-        between = images // batch_size * batch_size * cfg.support.forget_every
-        if between < cfg.support.refit_window:
-            logger.warning(
-                "support.refit_window=%d: %d embeddings between two resets never fill it, so nothing is re-clustered",
-                *(cfg.support.refit_window, between),
-            )
-    if cfg.k is not None and cfg.k > images:
-        logger.warning("k=%d: more prototypes than the %d training images; most will be single images", cfg.k, images)
