@@ -163,7 +163,9 @@ def queue(settings: schema.Queue, cfg: schema.Search, size: int, space: Space, s
         lists = InvertedLists(size, space.dim, cfg.index, cfg.nprobe)
     dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
     return Queue(
-        *(size, space.dim, space.search),
+        size,
+        space.dim,
+        space.search,
         dtype=dtype,
         lists=lists,
         refresh_every=cfg.refresh_every or 0,
@@ -177,7 +179,9 @@ def kmeans(settings: schema.KMeans, k: int, space: Space, shard: Shard | None = 
         require_faiss("support.refit=faiss", "support.refit=online")
     return KMeans(
         k,
-        *space,
+        space.dim,
+        space.classes,
+        space.search,
         spherical=settings.metric == "spherical",
         reset_every=settings.forget_every if settings.forget == "reset" else 0,
         half_life=settings.half_life if settings.forget == "decay" else 0,
