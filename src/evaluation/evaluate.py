@@ -17,6 +17,7 @@ from src.data import load
 from src.errors import UsageError
 from src.evaluation.probes import FrozenEncoder
 from src.evaluation.protocol import Protocol, refuse_too_few, warn_of_few_neighbours
+from src.models import dtype_name
 from src.runs import checkpoint
 from src.runs import directory as run_directory
 from src.runs.query import named_run
@@ -62,7 +63,7 @@ def main(composed: DictConfig) -> dict[str, float]:
     metrics = protocol.final(_frozen("encoder", path, saved, cfg, device, dtype))
     if cfg.evaluation.teacher:
         metrics |= protocol.of_teacher(_frozen("teacher_encoder", path, saved, cfg, device, dtype))
-    arithmetic = str(dtype).removeprefix("torch.")
+    arithmetic = dtype_name(dtype)
     is_other = record is not None and record.tags.get("dtype", arithmetic) != arithmetic
     if _final_protocol(cfg) != _final_protocol(before) or is_other:
         metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}

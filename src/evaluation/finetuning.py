@@ -17,7 +17,7 @@ from src.data import Dataset
 from src.data.splits import Split, held_out_tenth
 from src.errors import Diverged
 from src.evaluation.probes import FrozenEncoder, cropped_batches, topk_percent
-from src.models import SplitBatchNorm
+from src.models import SplitBatchNorm, autocast
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def fine_tune(
     for epoch in range(cfg.epochs):
         for views, labels_B in batches(epoch):
             views = views.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(frozen.device.type, frozen.dtype, enabled=frozen.dtype != torch.float32):
+            with autocast(frozen.device, frozen.dtype):
                 logits_BC = network(views)
             loss = F.cross_entropy(logits_BC.float(), labels_B)
             optimizer.zero_grad()

@@ -19,6 +19,7 @@ from src.evaluation.encoder import save_encoder
 from src.evaluation.probes import FrozenEncoder
 from src.evaluation.protocol import Protocol
 from src.methods.base import Method, Output
+from src.models import autocast
 from src.runs.record import ENCODER, UNUSED
 from src.runs.tracker import Tracker
 from src.support.base import NEED_LABELS
@@ -129,7 +130,7 @@ class Pretraining:
         seed_everything(cfg.seed, state.step)
         lr = state.set_lr(self.steps_per_epoch)
 
-        with torch.autocast(device.type, state.dtype, enabled=state.dtype != torch.float32):
+        with autocast(device, state.dtype):
             self.output = output = method(view1(images, aspects), view2(images, aspects))
         logits = state.classifier(output.features.float())
         online_loss = F.cross_entropy(logits, labels.repeat(2))

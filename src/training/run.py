@@ -23,6 +23,7 @@ from src.config.schema import Config
 from src.data import load
 from src.errors import Diverged, UsageError
 from src.evaluation.protocol import refuse_too_few, warn_of_few_neighbours
+from src.models import dtype_name
 from src.runs import directory as run_directory
 from src.runs import mlflow_store, origin
 from src.runs.delivery import catch_up
@@ -101,7 +102,7 @@ def run(
             resumed = state.resume(directory / "checkpoints", directory / METRICS)
         config = identity.flat(cfg)
         tags |= note_changed_protocol(cfg, directory, state.step)
-        dtype = str(state.dtype).removeprefix("torch.")
+        dtype = dtype_name(state.dtype)
         now = conditions(str(state.device), dtype) | {"processes": str(ranks.count)}
         if resumed:
             warn_of_other_conditions(directory, now, state.step)

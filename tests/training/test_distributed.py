@@ -19,6 +19,7 @@ from src import build, cli
 from src.data import load
 from src.data.splits import Split
 from src.errors import Diverged, RankLost, UsageError
+from src.models import convert_batch_norm
 from src.runs import checkpoint
 from src.runs.record import Record
 from src.training import distributed, loop
@@ -264,7 +265,7 @@ def test_the_batch_norm_of_cpus_is_torchs(group, shape, momentum):
     kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
     theirs = kinds[len(shape)](4, momentum=momentum)
     nn.init.normal_(theirs.weight)
-    ours = GlobalBatchNorm.of(theirs)
+    ours = convert_batch_norm(theirs, GlobalBatchNorm)
     for module in (ours, theirs):
         torch.manual_seed(1)
         for _ in range(3):
