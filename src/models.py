@@ -190,7 +190,7 @@ def split_batch_norms(module: nn.Module, splits: int) -> None:
     other = [
         type(each).__name__
         for each in found.values()
-        if not (type(each) is nn.BatchNorm2d and each.momentum is not None)
+        if not (type(each) is nn.BatchNorm2d and each.momentum is not None and each.track_running_stats)
     ]
     if other or not found:
         what = f"its {other[0]} cannot be split" if other else "it has no batch norm"

@@ -144,6 +144,7 @@ def test_an_encoder_whose_batch_norms_are_split_has_its_keys():
     for other in (
         nn.BatchNorm1d(3),
         nn.BatchNorm2d(3, momentum=None),
+        nn.BatchNorm2d(3, track_running_stats=False),
     ):
         with pytest.raises(UsageError, match=r"backbone.bn_splits=2: its BatchNorm[12]d cannot be split"):
             models.split_batch_norms(nn.Sequential(nn.BatchNorm2d(3), other), 2)
