@@ -36,10 +36,10 @@ def images_a_step(batch_size: int, images: int) -> int:
 
 
 def check_batch_size(batch_size: int, split: Split) -> None:
-    """Refuses a batch that the split cannot fill, since an epoch would then hold no batch at all.
+    """Refuse a batch that the split cannot fill, since an epoch would then hold no batch at all.
 
     Raises:
-        UsageError: If ``batch_size`` exceeds the number of images.
+        UsageError: ``batch_size`` exceeds the number of images.
     """
     if batch_size > len(split):
         raise UsageError(
@@ -76,16 +76,16 @@ def epoch_batches(
     those of which memory cannot hold all, are read ahead of the step that wants them.
 
     Args:
-        split: On the device, or in the host's memory.
+        split: on the device, or in the host's memory.
         batch_size: B.
-        seed: Of the run.
-        epoch: Which epoch; each has its own order.
-        device: Where the batches are wanted.
-        start: How many batches to leave out, when resuming inside an epoch.
-        rows: Of each batch, the images that are wanted; all else is of the whole batch.
+        seed: of the run.
+        epoch: which epoch; each has its own order.
+        device: where the batches are wanted.
+        start: how many batches to leave out, when resuming inside an epoch.
+        rows: of each batch, the images that are wanted; all else is of the whole batch.
 
     Raises:
-        UsageError: If ``batch_size`` exceeds the number of images.
+        UsageError: ``batch_size`` exceeds the number of images.
     """
     check_batch_size(batch_size, split)
     device = torch.device(device)

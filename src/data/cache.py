@@ -46,7 +46,7 @@ from src.system.threads import cores, in_threads
 if TYPE_CHECKING:
     from src.data.splits import Split
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FORMAT = 4  # part of the state: raise it with any change of decoding or of the layout
 NO_CHECKSUM, NO_FINGERPRINT = "0" * 64, "0" * 16
@@ -90,12 +90,12 @@ class Cache:
 
 
 def cached(cfg: Data) -> Cache:
-    """Opens the cache of the source that ``cfg`` names, after decoding it if there is none in its present state.
+    """Open the cache of the source that ``cfg`` names, after decoding it if there is none in its present state.
 
     Processes that start together decode once: the others wait.
 
     Raises:
-        UsageError: If the source is missing, incomplete or damaged, its images are others than ``data.fingerprint``
+        UsageError: the source is missing, incomplete or damaged, its images are others than ``data.fingerprint``
             says, or the cache has no room.
     """
     identity = _identity(cfg)
@@ -109,9 +109,9 @@ def cached(cfg: Data) -> Cache:
             _remember(identity, path, source)
     _check_meant(cfg, cache.skipped, cache.fingerprint)
     for note in cache.notes:
-        log.warning("%s: %s", _where(cfg), note)
+        logger.warning("%s: %s", _where(cfg), note)
     if cache.skipped:
-        log.warning("images that cannot be read are left out (%d), first %s", len(cache.skipped), cache.skipped[0])
+        logger.warning("images that cannot be read are left out (%d), first %s", len(cache.skipped), cache.skipped[0])
     return cache
 
 
@@ -136,7 +136,7 @@ def fingerprint(cfg: Data) -> str:
     Decodes them if there is no cache of their present state.
 
     Raises:
-        UsageError: As `cached` does.
+        UsageError: as `cached` does.
     """
     return known_fingerprint(cfg) or cached(cfg).fingerprint
 
@@ -151,7 +151,7 @@ def image_names(cfg: Data, skipped: list[str]) -> dict[str, Iterator[tuple[str, 
         skipped: what the cache says of those that are left out.
 
     Raises:
-        UsageError: As `cached` does.
+        UsageError: as `cached` does.
     """
     # A line begins with the name, which may have a colon itself.
     left_out = {line[: colon.start()] for line in skipped for colon in re.finditer(": ", line)}
@@ -169,7 +169,7 @@ def known_fingerprint(cfg: Data) -> str | None:
     """The same from the cache's header alone; None where there is no cache of the present state.
 
     Raises:
-        UsageError: If the source is missing, or its images are known not to be usable.
+        UsageError: the source is missing, or its images are known not to be usable.
     """
     identity = _identity(cfg)
     path = _remembered(identity) or _path(identity, find(cfg))
@@ -236,12 +236,12 @@ def _open(path: Path, level: int) -> Cache | None:
     except FileNotFoundError:
         return None
     except SafetensorError as error:
-        log.log(level, "%s is damaged (%s): decoding again", path, error)
+        logger.log(level, "%s is damaged (%s): decoding again", path, error)
         return None
 
 
 def _verify(path: Path, stated: str) -> None:
-    """Compares the checksum, unless that has been done since the file was last written to."""
+    """Compare the checksum, unless that has been done since the file was last written to."""
     now = state(path)
     with suppress(OSError, ValueError):
         if stated and path.with_suffix(VERIFIED).read_text() == f"{stated} {now}":
@@ -270,20 +270,20 @@ def _digest(*parts: object) -> str:
 
 
 def _locked(path: Path) -> AcquireReturnProxy:
-    """Holds the lock inside a ``with`` block, and says so if that means waiting for another process."""
+    """Hold the lock inside a ``with`` block, and say so if that means waiting for another process."""
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return lock.acquire(timeout=1)
     except Timeout:
-        log.info("waiting for another process to decode the images (it holds %s)", path)
+        logger.info("waiting for another process to decode the images (it holds %s)", path)
         return lock.acquire()
     except OSError as error:
         raise UsageError(f"data.cache_dir={path.parent}: {error.strerror}; choose a folder you may write to") from error
 
 
 def _write(path: Path, source: Source, cfg: Data) -> None:
-    """Streams the file out under another name; it takes its own only when it is complete and on the disk."""
+    """Stream the file out under another name; it takes its own only when it is complete and on the disk."""
     unfinished = path.with_suffix(PARTIAL)
     saved = path.with_suffix(SAVED)
     try:
@@ -352,7 +352,7 @@ def _where(cfg: Data) -> str:
 
 
 def _check_room(unfinished: Path, contents: Contents, cfg: Data) -> None:
-    """Says how much of the disk the images still take, and refuses to begin where there is less."""
+    """Say how much of the disk the images still take, and refuse to begin where there is less."""
     begun = unfinished.stat().st_size if unfinished.exists() else 0
     needed = max(0, _images(contents) * 3 * cfg.stored_size**2 - begun)
     free = shutil.disk_usage(unfinished.parent).free
@@ -362,11 +362,11 @@ def _check_room(unfinished: Path, contents: Contents, cfg: Data) -> None:
         raise UsageError(
             f"data.cache_dir={unfinished.parent}: {room}; set data.cache_dir elsewhere, or a smaller {size}"
         )
-    log.info("decoding %d images of %s into %s: %s", _images(contents), _where(cfg), unfinished.parent, room)
+    logger.info("decoding %d images of %s into %s: %s", _images(contents), _where(cfg), unfinished.parent, room)
 
 
 def _stream(path: Path, contents: Contents, skipped: list[str], cfg: Data) -> str:
-    """Writes all but the checksum, the images first; returns the fingerprint."""
+    """Write all but the checksum, the images first; return the fingerprint."""
     header = _header(contents, skipped, cfg)
     labels = b"".join(np.asarray(part.labels, np.int64).tobytes() for part in contents.parts().values())
     place = len(header) + STATISTICS + len(labels)  # of the aspects
@@ -389,7 +389,7 @@ def _stream(path: Path, contents: Contents, skipped: list[str], cfg: Data) -> st
 
 
 def _append(file: BinaryIO, path: Path, place: int, contents: Contents, cfg: Data, tally: Tally) -> None:
-    """Decodes the images that the tally lacks, with a bar in a terminal and a line now and then elsewhere."""
+    """Decode the images that the tally lacks, with a bar in a terminal and a line now and then elsewhere."""
     before, total = tally.images, _images(contents)
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} images/s"), TimeRemainingColumn()
     bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
@@ -411,7 +411,7 @@ def _append(file: BinaryIO, path: Path, place: int, contents: Contents, cfg: Dat
                 if not progress.console.is_terminal:
                     left = (total - tally.images) / rate / 60
                     how_long = f"{left:.0f} min" if left >= 1 else "less than a minute"
-                    log.info("%d of %d images, %.0f images/s, %s left", tally.images, total, rate, how_long)
+                    logger.info("%d of %d images, %.0f images/s, %s left", tally.images, total, rate, how_long)
         saving.result()
 
 

@@ -33,7 +33,7 @@ def find(cfg: Data) -> Source:
     """The source that ``cfg`` names.
 
     Raises:
-        UsageError: If it is unknown, or its files are not where ``data.root`` says.
+        UsageError: it is unknown, or its files are not where ``data.root`` says.
     """
     if cfg._target_ is not None:
         return outside(cfg._target_, cfg.options)
@@ -93,7 +93,7 @@ def imagenet(cfg: Data, root: Path) -> Source:
     """ImageNet as its users keep it: folders of synsets in ``train`` and ``val``, or the hub's parquet shards.
 
     Raises:
-        UsageError: If neither is there, or the validation images lie in ``val`` itself, as their archive has them.
+        UsageError: neither is there, or the validation images lie in ``val`` itself, as their archive has them.
     """
     train, val = root / "train", root / "val"
     if train.is_dir() and any(each.is_dir() for each in train.iterdir()):

@@ -65,14 +65,14 @@ class Split:
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Holds out ``fraction`` of the rows, in the same proportion in every class.
+    """Hold out ``fraction`` of the rows, in the same proportion in every class.
 
     Rows that do not divide go to the classes with the largest remainders. A class always keeps at least one row.
 
     Args:
         labels: [N] int64.
-        fraction: Of the rows to hold out, in [0, 1).
-        seed: Chooses which rows of a class are held out, and which classes win ties.
+        fraction: of the rows to hold out, in [0, 1).
+        seed: chooses which rows of a class are held out, and which classes win ties.
 
     Returns:
         The rows that remain and the rows held out, both ascending int64.
@@ -98,15 +98,15 @@ def held_out_tenth(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def class_balanced_subset(labels: Tensor, limit: int, seed: int) -> Tensor:
-    """Picks ``limit`` rows such that class counts differ by at most one.
+    """Pick ``limit`` rows such that class counts differ by at most one.
 
     Classes with too few rows give all they have, and the others share what is missing as evenly. With one seed a
     smaller subset is contained in every larger one.
 
     Args:
         labels: [N] int64.
-        limit: How many rows, at most N.
-        seed: Chooses the rows of a class, and the classes that get one more.
+        limit: how many rows, at most N.
+        seed: chooses the rows of a class, and the classes that get one more.
 
     Returns:
         [limit] int64 rows, ascending.

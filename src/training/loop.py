@@ -42,7 +42,7 @@ Illustrate = Callable[[Method, FrozenEncoder, Dataset, Path, int, bool], list[Pa
 
 
 def no_pictures(*_: object) -> list[Path]:
-    """Draws nothing."""
+    """Draw nothing."""
     return []
 
 
