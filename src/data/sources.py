@@ -29,6 +29,13 @@ def root_of(cfg: Data) -> Path | None:
     return None if cfg.root is None else Path(cfg.root).expanduser().resolve()
 
 
+def shown(cfg: Data) -> str:
+    """The setting by which a message names the data set."""
+    if cfg.root is not None:
+        return f"data.root={root_of(cfg)}"
+    return f"data.repo={cfg.repo}" if cfg.repo else f"data={cfg.name}"
+
+
 def find(cfg: Data) -> Source:
     """The source that ``cfg`` names.
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 SAVED = ".saved"
 BLOCK = 8  # images that a thread works on at a time, which spares the interpreter most of what each would cost
-AHEAD = 4  # blocks a core that are in work or wait to be written, which bounds memory
+BLOCKS_PER_CORE = 4  # that are decoded or wait to be written at a time, which bounds memory
 LEVELS = np.arange(256)  # what a pixel's channel can be
 
 
@@ -120,7 +120,9 @@ def resumed(path: Path, place: int, start: int, size: int, empty: Callable[[], T
             aspects = np.frombuffer(os.pread(file.fileno(), 4 * count if tally.whole else 0, place), np.float32)
             file.seek(start)
             blocks = _blocks(file, [min(count, tally.fitted), max(0, count - tally.fitted)], size)
-            for images, levels in in_threads(lambda images: (images, histogram(images)), blocks, AHEAD * cores()):
+            for images, levels in in_threads(
+                lambda images: (images, histogram(images)), blocks, BLOCKS_PER_CORE * cores()
+            ):
                 tally.add(Block(images, levels, aspects[tally.images : tally.images + len(images)]))
         usable = tally.line == saved
     except FileNotFoundError:
