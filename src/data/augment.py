@@ -129,7 +129,7 @@ class ViewMaker:
         return self._apply(images_BCHW, self.draw(B, H, W, images_BCHW.device, aspects))
 
 
-def middle(images_BCKK: Tensor, aspects: Tensor, size: int) -> Tensor:
+def center_crop(images_BCKK: Tensor, aspects: Tensor, size: int) -> Tensor:
     """The middle of whole images that have been squeezed into squares, in the aspect that they had.
 
     It is what Resize and CenterCrop of the field's recipes show: K pixels along the shorter side, of which S stay.

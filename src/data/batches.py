@@ -19,8 +19,8 @@ from src.errors import UsageError
 from src.system.seeding import mix
 from src.system.threads import in_threads
 
-AHEAD = 3  # batches that wait for their step
-SHARE = 0.25
+PREFETCHED_BATCHES = 3  # that wait for their step
+MEMORY_FRACTION = 0.25  # of a device's memory, for images
 
 
 class Batch(NamedTuple):
@@ -51,8 +51,8 @@ def check_batch_size(batch_size: int, split: Split) -> None:
 def room(device: torch.device) -> float:
     """Bytes of a device's memory that images may take; the rest is for networks and activations."""
     if device.type == "cuda":
-        return SHARE * torch.cuda.mem_get_info(device)[0]
-    return SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return MEMORY_FRACTION * torch.cuda.mem_get_info(device)[0]
+    return MEMORY_FRACTION * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
@@ -102,4 +102,6 @@ def epoch_batches(
         return Batch(images, labels_B, ids_B, aspects_B)
 
     is_there = split.store.device.type == device.type and (device.type != "cpu" or split.nbytes <= room(device))
-    return map(batch, ids_of_batches) if is_there else in_threads(batch, ids_of_batches, AHEAD + 1, 1, "batches")
+    if is_there:
+        return map(batch, ids_of_batches)
+    return in_threads(batch, ids_of_batches, PREFETCHED_BATCHES + 1, 1, "batches")

@@ -70,7 +70,7 @@ class Cache:
         labels = self._file.get_tensor(f"{name}_labels")
         aspects = self._file.get_tensor(f"{name}_aspects") if self.size else None
         images = self._file.get_tensor(f"{name}_images")
-        return Split(images, labels.clamp(min=0), aspects=aspects, middle=self.size)
+        return Split(images, labels.clamp(min=0), aspects=aspects, crop_size=self.size)
 
 
 def cached(cfg: Data) -> Cache:

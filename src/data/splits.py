@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from src.data.augment import middle
+from src.data.augment import center_crop
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Split:
     labels: Tensor  # [N] int64
     rows: Tensor | None = None  # [N] int64, where in the store the images are; None: all of it, in order
     aspects: Tensor | None = None  # [N] float32 on the CPU: width / height of whole images, squeezed in the store
-    middle: int | None = None  # S, of whole images
+    crop_size: int | None = None  # S, of whole images
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -35,12 +35,12 @@ class Split:
     @property
     def size(self) -> int:
         """S."""
-        return self.middle or self.store.shape[-1]
+        return self.crop_size or self.store.shape[-1]
 
     def squares(self, device: torch.device | str) -> Tensor:
         """[N, 3, S, S] uint8, as evaluation and people see them: of whole images the middle."""
         images = self.images.to(device)
-        return images if self.aspects is None else middle(images, self.aspects, self.size)
+        return images if self.aspects is None else center_crop(images, self.aspects, self.size)
 
     @property
     def nbytes(self) -> int:

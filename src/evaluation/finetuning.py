@@ -35,7 +35,7 @@ def fine_tune(
     steps, is given.
 
     Returns:
-        What gives logits [B, C] in the place of features. The encoder that it began with stays as it was.
+        A `FrozenEncoder` whose features are the logits [B, C]. The encoder passed in is unchanged.
 
     Raises:
         Diverged: the loss stopped being finite.

@@ -18,10 +18,10 @@ from src.system.redact import one_line
 
 Metric = Literal["cosine", "euclidean"]
 # The torch back end makes Q x N scores in tiles, which on a CPU stay in its cache and on a GPU are 256 MiB at most.
-QUERIES = 2**9
-VECTORS = {"cpu": 2**12, "cuda": 2**17}
-SAMPLE = 256  # vectors a list to train on, the most that FAISS uses
-PIECE = 2**16  # vectors listed at a time, so that a bfloat16 ring is never whole in float32
+TILE_QUERIES = 2**9
+TILE_VECTORS = {"cpu": 2**12, "cuda": 2**17}
+TRAINING_VECTORS = 256  # vectors a list to train on, the most that FAISS uses
+VECTORS_AT_ONCE = 2**16  # vectors listed at a time, so that a bfloat16 ring is never whole in float32
 
 
 def require_faiss(asked: str, instead: str) -> None:
@@ -59,14 +59,14 @@ class TorchSearch:
     def __call__(
         self, queries_QD: Tensor, bank_ND: Tensor, k: int = 1, metric: Metric = "cosine"
     ) -> tuple[Tensor, Tensor]:
-        groups = queries_QD.to(bank_ND.dtype).split(QUERIES)
+        groups = queries_QD.to(bank_ND.dtype).split(TILE_QUERIES)
         with torch.autocast(bank_ND.device.type, enabled=False):
             found = [self._nearest(group, bank_ND, k, metric) for group in groups]
         return torch.cat([scores for scores, _ in found]).float(), torch.cat([ids for _, ids in found])
 
     @staticmethod
     def _nearest(queries_QD: Tensor, bank_ND: Tensor, k: int, metric: Metric) -> tuple[Tensor, Tensor]:
-        first, *others = bank_ND.split(max(k, VECTORS[bank_ND.device.type]))
+        first, *others = bank_ND.split(max(k, TILE_VECTORS[bank_ND.device.type]))
         scores_QK, ids_QK = _top(_scores(queries_QD, first, metric), k)
         seen = len(first)
         for tile in others:
@@ -182,7 +182,7 @@ class InvertedLists:
         import faiss
 
         self.index = self._untrained()
-        every = max(1, len(ring.filled_ND) // (SAMPLE * self.index.nlist))
+        every = max(1, len(ring.filled_ND) // (TRAINING_VECTORS * self.index.nlist))
         sample = ring.filled_ND[::every].float().cpu().numpy()
         try:
             self.index.train(sample)
@@ -207,8 +207,8 @@ class InvertedLists:
 
     def add(self, ring: RingBuffer, new: int) -> None:
         """List the ring's ``new`` newest vectors, oldest first."""
-        for first in range(ring.total - new, ring.total, PIECE):
-            numbers = torch.arange(first, min(first + PIECE, ring.total))
+        for first in range(ring.total - new, ring.total, VECTORS_AT_ONCE):
+            numbers = torch.arange(first, min(first + VECTORS_AT_ONCE, ring.total))
             rows = ring.rows_ND[(numbers % self.size).to(ring.rows_ND.device)]
             self.index.add_with_ids(rows.float().cpu().numpy(), numbers.numpy())
 
