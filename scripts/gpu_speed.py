@@ -29,6 +29,7 @@ from src import build
 from src.config import identity, schema
 from src.config.schema import Config
 from src.data.cache import fingerprint
+from src.models import dtype_name
 from src.reporting import curves
 from src.runs import directory as run_directory
 from src.runs.record import Record
@@ -133,7 +134,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     result = {
         "machine": machine(),
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": dtype_name(dtype),
         "ceiling_tflops": peak,
         "command": shown("scripts.gpu_speed", sys.argv[1:]),
         "rows": rows,

@@ -22,6 +22,7 @@ from scripts.workbench import config_of, machine
 from src import build
 from src.config import identity
 from src.data import Dataset, load
+from src.models import autocast
 from src.runs import checkpoint
 from src.support.search import TorchSearch, cluster
 from src.training.state import TrainState
@@ -51,7 +52,7 @@ def embed(state: TrainState, data: Dataset) -> dict[str, Views]:
     for rows in order.split(batch_size):
         images = data.train.take(rows).images
         for place, view in enumerate(makers):
-            with torch.no_grad(), torch.autocast("cpu", state.dtype, enabled=state.dtype != torch.float32):
+            with torch.no_grad(), autocast(torch.device("cpu"), state.dtype):
                 features = state.method.encoder(view(images))
                 embeddings = state.method.projector(features)
             found["embeddings"][place].append(F.normalize(embeddings.float(), dim=1))

@@ -96,7 +96,7 @@ def method(
     classes: int,
     search: Search,
     device: torch.device,
-    share_out: Callable[[nn.Module], nn.Module] = lambda encoder: encoder,
+    parallelize: Callable[[nn.Module], nn.Module] = lambda encoder: encoder,
     shard: Shard | None = None,
 ) -> tuple[Method, int]:
     """The method with its networks and its support set, on the device, and how many features its encoder gives.
@@ -106,14 +106,14 @@ def method(
         classes: of the data set, for the support set's diagnostics.
         search: the back end, which the evaluation uses too: on a GPU each one reserves memory.
         device: where all of it goes.
-        share_out: makes an encoder work with those of other processes.
+        parallelize: makes an encoder work with those of other processes (`src.training.distributed.Ranks.parallelize`).
         shard: this process's part of the slots, where ``support.shards=ranks``.
     """
     # First of all that is random, so that a seed stands for one untrained encoder, whatever the method.
     backbone, features = encoder(cfg.backbone, cfg.data.image_size)
     if cfg.backbone.bn_splits > 1:
         models.split_batch_norms(backbone, cfg.backbone.bn_splits)
-    backbone = share_out(backbone)
+    backbone = parallelize(backbone)
     dim = cfg.projector.out
     projector = models.projector(features, cfg.projector.hidden, dim, final_norm=cfg.projector.final_norm)
     parts = Parts(backbone, projector, features, dim, support(cfg, Space(dim, classes, search), shard))
@@ -163,7 +163,9 @@ def queue(settings: schema.Queue, cfg: schema.Search, size: int, space: Space, s
         lists = InvertedLists(size, space.dim, cfg.index, cfg.nprobe)
     dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
     return Queue(
-        *(size, space.dim, space.search),
+        size,
+        space.dim,
+        space.search,
         dtype=dtype,
         lists=lists,
         refresh_every=cfg.refresh_every or 0,
@@ -177,7 +179,9 @@ def kmeans(settings: schema.KMeans, k: int, space: Space, shard: Shard | None = 
         require_faiss("support.refit=faiss", "support.refit=online")
     return KMeans(
         k,
-        *space,
+        space.dim,
+        space.classes,
+        space.search,
         spherical=settings.metric == "spherical",
         reset_every=settings.forget_every if settings.forget == "reset" else 0,
         half_life=settings.half_life if settings.forget == "decay" else 0,

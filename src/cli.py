@@ -73,9 +73,9 @@ def evaluate() -> None:
     """``python -m src.evaluate``."""
 
     def main(composed: DictConfig) -> dict[str, float]:
-        from src.evaluation import protocol
+        from src.evaluation import evaluate
 
-        return protocol.main(composed)
+        return evaluate.main(composed)
 
     _compose_and("evaluate", main)
 

@@ -141,8 +141,8 @@ def teacher_regression(predictions_BD: Tensor, targets_BD: Tensor, neighbours_BK
         l(i) = 2 - 2 p_i . t_i  +  mean over k of (2 - 2 p_i . (s_i n_ik + (1 - s_i) t_i))
 
     Args:
-        predictions_BD: of one view.
-        targets_BD: the teacher's embeddings of the other view, without a gradient.
+        predictions_BD: of one view; rows may stack both directions.
+        targets_BD: the teacher's embeddings of the other view, row by row, without a gradient.
         neighbours_BKD: stored vectors.
         shares_B: 0 to 1, of the neighbours in the mixture.
 
@@ -172,8 +172,8 @@ def relation(
         l(i) = -sum over n of softmax_n(t_i . v_n / teacher_temperature) log softmax_n(p_i . v_n / student_temperature)
 
     Args:
-        predictions_BD: of one view.
-        targets_BD: the teacher's embeddings of the other view, without a gradient.
+        predictions_BD: of one view; rows may stack both directions.
+        targets_BD: the teacher's embeddings of the other view, row by row, without a gradient.
         stored_ND: unit vectors.
         student_temperature: above 0.
         teacher_temperature: the smaller one, so that the teacher's relation is the sharper.

@@ -1,4 +1,4 @@
-"""Encoders and heads.
+"""Encoders and heads, and the precision that they compute in.
 
 An encoder maps images [B, 3, S, S] to features [B, F].
 """
@@ -6,7 +6,7 @@ An encoder maps images [B, 3, S, S] to features [B, F].
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,17 @@ from src.errors import UsageError
 from src.system.redact import one_line
 
 Stem = Literal["small", "small_padded", "large"]
+BatchNorm = TypeVar("BatchNorm", bound=nn.modules.batchnorm._BatchNorm)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Arithmetic in ``dtype``, which for float32 is no autocast at all."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16``, as it is typed and recorded."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _small_stem(width: int, padding: int = 1) -> nn.Conv2d:
@@ -111,6 +122,13 @@ def projector(in_dim: int, hidden: list[int], out: int, *, final_norm: bool = Tr
     return nn.Sequential(*layers[:-3], nn.Linear([in_dim, *hidden][-1], out))
 
 
+def convert_batch_norm(module: nn.modules.batchnorm._BatchNorm, kind: type[BatchNorm]) -> BatchNorm:
+    """A batch norm of another class, with the same settings, weights and statistics."""
+    made = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+    made.load_state_dict(module.state_dict())
+    return made.train(module.training)
+
+
 class SplitBatchNorm(nn.BatchNorm2d):
     """Batch norm of each of ``splits`` equal parts of the batch by itself, as several GPUs would have it.
 
@@ -125,13 +143,6 @@ class SplitBatchNorm(nn.BatchNorm2d):
     num_batches_tracked: Tensor
     momentum: float
     splits = 1
-
-    @classmethod
-    def of(cls, module: nn.BatchNorm2d, splits: int) -> SplitBatchNorm:
-        made = cls(module.num_features, module.eps, module.momentum, module.affine)
-        made.load_state_dict(module.state_dict())
-        made.splits = splits
-        return made.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same shape; while it trains, B is a multiple of ``splits``."""
@@ -176,14 +187,18 @@ def split_batch_norms(module: nn.Module, splits: int) -> None:
         UsageError: there is none, or one that plain batch norm of images cannot stand for.
     """
     found = {name: each for name, each in module.named_modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)}
-    plain = [each for each in found.values() if type(each) is nn.BatchNorm2d and each.momentum is not None]
-    other = [type(each).__name__ for each in found.values() if each not in plain]
+    other = [
+        type(each).__name__
+        for each in found.values()
+        if not (type(each) is nn.BatchNorm2d and each.momentum is not None and each.track_running_stats)
+    ]
     if other or not found:
         what = f"its {other[0]} cannot be split" if other else "it has no batch norm"
         raise UsageError(f"backbone.bn_splits={splits}: {what}; choose backbone.bn_splits=1")
     for name, each in found.items():
-        assert isinstance(each, nn.BatchNorm2d)
-        module.set_submodule(name, SplitBatchNorm.of(each, splits))
+        split = convert_batch_norm(each, SplitBatchNorm)
+        split.splits = splits
+        module.set_submodule(name, split)
 
 
 def predictor(dim: int, hidden: int) -> nn.Sequential:

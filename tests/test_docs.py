@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from src import cli
 from src.config.schema import Data
-from src.evaluation import protocol
+from src.evaluation import evaluate
 from src.reporting import report
 from src.sweeps import jobs
 from tests.config.test_schema import CONF, options
@@ -92,8 +92,8 @@ def test_every_evaluation_fits_a_run(typed, monkeypatch, line):
     typed(cli.train, "experiment=mnn" if "evaluation.teacher" in line else "")
     saved = OmegaConf.to_container(trained[0], resolve=True)
     checked = []
-    monkeypatch.setattr(protocol, "_checkpoint", lambda composed: (Path("run/checkpoints/last"), {"config": saved}))
-    monkeypatch.setattr(protocol, "load", lambda data: checked.append(data) or sys.exit(0))
+    monkeypatch.setattr(evaluate, "_checkpoint", lambda composed: (Path("run/checkpoints/last"), {"config": saved}))
+    monkeypatch.setattr(evaluate, "load", lambda data: checked.append(data) or sys.exit(0))
     typed(cli.evaluate, line)
     assert [type(data) for data in checked] == [Data]
 

@@ -92,7 +92,8 @@ def test_split_batch_norm_is_torchs_of_each_part(memory_format, compiling, monke
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: compiling)
     theirs = nn.BatchNorm2d(5, momentum=0.2)
     nn.init.normal_(theirs.weight)
-    ours = models.SplitBatchNorm.of(theirs, 4)
+    ours = models.convert_batch_norm(theirs, models.SplitBatchNorm)
+    ours.splits = 4
     for step in range(3):
         parts = [copy.deepcopy(theirs) for _ in range(4)]
         x, weights = torch.randn(2, 12, 5, 3, 2).mul(step + 1).add(step)
@@ -124,7 +125,8 @@ def test_batch_norm_over_parts_is_compiled_as_one_expression():
 
     for splits in (2, 8):
         torch.compiler.reset()
-        norm = models.SplitBatchNorm.of(nn.BatchNorm2d(3), splits)
+        norm = models.convert_batch_norm(nn.BatchNorm2d(3), models.SplitBatchNorm)
+        norm.splits = splits
         torch.compile(norm, backend=aot_autograd(fw_compiler=count))(torch.randn(16, 3, 8, 8)).sum().backward()
     assert found[:2] == found[2:]
 
@@ -139,6 +141,10 @@ def test_an_encoder_whose_batch_norms_are_split_has_its_keys():
     assert {type(each) for each in encoder.modules() if isinstance(each, nn.BatchNorm2d)} == {models.SplitBatchNorm}
     with pytest.raises(UsageError, match=r"backbone.bn_splits=2: it has no batch norm; choose backbone.bn_splits=1"):
         models.split_batch_norms(nn.Flatten(), 2)
-    for other in (nn.BatchNorm1d(3), nn.BatchNorm2d(3, momentum=None)):
+    for other in (
+        nn.BatchNorm1d(3),
+        nn.BatchNorm2d(3, momentum=None),
+        nn.BatchNorm2d(3, track_running_stats=False),
+    ):
         with pytest.raises(UsageError, match=r"backbone.bn_splits=2: its BatchNorm[12]d cannot be split"):
             models.split_batch_norms(nn.Sequential(nn.BatchNorm2d(3), other), 2)

@@ -25,7 +25,7 @@ import torch._dynamo
 import torchvision
 
 from scripts.reliability.runs import environment
-from src.evaluation import protocol
+from src.evaluation import evaluate
 from src.reporting import curves, pictures, report
 from src.runs import mlflow_store, tracker
 from src.sweeps import optuna_study, study_sweeper
@@ -33,7 +33,7 @@ from src.training import run
 
 IMPORTED = (
     *(faiss, matplotlib, optuna, scipy, sklearn, torch, torchvision),
-    *(curves, optuna_study, pictures, protocol, report, run, study_sweeper, tracker),
+    *(curves, evaluate, optuna_study, pictures, report, run, study_sweeper, tracker),
 )  # so that no child has to
 
 Entry = Callable[[], object]  # a command of src.cli

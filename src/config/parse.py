@@ -154,7 +154,7 @@ def _check_combinations(cfg: Config) -> None:
             raise UsageError("k=1: all images share the one prototype, so none would be a negative; choose 2 or more")
         if support.refit == "faiss" and cfg.k is not None and support.refit_window < cfg.k:
             raise UsageError(f"support.refit_window={support.refit_window}: must hold k={cfg.k} embeddings or more")
-    if cfg.backbone._target_ is None and cfg.backbone.name in (*schema.RESNETS, schema.RESNET_TINY):
+    if cfg.backbone._target_ is None and not cfg.backbone.is_timm:
         if cfg.backbone.options:
             raise UsageError(
                 f"backbone.options={cfg.backbone.options}: {cfg.backbone.name} takes none; timm's models do"

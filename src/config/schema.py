@@ -152,7 +152,7 @@ class Projector:
     final_norm: bool = True
 
 
-RESNETS, RESNET_TINY = ("resnet18", "resnet34", "resnet50"), "resnet_tiny"  # any other backbone is timm's
+RESNETS, RESNET_TINY = ("resnet18", "resnet34", "resnet50"), "resnet_tiny"
 
 
 @dataclass
@@ -162,6 +162,10 @@ class Backbone:
     options: dict[str, Any] = field(default_factory=dict)
     _target_: str | None = None  # what makes it of the options, of one from outside
     bn_splits: Count = 1
+
+    @property
+    def is_timm(self) -> bool:
+        return self._target_ is None and self.name not in (*RESNETS, RESNET_TINY)
 
 
 @dataclass

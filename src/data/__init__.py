@@ -81,14 +81,14 @@ class Dataset:
 
 
 def load(cfg: Data) -> Dataset:
-    """Decodes the images unless the cache has them, then splits them.
+    """Decode the images unless the cache has them, then split them.
 
     Where no split validates, a part of the labelled images is cut off for that, and ``limit`` applies to the rest, so
     that every limit validates on the same images. No image is copied: all splits, and all processes that use the cache,
     share its memory-mapped pages.
 
     Raises:
-        UsageError: If the source is missing or damaged, its images are others than ``cfg.fingerprint`` says, or the
+        UsageError: the source is missing or damaged, its images are others than ``cfg.fingerprint`` says, or the
             splits cannot be made.
     """
     import torch

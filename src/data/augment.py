@@ -41,13 +41,13 @@ class ViewMaker:
     """Makes one view of every image of a batch.
 
     Args:
-        view: Probabilities and strengths. An operation of probability 0 costs nothing.
+        view: probabilities and strengths. An operation of probability 0 costs nothing.
         interpolation: ``bicubic`` or ``bilinear``, both antialiased.
         image_size: S, in pixels.
-        mean: Of each channel of the data set, in [0, 1].
-        std: Of each channel of the data set, in [0, 1].
-        part: Which of how many equal parts of a batch the images are. The draws are those of the whole batch.
-        compile_mode: In which torch.compile fuses the arithmetic; None: it does not. The draws stay as they are.
+        mean: of each channel of the data set, in [0, 1].
+        std: of each channel of the data set, in [0, 1].
+        part: which of how many equal parts of a batch the images are. The draws are those of the whole batch.
+        compile_mode: in which torch.compile fuses the arithmetic; None: it does not. The draws stay as they are.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ViewMaker:
     def draw(
         self, images: int, height: int, width: int, device: torch.device | str, aspects: Tensor | None = None
     ) -> Params:
-        """Draws from torch's default generator, on the CPU, so that a run's views do not depend on its devices."""
+        """Draw from torch's default generator, on the CPU, so that a run's views do not depend on its devices."""
         v, (number, parts) = self.view, self.part
         batch_size = parts * images
 
@@ -93,7 +93,7 @@ class ViewMaker:
         return Params(*packed.split([p.shape[1] for p in params], 1))
 
     def apply(self, images_BCHW: Tensor, params: Params) -> Tensor:
-        """Computes the views that the draws describe; a pure function of uint8 images and draws on one device.
+        """Compute the views that the draws describe; a pure function of uint8 images and draws on one device.
 
         Returns:
             [B, C, S, S] float32, normalised.
@@ -118,7 +118,7 @@ class ViewMaker:
             return _standardise(x, self.mean, self.std)
 
     def __call__(self, images_BCHW: Tensor, aspects: Tensor | None = None) -> Tensor:
-        """Draws and applies: [B, C, H, W] uint8 to [B, C, S, S] float32, normalised.
+        """Draw and apply: [B, C, H, W] uint8 to [B, C, S, S] float32, normalised.
 
         Args:
             images_BCHW: the images.
@@ -129,7 +129,7 @@ class ViewMaker:
         return self._apply(images_BCHW, self.draw(B, H, W, images_BCHW.device, aspects))
 
 
-def middle(images_BCKK: Tensor, aspects: Tensor, size: int) -> Tensor:
+def center_crop(images_BCKK: Tensor, aspects: Tensor, size: int) -> Tensor:
     """The middle of whole images that have been squeezed into squares, in the aspect that they had.
 
     It is what Resize and CenterCrop of the field's recipes show: K pixels along the shorter side, of which S stay.
@@ -220,9 +220,9 @@ def resampling(start: Tensor, length: Tensor, flip: Tensor, N: int, S: int, kern
         start: [B, 1] the crop's first pixel.
         length: [B, 1] the crop's length, in pixels.
         flip: [B, 1] 0 or 1.
-        N: Pixels of the image along this axis.
-        S: Pixels of the view along this axis.
-        kernel: Interpolation kernel of unit spacing.
+        N: pixels of the image along this axis.
+        S: pixels of the view along this axis.
+        kernel: interpolation kernel of unit spacing.
 
     Returns:
         [B, S, N] float32, rows that sum to 1.
@@ -242,8 +242,8 @@ def blurring(sigma: Tensor, S: int, radius: int) -> Tensor:
 
     Args:
         sigma: [B, 1] in pixels.
-        S: Pixels along this axis.
-        radius: The kernel has 2 * radius + 1 taps, fewer in an image too small to reflect them.
+        S: pixels along this axis.
+        radius: the kernel has 2 * radius + 1 taps, fewer in an image too small to reflect them.
 
     Returns:
         [B, S, S] float32, rows that sum to 1.
@@ -288,14 +288,14 @@ def jitter_colours(x: Tensor, order: Tensor, factors: Tensor, hue: bool) -> Tens
 
 
 def _blend(x: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
-    """Extrapolates from black (brightness), the image's mean grey (contrast) or each pixel's grey (saturation)."""
+    """Extrapolate from black (brightness), the image's mean grey (contrast) or each pixel's grey (saturation)."""
     operation, grey = _per_image(operation), luma(x)
     base = (operation == SATURATION) * grey + (operation == CONTRAST) * grey.mean((2, 3), keepdim=True)
     return torch.lerp(base, x, _per_image(factor)).clamp_(0, 1)
 
 
 def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Shifts the hue of the HSV hexcone by ``turns`` [B]; images of shift 0 stay exactly as they are.
+    """Shift the hue of the HSV hexcone by ``turns`` [B]; images of shift 0 stay exactly as they are.
 
     Source: Smith 1978, "Color gamut transform pairs". Deviation: the way back is one piecewise linear function a
     channel, without the six cases.

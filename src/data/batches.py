@@ -19,8 +19,8 @@ from src.errors import UsageError
 from src.system.seeding import mix
 from src.system.threads import in_threads
 
-AHEAD = 3  # batches that wait for their step
-SHARE = 0.25
+PREFETCHED_BATCHES = 3  # that wait for their step
+MEMORY_FRACTION = 0.25  # of a device's memory, for images
 
 
 class Batch(NamedTuple):
@@ -36,10 +36,10 @@ def images_a_step(batch_size: int, images: int) -> int:
 
 
 def check_batch_size(batch_size: int, split: Split) -> None:
-    """Refuses a batch that the split cannot fill, since an epoch would then hold no batch at all.
+    """Refuse a batch that the split cannot fill, since an epoch would then hold no batch at all.
 
     Raises:
-        UsageError: If ``batch_size`` exceeds the number of images.
+        UsageError: ``batch_size`` exceeds the number of images.
     """
     if batch_size > len(split):
         raise UsageError(
@@ -51,8 +51,8 @@ def check_batch_size(batch_size: int, split: Split) -> None:
 def room(device: torch.device) -> float:
     """Bytes of a device's memory that images may take; the rest is for networks and activations."""
     if device.type == "cuda":
-        return SHARE * torch.cuda.mem_get_info(device)[0]
-    return SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return MEMORY_FRACTION * torch.cuda.mem_get_info(device)[0]
+    return MEMORY_FRACTION * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
@@ -76,16 +76,16 @@ def epoch_batches(
     those of which memory cannot hold all, are read ahead of the step that wants them.
 
     Args:
-        split: On the device, or in the host's memory.
+        split: on the device, or in the host's memory.
         batch_size: B.
-        seed: Of the run.
-        epoch: Which epoch; each has its own order.
-        device: Where the batches are wanted.
-        start: How many batches to leave out, when resuming inside an epoch.
-        rows: Of each batch, the images that are wanted; all else is of the whole batch.
+        seed: of the run.
+        epoch: which epoch; each has its own order.
+        device: where the batches are wanted.
+        start: how many batches to leave out, when resuming inside an epoch.
+        rows: of each batch, the images that are wanted; all else is of the whole batch.
 
     Raises:
-        UsageError: If ``batch_size`` exceeds the number of images.
+        UsageError: ``batch_size`` exceeds the number of images.
     """
     check_batch_size(batch_size, split)
     device = torch.device(device)
@@ -102,4 +102,6 @@ def epoch_batches(
         return Batch(images, labels_B, ids_B, aspects_B)
 
     is_there = split.store.device.type == device.type and (device.type != "cpu" or split.nbytes <= room(device))
-    return map(batch, ids_of_batches) if is_there else in_threads(batch, ids_of_batches, AHEAD + 1, 1, "batches")
+    if is_there:
+        return map(batch, ids_of_batches)
+    return in_threads(batch, ids_of_batches, PREFETCHED_BATCHES + 1, 1, "batches")

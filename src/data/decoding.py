@@ -133,7 +133,7 @@ def decode(
         draft: a JPEG is decoded at the smallest half, quarter or eighth whose sides are at least 2 S.
 
     Raises:
-        UsageError: If the picture is damaged, animated, too large, or has more than 8 bits a channel.
+        UsageError: the picture is damaged, animated, too large, or has more than 8 bits a channel.
     """
     from PIL import Image, ImageOps
 

@@ -112,7 +112,7 @@ DOWNLOADED = {"cifar10": cifar, "cifar100": cifar, "stl10": stl10, "imagenette":
 
 @contextmanager
 def _downloading(name: str, root: Path, files: str) -> Iterator[None]:
-    """Turns whatever a download raises into one line that says which files to put into ``root``."""
+    """Turn whatever a download raises into one line that says which files to put into ``root``."""
     existed = root.exists()
     try:
         yield

@@ -15,7 +15,7 @@ from src.data.decoding import SUFFIXES, UNLABELLED, Part, Picture, Source, open_
 from src.data.roles import SPELLINGS, TRAIN, arrange, split_name, used_splits
 from src.errors import UsageError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MANY = 100_000  # files; of so many only the folders are looked at when a run starts, or starting would take minutes
 SETTLED = 2.0  # seconds, the coarsest clock of a usual file system
@@ -50,7 +50,7 @@ def image_folder(root: str | Path, train_split: str | None = None, test_split: s
         test_split: which folder is the test; None: the same.
 
     Raises:
-        UsageError: A folder cannot be read or holds no image, a class has no training image, or a split is missing.
+        UsageError: a folder cannot be read or holds no image, a class has no training image, or a split is missing.
     """
     root = Path(root).expanduser().resolve()
     seen, began = {str(root)}, time.time()
@@ -101,7 +101,7 @@ def _files(folder: Path, seen: set[str]) -> Files:
     by_class = {name: images for name in names if (images := list(filter(_is_image, below[name])))}
     loose = list(filter(_is_image, beside))
     if loose and len(by_class) > 1:
-        log.warning("%s: images beside the class folders are left out (%d), first %s", folder, len(loose), loose[0])
+        logger.warning("%s: images beside the class folders are left out (%d), first %s", folder, len(loose), loose[0])
         beside, loose = [], []
     files = [*beside, *(path for name in names for path in below[name])]
     images = list(filter(_is_image, files))
@@ -110,7 +110,7 @@ def _files(folder: Path, seen: set[str]) -> Files:
             f"{folder}: holds no images ({' '.join(SUFFIXES)}), in class folders or without; set data.root"
         )
     if others := [path for path in files if not _is_image(path)]:
-        log.warning("%s: files that are not images are left out (%d), first %s", folder, len(others), others[0])
+        logger.warning("%s: files that are not images are left out (%d), first %s", folder, len(others), others[0])
     return Files(folder, {} if loose else by_class, images)
 
 

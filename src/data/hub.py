@@ -16,7 +16,7 @@ from src.data.roles import used_splits
 from src.errors import UsageError
 from src.system.redact import one_line
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CONVERTED = "refs/convert/parquet"  # where the hub keeps what it makes itself of data sets in other formats
 
@@ -47,7 +47,7 @@ def download(cfg: Data) -> Path:
     """The folder with the shards of the splits that have a role, after downloading those that are not there.
 
     Raises:
-        UsageError: The hub cannot be reached and its cache lacks them, it refuses them, or there is no such data set,
+        UsageError: the hub cannot be reached and its cache lacks them, it refuses them, or there is no such data set,
             revision, configuration or split.
     """
     from huggingface_hub import HfApi, errors
@@ -59,7 +59,7 @@ def download(cfg: Data) -> Path:
             raise UsageError(f"{where}: holds no parquet files, and the hub has converted it to none")
         splits = shards_of_splits(shards, cfg.config)
         wanted = [str(each) for split in used_splits(splits, cfg.train_split, cfg.test_split) for each in splits[split]]
-        log.info("%s: fetching %d files, unless they are in the cache of huggingface_hub", where, len(wanted))
+        logger.info("%s: fetching %d files, unless they are in the cache of huggingface_hub", where, len(wanted))
         return Path(HfApi().snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted))
     except UsageError:
         raise
@@ -98,7 +98,7 @@ def _downloaded_before(repo: str, cfg: Data, problem: Exception) -> Path:
     """The folder with all shards that are asked for, if the library's cache has them.
 
     Raises:
-        UsageError: It does not.
+        UsageError: it does not.
     """
     from huggingface_hub import HfApi
 
@@ -112,7 +112,7 @@ def _downloaded_before(repo: str, cfg: Data, problem: Exception) -> Path:
         splits = shards_of_splits((path.relative_to(folder) for path in Path(folder).rglob("*.parquet")), cfg.config)
         wanted = used_splits(splits, cfg.train_split, cfg.test_split) if splits else []
         if wanted and not lacking({name: splits[name] for name in wanted}):
-            log.warning("data.repo=%s: the hub cannot be reached; what was downloaded before is used", repo)
+            logger.warning("data.repo=%s: the hub cannot be reached; what was downloaded before is used", repo)
             return Path(folder)
     raise UsageError(
         f"data.repo={repo}: not downloaded, and the hub cannot be reached ({one_line(problem)}); connect to a network, "

@@ -50,7 +50,7 @@ def parquet(
         test_split: which split is the test; None: the same.
 
     Raises:
-        UsageError: If there are no shards, or those of several configurations, a split that is named does not exist, a
+        UsageError: there are no shards, or those of several configurations, a split that is named does not exist, a
             shard cannot be read, or a column is absent or of another type.
     """
     names = [path for path in files_below(root, set()) if path.endswith(".parquet")]
@@ -85,7 +85,7 @@ def shards_of_splits(shards: Iterable[PurePath], config: str | None) -> dict[str
         config: which configuration; None: the only one.
 
     Raises:
-        UsageError: There is no such configuration, or one has to be chosen.
+        UsageError: there is no such configuration, or one has to be chosen.
     """
     configs: dict[str, dict[str, list[PurePath]]] = defaultdict(lambda: defaultdict(list))
     for shard in sorted(shards):
@@ -130,7 +130,7 @@ def _split_and_folder(shard: PurePath) -> tuple[str, PurePath]:
 
 @contextmanager
 def _readable(shard: Path) -> Iterator[None]:
-    """Turns whatever pyarrow raises on a damaged file, which is many things, into one line."""
+    """Turn whatever pyarrow raises on a damaged file, which is many things, into one line."""
     try:
         if not shard.is_file():  # a pipe would be waited for
             raise UsageError(f"{shard}: not a regular file; remove it")
@@ -153,7 +153,7 @@ def find_columns(shard: Path, image: str | None, label: str | None) -> tuple[str
             is either.
 
     Raises:
-        UsageError: Several columns could be meant.
+        UsageError: several columns could be meant.
     """
     if image is not None and label is not None:
         return image, label, []

@@ -47,7 +47,7 @@ def used_splits(names: Iterable[str], train: str | None, test: str | None) -> li
         test: what ``data.test_split`` says.
 
     Raises:
-        UsageError: There is no such split, the two are one, or none is the training split.
+        UsageError: there is no such split, the two are one, or none is the training split.
     """
     there = list(names)
     for key, split in (("data.train_split", train), ("data.test_split", test)):
@@ -64,7 +64,7 @@ def used_splits(names: Iterable[str], train: str | None, test: str | None) -> li
 
 
 def arrange(classes: list[str], splits: Mapping[str, Part], train: str | None, test: str | None) -> Contents:
-    """Gives each split its role.
+    """Give each split its role.
 
     The test split is ``data.test_split``, or else the first that has labels of test and validation, or else a fixed,
     stratified fifth of the labelled images. Labelled validation images that are not the test validate. Where the
@@ -77,7 +77,7 @@ def arrange(classes: list[str], splits: Mapping[str, Part], train: str | None, t
         test: what ``data.test_split`` says.
 
     Raises:
-        UsageError: A split that is named does not exist, or cannot play its role.
+        UsageError: a split that is named does not exist, or cannot play its role.
     """
     training, testing = used_splits(splits, train, test)[0], split_name(test) if test else None
     if not splits[training].labels:

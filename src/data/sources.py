@@ -29,11 +29,18 @@ def root_of(cfg: Data) -> Path | None:
     return None if cfg.root is None else Path(cfg.root).expanduser().resolve()
 
 
+def shown(cfg: Data) -> str:
+    """The setting by which a message names the data set."""
+    if cfg.root is not None:
+        return f"data.root={root_of(cfg)}"
+    return f"data.repo={cfg.repo}" if cfg.repo else f"data={cfg.name}"
+
+
 def find(cfg: Data) -> Source:
     """The source that ``cfg`` names.
 
     Raises:
-        UsageError: If it is unknown, or its files are not where ``data.root`` says.
+        UsageError: it is unknown, or its files are not where ``data.root`` says.
     """
     if cfg._target_ is not None:
         return outside(cfg._target_, cfg.options)
@@ -93,7 +100,7 @@ def imagenet(cfg: Data, root: Path) -> Source:
     """ImageNet as its users keep it: folders of synsets in ``train`` and ``val``, or the hub's parquet shards.
 
     Raises:
-        UsageError: If neither is there, or the validation images lie in ``val`` itself, as their archive has them.
+        UsageError: neither is there, or the validation images lie in ``val`` itself, as their archive has them.
     """
     train, val = root / "train", root / "val"
     if train.is_dir() and any(each.is_dir() for each in train.iterdir()):

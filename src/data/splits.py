@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from src.data.augment import middle
+from src.data.augment import center_crop
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Split:
     labels: Tensor  # [N] int64
     rows: Tensor | None = None  # [N] int64, where in the store the images are; None: all of it, in order
     aspects: Tensor | None = None  # [N] float32 on the CPU: width / height of whole images, squeezed in the store
-    middle: int | None = None  # S, of whole images
+    crop_size: int | None = None  # S, of whole images
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -35,12 +35,12 @@ class Split:
     @property
     def size(self) -> int:
         """S."""
-        return self.middle or self.store.shape[-1]
+        return self.crop_size or self.store.shape[-1]
 
     def squares(self, device: torch.device | str) -> Tensor:
         """[N, 3, S, S] uint8, as evaluation and people see them: of whole images the middle."""
         images = self.images.to(device)
-        return images if self.aspects is None else middle(images, self.aspects, self.size)
+        return images if self.aspects is None else center_crop(images, self.aspects, self.size)
 
     @property
     def nbytes(self) -> int:
@@ -65,14 +65,14 @@ class Split:
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Holds out ``fraction`` of the rows, in the same proportion in every class.
+    """Hold out ``fraction`` of the rows, in the same proportion in every class.
 
     Rows that do not divide go to the classes with the largest remainders. A class always keeps at least one row.
 
     Args:
         labels: [N] int64.
-        fraction: Of the rows to hold out, in [0, 1).
-        seed: Chooses which rows of a class are held out, and which classes win ties.
+        fraction: of the rows to hold out, in [0, 1).
+        seed: chooses which rows of a class are held out, and which classes win ties.
 
     Returns:
         The rows that remain and the rows held out, both ascending int64.
@@ -98,15 +98,15 @@ def held_out_tenth(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def class_balanced_subset(labels: Tensor, limit: int, seed: int) -> Tensor:
-    """Picks ``limit`` rows such that class counts differ by at most one.
+    """Pick ``limit`` rows such that class counts differ by at most one.
 
     Classes with too few rows give all they have, and the others share what is missing as evenly. With one seed a
     smaller subset is contained in every larger one.
 
     Args:
         labels: [N] int64.
-        limit: How many rows, at most N.
-        seed: Chooses the rows of a class, and the classes that get one more.
+        limit: how many rows, at most N.
+        seed: chooses the rows of a class, and the classes that get one more.
 
     Returns:
         [limit] int64 rows, ascending.

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from src.support.clusters import entropy
 
-SAME = 0.01  # the distance from the mean, over the norm, below which features are constant: bfloat16 rounds to 0.004
-NEAR_ONE = 1.5  # an effective rank of collapsed features; two directions that are used alike make 2
-FEWEST = 8  # rows and columns from which an effective rank tells anything
+# Features are constant whose distance from the mean is at most so much of their norm: bfloat16 rounds to 0.004.
+CONSTANT_TOLERANCE = 0.01
+COLLAPSED_RANK = 1.5  # an effective rank of collapsed features; two directions that are used alike make 2
+MIN_ROWS_FOR_RANK = 8  # rows and columns from which an effective rank tells anything
 
 
 def alignment(x_BF: Tensor, y_BF: Tensor) -> float:
@@ -54,14 +55,14 @@ def collapsed_rank(x_NF: Tensor) -> float | None:
     Few rows or columns have a low rank anyway, and are never said to have collapsed.
     """
     images, width = x_NF.shape
-    if min(images - 1, width) < FEWEST:
+    if min(images - 1, width) < MIN_ROWS_FOR_RANK:
         return None
     x_NF = x_NF.double()
     centred_NF = x_NF - x_NF.mean(0)
-    if centred_NF.norm() <= SAME * x_NF.norm():
+    if centred_NF.norm() <= CONSTANT_TOLERANCE * x_NF.norm():
         return 0.0
     rank = _rank(centred_NF.T if images < width else centred_NF)
-    return rank if rank < NEAR_ONE else None
+    return rank if rank < COLLAPSED_RANK else None
 
 
 def _rank(centred_NF: Tensor) -> float:

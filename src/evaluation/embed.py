@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = "embeddings.parquet"  # in a run's folder
 ROWS_AT_ONCE = 4096  # images in a row group, which is all that memory holds
-FEWEST = 3  # images of which t-SNE makes a map
+MIN_MAP_IMAGES = 3  # images of which t-SNE makes a map
 
 
-class Part(NamedTuple):
+class NamedSplit(NamedTuple):
     """Images to embed."""
 
     split: Split  # with the label `UNLABELLED` where there is none
@@ -87,7 +87,7 @@ def main(
         with whole(path) as file:
             shown_MF = _write(file, frozen, parts, data.classes, shown_N, said)
         print(path, f"{len(labels_N):,} images, {shown_MF.shape[1]} numbers each", sep="\n    ")
-        if len(shown_MF) >= FEWEST:
+        if len(shown_MF) >= MIN_MAP_IMAGES:
             picture = io.BytesIO()
             draw(F.normalize(shown_MF, dim=1), labels_N[shown_N], data.classes).savefig(picture, dpi=120)
             write_whole(path.with_suffix(".png"), picture.getvalue())
@@ -98,7 +98,7 @@ def main(
 def _write(
     file: BinaryIO,
     frozen: FrozenEncoder,
-    parts: Sequence[Part],
+    parts: Sequence[NamedSplit],
     classes: Sequence[str],
     shown_N: Tensor,
     said: dict[str, str],
@@ -133,7 +133,7 @@ def _utf8(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-def _parts(data: Dataset, cfg: schema.Data, everything: bool) -> list[Part]:
+def _parts(data: Dataset, cfg: schema.Data, everything: bool) -> list[NamedSplit]:
     """The test images, or all that there are.
 
     Raises:
@@ -146,7 +146,7 @@ def _parts(data: Dataset, cfg: schema.Data, everything: bool) -> list[Part]:
         if split is not None and len(split):
             labelled = name != "train" or data.labelled
             labels_N = split.labels if labelled else torch.full_like(split.labels, UNLABELLED)
-            parts.append(Part(replace(split, labels=labels_N), _of_rows(found[name], split)))
+            parts.append(NamedSplit(replace(split, labels=labels_N), _of_rows(found[name], split)))
     if not parts:
         raise UsageError("the run's data have no test images, because no image has a label: choose images with data=")
     return parts

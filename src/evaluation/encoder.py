@@ -212,7 +212,7 @@ def _load_pyfunc(path: str) -> Encoder:
 
 def is_of_timm(facts: Mapping[str, Any]) -> bool:
     """Whether the architecture's name is timm's."""
-    return facts["architecture"] not in (*schema.RESNETS, schema.RESNET_TINY) and "_target_" not in facts["options"]
+    return schema.Backbone(facts["architecture"], **facts["options"]).is_timm
 
 
 def read_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:

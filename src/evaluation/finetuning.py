@@ -17,7 +17,7 @@ from src.data import Dataset
 from src.data.splits import Split, held_out_tenth
 from src.errors import Diverged
 from src.evaluation.probes import FrozenEncoder, cropped_batches, topk_percent
-from src.models import SplitBatchNorm
+from src.models import SplitBatchNorm, autocast
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def fine_tune(
     steps, is given.
 
     Returns:
-        What gives logits [B, C] in the place of features. The encoder that it began with stays as it was.
+        A `FrozenEncoder` whose features are the logits [B, C]. The encoder passed in is unchanged.
 
     Raises:
         Diverged: the loss stopped being finite.
@@ -57,7 +57,7 @@ def fine_tune(
     for epoch in range(cfg.epochs):
         for views, labels_B in batches(epoch):
             views = views.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(frozen.device.type, frozen.dtype, enabled=frozen.dtype != torch.float32):
+            with autocast(frozen.device, frozen.dtype):
                 logits_BC = network(views)
             loss = F.cross_entropy(logits_BC.float(), labels_B)
             optimizer.zero_grad()

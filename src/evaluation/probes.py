@@ -20,6 +20,7 @@ from src.data.augment import ViewMaker, normalise
 from src.data.batches import epoch_batches
 from src.data.splits import Split, class_balanced_subset
 from src.errors import Diverged
+from src.models import autocast
 from src.support.search import Search
 from src.system.seeding import mix, seed_everything
 
@@ -78,7 +79,7 @@ class FrozenEncoder:
         self.encoder.eval()
         # Not compiled: the shapes are others than training's, and would cost more than they save.
         eager = torch.compiler.set_stance("force_eager")
-        with eager, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with eager, autocast(self.device, self.dtype):
             features = self.encoder(images.to(self.device, memory_format=torch.channels_last))
         self.encoder.train(training)
         return features.float()

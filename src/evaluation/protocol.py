@@ -1,24 +1,17 @@
-"""What a frozen encoder is worth: during training on validation, at the end, once, on test.
-
-``python -m src.evaluate run=NAME`` (or ``checkpoint=PATH``) repeats the final evaluation of a run and writes it there.
-"""
+"""What a frozen encoder is worth: during training on validation, at the end, once, on test."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from src import build
-from src.config import identity, schema
+from src.config import schema
 from src.config.names import TEACHER, UNTRAINED
-from src.config.parse import parse
-from src.data import Dataset, load
+from src.data import Dataset
 from src.data.splits import Split, class_balanced_subset, held_out_tenth
 from src.errors import UsageError
 from src.evaluation.diagnostics import effective_rank
@@ -33,16 +26,9 @@ from src.evaluation.probes import (
     knn_scores,
     topk_percent,
 )
-from src.runs import checkpoint
-from src.runs import directory as run_directory
-from src.runs.query import named_run
-from src.runs.record import CHECKPOINTS, RECORD, TAG_DTYPE, TAG_EVALUATED, Record
-from src.runs.tracker import Tracker
 from src.support.search import Search
 
 T = TypeVar("T", Split, Features)
-
-OWN = "the run's own settings"
 
 logger = logging.getLogger(__name__)
 
@@ -191,128 +177,3 @@ def warn_of_few_neighbours(cfg: schema.Evaluation, data: Dataset) -> None:
     images = len(data.probe) // len(data.classes)
     if neighbours(cfg, images) != [cfg.knn_k]:
         logger.warning("evaluation.knn_k=%d: a class has %d training images, so that many vote", cfg.knn_k, images)
-
-
-def main(composed: DictConfig) -> dict[str, float]:
-    """Evaluate the encoder of a finished run, on its own data or on another set, and log to the run.
-
-    Protocol and precision are the run's own unless the command line says otherwise. The metrics are named as in
-    training where they are; ``test_original/...``, after the protocol, where one of its settings or the arithmetic
-    differs, and ``teacher_original/test/...`` of a teacher; ``transfer/NAME-FINGERPRINT/...``, of which eight digits,
-    before that on another data set. A tag says by which settings, where they are not the run's. A checkpoint away from
-    its run's directory is evaluated too; its figures are only printed.
-
-    Raises:
-        UsageError: there is no such checkpoint, its run is not finished, its own images have become others, or the
-            settings do not fit.
-    """
-    path, saved = _checkpoint(composed)
-    directory = path.parent.parent
-    record = Record.find(directory)
-    if record and record.status != "FINISHED":
-        # Test figures of a run in progress could guide its choices; and its status must stay what it is.
-        raise UsageError(f"{directory}: the run is {record.status}, not FINISHED; run its training command again first")
-
-    with checkpoint.understood(path):
-        before = parse(OmegaConf.create(saved["config"]))
-        cfg = _merged(saved["config"], composed)
-    device = build.device(cfg.device)
-    data = load(cfg.data).on(device)
-    warn_of_few_neighbours(cfg.evaluation, data)
-    if not data.classes:
-        raise UsageError(f"data={cfg.data.name}: no image has a label to evaluate with; choose other images with data=")
-    refuse_too_few(data)
-    dtype = build.precision(cfg.precision, device)
-    protocol = Protocol(data, cfg.evaluation, build.search(cfg.search, device), cfg.seed)
-    metrics = protocol.final(_frozen("encoder", path, saved, cfg, device, dtype))
-    if cfg.evaluation.teacher:
-        metrics |= protocol.of_teacher(_frozen("teacher_encoder", path, saved, cfg, device, dtype))
-    arithmetic = str(dtype).removeprefix("torch.")
-    is_other = record is not None and record.tags.get(TAG_DTYPE, arithmetic) != arithmetic
-    if _protocol(cfg) != _protocol(before) or is_other:
-        metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
-    if composed.get("data"):
-        metrics = {f"transfer/{cfg.data.name}-{data.fingerprint[:8]}/{key}": value for key, value in metrics.items()}
-    _print(str(directory if record else path), metrics)
-    if record:
-        with run_directory.exclusive(directory):
-            name = "mlflow" if record.entry.for_mlflow else "jsonl"
-            tracking = replace(cfg.tracking, name=name, experiment=record.experiment, parent=None)
-            chosen = " ".join([*_chosen(cfg, before), *([f"precision={arithmetic}"] if is_other else [])])
-            families = {f"{TAG_EVALUATED}/{key.rpartition('/')[0]}" for key in metrics}
-            tags = {tag: chosen or OWN for tag in families if chosen or tag in record.tags}
-            for tag, now in tags.items():
-                if record.tags.get(tag, now) != now:
-                    logger.warning("%s: was with %s; its figures are now with %s", tag, record.tags[tag], now)
-            tracker = Tracker(directory, tracking, {}, tags, reopens=True)
-            tracker.log(metrics, saved["step"])
-            tracker.close("FINISHED")
-        entry = tracker.record.entry
-        taken = entry.for_mlflow and entry.has == tracker.record.state(record.experiment)
-        print(f"written to {directory / RECORD}{' and MLflow' if taken else ''}")
-    return metrics
-
-
-def _print(whose: str, metrics: dict[str, float]) -> None:
-    width = max(map(len, metrics))
-    print(f"{whose}:")
-    for key, value in metrics.items():
-        print(f"    {key:{width}} {value:6.{0 if key.endswith('/knn_k') else 2}f}")
-
-
-def _frozen(
-    part: str, path: Path, saved: dict[str, Any], cfg: schema.Config, device: torch.device, dtype: torch.dtype
-) -> FrozenEncoder:
-    """The encoder that is a part of a saved method."""
-    encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
-    with checkpoint.understood(path):
-        prefix = f"{part}."
-        weights = {key.removeprefix(prefix): v for key, v in saved["model"].items() if key.startswith(prefix)}
-        checkpoint.restore(encoder, weights, path)
-        mean, std = ([float(each) for each in saved[key]] for key in ("mean", "std"))
-        if not len(mean) == len(std) == 3:
-            raise ValueError(f"mean and std of {len(mean)} and {len(std)} channels")
-    encoder.to(device).to(memory_format=torch.channels_last)
-    return FrozenEncoder(encoder, mean, std, device, dtype)
-
-
-def _chosen(cfg: schema.Config, before: schema.Config) -> list[str]:
-    """The settings by which an evaluation differs from the one at its run's end, as they are typed."""
-    then, now = identity.flat(before), identity.flat(cfg)
-    of_images = {key for key in now | then if key.startswith("data.") and identity.is_setting(key)}
-    counted = of_images - {"data.fingerprint"} | set(filter(identity.is_protocol, now | then))  # it is in the name
-    return [f"{key}={now.get(key, 'null')}" for key in sorted(counted) if now.get(key) != then.get(key)]
-
-
-def _protocol(cfg: schema.Config) -> schema.Evaluation:
-    """How one encoder is evaluated, without what matters during training only."""
-    return replace(cfg.evaluation, every=0, online_lr=0.0, bank=None, pictures=False, teacher=False)
-
-
-def _merged(saved: dict[str, Any], composed: DictConfig) -> schema.Config:
-    """The run's config with what this command line chose."""
-    cfg = OmegaConf.create(saved)
-    for key in ("search", "device", "precision", "data"):
-        if composed.get(key):
-            cfg[key] = composed[key]
-    chosen = {key: value for key, value in composed.evaluation.items() if value is not None}
-    cfg.evaluation = chosen if "name" in chosen else {**cfg.evaluation, **chosen}
-    if composed.data_root:
-        cfg.data.root = composed.data_root
-    return parse(cfg)
-
-
-def _checkpoint(composed: DictConfig) -> tuple[Path, dict[str, Any]]:
-    given = [key for key in ("run", "checkpoint", "run_id") if composed[key] is not None]
-    if len(given) != 1:
-        raise UsageError("give one of run=NAME and checkpoint=PATH")
-    named = str(composed[given[0]])
-    path = Path(named).expanduser()
-    if path.is_file():
-        return path, checkpoint.load(path)
-    path = path if path.is_dir() else named_run(named, given[0])
-    directory = path if path.name == CHECKPOINTS else path / CHECKPOINTS
-    found = checkpoint.load_latest(directory) if directory.is_dir() else None
-    if found is None:
-        raise UsageError(f"{directory}: there is no checkpoint; give a checkpoint's file or its run's folder")
-    return found

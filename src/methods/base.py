@@ -38,7 +38,8 @@ class Method(nn.Module, ABC):
     One from outside this project (docs/extending.md) is made as ``TheClass(parts, **settings)``: the annotations of its
     constructor are the types of the settings that its YAML file may have.
 
-    All that a resume needs is in ``state_dict()``. Parameters that require no gradient are left to the method.
+    All that a resume needs is in ``state_dict()``. The optimizer skips parameters
+    without ``requires_grad``; the method updates those itself.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -59,8 +60,8 @@ class Method(nn.Module, ABC):
         return loss + objective.decorrelation * cross_correlation(z1, z2, objective.off_diagonal)
 
     @property
-    def asks_with(self) -> tuple[nn.Module, nn.Module]:
-        """The encoder and the projector whose embeddings the support set is asked with."""
+    def lookup_networks(self) -> tuple[nn.Module, nn.Module]:
+        """The encoder and the projector whose embeddings are looked up in the support set."""
         return self.encoder, self.projector
 
     @property
@@ -75,5 +76,5 @@ class Method(nn.Module, ABC):
         """Called after every step of the optimizer, before the support set takes in the batch.
 
         Args:
-            progress: the share of all steps that are done: above 0, 1 with the last.
+            progress: the fraction of all steps that are done: above 0, 1 with the last.
         """

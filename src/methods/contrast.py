@@ -14,15 +14,15 @@ from src.models import predictor
 class Contrast(Method):
     """Each view is pulled towards its other view, and towards what the support set finds nearest to that other view.
 
-    SimCLR stores nothing and has the first pull alone, NNCLR asks a queue, KMCLR prototypes. Until a support set is
+    SimCLR stores nothing and has the first pull alone, NNCLR has a queue, KMCLR prototypes. Until a support set is
     filled, and where nothing is stored, its positive is the other view, without a gradient. View 1 enters the support
     set after the optimizer's step, when the loop says so.
 
     Source: SimCLR: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020,
     section 2. NNCLR: Dwibedi et al., "With a Little Help from My Friends", ICCV 2021, section 3.2, equations 3 and 4
     (symmetric form). KMCLR: https://github.com/mwritescode/nnclr-cifar100, which replaces NNCLR's queue by online
-    k-means. The last two are ``objective=published``. Deviations: those of `support_contrast` and `info_nce`; nothing
-    is asked of a support set before it is filled.
+    k-means. The last two are ``objective=published``. Deviations: those of `support_contrast` and `info_nce`; a support
+    set is not used before it is filled.
 
     Args:
         parts: encoder, projector, support set.

@@ -1,4 +1,4 @@
-"""BYOL, MNN and relations: no negatives; a slow copy of the networks gives the targets, and a support set has a say."""
+"""BYOL, MNN and ReSSL: no negatives; a slow copy of the networks gives the targets, a support set may add to them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class WithTeacher(Method):
     """Each view's prediction is pulled towards a teacher's embedding of the other view, and to what is stored near it.
 
     The teacher is a running mean of encoder and projector: it has no gradient, and batch statistics of its own. Until a
-    support set is filled, and where nothing is stored, the loss is BYOL's. The support set is asked with the teacher's
-    embeddings, and takes in those of view 2, the weak one. Features are the student's.
+    support set is filled, and where nothing is stored, the loss is BYOL's. The teacher's embeddings are looked up in
+    the support set, which takes in those of view 2, the weak one. Features are the student's.
 
     Source: Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, section 3.1, with a constant momentum.
 
@@ -41,7 +41,7 @@ class WithTeacher(Method):
         self._average = get_ema_multi_avg_fn(objective.momentum)
 
     @property
-    def asks_with(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+    def lookup_networks(self) -> tuple[torch.nn.Module, torch.nn.Module]:
         return self.teacher_encoder, self.teacher_projector
 
     @property
@@ -56,7 +56,7 @@ class WithTeacher(Method):
             targets = torch.cat([self._targets(view) for view in (view1, view2)])
 
         if self.support is not None and self.support.ready:
-            loss, ids = self.with_stored(self.support, predictions, targets)
+            loss, ids = self.loss_with_support(self.support, predictions, targets)
         else:
             loss, ids = 2 * cosine_distance(predictions, targets), None
         loss = self.decorrelated(loss, z1, z2, self.objective)
@@ -73,8 +73,8 @@ class WithTeacher(Method):
         return self.teacher_projector(self.teacher_encoder(view[order]))[order.argsort()]
 
     @abstractmethod
-    def with_stored(self, support: SupportSet, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss where the support set has a say, and the stored vector [2B] nearest to each target.
+    def loss_with_support(self, support: SupportSet, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss with a support set, and the id [2B] of the stored vector nearest to each target.
 
         Args:
             support: is ready.
@@ -95,25 +95,25 @@ class WithTeacher(Method):
 
 
 class Teacher(WithTeacher):
-    """The support set's say is a mixture: of the target and of what is found nearest to it.
+    """MNN: predictions are also pulled towards mixtures of the target and what is stored nearest to it.
 
-    Their shares are drawn anew at every step, for either direction.
+    The weight of the neighbours is drawn anew at every step, for either direction.
 
-    Source: MNN, https://github.com/pc-cp/MNN. Deviation: a queue has no say until it is full, where the original
+    Source: MNN, https://github.com/pc-cp/MNN. Deviation: a queue is not used until it is full, where the original
     starts from random vectors.
     """
 
     objective: schema.Teacher
 
-    def with_stored(self, support: SupportSet, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_with_support(self, support: SupportSet, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with support.stopwatch:
             neighbours, ids = support.nearest(targets, self.objective.neighbours)
-        shares = torch.rand(2).repeat_interleave(len(targets) // 2).to(targets.device, non_blocking=True)
-        return teacher_regression(predictions, targets, neighbours, shares), ids[:, 0]
+        weights = torch.rand(2).repeat_interleave(len(targets) // 2).to(targets.device, non_blocking=True)
+        return teacher_regression(predictions, targets, neighbours, weights), ids[:, 0]
 
 
 class Relation(WithTeacher):
-    """The support set's say is a relation: a prediction is to be as near to each stored vector as the target is.
+    """ReSSL: a prediction is also to be as near to each stored vector as the target is.
 
     Source: ReSSL, see `src.losses.relation`. Deviations: both directions, where its teacher sees the weak view alone;
     BYOL's heads; the pull towards the target stays beside it.
@@ -121,7 +121,7 @@ class Relation(WithTeacher):
 
     objective: schema.Relation
 
-    def with_stored(self, support: SupportSet, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_with_support(self, support: SupportSet, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with support.stopwatch:
             ids, stored = support.lookup(targets).ids, support.vectors_ND
         temperatures = self.objective.student_temperature, self.objective.teacher_temperature

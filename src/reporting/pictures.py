@@ -20,7 +20,7 @@ from torch import Tensor
 from src.data import Dataset
 from src.data.decoding import UNLABELLED
 from src.data.splits import Split
-from src.evaluation.embed import FEWEST
+from src.evaluation.embed import MIN_MAP_IMAGES
 from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method
 from src.reporting.plots import write_png
@@ -80,7 +80,7 @@ def illustrate(
             write_png(figure, kept, dpi=100)
             write_whole(directory / f"{name}.png", kept.read_bytes())
             paths.append(kept)
-    if last and data.val is not None and len(data.val) >= FEWEST:
+    if last and data.val is not None and len(data.val) >= MIN_MAP_IMAGES:
         val = data.val.take(mapped(data.val.labels, len(data.classes)))
         z_ND = embed(method, frozen, val)
         marked = support.lookup(z_ND) if support.shared else None
@@ -105,7 +105,7 @@ def mapped(labels_N: Tensor, classes: int) -> Tensor:
 def embed(method: Method, frozen: FrozenEncoder, split: Split) -> Tensor:
     """Embeddings [N, D] of a split's images, as they are, with which the support set is asked."""
     frozen = copy.copy(frozen)
-    frozen.encoder, projector = method.asks_with
+    frozen.encoder, projector = method.lookup_networks
     training = projector.training
     projector.eval()
     with torch.compiler.set_stance("force_eager"):

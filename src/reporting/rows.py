@@ -34,7 +34,7 @@ FIGURES = {
 # Figures beside the linear probe's; a name after `test` says that a run was evaluated so after its end.
 FEWSHOT = re.compile(r"test(_fewshot)?/fewshot_(\d+(?:\.\d+)?(?:e-\d+)?)pct_top1", re.ASCII)
 FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
-# Of a teacher, by other settings, or on other images (src.evaluation.protocol).
+# Of a teacher, by other settings, or on other images (src.evaluation.evaluate).
 ELSEWHERE = re.compile(r"(?:transfer/([^/]+)/)?((?:teacher\w*/)?test\w*)/linear_top1", re.ASCII)
 LATER = ", evaluated later"
 OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs

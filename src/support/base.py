@@ -1,6 +1,6 @@
 """Support sets: where a view gets its positive from when it is not the other view.
 
-Shapes: B batch, D dimensions, N stored vectors.
+Shapes: B batch, D dimensions, K neighbours, N stored vectors, Q queries (2B while it trains: both views of a batch).
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ NEED_LABELS = ("support/label_agreement", "support/purity", "support/nmi")  # fi
 class Neighbors(NamedTuple):
     """What a lookup found: one for each query, or the K nearest, nearest first."""
 
-    embeddings: Tensor  # [B, D] or [B, K, D] float32, unit norm, detached
-    ids: Tensor  # [B] or [B, K] int64, queue slot or prototype
+    embeddings: Tensor  # [Q, D] or [Q, K, D] float32, unit norm, detached
+    ids: Tensor  # [Q] or [Q, K] int64, queue slot or prototype
+
+    def first(self) -> Neighbors:
+        """Of the K nearest [Q, K, D] the nearest one [Q, D]."""
+        return Neighbors(self.embeddings[:, 0], self.ids[:, 0])
 
 
 class Space(NamedTuple):
-    """What a support set from outside this project is told besides its settings."""
+    """What a support set is made for; one from outside this project is given it besides its settings."""
 
     dim: int  # D, of the embeddings
     classes: int  # of the images, for diagnostics
@@ -50,7 +54,7 @@ class SupportSet(Slots, ABC):
     """
 
     shared = False  # whether an entry stands for many images, so that rows with one id must not repel each other
-    hits_N: Tensor
+    hits_N: Tensor  # [M], of the slots that this process holds
     label_hits: Tensor
     self_hits: Tensor
 
@@ -72,11 +76,11 @@ class SupportSet(Slots, ABC):
         """Memory of the stored vectors, in bytes (what a method pays for its positives; diagnostics not counted)."""
 
     @abstractmethod
-    def lookup(self, embeddings_BD: Tensor) -> Neighbors:
+    def lookup(self, embeddings_QD: Tensor) -> Neighbors:
         """Find each embedding's nearest stored vector. Never changes the support set."""
 
-    def nearest(self, embeddings_BD: Tensor, count: int) -> Neighbors:
-        """Find each embedding's ``count`` nearest stored vectors, [B, K, D] and [B, K]; as `lookup` otherwise.
+    def nearest(self, embeddings_QD: Tensor, count: int) -> Neighbors:
+        """Find each embedding's K = ``count`` nearest stored vectors, [Q, K, D] and [Q, K]; as `lookup` otherwise.
 
         Raises:
             UsageError: this support set finds no more than one.
@@ -85,7 +89,7 @@ class SupportSet(Slots, ABC):
             raise UsageError(
                 f"objective.neighbours={count}: {type(self).__name__} finds one; set objective.neighbours=1"
             )
-        found = self.lookup(embeddings_BD)
+        found = self.lookup(embeddings_QD)
         return Neighbors(found.embeddings[:, None], found.ids[:, None])
 
     @property
@@ -104,29 +108,29 @@ class SupportSet(Slots, ABC):
     def start_epoch(self, epoch: int) -> None:
         """Called before each epoch, counted from 0."""
 
-    def record(self, ids_B: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
-        """Note which entries were nearest to whom; `stats` sums it up.
+    def record(self, ids_Q: Tensor, images_Q: Tensor, labels_Q: Tensor) -> None:
+        """Count which entries were nearest to which queries, for `stats`.
 
-        To be called before `update`, which lets the anchors themselves into the entries.
+        Call it before `update`, which overwrites entries with the anchors themselves.
 
         Args:
-            ids_B: of the first views of a batch, then of its second views.
-            images_B: whose views they are.
-            labels_B: their classes.
+            ids_Q: the nearest entry of each query.
+            images_Q: the image that each query is a view of.
+            labels_Q: the class of that image.
         """
-        rows_B, mine_B = self.shard.rows(ids_B)
-        self.hits_N.index_add_(0, rows_B, mine_B.to(self.hits_N.dtype))
-        if (labels := self.labels_of(ids_B)) is not None:
-            self.label_hits += (labels == labels_B).sum()
-        if (images := self.images_of(ids_B)) is not None:
-            self.self_hits += (images == images_B).sum()
+        rows_Q, is_mine_Q = self.shard.rows(ids_Q)
+        self.hits_N.index_add_(0, rows_Q, is_mine_Q.to(self.hits_N.dtype))
+        if (found_Q := self.labels_of(ids_Q)) is not None:
+            self.label_hits += (found_Q == labels_Q).sum()
+        if (found_Q := self.images_of(ids_Q)) is not None:
+            self.self_hits += (found_Q == images_Q).sum()
 
-    def labels_of(self, ids_B: Tensor) -> Tensor | None:  # noqa: ARG002
-        """The class each entry stands for, -1 where there is none; None: the support set does not know."""
+    def labels_of(self, ids_Q: Tensor) -> Tensor | None:  # noqa: ARG002
+        """The class [Q] that each entry stands for, -1 where there is none; None: the support set does not know."""
         return None
 
-    def images_of(self, ids_B: Tensor) -> Tensor | None:  # noqa: ARG002
-        """The one image that each entry is an embedding of, -1 where it is not of one image; None: not known."""
+    def images_of(self, ids_Q: Tensor) -> Tensor | None:  # noqa: ARG002
+        """The one image [Q] that each entry is an embedding of, -1 where it is of several; None: not known."""
         return None
 
     def age_steps(self) -> float:

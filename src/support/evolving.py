@@ -14,8 +14,8 @@ from src.support.base import Neighbors, Space
 from src.support.kmeans import KMeans
 
 Several = Annotated[int, Field(ge=2, lt=INT64_BOUND)]
-FEWEST = 2  # with a single prototype all images would share it
-TENTH = 10  # prototypes for each that is proposed at a time: enough to grow fourfold in fifteen times
+MIN_PROTOTYPES = 2  # with a single one all images would share it
+PROTOTYPES_PER_PROPOSAL = 10  # one more is proposed for so many that there are: 15 proposals make four times as many
 
 
 class Evolving(KMeans):
@@ -38,7 +38,7 @@ class Evolving(KMeans):
     Prototypes in use are the first slots of buffers of fixed size. ``support/size`` is their number, and
     ``support/peak_size`` the largest so far.
 
-    Shapes: B batch, D dimensions, K slots, U slots in use.
+    Shapes: B batch, D dimensions, K slots, P pairs to unite, Q queries, U slots in use.
 
     Source: Kulis and Jordan, "Revisiting k-means: New Algorithms via Bayesian Nonparametrics", ICML 2012, equation 3
     (the cost, with a penalty that is absolute). Ward, "Hierarchical Grouping to Optimize an Objective Function", JASA
@@ -48,8 +48,8 @@ class Evolving(KMeans):
         space: dimensions, classes, search.
         size: K, the most prototypes.
         start: as many are seeded by the first embeddings.
-        penalty: the share of all scatter that a prototype must explain.
-        every: steps.
+        penalty: the fraction of all scatter that a prototype must explain.
+        every: steps between two times at which prototypes merge and split.
 
     Raises:
         UsageError: ``start`` is more than ``size``.
@@ -58,7 +58,7 @@ class Evolving(KMeans):
     def __init__(self, space: Space, size: Several, start: Several, penalty: BelowOne, every: Count) -> None:
         if start > size:
             raise UsageError(f"support.start={start}: more than support.size={size}; lower it")
-        super().__init__(size, *space, half_life=every)
+        super().__init__(size, space.dim, space.classes, space.search, half_life=every)
         self.seeds = start
         self.penalty = penalty
         self.every = every
@@ -76,7 +76,7 @@ class Evolving(KMeans):
         return self.peak >= self.seeds
 
     @torch.no_grad()
-    def nearest(self, embeddings_BD: Tensor, count: int) -> Neighbors:
+    def nearest(self, embeddings_QD: Tensor, count: int) -> Neighbors:
         """Find each embedding's nearest prototypes among those in use.
 
         Raises:
@@ -86,11 +86,11 @@ class Evolving(KMeans):
             raise UsageError(
                 f"objective.neighbours={count}: {self.seeded} prototypes are left; lower it, or support.penalty"
             )
-        return super().nearest(embeddings_BD, count)
+        return super().nearest(embeddings_QD, count)
 
     @torch.no_grad()
     def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
-        """As online k-means, and at its time decide which prototypes there are."""
+        """Update as online k-means does; every so many steps, merge and split."""
         super().update(embeddings_BD, images_B, labels_B)
         if self.ready and self.step % self.every == 0:
             self._merge()
@@ -111,16 +111,16 @@ class Evolving(KMeans):
         counts_U, means_UD = self.counts_K[: self.seeded], self.means_KD[: self.seeded]
         weights_U = counts_U / counts_U.sum()
         most = self.penalty * (1 - (weights_U @ means_UD).square().sum())
-        while self.seeded > FEWEST:
+        while self.seeded > MIN_PROTOTYPES:
             costs_UU = self._costs().fill_diagonal_(torch.inf)
             cheapest_U, partner_U = costs_UU.min(1)
             slots_U = torch.arange(self.seeded, device=costs_UU.device)
             mutual_U = (partner_U[partner_U] == slots_U) & (slots_U < partner_U)
-            kept = (mutual_U & (cheapest_U <= most)).nonzero()[:, 0]
-            kept = kept[cheapest_U[kept].argsort()][: self.seeded - FEWEST]
-            if not len(kept):
+            kept_P = (mutual_U & (cheapest_U <= most)).nonzero()[:, 0]
+            kept_P = kept_P[cheapest_U[kept_P].argsort()][: self.seeded - MIN_PROTOTYPES]
+            if not len(kept_P):
                 return
-            self._unite(kept, partner_U[kept])
+            self._unite(kept_P, partner_U[kept_P])
 
     def _costs(self) -> Tensor:
         """What uniting each two of those in use would add to the scatter [U, U], over the weight of all members."""
@@ -128,17 +128,17 @@ class Evolving(KMeans):
         both_UU = (counts_U[:, None] + counts_U).clamp(min=1e-12) * counts_U.sum()
         return counts_U[:, None] * counts_U / both_UU * torch.cdist(means_UD, means_UD).square()
 
-    def _unite(self, kept: Tensor, gone: Tensor) -> None:
-        """Let each of ``kept`` take over the members of its partner in ``gone``, whose slots are free then."""
-        share = self.counts_K[gone] / (self.counts_K[kept] + self.counts_K[gone]).clamp(min=1e-12)
-        self.means_KD[kept] = self.means_KD[kept].lerp(self.means_KD[gone], share[:, None])
+    def _unite(self, kept_P: Tensor, gone_P: Tensor) -> None:
+        """Let each slot in ``kept_P`` take over the members of its partner in ``gone_P``, which becomes free."""
+        weight_P = self.counts_K[gone_P] / (self.counts_K[kept_P] + self.counts_K[gone_P]).clamp(min=1e-12)
+        self.means_KD[kept_P] = self.means_KD[kept_P].lerp(self.means_KD[gone_P], weight_P[:, None])
         for summed in (self.counts_K, self.classes_KC, self.served_KC, self.hits_N):
-            summed[kept] += summed[gone]
-        self.idle_K[kept] = self.idle_K[kept].minimum(self.idle_K[gone])
-        self.written_K[kept] = self.written_K[kept].maximum(self.written_K[gone])
-        self.images_K[kept] = -1
-        in_use_U = torch.ones(self.seeded, dtype=torch.bool, device=gone.device)
-        in_use_U[gone] = False
+            summed[kept_P] += summed[gone_P]
+        self.idle_K[kept_P] = self.idle_K[kept_P].minimum(self.idle_K[gone_P])
+        self.written_K[kept_P] = self.written_K[kept_P].maximum(self.written_K[gone_P])
+        self.images_K[kept_P] = -1
+        in_use_U = torch.ones(self.seeded, dtype=torch.bool, device=gone_P.device)
+        in_use_U[gone_P] = False
         slots = in_use_U.nonzero()[:, 0]
         self.seeded = len(slots)
         known = (self.means_KD, self.counts_K, self.idle_K, self.written_K, self.classes_KC, self.served_KC)
@@ -148,7 +148,7 @@ class Evolving(KMeans):
 
     def _split(self, points_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
         """Make prototypes of a few of the batch's embeddings, by the squared distance from those that are there."""
-        new = min(-(-self.seeded // TENTH), self.size - self.seeded, len(points_BD))
+        new = min(-(-self.seeded // PROTOTYPES_PER_PROPOSAL), self.size - self.seeded, len(points_BD))
         distance_B = 1 - self.search(points_BD, self.centroids_KD, 1, "cosine")[0][:, 0]
         # The largest of u^(1/w), u uniform, are a draw without replacement in proportion to w. No host waits for it.
         # Source: Efraimidis and Spirakis, "Weighted random sampling with a reservoir", IPL 2006.

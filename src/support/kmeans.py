@@ -22,7 +22,8 @@ class KMeans(SupportSet):
     that the order of batches does not matter to the mean itself. The first k embeddings seed the centroids, again after
     every reset.
 
-    Shapes: B batch, C classes, D dimensions, K centroids, of which this process holds M.
+    Shapes: B batch, C classes, D dimensions, K centroids, of which this process holds M, P points placed as centroids,
+    Q queries.
 
     Source: Sculley, "Web-Scale K-Means Clustering", WWW 2010, algorithm 1 (the batch form of its per-sample step).
     Spherical: Dhillon and Modha, "Concept Decompositions for Large Sparse Text Data Using Clustering", 2001.
@@ -84,11 +85,10 @@ class KMeans(SupportSet):
         self.register_slots("idle_K", torch.zeros(self.held))  # embeddings since the last that came to this centroid
         self.register_slots("written_K", torch.zeros(self.held, dtype=torch.int64))
         self.register_slots("images_K", torch.full((self.held,), -1))  # whose embedding it is, while it is of one image
-        # For diagnostics only: members by class; since `clear_stats`, anchors served by class; the centroids then; the
-        # window's classes.
-        self.register_slots("classes_KC", torch.zeros(self.held, classes))
-        self.register_slots("served_KC", torch.zeros(self.held, classes))
-        self.register_slots("before_KD", torch.zeros(self.held, dim))
+        # The rest is for diagnostics only.
+        self.register_slots("classes_KC", torch.zeros(self.held, classes))  # members by class
+        self.register_slots("served_KC", torch.zeros(self.held, classes))  # anchors by class, since `clear_stats`
+        self.register_slots("before_KD", torch.zeros(self.held, dim))  # the means at the last `clear_stats`
         self.register_buffer("window_labels_N", torch.full((refit_window if refit_every else 0,), -1))
 
     def get_extra_state(self) -> dict[str, int]:
@@ -115,21 +115,20 @@ class KMeans(SupportSet):
         return F.normalize(self.means_KD[: self.seeded], dim=1)
 
     @torch.no_grad()
-    def lookup(self, embeddings_BD: Tensor) -> Neighbors:
-        """Find the nearest prototype of each embedding ([B, D]; unit norm is given to it where the metric wants it).
+    def lookup(self, embeddings_QD: Tensor) -> Neighbors:
+        """Find the nearest prototype of each embedding, of any norm; it is normalised where the metric is spherical.
 
         Raises:
             ValueError: not all prototypes have been seeded since the start or the last reset.
         """
-        found = self.nearest(embeddings_BD, 1)
-        return Neighbors(found.embeddings[:, 0], found.ids[:, 0])
+        return self.nearest(embeddings_QD, 1).first()
 
     @torch.no_grad()
-    def nearest(self, embeddings_BD: Tensor, count: int) -> Neighbors:
+    def nearest(self, embeddings_QD: Tensor, count: int) -> Neighbors:
         if not self.ready:
             raise ValueError(f"only {self.seeded} of {self.seeds} prototypes are seeded: update first")
-        ids = self._nearest(self._points(embeddings_BD), count)
-        return Neighbors(F.normalize(self.shard.fetch(self.means_KD, ids), dim=2), ids)
+        ids_QK = self._nearest(self._points(embeddings_QD), count)
+        return Neighbors(F.normalize(self.shard.fetch(self.means_KD, ids_QK), dim=2), ids_QK)
 
     @torch.no_grad()
     def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
@@ -159,15 +158,15 @@ class KMeans(SupportSet):
             if self.window is not None:
                 self.window.total = 0
 
-    def record(self, ids_B: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
-        super().record(ids_B, images_B, labels_B)
-        self._count(self.served_KC, ids_B, labels_B)
+    def record(self, ids_Q: Tensor, images_Q: Tensor, labels_Q: Tensor) -> None:
+        super().record(ids_Q, images_Q, labels_Q)
+        self._count(self.served_KC, ids_Q, labels_Q)
 
     def stats(self) -> dict[str, float]:
-        """What every support set tells, and of the prototypes as clusters of the anchors that they served.
+        """Those of every support set, and some of the prototypes as clusters of the anchors that they served.
 
-        ``purity`` and ``nmi`` against the classes; ``drift``: mean cosine distance of a prototype
-        from where it was at `clear_stats`, of those that were there; none where they are not all seeded.
+        ``purity`` and ``nmi`` against the classes; ``drift``: mean cosine distance between where the prototypes are and
+        where they were at `clear_stats`; left out where they are not all seeded.
         """
         stats = super().stats()
         add = self.shard.sum
@@ -185,13 +184,13 @@ class KMeans(SupportSet):
         self.served_KC.zero_()
         self.before_KD.copy_(self.means_KD if self.ready else torch.zeros_like(self.means_KD))
 
-    def labels_of(self, ids_B: Tensor) -> Tensor:
+    def labels_of(self, ids_Q: Tensor) -> Tensor:
         """The commonest class among the members."""
         most_K, class_K = self.classes_KC.max(1)
-        return self.shard.fetch(torch.where(most_K > 0, class_K, -1), ids_B)
+        return self.shard.fetch(torch.where(most_K > 0, class_K, -1), ids_Q)
 
-    def images_of(self, ids_B: Tensor) -> Tensor:
-        return self.shard.fetch(self.images_K, ids_B)
+    def images_of(self, ids_Q: Tensor) -> Tensor:
+        return self.shard.fetch(self.images_K, ids_Q)
 
     def age_steps(self) -> float:
         if not self.seeded:
@@ -202,24 +201,24 @@ class KMeans(SupportSet):
     def _points(self, embeddings_BD: Tensor) -> Tensor:
         return F.normalize(embeddings_BD.float(), dim=1) if self.spherical else embeddings_BD.float()
 
-    def _nearest(self, points_BD: Tensor, count: int = 1) -> Tensor:
+    def _nearest(self, points_QD: Tensor, count: int = 1) -> Tensor:
         metric: Metric = "cosine" if self.spherical else "euclidean"
         bank_MD = self.centroids_KD
-        found = self.search(points_BD, bank_MD, min(count, len(bank_MD)), metric)
+        found = self.search(points_QD, bank_MD, min(count, len(bank_MD)), metric)
         return self.shard.nearest(*found, count)
 
-    def _count(self, counts_KC: Tensor, ids_B: Tensor, labels_B: Tensor) -> None:
-        rows_B, mine_B = self.shard.rows(ids_B)
-        counts_KC.index_put_((rows_B, labels_B), mine_B.to(counts_KC.dtype), accumulate=True)
+    def _count(self, counts_KC: Tensor, ids_Q: Tensor, labels_Q: Tensor) -> None:
+        rows_Q, is_mine_Q = self.shard.rows(ids_Q)
+        counts_KC.index_put_((rows_Q, labels_Q), is_mine_Q.to(counts_KC.dtype), accumulate=True)
 
-    def _place(self, rows: Tensor, points: Tensor, images: Tensor, labels: Tensor) -> None:
-        """Make each point a centroid of its own: mean, count and all that is known of the old one go together."""
-        self.means_KD[rows] = points
-        self.counts_K[rows] = 1
-        self.idle_K[rows] = 0
-        self.written_K[rows] = self.step
-        self.images_K[rows] = images
-        self.classes_KC[rows] = F.one_hot(labels, self.classes_KC.shape[1]).float()
+    def _place(self, rows_P: Tensor, points_PD: Tensor, images_P: Tensor, labels_P: Tensor) -> None:
+        """Make each point a centroid of its own, in place of all that is known of the one that was there."""
+        self.means_KD[rows_P] = points_PD
+        self.counts_K[rows_P] = 1
+        self.idle_K[rows_P] = 0
+        self.written_K[rows_P] = self.step
+        self.images_K[rows_P] = images_P
+        self.classes_KC[rows_P] = F.one_hot(labels_P, self.classes_KC.shape[1]).float()
 
     def _move(self, points_BD: Tensor, labels_B: Tensor) -> None:
         ids_B = self._nearest(points_BD)[:, 0]
@@ -240,7 +239,7 @@ class KMeans(SupportSet):
         # hold: a GPU's host would have to wait to learn which are dead.
         batch = len(points_BD)
         dead_K = self.idle_K >= self.revive_after * self.size
-        turn_K = self.shard.mine(self.shard.whole(dead_K.byte()).cumsum(0)) - 1
+        turn_K = self.shard.local(self.shard.all_gather(dead_K.byte()).cumsum(0)) - 1
         dead_K &= turn_K < batch
         shuffled_B = torch.randperm(batch).to(points_BD.device, non_blocking=True)
         rows_K = shuffled_B[turn_K.clamp(0, batch - 1)]

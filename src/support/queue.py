@@ -17,7 +17,7 @@ from src.support.sharded import Shard
 class Queue(SupportSet):
     """The last ``size`` embeddings; a lookup returns the one with the highest cosine similarity.
 
-    Shapes: B batch, D dimensions, N slots.
+    Shapes: B batch, D dimensions, K neighbours, N slots, Q queries.
 
     Args:
         size: N.
@@ -83,20 +83,19 @@ class Queue(SupportSet):
         return self.ring.filled_ND.float()
 
     @torch.no_grad()
-    def lookup(self, embeddings_BD: Tensor) -> Neighbors:
+    def lookup(self, embeddings_QD: Tensor) -> Neighbors:
         """Search the filled part.
 
         Args:
-            embeddings_BD: [B, D], of any norm.
+            embeddings_QD: of any norm.
 
         Raises:
             ValueError: nothing has been stored yet.
         """
-        found = self.nearest(embeddings_BD, 1)
-        return Neighbors(found.embeddings[:, 0], found.ids[:, 0])
+        return self.nearest(embeddings_QD, 1).first()
 
     @torch.no_grad()
-    def nearest(self, embeddings_BD: Tensor, count: int) -> Neighbors:
+    def nearest(self, embeddings_QD: Tensor, count: int) -> Neighbors:
         """Search the filled part, exactly where it is for more than one.
 
         Raises:
@@ -105,30 +104,30 @@ class Queue(SupportSet):
         bank_ND = self.ring.filled_ND
         if (held := len(bank_ND) * self.shard.count) < count:
             raise ValueError(f"lookup of {count} in a queue that holds {held}: update it first")
-        queries_BD = F.normalize(embeddings_BD.float(), dim=1)
+        queries_QD = F.normalize(embeddings_QD.float(), dim=1)
         if self.lists is not None and self.ready and count == 1:
-            ids_BK = self._by_lists(queries_BD)[:, None]
+            ids_QK = self._by_lists(queries_QD)[:, None]
         else:
-            ids_BK = self._exactly(queries_BD, count)
-        return Neighbors(self.shard.fetch(bank_ND, ids_BK).float(), ids_BK)
+            ids_QK = self._exactly(queries_QD, count)
+        return Neighbors(self.shard.fetch(bank_ND, ids_QK).float(), ids_QK)
 
-    def _exactly(self, queries_BD: Tensor, count: int = 1) -> Tensor:
+    def _exactly(self, queries_QD: Tensor, count: int = 1) -> Tensor:
         bank_ND = self.ring.filled_ND
-        return self.shard.nearest(*self.search(queries_BD, bank_ND, min(count, len(bank_ND))), count)
+        return self.shard.nearest(*self.search(queries_QD, bank_ND, min(count, len(bank_ND))), count)
 
-    def _by_lists(self, queries_BD: Tensor) -> Tensor:
+    def _by_lists(self, queries_QD: Tensor) -> Tensor:
         assert self.lists is not None
         if self.lists.empty:  # after a resume
             self.lists.fill(self.ring)
-        ids_B = self.lists.nearest(queries_BD, self.ring.total)
-        lost_B = ids_B < 0
-        if lost_B.any():
-            ids_B[lost_B] = self._exactly(queries_BD[lost_B])[:, 0]
-        return ids_B
+        ids_Q = self.lists.nearest(queries_QD, self.ring.total)
+        lost_Q = ids_Q < 0
+        if lost_Q.any():
+            ids_Q[lost_Q] = self._exactly(queries_QD[lost_Q])[:, 0]
+        return ids_Q
 
     @torch.no_grad()
     def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
-        """Overwrite the oldest entries with a batch's embeddings ([B, D], of any norm; stored with unit norm)."""
+        """Overwrite the oldest entries with a batch's embeddings, of any norm; they are stored with unit norm."""
         rows, kept = self.ring.write(F.normalize(embeddings_BD.float(), dim=1))
         self.images_N[rows] = images_B[kept]
         self.labels_N[rows] = labels_B[kept]
@@ -148,11 +147,11 @@ class Queue(SupportSet):
         else:
             self.lists.add(self.ring, new)
 
-    def labels_of(self, ids_B: Tensor) -> Tensor:
-        return self.shard.fetch(self.labels_N, ids_B)
+    def labels_of(self, ids_Q: Tensor) -> Tensor:
+        return self.shard.fetch(self.labels_N, ids_Q)
 
-    def images_of(self, ids_B: Tensor) -> Tensor:
-        return self.shard.fetch(self.images_N, ids_B)
+    def images_of(self, ids_Q: Tensor) -> Tensor:
+        return self.shard.fetch(self.images_N, ids_Q)
 
     def age_steps(self) -> float:
         filled = len(self.ring.filled_ND)

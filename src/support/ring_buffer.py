@@ -44,7 +44,8 @@ class RingBuffer(Slots):
         """Write rows over the oldest.
 
         Returns:
-            At which rows of this process's buffers the rows that stay have gone, and which of those given they are.
+            Where this process has written, rows of its own buffers, and which of the given rows these are: [W] int64
+            both, W at most M. Of a write that is larger than N, only the last N rows are kept.
         """
         batch, start = len(rows_BD), self.total
         assert batch % self.shard.count == 0

@@ -1,6 +1,6 @@
 """Nearest neighbours: exact ones in one call with two back ends, and approximate ones of a queue.
 
-Shapes: B queries, N bank vectors, D dimensions, K neighbours. Queries and scores are float32, under autocast too; a
+Shapes: Q queries, N bank vectors, D dimensions, K neighbours. Queries and scores are float32, under autocast too; a
 bank may be bfloat16, and is then searched in bfloat16. The only file that imports faiss.
 """
 
@@ -17,11 +17,11 @@ from src.support.ring_buffer import RingBuffer
 from src.system.redact import one_line
 
 Metric = Literal["cosine", "euclidean"]
-# The torch back end makes B x N scores in tiles, which on a CPU stay in its cache and on a GPU are 256 MiB at most.
-QUERIES = 2**9
-VECTORS = {"cpu": 2**12, "cuda": 2**17}
-SAMPLE = 256  # vectors a list to train on, the most that FAISS uses
-PIECE = 2**16  # vectors listed at a time, so that a bfloat16 ring is never whole in float32
+# The torch back end makes Q x N scores in tiles, which on a CPU stay in its cache and on a GPU are 256 MiB at most.
+TILE_QUERIES = 2**9
+TILE_VECTORS = {"cpu": 2**12, "cuda": 2**17}
+TRAINING_VECTORS = 256  # vectors a list to train on, the most that FAISS uses
+VECTORS_AT_ONCE = 2**16  # vectors listed at a time, so that a bfloat16 ring is never whole in float32
 
 
 def require_faiss(asked: str, instead: str) -> None:
@@ -47,9 +47,9 @@ class Search(Protocol):
     """Finds neighbours. For ``cosine`` the caller gives unit vectors; the larger the score, the nearer."""
 
     def __call__(
-        self, queries_BD: Tensor, bank_ND: Tensor, k: int = 1, metric: Metric = "cosine"
+        self, queries_QD: Tensor, bank_ND: Tensor, k: int = 1, metric: Metric = "cosine"
     ) -> tuple[Tensor, Tensor]:
-        """Return scores [B, K] (cosine similarity or minus the squared distance) and ids [B, K], nearest first."""
+        """Return scores [Q, K] (cosine similarity or minus the squared distance) and ids [Q, K], nearest first."""
         ...
 
 
@@ -57,37 +57,37 @@ class TorchSearch:
     """Matrix products and top-k; on a CPU usually the fastest exact search for a batch of queries."""
 
     def __call__(
-        self, queries_BD: Tensor, bank_ND: Tensor, k: int = 1, metric: Metric = "cosine"
+        self, queries_QD: Tensor, bank_ND: Tensor, k: int = 1, metric: Metric = "cosine"
     ) -> tuple[Tensor, Tensor]:
-        groups = queries_BD.to(bank_ND.dtype).split(QUERIES)
+        groups = queries_QD.to(bank_ND.dtype).split(TILE_QUERIES)
         with torch.autocast(bank_ND.device.type, enabled=False):
             found = [self._nearest(group, bank_ND, k, metric) for group in groups]
         return torch.cat([scores for scores, _ in found]).float(), torch.cat([ids for _, ids in found])
 
     @staticmethod
-    def _nearest(queries_BD: Tensor, bank_ND: Tensor, k: int, metric: Metric) -> tuple[Tensor, Tensor]:
-        first, *others = bank_ND.split(max(k, VECTORS[bank_ND.device.type]))
-        scores_BK, ids_BK = _top(_scores(queries_BD, first, metric), k)
+    def _nearest(queries_QD: Tensor, bank_ND: Tensor, k: int, metric: Metric) -> tuple[Tensor, Tensor]:
+        first, *others = bank_ND.split(max(k, TILE_VECTORS[bank_ND.device.type]))
+        scores_QK, ids_QK = _top(_scores(queries_QD, first, metric), k)
         seen = len(first)
         for tile in others:
-            scores, ids = _top(_scores(queries_BD, tile, metric), min(k, len(tile)))
-            scores_BK, columns = _top(torch.cat([scores_BK, scores], 1), k)
-            ids_BK = torch.cat([ids_BK, ids + seen], 1).gather(1, columns)
+            scores, ids = _top(_scores(queries_QD, tile, metric), min(k, len(tile)))
+            scores_QK, columns = _top(torch.cat([scores_QK, scores], 1), k)
+            ids_QK = torch.cat([ids_QK, ids + seen], 1).gather(1, columns)
             seen += len(tile)
         if metric == "euclidean":
-            scores_BK = scores_BK - queries_BD.square().sum(1, keepdim=True)
-        return scores_BK, ids_BK
+            scores_QK = scores_QK - queries_QD.square().sum(1, keepdim=True)
+        return scores_QK, ids_QK
 
 
-def _scores(queries_BD: Tensor, tile_ND: Tensor, metric: Metric) -> Tensor:
+def _scores(queries_QD: Tensor, tile_ND: Tensor, metric: Metric) -> Tensor:
     if metric == "cosine":
-        return queries_BD @ tile_ND.T
+        return queries_QD @ tile_ND.T
     # -|q-b|^2 without the queries' own norms, which change no order and come after the selection.
-    return torch.addmm(tile_ND.square().sum(1), queries_BD, tile_ND.T, beta=-1, alpha=2)
+    return torch.addmm(tile_ND.square().sum(1), queries_QD, tile_ND.T, beta=-1, alpha=2)
 
 
-def _top(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return scores_BN.max(1, keepdim=True) if k == 1 else scores_BN.topk(k, dim=1)
+def _top(scores_QN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return scores_QN.max(1, keepdim=True) if k == 1 else scores_QN.topk(k, dim=1)
 
 
 class FaissSearch:
@@ -111,20 +111,20 @@ class FaissSearch:
                 self._resources = faiss.StandardGpuResources()
 
     def __call__(
-        self, queries_BD: Tensor, bank_ND: Tensor, k: int = 1, metric: Metric = "cosine"
+        self, queries_QD: Tensor, bank_ND: Tensor, k: int = 1, metric: Metric = "cosine"
     ) -> tuple[Tensor, Tensor]:
         import faiss
 
         kind = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
-        queries_BD, bank_ND = queries_BD.contiguous(), bank_ND.contiguous()
-        if queries_BD.is_cuda:
+        queries_QD, bank_ND = queries_QD.contiguous(), bank_ND.contiguous()
+        if queries_QD.is_cuda:
             import faiss.contrib.torch_utils  # lets faiss take torch tensors where they lie
 
-            queries_BD = queries_BD.to(bank_ND.dtype)
-            with torch.cuda.device(queries_BD.device):
-                scores, ids = faiss.knn_gpu(self._resources, queries_BD, bank_ND, k, metric=kind)
+            queries_QD = queries_QD.to(bank_ND.dtype)
+            with torch.cuda.device(queries_QD.device):
+                scores, ids = faiss.knn_gpu(self._resources, queries_QD, bank_ND, k, metric=kind)
         else:
-            found = faiss.knn(queries_BD.numpy(), bank_ND.float().numpy(), k, metric=kind)
+            found = faiss.knn(queries_QD.numpy(), bank_ND.float().numpy(), k, metric=kind)
             scores, ids = (torch.as_tensor(each) for each in found)
         return (scores if metric == "cosine" else -scores), ids
 
@@ -182,7 +182,7 @@ class InvertedLists:
         import faiss
 
         self.index = self._untrained()
-        every = max(1, len(ring.filled_ND) // (SAMPLE * self.index.nlist))
+        every = max(1, len(ring.filled_ND) // (TRAINING_VECTORS * self.index.nlist))
         sample = ring.filled_ND[::every].float().cpu().numpy()
         try:
             self.index.train(sample)
@@ -207,25 +207,25 @@ class InvertedLists:
 
     def add(self, ring: RingBuffer, new: int) -> None:
         """List the ring's ``new`` newest vectors, oldest first."""
-        for first in range(ring.total - new, ring.total, PIECE):
-            numbers = torch.arange(first, min(first + PIECE, ring.total))
+        for first in range(ring.total - new, ring.total, VECTORS_AT_ONCE):
+            numbers = torch.arange(first, min(first + VECTORS_AT_ONCE, ring.total))
             rows = ring.rows_ND[(numbers % self.size).to(ring.rows_ND.device)]
             self.index.add_with_ids(rows.float().cpu().numpy(), numbers.numpy())
 
-    def nearest(self, queries_BD: Tensor, total: int) -> Tensor:
-        """The slot of each query's nearest listed vector [B]; -1 where its lists hold none that is still in the ring.
+    def nearest(self, queries_QD: Tensor, total: int) -> Tensor:
+        """The slot of each query's nearest listed vector [Q]; -1 where its lists hold none that is still in the ring.
 
         Args:
-            queries_BD: unit vectors.
+            queries_QD: unit vectors.
             total: vectors ever written to the ring.
         """
         import faiss
 
         parameters: Any = faiss.SearchParametersIVF  # FAISS's own types do not know what it takes
         wanted = parameters(sel=faiss.IDSelectorRange(total - self.size, total), nprobe=self.nprobe)
-        _, numbers = self.index.search(queries_BD.cpu().numpy(), 1, params=wanted)
-        ids_B = torch.as_tensor(numbers[:, 0])
-        return torch.where(ids_B < 0, ids_B, ids_B % self.size).to(queries_BD.device)
+        _, numbers = self.index.search(queries_QD.cpu().numpy(), 1, params=wanted)
+        ids_Q = torch.as_tensor(numbers[:, 0])
+        return torch.where(ids_Q < 0, ids_Q, ids_Q % self.size).to(queries_QD.device)
 
     def _untrained(self) -> Any:
         import faiss

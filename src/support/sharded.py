@@ -1,9 +1,9 @@
-"""Slots that are shared out over the processes of a run, so that a support set may be larger than one device.
+"""Slots that are divided among the processes of a run, so that a support set may be larger than one device.
 
-Every process gives the same queries, searches its own slots, and learns of all processes' finds. So the answers are
-those of one process that holds all slots: also of several that are equally near, the lowest slot comes first.
+Every process gives the same queries, searches its own slots, and receives what all processes have found. The answers
+are those of one process that holds all slots; ties, too, go to the lowest slot.
 
-Shapes: B queries, D dimensions, K neighbours, N slots, M = N / count slots of one process.
+Shapes: Q queries, D dimensions, K neighbours, N slots, M = N / count slots of one process.
 """
 
 from __future__ import annotations
@@ -15,73 +15,73 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.system.collectives import gathered, sum_
+from src.system.collectives import all_gather, all_reduce_sum_
 
 
 @dataclass(frozen=True)
 class Shard:
     """The slots of one process: those whose number is ``rank`` modulo ``count``. One that is alone holds all.
 
-    With rows that come in turn, as into a queue, all processes have equally many at any time. What has an answer of
-    all processes is to be called by all of them.
+    Consecutive slots belong to the processes in turn, so all hold equally many. Methods that return something of all
+    processes are collective: every process must call them.
     """
 
     rank: int = 0
     count: int = 1
 
     def own(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """Those of consecutive numbers that are this process's."""
+        """Those of the numbers from ``start`` to ``stop`` that are this process's, ascending int64."""
         return torch.arange(start, stop, device=device)[(self.rank - start) % self.count :: self.count]
 
     def rows(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """At which of its rows this process would hold each slot, and whether it does."""
+        """The row at which this process would hold each slot, and whether it does; both of the shape of ``slots``."""
         return slots // self.count, slots % self.count == self.rank
 
     def slots(self, rows: Tensor) -> Tensor:
-        """Which slots this process holds at these of its rows."""
+        """The slots that this process holds at these of its rows, of the same shape."""
         return rows * self.count + self.rank
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all processes, in place of the process's own value."""
-        return value if self.count == 1 else sum_(value)
+        return value if self.count == 1 else all_reduce_sum_(value)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over all processes."""
         return self.sum(value) / self.count
 
-    def whole(self, own: Tensor) -> Tensor:
-        """What all processes have for their slots [M, ...], in the slots' order [N, ...]."""
-        return own if self.count == 1 else torch.stack(gathered(own), 1).flatten(0, 1)
+    def all_gather(self, own: Tensor) -> Tensor:
+        """All slots [N, ...], in their order, from each process's own [M, ...]."""
+        return own if self.count == 1 else torch.stack(all_gather(own), 1).flatten(0, 1)
 
-    def mine(self, whole: Tensor) -> Tensor:
-        """Of what there is for all slots [N, ...], this process's part [M, ...]."""
+    def local(self, whole: Tensor) -> Tensor:
+        """This process's own slots [M, ...] out of all slots [N, ...]."""
         return whole[self.rank :: self.count]
 
     def fetch(self, own: Tensor, slots: Tensor) -> Tensor:
-        """The rows of any slots, from whichever process holds them.
+        """The rows of any slots [*slots.shape, ...], from whichever process holds them.
 
         Args:
             own: this process's rows [M, ...].
-            slots: the same for all processes, of any shape.
+            slots: the same for all processes, int64 of any shape.
         """
         if self.count == 1 or not slots.numel():
             return own[slots]
         rows, mine = self.rows(slots)
         found = own[rows]
-        return sum_(found.masked_fill_(~mine.view(*mine.shape, *[1] * (own.ndim - 1)), 0))
+        return all_reduce_sum_(found.masked_fill_(~mine.view(*mine.shape, *[1] * (own.ndim - 1)), 0))
 
-    def nearest(self, scores_BK: Tensor, rows_BK: Tensor, count: int) -> Tensor:
-        """The slots nearest to each query among all processes' finds, nearest first: [B, count].
+    def nearest(self, scores_QK: Tensor, rows_QK: Tensor, count: int) -> Tensor:
+        """The slots nearest to each query among all processes' finds, nearest first: [Q, count].
 
         Args:
-            scores_BK: of this process's own nearest; the larger, the nearer. All processes have equally many.
-            rows_BK: at which of its rows they are.
-            count: fewer than there are in all are kept.
+            scores_QK: of this process's own nearest; the larger, the nearer. All processes have equally many.
+            rows_QK: at which of its rows they are.
+            count: how many to keep.
         """
         if self.count == 1:
-            return rows_BK
-        slots, order = torch.cat(gathered(self.slots(rows_BK)), 1).sort(1)
-        scores = torch.cat(gathered(scores_BK), 1).gather(1, order)
+            return rows_QK
+        slots, order = torch.cat(all_gather(self.slots(rows_QK)), 1).sort(1)
+        scores = torch.cat(all_gather(scores_QK), 1).gather(1, order)
         best = scores.sort(stable=True, dim=1, descending=True).indices[:, :count]
         return slots.gather(1, best)
 
@@ -109,7 +109,7 @@ class Slots(nn.Module):
 
 
 def in_shards(module: nn.Module) -> dict[str, Shard]:
-    """Those keys of a module's state dict whose rows are shared out over several processes."""
+    """Those keys of a module's state dict whose rows are divided among several processes."""
     return {
         f"{path}.{name}".removeprefix("."): each.shard
         for path, each in module.named_modules()
@@ -121,4 +121,4 @@ def in_shards(module: nn.Module) -> dict[str, Shard]:
 def own_rows(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Of a state dict with the rows of all slots, what this process's module holds."""
     shards = in_shards(module)
-    return {key: shards[key].mine(value) if key in shards else value for key, value in state.items()}
+    return {key: shards[key].local(value) if key in shards else value for key, value in state.items()}

@@ -1,4 +1,4 @@
-"""What the processes of a run, its ranks, tell each other through torch, on the device where the tensors are."""
+"""Collectives of torch.distributed, on the device where the tensors are, which end the run when a rank is lost."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ LOST = (
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Inside, torch's complaint of a closed connection is the end of the run.
+def raising_rank_lost() -> Iterator[None]:
+    """Inside this block, the error that torch raises for a closed connection becomes a `RankLost`.
 
     Raises:
         RankLost: another rank is gone.
     """
     try:
         yield
-    except RuntimeError as error:  # what torch raises where a connection is closed
+    except RuntimeError as error:
         raise RankLost(LOST) from error
 
 
-def gathered(own: Tensor) -> list[Tensor]:
-    """The tensors of all ranks, in their order. All have one shape."""
+def all_gather(own: Tensor) -> list[Tensor]:
+    """The tensors of all ranks, in the order of the ranks. All have the same shape."""
     found = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-    with together():
+    with raising_rank_lost():
         dist.all_gather(found, own.contiguous())
     return found
 
 
-def sum_(own: Tensor) -> Tensor:
-    """The sum of the tensors of all ranks, in place of this rank's."""
-    with together():
+def all_reduce_sum_(own: Tensor) -> Tensor:
+    """The sum of the tensors of all ranks, written over this rank's."""
+    with raising_rank_lost():
         dist.all_reduce(own)
     return own

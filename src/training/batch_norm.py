@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from src.errors import UsageError
-from src.system.collectives import sum_
+from src.models import convert_batch_norm
+from src.system.collectives import all_reduce_sum_
 
 
 class _Sum(Function):
@@ -18,7 +19,7 @@ class _Sum(Function):
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> Tensor:  # noqa: ARG004
-        return sum_(own.clone())
+        return all_reduce_sum_(own.clone())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -30,12 +31,6 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     All ranks must have as many rows. The arithmetic is float32.
     """
-
-    @classmethod
-    def of(cls, module: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
-        made = cls(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
-        made.load_state_dict(module.state_dict())
-        return made.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, ...] of this rank to the same shape."""
@@ -79,7 +74,7 @@ def replace_batch_norms(module: nn.Module) -> None:
         if not isinstance(child, nn.modules.batchnorm._BatchNorm):
             replace_batch_norms(child)
         elif type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            setattr(module, name, GlobalBatchNorm.of(child))
+            setattr(module, name, convert_batch_norm(child, GlobalBatchNorm))
         else:
             raise UsageError(
                 f"backbone: its {type(child).__name__} cannot span several CPU processes; train with one, or on GPUs"

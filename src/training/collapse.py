@@ -13,15 +13,15 @@ from src.runs.tracker import Tracker
 logger = logging.getLogger(__name__)
 
 
-def look(outcome: Output, step: int, tracker: Tracker, on_collapse: str) -> None:
-    """Says so once in a run's life, and tags the run, when the features or embeddings of a batch have collapsed.
+def check(output: Output, step: int, tracker: Tracker, on_collapse: str) -> None:
+    """Warn once in a run's life, and tag the run, when the features or embeddings of a batch have collapsed.
 
     Raises:
         Collapsed: they have, and ``on_collapse=stop``.
     """
     if TAG_COLLAPSED in tracker.record.tags:
         return
-    parts = {"features": outcome.features.chunk(2)[0], "embeddings": outcome.embeddings}
+    parts = {"features": output.features.chunk(2)[0], "embeddings": output.embeddings}
     for name, x_BF in parts.items():
         rank = collapsed_rank(x_BF.float())
         if rank is None:

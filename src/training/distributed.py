@@ -1,6 +1,6 @@
 """One run on several devices: a process, called a rank, for each of them, started by ``torchrun``.
 
-The encoder works on the rank's own share of the batch, and its features are gathered. From there on every rank does the
+The encoder works on the rank's own rows of the batch, and its features are gathered. From there on every rank does the
 same arithmetic on the whole batch: heads, lookup, loss, support set and online classifier are the same everywhere, and
 methods and support sets need not know that there are ranks. Since every rank computes the complete loss, the gradient
 of its own rows is exact, and the sum over the ranks is the encoder's gradient.
@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from src import build
-from src.config.schema import Config, KMeans, Relation
+from src.config.schema import Config, KMeans, Relation, Stored
 from src.data.splits import Split
 from src.errors import RankLost, RunFailed, UsageError
 from src.evaluation.probes import FrozenEncoder
 from src.support.sharded import Shard, in_shards
-from src.system.collectives import LOST, gathered, sum_, together
+from src.system.collectives import LOST, all_gather, all_reduce_sum_, raising_rank_lost
 from src.system.environment import is_rank
 from src.system.redact import one_line
 from src.training.batch_norm import replace_batch_norms
@@ -43,18 +43,18 @@ T = TypeVar("T")
 _left = threading.Event()  # set when this rank has no more need of the others
 
 # A collective waits as long as it takes, for one rank may decode images for an hour: `_Pulse` finds out who has died.
-PATIENCE = timedelta(days=7)
+COLLECTIVE_TIMEOUT = timedelta(days=7)
 BEAT_SECONDS, SILENT_BEATS = 2.0, 10
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, seen from one of them. Those without a group are one process."""
+    """The processes of a run, seen from one of them."""
 
     device: torch.device
     rank: int = 0
     count: int = 1
-    group: dist.ProcessGroup | None = None  # for words between the hosts, beside the devices' own traffic
+    group: dist.ProcessGroup | None = None  # of the hosts, beside the devices' own; None: one process
     _pending: list[tuple[Any, Tensor]] = field(default_factory=list)
 
     @property
@@ -74,10 +74,10 @@ class Ranks:
 
     def rows(self, batch_size: int) -> slice:
         """Which rows of a batch these are."""
-        share = batch_size // self.count
-        return slice(share * self.rank, share * (self.rank + 1))
+        rows = batch_size // self.count
+        return slice(rows * self.rank, rows * (self.rank + 1))
 
-    def check(self, cfg: Config) -> None:
+    def refuse_unsupported(self, cfg: Config) -> None:
         """Refuse what several ranks cannot do.
 
         Raises:
@@ -97,10 +97,10 @@ class Ranks:
                 "evaluation=finetune: works in one process only; choose evaluation=linear, and type when the run is "
                 "finished: python -m src.evaluate run=NAME evaluation=finetune"
             )
-        if self.count > 1 and getattr(cfg.support, "shards", "none") == "ranks":
-            self._check_shards(cfg)
+        if self.count > 1 and isinstance(cfg.support, Stored) and cfg.support.shards == "ranks":
+            self._refuse_unsupported_shards(cfg)
 
-    def _check_shards(self, cfg: Config) -> None:
+    def _refuse_unsupported_shards(self, cfg: Config) -> None:
         name, size = ("k", cfg.k) if cfg.k is not None else ("queue_size", cfg.queue_size or 0)
         if size % self.count:
             raise UsageError(f"{name}={size}: has no {self.count} equal shards; choose a multiple")
@@ -112,8 +112,8 @@ class Ranks:
         if asked := [setting for setting, is_set in needs_all.items() if is_set]:
             raise UsageError(f"{asked[0]}: needs all stored vectors on every rank; choose support.shards=none")
 
-    def share_out(self, encoder: nn.Module) -> nn.Module:
-        """Let an encoder be given each rank's rows, and return the features of the whole batch while it trains.
+    def parallelize(self, encoder: nn.Module) -> nn.Module:
+        """Make an encoder take this rank's rows, and return the features of the whole batch while it trains.
 
         Its batch norm takes the statistics of the whole batch. The keys of its state dict stay.
 
@@ -123,7 +123,7 @@ class Ranks:
         if self.group is None:
             return encoder
         if self.device.type == "cuda":
-            from timm.layers import convert_sync_batchnorm
+            from timm.layers import convert_sync_batchnorm  # torch's own would drop the activation in BatchNormAct2d
 
             encoder = convert_sync_batchnorm(encoder)
         else:
@@ -136,20 +136,21 @@ class Ranks:
         if self.group is None:
             return
         gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
-        total = sum_(torch.cat([each.flatten() for each in gradients]))
+        total = all_reduce_sum_(torch.cat([each.flatten() for each in gradients]))
         for each, summed in zip(gradients, total.split([each.numel() for each in gradients]), strict=True):
             each.copy_(summed.view_as(each))
 
-    def agree(self, status: int, *, wait: bool = False) -> int:
-        """The highest status that any rank gave, the same for all of them, so that they stop at the same step.
+    def max_status(self, status: int, *, wait: bool = False) -> int:
+        """The highest status of all ranks, the same on each of them, so that they stop at the same step.
 
         Args:
             status: of this rank.
-            wait: for the other ranks; otherwise the answer is the one to the call before, and no step waits for it.
+            wait: whether to wait for the other ranks. Otherwise the result is that of the previous call, so that no
+                step waits for it.
         """
         if self.group is None:
             return status
-        with together():
+        with raising_rank_lost():
             highest = torch.tensor(status)
             self._pending.append((dist.all_reduce(highest, dist.ReduceOp.MAX, self.group, async_op=True), highest))
             known = 0
@@ -159,25 +160,25 @@ class Ranks:
                 known = max(known, int(highest))
         return known
 
-    def told(self, value: T) -> T:
-        """What the first rank says."""
+    def broadcast(self, value: T) -> T:
+        """The value of the first rank, on every rank."""
         if self.group is None:
             return value
-        said = [value]
-        with together():
-            dist.broadcast_object_list(said, group=self.group, group_src=0)
-        return said[0]
+        values = [value]
+        with raising_rank_lost():
+            dist.broadcast_object_list(values, group=self.group, group_src=0)
+        return values[0]
 
-    def whole_state(self, module: nn.Module) -> dict[str, Any]:
-        """A module's state dict; on the first rank also with those rows that a support set in shards has elsewhere."""
+    def full_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """A module's state dict, on the first rank with the shards of all ranks. Every rank must call it."""
         state = module.state_dict()
         for key in in_shards(module):
-            state[key] = self._assembled(state[key].cpu())
+            state[key] = self._gather_shards(state[key].cpu())
         return state
 
-    def _assembled(self, own: Tensor) -> Tensor:
-        """Through the hosts, and one part at a time, because the whole may be larger than a device."""
-        with together():
+    def _gather_shards(self, own: Tensor) -> Tensor:
+        """All slots on the first rank; through the hosts, one part at a time: the whole may be larger than a device."""
+        with raising_rank_lost():
             if not self.first:
                 dist.send(own, 0, self.group)
                 return own
@@ -191,13 +192,13 @@ class Ranks:
             return whole
 
     @contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """Inside is one rank after the other, for what takes so much of a machine's memory that all at once may not."""
+    def one_rank_at_a_time(self) -> Iterator[None]:
+        """Run the block on one rank after another, because all at once would need too much of the machine's memory."""
         for turn in range(self.count):
             if turn == self.rank:
                 yield
             if self.group is not None:
-                with together():
+                with raising_rank_lost():
                     dist.barrier(self.group)
 
     def check_same(self, *modules: nn.Module, **values: object) -> None:
@@ -213,7 +214,7 @@ class Ranks:
         if self.group is None:
             return
         found: list[Any] = [None] * self.count
-        with together():
+        with raising_rank_lost():
             dist.all_gather_object(found, values | {"weights and support set": checksum(*modules)}, self.group)
         for rank, theirs in enumerate(found):
             for name, value in theirs.items():
@@ -223,10 +224,10 @@ class Ranks:
                         "all ranks need the same code, images, folders and kind of device"
                     )
 
-    def leave(self) -> None:
+    def final_barrier(self) -> None:
         """Wait for the other ranks: the launcher would end one that still saves if another had ended with a status."""
         if self.group is not None:
-            with together():
+            with raising_rank_lost():
                 dist.barrier(self.group)
             _left.set()
 
@@ -293,15 +294,15 @@ def join(device: str) -> Ranks:
         wanted = build.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     if not dist.is_initialized():
         backend = "nccl" if wanted.type == "cuda" else "gloo"
-        with together():
-            dist.init_process_group(backend, store=_store(), rank=rank, world_size=count, timeout=PATIENCE)
+        with raising_rank_lost():
+            dist.init_process_group(backend, store=_store(), rank=rank, world_size=count, timeout=COLLECTIVE_TIMEOUT)
         _Pulse(rank, count).start()
         atexit.register(dist.destroy_process_group)
     if rank:
         logging.disable(logging.WARNING)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-    with together():
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    with raising_rank_lost():
+        group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
     return Ranks(wanted, rank, count, group)
 
@@ -317,19 +318,20 @@ def is_first_to_say() -> bool:
 
 
 @contextmanager
-def losses_said() -> Iterator[None]:
-    """Inside, the loss of another rank is said at once: ``torchrun`` sends those that are left a SIGTERM for it.
+def announcing_rank_lost() -> Iterator[None]:
+    """Print why the run ends as soon as another rank is lost.
 
-    Where signals are still only noted, that cannot end this rank before it has said why.
+    ``torchrun`` then sends the others SIGTERM. Use this inside a `Stopper`, which only records the signal, so that the
+    line is printed first.
     """
     try:
         yield
     except RankLost:
-        _say_lost()
+        _announce_rank_lost()
         raise
 
 
-def _say_lost() -> None:
+def _announce_rank_lost() -> None:
     if is_first_to_say():
         print(f"error: {LOST}", file=sys.stderr, flush=True)
 
@@ -365,7 +367,7 @@ class _Pulse(threading.Thread):
             except RuntimeError:
                 lost = True
             if lost and not _left.is_set():
-                _say_lost()
+                _announce_rank_lost()
                 os._exit(RankLost.status)  # the main thread may wait in a collective for ever
 
 
@@ -374,7 +376,7 @@ class _Gather(Function):
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> Tensor:  # noqa: ARG004
-        return torch.cat(gathered(own))
+        return torch.cat(all_gather(own))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004

@@ -19,6 +19,7 @@ from src.evaluation.encoder import save_encoder
 from src.evaluation.probes import FrozenEncoder
 from src.evaluation.protocol import Protocol
 from src.methods.base import Method, Output
+from src.models import autocast
 from src.runs.record import CHECKPOINTS, CONFIG, CURVES, ENCODER, TAG_SUPPORT_UNUSED
 from src.runs.tracker import Tracker
 from src.support.base import NEED_LABELS
@@ -41,7 +42,7 @@ Illustrate = Callable[[Method, FrozenEncoder, Dataset, Path, int, bool], list[Pa
 
 
 def no_pictures(*_: object) -> list[Path]:
-    """Draws nothing."""
+    """Draw nothing."""
     return []
 
 
@@ -54,7 +55,7 @@ class Pretraining:
         tracker: where its figures go.
         stopper: asked after each step whether to stop.
         directory: the run's.
-        should_prune: told how a trial does, after each epoch but the last.
+        should_prune: whether to stop a trial that lags far behind others; asked after each epoch but the last.
         illustrate: draws what the support set gives, after each validation.
     """
 
@@ -74,9 +75,9 @@ class Pretraining:
         self.views = build.views(state.cfg, data, state.ranks.part)
         self.protocol = Protocol(data, state.cfg.evaluation, state.search, state.cfg.seed)
         self.steps_per_epoch = len(data.train) // state.batch_size
-        self.saved, self.wished = time.monotonic(), 0
+        self.saved, self.requested = time.monotonic(), 0
         self.loss = self.grad_norm = math.nan
-        self.outcome: Output | None = None  # of the last step that this process took
+        self.output: Output | None = None  # of the last step that this process took
         state.frozen.before_block = self._stop_if_signalled
 
     def run(self) -> None:
@@ -91,36 +92,36 @@ class Pretraining:
         with Progress(epochs, self.steps_per_epoch, state.batch_size) as self.progress:
             if state.step == 0:
                 self.tracker.log(self._validate(), step=0)
-            # A run that was stopped in a validation takes that up first.
+            # A run that was stopped in a validation begins with that.
             for epoch in range((state.step - (not state.validated)) // self.steps_per_epoch, epochs):
-                self._train(epoch)
-                self._end(epoch)
+                self._train_epoch(epoch)
+                self._finish_epoch(epoch)
 
-    def _train(self, epoch: int) -> None:
+    def _train_epoch(self, epoch: int) -> None:
         """The steps of an epoch that are still to be taken."""
         state, cfg, ranks = self.state, self.cfg, self.ranks
-        start, self.wished = state.step - epoch * self.steps_per_epoch, 0
+        start, self.requested = state.step - epoch * self.steps_per_epoch, 0
         if self.support is not None and start == 0:
             self.support.start_epoch(epoch)
             self.support.clear_stats()
         clock = time.perf_counter()
         rows = ranks.rows(state.batch_size)
         for batch in epoch_batches(self.data.train, state.batch_size, cfg.seed, epoch, state.device, start, rows):
-            self._step(batch)
+            self._train_step(batch)
             self.progress.step(state.step, self.loss)
-            self.wished = ranks.agree(self._wish())
-            if state.step % self.steps_per_epoch and self.wished:
+            self.requested = ranks.max_status(self._requested_status())
+            if state.step % self.steps_per_epoch and self.requested:
                 state.seconds += time.perf_counter() - clock
                 self._save()
-                if self.wished > SAVE:
-                    raise Stopped(self.wished)
+                if self.requested > SAVE:
+                    raise Stopped(self.requested)
                 clock = time.perf_counter()
         if state.device.type == "cuda":  # the clock stops when the work is done, not when it has been handed over
             torch.cuda.synchronize(state.device)
         state.seconds += time.perf_counter() - clock
         ranks.check_same(state.method, state.classifier)
 
-    def _step(self, batch: Batch) -> None:
+    def _train_step(self, batch: Batch) -> None:
         state, cfg, device, method, support = self.state, self.cfg, self.state.device, self.state.method, self.support
         images, labels, ids, aspects = batch
         view1, view2 = self.views
@@ -129,18 +130,18 @@ class Pretraining:
         seed_everything(cfg.seed, state.step)
         lr = state.set_lr(self.steps_per_epoch)
 
-        with torch.autocast(device.type, state.dtype, enabled=state.dtype != torch.float32):
-            self.outcome = outcome = method(view1(images, aspects), view2(images, aspects))
-        logits = state.classifier(outcome.features.float())
+        with autocast(device, state.dtype):
+            self.output = output = method(view1(images, aspects), view2(images, aspects))
+        logits = state.classifier(output.features.float())
         online_loss = F.cross_entropy(logits, labels.repeat(2))
 
         state.optimizer.zero_grad()
         state.classifier_optimizer.zero_grad()
-        (outcome.loss + online_loss).backward()
+        (output.loss + online_loss).backward()
         self.ranks.sum_gradients(method.encoder)
         log_now = state.step % cfg.tracking.log_every == 0
         if log_now or device.type == "cpu":  # reading makes the host wait for a GPU; a save never keeps a bad step
-            self.loss, self.grad_norm = torch.stack([outcome.loss.detach(), state.grad_norm()]).tolist()
+            self.loss, self.grad_norm = torch.stack([output.loss.detach(), state.grad_norm()]).tolist()
             if not (math.isfinite(self.loss) and math.isfinite(self.grad_norm)):
                 raise state.diverged(self.loss, self.grad_norm)
         state.optimizer.step()
@@ -148,22 +149,22 @@ class Pretraining:
         method.after_step((state.step + 1) / (cfg.epochs * self.steps_per_epoch))
 
         if support is not None:
-            if outcome.ids is not None:
-                state.served = True
-                support.record(outcome.ids, ids.repeat(2), labels.repeat(2))
+            if output.ids is not None:
+                state.support_used = True
+                support.record(output.ids, ids.repeat(2), labels.repeat(2))
             with support.stopwatch:
-                support.update(outcome.embeddings, ids, labels)
+                support.update(output.embeddings, ids, labels)
         if log_now:
             spread = {
-                "train/alignment": alignment(*outcome.features.chunk(2)),
-                "train/uniformity": uniformity(outcome.features.chunk(2)[0]),
+                "train/alignment": alignment(*output.features.chunk(2)),
+                "train/uniformity": uniformity(output.features.chunk(2)[0]),
             }
             figures = {"train/loss": self.loss, "train/grad_norm": self.grad_norm, "train/lr": lr}
             self.tracker.log(figures | spread, state.step)
         state.step += 1
 
-    def _end(self, epoch: int) -> None:
-        """What comes after an epoch's last step: validation, pictures, log, checkpoint."""
+    def _finish_epoch(self, epoch: int) -> None:
+        """After an epoch's last step: validation, pictures, log, checkpoint."""
         state, cfg, ranks, tracker = self.state, self.cfg, self.ranks, self.tracker
         last = epoch + 1 == cfg.epochs
         evaluates = last or (epoch + 1) % cfg.evaluation.every == 0
@@ -172,7 +173,7 @@ class Pretraining:
             validation = self._validate() if evaluates else {}
         except Stopped:
             self._save()
-            self._look()
+            self._check_collapse()
             raise
         state.validated = True
         metrics = state.pop_times(self.steps_per_epoch) | {"memory/peak_gib": peak_gib(state.device)}
@@ -191,12 +192,12 @@ class Pretraining:
             tracker.artifact(picture)
         self.progress.epoch(epoch, self.loss, metrics)
         if evaluates:
-            self._look()
-        self.wished = max(self.wished, ranks.agree(self._wish(), wait=True))
-        if last or self.wished or (epoch + 1) % cfg.checkpoint.every == 0:
+            self._check_collapse()
+        self.requested = max(self.requested, ranks.max_status(self._requested_status(), wait=True))
+        if last or self.requested or (epoch + 1) % cfg.checkpoint.every == 0:
             self._save()
-        if self.wished > SAVE:
-            raise Stopped(self.wished)
+        if self.requested > SAVE:
+            raise Stopped(self.requested)
         tracker.flush()
 
     def _validate(self) -> dict[str, float]:
@@ -207,36 +208,39 @@ class Pretraining:
         if not math.isfinite(self.state.weight_norm()):
             raise self.state.diverged(self.loss, self.grad_norm)
 
-    def _look(self) -> None:
-        if self.outcome is not None and self.ranks.first:  # None where a run stopped in a validation goes on with that
-            collapse.look(self.outcome, self.state.step, self.tracker, self.cfg.on_collapse)
+    def _check_collapse(self) -> None:
+        if self.output is not None and self.ranks.first:  # None where a run stopped in a validation goes on with that
+            collapse.check(self.output, self.state.step, self.tracker, self.cfg.on_collapse)
 
     def _save(self) -> None:
         self._check_weights()
-        model = self.ranks.whole_state(self.state.method)  # to which every rank may contribute
+        model = self.ranks.full_state_dict(self.state.method)  # to which every rank may contribute
         if self.ranks.first:
             self.tracker.sync()  # no checkpoint is ahead of the rows
             self.state.save(self.directory / CHECKPOINTS, model, self.tracker.written)
         self.saved = time.monotonic()
 
-    def _wish(self) -> int:
-        """A reason to stop, or that a checkpoint is due by the first rank's clock, so that all ranks save together."""
+    def _requested_status(self) -> int:
+        """The status to stop with, or `SAVE` where a checkpoint is due, by the clock of the first rank; else 0."""
         due = self.ranks.first and time.monotonic() >= self.saved + 60 * self.cfg.checkpoint.minutes
-        if due:  # is wished for once, and may be granted a step later
+        if due:  # is requested once; all ranks save together, perhaps a step later
             self.saved = time.monotonic()
         return self.stopper.status or (SAVE if due else 0)
 
     def _stop_if_signalled(self) -> None:
-        """A time limit waits for the end of a validation instead, so that each stay gets on, however short it is."""
-        self.wished = max(self.wished, self.ranks.agree(self.stopper.signal and self.stopper.status))
-        if is_signal(self.wished):
-            raise Stopped(self.wished)
+        """A signal stops a validation at once; a time limit waits for its end, so that every session makes progress."""
+        self.requested = max(self.requested, self.ranks.max_status(self.stopper.signal and self.stopper.status))
+        if is_signal(self.requested):
+            raise Stopped(self.requested)
 
 
-def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, draw: Callable[[Path], Path]) -> None:
+def finish(
+    state: TrainState, data: Dataset, tracker: Tracker, directory: Path, draw_curves: Callable[[Path], Path]
+) -> None:
     """The final evaluation, and the files that stay."""
     cfg = state.cfg
-    if state.method.support is not None and cfg.method._target_ is None and not state.served:  # it may be an outsider's
+    is_ours = cfg.method._target_ is None  # another method may use its support set without saying so
+    if is_ours and state.method.support is not None and not state.support_used:
         tracker.record.tags[TAG_SUPPORT_UNUSED] = "true"
         logger.warning("%s: the support set was never filled, so reports leave the run out", directory)
     if data.classes:
@@ -252,9 +256,15 @@ def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, 
     tracker.sync()  # as before each save
     figures = {key: value for key, value in tracker.record.metrics.items() if key.startswith(("val/", "test/"))}
     save_encoder(
-        *(directory / ENCODER, state.encoder_weights(), cfg, data.mean, data.std, data.classes),
-        *(figures, tracker.record.tags.get("git_commit", "")),
+        directory / ENCODER,
+        state.encoder_weights(),
+        cfg,
+        mean=data.mean,
+        std=data.std,
+        classes=data.classes,
+        figures=figures,
+        commit=tracker.record.tags.get("git_commit", ""),
     )
-    draw(directory)
+    draw_curves(directory)
     for name in (CONFIG, ENCODER, CURVES):
         tracker.artifact(directory / name)

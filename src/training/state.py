@@ -45,7 +45,12 @@ class TrainState:
         seed_everything(cfg.seed)
         classes = len(data.classes) if data.labelled else 1  # images without labels are of one
         self.method, features = build.method(
-            *(cfg, classes, self.search, self.device), share_out=self.ranks.share_out, shard=self.ranks.shard
+            cfg,
+            classes,
+            self.search,
+            self.device,
+            parallelize=self.ranks.parallelize,
+            shard=self.ranks.shard,
         )
         self.classifier = nn.Linear(features, classes).to(self.device)
         self.optimizer = optim.build(cfg.optimizer, self.method, self.batch_size)
@@ -60,7 +65,7 @@ class TrainState:
         # For what the first rank does by itself.
         self.frozen_here = FrozenEncoder(self.method.encoder, data.mean, data.std, self.device, self.dtype)
         self.step = 0
-        self.served = False  # whether the support set has given any positive
+        self.support_used = False  # whether the support set has given any positive
         self.validated = True  # whether the validation after the last step, where there is to be one, has ended
         self.seconds = 0.0  # spent in the current epoch
         self.support_seconds = 0.0
@@ -140,7 +145,7 @@ class TrainState:
 
         Args:
             directory: of the checkpoints.
-            model: the method's state (`src.training.distributed.Ranks.whole_state`).
+            model: the method's state (`src.training.distributed.Ranks.full_state_dict`).
             rows: what ``metrics.jsonl`` holds now (`src.runs.tracker.Tracker.written`).
         """
         state = {
@@ -153,7 +158,7 @@ class TrainState:
             "classifier_optimizer": self.classifier_optimizer.state_dict(),
             "seconds": [self.seconds, self._support_seconds()],
             "rows": rows,
-            "served": self.served,
+            "served": self.support_used,
             "validated": self.validated,
         }
         checkpoint.save(directory, self.step, state)
@@ -210,7 +215,7 @@ class TrainState:
             self.optimizer.load_state_dict(state["optimizer"])
             self.classifier_optimizer.load_state_dict(state["classifier_optimizer"])
             self.step = state["step"]
-            self.served = state.get("served", True)
+            self.support_used = state.get("served", True)
             self.validated = state.get("validated", True)
             self.seconds, self.support_seconds = map(float, state["seconds"])
         return True

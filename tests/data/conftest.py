@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from src.config.schema import Data
-from src.data import cache as cache_module
+from src.data import cache_writer as writer_module
 from src.data import load
 from src.errors import UsageError
 from tests.data.layouts import SIZE
@@ -14,7 +14,7 @@ from tests.data.layouts import SIZE
 @pytest.fixture(autouse=True)
 def _nothing_is_saved_meanwhile(monkeypatch):
     """Of what takes long on a busy machine only."""
-    monkeypatch.setattr(cache_module, "SAVE_EVERY", math.inf)
+    monkeypatch.setattr(writer_module, "SAVE_EVERY", math.inf)
 
 
 @pytest.fixture
@@ -39,13 +39,13 @@ def config(tmp_path) -> Callable[..., Data]:
 def decodings(monkeypatch) -> list[str]:
     """What has been decoded so far."""
     seen: list[str] = []
-    decode = cache_module.decode
+    decode = writer_module.decode
 
     def counting(picture, *options):
         seen.append(picture.where)
         return decode(picture, *options)
 
-    monkeypatch.setattr(cache_module, "decode", counting)
+    monkeypatch.setattr(writer_module, "decode", counting)
     return seen
 
 

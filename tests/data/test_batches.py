@@ -16,7 +16,7 @@ seeds = st.integers(0, 2**40)
 def split_of(count: int) -> Split:
     rows = torch.arange(count)
     images = rows.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    return Split(images, rows % 7, aspects=rows / 8 + 1, middle=2)
+    return Split(images, rows % 7, aspects=rows / 8 + 1, crop_size=2)
 
 
 @given(st.integers(1, 50), st.integers(1, 50), seeds, st.integers(0, 1000))

@@ -12,9 +12,10 @@ from filelock import FileLock
 from PIL import Image
 
 import src.data.cache as cache_module
+import src.data.cache_writer as writer_module
 from src.data import load
 from src.data.cache import Cache, cached, known_fingerprint
-from src.data.unfinished import AHEAD, BLOCK
+from src.data.cache_resume import BLOCK, BLOCKS_PER_CORE
 from src.errors import UsageError
 from tests.data.layouts import pixels, random_image, write_folder, write_shard
 
@@ -87,10 +88,10 @@ def test_mean_and_std_are_those_of_exact_integer_sums(config, tmp_path):
 def test_few_pictures_are_in_memory_at_once(config, tmp_path, monkeypatch):
     """However many there are: an image is read when few of those before it wait to be written."""
     folder = write_folder(tmp_path / "images", {"a": 100, "b": 100})
-    monkeypatch.setattr(cache_module, "cores", lambda: 1)
+    monkeypatch.setattr(writer_module, "cores", lambda: 1)
     begun: list[str] = []
     written: list[int] = []
-    decode, stream = cache_module.decode, cache_module._decoded
+    decode, stream = writer_module.decode, writer_module._decoded
 
     def counting(picture, *options):
         begun.append(picture.where)
@@ -101,19 +102,19 @@ def test_few_pictures_are_in_memory_at_once(config, tmp_path, monkeypatch):
             written.extend([len(begun)] * len(block.images))
             yield block
 
-    monkeypatch.setattr(cache_module, "decode", counting)
-    monkeypatch.setattr(cache_module, "_decoded", following)
+    monkeypatch.setattr(writer_module, "decode", counting)
+    monkeypatch.setattr(writer_module, "_decoded", following)
     cached(config("image_folder", folder))
     assert len(written) == 200
-    assert max(ahead - place for place, ahead in enumerate(written)) <= AHEAD * BLOCK
+    assert max(ahead - place for place, ahead in enumerate(written)) <= BLOCKS_PER_CORE * BLOCK
 
 
 def test_the_room_that_is_needed_is_said_before_decoding(config, folder, caplog, monkeypatch):
     def never(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache_module, "decode", never)
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=7 * 10**9))
+    monkeypatch.setattr(writer_module, "decode", never)
+    monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=7 * 10**9))
     with caplog.at_level("INFO"), pytest.raises(KeyboardInterrupt):
         cached(config("image_folder", folder))
     assert "decoding 12 images" in caplog.text
@@ -194,8 +195,9 @@ def test_other_sources_and_sizes_keep_their_caches(config, folder, tmp_path):
 def test_the_second_start_reads_neither_the_whole_cache_nor_trusts_another(config, folder, decodings, monkeypatch):
     cfg = config("image_folder", folder)
     checked: list[Path] = []
-    checksum = cache_module._checksum
-    monkeypatch.setattr(cache_module, "_checksum", lambda path, stated: checked.append(path) or checksum(path, stated))
+    checksum = cache_module.checksum
+    for module in (cache_module, writer_module):
+        monkeypatch.setattr(module, "checksum", lambda path, stated: checked.append(path) or checksum(path, stated))
     whole = cached(cfg).part("train").images.clone()
     assert [path.suffix for path in checked] == [".partial"], "the first start reads it once, to make the checksum"
     checked.clear()
@@ -302,7 +304,7 @@ def test_an_interrupt_leaves_nothing(config, folder, monkeypatch):
         raise KeyboardInterrupt
 
     cfg = config("image_folder", folder)
-    monkeypatch.setattr(cache_module, "decode", interrupted)
+    monkeypatch.setattr(writer_module, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cached(cfg)
     assert files(cfg) == leftovers(cfg) == []
@@ -325,7 +327,7 @@ def test_cache_dir_that_cannot_be(config, folder, tmp_path):
 
 
 def test_no_room_is_said_before_decoding(config, folder, decodings, monkeypatch):
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
     with pytest.raises(UsageError, match=r"2\.3 kB needed, 100 bytes free"):
         cached(config("image_folder", folder))
     assert decodings == []
@@ -333,14 +335,14 @@ def test_no_room_is_said_before_decoding(config, folder, decodings, monkeypatch)
 
 def _load_counting(cfg, tally: Path, ready, results) -> None:
     """Loads in its own process once all are ready, and adds a byte to ``tally`` for each picture it decodes."""
-    decode = cache_module.decode
+    decode = writer_module.decode
 
     def counting(picture, *options):
         with tally.open("ab", buffering=0) as file:
             file.write(b".")
         return decode(picture, *options)
 
-    cache_module.decode = counting
+    writer_module.decode = counting
     ready.wait()
     results.put(load(cfg).test.images.sum().item())
 

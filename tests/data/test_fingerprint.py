@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import src.data.cache as cache_module
+import src.data.cache_writer as writer_module
 from src.data import load
 from src.data.cache import fingerprint, known_fingerprint
 from src.errors import UsageError
@@ -25,7 +26,7 @@ def decodes_nothing(monkeypatch) -> None:
     def never(*_, **__):
         raise AssertionError("read an image")
 
-    monkeypatch.setattr(cache_module, "decode", never)
+    monkeypatch.setattr(writer_module, "decode", never)
     monkeypatch.setattr(cache_module, "Cache", never)  # which reads the whole file
 
 

@@ -152,13 +152,13 @@ def test_a_shard_that_is_a_pipe_is_not_waited_for(config, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(config, folder, monkeypatch):
-    import src.data.cache as cache_module
+    import src.data.cache_writer as writer_module
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     cfg = config("image_folder", folder)
-    monkeypatch.setattr(cache_module.os, "fsync", full)
+    monkeypatch.setattr(writer_module.os, "fsync", full)
     assert "cache: No space left on device; make room" in refusal(cfg)
     assert [path.suffix for path in (folder.parent / "cache").iterdir()] == [".lock"]
 

@@ -11,7 +11,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from src import cli
 from src.data import load
-from src.data.augment import draw_boxes, middle
+from src.data.augment import center_crop, draw_boxes
 from src.data.cache import cached
 from src.runs.record import Record
 from tests.config.test_schema import composed
@@ -73,7 +73,7 @@ def test_other_aspects_of_the_same_pixels_are_other_images(config, tmp_path):
 def test_the_middle_is_that_of_resize_and_center_crop(size):
     picture, K, S = smooth(*size), 64, 56
     squeezed = torch.from_numpy(np.array(picture.resize((K, K), Image.Resampling.BICUBIC))).permute(2, 0, 1)[None]
-    got = middle(squeezed, torch.tensor([picture.width / picture.height]), S)[0].permute(1, 2, 0).int()
+    got = center_crop(squeezed, torch.tensor([picture.width / picture.height]), S)[0].permute(1, 2, 0).int()
     left, top = (picture.width - S) // 2, (picture.height - S) // 2
     wanted = torch.from_numpy(np.array(picture.crop((left, top, left + S, top + S)))).int()
     inner = slice(2, -2)  # at the edge a crop sees no neighbours
@@ -82,7 +82,7 @@ def test_the_middle_is_that_of_resize_and_center_crop(size):
 
 def test_the_middle_of_a_panorama_is_finite():
     flat = torch.full((4, 3, 16, 16), 200, dtype=torch.uint8)
-    assert torch.equal(middle(flat, torch.tensor([1e-4, 1e4, 60.0, 1 / 60]), 14), flat[..., :14, :14])
+    assert torch.equal(center_crop(flat, torch.tensor([1e-4, 1e4, 60.0, 1 / 60]), 14), flat[..., :14, :14])
 
 
 @pytest.mark.parametrize(("width", "height"), [(400, 200), (200, 300)])

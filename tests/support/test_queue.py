@@ -85,7 +85,7 @@ def test_stats_by_hand():
     queue.update(torch.eye(DIM)[:2], torch.tensor([10, 11]), torch.tensor([0, 1]))
     queue.update(torch.eye(DIM)[2:4], torch.tensor([12, 13]), torch.tensor([0, 1]))
     ids = torch.tensor([0, 0, 1, 2])
-    queue.record(ids, images_B=torch.tensor([10, 12, 13, 12]), labels_B=torch.tensor([0, 1, 1, 1]))
+    queue.record(ids, images_Q=torch.tensor([10, 12, 13, 12]), labels_Q=torch.tensor([0, 1, 1, 1]))
     stats = queue.stats()
     assert stats["support/label_agreement"] == 2 / 4
     assert stats["support/self_hit"] == 2 / 4

@@ -53,8 +53,8 @@ def test_autocast_does_not_round_the_scores(metric):
 def test_tiles_do_not_change_the_answer(monkeypatch, metric, k):
     queries, bank = torch.randn(50, 4), torch.randn(30, 4)
     whole = TorchSearch()(queries, bank, k, metric)
-    monkeypatch.setattr(search, "QUERIES", 7)
-    monkeypatch.setattr(search, "VECTORS", {"cpu": 8})
+    monkeypatch.setattr(search, "TILE_QUERIES", 7)
+    monkeypatch.setattr(search, "TILE_VECTORS", {"cpu": 8})
     tiled = TorchSearch()(queries, bank, k, metric)
     assert torch.equal(whole[1], tiled[1])
     torch.testing.assert_close(whole[0], tiled[0])

@@ -27,8 +27,8 @@ def test_rings_in_shards_hold_together_what_one_ring_holds(size, batches):
         for part in parts:
             places, kept = part.write(rows)
             assert part.rows_ND[places].equal(rows[kept])
-            assert part.rows_ND.equal(part.shard.mine(whole.rows_ND))
-            assert part.filled_ND.equal(part.shard.mine(whole.filled_ND))
+            assert part.rows_ND.equal(part.shard.local(whole.rows_ND))
+            assert part.filled_ND.equal(part.shard.local(whole.filled_ND))
             assert part.full == whole.full
 
 

@@ -135,7 +135,7 @@ def test_a_dry_run_decodes_nothing_and_names_what_it_does_not_know(sweeper, on_i
         return [line.split()[4] for line in shown.splitlines()[:-1]]
 
     with monkeypatch.context() as patch:
-        patch.setattr("src.data.cache.decode", lambda *_: pytest.fail("read an image"))
+        patch.setattr("src.data.cache_writer.decode", lambda *_: pytest.fail("read an image"))
         unknown = previewed(dry_run=True)
     assert unknown == ["simclr-image_folder-resnet18-seed0"] * 2
     assert not (tmp_path / "cache").exists()

@@ -32,12 +32,12 @@ from tests.config.test_schema import composed  # noqa: E402
 
 
 def check_words(ranks):
-    assert ranks.told(ranks.rank) == 0
+    assert ranks.broadcast(ranks.rank) == 0
     # A reason to stop is known one call later, to both ranks at once.
-    assert ranks.agree(143 if ranks.rank == 1 else 0) == 0
-    assert ranks.agree(0) == 143
-    assert ranks.agree(0) == 0
-    assert ranks.agree(75 if ranks.first else 76, wait=True) == 76
+    assert ranks.max_status(143 if ranks.rank == 1 else 0) == 0
+    assert ranks.max_status(0) == 143
+    assert ranks.max_status(0) == 0
+    assert ranks.max_status(75 if ranks.first else 76, wait=True) == 76
     ranks.check_same(nn.Linear(2, 2), step=3)  # which are alike only where both have the same seed
     with torch.no_grad():
         different = nn.Linear(2, 2)
@@ -97,7 +97,7 @@ def check_shards(ranks, make, counts, draw):
             assert ours.ids.equal(theirs.ids)
             torch.testing.assert_close(ours.embeddings, theirs.embeddings)
         assert_same(whole.stats(), part.stats())
-        saved = ranks.whole_state(part)
+        saved = ranks.full_state_dict(part)
         if ranks.first:
             assert_same(whole.state_dict(), saved)
     restored = make(shard=ranks.shard)

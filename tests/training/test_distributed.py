@@ -19,6 +19,7 @@ from src import build, cli
 from src.data import load
 from src.data.splits import Split
 from src.errors import Diverged, RankLost, UsageError
+from src.models import convert_batch_norm
 from src.runs import checkpoint
 from src.runs.record import Record
 from src.training import distributed, loop
@@ -205,13 +206,13 @@ def test_what_ranks_cannot_do_is_refused():
     two = Ranks(CPU, 1, 2)
     assert two.rows(10) == slice(5, 10)
     with pytest.raises(UsageError, match="batch_size=33: has no 2 equal shares; choose a multiple"):
-        two.check(parsed("batch_size=33"))
+        two.refuse_unsupported(parsed("batch_size=33"))
     with pytest.raises(UsageError, match=r"backbone.bn_splits=8: works in one process only"):
-        two.check(parsed("experiment=mnn"))
+        two.refuse_unsupported(parsed("experiment=mnn"))
     with pytest.raises(UsageError, match="compile=true: works in one process only"):
-        two.check(parsed("compile=true"))
+        two.refuse_unsupported(parsed("compile=true"))
     with pytest.raises(UsageError, match="evaluation=finetune: works in one process only"):
-        two.check(parsed("evaluation=finetune"))
+        two.refuse_unsupported(parsed("evaluation=finetune"))
     for settings, line in {
         ("method=kmclr", "k=7"): "k=7: has no 2 equal shards; choose a multiple",
         ("method=nnclr", "queue_size=33"): "queue_size=33: has no 2 equal shards; choose a multiple",
@@ -220,10 +221,12 @@ def test_what_ranks_cannot_do_is_refused():
         ("method=nnclr", "objective=relation"): "objective=relation: needs all .*; choose support.shards=none",
     }.items():
         with pytest.raises(UsageError, match=line):
-            two.check(parsed(*settings, "support.shards=ranks"))
-        two.check(parsed(*settings))
-        Ranks(CPU).check(parsed(*settings, "support.shards=ranks"))
-    Ranks(CPU).check(parsed("batch_size=33", "compile=true", "evaluation=finetune", "backbone.bn_splits=3"))
+            two.refuse_unsupported(parsed(*settings, "support.shards=ranks"))
+        two.refuse_unsupported(parsed(*settings))
+        Ranks(CPU).refuse_unsupported(parsed(*settings, "support.shards=ranks"))
+    Ranks(CPU).refuse_unsupported(
+        parsed("batch_size=33", "compile=true", "evaluation=finetune", "backbone.bn_splits=3")
+    )
 
 
 @pytest.mark.parametrize(
@@ -262,7 +265,7 @@ def test_the_batch_norm_of_cpus_is_torchs(group, shape, momentum):
     kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
     theirs = kinds[len(shape)](4, momentum=momentum)
     nn.init.normal_(theirs.weight)
-    ours = GlobalBatchNorm.of(theirs)
+    ours = convert_batch_norm(theirs, GlobalBatchNorm)
     for module in (ours, theirs):
         torch.manual_seed(1)
         for _ in range(3):
@@ -278,7 +281,7 @@ def test_the_batch_norm_of_cpus_is_torchs(group, shape, momentum):
 def test_an_encoder_of_ranks_has_its_keys_and_gathers_while_it_trains(group):
     encoder, _ = build.encoder(parsed("backbone=resnet_tiny").backbone, 8)
     keys = encoder.state_dict().keys()
-    shared = Ranks(CPU, 0, 1, group).share_out(encoder)
+    shared = Ranks(CPU, 0, 1, group).parallelize(encoder)
     assert shared.state_dict().keys() == keys
     kinds = {type(each) for each in shared.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)}
     assert kinds == {GlobalBatchNorm}
@@ -350,7 +353,7 @@ class NormAndReLU(nn.BatchNorm2d):
 
 def test_a_batch_norm_of_another_kind_is_refused(group):
     with pytest.raises(UsageError, match="backbone: its NormAndReLU cannot span several CPU processes"):
-        Ranks(CPU, 0, 1, group).share_out(nn.Sequential(nn.Sequential(NormAndReLU(3))))
+        Ranks(CPU, 0, 1, group).parallelize(nn.Sequential(nn.Sequential(NormAndReLU(3))))
 
 
 def test_checksums_tell_states_apart():

@@ -41,6 +41,7 @@ from src.sweeps import optuna_study
 from src.system.stopping import PRUNED, Stopper
 from src.training import loop
 from src.training import run as run_module
+from src.training.checks import check_batch_fits, warn_of_doubtful_settings
 from src.training.state import TrainState
 from tests.config.test_schema import composed, parsed
 from tests.conftest import CIFAR100, ELSEWHERE, PROJECT
@@ -827,20 +828,20 @@ def test_doubtful_settings_are_warned_of(run, caplog):
 
 def test_a_batch_that_was_asked_for_or_has_parts_is_never_made_smaller(caplog):
     data = SimpleNamespace(train=range(180))
-    run_module.refuse_large_batch(parsed("batch_size=180"), data, exact=True)
+    check_batch_fits(parsed("batch_size=180"), data, exact=True)
     assert not caplog.text
-    run_module.refuse_large_batch(parsed(), data, exact=False)
+    check_batch_fits(parsed(), data, exact=False)
     assert "batch_size=256: more than the 180 training images, so each step takes all of them" in caplog.text
     for cfg, exact in ((parsed(), True), (parsed("backbone.bn_splits=8"), False)):
         with pytest.raises(UsageError, match="batch_size=256 is larger than the 180 training images"):
-            run_module.refuse_large_batch(cfg, data, exact)
+            check_batch_fits(cfg, data, exact)
 
 
 @pytest.mark.parametrize(("size", "stem", "warns"), [(224, "small", True), (224, "large", False), (64, "small", False)])
 def test_a_stem_that_keeps_every_pixel_of_a_large_image_is_warned_of(caplog, size, stem, warns):
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         cfg = parse(compose("train", overrides=[f"data.image_size={size}", f"backbone.stem={stem}"]))
-    run_module.warn_of_doubtful(cfg, 50_000)
+    warn_of_doubtful_settings(cfg, 50_000)
     assert ("backbone.stem=small: keeps all 224 x 224 pixels, 16 times the work" in caplog.text) == warns
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import src.data.cache as cache_module
+import src.data.cache_writer as writer_module
 from src.data.cache import cached
-from src.data.unfinished import AHEAD, Block, Tally, histogram
+from src.data.cache_resume import BLOCKS_PER_CORE, Block, Tally, histogram
 from src.errors import UsageError
 from tests.conftest import PROJECT
 from tests.data.layouts import SIZE, random_image, write_folder, write_shard
@@ -54,9 +55,9 @@ def images(config, tmp_path):
 @pytest.fixture
 def decoded(decodings, monkeypatch) -> list[str]:
     """What has been decoded so far, four at a time, of which each is saved at once."""
-    monkeypatch.setattr(cache_module, "SAVE_EVERY", 0)
-    monkeypatch.setattr(cache_module, "BLOCK", 1)
-    monkeypatch.setattr(cache_module, "cores", lambda: 1)
+    monkeypatch.setattr(writer_module, "SAVE_EVERY", 0)
+    monkeypatch.setattr(writer_module, "BLOCK", 1)
+    monkeypatch.setattr(writer_module, "cores", lambda: 1)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which takes a tenth of a second on a busy disk
     return decodings
 
@@ -84,7 +85,7 @@ def suffixes(cfg) -> set[str]:
 
 def interrupt(cfg, monkeypatch, place: int) -> None:
     """Decodes until the image at that place, counted from 0, is wanted."""
-    stream = cache_module._decoded
+    stream = writer_module._decoded
 
     def interrupted(*args):
         for i, each in enumerate(stream(*args), args[-1]):
@@ -93,18 +94,19 @@ def interrupt(cfg, monkeypatch, place: int) -> None:
             yield each
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "_decoded", interrupted)
-        patch.setattr(cache_module, "BLOCK", 1)
+        patch.setattr(writer_module, "_decoded", interrupted)
+        patch.setattr(writer_module, "BLOCK", 1)
         with pytest.raises(KeyboardInterrupt):
             cached(cfg)
 
 
 KILLED = """
 import json, os, signal, sys
-import src.data.cache as cache
+import src.data.cache_writer as writer
+from src.data.cache import cached
 from src.config.schema import Data
 
-write, saved = cache.save, []
+write, saved = writer.save, []
 
 def save(*args):
     write(*args)
@@ -112,8 +114,8 @@ def save(*args):
     if len(saved) == 17:
         os.kill(os.getpid(), signal.SIGKILL)
 
-cache.save, cache.SAVE_EVERY, cache.BLOCK, cache.cores = save, 0, 1, lambda: 1
-cache.cached(Data(**json.loads(sys.argv[1])))
+writer.save, writer.SAVE_EVERY, writer.BLOCK, writer.cores = save, 0, 1, lambda: 1
+cached(Data(**json.loads(sys.argv[1])))
 """
 
 
@@ -129,15 +131,16 @@ def test_a_killed_process_is_gone_on_with(images, tmp_path, decoded):
 
 SLOW = """
 import time
-import src.data.cache as cache
+import src.data.cache_writer as writer
+from src.data.cache import cached
 
-write, cache.SAVE_EVERY = cache.save, 0
+write, writer.SAVE_EVERY = writer.save, 0
 
 def save(*args):
     write(*args)
     time.sleep(600)
 
-cache.save = save
+writer.save = save
 """
 
 
@@ -268,7 +271,7 @@ def test_what_is_longer_than_was_saved_is_cut(images, tmp_path, monkeypatch, dec
 def test_images_of_another_choice_are_not_gone_on_with(images, monkeypatch, decoded, caplog):
     """The files are the same, but one could not be read when it was looked at, and is left out."""
     interrupt(images, monkeypatch, 20)
-    decode, unread = cache_module.decode, []
+    decode, unread = writer_module.decode, []
 
     def failing_once(picture, *options):
         if picture.where.endswith("train/a/0.png") and not unread:
@@ -276,7 +279,7 @@ def test_images_of_another_choice_are_not_gone_on_with(images, monkeypatch, deco
             raise UsageError(f"{picture.where}: Input/output error")
         return decode(picture, *options)
 
-    monkeypatch.setattr(cache_module, "decode", failing_once)
+    monkeypatch.setattr(writer_module, "decode", failing_once)
     decoded.clear()
     opened = cached(dataclasses.replace(images, on_error="skip"))
     assert len(opened.skipped) == 1
@@ -311,7 +314,7 @@ def test_another_state_and_another_format_are_decoded_from_the_start(images, tmp
 def test_only_the_room_that_is_still_needed_is_asked_for(images, monkeypatch, decoded):
     interrupt(images, monkeypatch, 20)
     for_ten = SimpleNamespace(free=10 * 3 * SIZE**2)
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: for_ten)
+    monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda folder: for_ten)
     cached(images)
 
 
@@ -337,13 +340,13 @@ def test_decoding_goes_on_while_the_disk_is_slow(images, monkeypatch, decoded):
 
     def slow(descriptor):
         end = time.monotonic() + 100
-        while not by_then and len(decoded) <= AHEAD and time.monotonic() < end:
+        while not by_then and len(decoded) <= BLOCKS_PER_CORE and time.monotonic() < end:
             time.sleep(0.001)
         by_then.append(len(decoded))
 
     monkeypatch.setattr(os, "fsync", slow)
     cached(images)
-    assert by_then[0] > AHEAD
+    assert by_then[0] > BLOCKS_PER_CORE
 
 
 def test_images_are_on_the_disk_before_they_are_counted(images, monkeypatch, decoded):

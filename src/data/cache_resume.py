@@ -18,11 +18,11 @@ import numpy as np
 from src.system.atomic_write import write_whole
 from src.system.threads import cores, in_threads
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SAVED = ".saved"
 BLOCK = 8  # images that a thread works on at a time, which spares the interpreter most of what each would cost
-AHEAD = 4  # blocks a core that are in work or wait to be written, which bounds memory
+BLOCKS_PER_CORE = 4  # that are decoded or wait to be written at a time, which bounds memory
 LEVELS = np.arange(256)  # what a pixel's channel can be
 
 
@@ -63,7 +63,7 @@ class Tally:
         self._counts = np.zeros((3, len(LEVELS)), np.int64)
 
     def add(self, block: Block) -> None:
-        """Counts the next images; all of them are fitted, or none."""
+        """Count the next images; all of them are fitted, or none."""
         self.digest.update(block.images.data)
         if self.whole:
             self.aspects += block.aspects.tobytes()
@@ -84,7 +84,7 @@ class Tally:
 
 
 def save(file: BinaryIO, path: Path, line: str, aspects: bytes, place: int) -> None:
-    """Brings the images to the disk, and then says so beside them.
+    """Bring the images to the disk, and then say so beside them.
 
     Args:
         file: which has been flushed.
@@ -94,7 +94,7 @@ def save(file: BinaryIO, path: Path, line: str, aspects: bytes, place: int) -> N
         place: of the aspects in the file.
 
     Raises:
-        OSError: There is no room.
+        OSError: there is no room.
     """
     os.pwrite(file.fileno(), aspects, place)
     os.fsync(file.fileno())
@@ -116,11 +116,13 @@ def resumed(path: Path, place: int, start: int, size: int, empty: Callable[[], T
         saved = beside.read_text()
         with path.open("rb") as file:
             count = int(saved.split()[0])
-            log.info("%s: checking %d images that an earlier process decoded, to go on after them", path, count)
+            logger.info("%s: checking %d images that an earlier process decoded, to go on after them", path, count)
             aspects = np.frombuffer(os.pread(file.fileno(), 4 * count if tally.whole else 0, place), np.float32)
             file.seek(start)
             blocks = _blocks(file, [min(count, tally.fitted), max(0, count - tally.fitted)], size)
-            for images, levels in in_threads(lambda images: (images, histogram(images)), blocks, AHEAD * cores()):
+            for images, levels in in_threads(
+                lambda images: (images, histogram(images)), blocks, BLOCKS_PER_CORE * cores()
+            ):
                 tally.add(Block(images, levels, aspects[tally.images : tally.images + len(images)]))
         usable = tally.line == saved
     except FileNotFoundError:
@@ -129,7 +131,7 @@ def resumed(path: Path, place: int, start: int, size: int, empty: Callable[[], T
         usable = False
     if usable:
         return tally
-    log.warning("%s: is damaged, or holds other images: decoding from the start", path)
+    logger.warning("%s: is damaged, or holds other images: decoding from the start", path)
     beside.unlink(missing_ok=True)
     return empty()
 

@@ -1,0 +1,267 @@
+"""How a cache file is written: images decoded by several threads, and a safetensors header that states what they are.
+
+While the file is written it ends in ``.partial``; an interrupted one is continued (`src.data.cache_resume`).
+
+Shapes: S pixels a side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from itertools import compress, islice
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from src.config.schema import Data
+from src.data.cache_resume import BLOCK, BLOCKS_PER_CORE, SAVED, Block, Tally, histogram, resumed, save
+from src.data.decoding import Contents, Decoded, Part, Picture, Source, decode
+from src.data.sources import shown
+from src.errors import UsageError
+from src.system.threads import cores, in_threads
+
+NO_CHECKSUM, NO_FINGERPRINT = "0" * 64, "0" * 16
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "U8": 1}
+STATISTICS = 2 * 3 * 8  # bytes of mean and standard deviation
+PARTIAL = ".partial"
+SAVE_EVERY = 10.0  # seconds of decoding, which a kill costs at most
+
+logger = logging.getLogger(__name__)
+
+
+def write(path: Path, source: Source, cfg: Data) -> str:
+    """Decode a source into a cache file; return its checksum.
+
+    The file has another name until it is complete and on the disk.
+
+    Raises:
+        UsageError: the source cannot be used, or there is no room.
+    """
+    unfinished = path.with_suffix(PARTIAL)
+    saved = path.with_suffix(SAVED)
+    try:
+        contents, skipped = (source.read(), []) if cfg.on_error == "raise" else _readable(source, cfg)
+        _check(contents, cfg)
+        _check_room(unfinished, contents, cfg)
+        fingerprint = _stream(unfinished, contents, skipped, cfg)
+        stated = checksum(unfinished, NO_CHECKSUM)
+        with unfinished.open("r+b") as file:
+            file.write(_header(contents, skipped, cfg, fingerprint, stated))
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        saved.unlink(missing_ok=True)
+        return stated
+    except OSError as error:
+        with suppress(OSError):
+            saved.unlink(missing_ok=True)  # what there is may be the room that is lacking
+        raise UsageError(
+            f"data.cache_dir={path.parent}: {error.strerror or error}; make room, or choose another folder"
+        ) from error
+    finally:
+        if not saved.exists():
+            unfinished.unlink(missing_ok=True)
+
+
+def checksum(path: Path, stated: str) -> str:
+    """SHA-256 of the file, as it is when the checksum that its header states is zeros."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        header = file.read(int.from_bytes(start, "little"))
+        digest = hashlib.sha256(start + header.replace(stated.encode(), NO_CHECKSUM.encode()))
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
+
+
+def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
+    """What can be decoded, and a line on each picture that cannot: all of them are decoded once to find out."""
+    skipped: list[str] = []
+
+    def problem(picture: Picture) -> str:
+        try:
+            _decode(picture, cfg)
+        except UsageError as error:
+            return str(error)
+        return ""
+
+    tried, again, parts = source.read(), source.read(), {}
+    for name, part in again.parts().items():
+        problems = list(in_threads(problem, tried.parts()[name].pictures, BLOCKS_PER_CORE * cores()))
+        skipped += filter(None, problems)
+        kept = [not each for each in problems]
+        parts[name] = Part(list(compress(part.labels, kept)), compress(part.pictures, kept))
+    contents = Contents(again.classes, **parts, notes=again.notes)
+    if lost := set(tried.train.labels) - set(contents.train.labels):
+        names = " of " + ", ".join(contents.classes[label] for label in sorted(lost)) if tried.train.labelled else ""
+        raise UsageError(f"data.on_error=skip: no training image{names} can be read, first {skipped[0]}")
+    return contents, skipped
+
+
+def _check(contents: Contents, cfg: Data) -> None:
+    if not contents.train.labels:
+        raise UsageError(f"{shown(cfg)}: no training images")
+    if contents.train.labelled and len(set(contents.train.labels)) < 2:
+        only = contents.classes[contents.train.labels[0]]
+        raise UsageError(f"{shown(cfg)}: 1 class ({only}) in the labelled images; at least 2 are needed")
+    if contents.classes and not contents.test.labels:
+        raise UsageError(f"{shown(cfg)}: no test images; too few images to hold some out, or empty test shards")
+
+
+def _check_room(unfinished: Path, contents: Contents, cfg: Data) -> None:
+    """Say how much of the disk the images still take, and refuse to begin where there is less."""
+    begun = unfinished.stat().st_size if unfinished.exists() else 0
+    needed = max(0, _images(contents) * 3 * cfg.stored_size**2 - begun)
+    free = shutil.disk_usage(unfinished.parent).free
+    room = f"{decimal(needed)} needed, {decimal(free)} free"
+    if needed > free:
+        size = "data.keep" if cfg.keep else "data.image_size"
+        raise UsageError(
+            f"data.cache_dir={unfinished.parent}: {room}; set data.cache_dir elsewhere, or a smaller {size}"
+        )
+    logger.info("decoding %d images of %s into %s: %s", _images(contents), shown(cfg), unfinished.parent, room)
+
+
+def _stream(path: Path, contents: Contents, skipped: list[str], cfg: Data) -> str:
+    """Write all but the checksum, the images first; return the fingerprint."""
+    header = _header(contents, skipped, cfg)
+    labels = b"".join(np.asarray(part.labels, np.int64).tobytes() for part in contents.parts().values())
+    place = len(header) + STATISTICS + len(labels)  # of the aspects
+    start, size = place + (4 * _images(contents) if cfg.keep else 0), 3 * cfg.stored_size**2
+    about = json.dumps([contents.classes, _counted(contents)]).encode() + labels
+    fitted = len(contents.train.labels) + len(contents.val.labels)
+
+    tally = resumed(path, place, start, cfg.stored_size, partial(Tally, header, about, fitted, bool(cfg.keep)))
+    with path.open("r+b" if tally.images else "wb") as file:
+        file.truncate(start + tally.images * size)
+        file.seek(0, os.SEEK_END)
+        _append(file, path, place, contents, cfg, tally)
+        tally.digest.update(tally.aspects)
+        fingerprint = tally.digest.hexdigest()[: len(NO_FINGERPRINT)]
+        mean, std = tally.mean_and_std()
+        file.seek(0)
+        file.write(_header(contents, skipped, cfg, fingerprint))
+        file.write((mean / 255).tobytes() + (std / 255).tobytes() + labels + tally.aspects)
+    return fingerprint
+
+
+def _append(file: BinaryIO, path: Path, place: int, contents: Contents, cfg: Data, tally: Tally) -> None:
+    """Decode the images that the tally lacks, with a bar in a terminal and a line now and then elsewhere."""
+    before, total = tally.images, _images(contents)
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} images/s"), TimeRemainingColumn()
+    bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
+    with bar as progress, ThreadPoolExecutor(1, thread_name_prefix="saving") as disk:
+        task = progress.add_task(f"decoding {cfg.name}", total=total, completed=before, rate=0.0)
+        began = saved = time.monotonic()
+        saving = disk.submit(file.flush)  # another thread waits for the disk
+        for block in _decoded(contents, cfg, before):
+            file.write(block.images.data)
+            tally.add(block)
+            now = time.monotonic()
+            rate = (tally.images - before) / max(now - began, 1e-9)
+            progress.update(task, completed=tally.images, rate=rate)
+            if now - saved >= SAVE_EVERY:
+                saving.result()
+                file.flush()
+                saving = disk.submit(save, file, path, tally.line, bytes(tally.aspects), place)
+                saved = time.monotonic()
+                if not progress.console.is_terminal:
+                    left = (total - tally.images) / rate / 60
+                    how_long = f"{left:.0f} min" if left >= 1 else "less than a minute"
+                    logger.info("%d of %d images, %.0f images/s, %s left", tally.images, total, rate, how_long)
+        saving.result()
+
+
+def _images(contents: Contents) -> int:
+    return sum(len(part.labels) for part in contents.parts().values())
+
+
+def _counted(contents: Contents) -> list[int]:
+    """What a fingerprint says of the parts' sizes: validation and probe images only where there are some."""
+    train, val, test, probe = (len(part.labels) for part in contents.parts().values())
+    return [train, test, *([val, probe] if val or probe else [])]
+
+
+def _decode(picture: Picture, cfg: Data) -> Decoded:
+    return decode(picture, cfg.stored_size, "squash" if cfg.keep else cfg.resize, cfg.background, cfg.draft)
+
+
+def _decoded(contents: Contents, cfg: Data, done: int) -> Iterator[Block]:
+    """The images after the first ``done``."""
+
+    def decoded(pictures: list[Picture]) -> Block:
+        images = np.empty((len(pictures), 3, cfg.stored_size, cfg.stored_size), np.uint8)
+        aspects = np.empty(len(pictures), np.float32)
+        for row, picture in enumerate(pictures):
+            try:
+                images[row], aspects[row] = _decode(picture, cfg)
+            except UsageError as error:
+                if cfg.on_error == "skip":  # it could be read a moment ago
+                    raise
+                raise UsageError(f"{error}, or set data.on_error=skip") from error
+        return Block(images, histogram(images), aspects)
+
+    for part in contents.parts().values():
+        count = min(done, len(part.labels))
+        done -= count
+        for block in in_threads(decoded, _blocks(islice(part.pictures, count, None)), BLOCKS_PER_CORE * cores()):
+            yield block
+            count += len(block.images)
+        if count != len(part.labels):
+            raise UsageError(f"{count} images for {len(part.labels)} labels: the source is damaged; fetch it again")
+
+
+def _blocks(pictures: Iterator[Picture]) -> Iterator[list[Picture]]:
+    while block := list(islice(pictures, BLOCK)):
+        yield block
+
+
+def _header(
+    contents: Contents,
+    skipped: list[str],
+    cfg: Data,
+    fingerprint: str = NO_FINGERPRINT,
+    checksum: str = NO_CHECKSUM,
+) -> bytes:
+    """The safetensors header, of one length whatever fingerprint and checksum.
+
+    The images that validate follow those that train, so that a run on both needs no copy.
+
+    The widest types come first, so that they are aligned whatever the number of pixels.
+
+    Source: the format's description, https://huggingface.co/docs/safetensors. The library itself writes only tensors
+    that are complete in memory.
+    """
+    counts = {name: len(part.labels) for name, part in contents.parts().items()}
+    tensors = {"train": counts["train"] + counts["val"], "test": counts["test"], "probe": counts["probe"]}
+    layout = {
+        "mean": ("F64", [3]),
+        "std": ("F64", [3]),
+        **{f"{name}_labels": ("I64", [count]) for name, count in tensors.items()},
+        **{f"{name}_aspects": ("F32", [count]) for name, count in tensors.items() if cfg.keep},
+        **{f"{name}_images": ("U8", [count, 3, cfg.stored_size, cfg.stored_size]) for name, count in tensors.items()},
+    }
+    notes = {"fingerprint": fingerprint, "sha256": checksum}
+    lists = {"classes": contents.classes, "skipped": skipped, "notes": contents.notes, "counts": counts}
+    notes |= {name: json.dumps(each) for name, each in lists.items()}
+    notes |= {"size": str(cfg.image_size)} if cfg.keep else {}
+    header: dict[str, Any] = {"__metadata__": notes}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

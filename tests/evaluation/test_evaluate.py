@@ -1,0 +1,305 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from src import cli
+from src.config.schema import Tracking
+from src.errors import UsageError
+from src.evaluation import evaluate
+from src.runs import checkpoint
+from src.runs.record import Record
+from tests.config.test_schema import composed
+from tests.conftest import PROJECT
+from tests.data.layouts import LAYOUTS, write_set
+from tests.stores import break_store
+
+
+def run(*overrides):
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        composed = compose("evaluate", overrides=list(overrides))
+    return evaluate.main(composed)
+
+
+@pytest.fixture(scope="module")
+def taught(finished):
+    """A finished run with a teacher, which has been evaluated at the end."""
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides=[
+            "experiment=demo", "objective=teacher", "support=none", "epochs=1", "data.limit=200", "batch_size=64",
+            f"data.cache_dir={finished.parent}/cache", f"output_dir={finished.parent}/taught", "tracking=jsonl",
+            "precision=float32", "projector.hidden=[32]", "projector.out=16", "objective.predictor_hidden=32",
+            "evaluation.epochs=5", "data.image_size=8", "evaluation.pictures=false", "evaluation.teacher=true",
+        ])  # fmt: skip
+    cli.pretrain(cfg)
+    return finished.parent / "taught"
+
+
+def test_the_teachers_figures_stand_beside_the_students_and_are_its_own(taught, tmp_path):
+    figures = Record.load(taught).metrics
+    both = {key for key in figures if key.startswith(("val/linear", "test/"))}
+    assert {key.removeprefix("teacher/") for key in figures if key.startswith("teacher/")} == both
+    # A student that is the teacher is worth the same.
+    _, state = checkpoint.load_latest(taught / "checkpoints")
+    for key in list(state["model"]):
+        if key.startswith("teacher_encoder."):
+            state["model"][key.removeprefix("teacher_")] = state["model"][key]
+    path = checkpoint.save(tmp_path, 1, state)
+    metrics = run(f"checkpoint={path}", "evaluation.teacher=false")
+    assert metrics == {key: figures[f"teacher/{key}"] for key in metrics}
+    assert metrics != {key: figures[key] for key in metrics}
+
+
+def test_others_get_the_encoder_of_the_student(taught):
+    model = checkpoint.load_latest(taught / "checkpoints")[1]["model"]
+    weights = load_file(taught / "encoder.safetensors")
+    assert all(torch.equal(value, model[f"encoder.{key}"]) for key, value in weights.items())
+    assert not all(torch.equal(value, model[f"teacher_encoder.{key}"]) for key, value in weights.items())
+
+
+def test_a_teacher_is_evaluated_when_the_run_has_long_been_finished(taught):
+    before = Record.load(taught).metrics
+    metrics = run(f"checkpoint={taught}", "evaluation.teacher=true")
+    assert metrics == {key: before[key] for key in metrics}
+    assert "teacher/test/linear_top1" in metrics
+    assert "teacher/test/linear_top1" not in run(f"checkpoint={taught}", "evaluation.teacher=false")
+    other = run(f"checkpoint={taught}", "evaluation=original", "evaluation.epochs=1", "evaluation.teacher=true")
+    assert {"test_original/linear_top1", "teacher_original/test/linear_top1"} <= other.keys()
+
+
+def test_without_a_teacher_there_is_none_to_evaluate(finished):
+    with pytest.raises(
+        UsageError, match=r"^evaluation\.teacher=true: objective=mixed has no teacher; choose .*teacher"
+    ):
+        run(f"checkpoint={finished}", "evaluation.teacher=true")
+
+
+def test_a_checkpoint_with_another_number_of_channels_is_one_line(finished, tmp_path):
+    _, state = checkpoint.load_latest(finished / "checkpoints")
+    path = checkpoint.save(tmp_path, 1, state | {"mean": [0.5]})
+    with pytest.raises(UsageError, match=r"is not the checkpoint of a run \(.*mean and std of 1 and 3 channels"):
+        run(f"checkpoint={path}")
+
+
+def test_a_finished_run_is_evaluated_to_the_same_figures(finished):
+    before = Record.load(finished).metrics
+    metrics = run(f"checkpoint={finished}")
+    assert metrics == {key: before[key] for key in metrics}
+    assert {"test/knn_top1", "test/linear_top1", "test/linear_top5"} <= metrics.keys()
+    assert Record.load(finished).status == "FINISHED"
+
+
+def test_a_run_is_named_by_its_name_its_folder_its_id_or_a_checkpoint(finished, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished, tmp_path / "multirun/named")
+    monkeypatch.chdir(tmp_path)
+    identity = Record.load(folder).uuid
+    file, _ = checkpoint.load_latest(folder / "checkpoints")
+    ways = ["run=named", "run_id=named", "checkpoint=named", f"run={identity}", f"run_id={identity}", f"run={folder}"]
+    ways += [f"checkpoint={folder}", f"checkpoint={folder}/checkpoints", f"checkpoint={file}"]
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        found = [evaluate._checkpoint(compose("evaluate", overrides=[way]))[0].resolve() for way in ways]
+    assert set(found) == {file}
+
+
+def test_it_prints_whose_figures_they_are_and_where_they_went(finished, tmp_path, capsys):
+    metrics = run(f"run={finished}", "data=digits", "data.image_size=8", f"data.cache_dir={finished.parent}/cache")
+    first, *table, last = capsys.readouterr().out.splitlines()
+    assert (first, last) == (f"{finished}:", f"written to {finished}/run.json")
+    assert {line.split()[0]: float(line.split()[1]) for line in table} == {
+        key: round(value, 2) for key, value in metrics.items()
+    }
+    assert len({len(line) for line in table if not line.split()[0].endswith("knn_k")}) == 1
+    assert [line.split()[1].isdigit() for line in table] == ["knn_k" in line for line in table]
+
+
+@pytest.mark.parametrize("is_down", [False, True])
+def test_it_says_that_mlflow_has_the_figures_only_where_it_has(finished, client, monkeypatch, capsys, is_down):
+    shutil.copytree(finished, "run")
+    record = Record.load(Path("run"))
+    record.ask(Tracking("mlflow", "exp", 10))
+    record.save(Path("run"))
+    if is_down:
+        break_store(client, monkeypatch, "log_batch")
+    run("run=run", "evaluation.knn_k=5")
+    said = capsys.readouterr().out.splitlines()
+    assert (said[0], said[-1]) == ("run:", f"written to run/run.json{'' if is_down else ' and MLflow'}")
+
+
+def test_another_protocol_has_names_of_its_own(finished):
+    before = Record.load(finished).metrics["test/linear_top1"]
+    metrics = run(f"checkpoint={finished}", "evaluation=original", "evaluation.epochs=1")
+    assert {"test_original/linear_top1", "test_original/knn_top1"} <= metrics.keys()
+    record = Record.load(finished)
+    assert record.metrics["test/linear_top1"] == before
+    assert record.metrics["test_original/linear_top1"] == metrics["test_original/linear_top1"]
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert any("test_original/linear_top1" in row["metrics"] for row in rows)
+
+
+def test_few_labels_and_fine_tuning_stand_beside_the_linear_probe(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    before = Record.load(finished).metrics
+    encoder = (finished / "encoder.safetensors").read_bytes()
+    few = run(f"checkpoint={tmp_path}/run", "evaluation=fewshot", "evaluation.epochs=2")
+    tuned = run(
+        f"checkpoint={tmp_path}/run", "evaluation=finetune", "evaluation.epochs=5", "evaluation.finetune.epochs=1",
+        "evaluation.finetune.lr=[0.01]",
+    )  # fmt: skip
+    names = {f"test_fewshot/fewshot_{share}pct_top1{end}" for share in (1, 10) for end in ("", "_std")}
+    assert names <= few.keys()
+    assert {"test_finetune/finetune_top1", "test_finetune/finetune_top5", "val_finetune/finetune_top1"} <= tuned.keys()
+    assert tuned["test_finetune/linear_top1"] == before["test/linear_top1"]
+    after = Record.load(tmp_path / "run").metrics
+    assert {key: after[key] for key in before} == before
+    assert after == before | few | tuned
+    assert (tmp_path / "run/encoder.safetensors").read_bytes() == encoder
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_few_labels_and_fine_tuning_and_repeats_them(tmp_path, small):
+    both = [
+        "evaluation=fewshot",
+        "evaluation.fewshot.draws=2",
+        "+evaluation.finetune={epochs:1,batch_size:32,lr:[0.01]}",
+    ]
+    less = ["method=simclr", "data.limit=100", "epochs=1", "evaluation.epochs=1", "tracking=jsonl"]
+    cli.pretrain(composed(*small, *both, *less, f"output_dir={tmp_path}/run"))
+    before = Record.load(tmp_path / "run").metrics
+    own = {"test/linear_top1", "test/fewshot_1pct_top1", "test/fewshot_10pct_top1_std", "test/finetune_top1"}
+    assert own | {f"untrained/{key}" for key in own} | {"val/finetune_top1"} <= before.keys()
+    metrics = run(f"checkpoint={tmp_path}/run")
+    assert metrics == {key: before[key] for key in metrics}
+    assert own <= metrics.keys()
+
+
+def test_figures_are_logged_where_the_run_was_last_asked_for(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    record = Record.load(tmp_path / "run")
+    before = {*record.copies, "other"}
+    record.ask(Tracking("jsonl", "other", 10, parent="a folder that is gone"))
+    record.save(tmp_path / "run")
+    run(f"checkpoint={tmp_path / 'run'}")
+    after = Record.load(tmp_path / "run")
+    assert (after.experiment, set(after.copies)) == ("other", before)
+
+
+def test_what_matters_in_training_only_makes_no_other_protocol(finished):
+    assert "test/linear_top1" in run(f"checkpoint={finished}", "evaluation=linear", "evaluation.epochs=5")
+
+
+@pytest.mark.parametrize("setting", ["evaluation.knn_k=3", "evaluation.epochs=6", "precision=bfloat16"])
+def test_another_setting_of_the_same_protocol_does_not_pass_for_the_runs_own(finished, setting):
+    before = Record.load(finished).metrics
+    metrics = run(f"checkpoint={finished}", "evaluation=linear", "evaluation.epochs=5", setting)
+    assert "test_linear/linear_top1" in metrics
+    after = Record.load(finished).metrics
+    assert all(after[key] == before[key] for key in before if key.startswith(("val/", "test/")))
+
+
+def test_a_setting_of_the_runs_own_protocol_needs_nothing_beside_it(finished):
+    metrics = run(f"checkpoint={finished}", "evaluation.knn_k=20")
+    assert metrics["test_linear/knn_k"] == 20
+    assert metrics["test_linear/linear_top1"] == Record.load(finished).metrics["test/linear_top1"]
+
+
+def test_more_neighbours_than_a_class_has_images_are_said(finished, caplog):
+    metrics = run(f"checkpoint={finished}", "evaluation.knn_k=200")
+    assert f"evaluation.knn_k=200: a class has {metrics['test_linear/knn_k']:.0f} training images" in caplog.text
+
+
+def test_transfer_has_the_data_sets_name(finished):
+    metrics = run(
+        f"checkpoint={finished}", "data=digits", "data.image_size=8", f"data.cache_dir={finished.parent}/cache"
+    )
+    (own,) = (finished.parent / "cache").glob("digits-*.safetensors")
+    with safe_open(own, "np") as file:
+        assert f"transfer/digits-{file.metadata()['fingerprint'][:8]}/test/linear_top1" in metrics
+
+
+def test_the_record_says_by_which_settings_and_still_when_the_run_ended(finished, caplog):
+    before = Record.load(finished)
+    data = ["data=digits", "data.image_size=8", f"data.cache_dir={finished.parent}/cache"]
+    for limit in (250, 300):
+        assert "was with" not in caplog.text
+        metrics = run(f"checkpoint={finished}", *data, f"data.limit={limit}", "evaluation.epochs=3")
+    family = next(key for key in metrics if key.endswith("linear/linear_top1")).rpartition("/")[0]
+    record = Record.load(finished)
+    assert record.tags[f"evaluated/{family}"] == "data.limit=300 data.val_fraction=0.1 evaluation.epochs=3"
+    assert f"evaluated/{family}: was with data.limit=250 data.val_fraction=0.1 evaluation.epochs=3" in caplog.text
+    assert (record.end_time, record.seconds, record.status) == (before.end_time, before.seconds, "FINISHED")
+
+
+def test_a_tag_is_of_the_figures_that_are_there(finished, caplog):
+    for chosen in (["evaluation.knn_k=5"], ["precision=bfloat16"]):
+        run(f"checkpoint={finished}", *chosen)
+    assert Record.load(finished).tags["evaluated/test_linear"] == "precision=bfloat16"
+    assert "evaluated/test_linear: was with evaluation.knn_k=5; its figures are now with precision=b" in caplog.text
+    own = {key: value for key, value in Record.load(finished).params.items() if key.startswith("data.")}
+    data = ["data=digits", *(f"data.{key}={own[f'data.{key}']}" for key in ("image_size", "cache_dir", "val_fraction"))]
+    for limit in (250, 200):
+        metrics = run(f"checkpoint={finished}", *data, f"data.limit={limit}")
+    family = next(key for key in metrics if key.endswith("/test/linear_top1")).rpartition("/")[0]
+    assert Record.load(finished).tags[f"evaluated/{family}"] == "the run's own settings"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_sets_of_a_layout_have_metrics_of_their_own(finished, tmp_path, layout):
+    names = []
+    for seed in (0, 1):
+        root = write_set(layout, tmp_path / str(seed), seed)
+        metrics = run(f"checkpoint={finished}", f"data={layout}", f"data.root={root}", f"data.cache_dir={tmp_path}/c")
+        names += [key for key in metrics if key.endswith("/test/linear_top1")]
+    assert len(set(names)) == 2
+    assert all(name.startswith(f"transfer/{layout}-") for name in names)
+    assert Record.load(finished).metrics.keys() >= set(names)
+
+
+def test_a_runs_own_images_may_have_moved_but_not_changed(tmp_path, small):
+    root = write_set("image_folder", tmp_path / "images")
+    images = ["data=image_folder", f"data.root={root}", f"data.cache_dir={tmp_path}/c", "data.limit=null"]
+    more = ["k=5", "batch_size=8", "epochs=1", "tracking=jsonl", f"output_dir={tmp_path}/run"]
+    cli.pretrain(composed(*small, *images, *more))
+    before = Record.load(tmp_path / "run").metrics
+    root = root.rename(tmp_path / "moved")
+    metrics = run(f"checkpoint={tmp_path}/run", f"data_root={root}")
+    assert metrics == {key: before[key] for key in metrics}
+
+    others = write_set("image_folder", tmp_path / "others", seed=1)
+    with pytest.raises(UsageError, match=rf"^data\.root={others}: holds other images .*data_root.*") as refused:
+        run(f"checkpoint={tmp_path}/run", f"data_root={others}")
+    assert "\n" not in str(refused.value)
+    assert Record.load(tmp_path / "run").metrics == before
+
+    _, state = checkpoint.load_latest(tmp_path / "run/checkpoints")
+    assert state["config"]["data"].pop("fingerprint")  # as in checkpoints from before there were fingerprints
+    old = checkpoint.save(tmp_path / "old", 1, state)
+    assert run(f"checkpoint={old}", f"data_root={root}") == metrics
+
+
+def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path):
+    _, state = checkpoint.load_latest(finished / "checkpoints")
+    state["config"]["backbone"]["name"] = "resnet18"
+    path = checkpoint.save(tmp_path, 1, state)
+    with pytest.raises(UsageError, match=r"another method or shape: .*missing"):
+        run(f"checkpoint={path}")
+
+
+def test_a_run_that_is_not_finished_is_refused(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    record = Record.load(tmp_path / "run")
+    record.status = "KILLED"
+    record.save(tmp_path / "run")
+    with pytest.raises(UsageError, match="the run is KILLED, not FINISHED"):
+        run(f"checkpoint={tmp_path / 'run'}")
+
+
+def test_a_checkpoint_alone_is_evaluated_and_nothing_is_written(finished, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    path = shutil.copy(checkpoint.load_latest(finished / "checkpoints")[0], tmp_path / "elsewhere")
+    assert "test/linear_top1" in run(f"checkpoint={path}")
+    assert [each.name for each in tmp_path.iterdir()] == ["elsewhere"]
