@@ -37,7 +37,7 @@ from src.config.schema import Config
 from src.data.cache import fingerprint
 from src.errors import RunFailed, UsageError
 from src.reporting import curves, table
-from src.reporting.rows import FIGURES, summarise
+from src.reporting.rows import TABLE_METRICS, summarise
 from src.runs import directory as run_directory
 from src.runs import origin
 from src.runs.record import METRICS, RECORD, Record, records_below
@@ -243,7 +243,7 @@ def report(name: str, out: Path, command: str) -> None:
     if rows:
         table.write(rows, notes, name, out)
         header, *body = table.table(rows)
-        test, val = (header.index(FIGURES[figure]) for figure in ("test/linear_top1", "val/linear_top1"))
+        test, val = (header.index(TABLE_METRICS[metric]) for metric in ("test/linear_top1", "val/linear_top1"))
         figures = [f"{row.title} {line[test]} ({line[val]})" for row, line in zip(rows, body, strict=True)]
         seconds = sum(record.seconds for record in records)
         text = f"test linear (validation linear): {'; '.join(figures)}. In {seconds:.0f} s on {machine()}."

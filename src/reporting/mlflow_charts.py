@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from src.config.identity import LOG_SIZE
 from src.errors import UsageError
 from src.reporting.plots import PLOTTED, caption
-from src.reporting.rows import FIGURES, Row
+from src.reporting.rows import TABLE_METRICS, Row
 from src.reporting.table import GAIN, GAIN_NOTE, markdown, table
 from src.runs.delivery import LONGEST as LONGEST_DELIVERY
 from src.runs.delivery import bring_up_free
@@ -82,7 +82,7 @@ def _charts() -> list[dict[str, Any]]:
     """The scatter plots draw a param that is a logarithm, because MLflow offers a logarithm for training steps only."""
     size = {"type": "PARAM", "key": LOG_SIZE}
     charts: list[dict[str, Any]] = [
-        *({"type": "SCATTER", "xaxis": size, "yaxis": {"type": "METRIC", "key": figure}} for figure in PLOTTED),
+        *({"type": "SCATTER", "xaxis": size, "yaxis": {"type": "METRIC", "key": metric}} for metric in PLOTTED),
         # The last metric gives the lines their colour.
         {"type": "PARALLEL", "selectedParams": [LOG_SIZE], "selectedMetrics": [COURSE, *reversed(PLOTTED)]},
         {"type": "LINE", "metricKey": COURSE, "selectedMetricKeys": [COURSE], "lineSmoothness": 0},
@@ -101,7 +101,7 @@ def describe_sweep(name: str, rows: Sequence[Row]) -> str:
     """The description of a sweep's run, in Markdown: its table, without what the narrow page has no room for."""
     header, *body = table(rows)
     kept = [place for place, title in enumerate(header) if title in ("method", "vectors", "seeds", GAIN)]
-    kept += [place for place, title in enumerate(header) if title in FIGURES.values()]
+    kept += [place for place, title in enumerate(header) if title in TABLE_METRICS.values()]
     head, *lines = ([line[place] for place in sorted(kept)] for line in (header, *body))
     above = f"{OPENING} in the sweep {name}: {caption(rows)}.\n"
     below = f"\n{GAIN_NOTE[0].upper()}{GAIN_NOTE[1:]}." if GAIN in header else ""

@@ -77,7 +77,7 @@ def render(
         pictures: SVG by what is drawn.
         notes: what a reader must know besides.
     """
-    trained = [row for row in rows if row.method != UNTRAINED]  # whose figures are of the others' runs
+    trained = [row for row in rows if row.method != UNTRAINED]  # the untrained row has the other rows' runs
     header, *body = table
     names = [escape(name.replace("-", NO_BREAK)) for name in header]
     lines = [f"<thead><tr>{''.join(f'<th>{name}</th>' for name in names)}</tr></thead>", "<tbody>"]

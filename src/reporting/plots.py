@@ -13,7 +13,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal
 
 from src.config.names import UNTRAINED, title_of
-from src.reporting.rows import FIGURES, Row, control_of
+from src.reporting.rows import TABLE_METRICS, Row, control_of
 from src.system.atomic_write import write_whole
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 def by_size(rows: Sequence[Row]) -> Figure:
-    """A panel a figure, a line a method and variant, a level across for one that stores nothing."""
+    """A panel a metric, a line a method and variant, a level across for one that stores nothing."""
     from matplotlib.figure import Figure
 
     series: dict[str, list[Row]] = defaultdict(list)
@@ -95,23 +95,23 @@ def dots(rows: Sequence[Row]) -> Figure:
     """A dot a row with its deviation over seeds, the most accurate at the top; a line down is the control beside it."""
     from matplotlib.figure import Figure
 
-    metric = next(iter(PLOTTED))
-    measured = sorted((row for row in rows if row.values(metric)), key=lambda row: row.mean(metric))
+    ranked_by = next(iter(PLOTTED))
+    measured = sorted((row for row in rows if row.values(ranked_by)), key=lambda row: row.mean(ranked_by))
     found = measured[-MOST_DOTS:]
     figure = Figure(figsize=(7.2, 1.1 + 0.165 * len(found)), layout="constrained")
     controls = [control_of(row, rows) for row in found]
     panels = figure.subplots(1, len(PLOTTED), sharey=True)
-    for axes, (figure_name, title) in zip(panels, PLOTTED.items(), strict=True):
+    for axes, (metric, title) in zip(panels, PLOTTED.items(), strict=True):
         for place, row in enumerate(found):
-            std = row.std(figure_name)
+            std = row.std(metric)
             style: dict[str, Any] = {"color": row.colour, "marker": marker_of(row.method), "markersize": 4.5}
             error = None if math.isnan(std) else std
             style |= {"capsize": 2, "linewidth": 1, "linestyle": "none", "clip_on": False}
-            drawn = axes.errorbar(row.mean(figure_name), place, xerr=error, **style)
-            tell(drawn[0], _reading(row, figure_name))
+            drawn = axes.errorbar(row.mean(metric), place, xerr=error, **style)
+            tell(drawn[0], _reading(row, metric))
             if control := controls[place]:  # a piece as high as the row, so that rows of one control have one line
                 ends = [place - 0.5, place + 0.5]
-                axes.plot([control.mean(figure_name)] * 2, ends, color=control.colour, linewidth=1, zorder=0)
+                axes.plot([control.mean(metric)] * 2, ends, color=control.colour, linewidth=1, zorder=0)
         axes.set(xlabel=title, ylim=(-0.8, len(found) - 0.2))
         _cap(axes, "x")
         frame(axes, "x")
@@ -146,9 +146,9 @@ def to_svg(figure: Figure) -> str:
     return re.sub(rf'<g id=(["\']){TOLD}(.*?)\1>', r"<g><title>\2</title>", drawn.getvalue(), flags=re.DOTALL)
 
 
-def _reading(row: Row, figure: str) -> str:
-    seeds = f"{len(row.values(figure))} seeds" if len(row.values(figure)) > 1 else "one seed"
-    return f"{row.title}: {FIGURES[figure]} {row.text(figure)}, {seeds}"
+def _reading(row: Row, metric: str) -> str:
+    seeds = f"{len(row.values(metric))} seeds" if len(row.values(metric)) > 1 else "one seed"
+    return f"{row.title}: {TABLE_METRICS[metric]} {row.text(metric)}, {seeds}"
 
 
 def marker_of(method: str) -> str:

@@ -17,13 +17,13 @@ from src.errors import UsageError
 from src.runs.record import CHANGED, EVALUATED, UNUSED, Record
 from src.system.output import printable
 
-FIGURES = {
+TABLE_METRICS = {
     "val/knn_top1": "val kNN",
     "val/linear_top1": "val linear top-1",
     "test/linear_top1": "test linear top-1",
     "test/linear_top5": "test linear top-5",
 }
-# Figures beside the linear probe's; a name after `test` says that a run was evaluated so after its end.
+# Metrics beside the linear probe's; a name after `test` says that a run was evaluated so after its end.
 FEWSHOT = re.compile(r"test(_fewshot)?/fewshot_(\d+(?:\.\d+)?(?:e-\d+)?)pct_top1", re.ASCII)
 FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
 # Of a teacher, by other settings, or on other images (src.evaluation.protocol).
@@ -67,41 +67,41 @@ class Row:
         """The label with the size: ``NNCLR 4,096, support_weight=1``."""
         return (f"{self.name} {self.size:,}" if self.size else self.name) + self.label.removeprefix(self.name)
 
-    def values(self, figure: str) -> list[float]:
-        """The figure of every run that has it, in percent."""
-        return [value for run in self.runs if math.isfinite(value := run.metrics.get(figure, math.nan))]
+    def values(self, metric: str) -> list[float]:
+        """The metric in every run that has it, in percent."""
+        return [value for run in self.runs if math.isfinite(value := run.metrics.get(metric, math.nan))]
 
-    def mean(self, figure: str) -> float:
-        return statistics.fmean(self.values(figure) or [math.nan])
+    def mean(self, metric: str) -> float:
+        return statistics.fmean(self.values(metric) or [math.nan])
 
-    def std(self, figure: str) -> float:
+    def std(self, metric: str) -> float:
         """The sample standard deviation, NaN for fewer than two runs."""
-        values = self.values(figure)
+        values = self.values(metric)
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
-    def text(self, figure: str) -> str:
+    def text(self, metric: str) -> str:
         """Mean and deviation for people: ``57.83 ± 0.33``, without a deviation for one run, and ``-`` for none."""
-        mean, std = self.mean(figure), self.std(figure)
+        mean, std = self.mean(metric), self.std(metric)
         return "-" if math.isnan(mean) else f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}"
 
 
-def figures_of(rows: Sequence[Row]) -> dict[str, str]:
-    """The figures of a table with their titles: `FIGURES`, and what any run has of the others that are known."""
+def metrics_of(rows: Sequence[Row]) -> dict[str, str]:
+    """The metrics of a table with their titles: `TABLE_METRICS`, and what any run has of the others that are known."""
     found = {key for row in rows for run in row.runs for key in run.metrics}
     few = sorted(filter(None, map(FEWSHOT.fullmatch, found)), key=lambda each: (float(each[2]), each[0]))
     tuned = sorted(filter(None, map(FINETUNE.fullmatch, found)), key=lambda each: (each[2], each[0]))
-    elsewhere = sorted(filter(None, map(ELSEWHERE.fullmatch, found - FIGURES.keys())), key=lambda each: each[0])
+    elsewhere = sorted(filter(None, map(ELSEWHERE.fullmatch, found - TABLE_METRICS.keys())), key=lambda each: each[0])
     titles = {each[0]: f"test {each[2]}% of labels top-1{LATER if each[1] else ''}" for each in few}
     titles |= {each[0]: f"test fine-tuned top-{each[2]}{LATER if each[1] else ''}" for each in tuned}
     return (
-        FIGURES
+        TABLE_METRICS
         | titles
         | {each[0]: f"{' '.join(filter(None, each.groups())).replace('/', ' ')} linear top-1" for each in elsewhere}
     )
 
 
 class Difference(NamedTuple):
-    """A row's figure less its control's, in percentage points, over the seeds that both have."""
+    """A row's metric less its control's, in percentage points, over the seeds that both have."""
 
     mean: float
     half_width: float  # of the 95% interval; NaN for fewer than two pairs
@@ -116,7 +116,7 @@ class Difference(NamedTuple):
         return self.mean + self.half_width
 
 
-def difference(row: Row, control: Row | None, figure: str) -> Difference:
+def difference(row: Row, control: Row | None, metric: str) -> Difference:
     """Mean of the differences between runs of one seed, with its 95% interval by Student's t distribution.
 
     Without a control there are no pairs.
@@ -127,7 +127,7 @@ def difference(row: Row, control: Row | None, figure: str) -> Difference:
     Source: Student, "The Probable Error of a Mean", Biometrika 6, 1908.
     """
     pair = row.runs, control.runs if control else ()
-    ours, theirs = ({run.params["seed"]: run.metrics.get(figure, math.nan) for run in runs} for runs in pair)
+    ours, theirs = ({run.params["seed"]: run.metrics.get(metric, math.nan) for run in runs} for runs in pair)
     gains = [gain for seed in ours.keys() & theirs.keys() if math.isfinite(gain := ours[seed] - theirs[seed])]
     if len(gains) < 2:
         return Difference(statistics.fmean(gains or [math.nan]), math.nan, len(gains))
@@ -168,7 +168,7 @@ def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:
     """Averages the runs that differ only in their seed, and no others.
 
     Returns:
-        Rows by method, then support size, ahead of them the untrained encoder's; and notes on all that the figures
+        Rows by method, then support size, ahead of them the untrained encoder's; and notes on all that the numbers
         alone would hide.
     """
     kept, notes = select(runs)
@@ -203,9 +203,9 @@ def _untrained(runs: Sequence[Record], keys: Sequence[str]) -> list[Row]:
     prefix = f"{UNTRAINED}/"
     seeds: dict[str, dict[str, Record]] = defaultdict(dict)
     for run in runs:
-        figures = {key.removeprefix(prefix): run.metrics[key] for key in run.metrics if key.startswith(prefix)}
-        if figures:  # not of runs that started from others' weights, or from before it was measured
-            seeds[_variant(run, keys)][run.params["seed"]] = replace(run, metrics=figures)
+        metrics = {key.removeprefix(prefix): run.metrics[key] for key in run.metrics if key.startswith(prefix)}
+        if metrics:  # not of runs that started from others' weights, or from before it was measured
+            seeds[_variant(run, keys)][run.params["seed"]] = replace(run, metrics=metrics)
     rows = []
     for variant, by_seed in sorted(seeds.items()):
         label = f"{UNTRAINED}, {variant}" if variant else UNTRAINED
@@ -245,7 +245,7 @@ def _remarks(
             notes.append(f"{run.name} has its last evaluation's figures: {run.tags['evaluation_changed']}")
     if len({run.params.get("evaluation.bank") for run in runs} - {None}) > 1:
         notes.append("the runs differ in evaluation.bank: their val kNN cannot be compared")
-    for family in dict.fromkeys(figure.rpartition("/")[0] for figure in figures_of(rows)):
+    for family in dict.fromkeys(metric.rpartition("/")[0] for metric in metrics_of(rows)):
         tag = f"{EVALUATED}/{family}"
         those = [run for run in runs if any(key.startswith(f"{family}/") for key in run.metrics)]
         by = {run.tags.get(tag, "settings that no tag names") for run in those}
@@ -256,8 +256,8 @@ def _remarks(
     seeds = sorted({len(row.runs) for row in rows})
     if len(seeds) > 1:
         notes.append(f"the rows differ in their number of seeds: {seeds[0]} to {seeds[-1]}")
-    for figure, title in figures_of(rows).items():
-        lacking = [(row, len(row.values(figure))) for row in rows if len(row.values(figure)) < len(row.runs)]
+    for metric, title in metrics_of(rows).items():
+        lacking = [(row, len(row.values(metric))) for row in rows if len(row.values(metric)) < len(row.runs)]
         where = [f"{row.title} ({len(row.runs) - n} of {len(row.runs)} runs)" for row, n in lacking]
         if where:
             notes.append(f"no {title}: {', '.join(where)}")
@@ -330,7 +330,7 @@ def unusable(run: Record) -> str:
 
 
 def settings(run: Record) -> dict[str, str]:
-    """The params on which a run's figures depend: what makes it this experiment, and how it was evaluated."""
+    """The params on which a run's metrics depend: what makes it this experiment, and how it was evaluated."""
     return {key: value for key, value in run.params.items() if is_setting(key) or is_protocol(key)}
 
 

@@ -22,20 +22,20 @@ from src.config.names import UNTRAINED
 from src.errors import UsageError
 from src.reporting import curves, page
 from src.reporting.plots import caption, plot, to_svg, write_png
-from src.reporting.rows import FIGURES, NOTHING_STORED, Row, control_of, difference, figures_of
+from src.reporting.rows import NOTHING_STORED, TABLE_METRICS, Row, control_of, difference, metrics_of
 from src.runs.record import METRICS
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
 
 logger = logging.getLogger(__name__)
 
-WORTH = "test/linear_top1"
+GAIN_METRIC = "test/linear_top1"
 FOR_WIDE = ("bytes", "of largest queue")  # columns that a narrower terminal leaves to the files
 WIDE = 100
 GAIN = f"beyond {NOTHING_STORED}"
 GAIN_NOTE = (
-    f"{GAIN}: {FIGURES[WORTH]} less that of the same settings with nothing stored, the mean over pairs of runs with "
-    "one seed ± the half-width of its 95% interval (Student's t)"
+    f"{GAIN}: {TABLE_METRICS[GAIN_METRIC]} less that of the same settings with nothing stored, the mean over pairs of "
+    "runs with one seed ± the half-width of its 95% interval (Student's t)"
 )
 
 
@@ -45,16 +45,16 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     The last column is there where a row has a control (`GAIN_NOTE`).
     """
 
-    def worth(row: Row) -> str:
-        found = difference(row, control_of(row, rows), WORTH)
+    def gain(row: Row) -> str:
+        found = difference(row, control_of(row, rows), GAIN_METRIC)
         if not found.pairs:
             return "-"
         width = "" if math.isnan(found.half_width) else f" ± {found.half_width:.2f}"
         fewer = f" ({found.pairs} of {len(row.runs)} seeds)" if found.pairs < len(row.runs) else ""
         return f"{found.mean:+.2f}{width}{fewer}"
 
-    figures = figures_of(rows)
-    header = ["method", "vectors", "bytes", "of largest queue", "seeds", *figures.values()]
+    metrics = metrics_of(rows)
+    header = ["method", "vectors", "bytes", "of largest queue", "seeds", *metrics.values()]
     body = [
         [
             row.label,
@@ -62,13 +62,13 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
             decimal(row.stored_bytes),
             "-" if share is None else f"{share:.2%}",
             str(len(row.runs)),
-            *(row.text(figure) for figure in figures),
+            *(row.text(metric) for metric in metrics),
         ]
         for row, share in zip(rows, shares(rows), strict=True)
     ]
     if any(control_of(row, rows) for row in rows):
         header.append(GAIN)
-        body = [[*line, worth(row)] for line, row in zip(body, rows, strict=True)]
+        body = [[*line, gain(row)] for line, row in zip(body, rows, strict=True)]
     return [header, *body]
 
 
@@ -97,8 +97,8 @@ def shares(rows: Sequence[Row]) -> list[float | None]:
 
 
 def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The table as numbers; None for a figure that is missing."""
-    figures = figures_of(rows)
+    """The table as numbers; None for a metric that is missing."""
+    metrics = metrics_of(rows)
     return [
         {
             "method": row.method,
@@ -108,17 +108,17 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "share_of_largest_queue": share,
             "seeds": len(row.runs),
         }
-        | {f"{figure}_mean": _known(row.mean(figure)) for figure in figures}
-        | {f"{figure}_std": _known(row.std(figure)) for figure in figures}
-        | _differences(row, rows, figures)
+        | {f"{metric}_mean": _known(row.mean(metric)) for metric in metrics}
+        | {f"{metric}_std": _known(row.std(metric)) for metric in metrics}
+        | _differences(row, rows, metrics)
         for row, share in zip(rows, shares(rows), strict=True)
     ]
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """The figures of a report in a few numbers: of the control, and of the trained row that is best on validation.
+    """A report in a few numbers: the metrics of the control, and of the trained row that is best on validation.
 
-    Each is the mean over a row's seeds, in percent; a figure that is missing is left out.
+    Each is the mean over a row's seeds, in percent; a metric that is missing is left out.
     """
     chosen = "val/linear_top1"
     trained = [row for row in rows if row.method != UNTRAINED]
@@ -129,7 +129,10 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
         named["best"] = max(candidates, key=lambda row: row.mean(chosen))
         numbers["best/support_set_size"] = named["best"].size
     return numbers | {
-        f"{name}/{figure}": row.mean(figure) for name, row in named.items() for figure in FIGURES if row.values(figure)
+        f"{name}/{metric}": row.mean(metric)
+        for name, row in named.items()
+        for metric in TABLE_METRICS
+        if row.values(metric)
     }
 
 
@@ -137,14 +140,14 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _differences(row: Row, rows: Sequence[Row], figures: Iterable[str]) -> dict[str, float | None]:
-    """Beyond the control, of every figure: the mean over pairs, the ends of its 95% interval, the number of pairs."""
+def _differences(row: Row, rows: Sequence[Row], metrics: Iterable[str]) -> dict[str, float | None]:
+    """Beyond the control, of every metric: the mean over pairs, the ends of its 95% interval, the number of pairs."""
     control = control_of(row, rows)
     numbers: dict[str, float | None] = {}
-    for figure in figures:
-        found = difference(row, control, figure)
-        numbers |= {f"{figure}_difference": _known(found.mean), f"{figure}_difference_low": _known(found.low)}
-        numbers |= {f"{figure}_difference_high": _known(found.high), f"{figure}_pairs": found.pairs}
+    for metric in metrics:
+        found = difference(row, control, metric)
+        numbers |= {f"{metric}_difference": _known(found.mean), f"{metric}_difference_low": _known(found.low)}
+        numbers |= {f"{metric}_difference_high": _known(found.high), f"{metric}_pairs": found.pairs}
     return numbers
 
 
