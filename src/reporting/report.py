@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.errors import UsageError
-from src.reporting.rows import comparable, summarise, unusable
+from src.reporting.comparison import comparable, unusable
+from src.reporting.rows import summarise
 from src.reporting.table import show, write
 from src.runs.links import how_to_open, newest_charts
 from src.runs.query import read_runs, read_sweep

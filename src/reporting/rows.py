@@ -1,21 +1,30 @@
-"""Rows of a table: which runs differ in their seed only, what tells rows apart, and what else a reader must know."""
+"""Rows of a table: runs that differ only in their seed, what they gain over a control, and notes for the reader."""
 
 from __future__ import annotations
 
 import math
 import re
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from src.config.identity import SAY_OF_STORED, is_protocol, is_setting, with_neutral
+from src.config.identity import SAY_OF_STORED, is_protocol
 from src.config.names import COLOURS, LABELS, UNTRAINED, colour_of, label_of
-from src.config.renamed import modern
-from src.errors import UsageError
-from src.runs.record import CHANGED, EVALUATED, UNUSED, Record
-from src.system.output import printable
+from src.reporting.comparison import (
+    IN_USE,
+    OWN,
+    compared_settings,
+    differing,
+    distinguishing,
+    row_label,
+    select,
+    setting_text,
+    usual,
+    variant_of,
+)
+from src.runs.record import CHANGED, EVALUATED, Record
 
 TABLE_METRICS = {
     "val/knn_top1": "val kNN",
@@ -29,17 +38,8 @@ FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
 # Of a teacher, by other settings, or on other images (src.evaluation.protocol).
 ELSEWHERE = re.compile(r"(?:transfer/([^/]+)/)?((?:teacher\w*/)?test\w*)/linear_top1", re.ASCII)
 LATER = ", evaluated later"
-OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs
-IDLE = {  # settings that follow from what the method is, or have no effect in it
-    "simclr": (*SAY_OF_STORED, "objective.support_weight"),
-    "nothing_stored": SAY_OF_STORED,
-    "byol": SAY_OF_STORED,
-    "nnclr": ("objective.same_prototype",),
-}
 NOTHING_STORED = LABELS["nothing_stored"]
-IN_THE_ROW = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
-NUMBERS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
-IN_USE, PEAK = "support/size", "support/peak_size"  # of a support set whose number of vectors changes
+PEAK = "support/peak_size"  # the metric of a support set whose number of vectors changes
 SAME = ("dtype", "git_commit", "git_dirty", "device")  # tags of runs that can be compared
 
 
@@ -159,7 +159,7 @@ def control_of(row: Row, rows: Sequence[Row]) -> Row | None:
         for other in rows
         if other.is_control
         and (other.method == "nothing_stored" or not is_simclr)
-        and agree(settings(row.runs[0]), settings(other.runs[0]))
+        and agree(compared_settings(row.runs[0]), compared_settings(other.runs[0]))
     ]
     return found[0] if len(found) == 1 else None
 
@@ -177,7 +177,7 @@ def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:
     names = distinguishing(kept, keys)
     same: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
     for run in kept:
-        same[run.params["method.name"], _variant(run, names), int(run.params["support_set_size"])].append(run)
+        same[run.params["method.name"], variant_of(run, names), int(run.params["support_set_size"])].append(run)
     common = usual(kept, keys)
     rows = [
         Row(
@@ -187,7 +187,7 @@ def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:
             round(statistics.fmean(run.metrics.get(IN_USE, size) for run in group)),
             int(group[0].params["support_bytes"]),
             variant,
-            _label(group[0], names, common[method]),
+            row_label(group[0], names, common[method]),
             tuple(group),
         )
         for (method, variant, size), group in same.items()
@@ -205,7 +205,7 @@ def _untrained(runs: Sequence[Record], keys: Sequence[str]) -> list[Row]:
     for run in runs:
         metrics = {key.removeprefix(prefix): run.metrics[key] for key in run.metrics if key.startswith(prefix)}
         if metrics:  # not of runs that started from others' weights, or from before it was measured
-            seeds[_variant(run, keys)][run.params["seed"]] = replace(run, metrics=metrics)
+            seeds[variant_of(run, keys)][run.params["seed"]] = replace(run, metrics=metrics)
     rows = []
     for variant, by_seed in sorted(seeds.items()):
         label = f"{UNTRAINED}, {variant}" if variant else UNTRAINED
@@ -222,7 +222,7 @@ def _remarks(
         notes.append(f"the runs also differ in {', '.join(names)}: each combination has its own row")
     names_of = {row.method: row.name for row in rows}
     unsaid = dict.fromkeys(
-        f"{names_of[method]}'s {_short(key, value)}" if key.startswith(OWN) else f"{key}={value}"
+        f"{names_of[method]}'s {setting_text(key, value)}" if key.startswith(OWN) else f"{key}={value}"
         for method, values in common.items()
         for key, value in values.items()
         if key in names
@@ -264,41 +264,6 @@ def _remarks(
     return notes
 
 
-def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
-    """Keeps the finished runs, of each configuration and seed the newest, and notes what it leaves out."""
-    repeats: dict[frozenset[tuple[str, str]], list[Record]] = defaultdict(list)
-    unfinished = []
-    for run in map(_printable, sorted(runs, key=lambda run: run.start_time)):
-        if reason := unusable(run):
-            unfinished.append(f"{run.name} ({reason})")
-        else:
-            usable = replace(run, params=comparable(run))
-            repeats[frozenset(settings(usable).items())].append(usable)
-    notes = [f"left out: {', '.join(unfinished)}"] if unfinished else []
-    notes += [
-        f"{group[-1].name} was run {len(group)} times: only the newest counts"
-        for group in repeats.values()
-        if len(group) > 1
-    ]
-    return [group[-1] for group in repeats.values()], notes
-
-
-def comparable(run: Record) -> dict[str, str]:
-    """The params under the names of now, also those that did not exist then, without those that make no difference.
-
-    Where a later session evaluated otherwise than the first, a tag has the setting's value.
-    """
-    changed = {key: value for key, value in run.tags.items() if key.startswith("evaluation.")}
-    params = with_neutral(modern(run.params)) | changed
-    idle = IDLE.get(params.get("method.name", ""), ())
-    return {key: value for key, value in params.items() if value != "null" and key not in idle}
-
-
-def _printable(run: Record) -> Record:
-    params, tags = ({key: printable(text) for key, text in each.items()} for each in (run.params, run.tags))
-    return replace(run, name=printable(run.name), params=params, tags=tags)
-
-
 def _changing(runs: Sequence[Record]) -> list[str]:
     """Notes on support sets whose number of vectors changes."""
     own: dict[str, list[Record]] = defaultdict(list)
@@ -310,101 +275,3 @@ def _changing(runs: Sequence[Record]) -> list[str]:
         f"more than {max(run.metrics[PEAK] for run in group):,.0f}, and bytes are of all that there is room for"
         for label, group in own.items()
     ]
-
-
-def unusable(run: Record) -> str:
-    """Why a run is no part of a report; empty where it is."""
-    if run.status != "FINISHED":
-        return "pruned" if "pruned" in run.tags else run.status.lower()
-    if "method.name" not in run.params:
-        return "not a training run"
-    if UNUSED in run.tags:  # it would stand in the plot as what it is not
-        return "its support set was never filled"
-    if damaged := [key for key in NUMBERS if not re.fullmatch(r"\d{1,18}", run.params.get(key, ""), re.ASCII)]:
-        return f"its {damaged[0]} is {run.params.get(damaged[0], 'missing')}"
-    try:
-        modern(run.params)
-    except UsageError as error:
-        return str(error)
-    return ""
-
-
-def settings(run: Record) -> dict[str, str]:
-    """The params on which a run's metrics depend: what makes it this experiment, and how it was evaluated."""
-    return {key: value for key, value in run.params.items() if is_setting(key) or is_protocol(key)}
-
-
-def differing(runs: Sequence[Record]) -> list[str]:
-    """The settings, besides method, support size and seed, in which the runs differ.
-
-    The settings of a method itself are compared among its own runs only.
-    """
-    by_method: dict[str, list[dict[str, str]]] = defaultdict(list)
-    for run in runs:
-        by_method[run.params["method.name"]].append(settings(run))
-    everyone = [each for group in by_method.values() for each in group]
-    keys = {key for each in everyone for key in each} - set(IN_THE_ROW)
-    if any(IN_USE in run.metrics for run in runs):  # the row has the vectors in use, not those that there is room for
-        keys.add("support.size")
-
-    def differs(key: str) -> bool:
-        groups = by_method.values() if key.startswith(OWN) else [everyone]
-        return any(len({each.get(key) for each in group}) > 1 for group in groups)
-
-    return sorted(filter(differs, keys))
-
-
-def distinguishing(runs: Sequence[Record], keys: Sequence[str]) -> list[str]:
-    """As few of the keys as tell the same runs apart: a recipe is known by one of them.
-
-    The names of options come first (``optimizer.name``), then the shortest keys.
-    """
-    kept: list[str] = []
-
-    def groups(chosen: list[str]) -> int:  # a method does not excuse what is not its own: epochs, say
-        shared = [key for key in chosen if not key.startswith(OWN)]
-        return sum(len({tuple(map(run.params.get, by)) for run in runs}) for by in (["method.name", *chosen], shared))
-
-    for key in sorted(keys, key=lambda key: (not key.endswith(".name"), len(key), key)):
-        if groups([*kept, key]) > groups(kept):
-            kept.append(key)
-    return kept
-
-
-def usual(runs: Sequence[Record], keys: Sequence[str]) -> dict[str, dict[str, str]]:
-    """What a row need not say: for each method, the values of the keys that more than half of the runs have.
-
-    A setting of the method itself is counted among its own runs; a key that some runs lack is always said.
-    """
-    by_method: dict[str, list[Record]] = defaultdict(list)
-    for run in runs:
-        by_method[run.params["method.name"]].append(run)
-    common: dict[str, dict[str, str]] = {method: {} for method in by_method}
-    for method, own in by_method.items():
-        for key in keys:
-            compared = own if key.startswith(OWN) else runs
-            values = Counter(run.params.get(key) for run in compared)
-            ((value, times),) = values.most_common(1)
-            if value is not None and None not in values and times > len(compared) / 2:
-                common[method][key] = value
-    return common
-
-
-def _variant(run: Record, keys: Sequence[str]) -> str:
-    return ", ".join(_short(key, run.params[key]) for key in keys if key in run.params)
-
-
-def _short(key: str, value: str) -> str:
-    """``support_weight=1`` for ``objective.support_weight=1``; an objective goes by its name alone."""
-    if key == "objective.name":
-        return value
-    prefix = next((prefix for prefix in OWN if key.startswith(prefix)), "")
-    return f"{key.removeprefix(prefix)}={value}"
-
-
-def _label(run: Record, keys: Sequence[str], common: Mapping[str, str]) -> str:
-    unusual = [key for key in keys if run.params.get(key) != common.get(key)]
-    more = sum(run.params.get(key) != value for key, value in common.items() if key not in keys)
-    text = re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", _variant(run, unusual))
-    name = label_of(run.params)
-    return ", ".join(filter(None, [name, text])) + (f" and {more} more" if more else "")

@@ -10,7 +10,7 @@ from src.config.identity import LOG_SIZE
 from src.config.schema import Tracking
 from src.errors import UsageError
 from src.reporting import mlflow_charts
-from src.reporting.rows import settings
+from src.reporting.comparison import compared_settings
 from src.runs import delivery, mlflow_store, query
 from src.runs.record import CHARTS, NOTE, Record
 from src.runs.tracker import Tracker
@@ -238,7 +238,7 @@ def test_mlflow_is_told_the_logarithm_of_the_size_and_a_report_ignores_it(client
     run.close("FINISHED")
     assert client.get_run(run.run_id).data.params[LOG_SIZE] == shown
     assert LOG_SIZE not in Record.load(tmp_path / "run").params
-    assert LOG_SIZE not in settings(query.read_runs("exp", "mlflow")[0])
+    assert LOG_SIZE not in compared_settings(query.read_runs("exp", "mlflow")[0])
 
 
 def nested(client, experiment, parent):

@@ -1,0 +1,159 @@
+"""Which runs can be compared, in which settings they differ, and which of these a row's label names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from src.config.identity import SAY_OF_STORED, is_protocol, is_setting, with_neutral
+from src.config.names import label_of
+from src.config.renamed import modern
+from src.errors import UsageError
+from src.runs.record import UNUSED, Record
+from src.system.output import printable
+
+OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs
+IDLE = {  # settings that follow from what the method is, or have no effect in it
+    "simclr": (*SAY_OF_STORED, "objective.support_weight"),
+    "nothing_stored": SAY_OF_STORED,
+    "byol": SAY_OF_STORED,
+    "nnclr": ("objective.same_prototype",),
+}
+IN_THE_ROW = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
+NUMBERS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
+IN_USE = "support/size"  # the metric of a support set whose number of vectors changes
+
+
+def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
+    """Keeps the finished runs, of each configuration and seed the newest, and notes what it leaves out."""
+    repeats: dict[frozenset[tuple[str, str]], list[Record]] = defaultdict(list)
+    unfinished = []
+    for run in map(_printable, sorted(runs, key=lambda run: run.start_time)):
+        if reason := unusable(run):
+            unfinished.append(f"{run.name} ({reason})")
+        else:
+            usable = replace(run, params=comparable(run))
+            repeats[frozenset(compared_settings(usable).items())].append(usable)
+    notes = [f"left out: {', '.join(unfinished)}"] if unfinished else []
+    notes += [
+        f"{group[-1].name} was run {len(group)} times: only the newest counts"
+        for group in repeats.values()
+        if len(group) > 1
+    ]
+    return [group[-1] for group in repeats.values()], notes
+
+
+def comparable(run: Record) -> dict[str, str]:
+    """The params under the names of now, also those that did not exist then, without those that make no difference.
+
+    Where a later session evaluated otherwise than the first, a tag has the setting's value.
+    """
+    changed = {key: value for key, value in run.tags.items() if key.startswith("evaluation.")}
+    params = with_neutral(modern(run.params)) | changed
+    idle = IDLE.get(params.get("method.name", ""), ())
+    return {key: value for key, value in params.items() if value != "null" and key not in idle}
+
+
+def _printable(run: Record) -> Record:
+    params, tags = ({key: printable(text) for key, text in each.items()} for each in (run.params, run.tags))
+    return replace(run, name=printable(run.name), params=params, tags=tags)
+
+
+def unusable(run: Record) -> str:
+    """Why a run is no part of a report; empty where it is."""
+    if run.status != "FINISHED":
+        return "pruned" if "pruned" in run.tags else run.status.lower()
+    if "method.name" not in run.params:
+        return "not a training run"
+    if UNUSED in run.tags:  # it would stand in the plot as what it is not
+        return "its support set was never filled"
+    if damaged := [key for key in NUMBERS if not re.fullmatch(r"\d{1,18}", run.params.get(key, ""), re.ASCII)]:
+        return f"its {damaged[0]} is {run.params.get(damaged[0], 'missing')}"
+    try:
+        modern(run.params)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def compared_settings(run: Record) -> dict[str, str]:
+    """The params on which a run's metrics depend: what makes it this experiment, and how it was evaluated."""
+    return {key: value for key, value in run.params.items() if is_setting(key) or is_protocol(key)}
+
+
+def differing(runs: Sequence[Record]) -> list[str]:
+    """The settings, besides method, support size and seed, in which the runs differ.
+
+    The settings of a method itself are compared among its own runs only.
+    """
+    by_method: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for run in runs:
+        by_method[run.params["method.name"]].append(compared_settings(run))
+    everyone = [each for group in by_method.values() for each in group]
+    keys = {key for each in everyone for key in each} - set(IN_THE_ROW)
+    if any(IN_USE in run.metrics for run in runs):  # the row has the vectors in use, not those that there is room for
+        keys.add("support.size")
+
+    def differs(key: str) -> bool:
+        groups = by_method.values() if key.startswith(OWN) else [everyone]
+        return any(len({each.get(key) for each in group}) > 1 for group in groups)
+
+    return sorted(filter(differs, keys))
+
+
+def distinguishing(runs: Sequence[Record], keys: Sequence[str]) -> list[str]:
+    """As few of the keys as tell the same runs apart: a recipe is known by one of them.
+
+    The names of options come first (``optimizer.name``), then the shortest keys.
+    """
+    kept: list[str] = []
+
+    def groups(chosen: list[str]) -> int:  # a method does not excuse what is not its own: epochs, say
+        shared = [key for key in chosen if not key.startswith(OWN)]
+        return sum(len({tuple(map(run.params.get, by)) for run in runs}) for by in (["method.name", *chosen], shared))
+
+    for key in sorted(keys, key=lambda key: (not key.endswith(".name"), len(key), key)):
+        if groups([*kept, key]) > groups(kept):
+            kept.append(key)
+    return kept
+
+
+def usual(runs: Sequence[Record], keys: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What a row need not say: for each method, the values of the keys that more than half of the runs have.
+
+    A setting of the method itself is counted among its own runs; a key that some runs lack is always said.
+    """
+    by_method: dict[str, list[Record]] = defaultdict(list)
+    for run in runs:
+        by_method[run.params["method.name"]].append(run)
+    common: dict[str, dict[str, str]] = {method: {} for method in by_method}
+    for method, own in by_method.items():
+        for key in keys:
+            compared = own if key.startswith(OWN) else runs
+            values = Counter(run.params.get(key) for run in compared)
+            ((value, times),) = values.most_common(1)
+            if value is not None and None not in values and times > len(compared) / 2:
+                common[method][key] = value
+    return common
+
+
+def variant_of(run: Record, keys: Sequence[str]) -> str:
+    return ", ".join(setting_text(key, run.params[key]) for key in keys if key in run.params)
+
+
+def setting_text(key: str, value: str) -> str:
+    """``support_weight=1`` for ``objective.support_weight=1``; an objective goes by its name alone."""
+    if key == "objective.name":
+        return value
+    prefix = next((prefix for prefix in OWN if key.startswith(prefix)), "")
+    return f"{key.removeprefix(prefix)}={value}"
+
+
+def row_label(run: Record, keys: Sequence[str], common: Mapping[str, str]) -> str:
+    unusual = [key for key in keys if run.params.get(key) != common.get(key)]
+    more = sum(run.params.get(key) != value for key, value in common.items() if key not in keys)
+    text = re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", variant_of(run, unusual))
+    name = label_of(run.params)
+    return ", ".join(filter(None, [name, text])) + (f" and {more} more" if more else "")
