@@ -127,9 +127,9 @@ def take_away(composed: DictConfig) -> Path:
 def features(composed: DictConfig) -> Path:
     """The features of images by a finished run's encoder, and a map of them (`src.evaluation.embed.main`)."""
     from src.evaluation import embed
-    from src.reporting import pictures
+    from src.reporting import map as maps
 
-    return embed.main(composed, pictures.mapped, pictures.draw_map)
+    return embed.main(composed, maps.choose_images, maps.draw_map)
 
 
 def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:

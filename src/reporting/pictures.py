@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,10 +24,10 @@ from src.data.splits import Split
 from src.evaluation.embed import FEWEST
 from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method
+from src.reporting.map import choose_images, class_text, draw_map
 from src.reporting.plots import write_png
 from src.support.base import SupportSet
 from src.system.atomic_write import write_whole
-from src.system.output import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,8 +36,6 @@ ANCHORS = 16
 SAMPLE = 4096  # at most so many training images show which members prototypes have; a tenth of few images will do
 MEMBERS = 8
 PROTOTYPES = 24  # of each kind
-MAPPED = 1000  # validation images
-NAMED = 10  # classes that have a colour of their own, where there are more than twice as many
 GAP = 6  # pixels between tiles of 64
 APART = 3 * GAP  # more of them between an anchor and the members of its prototype
 TILE = 64
@@ -81,24 +80,17 @@ def illustrate(
             write_whole(directory / f"{name}.png", kept.read_bytes())
             paths.append(kept)
     if last and data.val is not None and len(data.val) >= FEWEST:
-        val = data.val.take(mapped(data.val.labels, len(data.classes)))
+        val = data.val.take(choose_images(data.val.labels, len(data.classes)))
         z_ND = embed(method, frozen, val)
-        marked = support.lookup(z_ND) if support.shared else None
-        stored = None if marked is None else marked.embeddings[_first_of_each(marked.ids)]
+        prototypes_KD = None
+        if support.shared:
+            found = support.lookup(z_ND)
+            _, rows_K = np.unique(found.ids.numpy(force=True), return_index=True)
+            prototypes_KD = found.embeddings[np.sort(rows_K)]  # each once, in the order of the images
         paths.append(directory / "map.png")
         labels_N = val.labels if data.classes else torch.full_like(val.labels, UNLABELLED)
-        write_png(draw_map(F.normalize(z_ND, dim=1), labels_N, data.classes, stored), paths[-1], dpi=120)
+        write_png(draw_map(F.normalize(z_ND, dim=1), labels_N, data.classes, prototypes_KD), paths[-1], dpi=120)
     return paths
-
-
-def mapped(labels_N: Tensor, classes: int) -> Tensor:
-    """Rows for a map: random ones, of which up to half are of the classes that have colours of their own."""
-    rows_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0)).to(labels_N.device)
-    if classes <= 2 * NAMED:
-        return rows_N[:MAPPED]
-    is_named_N = (labels_N[rows_N] >= 0) & (labels_N[rows_N] < NAMED)
-    named, others = rows_N[is_named_N][: MAPPED // 2], rows_N[~is_named_N]
-    return torch.cat([others[: MAPPED - len(named)], named])
 
 
 @torch.no_grad()
@@ -186,45 +178,6 @@ def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) 
     )
 
 
-def draw_map(x_ND: Tensor, labels_N: Tensor, classes: Sequence[str], marked_KD: Tensor | None = None) -> Figure:
-    """Vectors in two dimensions by t-SNE, coloured by class; prototypes are black crosses.
-
-    Of more than twenty classes, the first ten have colours and the others are grey. Vectors without a label have
-    label -1.
-
-    Source: van der Maaten and Hinton, "Visualizing Data using t-SNE", JMLR 2008.
-    """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    from sklearn.manifold import TSNE
-
-    everything = torch.cat([x_ND, *([] if marked_KD is None else [marked_KD.to(x_ND)])]).cpu().numpy()
-    perplexity = min(30, max(1, (len(everything) - 1) // 3))
-    start = "pca" if (everything != everything[0]).any() else "random"  # equal vectors have no principal component
-    places = TSNE(perplexity=perplexity, init=start, max_iter=500, random_state=0).fit_transform(everything)
-    points, marks = places[: len(x_ND)], places[len(x_ND) :]
-    labels = labels_N.cpu().numpy()
-    figure = Figure(figsize=(6.4, 5), layout="constrained")
-    axes = figure.subplots()
-    named = len(classes) if len(classes) <= 2 * NAMED else NAMED
-    for here, what in ((labels < 0, "no label"), (labels >= named, f"the other {len(classes) - named} classes")):
-        if here.any():
-            axes.scatter(points[here, 0], points[here, 1], s=6, color="0.82", linewidth=0, label=what)
-    palette = colormaps["tab10" if named <= NAMED else "tab20"]
-    for label in range(named):
-        here = labels == label
-        if here.any():
-            axes.scatter(
-                points[here, 0], points[here, 1], s=14, color=palette(label), linewidth=0, label=_words(classes[label])
-            )
-    if len(marks):
-        axes.scatter(marks[:, 0], marks[:, 1], s=18, marker="x", color="black", linewidth=0.8, label="prototypes")
-    axes.set(xticks=[], yticks=[], title=f"{len(x_ND):,} images by t-SNE")
-    axes.spines[:].set_color("0.8")
-    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=1.4)
-    return figure
-
-
 def sheet(blocks: Sequence[Sequence[Tile]], heads: Sequence[str], title: str, apart: int = 0) -> Figure:
     """Blocks of tiles in a grid with a column a head; each tile's text is below it.
 
@@ -277,17 +230,4 @@ def _at(place: int, split: Split) -> Tensor:
 
 
 def _name(data: Dataset, label: int) -> str:
-    return _words(data.classes[label], 14) if data.labelled else ""
-
-
-def _words(name: str, longest: int | None = None) -> str:
-    """A class's name, which data sets write as aquarium_fish; in a picture no part of it is a formula."""
-    return printable(name).replace("_", " ")[:longest].replace("$", r"\$")
-
-
-def _first_of_each(ids_N: Tensor) -> Tensor:
-    """The place of each distinct id's first appearance."""
-    seen: dict[int, int] = {}
-    for place, each in enumerate(ids_N.tolist()):
-        seen.setdefault(each, place)
-    return torch.tensor(list(seen.values()), device=ids_N.device)
+    return class_text(data.classes[label], 14) if data.labelled else ""
