@@ -7,7 +7,6 @@ Shapes: A anchors, D dimensions, N images of a sample.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,13 +94,12 @@ def illustrate(
 
 @torch.no_grad()
 def embed(method: Method, frozen: FrozenEncoder, split: Split) -> Tensor:
-    """Embeddings [N, D] of a split's images, as they are, with which the support set is asked."""
-    frozen = copy.copy(frozen)
-    frozen.encoder, projector = method.asks_with
+    """Compute the embeddings [N, D] with which the support set is asked, of a split's images without augmentation."""
+    encoder, projector = method.asks_with
     training = projector.training
     projector.eval()
     with torch.compiler.set_stance("force_eager"):
-        z_ND = projector(frozen.features(split).x_NF)
+        z_ND = projector(frozen.of(encoder).features(split).x_NF)
     projector.train(training)
     return z_ND.float()
 
