@@ -14,15 +14,15 @@ from src.errors import UsageError
 from src.runs.record import UNUSED, Record
 from src.system.output import printable
 
-OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs
+METHOD_PREFIXES = ("method.", "support.", "objective.")  # their settings are compared within a method only
 IDLE = {  # settings that follow from what the method is, or have no effect in it
     "simclr": (*SAY_OF_STORED, "objective.support_weight"),
     "nothing_stored": SAY_OF_STORED,
     "byol": SAY_OF_STORED,
     "nnclr": ("objective.same_prototype",),
 }
-IN_THE_ROW = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
-NUMBERS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
+COLUMN_KEYS = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
+INTEGER_PARAMS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
 IN_USE = "support/size"  # the metric of a support set whose number of vectors changes
 
 
@@ -69,7 +69,7 @@ def unusable(run: Record) -> str:
         return "not a training run"
     if UNUSED in run.tags:  # it would stand in the plot as what it is not
         return "its support set was never filled"
-    if damaged := [key for key in NUMBERS if not re.fullmatch(r"\d{1,18}", run.params.get(key, ""), re.ASCII)]:
+    if damaged := [key for key in INTEGER_PARAMS if not re.fullmatch(r"\d{1,18}", run.params.get(key, ""), re.ASCII)]:
         return f"its {damaged[0]} is {run.params.get(damaged[0], 'missing')}"
     try:
         modern(run.params)
@@ -92,12 +92,12 @@ def differing(runs: Sequence[Record]) -> list[str]:
     for run in runs:
         by_method[run.params["method.name"]].append(compared_settings(run))
     everyone = [each for group in by_method.values() for each in group]
-    keys = {key for each in everyone for key in each} - set(IN_THE_ROW)
+    keys = {key for each in everyone for key in each} - set(COLUMN_KEYS)
     if any(IN_USE in run.metrics for run in runs):  # the row has the vectors in use, not those that there is room for
         keys.add("support.size")
 
     def differs(key: str) -> bool:
-        groups = by_method.values() if key.startswith(OWN) else [everyone]
+        groups = by_method.values() if key.startswith(METHOD_PREFIXES) else [everyone]
         return any(len({each.get(key) for each in group}) > 1 for group in groups)
 
     return sorted(filter(differs, keys))
@@ -111,7 +111,7 @@ def distinguishing(runs: Sequence[Record], keys: Sequence[str]) -> list[str]:
     kept: list[str] = []
 
     def groups(chosen: list[str]) -> int:  # a method does not excuse what is not its own: epochs, say
-        shared = [key for key in chosen if not key.startswith(OWN)]
+        shared = [key for key in chosen if not key.startswith(METHOD_PREFIXES)]
         return sum(len({tuple(map(run.params.get, by)) for run in runs}) for by in (["method.name", *chosen], shared))
 
     for key in sorted(keys, key=lambda key: (not key.endswith(".name"), len(key), key)):
@@ -131,7 +131,7 @@ def usual(runs: Sequence[Record], keys: Sequence[str]) -> dict[str, dict[str, st
     common: dict[str, dict[str, str]] = {method: {} for method in by_method}
     for method, own in by_method.items():
         for key in keys:
-            compared = own if key.startswith(OWN) else runs
+            compared = own if key.startswith(METHOD_PREFIXES) else runs
             values = Counter(run.params.get(key) for run in compared)
             ((value, times),) = values.most_common(1)
             if value is not None and None not in values and times > len(compared) / 2:
@@ -147,7 +147,7 @@ def setting_text(key: str, value: str) -> str:
     """``support_weight=1`` for ``objective.support_weight=1``; an objective goes by its name alone."""
     if key == "objective.name":
         return value
-    prefix = next((prefix for prefix in OWN if key.startswith(prefix)), "")
+    prefix = next((prefix for prefix in METHOD_PREFIXES if key.startswith(prefix)), "")
     return f"{key.removeprefix(prefix)}={value}"
 
 

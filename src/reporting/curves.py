@@ -38,13 +38,13 @@ COMPARED = {
     NEIGHBOUR: ("nearest entry of another image:\nof the anchor's class (%)", 100),
     "support/self_hit": ("nearest entry is of\nthe anchor's own image (%)", 100),
 }
-MOST_TOGETHER = 5  # more courses than that get panels of their own, a column a method
-MOST_NAMED = 5  # more courses of a method than that are thin lines behind the best
-LONGEST = 24  # characters of the best one's name
-GAP = 0.03  # between a legend and a curve, of a panel's height
-WIDEST = 36  # characters of a line in a legend
-RARE = 0.005
-FEW = 12  # so few points get markers
+MAX_COURSES_IN_PANEL = 5  # of more, each method has a column of panels
+MAX_NAMED_COURSES = 5  # of a method; of more, all but the best are thin lines without a name
+MAX_NAME_CHARS = 24  # of the best one's name
+MAX_LEGEND_CHARS = 36  # of a line in a legend
+LEGEND_MARGIN = 0.03  # between a legend and a curve, as a fraction of a panel's height
+MIN_SELF_HITS = 0.005  # a smaller fraction of lookups is drawn nowhere
+MIN_UNMARKED_POINTS = 12  # a curve of fewer points has markers
 
 
 class Course(NamedTuple):
@@ -96,7 +96,8 @@ def plot(directory: Path) -> Path:
         for (key, name), style in zip(keys.items(), ("-", "--"), strict=False):
             if key in curves:
                 steps, values = curves[key]
-                axes.plot(steps, values, style, marker="o" if len(steps) < FEW else "", markersize=3, label=name)
+                marker = "o" if len(steps) < MIN_UNMARKED_POINTS else ""
+                axes.plot(steps, values, style, marker=marker, markersize=3, label=name)
         first = next(iter(keys))
         if level := curves.get(f"{UNTRAINED}/{first}"):
             axes.axhline(level[1][-1], color=COLOURS[UNTRAINED], label=f"{keys[first]}, untrained")
@@ -146,7 +147,7 @@ def compare(courses: Sequence[Course]) -> Figure | None:
         return None
     styles = _styles(courses, {each: points[-1][1] for each, points in drawn["val/knn_top1"].items()})
     methods = list(dict.fromkeys(course.method for course in courses if course.size))
-    if len(courses) > MOST_TOGETHER and methods:
+    if len(courses) > MAX_COURSES_IN_PANEL and methods:
         controls = [course for course in courses if not course.size]
         groups = [controls + [each for each in courses if each.size and each.method == method] for method in methods]
         cells = [[(metric, group) for group in groups] for metric in metrics]
@@ -180,8 +181,11 @@ def compare(courses: Sequence[Course]) -> Figure | None:
 
 def _points(course: Course, metric: str) -> list[tuple[float, float, float]]:
     """What there is to draw: nothing of a support set where there is none, and no self-hits where they are rare."""
-    points = [] if metric.startswith("support/") and not course.size else over_epochs(course, metric)
-    return [] if metric == "support/self_hit" and max((mean for _, mean, _ in points), default=0) < RARE else points
+    if metric.startswith("support/") and not course.size:
+        return []
+    points = over_epochs(course, metric)
+    is_rare = max((mean for _, mean, _ in points), default=0) < MIN_SELF_HITS
+    return [] if metric == "support/self_hit" and is_rare else points
 
 
 def _styles(courses: Sequence[Course], accuracy: Mapping[Course, float]) -> dict[Course, dict[str, Any]]:
@@ -193,12 +197,12 @@ def _styles(courses: Sequence[Course], accuracy: Mapping[Course, float]) -> dict
     for method, some in by_method.items():
         best = max(some, key=lambda each: accuracy.get(each, -1.0))
         for place, course in enumerate(some):
-            if len(some) <= MOST_NAMED:
+            if len(some) <= MAX_NAMED_COURSES:
                 colour = _shade(course.colour, (place + 1) / len(some))
-                styles[course] = {"color": colour, "label": wrapped(course.title, WIDEST)}
+                styles[course] = {"color": colour, "label": wrapped(course.title, MAX_LEGEND_CHARS)}
             elif course == best:
-                title = course.title if len(course.title) < LONGEST else method
-                label = wrapped(f"{title}, best of {len(some)}", WIDEST)
+                title = course.title if len(course.title) < MAX_NAME_CHARS else method
+                label = wrapped(f"{title}, best of {len(some)}", MAX_LEGEND_CHARS)
                 styles[course] = {"color": course.colour, "label": label, "zorder": 3}
             else:
                 styles[course] = {"color": course.colour, "alpha": 0.35, "linewidth": 0.7}
@@ -215,7 +219,7 @@ def _panel(
     for course in courses:
         points, style = points_of[course], styles[course]
         epochs, means = [epoch for epoch, _, _ in points], [factor * mean for _, mean, _ in points]
-        marker = "o" if len(points) < FEW and ("label" in style or len(points) == 1) else ""
+        marker = "o" if len(points) < MIN_UNMARKED_POINTS and ("label" in style or len(points) == 1) else ""
         usual: dict[str, Any] = {"linewidth": 1.5, "marker": marker, "markersize": 3}
         (line,) = axes.plot(epochs, means, **usual | dict(style))
         tell(line, f"{course.title}: {means[-1]:.2f} at epoch {epochs[-1]:g}")
@@ -240,7 +244,7 @@ def _place_legends(panels: Sequence[Axes]) -> None:
         for value in _values(axes, 0.86 - 0.024 * max(map(len, lines[axes])))  # by the longest line's letters
     ]
     for bottom in (0.02 * step for step in range(30)):
-        if not any(bottom - GAP < share < bottom + height + GAP for share in taken):
+        if not any(bottom - LEGEND_MARGIN < share < bottom + height + LEGEND_MARGIN for share in taken):
             for axes, legend in legends.items():
                 legend.set_loc("lower right")
                 legend.set_bbox_to_anchor((1, bottom), axes.transAxes)

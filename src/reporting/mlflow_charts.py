@@ -30,8 +30,8 @@ from src.system.redact import one_line
 
 COURSE = "val/knn_top1"  # what is drawn over the steps of training
 OPENING = "Support-set size against accuracy"  # of every description, which tells ours from others
-LONGEST = 7500  # characters of a description: MLflow cuts a run's after 8,000
-MOST_SWEEPS = 20
+MAX_NOTE_CHARS = 7500  # of a description: MLflow cuts a run's after 8,000
+MAX_LINKED_SWEEPS = 20  # older ones that an experiment's description links to
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def describe_sweep(name: str, rows: Sequence[Row]) -> str:
     for fit in range(len(lines), -1, -1):
         more = f"\n{len(lines) - fit} more rows are in the artifact table.md." if fit < len(lines) else ""
         text = "\n".join([above, *markdown(head, lines[:fit])]) + f"\n{more}{below}"
-        if len(text) <= LONGEST:
+        if len(text) <= MAX_NOTE_CHARS:
             break
     return text
 
@@ -122,7 +122,7 @@ def describe_experiment(sweeps: Sequence[Shown]) -> str:
     newest, *older = sweeps
     first = f"{OPENING}: how many vectors must a contrastive learner store to find good positives?"
     parts = [f"{first} [Charts of the newest sweep, {newest.name}]({newest.path})", newest.note]
-    if older := older[:MOST_SWEEPS]:
+    if older := older[:MAX_LINKED_SWEEPS]:
         parts.append("Charts of older sweeps: " + ", ".join(f"[{each.name}]({each.path})" for each in older))
     parts.append("`python -m src.report experiment=NAME` makes a table and a plot of all runs of an experiment.")
     return "\n\n".join(part.strip() for part in parts)

@@ -31,14 +31,14 @@ from src.system.atomic_write import write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ANCHORS = 16
-SAMPLE = 4096  # at most so many training images show which members prototypes have; a tenth of few images will do
-MEMBERS = 8
+ANCHORS = 16  # in a picture
+MAX_SAMPLE = 4096  # training images among which a prototype's members are looked for; a tenth of few images will do
+MEMBERS = 8  # of a prototype
 PROTOTYPES = 24  # of each kind
-GAP = 6  # pixels between tiles of 64
-APART = 3 * GAP  # more of them between an anchor and the members of its prototype
-TILE = 64
-FRAME = (213, 94, 0)  # of a queue's entry that is the anchor's own image
+TILE = 64  # pixels
+TILE_GAP = 6  # pixels between two tiles
+ANCHOR_GAP = 3 * TILE_GAP  # further pixels between an anchor and the members of its prototype
+FRAME = (213, 94, 0)  # RGB, around a queue's entry that is the anchor's own image
 
 
 class Tile(NamedTuple):
@@ -62,7 +62,7 @@ def illustrate(
     support = method.support
     if support is None or not support.ready:
         return []
-    size = min(SAMPLE, max(1000, len(data.train) // 10)) if support.shared else ANCHORS
+    size = min(MAX_SAMPLE, max(1000, len(data.train) // 10)) if support.shared else ANCHORS
     rows_N = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:size]
     rows_N = rows_N.to(data.train.labels.device)
     sample = data.train.take(rows_N)
@@ -135,7 +135,7 @@ def positives(support: SupportSet, sample: Split, rows_N: Tensor, z_ND: Tensor, 
             tiles += [_member(data, sample.take(_at(int(each), sample)), label) for each in nearest]
         blocks.append(tiles)
     what = "the nearest members of its prototype" if support.shared else "the nearest entry (framed: its own image)"
-    columns, apart = (2, APART) if support.shared else (4, 0)  # a pair needs no more to be told from the next
+    columns, apart = (2, ANCHOR_GAP) if support.shared else (4, 0)  # a pair needs no more to be told from the next
     return sheet(blocks, [""] * columns, f"Anchors, and beside each {what}", apart)
 
 
@@ -185,23 +185,23 @@ def sheet(blocks: Sequence[Sequence[Tile]], heads: Sequence[str], title: str, ap
 
     columns, width = len(heads), max(map(len, blocks))
     lines = -(-len(blocks) // columns)
-    column_width = (width + 0.4) * (TILE + GAP) + apart
-    top = 6 * GAP if any(heads) else 4 * GAP
-    size = (math.ceil(GAP + columns * column_width - 0.4 * TILE), math.ceil(top + lines * (TILE + 3 * GAP)))
+    column_width = (width + 0.4) * (TILE + TILE_GAP) + apart
+    top = 6 * TILE_GAP if any(heads) else 4 * TILE_GAP
+    size = (math.ceil(TILE_GAP + columns * column_width - 0.4 * TILE), math.ceil(top + lines * (TILE + 3 * TILE_GAP)))
     canvas = torch.full((3, size[1], size[0]), 255, dtype=torch.uint8)
     figure = Figure(figsize=(max(3.0, size[0] / 100), size[1] / 100))  # a pixel of the canvas is one of the picture's
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    axes.text(GAP, 2 * GAP, title, fontsize=8, va="center")
+    axes.text(TILE_GAP, 2 * TILE_GAP, title, fontsize=8, va="center")
     for column, head in enumerate(heads):
-        axes.text(GAP + column * column_width, 4.5 * GAP, head, fontsize=8, va="center", weight="bold")
+        axes.text(TILE_GAP + column * column_width, 4.5 * TILE_GAP, head, fontsize=8, va="center", weight="bold")
     for number, tiles in enumerate(blocks):
         line, column = divmod(number, columns)
         for place, tile in enumerate(tiles):
-            x = GAP + round(column * column_width) + place * (TILE + GAP) + (apart if place else 0)
-            y = top + line * (TILE + 3 * GAP)
+            x = TILE_GAP + round(column * column_width) + place * (TILE + TILE_GAP) + (apart if place else 0)
+            y = top + line * (TILE + 3 * TILE_GAP)
             canvas[:, y : y + TILE, x : x + TILE] = _enlarged(tile)
-            axes.text(x, y + TILE + 1.4 * GAP, tile.text, fontsize=6, color=tile.colour, va="center")
+            axes.text(x, y + TILE + 1.4 * TILE_GAP, tile.text, fontsize=6, color=tile.colour, va="center")
     axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
     axes.set(xlim=(0, max(300, size[0])), ylim=(size[1], 0))
     return figure

@@ -27,10 +27,10 @@ MARKERS = {"simclr": "D", "nothing_stored": "s", "nnclr": "o", "kmclr": "v"}
 SPARE_MARKERS = "^P*X"
 LINES = ("-", "--", ":", "-.")  # the variants of a method
 FURTHER_MARKERS = "d>p"  # of the variants after the first two, which no method has
-MOST_LINES = 2 * len(LINES)  # more series than that are drawn as dots, one a row
-MOST_DOTS = 80
-LONGEST = 60  # characters of a dot's label
-WIDEST = 88  # characters of a line below the panels
+MAX_LINES = 2 * len(LINES)  # series; of more each row is drawn as a dot
+MAX_DOTS = 80  # the most accurate rows
+MAX_LABEL_CHARS = 60  # of a dot's label
+MAX_LEGEND_CHARS = 88  # of a line in the legend below the panels
 TOLD = "told: "  # begins the id of a mark that says something under the pointer
 
 
@@ -40,7 +40,7 @@ def plot(rows: Sequence[Row]) -> Figure:
     The untrained encoder is far below, and would take the room that tells the others apart.
     """
     rows = [row for row in rows if row.method != UNTRAINED]
-    return dots(rows) if len({row.label for row in rows}) > MOST_LINES else by_size(rows)
+    return dots(rows) if len({row.label for row in rows}) > MAX_LINES else by_size(rows)
 
 
 def caption(rows: Sequence[Row]) -> str:
@@ -85,7 +85,7 @@ def by_size(rows: Sequence[Row]) -> Figure:
         _cap(axes)
     figure.suptitle(caption(rows), fontsize=9)
     if handles:
-        names = [wrapped(label, WIDEST) for label in handles]
+        names = [wrapped(label, MAX_LEGEND_CHARS) for label in handles]
         columns = min(4, len(names), max(1, 96 // (max(len(line) for name in names for line in name.split("\n")) + 8)))
         figure.legend(list(handles.values()), names, loc="outside lower center", ncols=columns, frameon=False)
     return figure
@@ -97,7 +97,7 @@ def dots(rows: Sequence[Row]) -> Figure:
 
     ranked_by = next(iter(PLOTTED))
     measured = sorted((row for row in rows if row.values(ranked_by)), key=lambda row: row.mean(ranked_by))
-    found = measured[-MOST_DOTS:]
+    found = measured[-MAX_DOTS:]
     figure = Figure(figsize=(7.2, 1.1 + 0.165 * len(found)), layout="constrained")
     controls = [control_of(row, rows) for row in found]
     panels = figure.subplots(1, len(PLOTTED), sharey=True)
@@ -121,7 +121,7 @@ def dots(rows: Sequence[Row]) -> Figure:
         label.set_color(row.colour)
     for axes in panels:
         axes.tick_params(axis="y", length=0)
-    left_out = f"; the {MOST_DOTS} best of {len(measured)}" if len(measured) > MOST_DOTS else ""
+    left_out = f"; the {MAX_DOTS} best of {len(measured)}" if len(measured) > MAX_DOTS else ""
     figure.suptitle(caption(rows) + left_out, fontsize=9)
     return figure
 
@@ -169,7 +169,7 @@ def wrapped(text: str, width: int) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1].rstrip(' ,')}…"
+    return text if len(text) <= MAX_LABEL_CHARS else f"{text[: MAX_LABEL_CHARS - 1].rstrip(' ,')}…"
 
 
 def _styles(series: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from src.config.identity import SAY_OF_STORED, is_protocol
 from src.config.names import COLOURS, LABELS, UNTRAINED, colour_of, label_of
 from src.reporting.comparison import (
     IN_USE,
-    OWN,
+    METHOD_PREFIXES,
     compared_settings,
     differing,
     distinguishing,
@@ -35,12 +35,12 @@ TABLE_METRICS = {
 # Metrics beside the linear probe's; a name after `test` says that a run was evaluated so after its end.
 FEWSHOT = re.compile(r"test(_fewshot)?/fewshot_(\d+(?:\.\d+)?(?:e-\d+)?)pct_top1", re.ASCII)
 FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
-# Of a teacher, by other settings, or on other images (src.evaluation.protocol).
-ELSEWHERE = re.compile(r"(?:transfer/([^/]+)/)?((?:teacher\w*/)?test\w*)/linear_top1", re.ASCII)
-LATER = ", evaluated later"
+# The linear probe of a teacher, by other settings, or on other images (src.evaluation.protocol).
+OTHER_LINEAR = re.compile(r"(?:transfer/([^/]+)/)?((?:teacher\w*/)?test\w*)/linear_top1", re.ASCII)
+EVALUATED_LATER = ", evaluated later"
 NOTHING_STORED = LABELS["nothing_stored"]
 PEAK = "support/peak_size"  # the metric of a support set whose number of vectors changes
-SAME = ("dtype", "git_commit", "git_dirty", "device")  # tags of runs that can be compared
+COMPARED_TAGS = ("dtype", "git_commit", "git_dirty", "device")  # tags in which runs that are compared should agree
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ def metrics_of(rows: Sequence[Row]) -> dict[str, str]:
     found = {key for row in rows for run in row.runs for key in run.metrics}
     few = sorted(filter(None, map(FEWSHOT.fullmatch, found)), key=lambda each: (float(each[2]), each[0]))
     tuned = sorted(filter(None, map(FINETUNE.fullmatch, found)), key=lambda each: (each[2], each[0]))
-    elsewhere = sorted(filter(None, map(ELSEWHERE.fullmatch, found - TABLE_METRICS.keys())), key=lambda each: each[0])
-    titles = {each[0]: f"test {each[2]}% of labels top-1{LATER if each[1] else ''}" for each in few}
-    titles |= {each[0]: f"test fine-tuned top-{each[2]}{LATER if each[1] else ''}" for each in tuned}
+    others = filter(None, map(OTHER_LINEAR.fullmatch, sorted(found - TABLE_METRICS.keys())))
+    titles = {each[0]: f"test {each[2]}% of labels top-1{EVALUATED_LATER if each[1] else ''}" for each in few}
+    titles |= {each[0]: f"test fine-tuned top-{each[2]}{EVALUATED_LATER if each[1] else ''}" for each in tuned}
     return (
         TABLE_METRICS
         | titles
-        | {each[0]: f"{' '.join(filter(None, each.groups())).replace('/', ' ')} linear top-1" for each in elsewhere}
+        | {each[0]: f"{' '.join(filter(None, each.groups())).replace('/', ' ')} linear top-1" for each in others}
     )
 
 
@@ -222,7 +222,7 @@ def _remarks(
         notes.append(f"the runs also differ in {', '.join(names)}: each combination has its own row")
     names_of = {row.method: row.name for row in rows}
     unsaid = dict.fromkeys(
-        f"{names_of[method]}'s {setting_text(key, value)}" if key.startswith(OWN) else f"{key}={value}"
+        f"{names_of[method]}'s {setting_text(key, value)}" if key.startswith(METHOD_PREFIXES) else f"{key}={value}"
         for method, values in common.items()
         for key, value in values.items()
         if key in names
@@ -231,7 +231,7 @@ def _remarks(
         notes.append(f"where a row does not say otherwise: {', '.join(unsaid)}")
     if implied := sorted(set(keys) - set(names)):
         notes.append(f"with {', '.join(names)} go {', '.join(implied)}")
-    for tag in SAME:
+    for tag in COMPARED_TAGS:
         found = [{run.tags[tag] for run in row.runs if tag in run.tags} for row in rows]
         mixed = [row.title for row, values in zip(rows, found, strict=True) if len(values) > 1]
         if mixed:

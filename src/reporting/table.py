@@ -30,8 +30,8 @@ from src.system.redact import one_line
 logger = logging.getLogger(__name__)
 
 GAIN_METRIC = "test/linear_top1"
-FOR_WIDE = ("bytes", "of largest queue")  # columns that a narrower terminal leaves to the files
-WIDE = 100
+WIDE_COLUMNS = ("bytes", "of largest queue")  # columns that only a wide terminal shows; the files have them always
+MIN_WIDE_CHARS = 100  # of a wide terminal
 GAIN = f"beyond {NOTHING_STORED}"
 GAIN_NOTE = (
     f"{GAIN}: {TABLE_METRICS[GAIN_METRIC]} less that of the same settings with nothing stored, the mean over pairs of "
@@ -219,8 +219,8 @@ def show(rows: Sequence[Row], notes: Sequence[str], title: str) -> None:
     """Prints the table."""
     console = Console(width=None if sys.stdout.isatty() else 120, markup=False)
     header, *body = table(rows)
-    is_wide = console.width >= WIDE or GAIN not in header
-    columns = [place for place, name in enumerate(header) if is_wide or name not in FOR_WIDE]
+    is_wide = console.width >= MIN_WIDE_CHARS or GAIN not in header
+    columns = [place for place, name in enumerate(header) if is_wide or name not in WIDE_COLUMNS]
     shown = Table(title=title, caption=caption(rows), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     shown.add_column(header[0], overflow="fold")
     for place in columns[1:]:

@@ -175,12 +175,12 @@ def test_the_sheet_has_every_tile_in_its_place_enlarged_and_framed():
 def test_what_an_anchor_is_given_stands_apart_from_it():
     red = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
     figure = pictures.sheet([[pictures.Tile(red)] * 3] * 2, ["", ""], "a title", 10)
-    row = torch.from_numpy(figure.axes[0].images[0].get_array())[4 * pictures.GAP + 1]
+    row = torch.from_numpy(figure.axes[0].images[0].get_array())[4 * pictures.TILE_GAP + 1]
     is_red = (row == torch.tensor([255, 0, 0])).all(1)
     edges = (is_red[1:] != is_red[:-1]).nonzero().flatten().tolist()
     gaps = [start - end for end, start in zip(edges[1::2], edges[2::2], strict=False)]
-    assert gaps[:2] == gaps[3:] == [pictures.GAP + 10, pictures.GAP]
-    assert gaps[2] > pictures.GAP + 10  # between the columns
+    assert gaps[:2] == gaps[3:] == [pictures.TILE_GAP + 10, pictures.TILE_GAP]
+    assert gaps[2] > pictures.TILE_GAP + 10  # between the columns
 
 
 def test_class_names_are_words():
