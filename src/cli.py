@@ -91,7 +91,7 @@ def deliver() -> None:
 
     with _without_reader(), _explained():
         _log_to_stderr()
-        delivery.main(mlflow_charts.share_again)
+        delivery.main(mlflow_charts.publish_again)
 
 
 def pretrain(composed: DictConfig) -> float:

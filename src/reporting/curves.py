@@ -244,7 +244,7 @@ def _place_legends(panels: Sequence[Axes]) -> None:
         for value in _values(axes, 0.86 - 0.024 * max(map(len, lines[axes])))  # by the longest line's letters
     ]
     for bottom in (0.02 * step for step in range(30)):
-        if not any(bottom - LEGEND_MARGIN < share < bottom + height + LEGEND_MARGIN for share in taken):
+        if not any(bottom - LEGEND_MARGIN < point < bottom + height + LEGEND_MARGIN for point in taken):
             for axes, legend in legends.items():
                 legend.set_loc("lower right")
                 legend.set_bbox_to_anchor((1, bottom), axes.transAxes)
@@ -261,10 +261,10 @@ def _values(axes: Axes, start: float) -> Iterator[float]:
             yield from np.interp(np.linspace(left, x[-1], 50), x, y)
 
 
-def _shade(colour: str, share: float) -> tuple[float, float, float]:
+def _shade(colour: str, fraction: float) -> tuple[float, float, float]:
     """The colour mixed with white: the larger the support set among a method's, the fuller."""
     from matplotlib.colors import to_rgb
 
-    weight = 0.35 + 0.65 * share
+    weight = 0.35 + 0.65 * fraction
     red, green, blue = (weight * part + 1 - weight for part in to_rgb(colour))
     return red, green, blue

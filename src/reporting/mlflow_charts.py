@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from src.config.identity import LOG_SIZE
 from src.errors import UsageError
 from src.reporting.plots import PLOTTED, caption
-from src.reporting.rows import TABLE_METRICS, Row
+from src.reporting.rows import TABLE_METRICS, TableRow
 from src.reporting.table import GAIN, GAIN_NOTE, markdown, table
 from src.runs.delivery import LONGEST as LONGEST_DELIVERY
 from src.runs.delivery import bring_up_free
@@ -36,7 +36,7 @@ MAX_LINKED_SWEEPS = 20  # older ones that an experiment's description links to
 logger = logging.getLogger(__name__)
 
 
-class View(NamedTuple):
+class SavedView(NamedTuple):
     """A tag for the experiment, and where MLflow then shows what it describes."""
 
     key: str
@@ -44,7 +44,7 @@ class View(NamedTuple):
     path: str  # after the address of the server, a slash between them
 
 
-class Shown(NamedTuple):
+class SweepCharts(NamedTuple):
     """A sweep as an experiment's description names it."""
 
     name: str
@@ -52,7 +52,7 @@ class Shown(NamedTuple):
     note: str  # its own description; empty where it has no result
 
 
-def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -> View:
+def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -> SavedView:
     """The jobs of a sweep, best first, beside charts of support-set size against accuracy.
 
     The list is flat, because MLflow draws the runs that its list shows, and opens a list with every parent collapsed.
@@ -75,7 +75,7 @@ def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -
     }
     value = json.dumps({"name": name, "createdAt": created, "updatedAt": created, "state": json.dumps(state)})
     query = f"viewStateShareKey={sweep_run_id}&compareRunsMode=CHART&workflowType=machine_learning"
-    return View(f"mlflow.sharedViewState.{sweep_run_id}", value, f"#/experiments/{experiment_id}/runs?{query}")
+    return SavedView(f"mlflow.sharedViewState.{sweep_run_id}", value, f"#/experiments/{experiment_id}/runs?{query}")
 
 
 def _charts() -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ def _sections() -> list[dict[str, Any]]:
     return [ours, *others]
 
 
-def describe_sweep(name: str, rows: Sequence[Row]) -> str:
+def describe_sweep(name: str, rows: Sequence[TableRow]) -> str:
     """The description of a sweep's run, in Markdown: its table, without what the narrow page has no room for."""
     header, *body = table(rows)
     kept = [place for place, title in enumerate(header) if title in ("method", "vectors", "seeds", GAIN)]
@@ -113,7 +113,7 @@ def describe_sweep(name: str, rows: Sequence[Row]) -> str:
     return text
 
 
-def describe_experiment(sweeps: Sequence[Shown]) -> str:
+def describe_experiment(sweeps: Sequence[SweepCharts]) -> str:
     """The description of an experiment, in Markdown; its page shows the first paragraph, and the rest on demand.
 
     Args:
@@ -145,13 +145,13 @@ def show_sweep(client: Any, record: Record) -> str:
     key, value, path = sweep_view(home.experiment_id, record.run_id, record.name, record.start_time)
     client.set_experiment_tag(home.experiment_id, key, value)
 
-    found = [(record.end_time or now(), Shown(record.name, path, record.tags.get(NOTE, "")))]
+    found = [(record.end_time or now(), SweepCharts(record.name, path, record.tags.get(NOTE, "")))]
     for run in client.search_runs([home.experiment_id], "tags.sweep_id != ''"):
         info = run.info
         key, _, path_of_other = sweep_view(home.experiment_id, info.run_id, info.run_name, info.start_time)
         if key in home.tags and info.run_id != record.run_id:
-            shown = Shown(info.run_name, path_of_other, run.data.tags.get(NOTE, ""))
-            found.append((info.end_time or info.start_time, shown))
+            charts = SweepCharts(info.run_name, path_of_other, run.data.tags.get(NOTE, ""))
+            found.append((info.end_time or info.start_time, charts))
     sweeps = [sweep for _, sweep in sorted(found, reverse=True) if sweep.note]
     before = home.tags.get(NOTE, "")
     if sweeps and (not before or is_own(before)):
@@ -159,23 +159,23 @@ def show_sweep(client: Any, record: Record) -> str:
     return path
 
 
-def share(sweep: Tracker) -> None:
+def publish(sweep: Tracker) -> None:
     """Shows a sweep in MLflow's pages, and tags its run with where that is; a failing store is only noted."""
-    sweep.record.tags.pop(CHARTS, None)  # without it, `share_again` is called
+    sweep.record.tags.pop(CHARTS, None)  # without it, `publish_again` is called
 
-    def shown() -> str:
+    def published() -> str:
         client = sweep.client()
         return show_sweep(client, sweep.record) if client else ""
 
     try:
-        if path := within(PATIENCE, shown):
+        if path := within(PATIENCE, published):
             sweep.record.tags[CHARTS] = path
     except Exception as error:
         logger.warning("MLflow does not take the view of %s: %s", sweep.directory, one_line(error))
 
 
-def share_again(directory: Path) -> None:
-    """`share`, of a sweep that has ended, once MLflow has its run; nothing of another run."""
+def publish_again(directory: Path) -> None:
+    """`publish`, of a sweep that has ended, once MLflow has its run; nothing of another run."""
     with exclusive(directory):
         record = Record.load(directory)
         if "sweep_id" not in record.tags or not record.copy.run_id:

@@ -11,7 +11,7 @@ from string import Template
 
 from src.config.names import UNTRAINED
 from src.reporting.plots import caption
-from src.reporting.rows import Row
+from src.reporting.rows import TableRow
 from src.runs.links import link_to, page_of
 from src.runs.record import Record
 from src.system.redact import redact
@@ -65,7 +65,7 @@ HOW_TO_OPEN = (
 
 def render(
     title: str,
-    rows: Sequence[Row],
+    rows: Sequence[TableRow],
     table: Sequence[Sequence[str]],
     pictures: Mapping[str, str],
     notes: Sequence[str],

@@ -13,7 +13,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal
 
 from src.config.names import UNTRAINED, title_of
-from src.reporting.rows import TABLE_METRICS, Row, control_of
+from src.reporting.rows import TABLE_METRICS, TableRow, control_of
 from src.system.atomic_write import write_whole
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ MAX_LEGEND_CHARS = 88  # of a line in the legend below the panels
 TOLD = "told: "  # begins the id of a mark that says something under the pointer
 
 
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[TableRow]) -> Figure:
     """Accuracy against support-set size where there are few variants, and otherwise a dot for each row.
 
     The untrained encoder is far below, and would take the room that tells the others apart.
@@ -43,7 +43,7 @@ def plot(rows: Sequence[Row]) -> Figure:
     return dots(rows) if len({row.label for row in rows}) > MAX_LINES else by_size(rows)
 
 
-def caption(rows: Sequence[Row]) -> str:
+def caption(rows: Sequence[TableRow]) -> str:
     """What all runs have in common, how many seeds a row has, and what the bars mean."""
     runs = [run for row in rows for run in row.runs]
     parts = []
@@ -57,11 +57,11 @@ def caption(rows: Sequence[Row]) -> str:
     return ", ".join(parts)
 
 
-def by_size(rows: Sequence[Row]) -> Figure:
+def by_size(rows: Sequence[TableRow]) -> Figure:
     """A panel a metric, a line a method and variant, a level across for one that stores nothing."""
     from matplotlib.figure import Figure
 
-    series: dict[str, list[Row]] = defaultdict(list)
+    series: dict[str, list[TableRow]] = defaultdict(list)
     for row in rows:
         series[row.label].append(row)
     styles = _styles(series)
@@ -91,7 +91,7 @@ def by_size(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def dots(rows: Sequence[Row]) -> Figure:
+def dots(rows: Sequence[TableRow]) -> Figure:
     """A dot a row with its deviation over seeds, the most accurate at the top; a line down is the control beside it."""
     from matplotlib.figure import Figure
 
@@ -116,7 +116,7 @@ def dots(rows: Sequence[Row]) -> Figure:
         _cap(axes, "x")
         frame(axes, "x")
         axes.grid(axis="y", color="0.94", linewidth=0.6)
-    panels[0].set_yticks(range(len(found)), [_short(row.title) for row in found], fontsize=7)
+    panels[0].set_yticks(range(len(found)), [_cut(row.title) for row in found], fontsize=7)
     for label, row in zip(panels[0].get_yticklabels(), found, strict=True):
         label.set_color(row.colour)
     for axes in panels:
@@ -146,7 +146,7 @@ def to_svg(figure: Figure) -> str:
     return re.sub(rf'<g id=(["\']){TOLD}(.*?)\1>', r"<g><title>\2</title>", drawn.getvalue(), flags=re.DOTALL)
 
 
-def _reading(row: Row, metric: str) -> str:
+def _reading(row: TableRow, metric: str) -> str:
     seeds = f"{len(row.values(metric))} seeds" if len(row.values(metric)) > 1 else "one seed"
     return f"{row.title}: {TABLE_METRICS[metric]} {row.text(metric)}, {seeds}"
 
@@ -168,11 +168,11 @@ def wrapped(text: str, width: int) -> str:
     return "\n".join(wrap(text, width, max_lines=2, placeholder="…"))
 
 
-def _short(text: str) -> str:
+def _cut(text: str) -> str:
     return text if len(text) <= MAX_LABEL_CHARS else f"{text[: MAX_LABEL_CHARS - 1].rstrip(' ,')}…"
 
 
-def _styles(series: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
+def _styles(series: Mapping[str, Sequence[TableRow]]) -> dict[str, dict[str, Any]]:
     """The method's colour; its variants differ in their lines, and two and two in their markers, one of them hollow."""
     seen: Counter[str] = Counter()
     styles: dict[str, dict[str, Any]] = {}
@@ -215,7 +215,9 @@ def _size_axis(axes: Axes, sizes: Sequence[int]) -> tuple[float, float]:
     return zero, width**0.012
 
 
-def _series(axes: Axes, rows: Sequence[Row], places: Sequence[float], metric: str, style: Mapping[str, Any]) -> Line2D:
+def _series(
+    axes: Axes, rows: Sequence[TableRow], places: Sequence[float], metric: str, style: Mapping[str, Any]
+) -> Line2D:
     """Draws the rows of a series, those that store something joined by a line; returns what the legend shows."""
     from matplotlib.lines import Line2D
 

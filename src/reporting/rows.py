@@ -44,7 +44,7 @@ COMPARED_TAGS = ("dtype", "git_commit", "git_dirty", "device")  # tags in which 
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """The runs that differ only in their seed."""
 
     method: str
@@ -85,7 +85,7 @@ class Row:
         return "-" if math.isnan(mean) else f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}"
 
 
-def metrics_of(rows: Sequence[Row]) -> dict[str, str]:
+def metrics_of(rows: Sequence[TableRow]) -> dict[str, str]:
     """The metrics of a table with their titles: `TABLE_METRICS`, and what any run has of the others that are known."""
     found = {key for row in rows for run in row.runs for key in run.metrics}
     few = sorted(filter(None, map(FEWSHOT.fullmatch, found)), key=lambda each: (float(each[2]), each[0]))
@@ -116,7 +116,7 @@ class Difference(NamedTuple):
         return self.mean + self.half_width
 
 
-def difference(row: Row, control: Row | None, metric: str) -> Difference:
+def difference(row: TableRow, control: TableRow | None, metric: str) -> Difference:
     """Mean of the differences between runs of one seed, with its 95% interval by Student's t distribution.
 
     Without a control there are no pairs.
@@ -137,7 +137,7 @@ def difference(row: Row, control: Row | None, metric: str) -> Difference:
     return Difference(statistics.fmean(gains), float(stats.t.ppf(0.975, len(gains) - 1)) * error, len(gains))
 
 
-def control_of(row: Row, rows: Sequence[Row]) -> Row | None:
+def control_of(row: TableRow, rows: Sequence[TableRow]) -> TableRow | None:
     """The row that does the same and stores nothing; None where there is none, or several that could be meant.
 
     They agree in every setting, also in those that only one of them has, but for what belongs to the support set.
@@ -164,7 +164,7 @@ def control_of(row: Row, rows: Sequence[Row]) -> Row | None:
     return found[0] if len(found) == 1 else None
 
 
-def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:
+def summarise(runs: Sequence[Record]) -> tuple[list[TableRow], list[str]]:
     """Averages the runs that differ only in their seed, and no others.
 
     Returns:
@@ -180,7 +180,7 @@ def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:
         same[run.params["method.name"], variant_of(run, names), int(run.params["support_set_size"])].append(run)
     common = usual(kept, keys)
     rows = [
-        Row(
+        TableRow(
             method,
             label_of(group[0].params),
             colour_of(group[0].params),
@@ -197,7 +197,7 @@ def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:
     return [*_untrained(kept, keys), *rows], notes + _remarks(rows, keys, names, common)
 
 
-def _untrained(runs: Sequence[Record], keys: Sequence[str]) -> list[Row]:
+def _untrained(runs: Sequence[Record], keys: Sequence[str]) -> list[TableRow]:
     """What the runs' encoders were worth before the first step: the same for every run of a seed, in any method."""
     keys = [key for key in keys if key.startswith(("backbone.", "data.")) or is_protocol(key)]
     prefix = f"{UNTRAINED}/"
@@ -209,12 +209,12 @@ def _untrained(runs: Sequence[Record], keys: Sequence[str]) -> list[Row]:
     rows = []
     for variant, by_seed in sorted(seeds.items()):
         label = f"{UNTRAINED}, {variant}" if variant else UNTRAINED
-        rows.append(Row(UNTRAINED, UNTRAINED, COLOURS[UNTRAINED], 0, 0, variant, label, tuple(by_seed.values())))
+        rows.append(TableRow(UNTRAINED, UNTRAINED, COLOURS[UNTRAINED], 0, 0, variant, label, tuple(by_seed.values())))
     return rows
 
 
 def _remarks(
-    rows: Sequence[Row], keys: Sequence[str], names: Sequence[str], common: Mapping[str, Mapping[str, str]]
+    rows: Sequence[TableRow], keys: Sequence[str], names: Sequence[str], common: Mapping[str, Mapping[str, str]]
 ) -> list[str]:
     """What the rows' labels leave unsaid, and what makes rows less comparable than they look."""
     notes, runs = [], [run for row in rows for run in row.runs]

@@ -22,7 +22,7 @@ from src.config.names import UNTRAINED
 from src.errors import UsageError
 from src.reporting import curves, page
 from src.reporting.plots import caption, plot, to_svg, write_png
-from src.reporting.rows import NOTHING_STORED, TABLE_METRICS, Row, control_of, difference, metrics_of
+from src.reporting.rows import NOTHING_STORED, TABLE_METRICS, TableRow, control_of, difference, metrics_of
 from src.runs.record import METRICS
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
@@ -39,13 +39,13 @@ GAIN_NOTE = (
 )
 
 
-def table(rows: Sequence[Row]) -> list[list[str]]:
+def table(rows: Sequence[TableRow]) -> list[list[str]]:
     """The table as text, its header first.
 
     The last column is there where a row has a control (`GAIN_NOTE`).
     """
 
-    def gain(row: Row) -> str:
+    def gain(row: TableRow) -> str:
         found = difference(row, control_of(row, rows), GAIN_METRIC)
         if not found.pairs:
             return "-"
@@ -60,11 +60,11 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
             row.label,
             f"{row.size:,}",
             decimal(row.stored_bytes),
-            "-" if share is None else f"{share:.2%}",
+            "-" if fraction is None else f"{fraction:.2%}",
             str(len(row.runs)),
             *(row.text(metric) for metric in metrics),
         ]
-        for row, share in zip(rows, shares(rows), strict=True)
+        for row, fraction in zip(rows, fractions_of_largest_queue(rows), strict=True)
     ]
     if any(control_of(row, rows) for row in rows):
         header.append(GAIN)
@@ -78,25 +78,25 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in escaped]
 
 
-def with_gain_note(rows: Sequence[Row], notes: Sequence[str]) -> list[str]:
+def with_gain_note(rows: Sequence[TableRow], notes: Sequence[str]) -> list[str]:
     """The notes, ahead of them what the last column is where the table has it."""
     return [*([GAIN_NOTE] if any(control_of(row, rows) for row in rows) else []), *notes]
 
 
-def document(rows: Sequence[Row], notes: Sequence[str], experiment: str) -> str:
+def document(rows: Sequence[TableRow], notes: Sequence[str], experiment: str) -> str:
     """What table.md holds."""
     header, *body = table(rows)
     lines = [f"# {experiment}", "", caption(rows), "", *markdown(header, body), "", *(f"- {note}" for note in notes)]
     return "\n".join([*lines, ""])
 
 
-def shares(rows: Sequence[Row]) -> list[float | None]:
+def fractions_of_largest_queue(rows: Sequence[TableRow]) -> list[float | None]:
     """Each row's support size over that of the largest queue; None where no run has a queue."""
     largest = max((row.size for row in rows if "queue_size" in row.runs[0].params), default=None)
     return [row.size / largest if largest else None for row in rows]
 
 
-def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def records(rows: Sequence[TableRow]) -> list[dict[str, Any]]:
     """The table as numbers; None for a metric that is missing."""
     metrics = metrics_of(rows)
     return [
@@ -105,17 +105,17 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "variant": row.variant,
             "support_set_size": row.size,
             "support_bytes": row.stored_bytes,
-            "share_of_largest_queue": share,
+            "share_of_largest_queue": fraction,
             "seeds": len(row.runs),
         }
         | {f"{metric}_mean": _known(row.mean(metric)) for metric in metrics}
         | {f"{metric}_std": _known(row.std(metric)) for metric in metrics}
         | _differences(row, rows, metrics)
-        for row, share in zip(rows, shares(rows), strict=True)
+        for row, fraction in zip(rows, fractions_of_largest_queue(rows), strict=True)
     ]
 
 
-def summary(rows: Sequence[Row]) -> dict[str, float]:
+def summary(rows: Sequence[TableRow]) -> dict[str, float]:
     """A report in a few numbers: the metrics of the control, and of the trained row that is best on validation.
 
     Each is the mean over a row's seeds, in percent; a metric that is missing is left out.
@@ -140,7 +140,7 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _differences(row: Row, rows: Sequence[Row], metrics: Iterable[str]) -> dict[str, float | None]:
+def _differences(row: TableRow, rows: Sequence[TableRow], metrics: Iterable[str]) -> dict[str, float | None]:
     """Beyond the control, of every metric: the mean over pairs, the ends of its 95% interval, the number of pairs."""
     control = control_of(row, rows)
     numbers: dict[str, float | None] = {}
@@ -163,7 +163,7 @@ def _has_curves(directory: Path) -> bool:
     return True
 
 
-def courses(rows: Sequence[Row]) -> list[curves.Course]:
+def courses(rows: Sequence[TableRow]) -> list[curves.Course]:
     """The rows' runs as curves over epochs, of those runs whose folders are here."""
     found = []
     for row in rows:
@@ -178,7 +178,7 @@ def courses(rows: Sequence[Row]) -> list[curves.Course]:
     return found
 
 
-def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path) -> list[Path]:
+def write(rows: Sequence[TableRow], notes: Sequence[str], experiment: str, out: Path) -> list[Path]:
     """Writes table.md, table.csv, table.json, plot.png, plot.svg, curves.png of what has curves, and results.html.
 
     Returns:
@@ -215,7 +215,7 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
     return paths
 
 
-def show(rows: Sequence[Row], notes: Sequence[str], title: str) -> None:
+def show(rows: Sequence[TableRow], notes: Sequence[str], title: str) -> None:
     """Prints the table."""
     console = Console(width=None if sys.stdout.isatty() else 120, markup=False)
     header, *body = table(rows)
