@@ -44,15 +44,6 @@ def table(rows: Sequence[TableRow]) -> list[list[str]]:
 
     The last column is there where a row has a control (`GAIN_NOTE`).
     """
-
-    def gain(row: TableRow) -> str:
-        found = difference(row, control_of(row, rows), GAIN_METRIC)
-        if not found.pairs:
-            return "-"
-        width = "" if math.isnan(found.half_width) else f" ± {found.half_width:.2f}"
-        fewer = f" ({found.pairs} of {len(row.runs)} seeds)" if found.pairs < len(row.runs) else ""
-        return f"{found.mean:+.2f}{width}{fewer}"
-
     metrics = metrics_of(rows)
     header = ["method", "vectors", "bytes", "of largest queue", "seeds", *metrics.values()]
     body = [
@@ -66,10 +57,20 @@ def table(rows: Sequence[TableRow]) -> list[list[str]]:
         ]
         for row, fraction in zip(rows, fractions_of_largest_queue(rows), strict=True)
     ]
-    if any(control_of(row, rows) for row in rows):
+    controls = [control_of(row, rows) for row in rows]
+    if any(controls):
         header.append(GAIN)
-        body = [[*line, gain(row)] for line, row in zip(body, rows, strict=True)]
+        body = [[*line, _gain(row, control)] for line, row, control in zip(body, rows, controls, strict=True)]
     return [header, *body]
+
+
+def _gain(row: TableRow, control: TableRow | None) -> str:
+    found = difference(row, control, GAIN_METRIC)
+    if not found.pairs:
+        return "-"
+    width = "" if math.isnan(found.half_width) else f" ± {found.half_width:.2f}"
+    fewer = f" ({found.pairs} of {len(row.runs)} seeds)" if found.pairs < len(row.runs) else ""
+    return f"{found.mean:+.2f}{width}{fewer}"
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -78,14 +79,14 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in escaped]
 
 
-def with_gain_note(rows: Sequence[TableRow], notes: Sequence[str]) -> list[str]:
-    """The notes, ahead of them what the last column is where the table has it."""
-    return [*([GAIN_NOTE] if any(control_of(row, rows) for row in rows) else []), *notes]
+def with_gain_note(header: Sequence[str], notes: Sequence[str]) -> list[str]:
+    """Put `GAIN_NOTE` ahead of the notes if the table has that column."""
+    return [*([GAIN_NOTE] if GAIN in header else []), *notes]
 
 
-def document(rows: Sequence[TableRow], notes: Sequence[str], experiment: str) -> str:
-    """What table.md holds."""
-    header, *body = table(rows)
+def document(rows: Sequence[TableRow], cells: Sequence[Sequence[str]], notes: Sequence[str], experiment: str) -> str:
+    """What table.md holds: the `table` of the rows, with its caption and notes."""
+    header, *body = cells
     lines = [f"# {experiment}", "", caption(rows), "", *markdown(header, body), "", *(f"- {note}" for note in notes)]
     return "\n".join([*lines, ""])
 
@@ -187,8 +188,9 @@ def write(rows: Sequence[TableRow], notes: Sequence[str], experiment: str, out: 
     from matplotlib import rc_context
 
     out.mkdir(parents=True, exist_ok=True)
-    notes = with_gain_note(rows, notes)
-    write_whole(out / "table.md", document(rows, notes, experiment).encode())
+    cells = table(rows)
+    notes = with_gain_note(cells[0], notes)
+    write_whole(out / "table.md", document(rows, cells, notes, experiment).encode())
 
     numbers = records(rows)
     sheet = io.StringIO()
@@ -211,7 +213,7 @@ def write(rows: Sequence[TableRow], notes: Sequence[str], experiment: str, out: 
             paths.append(out / "curves.png")
             write_png(drawn, paths[-1], dpi=200)
             pictures["Over the epochs"] = to_svg(drawn)
-    write_whole(out / "results.html", page.render(experiment, rows, table(rows), pictures, notes).encode())
+    write_whole(out / "results.html", page.render(experiment, rows, cells, pictures, notes).encode())
     return paths
 
 
@@ -228,5 +230,5 @@ def show(rows: Sequence[TableRow], notes: Sequence[str], title: str) -> None:
     for line in body:
         shown.add_row(*(line[place] for place in columns))
     console.print(shown)
-    for note in with_gain_note(rows, notes):
+    for note in with_gain_note(header, notes):
         console.print(f"note: {note}", markup=False, highlight=False)
