@@ -7,20 +7,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from src.config.identity import SAY_OF_STORED, is_protocol, is_setting, with_neutral
-from src.config.names import label_of
+from src.config.identity import idle_beside, is_protocol, is_setting, with_neutral
+from src.config.names import LABELS, label_of
 from src.config.renamed import modern
 from src.errors import UsageError
 from src.runs.record import UNUSED, Record
 from src.system.output import printable
 
 METHOD_PREFIXES = ("method.", "support.", "objective.")  # their settings are compared within a method only
-IDLE = {  # settings that follow from what the method is, or have no effect in it
-    "simclr": (*SAY_OF_STORED, "objective.support_weight"),
-    "nothing_stored": SAY_OF_STORED,
-    "byol": SAY_OF_STORED,
-    "nnclr": ("objective.same_prototype",),
-}
 COLUMN_KEYS = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
 INTEGER_PARAMS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
 IN_USE = "support/size"  # the metric of a support set whose number of vectors changes
@@ -52,7 +46,10 @@ def comparable(run: Record) -> dict[str, str]:
     """
     changed = {key: value for key, value in run.tags.items() if key.startswith("evaluation.")}
     params = with_neutral(modern(run.params)) | changed
-    idle = IDLE.get(params.get("method.name", ""), ())
+    method = params.get("method.name", "")
+    idle = idle_beside(params.get("support.name", "")) if method in LABELS else ()
+    if method == "simclr":  # whose loss has no such term
+        idle = (*idle, "objective.support_weight")
     return {key: value for key, value in params.items() if value != "null" and key not in idle}
 
 
