@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from scripts.workbench import config_of, machine
 from src import build
 from src.data import load
+from src.evaluation.encoder import load_encoder
 from src.support.queue import Queue
 from src.support.search import FaissSearch, InvertedLists, TorchSearch
 
@@ -54,9 +54,7 @@ def features(run: Path, count: int, data: Path | None) -> Tensor:
     """Unit features [count, F] of random views of a run's training images."""
     cfg = config_of(run, data)
     images = load(cfg.data)
-    encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
-    encoder.load_state_dict(load_file(run / "encoder.safetensors"))
-    encoder = encoder.eval().to(memory_format=torch.channels_last)
+    encoder = load_encoder(run).backbone.to(memory_format=torch.channels_last)
     view, _ = build.views(cfg, images)
     torch.manual_seed(0)
     batches = []
