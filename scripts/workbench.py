@@ -34,7 +34,7 @@ MEAN, STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]  # CIFAR-100's
 
 def compose(*overrides: str) -> schema.Config:
     """The config of ``python -m src.train OVERRIDES``."""
-    with hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
+    with hydra.initialize_config_dir(str(cli.CONF), **cli.VERSION_BASE):
         return parse(hydra.compose("train", overrides=list(overrides)))
 
 
