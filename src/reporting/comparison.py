@@ -21,7 +21,7 @@ IN_USE = "support/size"  # the metric of a support set whose number of vectors c
 
 
 def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
-    """Keeps the finished runs, of each configuration and seed the newest, and notes what it leaves out."""
+    """Select the newest finished run of each configuration and seed, and note what is left out."""
     repeats: dict[frozenset[tuple[str, str]], list[Record]] = defaultdict(list)
     unfinished = []
     for run in map(_printable, sorted(runs, key=lambda run: run.start_time)):
@@ -40,9 +40,9 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
 
 
 def comparable(run: Record) -> dict[str, str]:
-    """The params under the names of now, also those that did not exist then, without those that make no difference.
+    """A run's params under today's names, with the defaults of settings that are newer, without those of no effect.
 
-    Where a later session evaluated otherwise than the first, a tag has the setting's value.
+    If a later session changed a setting of the evaluation, its value comes from a tag.
     """
     changed = {key: value for key, value in run.tags.items() if key.startswith("evaluation.")}
     params = with_neutral(modern(run.params)) | changed
@@ -59,12 +59,12 @@ def _printable(run: Record) -> Record:
 
 
 def unusable(run: Record) -> str:
-    """Why a run is no part of a report; empty where it is."""
+    """The reason why a report leaves a run out; empty if it does not."""
     if run.status != "FINISHED":
         return "pruned" if "pruned" in run.tags else run.status.lower()
     if "method.name" not in run.params:
         return "not a training run"
-    if UNUSED in run.tags:  # it would stand in the plot as what it is not
+    if UNUSED in run.tags:  # its row would claim vectors that it never used
         return "its support set was never filled"
     if damaged := [key for key in INTEGER_PARAMS if not re.fullmatch(r"\d{1,18}", run.params.get(key, ""), re.ASCII)]:
         return f"its {damaged[0]} is {run.params.get(damaged[0], 'missing')}"
@@ -83,7 +83,7 @@ def compared_settings(run: Record) -> dict[str, str]:
 def differing(runs: Sequence[Record]) -> list[str]:
     """The settings, besides method, support size and seed, in which the runs differ.
 
-    The settings of a method itself are compared among its own runs only.
+    Settings of method, support set and objective are compared only among the runs of one method.
     """
     by_method: dict[str, list[dict[str, str]]] = defaultdict(list)
     for run in runs:
@@ -101,13 +101,15 @@ def differing(runs: Sequence[Record]) -> list[str]:
 
 
 def distinguishing(runs: Sequence[Record], keys: Sequence[str]) -> list[str]:
-    """As few of the keys as tell the same runs apart: a recipe is known by one of them.
+    """A small, greedily chosen set of keys that still separates the runs.
 
-    The names of options come first (``optimizer.name``), then the shortest keys.
+    Of settings that always change together, one is enough: the name of an option (``optimizer.name``) if there is one,
+    else the shortest key.
     """
     kept: list[str] = []
 
-    def groups(chosen: list[str]) -> int:  # a method does not excuse what is not its own: epochs, say
+    def groups(chosen: list[str]) -> int:
+        # Counted also without the method: if every method has its own number of epochs, the rows still say so.
         shared = [key for key in chosen if not key.startswith(METHOD_PREFIXES)]
         return sum(len({tuple(map(run.params.get, by)) for run in runs}) for by in (["method.name", *chosen], shared))
 
@@ -118,9 +120,10 @@ def distinguishing(runs: Sequence[Record], keys: Sequence[str]) -> list[str]:
 
 
 def usual(runs: Sequence[Record], keys: Sequence[str]) -> dict[str, dict[str, str]]:
-    """What a row need not say: for each method, the values of the keys that more than half of the runs have.
+    """The values that a label need not name: for each method, those that more than half of the runs have.
 
-    A setting of the method itself is counted among its own runs; a key that some runs lack is always said.
+    Settings of method, support set and objective are counted among the method's own runs. A label always names a key
+    that some runs lack.
     """
     by_method: dict[str, list[Record]] = defaultdict(list)
     for run in runs:

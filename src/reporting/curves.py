@@ -32,7 +32,7 @@ PANELS = {
     },
     "entries in use": {"support/perplexity": "perplexity", "support/dead": "never the nearest"},
 }
-# What is compared over the epochs, and what a value is multiplied by.
+# Metrics that are compared over the epochs: title, and factor from the logged to the drawn value.
 COMPARED = {
     "val/knn_top1": ("kNN accuracy on\nvalidation images (%)", 1),
     NEIGHBOUR: ("nearest entry of another image:\nof the anchor's class (%)", 100),
@@ -57,7 +57,7 @@ class Course(NamedTuple):
     epochs: int
     directories: tuple[Path, ...]
     cycle: int = 1  # epochs from one reset of the support set to the next
-    is_untrained: bool = False  # the runs' encoder before the first step, which is a level and no curve
+    is_untrained: bool = False  # the encoder before the first step, drawn as a level
 
 
 def read(directory: Path) -> Curves:
@@ -71,9 +71,9 @@ def read(directory: Path) -> Curves:
 
 
 def neighbour_agreement(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The share of the nearest entries that are of the anchor's class, among those that are not of its own image.
+    """The fraction of the nearest entries of other images that are of the anchor's class.
 
-    The anchor's own image is of its class always, and tells nothing of how good a neighbour is.
+    An entry of the anchor's own image always is, and says nothing of how good neighbours are.
     """
     agreement, own = metrics.get("support/label_agreement"), metrics.get("support/self_hit", 0.0)
     if agreement is None or not own < 1:
@@ -111,10 +111,10 @@ def plot(directory: Path) -> Path:
 
 
 def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]:
-    """Epoch, mean and sample standard deviation (0 for one run) of a metric, where every run has it.
+    """Epoch, mean and sample standard deviation (0 for one run) of a metric, at epochs where every run has it.
 
-    Of the untrained encoder it is a level over all epochs. Of a support set that is reset, its metrics are compared
-    where it is oldest: at the last epoch before each reset.
+    The untrained encoder's metric is a level over all epochs. Metrics of a support set that is reset are taken where it
+    is oldest: at the last epoch before each reset.
     """
     runs = [read(directory) for directory in course.directories]
     metric = f"{UNTRAINED}/{metric}" if course.is_untrained else metric
@@ -132,12 +132,13 @@ def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]
 
 
 def compare(courses: Sequence[Course]) -> Figure | None:
-    """A row of panels, one a metric; of more than a few courses a grid, with a column for each method that stores.
+    """Draw a panel for each metric; of more than a few courses a grid, with a column for each method that stores.
 
-    None where nothing has been measured over the epochs, as with ``data.final``.
+    In a grid, courses that store nothing are in every column. Of a method with many courses only the best has a name:
+    the one with the highest last kNN accuracy on validation images.
 
-    There those that store nothing are drawn in every column, and of a method with many courses only the best has a
-    name: the one with the highest last kNN accuracy on validation images.
+    Returns:
+        The figure; None if nothing was measured over the epochs, as with ``data.final``.
     """
     from matplotlib.figure import Figure
 
@@ -180,7 +181,7 @@ def compare(courses: Sequence[Course]) -> Figure | None:
 
 
 def _points(course: Course, metric: str) -> list[tuple[float, float, float]]:
-    """What there is to draw: nothing of a support set where there is none, and no self-hits where they are rare."""
+    """`over_epochs`, but nothing of a support set if nothing is stored, and no self-hits if they are rare."""
     if metric.startswith("support/") and not course.size:
         return []
     points = over_epochs(course, metric)
@@ -189,7 +190,7 @@ def _points(course: Course, metric: str) -> list[tuple[float, float, float]]:
 
 
 def _styles(courses: Sequence[Course], accuracy: Mapping[Course, float]) -> dict[Course, dict[str, Any]]:
-    """Of a few courses of a method, the larger the support set the fuller the colour; of many, all faint but one."""
+    """If a method has few courses, larger support sets have fuller colours; if many, all but the best are faint."""
     by_method: dict[str, list[Course]] = defaultdict(list)
     for course in sorted(courses, key=lambda each: each.size):
         by_method[course.method].append(course)
@@ -233,7 +234,7 @@ def _panel(
 
 
 def _place_legends(panels: Sequence[Axes]) -> None:
-    """At the right of panels that share an axis, where no curve of any is; else in new room above the curves."""
+    """Put the legends of panels that share an axis at the right where no curve is, or in new room above."""
     legends = {axes: legend for axes in panels if (legend := axes.get_legend())}
     lines = {axes: "\n".join(axes.get_legend_handles_labels()[1]).split("\n") for axes in legends}
     low, high = panels[0].get_ylim()
@@ -253,7 +254,7 @@ def _place_legends(panels: Sequence[Axes]) -> None:
 
 
 def _values(axes: Axes, start: float) -> Iterator[float]:
-    """What the curves go through right of a share of the panel's width."""
+    """The curves' values to the right of ``start``, a fraction of the panel's width."""
     left = max(0.0, start) * axes.get_xlim()[1]
     for line in axes.get_lines():
         x, y = map(np.asarray, line.get_data())
@@ -262,7 +263,7 @@ def _values(axes: Axes, start: float) -> Iterator[float]:
 
 
 def _shade(colour: str, fraction: float) -> tuple[float, float, float]:
-    """The colour mixed with white: the larger the support set among a method's, the fuller."""
+    """Mix a colour with white; with a fraction of 1 it stays as it is."""
     from matplotlib.colors import to_rgb
 
     weight = 0.35 + 0.65 * fraction

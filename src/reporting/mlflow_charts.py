@@ -1,4 +1,4 @@
-"""What MLflow's own pages show of sweeps: charts that one link opens, and descriptions that lead to them.
+"""Sweeps in MLflow's own pages: charts that one link opens, and descriptions that lead to them.
 
 MLflow keeps a view of an experiment's runs (filter, order, charts) as a tag of the experiment, lists it by name under
 "Saved views", and opens it by a key in the address. The tag's content is not documented. It is written here as the
@@ -29,7 +29,7 @@ from src.system.deadline import within
 from src.system.redact import one_line
 
 COURSE = "val/knn_top1"  # what is drawn over the steps of training
-OPENING = "Support-set size against accuracy"  # of every description, which tells ours from others
+OPENING = "Support-set size against accuracy"  # of every description, which marks it as ours
 MAX_NOTE_CHARS = 7500  # of a description: MLflow cuts a run's after 8,000
 MAX_LINKED_SWEEPS = 20  # older ones that an experiment's description links to
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class SavedView(NamedTuple):
-    """A tag for the experiment, and where MLflow then shows what it describes."""
+    """A view of an experiment's runs: the tag of the experiment that holds it, and where MLflow shows it."""
 
     key: str
     value: str
@@ -45,7 +45,7 @@ class SavedView(NamedTuple):
 
 
 class SweepCharts(NamedTuple):
-    """A sweep as an experiment's description names it."""
+    """A sweep in the description of its experiment."""
 
     name: str
     path: str  # of its charts, after the address of the server
@@ -79,7 +79,7 @@ def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -
 
 
 def _charts() -> list[dict[str, Any]]:
-    """The scatter plots draw a param that is a logarithm, because MLflow offers a logarithm for training steps only."""
+    """Charts of accuracy by log10 of the size, a param of its own: MLflow has logarithmic axes for steps only."""
     size = {"type": "PARAM", "key": LOG_SIZE}
     charts: list[dict[str, Any]] = [
         *({"type": "SCATTER", "xaxis": size, "yaxis": {"type": "METRIC", "key": metric}} for metric in PLOTTED),
@@ -91,7 +91,7 @@ def _charts() -> list[dict[str, Any]]:
 
 
 def _sections() -> list[dict[str, Any]]:
-    """Ours, and below it, collapsed, those in which MLflow puts a chart of every metric by the metric's prefix."""
+    """Our section and, collapsed below it, those in which MLflow puts a chart of every metric, by prefix."""
     ours = {"uuid": "sweep", "name": "Support-set size and accuracy", "display": True, "columns": 2, "cardHeight": 280}
     others = [{"uuid": name, "name": name, "display": False} for name in ("test", "val", "support", "train", "time")]
     return [ours, *others]
@@ -129,17 +129,17 @@ def describe_experiment(sweeps: Sequence[SweepCharts]) -> str:
 
 
 def is_own(note: str) -> bool:
-    """Whether a description is one of the above, rather than somebody's own."""
+    """Whether a description was written here, not by a user."""
     return note.startswith(OPENING)
 
 
 def show_sweep(client: Any, record: Record) -> str:
-    """Gives the experiment of a sweep a view of its jobs, and a description of its newest sweeps.
+    """Give a sweep's experiment a view of the sweep's jobs, and a description of its newest sweeps.
 
-    A description that somebody else has written stays.
+    A description that a user has written stays.
 
     Returns:
-        Where MLflow shows the view, after the address of the server.
+        The path of the view, after the address of the server.
     """
     home = client.get_experiment(client.get_run(record.run_id).info.experiment_id)
     key, value, path = sweep_view(home.experiment_id, record.run_id, record.name, record.start_time)
@@ -160,8 +160,8 @@ def show_sweep(client: Any, record: Record) -> str:
 
 
 def publish(sweep: Tracker) -> None:
-    """Shows a sweep in MLflow's pages, and tags its run with where that is; a failing store is only noted."""
-    sweep.record.tags.pop(CHARTS, None)  # without it, `publish_again` is called
+    """Show a sweep in MLflow's pages, and tag its run with the path; if the store fails, only warn."""
+    sweep.record.tags.pop(CHARTS, None)  # a delivery calls `publish_again` if it is missing
 
     def published() -> str:
         client = sweep.client()
@@ -175,7 +175,7 @@ def publish(sweep: Tracker) -> None:
 
 
 def publish_again(directory: Path) -> None:
-    """`publish`, of a sweep that has ended, once MLflow has its run; nothing of another run."""
+    """`publish` a sweep that has ended, once MLflow has its run; do nothing for a run that is no sweep."""
     with exclusive(directory):
         record = Record.load(directory)
         if "sweep_id" not in record.tags or not record.copy.run_id:

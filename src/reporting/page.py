@@ -73,9 +73,9 @@ def render(
     """The page.
 
     Args:
-        table: its header first, then a line for each of the rows.
-        pictures: SVG by what is drawn.
-        notes: what a reader must know besides.
+        table: its header, then a line for each of the rows.
+        pictures: SVG by caption.
+        notes: lines below the plots.
     """
     trained = [row for row in rows if row.method != UNTRAINED]  # the untrained row has the other rows' runs
     header, *body = table
@@ -96,7 +96,7 @@ def render(
 
 
 def _figure(name: str, svg: str) -> str:
-    drawing = svg[svg.index("<svg") :]  # without what precedes the root of a file
+    drawing = svg[svg.index("<svg") :]  # without the XML declaration before it
     return f"<figure>\n<figcaption>{escape(name)}</figcaption>\n<div>{drawing}</div>\n</figure>"
 
 
@@ -105,7 +105,7 @@ def _list(items: Sequence[str]) -> str:
 
 
 def _run(run: Record) -> str:
-    """The run's folder by its name, which leads to its page where MLflow has it."""
+    """The name of the run's folder, linked to the run's page if MLflow has it."""
     name = escape(run.directory.name if run.directory else run.name)
     path = page_of(run)
     return f'<a href="{escape(redact(link_to(path)))}">{name}</a>' if path else name

@@ -1,6 +1,7 @@
 """Pictures of what a support set gives: anchors beside their positives, prototypes beside their members, a map.
 
-Images enter as they are, through the network in evaluation mode; nothing here changes the run or its random numbers.
+Images pass without augmentation through the network in evaluation mode. Nothing here changes the run or its random
+numbers.
 
 Shapes: A anchors, D dimensions, N images of a sample.
 """
@@ -51,13 +52,13 @@ class Tile(NamedTuple):
 def illustrate(
     method: Method, frozen: FrozenEncoder, data: Dataset, directory: Path, epoch: int, last: bool
 ) -> list[Path]:
-    """Draw ``positives.png``, and of prototypes ``prototypes.png``, as the run stands; after the last epoch, a map.
+    """Draw ``positives.png``, of prototypes also ``prototypes.png``, and after the last epoch ``map.png``.
 
-    Those of each epoch are kept in ``pictures/``. Nothing is drawn where nothing is stored, or not enough so far.
-    Images without labels are shown without names, and prototypes without their purity.
+    The pictures of each epoch are kept in ``pictures/``. Nothing is drawn if nothing is stored, or not enough yet.
+    Without labels, images have no names and prototypes no purity.
 
     Returns:
-        What is to be logged.
+        The files to log.
     """
     support = method.support
     if support is None or not support.ready:
@@ -125,7 +126,7 @@ def positives(support: SupportSet, sample: Split, rows_N: Tensor, z_ND: Tensor, 
         tiles = [Tile(sample.take(_at(anchor, sample)).squares("cpu")[0], _name(data, label))]
         if images_N is not None:
             row = int(images_N[anchor])
-            if row >= 0:  # or the entry is of no one image
+            if row >= 0:  # else the entry is not of one image
                 other = data.train.take(torch.tensor([row], device=data.train.labels.device))
                 tiles.append(_member(data, other, label, framed=row == int(rows_N[anchor])))
         else:
@@ -135,14 +136,14 @@ def positives(support: SupportSet, sample: Split, rows_N: Tensor, z_ND: Tensor, 
             tiles += [_member(data, sample.take(_at(int(each), sample)), label) for each in nearest]
         blocks.append(tiles)
     what = "the nearest members of its prototype" if support.shared else "the nearest entry (framed: its own image)"
-    columns, apart = (2, ANCHOR_GAP) if support.shared else (4, 0)  # a pair needs no more to be told from the next
+    columns, apart = (2, ANCHOR_GAP) if support.shared else (4, 0)  # a pair is recognised without a further gap
     return sheet(blocks, [""] * columns, f"Anchors, and beside each {what}", apart)
 
 
 def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) -> Figure | None:
-    """The largest, the purest and the most mixed prototypes, with the members nearest to them; None of too few.
+    """The largest, the purest and the most mixed prototypes, each with its nearest members.
 
-    Without labels the largest are all that there is.
+    Without labels only the largest; None if no prototype has enough members.
     """
     found = support.lookup(z_ND)
     cosine_N = (F.normalize(z_ND, dim=1) * found.embeddings).sum(1)
@@ -177,9 +178,13 @@ def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) 
 
 
 def sheet(blocks: Sequence[Sequence[Tile]], heads: Sequence[str], title: str, apart: int = 0) -> Figure:
-    """Blocks of tiles in a grid with a column a head; each tile's text is below it.
+    """Draw blocks of tiles in a grid, a column for each head, with each tile's text below it.
 
-    A block's first tile stands `apart` from the others by so many pixels more.
+    Args:
+        blocks: line by line.
+        heads: of the columns.
+        title: above all.
+        apart: further pixels between a block's first tile and the others.
     """
     from matplotlib.figure import Figure
 

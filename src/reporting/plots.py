@@ -1,4 +1,4 @@
-"""Support-set size against accuracy, as a plot: a line a method, or with many variants a dot a row, sorted."""
+"""Plots of support-set size against accuracy: a line for each method or, with many variants, a dot for each row."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 PLOTTED = {"test/linear_top1": "Linear top-1 accuracy (%)", "test/linear_top5": "Linear top-5 accuracy (%)"}
 MARKERS = {"simclr": "D", "nothing_stored": "s", "nnclr": "o", "kmclr": "v"}
 SPARE_MARKERS = "^P*X"
-LINES = ("-", "--", ":", "-.")  # the variants of a method
-FURTHER_MARKERS = "d>p"  # of the variants after the first two, which no method has
+LINES = ("-", "--", ":", "-.")  # for the variants of a method
+FURTHER_MARKERS = "d>p"  # for the third and later variants of a method; no method has them for its first
 MAX_LINES = 2 * len(LINES)  # series; of more each row is drawn as a dot
 MAX_DOTS = 80  # the most accurate rows
 MAX_LABEL_CHARS = 60  # of a dot's label
 MAX_LEGEND_CHARS = 88  # of a line in the legend below the panels
-TOLD = "told: "  # begins the id of a mark that says something under the pointer
+TOLD = "told: "  # prefix of the id of a mark that has a text of its own (`tell`)
 
 
 def plot(rows: Sequence[TableRow]) -> Figure:
-    """Accuracy against support-set size where there are few variants, and otherwise a dot for each row.
+    """Plot accuracy against support-set size if there are few variants, and else a dot for each row.
 
-    The untrained encoder is far below, and would take the room that tells the others apart.
+    The untrained encoder is left out: it is so far below that the others would look alike.
     """
     rows = [row for row in rows if row.method != UNTRAINED]
     return dots(rows) if len({row.label for row in rows}) > MAX_LINES else by_size(rows)
@@ -58,7 +58,7 @@ def caption(rows: Sequence[TableRow]) -> str:
 
 
 def by_size(rows: Sequence[TableRow]) -> Figure:
-    """A panel a metric, a line a method and variant, a level across for one that stores nothing."""
+    """Draw a panel for each metric and a line for each method and variant, horizontal if it stores nothing."""
     from matplotlib.figure import Figure
 
     series: dict[str, list[TableRow]] = defaultdict(list)
@@ -92,7 +92,7 @@ def by_size(rows: Sequence[TableRow]) -> Figure:
 
 
 def dots(rows: Sequence[TableRow]) -> Figure:
-    """A dot a row with its deviation over seeds, the most accurate at the top; a line down is the control beside it."""
+    """Draw a dot for each row with its deviation, the most accurate at the top; vertical lines are the controls."""
     from matplotlib.figure import Figure
 
     ranked_by = next(iter(PLOTTED))
@@ -127,19 +127,19 @@ def dots(rows: Sequence[TableRow]) -> Figure:
 
 
 def tell(mark: Artist, text: str) -> None:
-    """Gives a mark what a browser shows while the pointer is on it, in `to_svg`."""
+    """Set the text that a browser shows while the pointer is on a mark of `to_svg`."""
     mark.set_gid(TOLD + text)
 
 
 def write_png(figure: Figure, path: Path, dpi: int) -> None:
-    """Writes the figure whole or not at all: on a full disk, what there was stays."""
+    """Write the figure whole or not at all: on a full disk the file that was there stays."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
     write_whole(path, drawn.getvalue())
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as SVG, in which each mark that has something to tell has a ``<title>``."""
+    """The figure as SVG, in which the text of `tell` is a mark's ``<title>``."""
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", metadata={"Date": None})
     # Matplotlib writes the id escaped, within double quotes unless it has some itself.
@@ -152,19 +152,19 @@ def _reading(row: TableRow, metric: str) -> str:
 
 
 def marker_of(method: str) -> str:
-    """The same for a method in every plot."""
+    """A method's marker, the same in every plot."""
     return MARKERS.get(method, SPARE_MARKERS[sum(method.encode()) % len(SPARE_MARKERS)])
 
 
 def frame(axes: Axes, grid: str = "y") -> None:
-    """Two spines and a light grid behind the data."""
+    """Draw two spines, and a light grid behind the data."""
     axes.grid(axis=grid, color="0.9", linewidth=0.6)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def wrapped(text: str, width: int) -> str:
-    """Text of at most two lines, so many characters wide; what has no room there is cut off."""
+    """Wrap a text to at most two lines of ``width`` characters; the rest is cut off."""
     return "\n".join(wrap(text, width, max_lines=2, placeholder="…"))
 
 
@@ -173,7 +173,7 @@ def _cut(text: str) -> str:
 
 
 def _styles(series: Mapping[str, Sequence[TableRow]]) -> dict[str, dict[str, Any]]:
-    """The method's colour; its variants differ in their lines, and two and two in their markers, one of them hollow."""
+    """The variants of a method have its colour, and differ in line, marker and whether the marker is hollow."""
     seen: Counter[str] = Counter()
     styles: dict[str, dict[str, Any]] = {}
     for label, rows in series.items():
@@ -188,10 +188,10 @@ def _styles(series: Mapping[str, Sequence[TableRow]]) -> dict[str, dict[str, Any
 
 
 def _size_axis(axes: Axes, sizes: Sequence[int]) -> tuple[float, float]:
-    """A logarithmic axis that has room for 0 at its left, behind a break, and a label for each size.
+    """Make the axis logarithmic, with 0 at its left behind a break, and label each size.
 
     Returns:
-        Where 0 is, and the factor between two sizes that are drawn beside each other.
+        The place of 0, and the factor between two rows of one size that are drawn beside each other.
     """
     smallest, largest = (sizes[0], sizes[-1]) if sizes else (1, 1)
     zero = smallest / max(3.0, (largest / smallest) ** 0.2)
@@ -218,7 +218,7 @@ def _size_axis(axes: Axes, sizes: Sequence[int]) -> tuple[float, float]:
 def _series(
     axes: Axes, rows: Sequence[TableRow], places: Sequence[float], metric: str, style: Mapping[str, Any]
 ) -> Line2D:
-    """Draws the rows of a series, those that store something joined by a line; returns what the legend shows."""
+    """Draw the rows of a series, joined by a line if they store something; return the legend's handle."""
     from matplotlib.lines import Line2D
 
     stored = [(place, row.mean(metric)) for place, row in zip(places, rows, strict=True) if row.size]
@@ -240,6 +240,6 @@ def _series(
 
 
 def _cap(axes: Axes, along: Literal["x", "y"] = "y") -> None:
-    """Accuracies end at 100%."""
+    """End an axis of accuracies at 100%."""
     low, high = axes.get_ylim() if along == "y" else axes.get_xlim()
     axes.set(**{f"{along}lim": (low, min(high, 100.0) if low < 100 else high)})

@@ -32,7 +32,7 @@ TABLE_METRICS = {
     "test/linear_top1": "test linear top-1",
     "test/linear_top5": "test linear top-5",
 }
-# Metrics beside the linear probe's; a name after `test` says that a run was evaluated so after its end.
+# Other probes' metrics. A suffix, as in `test_fewshot`, says that the run was evaluated so after its end.
 FEWSHOT = re.compile(r"test(_fewshot)?/fewshot_(\d+(?:\.\d+)?(?:e-\d+)?)pct_top1", re.ASCII)
 FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
 # The linear probe of a teacher, by other settings, or on other images (src.evaluation.protocol).
@@ -58,7 +58,7 @@ class TableRow:
 
     @property
     def is_control(self) -> bool:
-        """Whether it does what others do, and stores nothing."""
+        """Whether the runs are trained as those of other rows and store nothing."""
         stores_nothing = self.runs[0].params.get("support.name") == "none"
         return stores_nothing and self.method not in (UNTRAINED, "simclr")
 
@@ -101,7 +101,7 @@ def metrics_of(rows: Sequence[TableRow]) -> dict[str, str]:
 
 
 class Difference(NamedTuple):
-    """A row's metric less its control's, in percentage points, over the seeds that both have."""
+    """A row's metric minus its control's, in percentage points, over the seeds that both have."""
 
     mean: float
     half_width: float  # of the 95% interval; NaN for fewer than two pairs
@@ -138,10 +138,10 @@ def difference(row: TableRow, control: TableRow | None, metric: str) -> Differen
 
 
 def control_of(row: TableRow, rows: Sequence[TableRow]) -> TableRow | None:
-    """The row that does the same and stores nothing; None where there is none, or several that could be meant.
+    """Find the row with the same settings that stores nothing; None if there is none, or more than one.
 
-    They agree in every setting, also in those that only one of them has, but for what belongs to the support set.
-    SimCLR is the control's own other loss, so it need not agree in what its loss does not have.
+    The two agree in every setting, including those that only one of them has, except those of the support set. SimCLR's
+    loss has neither a support weight nor a predictor, so that its control may have any.
     """
     is_simclr = row.method == "simclr"
     if row.method == UNTRAINED or row.is_control:
@@ -165,11 +165,11 @@ def control_of(row: TableRow, rows: Sequence[TableRow]) -> TableRow | None:
 
 
 def summarise(runs: Sequence[Record]) -> tuple[list[TableRow], list[str]]:
-    """Averages the runs that differ only in their seed, and no others.
+    """Group the runs that differ only in their seed into rows.
 
     Returns:
-        Rows by method, then support size, ahead of them the untrained encoder's; and notes on all that the numbers
-        alone would hide.
+        The rows, the untrained encoder's first, the others by method, label and support size; and notes on what the
+        numbers alone would hide.
     """
     kept, notes = select(runs)
     notes += _changing(kept)
@@ -198,13 +198,13 @@ def summarise(runs: Sequence[Record]) -> tuple[list[TableRow], list[str]]:
 
 
 def _untrained(runs: Sequence[Record], keys: Sequence[str]) -> list[TableRow]:
-    """What the runs' encoders were worth before the first step: the same for every run of a seed, in any method."""
+    """The rows of the encoder before the first step, which all runs of a seed share, whatever their method."""
     keys = [key for key in keys if key.startswith(("backbone.", "data.")) or is_protocol(key)]
     prefix = f"{UNTRAINED}/"
     seeds: dict[str, dict[str, Record]] = defaultdict(dict)
     for run in runs:
         metrics = {key.removeprefix(prefix): run.metrics[key] for key in run.metrics if key.startswith(prefix)}
-        if metrics:  # not of runs that started from others' weights, or from before it was measured
+        if metrics:  # runs that start from other weights, and old runs, have none
             seeds[variant_of(run, keys)][run.params["seed"]] = replace(run, metrics=metrics)
     rows = []
     for variant, by_seed in sorted(seeds.items()):
@@ -216,7 +216,7 @@ def _untrained(runs: Sequence[Record], keys: Sequence[str]) -> list[TableRow]:
 def _remarks(
     rows: Sequence[TableRow], keys: Sequence[str], names: Sequence[str], common: Mapping[str, Mapping[str, str]]
 ) -> list[str]:
-    """What the rows' labels leave unsaid, and what makes rows less comparable than they look."""
+    """Note what the labels leave out, and what makes rows less comparable than they look."""
     notes, runs = [], [run for row in rows for run in row.runs]
     if names:
         notes.append(f"the runs also differ in {', '.join(names)}: each combination has its own row")

@@ -42,7 +42,7 @@ GAIN_NOTE = (
 def table(rows: Sequence[TableRow]) -> list[list[str]]:
     """The table as text, its header first.
 
-    The last column is there where a row has a control (`GAIN_NOTE`).
+    If a row has a control, there is a last column: `GAIN_NOTE`.
     """
     metrics = metrics_of(rows)
     header = ["method", "vectors", "bytes", "of largest queue", "seeds", *metrics.values()]
@@ -119,7 +119,7 @@ def records(rows: Sequence[TableRow]) -> list[dict[str, Any]]:
 def summary(rows: Sequence[TableRow]) -> dict[str, float]:
     """A report in a few numbers: the metrics of the control, and of the trained row that is best on validation.
 
-    Each is the mean over a row's seeds, in percent; a metric that is missing is left out.
+    Each is the mean over a row's seeds, in percent. Missing metrics are left out.
     """
     chosen = "val/linear_top1"
     trained = [row for row in rows if row.method != UNTRAINED]
@@ -142,7 +142,7 @@ def _known(value: float) -> float | None:
 
 
 def _differences(row: TableRow, rows: Sequence[TableRow], metrics: Iterable[str]) -> dict[str, float | None]:
-    """Beyond the control, of every metric: the mean over pairs, the ends of its 95% interval, the number of pairs."""
+    """For each metric the gain over the control: mean over pairs, ends of its 95% interval, number of pairs."""
     control = control_of(row, rows)
     numbers: dict[str, float | None] = {}
     for metric in metrics:
@@ -153,7 +153,7 @@ def _differences(row: TableRow, rows: Sequence[TableRow], metrics: Iterable[str]
 
 
 def _has_curves(directory: Path) -> bool:
-    """Whether a run's rows can be read here; those of a colleague, or damaged ones, are left out and said to be."""
+    """Whether a run's metrics are on this machine and can be read; warn if they are and cannot."""
     if not os.path.isfile(directory / METRICS):  # `Path.is_file` raises where a folder above is closed
         return False
     try:
@@ -165,7 +165,7 @@ def _has_curves(directory: Path) -> bool:
 
 
 def courses(rows: Sequence[TableRow]) -> list[curves.Course]:
-    """The rows' runs as curves over epochs, of those runs whose folders are here."""
+    """The training curves of the rows, of those runs whose folders are on this machine."""
     found = []
     for row in rows:
         here = tuple(run.directory for run in row.runs if run.directory and _has_curves(run.directory))
@@ -180,10 +180,10 @@ def courses(rows: Sequence[TableRow]) -> list[curves.Course]:
 
 
 def write(rows: Sequence[TableRow], notes: Sequence[str], experiment: str, out: Path) -> list[Path]:
-    """Writes table.md, table.csv, table.json, plot.png, plot.svg, curves.png of what has curves, and results.html.
+    """Write table.md, table.csv, table.json, plot.png, plot.svg and results.html and, if there are curves, curves.png.
 
     Returns:
-        The paths of what it has written.
+        The paths of the files.
     """
     from matplotlib import rc_context
 
@@ -203,7 +203,7 @@ def write(rows: Sequence[TableRow], notes: Sequence[str], experiment: str, out: 
     write_whole(out / "table.json", f"{json.dumps(result, indent=1, allow_nan=False)}\n".encode())
 
     paths = [out / name for name in ("table.md", "table.csv", "table.json", "plot.png", "plot.svg", "results.html")]
-    # The salt: the same runs give the same bytes.
+    # With the salt, equal runs give an SVG of equal bytes.
     with rc_context({"font.size": 9, "svg.hashsalt": experiment, "text.parse_math": False}):
         figure = plot(rows)
         write_png(figure, out / "plot.png", dpi=200)
@@ -218,7 +218,7 @@ def write(rows: Sequence[TableRow], notes: Sequence[str], experiment: str, out: 
 
 
 def show(rows: Sequence[TableRow], notes: Sequence[str], title: str) -> None:
-    """Prints the table."""
+    """Print the table."""
     console = Console(width=None if sys.stdout.isatty() else 120, markup=False)
     header, *body = table(rows)
     is_wide = console.width >= MIN_WIDE_CHARS or GAIN not in header
@@ -226,7 +226,7 @@ def show(rows: Sequence[TableRow], notes: Sequence[str], title: str) -> None:
     shown = Table(title=title, caption=caption(rows), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     shown.add_column(header[0], overflow="fold")
     for place in columns[1:]:
-        shown.add_column("\n".join(header[place].split()), justify="right")  # narrow, for the labels' sake
+        shown.add_column("\n".join(header[place].split()), justify="right")  # narrow, to leave room for the labels
     for line in body:
         shown.add_row(*(line[place] for place in columns))
     console.print(shown)
