@@ -69,11 +69,11 @@ def dataset(measured_on: Images) -> Dataset:
 
 
 class EnoughError(Exception):
-    """All steps have been seen."""
+    """Raised by ``pace`` to end the loop."""
 
 
 class Paced(Stopper):
-    """A `Stopper` that paces the loop, which asks it once a step whether to go on."""
+    """A `Stopper` that calls ``pace`` once a step, when the loop asks it whether to stop."""
 
     def __init__(self, pace: Callable[[], None]) -> None:
         super().__init__(max_minutes=None)
@@ -86,7 +86,7 @@ class Paced(Stopper):
 
 
 def train(state: TrainState, data: Dataset, pace: Callable[[], None]) -> None:
-    """The loop itself, without a log and a folder; calls ``pace`` once a step, until that raises an `EnoughError`."""
+    """Run the training loop without log and folder; call ``pace`` once a step, until it raises `EnoughError`."""
     nowhere = Path(os.devnull)
     with suppress(EnoughError):
         loop.Pretraining(
@@ -95,7 +95,7 @@ def train(state: TrainState, data: Dataset, pace: Callable[[], None]) -> None:
 
 
 def fill(state: TrainState) -> None:
-    """Fill the support set, so that its search costs from the first step what it costs from some epoch on."""
+    """Fill the support set, so that a search costs from the first step what it costs later in a run."""
     support = state.method.support
     if support is None:
         return
@@ -120,13 +120,13 @@ def machine() -> str:
 
 
 def shown(module: str, arguments: Sequence[str]) -> str:
-    """A command for the foot of a table: what it was, but for where the images lie."""
+    """The command for the foot of a table, without the path of the images."""
     elsewhere = ["data.root=DIR" if each.startswith("data.root=") else each for each in arguments]
     return shlex.join(["python", "-m", module, *elsewhere])
 
 
 def processor() -> str:
-    """What the processor is called, and whether it multiplies in bfloat16."""
+    """The processor's name, and whether it multiplies in bfloat16."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     bfloat16 = any(feature in line for line in lines for feature in ("avx512_bf16", "amx_bf16"))
