@@ -2,9 +2,10 @@
 
     python -m scripts.benchmark [--rounds N] [--seconds S] [--out FILE] [SETTING ...]
 
-Each contender is a process that stays; in every round each takes its turn of at least one step and about S seconds,
-while the others are stopped, workers included (SIGSTOP), so that nobody prepares batches on another's time. A ratio is
-taken round by round; the table has medians and ranges. Settings: resnet18-64, resnet18-256, resnet_tiny-256.
+Each contender is one process for the whole benchmark. In every round each has a turn of about S seconds, at least one
+step, while the others and their workers are stopped (SIGSTOP), so that nobody prepares batches on another's time.
+Ratios are computed within a round; the table has their medians and ranges. Settings: resnet18-64, resnet18-256,
+resnet_tiny-256.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def contend(number: int, setting: str) -> None:
 
 
 class Clock:
-    """Counts the steps of a turn, and waits between turns."""
+    """Count the steps of a turn, and wait between turns."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -98,7 +99,7 @@ def compare(setting: str, rounds: int, seconds: float) -> dict[str, list[Turn]]:
 
 
 def table(setting: str, turns: dict[str, list[Turn]]) -> list[str]:
-    """Markdown: images a second, and how often the first contender's speed that is."""
+    """Markdown: images a second, and how many times as fast the first contender is."""
     backbone, batch_size = SETTINGS[setting]
     lines = [
         f"## `{backbone}`, batch {batch_size}",

@@ -1,13 +1,12 @@
-"""What it costs on a CPU to share a run out over two processes: ``results/benchmarks/communication.md``.
+"""The cost of training one run in two processes on a CPU: ``results/benchmarks/communication.md``.
 
     python -m scripts.communication [--rounds N] [--seconds S] [--out FILE] [SETTING ...]
 
-Four contenders train KMCLR with 400 prototypes at one global batch, and take turns: one process; the same as the only
-rank of its run, which gathers, sums and normalises like a rank but has nobody to send to; two ranks (gloo, loopback);
-and two processes with half of the batch each that know nothing of each other. Each process has one thread. Ratios are
-taken round by round. The ranks also send the messages of one step again with nothing between them. What a process
-computes is told by its CPU time, to which it matters little how busy the machine is. Settings: resnet18-64,
-resnet_tiny-256.
+Four contenders take turns to train KMCLR with 400 prototypes at one global batch size: one process; one process as the
+only rank of a run, which calls the collectives but sends nothing; two ranks (gloo, loopback); and two independent
+processes with half of the batch each. Each process has one thread. Ratios are computed within a round. The ranks also
+repeat the messages of one step without computing between them. CPU time shows what a process computes, because it
+depends little on how busy the machine is. Settings: resnet18-64, resnet_tiny-256.
 """
 
 from __future__ import annotations
@@ -34,27 +33,27 @@ SETTINGS = {"resnet18-64": ("resnet18", 64), "resnet_tiny-256": ("resnet_tiny", 
 OUT = Path("results/benchmarks/communication.md")
 IMAGES = 2048
 REPLAYS = 10
-LARGE = 2**16  # bytes: of the sums only the gradient's is larger
+LARGE = 2**16  # bytes; of the sums only the gradient's is larger
 GATHERED, GRADIENT = "features, gathered", "the encoder's gradient, summed"
 NORMS, STOP = "batch-norm statistics, summed", "the reason to stop, not waited for"
 
 
-class Contender(NamedTuple):
+class Layout(NamedTuple):
     label: str
     processes: int
-    ranks: bool  # whether they are those of one run, rather than a run each
+    ranks: bool  # whether the processes are the ranks of one run
 
 
-CONTENDERS = {
-    "one": Contender("one process", 1, False),
-    "rank": Contender("the only rank of its run", 1, True),
-    "ranks": Contender("two ranks", 2, True),
-    "apart": Contender("two processes that send nothing, half of the batch each", 2, False),
+LAYOUTS = {
+    "one": Layout("one process", 1, False),
+    "rank": Layout("the only rank of its run", 1, True),
+    "ranks": Layout("two ranks", 2, True),
+    "apart": Layout("two processes that send nothing, half of the batch each", 2, False),
 }
 
 
 class Message(NamedTuple):
-    """What one collective sends, and how long this rank was in it."""
+    """What one collective sent, and how long this rank was in it."""
 
     kind: str
     tensor: Tensor
@@ -63,7 +62,7 @@ class Message(NamedTuple):
 
 
 class Messages:
-    """Notes the collectives of this rank as they are called."""
+    """Record the collectives of this rank as they are called."""
 
     def __init__(self) -> None:
         self.seen: list[Message] = []
@@ -90,7 +89,7 @@ class Messages:
         return found
 
     def replayed(self, sent: Sequence[Message]) -> list[Message]:
-        """The same messages again, with nothing computed between them: the fastest of some times."""
+        """Send the same messages without computing between them: the fastest of `REPLAYS` attempts."""
         tries = []
         for _ in range(REPLAYS):
             for each in sent:
@@ -104,7 +103,7 @@ class Messages:
 
 
 def by_kind(messages: Sequence[Message], steps: int) -> dict[str, list[float]]:
-    """Of each kind the messages, the bytes and the seconds of one step."""
+    """For each kind the number of messages, bytes and seconds in one step."""
     found: dict[str, list[float]] = {}
     for each in messages:
         before = found.get(each.kind, [0.0, 0.0, 0.0])
@@ -113,7 +112,7 @@ def by_kind(messages: Sequence[Message], steps: int) -> dict[str, list[float]]:
 
 
 class Turn(NamedTuple):
-    """What a contender says of one."""
+    """What a contender reports of its turn."""
 
     seconds: float  # of a step
     cpu: float  # seconds of a step, of one process
@@ -122,7 +121,7 @@ class Turn(NamedTuple):
 
 
 class Side:
-    """The contender's: called once a step, told by a line how long to go on, prints how it went."""
+    """The contender's side, called once a step: read how long each turn lasts, and print how it went."""
 
     def __init__(self, ranks: distributed.Ranks, output: IO[str]) -> None:
         self.ranks, self.output, self.messages = ranks, output, Messages()
@@ -152,15 +151,15 @@ class Side:
 def contend(name: str, setting: str) -> None:
     """Train until the process is ended."""
     backbone, batch_size = SETTINGS[setting]
-    contender = CONTENDERS[name]
+    layout = LAYOUTS[name]
     torch.set_num_threads(1)
     torch.manual_seed(0)
     cfg = compose(
         *("data.final=true", "method=kmclr", "k=400", f"backbone={backbone}", "device=cpu", "compile=false"),
         *("checkpoint.every=1000000", "checkpoint.minutes=1000000", "epochs=1000000"),
-        f"batch_size={batch_size if contender.ranks else batch_size // contender.processes}",
+        f"batch_size={batch_size if layout.ranks else batch_size // layout.processes}",
     )
-    output = sys.stdout  # which all ranks but the first replace
+    output = sys.stdout  # all ranks but the first replace it when they join
     ranks, data = distributed.join("cpu"), dataset(noise(IMAGES))
     state = TrainState(cfg, data, ranks)
     fill(state)
@@ -168,8 +167,8 @@ def contend(name: str, setting: str) -> None:
 
 
 def processes(name: str, setting: str) -> comparison.Contender[Turn]:
-    """A contender, seen from outside. Between its turns its processes wait, for a line or for each other."""
-    label, count, ranks = CONTENDERS[name]
+    """Start a contender's processes. Between turns they wait for a line or for each other."""
+    label, count, ranks = LAYOUTS[name]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -179,14 +178,14 @@ def processes(name: str, setting: str) -> comparison.Contender[Turn]:
 
 
 def compare(setting: str, rounds: int, seconds: float) -> dict[str, list[Turn]]:
-    """The turns of every contender by its name, round after round."""
-    contenders = [processes(name, setting) for name in CONTENDERS]
+    """Give every contender its turns, round after round; the turns by name."""
+    contenders = [processes(name, setting) for name in LAYOUTS]
     turns = comparison.in_rounds(setting, contenders, rounds, seconds, lambda turn: f"{1000 * turn.seconds:.0f} ms")
-    return dict(zip(CONTENDERS, turns.values(), strict=True))
+    return dict(zip(LAYOUTS, turns.values(), strict=True))
 
 
 def table(setting: str, turns: dict[str, list[Turn]]) -> list[str]:
-    """Markdown: what a step takes, beside one process, and what the ranks send in it."""
+    """Markdown: the time of a step, compared with one process, and what the ranks send in it."""
     backbone, batch_size = SETTINGS[setting]
     lines = [
         f"## `{backbone}`, batch {batch_size}",
@@ -195,13 +194,13 @@ def table(setting: str, turns: dict[str, list[Turn]]) -> list[str]:
         "| CPU ms a step, all processes: median (range) | of one process's: median |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name, contender in CONTENDERS.items():
+    for name, layout in LAYOUTS.items():
         wall = [1000 * each.seconds for each in turns[name]]
-        cpu = [1000 * contender.processes * each.cpu for each in turns[name]]
+        cpu = [1000 * layout.processes * each.cpu for each in turns[name]]
         walls = [mine.seconds / one.seconds for mine, one in zip(turns[name], turns["one"], strict=True)]
         alone = median(1000 * each.cpu for each in turns["one"])
         lines.append(
-            f"| {contender.label} | {min(wall):.0f} | {median(wall):.0f} | {median(walls):.2f} ({min(walls):.2f} to "
+            f"| {layout.label} | {min(wall):.0f} | {median(wall):.0f} | {median(walls):.2f} ({min(walls):.2f} to "
             f"{max(walls):.2f}) | {median(cpu):.0f} ({min(cpu):.0f} to {max(cpu):.0f}) | {median(cpu) / alone:.2f} |"
         )
     lines += [

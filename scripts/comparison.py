@@ -1,7 +1,7 @@
-"""Contenders that take turns on one machine: their command line, their processes, and what these say to each other.
+"""Contenders that take turns on one machine: their command line, processes and messages.
 
-A contender trains for ever. It is told by a line how many seconds its next turn has, and tells by a line of JSON how
-the turn went.
+A contender trains for ever. It reads a line with the seconds of its next turn, and prints the turn's result as a line
+of JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WARM_UP = 2  # turns that do not count
 
 
 def arguments(description: str | None, settings: Collection[str], out: Path) -> argparse.Namespace:
-    """What was typed; ``contender`` is for the script's own processes, and None for a user."""
+    """Parse the command line; only the script itself sets ``contender``, for the processes that it starts."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"of {', '.join(settings)}; default: all")
     parser.add_argument("--rounds", type=int, default=7)
@@ -35,24 +35,24 @@ def arguments(description: str | None, settings: Collection[str], out: Path) -> 
 
 
 def next_turn() -> float:
-    """The contender's side: wait to be told how many seconds the turn has."""
+    """The contender's side: wait for the seconds of its next turn."""
     return float(sys.stdin.readline())
 
 
 def end_turn(turn: Any, output: IO[str] = sys.stdout) -> None:
-    """The contender's side: tell how the turn went, in a named tuple."""
+    """The contender's side: print a turn's result, which is a named tuple."""
     print(json.dumps(turn._asdict()), file=output, flush=True)
 
 
 class Contender(Generic[T]):
-    """A contender's processes, in a group each.
+    """A contender's processes, each in a process group of its own.
 
     Args:
         label: for people.
-        turn: the named tuple of `end_turn`.
+        turn: the class of the named tuple that `end_turn` prints.
         command: what follows the interpreter.
-        places: what the environment of each process has besides; only the first is told and asked where they are ranks.
-        pauses: whether they are stopped between turns, workers included (SIGSTOP), rather than waiting by themselves.
+        places: further environment variables of each process; of ranks only the first exchanges lines.
+        pauses: whether to stop them and their workers between turns (SIGSTOP); else they wait by themselves.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Contender(Generic[T]):
         self._pause(signal.SIGSTOP)
 
     def turn(self, seconds: float) -> T:
-        """Let it train for about so long; the slowest of its processes, by what a turn has first."""
+        """Let it train for about ``seconds``; the greatest of its processes' turns, by a turn's first field."""
         self._pause(signal.SIGCONT)
         for each in self.speakers:
             assert each.stdin is not None
@@ -111,7 +111,7 @@ class Contender(Generic[T]):
 def in_rounds(
     setting: str, contenders: Sequence[Contender[T]], rounds: int, seconds: float, shown: Callable[[T], str]
 ) -> dict[str, list[T]]:
-    """The turns of every contender by its label, round after round; ends their processes."""
+    """Give every contender its turns, round after round, and end the processes; the turns by label."""
     turns: dict[str, list[T]] = {each.label: [] for each in contenders}
     try:
         for each in contenders:

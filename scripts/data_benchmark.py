@@ -3,9 +3,9 @@
     python -m scripts.data_benchmark DIR [--images N] [--rounds R] [--out FILE]
 
 Makes N JPEGs of 500x375 pixels in DIR, which take 52 kB each, and removes DIR at the end. They are random crops of at
-least half of scikit-learn's two sample photographs, mirrored or not, at quality 90. Each figure comes from a process of
-its own. Where some are compared they take turns on the same images, round by round, so that what else the machine does
-befalls all; a ratio is taken in each round. The files are in the page cache.
+least half of scikit-learn's two sample photographs, mirrored or not, at quality 90. Each number comes from a process of
+its own. Contenders take turns on the same images, round by round, so that other load on the machine affects all alike;
+ratios are computed within a round. The files are in the page cache.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CORES = cores()
 
 
 def make(root: Path, count: int) -> None:
-    """The images, in a folder for each group and in it for each of two classes."""
+    """Write the images, in a folder for each group and in it one for each of two classes."""
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
@@ -76,14 +76,14 @@ def config(folder: Path, images: str, size: int, draft: bool) -> Data:
 
 def first(cfg: Data) -> dict[str, float]:
     """Seconds until the images are decoded."""
-    folders.MANY = 1  # as a million files are treated
+    folders.MANY = 1  # so that these are treated as a million files are
     began = time.perf_counter()
     cached(cfg)
     return {"seconds": time.perf_counter() - began}
 
 
 def second(cfg: Data) -> dict[str, float]:
-    """Seconds until a run that finds them decoded has its data set; then an epoch, and what few files take."""
+    """Seconds to load decoded images, seconds to look at each file besides, and an epoch's images a second."""
     began = time.perf_counter()
     dataset = load(cfg)
     seconds, began = time.perf_counter() - began, time.perf_counter()
@@ -165,7 +165,7 @@ def rounds(folder: Path, size: int, count: int) -> Iterator[dict[str, Turn]]:
         turns: dict[str, Callable[[], object]] = {
             name: partial(deque[Any], loader(whole, name), maxlen=0) for name in LOADERS
         }
-        for start in turns.values():  # of the workers
+        for start in turns.values():  # which starts the workers
             start()
         turns |= {"ours": partial(cached, whole), "draft": partial(cached, draft)}
         images = len(list(Path(str(whole.root)).rglob("*.jpg")))
@@ -179,7 +179,7 @@ def rounds(folder: Path, size: int, count: int) -> Iterator[dict[str, Turn]]:
 
 
 def processor_seconds() -> float:
-    """What this process and the workers that it has have spent so far."""
+    """CPU seconds of this process and its workers so far."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     stats = [Path(f"/proc/{each.pid}/stat").read_text().rsplit(")", 1)[1] for each in multiprocessing.active_children()]
     ticks = sum(int(field) for text in stats for field in text.split()[11:13])
@@ -190,18 +190,18 @@ MEASURES = {each.__name__: each for each in (first, second, loader_start, waitin
 
 
 def measure(name: str, folder: Path, size: int, draft: bool = False) -> dict[str, float]:
-    """In a process of its own, with its peak memory in MiB."""
+    """Run one of `MEASURES` in a process of its own; its numbers, and its peak memory in MiB."""
     command = [sys.executable, "-m", "scripts.data_benchmark", str(folder), "--measure", name, str(size), str(draft)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    print(name, size, draft, figures, flush=True)
-    return figures
+    numbers: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(name, size, draft, numbers, flush=True)
+    return numbers
 
 
 def _measured(folder: Path, name: str, size: str, draft: str) -> None:
-    figures = MEASURES[name](config(folder, "images", int(size), draft == "True"))
+    numbers = MEASURES[name](config(folder, "images", int(size), draft == "True"))
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-    print(json.dumps(figures | {"peak": peak + figures.get("workers", 0)}))
+    print(json.dumps(numbers | {"peak": peak + numbers.get("workers", 0)}))
 
 
 def spread(values: list[float], digits: int) -> str:

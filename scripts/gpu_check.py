@@ -1,10 +1,10 @@
-"""Whether a GPU does what the plans need (`scripts.gpu_plan`), and how fast: timed steps, tests marked ``gpu``.
+"""Check that a GPU can run the plans of `scripts.gpu_plan`, and how fast: timed steps, tests marked ``gpu``.
 
     python -m scripts.gpu_check --out results/gpu -- data.root=DIR
 
-Steps are those of the training loop with a filled support set, compiled, plain, and as the only rank of its run, on the
-images that are asked for or, where they are not there, on noise. OUT/check.md is written after each part; a part for
-which there is no time is left out, and said to be. Status 1: a part failed; 75: one was left out.
+The steps are those of the training loop with a filled support set: compiled, plain, and as the only rank of a run, on
+the configured images or, if these are missing, on noise. OUT/check.md is rewritten after each part, and names the parts
+that were left out because the time was up. Status 1: a part failed; 75: a part was left out.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from src.training.state import TrainState
 
 BATCHES = (512, 1024)
 WARM, STEPS = 10, 20  # steps in which graphs are recorded, and those that are timed
-START = 20.0  # seconds without which no part is begun
-TESTS = 100.0  # and those without which the tests are not: they compile
+START = 20.0  # seconds; with fewer left no part begins
+TESTS = 100.0  # seconds; with fewer left the tests do not begin, because they compile
 
 
 class Part(NamedTuple):
     """Something to check."""
 
-    run: Callable[[float], tuple[bool, list[str]]]  # of the seconds left: whether it went well, and lines of Markdown
+    run: Callable[[float], tuple[bool, list[str]]]  # seconds left to success and lines of Markdown
     needs: float = START  # seconds
 
 
 def step_seconds(overrides: Sequence[str]) -> tuple[float, str]:
-    """Mean time of `STEPS` steps of the loop itself, and which images they were taken on.
+    """Mean seconds of `STEPS` steps of the training loop, and the name of the images.
 
     Raises:
         UsageError: there are fewer images than a batch holds.
@@ -96,7 +96,7 @@ def steps(overrides: Sequence[str], _: float) -> tuple[bool, list[str]]:
 
 
 def program(title: str, command: Sequence[str], last: int, seconds: float) -> tuple[bool, list[str]]:
-    """Another program's last lines, and whether it ended well, within the time.
+    """Run another program: whether it succeeded in time, and its last lines.
 
     When the time is up, the program and all that it has started are killed.
     """
@@ -117,7 +117,7 @@ def program(title: str, command: Sequence[str], last: int, seconds: float) -> tu
 
 
 def parts(overrides: Sequence[str]) -> dict[str, Part]:
-    """What is checked, in its order."""
+    """What is checked, in order."""
     on_gpu = build.device(compose(*overrides).device).type == "cuda"
     chosen: dict[str, Part] = {}
     for compiled, batch in itertools.product(("true", "false") if on_gpu else ("false",), BATCHES):
@@ -138,7 +138,7 @@ def tests_marked_gpu() -> list[str]:
 
 
 def check(chosen: dict[str, Part], end: float, page: Path, head: Sequence[str]) -> int:
-    """Runs the parts, as long as there is time, and writes the page after each; the exit status."""
+    """Run the parts while there is time, and write the page after each; the exit status."""
     lines, status = list(head), 0
     for title, part in chosen.items():
         left = end - time.monotonic()
@@ -154,13 +154,13 @@ def check(chosen: dict[str, Part], end: float, page: Path, head: Sequence[str]) 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Checks; the exit status."""
+    """Check; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m scripts.gpu_check", description="Does a GPU do what plans need?")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=6.0, help="begin nothing that does not fit")
     parser.add_argument("overrides", nargs="*", help="for the steps")
     asked = parser.parse_args(arguments)
-    if is_rank():  # which one of the parts has started
+    if is_rank():  # started by a part of the check
         went_well, lines = steps(asked.overrides, asked.minutes)
         print(*lines)
         return int(not went_well)

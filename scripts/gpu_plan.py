@@ -37,7 +37,7 @@ from src.config.schema import Config
 from src.data.cache import fingerprint
 from src.errors import RunFailed, UsageError
 from src.reporting import curves, table
-from src.reporting.rows import FIGURES, summarise
+from src.reporting.rows import TABLE_METRICS, summarise
 from src.runs import directory as run_directory
 from src.runs import origin
 from src.runs.record import METRICS, RECORD, Record, records_below
@@ -71,7 +71,7 @@ Overrides = list[str]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked, the minutes of a slice, and the runs in the order of their worth."""
+    """A question, the minutes of a slice, and the runs, the most important first."""
 
     question: str
     minutes: float
@@ -170,7 +170,7 @@ def configuration(overrides: Overrides) -> Config:
 
 
 def as_many_as_fit(first: Record, minutes: float, out: Path) -> int:
-    """How many epochs like the first run's a slice has room for: found once, for a run's length is part of it."""
+    """How many epochs of the first run's speed fit into a slice; noted, because a run's length is part of the run."""
     noted = out / "epochs.txt"
     if not noted.is_file():
         seconds = first.seconds / int(first.params["epochs"])
@@ -179,14 +179,14 @@ def as_many_as_fit(first: Record, minutes: float, out: Path) -> int:
 
 
 def kept(out: Path, cfg: Config) -> Path:
-    """Where the files of a run are that are worth keeping."""
+    """The folder that keeps a run's record and metrics."""
     return out / "runs" / run_directory.path_of(cfg).name
 
 
 def train(cfg: Config, minutes: float) -> int:
-    """One run, as ``python -m src.train`` has it; its exit status.
+    """Train one run as ``python -m src.train`` does; its exit status.
 
-    Whatever becomes of it, the plan's other runs still have the time.
+    No failure ends this process, so that the plan's other runs can follow.
     """
     cfg.max_minutes = minutes
     try:
@@ -210,7 +210,7 @@ def train(cfg: Config, minutes: float) -> int:
 
 
 def follow(name: str, minutes: float, out: Path, overrides: Overrides, command: str) -> int:
-    """Trains what the plan has, in its order, until the time is up; the exit status."""
+    """Train the plan's runs in order until the time is up; the exit status."""
     end, status = time.monotonic() + 60 * minutes, 0
     for cfg in configurations(PLANS[name], minutes, out, overrides):
         if run_directory.is_finished(kept(out, cfg), cfg):
@@ -229,7 +229,7 @@ def follow(name: str, minutes: float, out: Path, overrides: Overrides, command: 
 
 
 def keep(directory: Path, copy: Path) -> None:
-    """Copies a run's record and metrics, if it has begun."""
+    """Copy a run's record and metrics, if it has begun."""
     for file in (METRICS, RECORD):
         if (directory / file).is_file():
             copy.mkdir(parents=True, exist_ok=True)
@@ -237,16 +237,16 @@ def keep(directory: Path, copy: Path) -> None:
 
 
 def report(name: str, out: Path, command: str) -> None:
-    """Writes the table and its plots, and the entry for the log."""
+    """Write the table and its plots, and the entry for the log."""
     records = sorted((record for _, record in records_below(out / "runs")), key=lambda record: record.start_time)
     rows, notes = summarise(records)
     if rows:
         table.write(rows, notes, name, out)
         header, *body = table.table(rows)
-        test, val = (header.index(FIGURES[figure]) for figure in ("test/linear_top1", "val/linear_top1"))
-        figures = [f"{row.title} {line[test]} ({line[val]})" for row, line in zip(rows, body, strict=True)]
+        test, val = (header.index(TABLE_METRICS[metric]) for metric in ("test/linear_top1", "val/linear_top1"))
+        accuracies = [f"{row.title} {line[test]} ({line[val]})" for row, line in zip(rows, body, strict=True)]
         seconds = sum(record.seconds for record in records)
-        text = f"test linear (validation linear): {'; '.join(figures)}. In {seconds:.0f} s on {machine()}."
+        text = f"test linear (validation linear): {'; '.join(accuracies)}. In {seconds:.0f} s on {machine()}."
         unfinished = [f"{record.name} ({record.status.lower()})" for record in records if record.status != "FINISHED"]
         text += f" Not finished: {', '.join(unfinished)}." if unfinished else ""
         came_out = textwrap.fill(f"*Asked:* {PLANS[name].question} *Came out,* {text}", 120)
@@ -255,7 +255,7 @@ def report(name: str, out: Path, command: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Follows a plan; the exit status."""
+    """Follow a plan; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m scripts.gpu_plan", description="Runs for one GPU, by plan.")
     parser.add_argument("--plan", choices=list(PLANS), required=True)
     parser.add_argument("--out", type=Path, required=True)

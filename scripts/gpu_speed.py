@@ -2,9 +2,9 @@
 
     python -m scripts.gpu_speed --out results/gpu --batches 256 512 1024 --minutes 9 -- data.root=DIR
 
-Every figure is of real runs of ``src.train``, data and all, whose epochs are timed by themselves; what comes after
-``--`` goes to them. A run that is there already is not repeated. Writes speed.json and speed.md. Status 75: the time
-is up, and the same command continues.
+The numbers come from real runs of ``src.train``, data included, which time their own epochs; what comes after ``--``
+goes to them. A finished run is not repeated. Writes speed.json and speed.md. Status 75: the time is up, and the same
+command continues.
 
 The ceiling is the best rate of a large matrix product in the precision of the runs. A run's share of it counts the
 arithmetic of encoder and heads, forward and backward, as torch counts it; views, lookups and optimizer are overhead.
@@ -72,7 +72,7 @@ def flop_an_image(cfg: Config, classes: int) -> float:
 
 
 def timed_run(cfg: Config, overrides: list[str], minutes: float) -> tuple[Path, int]:
-    """Train, or find that it is done; the run's folder, and the exit status."""
+    """Train unless the run is finished; its folder, and the exit status."""
     cfg.data.fingerprint = fingerprint(cfg.data)  # a run is its settings and its images
     directory = run_directory.ROOT / f"speed-{identity.run_name(cfg)}-b{cfg.batch_size}-{identity.config_hash(cfg)}"
     if run_directory.is_finished(directory, cfg):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU makes of it: a table of speeds, then the long runs, as far as the time allows. The same command continues.
+# A table of a GPU's speeds, then the long runs, as far as the time allows. The same command continues.
 #
 #   MINUTES=9 scripts/gpu_suite.sh data.root=DIR         arguments go to every run
 #   scripts/gpu_suite.sh PLAN data.root=DIR              instead, in OUT: check (scripts/gpu_check.py), or the runs of

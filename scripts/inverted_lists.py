@@ -1,10 +1,10 @@
-"""What inverted lists find of a large queue, and what they cost: ``search=ivf`` against exact search.
+"""Recall and cost of inverted lists in a large queue: ``search=ivf`` against exact search.
 
     python -m scripts.inverted_lists RUN [--data DIR] [--sizes N ...] [--out FILE]
 
-RUN is the folder of a finished run. The vectors are its features of augmented views of its training images, so that
-neighbourhoods are real; sizes beyond 2^17 repeat them with noise. Recall is the share of 512 queries, further
-views, for which the lists give a neighbour as near as exact search does.
+RUN is the folder of a finished run. The vectors are its encoder's features of augmented training images, so that
+neighbourhoods are real; sizes beyond 2^17 repeat them with noise. Recall is the fraction of 512 queries, features of
+further views, for which the lists give a neighbour as near as exact search does.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from scripts.workbench import config_of, machine
 from src import build
 from src.data import load
+from src.evaluation.encoder import load_encoder
 from src.support.queue import Queue
 from src.support.search import FaissSearch, InvertedLists, TorchSearch
 
-REAL = 2**17
-NOISE = 0.33
-TIE = 1e-3  # in cosine: what 16 bits cannot tell apart
+REAL = 2**17  # vectors that are features; larger queues repeat them with noise
+NOISE = 0.33  # length of that noise
+TIE = 1e-3  # in cosine; 16 bits do not resolve less
 QUERIES = 512
 NPROBES = (1, 4, 16, 64)
 OUT = Path("results/benchmarks/inverted_lists.md")
@@ -54,9 +54,7 @@ def features(run: Path, count: int, data: Path | None) -> Tensor:
     """Unit features [count, F] of random views of a run's training images."""
     cfg = config_of(run, data)
     images = load(cfg.data)
-    encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
-    encoder.load_state_dict(load_file(run / "encoder.safetensors"))
-    encoder = encoder.eval().to(memory_format=torch.channels_last)
+    encoder = load_encoder(run).backbone.to(memory_format=torch.channels_last)
     view, _ = build.views(cfg, images)
     torch.manual_seed(0)
     batches = []
@@ -81,7 +79,7 @@ def queue_of(size: int, real: Tensor) -> Queue:
 
 
 def timed(action: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """What an action gives, and the least milliseconds that it took."""
+    """An action's result, and the shortest of three times in milliseconds."""
     taken = []
     for _ in range(3):
         started = time.perf_counter()
@@ -91,7 +89,7 @@ def timed(action: Callable[[], Tensor]) -> tuple[Tensor, float]:
 
 
 def measure(size: int, real: Tensor, queries: Tensor) -> list[Row]:
-    """One queue, its lists, and several numbers of them probed."""
+    """Measure one queue with several numbers of probed lists."""
     queue = queue_of(size, real)
     exact = FaissSearch(torch.device("cpu"))(queries, queue.ring.rows_ND)[1][:, 0]  # in float32: bfloat16 has ties
     _, exact_ms = timed(lambda: queue.lookup(queries).ids)

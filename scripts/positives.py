@@ -3,9 +3,10 @@
     python -m scripts.positives RUN [RUN ...] [--data DIR] [--out FILE]
 
 RUN is the folder of a finished run. Its training images are embedded twice, as views 1 and 2, with the batch statistics
-of training. Each view 1 is an anchor; the second views of other images are what can be stored: as they are, of which
-the nearest is taken (NNCLR), or as prototypes, of whose members one is drawn (KMCLR pulls towards all of them at once).
-A positive is good where it is of the anchor's class. The most confident anchors are those nearest to what they found.
+of training. Each view 1 is an anchor. The second views of the other images are stored: as they are, and the nearest is
+the positive (NNCLR); or as prototypes, and a random member of the nearest is the positive (KMCLR pulls towards all
+members at once). A positive is good if it is of the anchor's class. The most confident anchors are those nearest to
+their positives.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from src.training.state import TrainState
 
 SIZES = (400, 4096, 16384)
 KS = (50, 200, 400, 800)
-SHARES = (1.0, 0.1, 0.01)  # of the anchors, the most confident first
+FRACTIONS = (1.0, 0.1, 0.01)  # of the anchors, the most confident first
 OUT = Path("results/ablations/positives.md")
 
 
@@ -42,7 +43,7 @@ class Views(NamedTuple):
 
 
 def embed(state: TrainState, data: Dataset) -> dict[str, Views]:
-    """Unit vectors of two views of each image: what the projector gives, and the encoder."""
+    """Unit vectors of two views of each image: the projector's embeddings and the encoder's features."""
     makers = build.views(state.cfg, data)
     torch.manual_seed(0)
     order = torch.randperm(len(data.train))
@@ -62,7 +63,7 @@ def embed(state: TrainState, data: Dataset) -> dict[str, Views]:
 
 
 def of_neighbours(views: Views, size: int) -> tuple[Tensor, Tensor]:
-    """How near the nearest of ``size`` other images is, and whether it is of the anchor's class."""
+    """For each anchor the similarity of the nearest of ``size`` other images, and whether it is of its class."""
     scores_N2, ids_N2 = TorchSearch()(views.first_ND, views.second_ND[:size], k=2)
     itself_N = ids_N2[:, 0] == torch.arange(len(ids_N2))
     pick_N1 = itself_N.long()[:, None]  # the second nearest where the nearest is the anchor's own other view
@@ -71,7 +72,7 @@ def of_neighbours(views: Views, size: int) -> tuple[Tensor, Tensor]:
 
 
 def of_prototypes(views: Views, k: int) -> tuple[Tensor, Tensor]:
-    """How near the nearest of k prototypes is, and the share of its other members that are of the anchor's class."""
+    """For each anchor the similarity of the nearest of k prototypes, and the fraction of its members of its class."""
     means_KD, members_N = cluster(
         views.second_ND, k, spherical=True, seed=0, initial_KD=views.second_ND[:k], iterations=20
     )
@@ -84,14 +85,14 @@ def of_prototypes(views: Views, k: int) -> tuple[Tensor, Tensor]:
     return scores_N1[:, 0], alike_N / (classes_KC[ids_N].sum(1) - itself_N).clamp(min=1)
 
 
-def shares(scores_N: Tensor, good_N: Tensor) -> list[str]:
-    """How many are good, in percent, of all anchors and of the most confident."""
+def percentages(scores_N: Tensor, good_N: Tensor) -> list[str]:
+    """The percentage of good positives, among all anchors and among the most confident."""
     good_N = good_N[scores_N.argsort(descending=True)]
-    return [f"{100 * float(good_N[: round(share * len(good_N))].mean()):.1f}" for share in SHARES]
+    return [f"{100 * float(good_N[: round(fraction * len(good_N))].mean()):.1f}" for fraction in FRACTIONS]
 
 
 def tables(run: Path, data: Path | None) -> list[str]:
-    """A table a space, in Markdown."""
+    """A Markdown table for the embeddings, and one for the features."""
     cfg = config_of(run, data)
     images = load(cfg.data)
     state = TrainState(cfg, images)
@@ -110,7 +111,7 @@ def tables(run: Path, data: Path | None) -> list[str]:
             "",
             "| % of the anchor's class | all anchors | most confident tenth | most confident hundredth |",
             "| --- | --- | --- | --- |",
-            *(f"| {name} | {' | '.join(shares(*measured))} |" for name, measured in rows),
+            *(f"| {name} | {' | '.join(percentages(*measured))} |" for name, measured in rows),
             "",
         ]
     return lines

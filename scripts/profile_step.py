@@ -2,8 +2,8 @@
 
     python -m scripts.profile_step [--steps N] [OVERRIDE ...]        (batch_size=64 method=nnclr ...)
 
-Prints a Markdown table of medians over N steps. A GPU is waited for after each part, so that its shares are right and
-its sum is above the real step. Support sets are filled before the first step.
+Prints a Markdown table of medians over N steps. After each part the script waits for the GPU, so that the shares are
+right and their sum is above the real step. Support sets are filled before the first step.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python -m scripts.support_set [--batch B] [--repeats N] [--out DIR]
 
-A lookup is of both views of a batch (2B queries of 256 dimensions). Back ends take turns in every repeat; figures are
-minima. ``torch bfloat16`` searches a bank stored in bfloat16; beside it stands how often it finds another neighbour.
+A lookup is of both views of a batch (2B queries of 256 dimensions). Back ends take turns in every repeat; the numbers
+are minima. ``torch bfloat16`` searches a bank stored in bfloat16; the table says how often it finds another neighbour
+than float32.
 Writes support_set.{json,md,png}.
 """
 

@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from scripts.rivals import Images
+from src import cli
 from src.config import schema
 from src.config.parse import parse
 from src.data import Dataset, load
@@ -34,7 +35,7 @@ MEAN, STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]  # CIFAR-100's
 
 def compose(*overrides: str) -> schema.Config:
     """The config of ``python -m src.train OVERRIDES``."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with hydra.initialize_config_dir(str(CONF), **cli.VERSION_BASE):
         return parse(hydra.compose("train", overrides=list(overrides)))
 
 
@@ -69,11 +70,11 @@ def dataset(measured_on: Images) -> Dataset:
 
 
 class EnoughError(Exception):
-    """All steps have been seen."""
+    """Raised by ``pace`` to end the loop."""
 
 
 class Paced(Stopper):
-    """A `Stopper` that paces the loop, which asks it once a step whether to go on."""
+    """A `Stopper` that calls ``pace`` once a step, when the loop asks it whether to stop."""
 
     def __init__(self, pace: Callable[[], None]) -> None:
         super().__init__(max_minutes=None)
@@ -86,7 +87,7 @@ class Paced(Stopper):
 
 
 def train(state: TrainState, data: Dataset, pace: Callable[[], None]) -> None:
-    """The loop itself, without a log and a folder; calls ``pace`` once a step, until that raises an `EnoughError`."""
+    """Run the training loop without log and folder; call ``pace`` once a step, until it raises `EnoughError`."""
     nowhere = Path(os.devnull)
     with suppress(EnoughError):
         loop.Pretraining(
@@ -95,7 +96,7 @@ def train(state: TrainState, data: Dataset, pace: Callable[[], None]) -> None:
 
 
 def fill(state: TrainState) -> None:
-    """Fill the support set, so that its search costs from the first step what it costs from some epoch on."""
+    """Fill the support set, so that a search costs from the first step what it costs later in a run."""
     support = state.method.support
     if support is None:
         return
@@ -120,13 +121,13 @@ def machine() -> str:
 
 
 def shown(module: str, arguments: Sequence[str]) -> str:
-    """A command for the foot of a table: what it was, but for where the images lie."""
+    """The command for the foot of a table, without the path of the images."""
     elsewhere = ["data.root=DIR" if each.startswith("data.root=") else each for each in arguments]
     return shlex.join(["python", "-m", module, *elsewhere])
 
 
 def processor() -> str:
-    """What the processor is called, and whether it multiplies in bfloat16."""
+    """The processor's name, and whether it multiplies in bfloat16."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     bfloat16 = any(feature in line for line in lines for feature in ("avx512_bf16", "amx_bf16"))

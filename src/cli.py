@@ -43,6 +43,8 @@ from src.system.output import lost_output, outlive_output, printable
 from src.system.redact import one_line, redact, redact_output
 
 OF_THE_SWEEP = ("jobs", "dry_run", "max_minutes", "resume")  # keys that concern a sweep as a whole
+# Arguments for Hydra: 1.4 has no other version base, and warns of one that is given.
+VERSION_BASE: dict[str, str] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
 MAX_MESSAGE_CHARS = 600  # of an error's line
 _LACKS_MEMORY = re.compile(
     "MemoryError|out of memory|(can't|cannot) allocate memory|bad_alloc|failed to map segment|can't start new thread",
@@ -116,7 +118,7 @@ def deliver() -> None:
 
     with explained():
         _log_to_stderr()
-        delivery.main(mlflow_charts.share_again)
+        delivery.main(mlflow_charts.publish_again)
 
 
 def pretrain(composed: DictConfig) -> float:
@@ -138,9 +140,9 @@ def pretrain(composed: DictConfig) -> float:
 def features(composed: DictConfig) -> Path:
     """The features of images by a finished run's encoder, and a map of them (`src.evaluation.embed.main`)."""
     from src.evaluation import embed
-    from src.reporting import pictures
+    from src.reporting import map as maps
 
-    return embed.main(composed, pictures.mapped, pictures.draw_map)
+    return embed.main(composed, maps.choose_images, maps.draw_map)
 
 
 def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
@@ -176,8 +178,7 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
         with explained():  # here, because Hydra would print a line of its own first
             return main(composed)
 
-    base = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}  # 1.4 has no other, and says so
-    hydra_main = hydra.main(**base, config_path=str(CONF), config_name=config_name)(task)
+    hydra_main = hydra.main(**VERSION_BASE, config_path=str(CONF), config_name=config_name)(task)
     tracebacks = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own reporting would hide the exception from us
     try:

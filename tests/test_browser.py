@@ -27,7 +27,7 @@ from src.config.identity import LOG_SIZE
 from src.config.names import COLOURS
 from src.config.schema import Tracking
 from src.reporting import mlflow_charts
-from src.reporting.mlflow_charts import COURSE, View, sweep_view
+from src.reporting.mlflow_charts import COURSE, SavedView, sweep_view
 from src.reporting.plots import PLOTTED
 from src.reporting.rows import summarise
 from src.runs.mlflow_store import prepare
@@ -70,7 +70,7 @@ class Sweep:
     name: str
     children: set[str]
     jobs: dict[str, Job]  # by run id, the children that have an accuracy
-    view: View
+    view: SavedView
 
 
 def make_sweep(folder: Path) -> None:
@@ -93,7 +93,7 @@ def make_sweep(folder: Path) -> None:
             job.close("FINISHED")
     rows, _ = summarise([Record.load(directory) for directory in directories])
     sweep.record.tags[TAG_NOTE] = mlflow_charts.describe_sweep("sweep", rows)
-    mlflow_charts.share(sweep)
+    mlflow_charts.publish(sweep)
     sweep.close("FINISHED")
 
 

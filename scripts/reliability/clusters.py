@@ -54,20 +54,20 @@ class Sweep:
         self.begun.append(self)
 
     def begin(self) -> None:
-        """Type it, perhaps again."""
+        """Start the command, for the first time or again."""
         self.process = start(self.folder, self.overrides, **self.environment)
 
     def said(self) -> str:
         return output(self.folder)
 
     def until(self, pattern: str, count: int = 1, seconds: float = 240) -> list[str]:
-        """Wait until a pattern has been printed so often; the matches."""
+        """Wait until the output has ``count`` matches of a pattern; all of them."""
         return self.see(
             lambda: (found := re.findall(pattern, self.said())) and len(found) >= count and found, pattern, seconds
         )
 
     def until_steps(self, k: int, steps: int = 7) -> None:
-        """Wait until a job trains."""
+        """Wait until a job has logged so many steps."""
         self.see(lambda: self.steps(k) >= steps, f"k={k} to train", 240)
 
     def steps(self, k: int) -> int:
@@ -84,7 +84,7 @@ class Sweep:
         return found  # type: ignore[return-value]
 
     def ends(self, status: int, seconds: float = 300) -> str:
-        """Wait for its end; what it said."""
+        """Wait until the command ends with this status; its output."""
         try:
             ended = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -127,8 +127,8 @@ def expect(condition: object, what: object) -> None:
 
 
 def processes_of(k: int) -> list[tuple[int, int]]:
-    """The ids of a job's own processes, one or a rank each, and of the scheduler's that hold them."""
-    sweep = Sweep.begun[-1]  # or others of this machine, with such a k, would be taken for its own
+    """The ids of a job's processes, one for each rank, and of their parents, which are the scheduler's."""
+    sweep = Sweep.begun[-1]  # another sweep on this machine may have the same k
     listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     lines = [line.split(None, 2) for line in listed.splitlines()]
     return [
@@ -139,14 +139,14 @@ def processes_of(k: int) -> list[tuple[int, int]]:
 
 
 def hold_until_the_limit(*sizes: int) -> None:
-    """Stop these jobs' processes, however fast they are, until SLURM signals them, before which it lets them go on."""
+    """Suspend these jobs, so that none ends before its time limit; SLURM resumes them to signal them."""
     for k in sizes:
         for pid, _ in processes_of(k):
             os.kill(pid, signal.SIGSTOP)
 
 
 def worker_of(k: int) -> int:
-    """The process of the scheduler that holds a job's command."""
+    """The scheduler's process that runs a job's command."""
     ((_, parent),) = processes_of(k)
     return parent
 
@@ -199,9 +199,9 @@ def cancelled(folder: Path, engine: list[str]) -> str:
     (tools / "sacct").write_text("#!/bin/sh\necho 'sacct: error: no accounting' >&2; exit 1\n")
     (tools / "sacct").chmod(0o755)
     sweep = Sweep(folder, "method=kmclr", "k=10,20,30", f"epochs={LONG}", *engine, PATH=f"{tools}:{os.environ['PATH']}")
-    identity = sweep.until(r"as (\d+_2):")[0]
+    job_id = sweep.until(r"as (\d+_2):")[0]
     sweep.until_steps(10)
-    subprocess.run(["scancel", identity], check=True)
+    subprocess.run(["scancel", job_id], check=True)
     began = time.monotonic()
     sweep.until(r"failed: it ended without a result")
     seconds = time.monotonic() - began
@@ -242,7 +242,7 @@ def time_limit(folder: Path, engine: list[str]) -> str:
 
 
 def ranks(folder: Path, engine: list[str]) -> str:
-    """Two tasks are two ranks: one is killed, then the time limit comes; the end is that of torchrun's unbroken run."""
+    """A run of two tasks, its ranks: one is killed, later the time limit comes; it ends as torchrun's unbroken run."""
     run = ["method=kmclr", "k=10", f"epochs={LONG}"]
     sweep, said = killed_rank(folder, run, *engine, "hydra.launcher.tasks_per_node=2", *LIMITS)
     sweep.until_steps(10, sweep.steps(10) + 3)
@@ -259,7 +259,7 @@ def ranks(folder: Path, engine: list[str]) -> str:
 
 
 def nodes(folder: Path, engine: list[str]) -> str:
-    """A task on each of two nodes, as two agents of torchrun, which are also tried: one rank is killed."""
+    """A task on each of two nodes; one rank is killed. It ends as an unbroken run by two agents of torchrun."""
     run = ["method=kmclr", "k=10", "epochs=9"]
     sweep, said = killed_rank(folder, run, *engine, "hydra.launcher.nodes=2", "hydra.launcher.partition=both")
     sweep.ends(0)
@@ -269,7 +269,7 @@ def nodes(folder: Path, engine: list[str]) -> str:
 
 
 def killed_rank(folder: Path, run: list[str], *engine: str) -> tuple[Sweep, str]:
-    """A run of two ranks, one of them killed, and its command typed again; what it said."""
+    """Kill one of a run's two ranks and start the command again; the sweep, and a sentence on what it printed."""
     sweep = Sweep(folder / "slurm", *run, *engine)
     sweep.until_steps(10)
     (other,) = [pid for pid, _ in processes_of(10) if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
@@ -283,7 +283,7 @@ def killed_rank(folder: Path, run: list[str], *engine: str) -> tuple[Sweep, str]
 
 
 def unlike_torchrun(sweep: Sweep, run: list[str], *agents: list[str]) -> list[str]:
-    """In what a sweep's one run is not as that of torchrun's agents, unbroken."""
+    """Where the only run of a sweep differs from an unbroken run by agents of torchrun."""
     folder = sweep.folder.parent
     alone = [*SMALL, "tracking=jsonl", f"data.cache_dir={folder / 'cache'}", "output_dir=run", *run]
     processes = [
@@ -296,7 +296,7 @@ def unlike_torchrun(sweep: Sweep, run: list[str], *agents: list[str]) -> list[st
 
 
 def unnoted(folder: Path, engine: list[str]) -> str:
-    """The command is killed by its own sbatch, which has submitted, and, another time, has not noted its ids."""
+    """Kill the command after sbatch has submitted; another time also remove the ids that it has noted."""
     tools = folder / "tools"
     tools.mkdir(parents=True)
     (tools / "sbatch").write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@"; kill -9 $PPID\n')
@@ -345,7 +345,7 @@ def stopped_jobs(folder: Path, engine: list[str]) -> str:
     while sweep.states().get(10) != "KILLED":
         expect(time.monotonic() < ended, sweep.states())
         time.sleep(1)
-    time.sleep(10)  # until its actor has gone, it is with Ray
+    time.sleep(10)  # Ray has the job until its actor has gone
     sweep.begin()
     sweep.ends(0)
     expect(sweep.states() == {10: "FINISHED", 20: "FINISHED"}, sweep.states())
@@ -457,7 +457,7 @@ SITUATIONS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
 
 @contextmanager
 def engine(name: str, folder: Path) -> Iterator[None]:
-    """The scheduler; where its tools are to find it is in the environment."""
+    """Run the scheduler, with the environment variables by which its tools find it."""
     with one_node.slurm(folder / "slurm") if name == "SLURM" else one_node.ray() as found:
         before = dict(os.environ)
         os.environ.update(found, OMP_NUM_THREADS="1")

@@ -45,7 +45,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """Takes all room of a disk but so many bytes."""
+    """Fill a disk up to so many free bytes."""
     ballast = disk / "ballast"
     with suppress(OSError), ballast.open("wb", buffering=0) as file:  # the run may be taking the rest meanwhile
         file.write(bytes(max(0, shutil.disk_usage(disk).free - leave)))
@@ -86,7 +86,7 @@ def store_on_a_full_disk(folder: Path, unbroken: Path, cache: str) -> None:
 
 
 def locked_store(folder: Path, unbroken: Path, cache: str, seconds: float, *, from_the_start: bool) -> None:
-    """Another process holds the store's lock for a minute."""
+    """Another process holds the store's lock for some seconds."""
     arguments = [*KMCLR, "epochs=8", cache]
     database = folder / "mlflow.db"
     folder.mkdir(parents=True)
@@ -155,7 +155,7 @@ def _statuses(database: Path) -> list[str]:
 
 
 def main(folder: Path) -> None:
-    """All of them, one after the other."""
+    """Try all faults, one after the other."""
     cache = f"data.cache_dir={folder / 'cache'}"
     unbroken = folder / "unbroken"
     assert start(unbroken, [*KMCLR, "epochs=8", cache]).wait(300) == 0, output(unbroken)

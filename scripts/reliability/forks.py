@@ -1,7 +1,7 @@
 """Commands in forks of a process that has imported everything already, which saves seconds of each start.
 
-What runs is `src.cli` as ``python -m src.COMMAND`` calls it, from the composition on, with a command line, a folder and
-an environment of its own. The process that forks must have no other thread.
+A fork calls `src.cli` as ``python -m src.COMMAND`` does, with a command line, a folder and an environment of its own.
+The process that forks must have no other thread.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from src.training import run
 IMPORTED = (
     *(faiss, matplotlib, optuna, scipy, sklearn, torch, torchvision),
     *(curves, evaluate, optuna_study, pictures, report, run, study_sweeper, tracker),
-)  # so that no child has to
+)  # before the forks, so that no child has to
 
 Entry = Callable[[], object]  # a command of src.cli
 
 
 class Fork:
-    """A child that types a command; as `subprocess.Popen`, as far as the campaigns need it.
+    """A child process that runs a command, with the methods of `subprocess.Popen` that the campaigns use.
 
     Args:
         entry: what to call.
         folder: the working directory, created if absent.
         arguments: what follows ``python -m src.COMMAND``.
-        said: the file to which all that it prints is appended.
+        said: the file to which its output is appended.
         more: environment variables besides this process's own.
     """
 
@@ -64,7 +64,7 @@ class Fork:
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits for its end, and returns the exit status.
+        """Wait for its end, and return the exit status.
 
         Raises:
             subprocess.TimeoutExpired: it still runs after so many seconds.
@@ -75,16 +75,16 @@ class Fork:
         return status
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         self._process.kill()
 
 
 def prepare() -> None:
-    """Loads the rest, and leaves this process one thread; to be called before the first fork."""
+    """Load the rest, and leave this process one thread; call it before the first fork."""
     mlflow_store.import_mlflow()
     torch.set_num_threads(1)
     threadpoolctl.threadpool_limits(1)
-    gc.freeze()  # or each child would copy all pages that its collector looks at
+    gc.freeze()  # else each child's garbage collector writes to, and so copies, every page
 
 
 def _type(entry: Entry, folder: Path, arguments: Sequence[str], said: Path, more: dict[str, str]) -> None:

@@ -2,9 +2,9 @@
 
     python -m scripts.reliability.hostile FOLDER [VARIANTS] [FIRST]
 
-A small run is trained whole, and once more until it is killed. Every variant is a copy of it, in which one file is
-changed. A command then runs in a fork (`scripts.reliability.forks`), so that a thousand take minutes. What counts as a
-fault: a traceback, a hang, a figure that differs without a word, a file outside the run's folder that has changed.
+A small run is trained to its end, and a copy is set back to what a kill leaves. Every variant is a copy of one of them
+with one file changed. A command then runs in a fork (`scripts.reliability.forks`), so that a thousand take minutes.
+Faults are a traceback, a hang, a result that differs without a message, and a changed file outside the run's folder.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ STOPPED, FINISHED = "stopped", "finished"
 
 @dataclass(frozen=True)
 class Command:
-    """What a user types in a run's folder, and what comes of it."""
+    """What a user types in a run's folder, and how its result is found."""
 
     name: str
     template: str  # the folder of which variants are copies
     entry: Callable[[], object]
     arguments: tuple[str, ...]
-    figures: Callable[[Path, str], object]  # of the variant's folder and of what was printed
+    result: Callable[[Path, str], object]  # from the variant's folder and the output
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Variant:
     change: Callable[[Path], object]
     arguments: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
-    is_forged: bool = False  # it is whole by every checksum, so that its figures are what it says
+    is_forged: bool = False  # every checksum fits, so that another result is no fault
 
     @property
     def name(self) -> str:
@@ -101,7 +101,7 @@ def _load_encoder() -> None:
 
 
 def commands(cache: Path) -> dict[str, Command]:
-    """Those that read what another has written."""
+    """The commands that read what another has written."""
     training = _training(cache)
     new = [each for each in training if not each.startswith(("output_dir", "epochs"))]
     tried = (*new, "epochs=1", "output_dir=new")
@@ -130,7 +130,7 @@ def commands(cache: Path) -> dict[str, Command]:
 
 
 def typed(folder: Path, command: Command, variant: Variant | None = None, seconds: float = SECONDS) -> tuple[int, str]:
-    """Runs a command in a fork of this process; its status, -9 where it did not end, and what it printed."""
+    """Run a command in a fork of this process; its status, -9 if it did not end, and its output."""
     said = folder / "output.txt"
     said.unlink(missing_ok=True)
     arguments = [*command.arguments, *(variant.arguments if variant else ())]
@@ -145,9 +145,9 @@ def typed(folder: Path, command: Command, variant: Variant | None = None, second
 
 
 def prepare(folder: Path) -> dict[str, Command]:
-    """The run that finished, with its store, its search and somebody's file beside it; and the one that was killed."""
+    """Make a finished run, with its store, its search and a user's file beside it, and a killed one."""
     known = commands(folder / "cache")
-    if (folder / STOPPED).exists():  # of a campaign before
+    if (folder / STOPPED).exists():  # by an earlier campaign
         return known
     finished, stopped = folder / FINISHED, folder / STOPPED
     for each in (finished, stopped):
@@ -162,7 +162,7 @@ def prepare(folder: Path) -> dict[str, Command]:
 
 
 def _as_killed(run: Path) -> None:
-    """Puts a finished run back to what a kill between two checkpoints leaves."""
+    """Set a finished run back to what a kill between two checkpoints leaves."""
     newest = max((run / "checkpoints").glob("step-*.pt"))
     newest.unlink()
     before = max((run / "checkpoints").glob("step-*.pt"))
@@ -178,7 +178,7 @@ def _as_killed(run: Path) -> None:
 
 
 def variants(folder: Path, known: dict[str, Command], rng: random.Random) -> Iterator[Variant]:
-    """All that there are, several thousand."""
+    """All variants, several thousand."""
     readers = {
         "run/run.json": "resume, the finished run again, evaluate, report, deliver, start from a run",
         "run/metrics.jsonl": "resume, the finished run again, evaluate, report, deliver",
@@ -260,14 +260,14 @@ def _unchanged(_: Path) -> None:
 
 
 def find(folder: Path, file: str) -> Path:
-    """The file of a folder that is meant; the newest checkpoint, the only study."""
+    """The path of a file in a folder; ``checkpoint`` is the newest, ``study.db`` the only one."""
     if file == "checkpoint":
         return max((folder / "run/checkpoints").glob("step-*.pt"))
     return next(folder.glob("multirun/*/study.db")) if file == "study.db" else folder / file
 
 
 def fault(folder: Path, variant: Variant, wanted: object) -> str:
-    """What is wrong with how a variant ended; empty where nothing is."""
+    """Run a variant's command; what is wrong with its end, empty if nothing is."""
     copy = folder / "variant"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder / variant.command.template, copy)
@@ -287,7 +287,7 @@ def fault(folder: Path, variant: Variant, wanted: object) -> str:
         return "a secret is printed"
     if status == 0 and not variant.is_forged and not re.search(r"WARNING|note:|MLflow no longer has|begins anew", said):
         try:
-            found = variant.command.figures(copy, said)
+            found = variant.command.result(copy, said)
         except Exception as error:
             return f"status 0, and no result: {type(error).__name__}"
         if found != wanted:
@@ -296,14 +296,14 @@ def fault(folder: Path, variant: Variant, wanted: object) -> str:
 
 
 def _outside(folder: Path) -> dict[str, str]:
-    """What lies in the campaign's folder and beside the run; but for artifacts, whose place the store itself names."""
+    """The hashes of all files outside the run, except artifacts, whose place the store itself names."""
     paths = [*folder.glob("*"), *folder.glob("variant/outside/**/*"), *folder.glob(f"{FINISHED}/**/*")]
     files = [path for path in paths if path.is_file() and "mlruns" not in path.parts]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def in_turn(found: Iterable[Variant]) -> Iterator[Variant]:
-    """The same variants, shuffled, and one after the other of each file and command."""
+    """Shuffle the variants, and take one of each file and command in turn."""
     groups: dict[tuple[str, str], list[Variant]] = defaultdict(list)
     for variant in found:
         groups[variant.file, variant.command.name].append(variant)
@@ -314,7 +314,7 @@ def in_turn(found: Iterable[Variant]) -> Iterator[Variant]:
 
 
 def main(folder: Path, count: int, first: int = 0) -> int:
-    """Tries so many variants from the first on, evenly over files and commands; returns how many were faults."""
+    """Try ``count`` variants from ``first`` on, evenly over files and commands; the number of faults."""
     forks.prepare()
     folder.mkdir(parents=True, exist_ok=True)
     known = prepare(folder)
@@ -322,7 +322,7 @@ def main(folder: Path, count: int, first: int = 0) -> int:
     for command in known.values():
         plain = Variant("nothing", "unchanged", command, _unchanged)
         assert not (found := fault(folder, plain, None)) or "figures" in found, f"{command.name}: {found}"
-        wanted[command.name] = command.figures(folder / "variant", (folder / "variant/output.txt").read_text())
+        wanted[command.name] = command.result(folder / "variant", (folder / "variant/output.txt").read_text())
         assert wanted[command.name], command.name
     tried: Counter[str] = Counter()
     faults: list[str] = []

@@ -2,9 +2,9 @@
 
     python -m scripts.reliability.kills FOLDER [KILLS] [FIRST]
 
-About half of the kills come at a random time after the run has started; the others the moment a file appears that is
-written aside, and so most likely within the write: the cache, the store, a checkpoint, the record. Runs of all support
-sets, back ends of the search and kinds of loss take turns.
+About half of the kills come at a random time after the run has started. The others come as soon as a temporary file
+appears, and so most likely during its write: the cache, the store, a checkpoint, the record. Runs of all support sets,
+back ends of the search and kinds of loss take turns.
 
 The unbroken runs, and one broken run in twenty, are the real command; the others are forks that call what it calls
 (`scripts.reliability.forks`), because most of what a kill costs is the start of the next process. FIRST is the number
@@ -61,8 +61,8 @@ RUNS = {
 }
 EPOCHS = 6
 STEPS_AN_EPOCH = 3
-REAL_EVERY = 20  # runs
-PICTURES_EVERY = 3  # runs: they take longer than all else
+REAL_EVERY = 20  # of so many runs one is the real command
+PICTURES_EVERY = 3  # of so many runs one draws pictures, which take longer than all else
 MOMENTS = {
     "while the cache is written": "cache/*.partial",
     "while the store is created": "mlflow.db.new",
@@ -87,7 +87,7 @@ def arguments(name: str) -> list[str]:
 
 
 def broken_run(folder: Path, name: str, number: int) -> Outcome:
-    """Kills one run at each moment of a plan, lets it finish, and compares it with the unbroken one."""
+    """Kill one run at each moment of a plan, let it finish, and compare it with the unbroken one."""
     rng = random.Random(number)
     where = folder / f"{number}-{name}"
     line = [*arguments(name), f"evaluation.pictures={number % PICTURES_EVERY == 0}"]
@@ -105,12 +105,12 @@ def broken_run(folder: Path, name: str, number: int) -> Outcome:
 
 
 def typed(where: Path, line: list[str], *, real: bool) -> Process:
-    """Starts a run as the real command, or as a fork."""
+    """Start a run as the real command, or as a fork."""
     return start(where, line) if real else forks.Fork(cli.train, where, line, where / "output.txt")
 
 
 def killed(where: Path, line: list[str], moment: str, rng: random.Random, *, real: bool) -> bool:
-    """Starts the run and kills it at a moment; whether it came to that."""
+    """Start the run and kill it at a moment; whether that moment came."""
     said = len(output(where)) if (where / "output.txt").exists() else 0
     enough = logged(where / "run") + rng.randrange(2 * STEPS_AN_EPOCH)
     conditions: dict[str, tuple[Callable[[], object], float]] = {
@@ -120,14 +120,14 @@ def killed(where: Path, line: list[str], moment: str, rng: random.Random, *, rea
     process = typed(where, line, real=real)
     condition, delay = conditions.get(moment, (lambda: any(where.glob(MOMENTS[moment])), rng.choice([0, 0.01])))
     if wait_for(condition, process, 600):
-        with suppress(subprocess.TimeoutExpired):  # it is still running, as is meant
+        with suppress(subprocess.TimeoutExpired):  # it is still running, as it should be
             process.wait(rng.uniform(0, delay))
         process.kill()
     return process.wait() == -9
 
 
 def main(folder: Path, kills: int = 500, first: int = 0) -> int:
-    """Runs until there have been enough kills; returns in how many runs something was wrong."""
+    """Run until there have been enough kills; how many things were wrong."""
 
     def whole(name: str) -> None:
         where = folder / "unbroken" / name

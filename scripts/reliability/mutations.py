@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-Mutation = tuple[str, Callable[[Path], object]]  # what it does, and what does it to a path
+Mutation = tuple[str, Callable[[Path], object]]  # a description, and the function that changes the file at a path
 
 DEEP = 100_000  # levels of nesting, beyond every recursion limit
 VALUES: dict[str, Any] = {
@@ -67,7 +67,7 @@ def of_kind(outside: Path) -> Iterator[Mutation]:
 
 
 def of_bytes(rng: random.Random, count: int) -> Iterator[Mutation]:
-    """Cuts, changed bits and other contents; ``count`` of each kind that draws a place."""
+    """Cuts, changed bits and other contents; ``count`` of each kind that has a random place."""
 
     def written(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
         return lambda path: path.write_bytes(change(path.read_bytes()))
@@ -114,7 +114,7 @@ def rng_bytes(rng: random.Random) -> Callable[[bytes], bytes]:
 
 
 def of_json(text: bytes) -> Iterator[Mutation]:
-    """Each entry of a JSON file, in turn with each of `VALUES`, or left out; in a file of lines, of the last one."""
+    """Each entry of a JSON file left out, or replaced by each of `VALUES`; in a file of lines, in the last one."""
     *_, last = text.splitlines() if text.count(b"\n{") else [text]
 
     def changed(place: tuple[Any, ...], change: Callable[[Any, Any], None]) -> Callable[[Path], None]:
@@ -136,7 +136,7 @@ def of_json(text: bytes) -> Iterator[Mutation]:
 
 
 def of_state() -> Iterator[Mutation]:
-    """Each entry of a checkpoint, changed by somebody who then wrote a right SHA-256."""
+    """Each entry of a checkpoint changed, under a SHA-256 that fits."""
 
     def signed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
         def apply(path: Path) -> None:
@@ -179,7 +179,7 @@ def _put(value: Any, inner: Any, key: Any) -> None:
 
 
 def _places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every entry; of params, tags and metrics, which are many and alike, the first three."""
+    """The path of every entry; of params, tags and metrics, which are many and alike, of the first three."""
     if place:
         yield place
     if isinstance(value, dict | list):

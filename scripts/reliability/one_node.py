@@ -19,14 +19,19 @@ from pathlib import Path
 
 TOOLS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch", "sacctmgr")
 PORTS = {
-    **{"database": 17306, "slurmdbd": 17819, "slurmctld": 17817, "slurmd": 17820},  # and the next, of a second node
-    **{"ray": 7379, "dashboard": 8299, "agents": 17830},
+    "database": 17306,
+    "slurmdbd": 17819,
+    "slurmctld": 17817,
+    "slurmd": 17820,  # and the next port for that of a second node
+    "ray": 7379,
+    "dashboard": 8299,
+    "agents": 17830,
 }
 
 
 @contextmanager
 def slurm(folder: Path, cores: int = 2, memory_mb: int = 4000) -> Iterator[dict[str, str]]:
-    """SLURM; yields what the environment must have for its tools to find it.
+    """Run SLURM; yields the environment variables by which its tools find it.
 
     Its partitions: ``main``, ``short``, which admits five minutes, ``closed``, which is down, and ``both``, of two
     nodes: this machine under two names, of which the first can be resolved.
@@ -100,7 +105,7 @@ def slurm(folder: Path, cores: int = 2, memory_mb: int = 4000) -> Iterator[dict[
 
 @contextmanager
 def ray(cores: int = 2) -> Iterator[dict[str, str]]:
-    """A cluster of Ray; yields what the environment must have for ``address=auto`` to find it."""
+    """Run a cluster of Ray; yields the environment variables by which ``address=auto`` finds it."""
     tool = str(Path(sys.executable).with_name("ray"))
     head = [tool, "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={cores}", "--num-gpus=0"]
     ports = [f"--port={PORTS['ray']}", f"--dashboard-port={PORTS['dashboard']}"]
@@ -112,7 +117,7 @@ def ray(cores: int = 2) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def _daemon(output: Path, command: list[str] | tuple[str, ...]) -> Iterator[None]:
-    """A process of ours in the foreground, stopped at the end with all that it started."""
+    """Run a process in the foreground, and stop it at the end with all that it started."""
     with output.open("ab") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
     try:

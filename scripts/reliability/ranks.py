@@ -1,9 +1,9 @@
-"""SIGKILL of a run on two ranks, of one and of both in turn; the same command continues, to the unbroken run's bits.
+"""SIGKILL of one rank or of both in turn; the same command continues, and ends with the unbroken run's bits.
 
     python -m scripts.reliability.ranks FOLDER [KILLS]
 
 Two runs have half of the kills each: prototypes that every rank holds, and a queue in shards. Each kill comes a random
-number of steps after the run has gone on. A rank that survives another has 30 seconds to say so in one line and end.
+number of steps after the start. A rank that survives another has 30 seconds to say so in one line and end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from src.system.collectives import LOST
 RUNS = {"kmclr": METHODS["kmclr"], "nnclr in shards": [*METHODS["nnclr"], "support.shards=ranks"]}
 LONG = ["epochs=50", "evaluation.every=50", "tracking=jsonl", "data.cache_dir=cache", "output_dir=run"]
 STEPS = 12  # before a kill, at most
-SECONDS = 30
+SECONDS = 30  # for a surviving rank to end
 
 
 def torchrun(folder: Path, name: str) -> subprocess.Popen[bytes]:
@@ -42,7 +42,7 @@ def torchrun(folder: Path, name: str) -> subprocess.Popen[bytes]:
 
 
 def broken_run(folder: Path, name: str, kills: int) -> tuple[Counter[str], list[str]]:
-    """Kills one run so many times and lets it finish: who was killed, and what was wrong."""
+    """Kill one run so many times and let it finish; what was killed, and what was wrong."""
     rng, killed = random.Random(name), Counter[str]()
     wrong: list[str] = []
     while True:
@@ -68,7 +68,7 @@ def broken_run(folder: Path, name: str, kills: int) -> tuple[Counter[str], list[
 
 
 def main(folder: Path, kills: int) -> None:
-    """Runs both, and prints what came out."""
+    """Run both, and print what came out."""
     total: Counter[str] = Counter()
     lost = doubled = 0
     wrong: list[str] = []

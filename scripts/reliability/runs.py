@@ -33,7 +33,7 @@ U = TypeVar("U")
 
 
 class Process(Protocol):
-    """What the campaigns do with a command that runs."""
+    """A running command, as the campaigns use it."""
 
     def poll(self) -> int | None: ...
 
@@ -43,14 +43,14 @@ class Process(Protocol):
 
 
 def environment(**more: str) -> dict[str, str]:
-    """That of a command: one thread, no store but its folder's own, and what is given."""
+    """A command's environment: one thread, the store in its own folder, and the variables in ``more``."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "HYDRA_"))}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return clean | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"} | more
 
 
 def start(folder: Path, overrides: Sequence[str], module: str = "src.train", **more: str) -> subprocess.Popen[bytes]:
-    """The real command, one thread, its output appended to ``FOLDER/output.txt``."""
+    """Start the real command with one thread, its output appended to ``FOLDER/output.txt``."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output.txt").open("ab") as output:
         return subprocess.Popen(
@@ -68,7 +68,7 @@ def output(folder: Path) -> str:
 
 
 def wait_for(condition: Callable[[], object], process: Process, seconds: float = 300) -> bool:
-    """Waits until the condition holds, looking every millisecond; False if the process ends before."""
+    """Wait until the condition holds, looking every millisecond; False if the process ends before."""
     deadline = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None:
@@ -120,7 +120,7 @@ def lost_and_doubled(expected: Iterable[T], found: Iterable[T]) -> tuple[int, in
 
 
 def compared(broken: Path, unbroken: Path, run: str) -> list[str]:
-    """What of a run in one folder is not as in another: its bits, and its rows in ``metrics.jsonl`` and in MLflow."""
+    """Where a run differs from the one in another folder: in its bits, or its rows in ``metrics.jsonl`` or MLflow."""
     wrong = [f"{run}: other bits: {each}" for each in differences(broken / run, unbroken / run)]
     histories = stored(broken)
     for place, found in (("metrics.jsonl", rows(broken / run)), ("MLflow", histories.get(str(broken / run), []))):
@@ -135,7 +135,7 @@ def differences(one: Path, other: Path) -> list[str]:
     states = [_final_state(run) for run in (one, other)]
     found = [key for key in sorted(states[0].keys() | states[1].keys()) if not _same(states[0], states[1], key)]
     (said, weights), (other_said, other_weights) = (read_weights(run / ENCODER) for run in (one, other))
-    if said != other_said or weights.keys() != other_weights.keys():  # safetensors writes what is said in any order
+    if said != other_said or weights.keys() != other_weights.keys():  # safetensors writes metadata in any order
         return [*found, ENCODER]
     return found + [f"{ENCODER}/{key}" for key in weights if not torch.equal(weights[key], other_weights[key])]
 
@@ -165,6 +165,6 @@ def _same(one: dict[str, Any], other: dict[str, Any], key: str) -> bool:
 
 
 def two_at_a_time(function: Callable[[U], T], items: Iterable[U]) -> list[T]:
-    """Maps in two threads, each of which waits for processes of its own."""
+    """Map a function in two threads, each of which waits for processes of its own."""
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(function, items))

@@ -47,7 +47,7 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Start the server, and return when it answers."""
         arguments = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         arguments += ["--backend-store-uri", self.backend, "--artifacts-destination", str(self.folder / "artifacts")]
         clean = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
@@ -69,7 +69,7 @@ class Server:
             return False
 
     def stop(self) -> None:
-        """With all its workers, at once."""
+        """Kill the server and all its workers."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, 9)
         self.process.wait()
@@ -178,7 +178,7 @@ def two_at_once(folder: Path, store: str) -> None:
 
 
 def main(folder: Path, *names: str) -> None:
-    """On SQLite, then on PostgreSQL if it is installed; or on those that are named."""
+    """Try SQLite, then PostgreSQL if it is installed; or those that are named."""
     if not names or "sqlite" in names:
         four_jobs(folder / "sqlite", "SQLite", None)
     if names and "postgresql" not in names:

@@ -28,21 +28,21 @@ from scripts.reliability.runs import (
 
 ARGUMENTS = [*SMALL, "epochs=8", "output_dir=run"]
 STEPS = 24  # of 8 epochs
-# A validation of seconds: larger images.
+# Larger images, so that a validation takes seconds.
 SLOW = [*(each for each in ARGUMENTS if not each.startswith("epochs=")), "epochs=2", "data.image_size=96"]
 
 
 def stopped_run(
     folder: Path, arguments: list[str], number: int, step: int, validates: bool = False
 ) -> tuple[float, list[str]]:
-    """Signals one run after a step, lets it go on to its end; the seconds it took to stop, and what was wrong.
+    """Signal one run after a step, and let it go on to its end; the seconds it took to stop, and what was wrong.
 
     Args:
         folder: where it runs.
         arguments: its command line.
-        number: of the signal.
-        step: after which it is sent.
-        validates: whether a validation comes then, which is not to be waited for.
+        number: the signal's.
+        step: the step after which it is sent.
+        validates: whether a validation follows that step, which the run must not wait for.
     """
     process = start(folder, arguments)
     metrics = folder / "run" / "metrics.jsonl"
@@ -67,7 +67,7 @@ def stopped_run(
 
 
 def compare(name: str, results: dict[Path, tuple[float, list[str]]], unbroken: list[Path]) -> None:
-    """Prints how the runs of some signal came out, beside the unbroken ones."""
+    """Compare the runs of one signal with the unbroken ones, and print what came out."""
     wrong = [f"{where.name}: {each}" for where, (_, found) in results.items() for each in found]
     lost = doubled = 0
     for where, same in zip(results, unbroken, strict=True):
@@ -84,7 +84,7 @@ def compare(name: str, results: dict[Path, tuple[float, list[str]]], unbroken: l
 
 
 def main(folder: Path, runs: int) -> None:
-    """Runs of all methods in turn, and prints what came out."""
+    """Signal runs of all methods in turn, and print what came out."""
     cache = f"data.cache_dir={folder / 'cache'}"
     for method, own in METHODS.items():
         for name, arguments in ((method, ARGUMENTS), (f"{method}-slow", SLOW)):

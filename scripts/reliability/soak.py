@@ -18,7 +18,7 @@ from scripts.reliability.runs import SMALL, output, start, statuses
 
 
 def main(folder: Path, jobs: int) -> None:
-    """Runs the sweep, looks at its process once a second, and prints what came out."""
+    """Run the sweep, look at its process once a second, and print what came out."""
     arguments = [
         *("--multirun", *SMALL, "method=simclr", f"seed=range(0,{jobs})", "epochs=1", "data.limit=100", "jobs=2"),
         *("evaluation.epochs=1", f"data.cache_dir={folder / 'cache'}"),

@@ -1,10 +1,10 @@
-"""Sweeps that are killed with SIGKILL, whole or in part; the same command ends as it does where nothing is killed.
+"""Sweeps that are killed with SIGKILL, whole or in part; the same command then ends as an unbroken sweep does.
 
     python -m scripts.reliability.sweeps FOLDER [KILLS] [FIRST]
 
-The real command, two jobs at once. The sweep dies with all its jobs, or alone, and its jobs then save and stop, or a
-job dies alone, which the sweep reports; each at a random time while a job trains. FIRST is the number of the first
-sweep, for a further portion in the same folder.
+The real command runs two jobs at once. At a random time while a job trains, one of three things is killed: the sweep
+with all its jobs; the sweep alone, and its jobs save and stop; or one job, which the sweep reports. FIRST is the number
+of the first sweep, for a further portion in the same folder.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def jobs_of(where: Path) -> list[Path]:
 
 
 def broken_sweep(folder: Path, name: str, number: int) -> tuple[Counter[str], list[str]]:
-    """Kills one sweep again and again, lets it finish, and compares it; what was killed how often, what was wrong."""
+    """Kill one sweep again and again, let it finish, and compare it; what was killed how often, what was wrong."""
     rng = random.Random(number)
     where = folder / f"{number}-{name}"
     kills: Counter[str] = Counter()
@@ -65,7 +65,7 @@ def broken_sweep(folder: Path, name: str, number: int) -> tuple[Counter[str], li
 
 
 def killed(where: Path, name: str, which: str, rng: random.Random) -> tuple[int, int]:
-    """Starts the sweep and kills what is to be killed: how many processes that were, and the sweep's status."""
+    """Start the sweep and kill the part that ``which`` names; how many processes that were, and the status."""
     further = rng.randrange(4 * STEPS_AN_EPOCH)
 
     def rows_of_all() -> int:
@@ -75,7 +75,7 @@ def killed(where: Path, name: str, which: str, rng: random.Random) -> tuple[int,
     sweep = start(where, arguments(name))
     if not wait_for(lambda: rows_of_all() > before + further, sweep, 900):
         return 0, sweep.wait()
-    sweep.send_signal(signal.SIGSTOP)  # so that it starts no other meanwhile
+    sweep.send_signal(signal.SIGSTOP)  # so that it starts no other job meanwhile
     jobs = [int(each) for each in Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()]
     victims = {WHOLE: [*jobs, sweep.pid], ALONE: [sweep.pid], JOB: jobs[:1]}[which]
     for each in victims:
@@ -90,7 +90,7 @@ def killed(where: Path, name: str, which: str, rng: random.Random) -> tuple[int,
 
 
 def main(folder: Path, kills: int = 40, first: int = 0) -> int:
-    """Breaks sweeps until enough processes have been killed; returns how much was wrong."""
+    """Break sweeps until enough processes have been killed; how many things were wrong."""
     for name in SWEEPS:
         where = folder / "unbroken" / name
         if not list(where.glob("multirun/sweep-*/table.csv")):

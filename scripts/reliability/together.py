@@ -27,9 +27,11 @@ PROCESSES, STEPS = 4, 20
 
 def one_process(name: str) -> None:
     """What a run does around its training."""
-    data = Data("digits", 16, "cache", 0.1, 0, None, False)
+    data = Data(name="digits", image_size=16, cache_dir="cache", val_fraction=0.1, split_seed=0)
     images = load(data).train.images
-    tracker = Tracker(Path(name), Tracking("mlflow", "together", 1), {"images": len(images)}, {})
+    tracker = Tracker(
+        Path(name), Tracking(name="mlflow", experiment="together", log_every=1), {"images": len(images)}, {}
+    )
     for step in range(STEPS):
         tracker.log({"train/loss": 1 / (1 + step)}, step)
         tracker.flush()
@@ -37,7 +39,7 @@ def one_process(name: str) -> None:
 
 
 def main(folder: Path, times: int) -> None:
-    """Repeats it, and prints what came out."""
+    """Repeat it, and print what came out."""
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     mlflow_store.import_mlflow()

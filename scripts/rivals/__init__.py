@@ -1,4 +1,4 @@
-"""Contenders of the benchmark: this project and, written anew from how they work, what it is compared with.
+"""Contenders of the benchmark: this project and its rivals, written anew from how they work.
 
 A contender is a module with ``run(setting, pace)``, which trains for ever and calls ``pace()`` after each step.
 """
@@ -38,7 +38,7 @@ class Images(NamedTuple):
 
 
 class PerImage(Dataset):
-    """Pairs of views, made by Pillow an image at a time, when they are asked for."""
+    """Pairs of views, which Pillow makes an image at a time on demand."""
 
     def __init__(self, images: Tensor, transform: Transform) -> None:
         self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -64,7 +64,7 @@ def loader(images: Images, transform: Transform, setting: Setting) -> DataLoader
 
 
 def encoder(name: str) -> tuple[torch.nn.Module, int]:
-    """The same network for everybody, in the memory layout that is the faster one, and how many features it gives."""
+    """The network of all contenders, in the faster memory layout, and its number of features."""
     from src import models
 
     model = models.ResNetTiny("small") if name == "resnet_tiny" else models.resnet("resnet18", "small")

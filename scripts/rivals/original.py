@@ -1,9 +1,9 @@
-"""The original study's algorithm as it was built, from its description: KMCLR, and the NNCLR it departs from.
+"""The original study's algorithm, rebuilt from its description: KMCLR, and the NNCLR that it departs from.
 
 Pillow transforms an image at a time in a DataLoader; float32; two forward passes; for KMCLR scikit-learn's
-MiniBatchKMeans in float64 on the host, for NNCLR a queue that is normalised anew at every lookup; LARS. Not taken over
-are the padding of 2 in its stem, which costs 27% more arithmetic, the third layer of its projector, and the classifier
-that it trains beside the encoder: without them the rival is the faster one.
+MiniBatchKMeans in float64 on the host, for NNCLR a queue that is normalised anew at every lookup; LARS. Left out are
+the padding of 2 in its stem, which costs 27% more arithmetic, the third layer of its projector, and the classifier that
+it trains beside the encoder: without them the rival is faster.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TwoViews:
 
 
 class Prototypes:
-    """The nearest centre of a MiniBatchKMeans; it lives on the host and in float64."""
+    """The centres of a MiniBatchKMeans, on the host in float64; a lookup gives the nearest."""
 
     def __init__(self, k: int) -> None:
         self.kmeans = MiniBatchKMeans(k, n_init=1, random_state=0)
@@ -64,7 +64,7 @@ class Prototypes:
 
 
 class Queue:
-    """The nearest of the last embeddings, which are normalised at every lookup."""
+    """The last embeddings, normalised at every lookup, which gives the nearest."""
 
     def __init__(self, size: int) -> None:
         self.rows_ND = torch.randn(size, EMBEDDING)

@@ -88,6 +88,11 @@ def _neutral(support: str, objective: str) -> dict[str, str]:
     return dict(defaults(Config, ""))
 
 
+def idle_beside(support: str) -> tuple[str, ...]:
+    """The settings of the objective that have no effect beside one of our support sets."""
+    return {"none": NEED_STORED_VECTORS, "queue": ("objective.same_prototype",)}.get(support, ())
+
+
 def inert(cfg: Config) -> set[str]:
     """The settings that other settings keep from having any effect."""
     keys: set[str] = set()
@@ -105,11 +110,11 @@ def inert(cfg: Config) -> set[str]:
         choices |= {"refit_every": ("refit", "faiss"), "refit_window": ("refit", "faiss")}
         keys |= {f"support.{key}" for key, (by, value) in choices.items() if getattr(cfg.support, by) != value}
     elif cfg.support._target_ is None:
-        keys.add("objective.same_prototype")
+        keys.update(idle_beside(cfg.support.name))
     if not cfg.objective.decorrelation:
         keys.add("objective.off_diagonal")
     if cfg.support.name == "none":
-        keys |= {*NEED_STORED_VECTORS, "search.name", "search.index", "search.nprobe", "search.refresh_every"}
+        keys |= {"search.name", "search.index", "search.nprobe", "search.refresh_every"}
     keys.add("objective.name")  # a preset of the settings beside it
     if cfg.method._target_ is not None:  # which is not told them
         keys |= {f"objective.{each.name}" for each in fields(cfg.objective)}

@@ -33,19 +33,19 @@ PANELS = {
     },
     "entries in use": {"support/perplexity": "perplexity", "support/dead": "never the nearest"},
 }
-# What is compared over the epochs, and what a value is multiplied by.
+# Metrics that are compared over the epochs: title, and factor from the logged to the drawn value.
 COMPARED = {
     "val/knn_top1": ("kNN accuracy on\nvalidation images (%)", 1),
     NEIGHBOUR: ("nearest entry of another image:\nof the anchor's class (%)", 100),
     "support/self_hit": ("nearest entry is of\nthe anchor's own image (%)", 100),
 }
-MOST_TOGETHER = 5  # more courses than that get panels of their own, a column a method
-MOST_NAMED = 5  # more courses of a method than that are thin lines behind the best
-LONGEST = 24  # characters of the best one's name
-GAP = 0.03  # between a legend and a curve, of a panel's height
-WIDEST = 36  # characters of a line in a legend
-RARE = 0.005
-FEW = 12  # so few points get markers
+MAX_COURSES_IN_PANEL = 5  # of more, each method has a column of panels
+MAX_NAMED_COURSES = 5  # of a method; of more, all but the best are thin lines without a name
+MAX_NAME_CHARS = 24  # of the best one's name
+MAX_LEGEND_CHARS = 36  # of a line in a legend
+LEGEND_MARGIN = 0.03  # between a legend and a curve, as a fraction of a panel's height
+MIN_SELF_HITS = 0.005  # a smaller fraction of lookups is drawn nowhere
+MIN_UNMARKED_POINTS = 12  # a curve of fewer points has markers
 
 
 class Course(NamedTuple):
@@ -58,7 +58,7 @@ class Course(NamedTuple):
     epochs: int
     directories: tuple[Path, ...]
     cycle: int = 1  # epochs from one reset of the support set to the next
-    is_untrained: bool = False  # the runs' encoder before the first step, which is a level and no curve
+    is_untrained: bool = False  # the encoder before the first step, drawn as a level
 
 
 def read(directory: Path) -> Curves:
@@ -72,9 +72,9 @@ def read(directory: Path) -> Curves:
 
 
 def neighbour_agreement(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The share of the nearest entries that are of the anchor's class, among those that are not of its own image.
+    """The fraction of the nearest entries of other images that are of the anchor's class.
 
-    The anchor's own image is of its class always, and tells nothing of how good a neighbour is.
+    An entry of the anchor's own image always is, and says nothing of how good neighbours are.
     """
     agreement, own = metrics.get("support/label_agreement"), metrics.get("support/self_hit", 0.0)
     if agreement is None or not own < 1:
@@ -97,7 +97,8 @@ def plot(directory: Path) -> Path:
         for (key, name), style in zip(keys.items(), ("-", "--"), strict=False):
             if key in curves:
                 steps, values = curves[key]
-                axes.plot(steps, values, style, marker="o" if len(steps) < FEW else "", markersize=3, label=name)
+                marker = "o" if len(steps) < MIN_UNMARKED_POINTS else ""
+                axes.plot(steps, values, style, marker=marker, markersize=3, label=name)
         first = next(iter(keys))
         if level := curves.get(f"{UNTRAINED}/{first}"):
             axes.axhline(level[1][-1], color=COLOURS[UNTRAINED], label=f"{keys[first]}, untrained")
@@ -111,10 +112,10 @@ def plot(directory: Path) -> Path:
 
 
 def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]:
-    """Epoch, mean and sample standard deviation (0 for one run) of a metric, where every run has it.
+    """Epoch, mean and sample standard deviation (0 for one run) of a metric, at epochs where every run has it.
 
-    Of the untrained encoder it is a level over all epochs. Of a support set that is reset, its metrics are compared
-    where it is oldest: at the last epoch before each reset.
+    The untrained encoder's metric is a level over all epochs. Metrics of a support set that is reset are taken where it
+    is oldest: at the last epoch before each reset.
     """
     runs = [read(directory) for directory in course.directories]
     metric = f"{UNTRAINED}/{metric}" if course.is_untrained else metric
@@ -132,12 +133,13 @@ def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]
 
 
 def compare(courses: Sequence[Course]) -> Figure | None:
-    """A row of panels, one a metric; of more than a few courses a grid, with a column for each method that stores.
+    """Draw a panel for each metric; of more than a few courses a grid, with a column for each method that stores.
 
-    None where nothing has been measured over the epochs, as with ``data.final``.
+    In a grid, courses that store nothing are in every column. Of a method with many courses only the best has a name:
+    the one with the highest last kNN accuracy on validation images.
 
-    There those that store nothing are drawn in every column, and of a method with many courses only the best has a
-    name: the one with the highest last kNN accuracy on validation images.
+    Returns:
+        The figure; None if nothing was measured over the epochs, as with ``data.final``.
     """
     from matplotlib.figure import Figure
 
@@ -147,7 +149,7 @@ def compare(courses: Sequence[Course]) -> Figure | None:
         return None
     styles = _styles(courses, {each: points[-1][1] for each, points in drawn["val/knn_top1"].items()})
     methods = list(dict.fromkeys(course.method for course in courses if course.size))
-    if len(courses) > MOST_TOGETHER and methods:
+    if len(courses) > MAX_COURSES_IN_PANEL and methods:
         controls = [course for course in courses if not course.size]
         groups = [controls + [each for each in courses if each.size and each.method == method] for method in methods]
         cells = [[(metric, group) for group in groups] for metric in metrics]
@@ -180,13 +182,16 @@ def compare(courses: Sequence[Course]) -> Figure | None:
 
 
 def _points(course: Course, metric: str) -> list[tuple[float, float, float]]:
-    """What there is to draw: nothing of a support set where there is none, and no self-hits where they are rare."""
-    points = [] if metric.startswith("support/") and not course.size else over_epochs(course, metric)
-    return [] if metric == "support/self_hit" and max((mean for _, mean, _ in points), default=0) < RARE else points
+    """`over_epochs`, but nothing of a support set if nothing is stored, and no self-hits if they are rare."""
+    if metric.startswith("support/") and not course.size:
+        return []
+    points = over_epochs(course, metric)
+    is_rare = max((mean for _, mean, _ in points), default=0) < MIN_SELF_HITS
+    return [] if metric == "support/self_hit" and is_rare else points
 
 
 def _styles(courses: Sequence[Course], accuracy: Mapping[Course, float]) -> dict[Course, dict[str, Any]]:
-    """Of a few courses of a method, the larger the support set the fuller the colour; of many, all faint but one."""
+    """If a method has few courses, larger support sets have fuller colours; if many, all but the best are faint."""
     by_method: dict[str, list[Course]] = defaultdict(list)
     for course in sorted(courses, key=lambda each: each.size):
         by_method[course.method].append(course)
@@ -194,12 +199,12 @@ def _styles(courses: Sequence[Course], accuracy: Mapping[Course, float]) -> dict
     for method, some in by_method.items():
         best = max(some, key=lambda each: accuracy.get(each, -1.0))
         for place, course in enumerate(some):
-            if len(some) <= MOST_NAMED:
+            if len(some) <= MAX_NAMED_COURSES:
                 colour = _shade(course.colour, (place + 1) / len(some))
-                styles[course] = {"color": colour, "label": wrapped(course.title, WIDEST)}
+                styles[course] = {"color": colour, "label": wrapped(course.title, MAX_LEGEND_CHARS)}
             elif course == best:
-                title = course.title if len(course.title) < LONGEST else method
-                label = wrapped(f"{title}, best of {len(some)}", WIDEST)
+                title = course.title if len(course.title) < MAX_NAME_CHARS else method
+                label = wrapped(f"{title}, best of {len(some)}", MAX_LEGEND_CHARS)
                 styles[course] = {"color": course.colour, "label": label, "zorder": 3}
             else:
                 styles[course] = {"color": course.colour, "alpha": 0.35, "linewidth": 0.7}
@@ -216,7 +221,7 @@ def _panel(
     for course in courses:
         points, style = points_of[course], styles[course]
         epochs, means = [epoch for epoch, _, _ in points], [factor * mean for _, mean, _ in points]
-        marker = "o" if len(points) < FEW and ("label" in style or len(points) == 1) else ""
+        marker = "o" if len(points) < MIN_UNMARKED_POINTS and ("label" in style or len(points) == 1) else ""
         usual: dict[str, Any] = {"linewidth": 1.5, "marker": marker, "markersize": 3}
         (line,) = axes.plot(epochs, means, **usual | dict(style))
         tell(line, f"{course.title}: {means[-1]:.2f} at epoch {epochs[-1]:g}")
@@ -230,7 +235,7 @@ def _panel(
 
 
 def _place_legends(panels: Sequence[Axes]) -> None:
-    """At the right of panels that share an axis, where no curve of any is; else in new room above the curves."""
+    """Put the legends of panels that share an axis at the right where no curve is, or in new room above."""
     legends = {axes: legend for axes in panels if (legend := axes.get_legend())}
     lines = {axes: "\n".join(axes.get_legend_handles_labels()[1]).split("\n") for axes in legends}
     low, high = panels[0].get_ylim()
@@ -241,7 +246,7 @@ def _place_legends(panels: Sequence[Axes]) -> None:
         for value in _values(axes, 0.86 - 0.024 * max(map(len, lines[axes])))  # by the longest line's letters
     ]
     for bottom in (0.02 * step for step in range(30)):
-        if not any(bottom - GAP < share < bottom + height + GAP for share in taken):
+        if not any(bottom - LEGEND_MARGIN < point < bottom + height + LEGEND_MARGIN for point in taken):
             for axes, legend in legends.items():
                 legend.set_loc("lower right")
                 legend.set_bbox_to_anchor((1, bottom), axes.transAxes)
@@ -250,7 +255,7 @@ def _place_legends(panels: Sequence[Axes]) -> None:
 
 
 def _values(axes: Axes, start: float) -> Iterator[float]:
-    """What the curves go through right of a share of the panel's width."""
+    """The curves' values to the right of ``start``, a fraction of the panel's width."""
     left = max(0.0, start) * axes.get_xlim()[1]
     for line in axes.get_lines():
         x, y = map(np.asarray, line.get_data())
@@ -258,10 +263,10 @@ def _values(axes: Axes, start: float) -> Iterator[float]:
             yield from np.interp(np.linspace(left, x[-1], 50), x, y)
 
 
-def _shade(colour: str, share: float) -> tuple[float, float, float]:
-    """The colour mixed with white: the larger the support set among a method's, the fuller."""
+def _shade(colour: str, fraction: float) -> tuple[float, float, float]:
+    """Mix a colour with white; with a fraction of 1 it stays as it is."""
     from matplotlib.colors import to_rgb
 
-    weight = 0.35 + 0.65 * share
+    weight = 0.35 + 0.65 * fraction
     red, green, blue = (weight * part + 1 - weight for part in to_rgb(colour))
     return red, green, blue

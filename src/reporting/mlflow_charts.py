@@ -1,4 +1,4 @@
-"""What MLflow's own pages show of sweeps: charts that one link opens, and descriptions that lead to them.
+"""Sweeps in MLflow's own pages: charts that one link opens, and descriptions that lead to them.
 
 MLflow keeps a view of an experiment's runs (filter, order, charts) as a tag of the experiment, lists it by name under
 "Saved views", and opens it by a key in the address. The tag's content is not documented. It is written here as the
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from src.config.identity import LOG_SIZE
 from src.errors import UsageError
 from src.reporting.plots import PLOTTED, caption
-from src.reporting.rows import FIGURES, Row
+from src.reporting.rows import TABLE_METRICS, TableRow
 from src.reporting.table import GAIN, GAIN_NOTE, markdown, table
 from src.runs.delivery import DELIVERY_TIMEOUT_S, deliver
 from src.runs.directory import exclusive
@@ -28,30 +28,30 @@ from src.system.deadline import within
 from src.system.redact import one_line
 
 COURSE = "val/knn_top1"  # what is drawn over the steps of training
-OPENING = "Support-set size against accuracy"  # of every description, which tells ours from others
-LONGEST = 7500  # characters of a description: MLflow cuts a run's after 8,000
-MOST_SWEEPS = 20
+OPENING = "Support-set size against accuracy"  # of every description, which marks it as ours
+MAX_NOTE_CHARS = 7500  # of a description: MLflow cuts a run's after 8,000
+MAX_LINKED_SWEEPS = 20  # older ones that an experiment's description links to
 
 logger = logging.getLogger(__name__)
 
 
-class View(NamedTuple):
-    """A tag for the experiment, and where MLflow then shows what it describes."""
+class SavedView(NamedTuple):
+    """A view of an experiment's runs: the tag of the experiment that holds it, and where MLflow shows it."""
 
     key: str
     value: str
     path: str  # after the address of the server, a slash between them
 
 
-class Shown(NamedTuple):
-    """A sweep as an experiment's description names it."""
+class SweepCharts(NamedTuple):
+    """A sweep in the description of its experiment."""
 
     name: str
     path: str  # of its charts, after the address of the server
     note: str  # its own description; empty where it has no result
 
 
-def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -> View:
+def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -> SavedView:
     """The jobs of a sweep, best first, beside charts of support-set size against accuracy.
 
     The list is flat, because MLflow draws the runs that its list shows, and opens a list with every parent collapsed.
@@ -74,14 +74,14 @@ def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -
     }
     value = json.dumps({"name": name, "createdAt": created, "updatedAt": created, "state": json.dumps(state)})
     query = f"viewStateShareKey={sweep_run_id}&compareRunsMode=CHART&workflowType=machine_learning"
-    return View(f"mlflow.sharedViewState.{sweep_run_id}", value, f"#/experiments/{experiment_id}/runs?{query}")
+    return SavedView(f"mlflow.sharedViewState.{sweep_run_id}", value, f"#/experiments/{experiment_id}/runs?{query}")
 
 
 def _charts() -> list[dict[str, Any]]:
-    """The scatter plots draw a param that is a logarithm, because MLflow offers a logarithm for training steps only."""
+    """Charts of accuracy by log10 of the size, a param of its own: MLflow has logarithmic axes for steps only."""
     size = {"type": "PARAM", "key": LOG_SIZE}
     charts: list[dict[str, Any]] = [
-        *({"type": "SCATTER", "xaxis": size, "yaxis": {"type": "METRIC", "key": figure}} for figure in PLOTTED),
+        *({"type": "SCATTER", "xaxis": size, "yaxis": {"type": "METRIC", "key": metric}} for metric in PLOTTED),
         # The last metric gives the lines their colour.
         {"type": "PARALLEL", "selectedParams": [LOG_SIZE], "selectedMetrics": [COURSE, *reversed(PLOTTED)]},
         {"type": "LINE", "metricKey": COURSE, "selectedMetricKeys": [COURSE], "lineSmoothness": 0},
@@ -90,29 +90,29 @@ def _charts() -> list[dict[str, Any]]:
 
 
 def _sections() -> list[dict[str, Any]]:
-    """Ours, and below it, collapsed, those in which MLflow puts a chart of every metric by the metric's prefix."""
+    """Our section and, collapsed below it, those in which MLflow puts a chart of every metric, by prefix."""
     ours = {"uuid": "sweep", "name": "Support-set size and accuracy", "display": True, "columns": 2, "cardHeight": 280}
     others = [{"uuid": name, "name": name, "display": False} for name in ("test", "val", "support", "train", "time")]
     return [ours, *others]
 
 
-def describe_sweep(name: str, rows: Sequence[Row]) -> str:
+def describe_sweep(name: str, rows: Sequence[TableRow]) -> str:
     """The description of a sweep's run, in Markdown: its table, without what the narrow page has no room for."""
     header, *body = table(rows)
     kept = [place for place, title in enumerate(header) if title in ("method", "vectors", "seeds", GAIN)]
-    kept += [place for place, title in enumerate(header) if title in FIGURES.values()]
+    kept += [place for place, title in enumerate(header) if title in TABLE_METRICS.values()]
     head, *lines = ([line[place] for place in sorted(kept)] for line in (header, *body))
     above = f"{OPENING} in the sweep {name}: {caption(rows)}.\n"
     below = f"\n{GAIN_NOTE[0].upper()}{GAIN_NOTE[1:]}." if GAIN in header else ""
     for fit in range(len(lines), -1, -1):
         more = f"\n{len(lines) - fit} more rows are in the artifact table.md." if fit < len(lines) else ""
         text = "\n".join([above, *markdown(head, lines[:fit])]) + f"\n{more}{below}"
-        if len(text) <= LONGEST:
+        if len(text) <= MAX_NOTE_CHARS:
             break
     return text
 
 
-def describe_experiment(sweeps: Sequence[Shown]) -> str:
+def describe_experiment(sweeps: Sequence[SweepCharts]) -> str:
     """The description of an experiment, in Markdown; its page shows the first paragraph, and the rest on demand.
 
     Args:
@@ -121,36 +121,36 @@ def describe_experiment(sweeps: Sequence[Shown]) -> str:
     newest, *older = sweeps
     first = f"{OPENING}: how many vectors must a contrastive learner store to find good positives?"
     parts = [f"{first} [Charts of the newest sweep, {newest.name}]({newest.path})", newest.note]
-    if older := older[:MOST_SWEEPS]:
+    if older := older[:MAX_LINKED_SWEEPS]:
         parts.append("Charts of older sweeps: " + ", ".join(f"[{each.name}]({each.path})" for each in older))
     parts.append("`python -m src.report experiment=NAME` makes a table and a plot of all runs of an experiment.")
     return "\n\n".join(part.strip() for part in parts)
 
 
 def is_own(note: str) -> bool:
-    """Whether a description is one of the above, rather than somebody's own."""
+    """Whether a description was written here, not by a user."""
     return note.startswith(OPENING)
 
 
 def show_sweep(client: Any, record: Record) -> str:
-    """Gives the experiment of a sweep a view of its jobs, and a description of its newest sweeps.
+    """Give a sweep's experiment a view of the sweep's jobs, and a description of its newest sweeps.
 
-    A description that somebody else has written stays.
+    A description that a user has written stays.
 
     Returns:
-        Where MLflow shows the view, after the address of the server.
+        The path of the view, after the address of the server.
     """
     home = client.get_experiment(client.get_run(record.run_id).info.experiment_id)
     key, value, path = sweep_view(home.experiment_id, record.run_id, record.name, record.start_time)
     client.set_experiment_tag(home.experiment_id, key, value)
 
-    found = [(record.end_time or now(), Shown(record.name, path, record.tags.get(TAG_NOTE, "")))]
+    found = [(record.end_time or now(), SweepCharts(record.name, path, record.tags.get(TAG_NOTE, "")))]
     for run in client.search_runs([home.experiment_id], "tags.sweep_id != ''"):
         info = run.info
         key, _, path_of_other = sweep_view(home.experiment_id, info.run_id, info.run_name, info.start_time)
         if key in home.tags and info.run_id != record.run_id:
-            shown = Shown(info.run_name, path_of_other, run.data.tags.get(TAG_NOTE, ""))
-            found.append((info.end_time or info.start_time, shown))
+            charts = SweepCharts(info.run_name, path_of_other, run.data.tags.get(TAG_NOTE, ""))
+            found.append((info.end_time or info.start_time, charts))
     sweeps = [sweep for _, sweep in sorted(found, reverse=True) if sweep.note]
     before = home.tags.get(TAG_NOTE, "")
     if sweeps and (not before or is_own(before)):
@@ -158,23 +158,23 @@ def show_sweep(client: Any, record: Record) -> str:
     return path
 
 
-def share(sweep: Tracker) -> None:
-    """Shows a sweep in MLflow's pages, and tags its run with where that is; a failing store is only noted."""
-    sweep.record.tags.pop(TAG_CHARTS, None)  # without it, `share_again` is called
+def publish(sweep: Tracker) -> None:
+    """Show a sweep in MLflow's pages, and tag its run with the path; if the store fails, only warn."""
+    sweep.record.tags.pop(TAG_CHARTS, None)  # a delivery calls `publish_again` if it is missing
 
-    def shown() -> str:
+    def published() -> str:
         client = sweep.client()
         return show_sweep(client, sweep.record) if client else ""
 
     try:
-        if path := within(STORE_TIMEOUT_S, shown):
+        if path := within(STORE_TIMEOUT_S, published):
             sweep.record.tags[TAG_CHARTS] = path
     except Exception as error:
         logger.warning("MLflow does not take the view of %s: %s", sweep.directory, one_line(error))
 
 
-def share_again(directory: Path) -> None:
-    """`share`, of a sweep that has ended, once MLflow has its run; nothing of another run."""
+def publish_again(directory: Path) -> None:
+    """`publish` a sweep that has ended, once MLflow has its run; do nothing for a run that is no sweep."""
     with exclusive(directory):
         record = Record.load(directory)
         if TAG_SWEEP_ID not in record.tags or not record.entry.run_id:

@@ -11,7 +11,7 @@ from string import Template
 
 from src.config.names import UNTRAINED
 from src.reporting.plots import caption
-from src.reporting.rows import Row
+from src.reporting.rows import TableRow
 from src.runs.links import link_to, page_of
 from src.runs.record import Record
 from src.system.redact import redact
@@ -65,7 +65,7 @@ HOW_TO_OPEN = (
 
 def render(
     title: str,
-    rows: Sequence[Row],
+    rows: Sequence[TableRow],
     table: Sequence[Sequence[str]],
     pictures: Mapping[str, str],
     notes: Sequence[str],
@@ -73,11 +73,11 @@ def render(
     """The page.
 
     Args:
-        table: its header first, then a line for each of the rows.
-        pictures: SVG by what is drawn.
-        notes: what a reader must know besides.
+        table: its header, then a line for each of the rows.
+        pictures: SVG by caption.
+        notes: lines below the plots.
     """
-    trained = [row for row in rows if row.method != UNTRAINED]  # whose figures are of the others' runs
+    trained = [row for row in rows if row.method != UNTRAINED]  # the untrained row has the other rows' runs
     header, *body = table
     names = [escape(name.replace("-", NO_BREAK)) for name in header]
     lines = [f"<thead><tr>{''.join(f'<th>{name}</th>' for name in names)}</tr></thead>", "<tbody>"]
@@ -96,7 +96,7 @@ def render(
 
 
 def _figure(name: str, svg: str) -> str:
-    drawing = svg[svg.index("<svg") :]  # without what precedes the root of a file
+    drawing = svg[svg.index("<svg") :]  # without the XML declaration before it
     return f"<figure>\n<figcaption>{escape(name)}</figcaption>\n<div>{drawing}</div>\n</figure>"
 
 
@@ -105,7 +105,7 @@ def _list(items: Sequence[str]) -> str:
 
 
 def _run(run: Record) -> str:
-    """The run's folder by its name, which leads to its page where MLflow has it."""
+    """The name of the run's folder, linked to the run's page if MLflow has it."""
     name = escape(run.directory.name if run.directory else run.name)
     path = page_of(run)
     return f'<a href="{escape(redact(link_to(path)))}">{name}</a>' if path else name

@@ -1,18 +1,19 @@
 """Pictures of what a support set gives: anchors beside their positives, prototypes beside their members, a map.
 
-Images enter as they are, through the network in evaluation mode; nothing here changes the run or its random numbers.
+Images pass without augmentation through the network in evaluation mode. Nothing here changes the run or its random
+numbers.
 
 Shapes: A anchors, D dimensions, N images of a sample.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,24 +24,22 @@ from src.data.splits import Split
 from src.evaluation.embed import MIN_MAP_IMAGES
 from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method
+from src.reporting.map import choose_images, class_text, draw_map
 from src.reporting.plots import write_png
 from src.support.base import SupportSet
 from src.system.atomic_write import write_whole
-from src.system.output import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ANCHORS = 16
-SAMPLE = 4096  # at most so many training images show which members prototypes have; a tenth of few images will do
-MEMBERS = 8
+ANCHORS = 16  # in a picture
+MAX_SAMPLE = 4096  # training images among which a prototype's members are looked for; a tenth of few images will do
+MEMBERS = 8  # of a prototype
 PROTOTYPES = 24  # of each kind
-MAPPED = 1000  # validation images
-NAMED = 10  # classes that have a colour of their own, where there are more than twice as many
-GAP = 6  # pixels between tiles of 64
-APART = 3 * GAP  # more of them between an anchor and the members of its prototype
-TILE = 64
-FRAME = (213, 94, 0)  # of a queue's entry that is the anchor's own image
+TILE = 64  # pixels
+TILE_GAP = 6  # pixels between two tiles
+ANCHOR_GAP = 3 * TILE_GAP  # further pixels between an anchor and the members of its prototype
+FRAME = (213, 94, 0)  # RGB, around a queue's entry that is the anchor's own image
 
 
 class Tile(NamedTuple):
@@ -53,18 +52,18 @@ class Tile(NamedTuple):
 def illustrate(
     method: Method, frozen: FrozenEncoder, data: Dataset, directory: Path, epoch: int, last: bool
 ) -> list[Path]:
-    """Draw ``positives.png``, and of prototypes ``prototypes.png``, as the run stands; after the last epoch, a map.
+    """Draw ``positives.png``, of prototypes also ``prototypes.png``, and after the last epoch ``map.png``.
 
-    Those of each epoch are kept in ``pictures/``. Nothing is drawn where nothing is stored, or not enough so far.
-    Images without labels are shown without names, and prototypes without their purity.
+    The pictures of each epoch are kept in ``pictures/``. Nothing is drawn if nothing is stored, or not enough yet.
+    Without labels, images have no names and prototypes no purity.
 
     Returns:
-        What is to be logged.
+        The files to log.
     """
     support = method.support
     if support is None or not support.ready:
         return []
-    size = min(SAMPLE, max(1000, len(data.train) // 10)) if support.shared else ANCHORS
+    size = min(MAX_SAMPLE, max(1000, len(data.train) // 10)) if support.shared else ANCHORS
     rows_N = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:size]
     rows_N = rows_N.to(data.train.labels.device)
     sample = data.train.take(rows_N)
@@ -81,35 +80,27 @@ def illustrate(
             write_whole(directory / f"{name}.png", kept.read_bytes())
             paths.append(kept)
     if last and data.val is not None and len(data.val) >= MIN_MAP_IMAGES:
-        val = data.val.take(mapped(data.val.labels, len(data.classes)))
+        val = data.val.take(choose_images(data.val.labels, len(data.classes)))
         z_ND = embed(method, frozen, val)
-        marked = support.lookup(z_ND) if support.shared else None
-        stored = None if marked is None else marked.embeddings[_first_of_each(marked.ids)]
+        prototypes_KD = None
+        if support.shared:
+            found = support.lookup(z_ND)
+            _, rows_K = np.unique(found.ids.numpy(force=True), return_index=True)
+            prototypes_KD = found.embeddings[np.sort(rows_K)]  # each once, in the order of the images
         paths.append(directory / "map.png")
         labels_N = val.labels if data.classes else torch.full_like(val.labels, UNLABELLED)
-        write_png(draw_map(F.normalize(z_ND, dim=1), labels_N, data.classes, stored), paths[-1], dpi=120)
+        write_png(draw_map(F.normalize(z_ND, dim=1), labels_N, data.classes, prototypes_KD), paths[-1], dpi=120)
     return paths
-
-
-def mapped(labels_N: Tensor, classes: int) -> Tensor:
-    """Rows for a map: random ones, of which up to half are of the classes that have colours of their own."""
-    rows_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0)).to(labels_N.device)
-    if classes <= 2 * NAMED:
-        return rows_N[:MAPPED]
-    is_named_N = (labels_N[rows_N] >= 0) & (labels_N[rows_N] < NAMED)
-    named, others = rows_N[is_named_N][: MAPPED // 2], rows_N[~is_named_N]
-    return torch.cat([others[: MAPPED - len(named)], named])
 
 
 @torch.no_grad()
 def embed(method: Method, frozen: FrozenEncoder, split: Split) -> Tensor:
-    """Embeddings [N, D] of a split's images, as they are, with which the support set is asked."""
-    frozen = copy.copy(frozen)
-    frozen.encoder, projector = method.lookup_networks
+    """Compute the embeddings [N, D] with which the support set is asked, of a split's images without augmentation."""
+    encoder, projector = method.lookup_networks
     training = projector.training
     projector.eval()
     with torch.compiler.set_stance("force_eager"):
-        z_ND = projector(frozen.features(split).x_NF)
+        z_ND = projector(frozen.of(encoder).features(split).x_NF)
     projector.train(training)
     return z_ND.float()
 
@@ -135,7 +126,7 @@ def positives(support: SupportSet, sample: Split, rows_N: Tensor, z_ND: Tensor, 
         tiles = [Tile(sample.take(_at(anchor, sample)).squares("cpu")[0], _name(data, label))]
         if images_N is not None:
             row = int(images_N[anchor])
-            if row >= 0:  # or the entry is of no one image
+            if row >= 0:  # else the entry is not of one image
                 other = data.train.take(torch.tensor([row], device=data.train.labels.device))
                 tiles.append(_member(data, other, label, framed=row == int(rows_N[anchor])))
         else:
@@ -145,14 +136,14 @@ def positives(support: SupportSet, sample: Split, rows_N: Tensor, z_ND: Tensor, 
             tiles += [_member(data, sample.take(_at(int(each), sample)), label) for each in nearest]
         blocks.append(tiles)
     what = "the nearest members of its prototype" if support.shared else "the nearest entry (framed: its own image)"
-    columns, apart = (2, APART) if support.shared else (4, 0)  # a pair needs no more to be told from the next
+    columns, apart = (2, ANCHOR_GAP) if support.shared else (4, 0)  # a pair is recognised without a further gap
     return sheet(blocks, [""] * columns, f"Anchors, and beside each {what}", apart)
 
 
 def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) -> Figure | None:
-    """The largest, the purest and the most mixed prototypes, with the members nearest to them; None of too few.
+    """The largest, the purest and the most mixed prototypes, each with its nearest members.
 
-    Without labels the largest are all that there is.
+    Without labels only the largest; None if no prototype has enough members.
     """
     found = support.lookup(z_ND)
     cosine_N = (F.normalize(z_ND, dim=1) * found.embeddings).sum(1)
@@ -186,71 +177,36 @@ def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) 
     )
 
 
-def draw_map(x_ND: Tensor, labels_N: Tensor, classes: Sequence[str], marked_KD: Tensor | None = None) -> Figure:
-    """Vectors in two dimensions by t-SNE, coloured by class; prototypes are black crosses.
-
-    Of more than twenty classes, the first ten have colours and the others are grey. Vectors without a label have
-    label -1.
-
-    Source: van der Maaten and Hinton, "Visualizing Data using t-SNE", JMLR 2008.
-    """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    from sklearn.manifold import TSNE
-
-    everything = torch.cat([x_ND, *([] if marked_KD is None else [marked_KD.to(x_ND)])]).cpu().numpy()
-    perplexity = min(30, max(1, (len(everything) - 1) // 3))
-    start = "pca" if (everything != everything[0]).any() else "random"  # equal vectors have no principal component
-    places = TSNE(perplexity=perplexity, init=start, max_iter=500, random_state=0).fit_transform(everything)
-    points, marks = places[: len(x_ND)], places[len(x_ND) :]
-    labels = labels_N.cpu().numpy()
-    figure = Figure(figsize=(6.4, 5), layout="constrained")
-    axes = figure.subplots()
-    named = len(classes) if len(classes) <= 2 * NAMED else NAMED
-    for here, what in ((labels < 0, "no label"), (labels >= named, f"the other {len(classes) - named} classes")):
-        if here.any():
-            axes.scatter(points[here, 0], points[here, 1], s=6, color="0.82", linewidth=0, label=what)
-    palette = colormaps["tab10" if named <= NAMED else "tab20"]
-    for label in range(named):
-        here = labels == label
-        if here.any():
-            axes.scatter(
-                points[here, 0], points[here, 1], s=14, color=palette(label), linewidth=0, label=_words(classes[label])
-            )
-    if len(marks):
-        axes.scatter(marks[:, 0], marks[:, 1], s=18, marker="x", color="black", linewidth=0.8, label="prototypes")
-    axes.set(xticks=[], yticks=[], title=f"{len(x_ND):,} images by t-SNE")
-    axes.spines[:].set_color("0.8")
-    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=1.4)
-    return figure
-
-
 def sheet(blocks: Sequence[Sequence[Tile]], heads: Sequence[str], title: str, apart: int = 0) -> Figure:
-    """Blocks of tiles in a grid with a column a head; each tile's text is below it.
+    """Draw blocks of tiles in a grid, a column for each head, with each tile's text below it.
 
-    A block's first tile stands `apart` from the others by so many pixels more.
+    Args:
+        blocks: line by line.
+        heads: of the columns.
+        title: above all.
+        apart: further pixels between a block's first tile and the others.
     """
     from matplotlib.figure import Figure
 
     columns, width = len(heads), max(map(len, blocks))
     lines = -(-len(blocks) // columns)
-    column_width = (width + 0.4) * (TILE + GAP) + apart
-    top = 6 * GAP if any(heads) else 4 * GAP
-    size = (math.ceil(GAP + columns * column_width - 0.4 * TILE), math.ceil(top + lines * (TILE + 3 * GAP)))
+    column_width = (width + 0.4) * (TILE + TILE_GAP) + apart
+    top = 6 * TILE_GAP if any(heads) else 4 * TILE_GAP
+    size = (math.ceil(TILE_GAP + columns * column_width - 0.4 * TILE), math.ceil(top + lines * (TILE + 3 * TILE_GAP)))
     canvas = torch.full((3, size[1], size[0]), 255, dtype=torch.uint8)
     figure = Figure(figsize=(max(3.0, size[0] / 100), size[1] / 100))  # a pixel of the canvas is one of the picture's
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    axes.text(GAP, 2 * GAP, title, fontsize=8, va="center")
+    axes.text(TILE_GAP, 2 * TILE_GAP, title, fontsize=8, va="center")
     for column, head in enumerate(heads):
-        axes.text(GAP + column * column_width, 4.5 * GAP, head, fontsize=8, va="center", weight="bold")
+        axes.text(TILE_GAP + column * column_width, 4.5 * TILE_GAP, head, fontsize=8, va="center", weight="bold")
     for number, tiles in enumerate(blocks):
         line, column = divmod(number, columns)
         for place, tile in enumerate(tiles):
-            x = GAP + round(column * column_width) + place * (TILE + GAP) + (apart if place else 0)
-            y = top + line * (TILE + 3 * GAP)
+            x = TILE_GAP + round(column * column_width) + place * (TILE + TILE_GAP) + (apart if place else 0)
+            y = top + line * (TILE + 3 * TILE_GAP)
             canvas[:, y : y + TILE, x : x + TILE] = _enlarged(tile)
-            axes.text(x, y + TILE + 1.4 * GAP, tile.text, fontsize=6, color=tile.colour, va="center")
+            axes.text(x, y + TILE + 1.4 * TILE_GAP, tile.text, fontsize=6, color=tile.colour, va="center")
     axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
     axes.set(xlim=(0, max(300, size[0])), ylim=(size[1], 0))
     return figure
@@ -277,17 +233,4 @@ def _at(place: int, split: Split) -> Tensor:
 
 
 def _name(data: Dataset, label: int) -> str:
-    return _words(data.classes[label], 14) if data.labelled else ""
-
-
-def _words(name: str, longest: int | None = None) -> str:
-    """A class's name, which data sets write as aquarium_fish; in a picture no part of it is a formula."""
-    return printable(name).replace("_", " ")[:longest].replace("$", r"\$")
-
-
-def _first_of_each(ids_N: Tensor) -> Tensor:
-    """The place of each distinct id's first appearance."""
-    seen: dict[int, int] = {}
-    for place, each in enumerate(ids_N.tolist()):
-        seen.setdefault(each, place)
-    return torch.tensor(list(seen.values()), device=ids_N.device)
+    return class_text(data.classes[label], 14) if data.labelled else ""

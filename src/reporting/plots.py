@@ -1,4 +1,4 @@
-"""Support-set size against accuracy, as a plot: a line a method, or with many variants a dot a row, sorted."""
+"""Plots of support-set size against accuracy: a line for each method or, with many variants, a dot for each row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal
 
 from src.config.names import UNTRAINED, title_of
-from src.reporting.rows import FIGURES, Row, control_of
+from src.reporting.rows import TABLE_METRICS, TableRow, control_of
 from src.system.atomic_write import write_whole
 
 if TYPE_CHECKING:
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 PLOTTED = {"test/linear_top1": "Linear top-1 accuracy (%)", "test/linear_top5": "Linear top-5 accuracy (%)"}
 MARKERS = {"simclr": "D", "nothing_stored": "s", "nnclr": "o", "kmclr": "v"}
 SPARE_MARKERS = "^P*X"
-LINES = ("-", "--", ":", "-.")  # the variants of a method
-FURTHER_MARKERS = "d>p"  # of the variants after the first two, which no method has
-MOST_LINES = 2 * len(LINES)  # more series than that are drawn as dots, one a row
-MOST_DOTS = 80
-LONGEST = 60  # characters of a dot's label
-WIDEST = 88  # characters of a line below the panels
-TOLD = "told: "  # begins the id of a mark that says something under the pointer
+LINES = ("-", "--", ":", "-.")  # for the variants of a method
+FURTHER_MARKERS = "d>p"  # for the third and later variants of a method; no method has them for its first
+MAX_LINES = 2 * len(LINES)  # series; of more each row is drawn as a dot
+MAX_DOTS = 80  # the most accurate rows
+MAX_LABEL_CHARS = 60  # of a dot's label
+MAX_LEGEND_CHARS = 88  # of a line in the legend below the panels
+TOLD = "told: "  # prefix of the id of a mark that has a text of its own (`tell`)
 
 
-def plot(rows: Sequence[Row]) -> Figure:
-    """Accuracy against support-set size where there are few variants, and otherwise a dot for each row.
+def plot(rows: Sequence[TableRow]) -> Figure:
+    """Plot accuracy against support-set size if there are few variants, and else a dot for each row.
 
-    The untrained encoder is far below, and would take the room that tells the others apart.
+    The untrained encoder is left out: it is so far below that the others would look alike.
     """
     rows = [row for row in rows if row.method != UNTRAINED]
-    return dots(rows) if len({row.label for row in rows}) > MOST_LINES else by_size(rows)
+    return dots(rows) if len({row.label for row in rows}) > MAX_LINES else by_size(rows)
 
 
-def caption(rows: Sequence[Row]) -> str:
+def caption(rows: Sequence[TableRow]) -> str:
     """What all runs have in common, how many seeds a row has, and what the bars mean."""
     runs = [run for row in rows for run in row.runs]
     parts = []
@@ -57,11 +57,11 @@ def caption(rows: Sequence[Row]) -> str:
     return ", ".join(parts)
 
 
-def by_size(rows: Sequence[Row]) -> Figure:
-    """A panel a figure, a line a method and variant, a level across for one that stores nothing."""
+def by_size(rows: Sequence[TableRow]) -> Figure:
+    """Draw a panel for each metric and a line for each method and variant, horizontal if it stores nothing."""
     from matplotlib.figure import Figure
 
-    series: dict[str, list[Row]] = defaultdict(list)
+    series: dict[str, list[TableRow]] = defaultdict(list)
     for row in rows:
         series[row.label].append(row)
     styles = _styles(series)
@@ -85,95 +85,95 @@ def by_size(rows: Sequence[Row]) -> Figure:
         _cap(axes)
     figure.suptitle(caption(rows), fontsize=9)
     if handles:
-        names = [wrapped(label, WIDEST) for label in handles]
+        names = [wrapped(label, MAX_LEGEND_CHARS) for label in handles]
         columns = min(4, len(names), max(1, 96 // (max(len(line) for name in names for line in name.split("\n")) + 8)))
         figure.legend(list(handles.values()), names, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
-def dots(rows: Sequence[Row]) -> Figure:
-    """A dot a row with its deviation over seeds, the most accurate at the top; a line down is the control beside it."""
+def dots(rows: Sequence[TableRow]) -> Figure:
+    """Draw a dot for each row with its deviation, the most accurate at the top; vertical lines are the controls."""
     from matplotlib.figure import Figure
 
-    metric = next(iter(PLOTTED))
-    measured = sorted((row for row in rows if row.values(metric)), key=lambda row: row.mean(metric))
-    found = measured[-MOST_DOTS:]
+    ranked_by = next(iter(PLOTTED))
+    measured = sorted((row for row in rows if row.values(ranked_by)), key=lambda row: row.mean(ranked_by))
+    found = measured[-MAX_DOTS:]
     figure = Figure(figsize=(7.2, 1.1 + 0.165 * len(found)), layout="constrained")
     controls = [control_of(row, rows) for row in found]
     panels = figure.subplots(1, len(PLOTTED), sharey=True)
-    for axes, (figure_name, title) in zip(panels, PLOTTED.items(), strict=True):
+    for axes, (metric, title) in zip(panels, PLOTTED.items(), strict=True):
         for place, row in enumerate(found):
-            std = row.std(figure_name)
+            std = row.std(metric)
             style: dict[str, Any] = {"color": row.colour, "marker": marker_of(row.method), "markersize": 4.5}
             error = None if math.isnan(std) else std
             style |= {"capsize": 2, "linewidth": 1, "linestyle": "none", "clip_on": False}
-            drawn = axes.errorbar(row.mean(figure_name), place, xerr=error, **style)
-            tell(drawn[0], _reading(row, figure_name))
+            drawn = axes.errorbar(row.mean(metric), place, xerr=error, **style)
+            tell(drawn[0], _reading(row, metric))
             if control := controls[place]:  # a piece as high as the row, so that rows of one control have one line
                 ends = [place - 0.5, place + 0.5]
-                axes.plot([control.mean(figure_name)] * 2, ends, color=control.colour, linewidth=1, zorder=0)
+                axes.plot([control.mean(metric)] * 2, ends, color=control.colour, linewidth=1, zorder=0)
         axes.set(xlabel=title, ylim=(-0.8, len(found) - 0.2))
         _cap(axes, "x")
         frame(axes, "x")
         axes.grid(axis="y", color="0.94", linewidth=0.6)
-    panels[0].set_yticks(range(len(found)), [_short(row.title) for row in found], fontsize=7)
+    panels[0].set_yticks(range(len(found)), [_cut(row.title) for row in found], fontsize=7)
     for label, row in zip(panels[0].get_yticklabels(), found, strict=True):
         label.set_color(row.colour)
     for axes in panels:
         axes.tick_params(axis="y", length=0)
-    left_out = f"; the {MOST_DOTS} best of {len(measured)}" if len(measured) > MOST_DOTS else ""
+    left_out = f"; the {MAX_DOTS} best of {len(measured)}" if len(measured) > MAX_DOTS else ""
     figure.suptitle(caption(rows) + left_out, fontsize=9)
     return figure
 
 
 def tell(mark: Artist, text: str) -> None:
-    """Gives a mark what a browser shows while the pointer is on it, in `to_svg`."""
+    """Set the text that a browser shows while the pointer is on a mark of `to_svg`."""
     mark.set_gid(TOLD + text)
 
 
 def write_png(figure: Figure, path: Path, dpi: int) -> None:
-    """Writes the figure whole or not at all: on a full disk, what there was stays."""
+    """Write the figure whole or not at all: on a full disk the file that was there stays."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
     write_whole(path, drawn.getvalue())
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as SVG, in which each mark that has something to tell has a ``<title>``."""
+    """The figure as SVG, in which the text of `tell` is a mark's ``<title>``."""
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", metadata={"Date": None})
     # Matplotlib writes the id escaped, within double quotes unless it has some itself.
     return re.sub(rf'<g id=(["\']){TOLD}(.*?)\1>', r"<g><title>\2</title>", drawn.getvalue(), flags=re.DOTALL)
 
 
-def _reading(row: Row, figure: str) -> str:
-    seeds = f"{len(row.values(figure))} seeds" if len(row.values(figure)) > 1 else "one seed"
-    return f"{row.title}: {FIGURES[figure]} {row.text(figure)}, {seeds}"
+def _reading(row: TableRow, metric: str) -> str:
+    seeds = f"{len(row.values(metric))} seeds" if len(row.values(metric)) > 1 else "one seed"
+    return f"{row.title}: {TABLE_METRICS[metric]} {row.text(metric)}, {seeds}"
 
 
 def marker_of(method: str) -> str:
-    """The same for a method in every plot."""
+    """A method's marker, the same in every plot."""
     return MARKERS.get(method, SPARE_MARKERS[sum(method.encode()) % len(SPARE_MARKERS)])
 
 
 def frame(axes: Axes, grid: str = "y") -> None:
-    """Two spines and a light grid behind the data."""
+    """Draw two spines, and a light grid behind the data."""
     axes.grid(axis=grid, color="0.9", linewidth=0.6)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def wrapped(text: str, width: int) -> str:
-    """Text of at most two lines, so many characters wide; what has no room there is cut off."""
+    """Wrap a text to at most two lines of ``width`` characters; the rest is cut off."""
     return "\n".join(wrap(text, width, max_lines=2, placeholder="…"))
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1].rstrip(' ,')}…"
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_LABEL_CHARS else f"{text[: MAX_LABEL_CHARS - 1].rstrip(' ,')}…"
 
 
-def _styles(series: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
-    """The method's colour; its variants differ in their lines, and two and two in their markers, one of them hollow."""
+def _styles(series: Mapping[str, Sequence[TableRow]]) -> dict[str, dict[str, Any]]:
+    """The variants of a method have its colour, and differ in line, marker and whether the marker is hollow."""
     seen: Counter[str] = Counter()
     styles: dict[str, dict[str, Any]] = {}
     for label, rows in series.items():
@@ -188,10 +188,10 @@ def _styles(series: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
 
 
 def _size_axis(axes: Axes, sizes: Sequence[int]) -> tuple[float, float]:
-    """A logarithmic axis that has room for 0 at its left, behind a break, and a label for each size.
+    """Make the axis logarithmic, with 0 at its left behind a break, and label each size.
 
     Returns:
-        Where 0 is, and the factor between two sizes that are drawn beside each other.
+        The place of 0, and the factor between two rows of one size that are drawn beside each other.
     """
     smallest, largest = (sizes[0], sizes[-1]) if sizes else (1, 1)
     zero = smallest / max(3.0, (largest / smallest) ** 0.2)
@@ -215,8 +215,10 @@ def _size_axis(axes: Axes, sizes: Sequence[int]) -> tuple[float, float]:
     return zero, width**0.012
 
 
-def _series(axes: Axes, rows: Sequence[Row], places: Sequence[float], metric: str, style: Mapping[str, Any]) -> Line2D:
-    """Draws the rows of a series, those that store something joined by a line; returns what the legend shows."""
+def _series(
+    axes: Axes, rows: Sequence[TableRow], places: Sequence[float], metric: str, style: Mapping[str, Any]
+) -> Line2D:
+    """Draw the rows of a series, joined by a line if they store something; return the legend's handle."""
     from matplotlib.lines import Line2D
 
     stored = [(place, row.mean(metric)) for place, row in zip(places, rows, strict=True) if row.size]
@@ -238,6 +240,6 @@ def _series(axes: Axes, rows: Sequence[Row], places: Sequence[float], metric: st
 
 
 def _cap(axes: Axes, along: Literal["x", "y"] = "y") -> None:
-    """Accuracies end at 100%."""
+    """End an axis of accuracies at 100%."""
     low, high = axes.get_ylim() if along == "y" else axes.get_xlim()
     axes.set(**{f"{along}lim": (low, min(high, 100.0) if low < 100 else high)})

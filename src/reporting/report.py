@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.errors import UsageError
-from src.reporting.rows import comparable, summarise, unusable
+from src.reporting.comparison import comparable, unusable
+from src.reporting.rows import summarise
 from src.reporting.table import show, write
 from src.runs.links import how_to_open, newest_charts
 from src.runs.query import read_runs, read_sweep
@@ -37,10 +38,10 @@ class Arguments:
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
-    """Reads ``key=value`` arguments; exactly one of ``experiment`` and ``sweep`` is not empty.
+    """Read ``key=value`` arguments; exactly one of ``experiment`` and ``sweep`` is not empty.
 
     Raises:
-        UsageError: an argument is none, a value impossible, or it is not said what to report on.
+        UsageError: a key is unknown, a value is impossible, or not exactly one of experiment and sweep is given.
     """
     given: dict[str, str] = dict(argument.partition("=")[::2] for argument in arguments)
     own = {"experiment": "", "sweep": "", "out": "", "tracking": "mlflow", "root": "multirun"}
@@ -62,7 +63,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints the table, and writes it and the plot.
+    """Print the table, and write it and the plots.
 
     Raises:
         UsageError: an argument is wrong, or there is no such experiment, or no finished run in it.
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str]) -> None:
     asked = parse(arguments)
     if asked.sweep:
         name, runs = read_sweep(asked.sweep, asked.tracking, Path(asked.root))
-        name = printable(name)  # which a server may have made up
+        name = printable(name)  # a server may have any name
     else:
         name, runs = asked.experiment, read_runs(asked.experiment, asked.tracking, Path(asked.root))
     runs = those_with(asked.settings, runs)
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def those_with(settings: Mapping[str, str], runs: Sequence[Record]) -> list[Record]:
-    """The runs that have these settings, of which ``null`` means that the run has none.
+    """Select the runs with these settings; the value ``null`` selects those without the setting.
 
     Raises:
         UsageError: a key is neither an argument nor a setting of any run, or no run has such a value.
@@ -121,7 +122,11 @@ def those_with(settings: Mapping[str, str], runs: Sequence[Record]) -> list[Reco
 
 
 def _folder(name: str) -> Path:
-    """Where a report goes that is not told where; a name such as ``../x`` leads nowhere else."""
+    """The folder of a report without ``out``.
+
+    Raises:
+        UsageError: the name, such as ``../x``, would lead out of results/.
+    """
     results = Path("results")
     folder = Path(f"{results}/{name}")
     if results.resolve() not in folder.resolve().parents:

@@ -1,58 +1,50 @@
-"""Rows of a table: which runs differ in their seed only, what tells rows apart, and what else a reader must know."""
+"""Rows of a table: runs that differ only in their seed, what they gain over a control, and notes for the reader."""
 
 from __future__ import annotations
 
 import math
 import re
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from src.config.identity import NEED_STORED_VECTORS, is_protocol, is_setting, with_neutral
+from src.config.identity import NEED_STORED_VECTORS, is_protocol
 from src.config.names import COLOURS, LABELS, UNTRAINED, colour_of, label_of
-from src.config.renamed import modern
-from src.errors import UsageError
-from src.runs.record import (
-    TAG_CONDITIONS_CHANGED,
-    TAG_DTYPE,
-    TAG_EVALUATED,
-    TAG_EVALUATION_CHANGED,
-    TAG_PRUNED,
-    TAG_SUPPORT_UNUSED,
-    Record,
+from src.reporting.comparison import (
+    IN_USE,
+    METHOD_PREFIXES,
+    compared_settings,
+    differing,
+    distinguishing,
+    row_label,
+    select,
+    setting_text,
+    usual,
+    variant_of,
 )
-from src.system.output import printable
+from src.runs.record import TAG_CONDITIONS_CHANGED, TAG_DTYPE, TAG_EVALUATED, TAG_EVALUATION_CHANGED, Record
 
-FIGURES = {
+TABLE_METRICS = {
     "val/knn_top1": "val kNN",
     "val/linear_top1": "val linear top-1",
     "test/linear_top1": "test linear top-1",
     "test/linear_top5": "test linear top-5",
 }
-# Figures beside the linear probe's; a name after `test` says that a run was evaluated so after its end.
+# Other probes' metrics. A suffix, as in `test_fewshot`, says that the run was evaluated so after its end.
 FEWSHOT = re.compile(r"test(_fewshot)?/fewshot_(\d+(?:\.\d+)?(?:e-\d+)?)pct_top1", re.ASCII)
 FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
-# Of a teacher, by other settings, or on other images (src.evaluation.evaluate).
-ELSEWHERE = re.compile(r"(?:transfer/([^/]+)/)?((?:teacher\w*/)?test\w*)/linear_top1", re.ASCII)
-LATER = ", evaluated later"
-OWN = ("method.", "support.", "objective.")  # settings that are compared among a method's own runs
-IDLE = {  # settings that follow from what the method is, or have no effect in it
-    "simclr": (*NEED_STORED_VECTORS, "objective.support_weight"),
-    "nothing_stored": NEED_STORED_VECTORS,
-    "byol": NEED_STORED_VECTORS,
-    "nnclr": ("objective.same_prototype",),
-}
+# The linear probe of a teacher, by other settings, or on other images (src.evaluation.protocol).
+OTHER_LINEAR = re.compile(r"(?:transfer/([^/]+)/)?((?:teacher\w*/)?test\w*)/linear_top1", re.ASCII)
+EVALUATED_LATER = ", evaluated later"
 NOTHING_STORED = LABELS["nothing_stored"]
-IN_THE_ROW = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
-NUMBERS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
-IN_USE, PEAK = "support/size", "support/peak_size"  # of a support set whose number of vectors changes
-SAME = (TAG_DTYPE, "git_commit", "git_dirty", "device")  # tags of runs that can be compared
+PEAK = "support/peak_size"  # the metric of a support set whose number of vectors changes
+COMPARED_TAGS = (TAG_DTYPE, "git_commit", "git_dirty", "device")  # tags in which runs that are compared should agree
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """The runs that differ only in their seed."""
 
     method: str
@@ -66,7 +58,7 @@ class Row:
 
     @property
     def is_control(self) -> bool:
-        """Whether it does what others do, and stores nothing."""
+        """Whether the runs are trained as those of other rows and store nothing."""
         stores_nothing = self.runs[0].params.get("support.name") == "none"
         return stores_nothing and self.method not in (UNTRAINED, "simclr")
 
@@ -75,41 +67,41 @@ class Row:
         """The label with the size: ``NNCLR 4,096, support_weight=1``."""
         return (f"{self.name} {self.size:,}" if self.size else self.name) + self.label.removeprefix(self.name)
 
-    def values(self, figure: str) -> list[float]:
-        """The figure of every run that has it, in percent."""
-        return [value for run in self.runs if math.isfinite(value := run.metrics.get(figure, math.nan))]
+    def values(self, metric: str) -> list[float]:
+        """The metric in every run that has it, in percent."""
+        return [value for run in self.runs if math.isfinite(value := run.metrics.get(metric, math.nan))]
 
-    def mean(self, figure: str) -> float:
-        return statistics.fmean(self.values(figure) or [math.nan])
+    def mean(self, metric: str) -> float:
+        return statistics.fmean(self.values(metric) or [math.nan])
 
-    def std(self, figure: str) -> float:
+    def std(self, metric: str) -> float:
         """The sample standard deviation, NaN for fewer than two runs."""
-        values = self.values(figure)
+        values = self.values(metric)
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
-    def text(self, figure: str) -> str:
+    def text(self, metric: str) -> str:
         """Mean and deviation for people: ``57.83 ± 0.33``, without a deviation for one run, and ``-`` for none."""
-        mean, std = self.mean(figure), self.std(figure)
+        mean, std = self.mean(metric), self.std(metric)
         return "-" if math.isnan(mean) else f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}"
 
 
-def figures_of(rows: Sequence[Row]) -> dict[str, str]:
-    """The figures of a table with their titles: `FIGURES`, and what any run has of the others that are known."""
+def metrics_of(rows: Sequence[TableRow]) -> dict[str, str]:
+    """The metrics of a table with their titles: `TABLE_METRICS`, and what any run has of the others that are known."""
     found = {key for row in rows for run in row.runs for key in run.metrics}
     few = sorted(filter(None, map(FEWSHOT.fullmatch, found)), key=lambda each: (float(each[2]), each[0]))
     tuned = sorted(filter(None, map(FINETUNE.fullmatch, found)), key=lambda each: (each[2], each[0]))
-    elsewhere = sorted(filter(None, map(ELSEWHERE.fullmatch, found - FIGURES.keys())), key=lambda each: each[0])
-    titles = {each[0]: f"test {each[2]}% of labels top-1{LATER if each[1] else ''}" for each in few}
-    titles |= {each[0]: f"test fine-tuned top-{each[2]}{LATER if each[1] else ''}" for each in tuned}
+    others = filter(None, map(OTHER_LINEAR.fullmatch, sorted(found - TABLE_METRICS.keys())))
+    titles = {each[0]: f"test {each[2]}% of labels top-1{EVALUATED_LATER if each[1] else ''}" for each in few}
+    titles |= {each[0]: f"test fine-tuned top-{each[2]}{EVALUATED_LATER if each[1] else ''}" for each in tuned}
     return (
-        FIGURES
+        TABLE_METRICS
         | titles
-        | {each[0]: f"{' '.join(filter(None, each.groups())).replace('/', ' ')} linear top-1" for each in elsewhere}
+        | {each[0]: f"{' '.join(filter(None, each.groups())).replace('/', ' ')} linear top-1" for each in others}
     )
 
 
 class Difference(NamedTuple):
-    """A row's figure less its control's, in percentage points, over the seeds that both have."""
+    """A row's metric minus its control's, in percentage points, over the seeds that both have."""
 
     mean: float
     half_width: float  # of the 95% interval; NaN for fewer than two pairs
@@ -124,7 +116,7 @@ class Difference(NamedTuple):
         return self.mean + self.half_width
 
 
-def difference(row: Row, control: Row | None, figure: str) -> Difference:
+def difference(row: TableRow, control: TableRow | None, metric: str) -> Difference:
     """Mean of the differences between runs of one seed, with its 95% interval by Student's t distribution.
 
     Without a control there are no pairs.
@@ -135,7 +127,7 @@ def difference(row: Row, control: Row | None, figure: str) -> Difference:
     Source: Student, "The Probable Error of a Mean", Biometrika 6, 1908.
     """
     pair = row.runs, control.runs if control else ()
-    ours, theirs = ({run.params["seed"]: run.metrics.get(figure, math.nan) for run in runs} for runs in pair)
+    ours, theirs = ({run.params["seed"]: run.metrics.get(metric, math.nan) for run in runs} for runs in pair)
     gains = [gain for seed in ours.keys() & theirs.keys() if math.isfinite(gain := ours[seed] - theirs[seed])]
     if len(gains) < 2:
         return Difference(statistics.fmean(gains or [math.nan]), math.nan, len(gains))
@@ -145,11 +137,11 @@ def difference(row: Row, control: Row | None, figure: str) -> Difference:
     return Difference(statistics.fmean(gains), float(stats.t.ppf(0.975, len(gains) - 1)) * error, len(gains))
 
 
-def control_of(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The row that does the same and stores nothing; None where there is none, or several that could be meant.
+def control_of(row: TableRow, rows: Sequence[TableRow]) -> TableRow | None:
+    """Find the row with the same settings that stores nothing; None if there is none, or more than one.
 
-    They agree in every setting, also in those that only one of them has, but for what belongs to the support set.
-    SimCLR is the control's own other loss, so it need not agree in what its loss does not have.
+    The two agree in every setting, including those that only one of them has, except those of the support set. SimCLR's
+    loss has neither a support weight nor a predictor, so that its control may have any.
     """
     is_simclr = row.method == "simclr"
     if row.method == UNTRAINED or row.is_control:
@@ -168,17 +160,17 @@ def control_of(row: Row, rows: Sequence[Row]) -> Row | None:
         for other in rows
         if other.is_control
         and (other.method == "nothing_stored" or not is_simclr)
-        and agree(settings(row.runs[0]), settings(other.runs[0]))
+        and agree(compared_settings(row.runs[0]), compared_settings(other.runs[0]))
     ]
     return found[0] if len(found) == 1 else None
 
 
-def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:
-    """Averages the runs that differ only in their seed, and no others.
+def summarise(runs: Sequence[Record]) -> tuple[list[TableRow], list[str]]:
+    """Group the runs that differ only in their seed into rows.
 
     Returns:
-        Rows by method, then support size, ahead of them the untrained encoder's; and notes on all that the figures
-        alone would hide.
+        The rows, the untrained encoder's first, the others by method, label and support size; and notes on what the
+        numbers alone would hide.
     """
     kept, notes = select(runs)
     notes += _changing(kept)
@@ -186,17 +178,17 @@ def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:
     names = distinguishing(kept, keys)
     same: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
     for run in kept:
-        same[run.params["method.name"], _variant(run, names), int(run.params["support_set_size"])].append(run)
+        same[run.params["method.name"], variant_of(run, names), int(run.params["support_set_size"])].append(run)
     common = usual(kept, keys)
     rows = [
-        Row(
+        TableRow(
             method,
             label_of(group[0].params),
             colour_of(group[0].params),
             round(statistics.fmean(run.metrics.get(IN_USE, size) for run in group)),
             int(group[0].params["support_bytes"]),
             variant,
-            _label(group[0], names, common[method]),
+            row_label(group[0], names, common[method]),
             tuple(group),
         )
         for (method, variant, size), group in same.items()
@@ -206,32 +198,32 @@ def summarise(runs: Sequence[Record]) -> tuple[list[Row], list[str]]:
     return [*_untrained(kept, keys), *rows], notes + _remarks(rows, keys, names, common)
 
 
-def _untrained(runs: Sequence[Record], keys: Sequence[str]) -> list[Row]:
-    """What the runs' encoders were worth before the first step: the same for every run of a seed, in any method."""
+def _untrained(runs: Sequence[Record], keys: Sequence[str]) -> list[TableRow]:
+    """The rows of the encoder before the first step, which all runs of a seed share, whatever their method."""
     keys = [key for key in keys if key.startswith(("backbone.", "data.")) or is_protocol(key)]
     prefix = f"{UNTRAINED}/"
     seeds: dict[str, dict[str, Record]] = defaultdict(dict)
     for run in runs:
-        figures = {key.removeprefix(prefix): run.metrics[key] for key in run.metrics if key.startswith(prefix)}
-        if figures:  # not of runs that started from others' weights, or from before it was measured
-            seeds[_variant(run, keys)][run.params["seed"]] = replace(run, metrics=figures)
+        metrics = {key.removeprefix(prefix): run.metrics[key] for key in run.metrics if key.startswith(prefix)}
+        if metrics:  # runs that start from other weights, and old runs, have none
+            seeds[variant_of(run, keys)][run.params["seed"]] = replace(run, metrics=metrics)
     rows = []
     for variant, by_seed in sorted(seeds.items()):
         label = f"{UNTRAINED}, {variant}" if variant else UNTRAINED
-        rows.append(Row(UNTRAINED, UNTRAINED, COLOURS[UNTRAINED], 0, 0, variant, label, tuple(by_seed.values())))
+        rows.append(TableRow(UNTRAINED, UNTRAINED, COLOURS[UNTRAINED], 0, 0, variant, label, tuple(by_seed.values())))
     return rows
 
 
 def _remarks(
-    rows: Sequence[Row], keys: Sequence[str], names: Sequence[str], common: Mapping[str, Mapping[str, str]]
+    rows: Sequence[TableRow], keys: Sequence[str], names: Sequence[str], common: Mapping[str, Mapping[str, str]]
 ) -> list[str]:
-    """What the rows' labels leave unsaid, and what makes rows less comparable than they look."""
+    """Note what the labels leave out, and what makes rows less comparable than they look."""
     notes, runs = [], [run for row in rows for run in row.runs]
     if names:
         notes.append(f"the runs also differ in {', '.join(names)}: each combination has its own row")
     names_of = {row.method: row.name for row in rows}
     unsaid = dict.fromkeys(
-        f"{names_of[method]}'s {_short(key, value)}" if key.startswith(OWN) else f"{key}={value}"
+        f"{names_of[method]}'s {setting_text(key, value)}" if key.startswith(METHOD_PREFIXES) else f"{key}={value}"
         for method, values in common.items()
         for key, value in values.items()
         if key in names
@@ -240,7 +232,7 @@ def _remarks(
         notes.append(f"where a row does not say otherwise: {', '.join(unsaid)}")
     if implied := sorted(set(keys) - set(names)):
         notes.append(f"with {', '.join(names)} go {', '.join(implied)}")
-    for tag in SAME:
+    for tag in COMPARED_TAGS:
         found = [{run.tags[tag] for run in row.runs if tag in run.tags} for row in rows]
         mixed = [row.title for row, values in zip(rows, found, strict=True) if len(values) > 1]
         if mixed:
@@ -254,7 +246,7 @@ def _remarks(
             notes.append(f"{run.name} has its last evaluation's figures: {run.tags['evaluation_changed']}")
     if len({run.params.get("evaluation.bank") for run in runs} - {None}) > 1:
         notes.append("the runs differ in evaluation.bank: their val kNN cannot be compared")
-    for family in dict.fromkeys(figure.rpartition("/")[0] for figure in figures_of(rows)):
+    for family in dict.fromkeys(metric.rpartition("/")[0] for metric in metrics_of(rows)):
         tag = f"{TAG_EVALUATED}/{family}"
         those = [run for run in runs if any(key.startswith(f"{family}/") for key in run.metrics)]
         by = {run.tags.get(tag, "settings that no tag names") for run in those}
@@ -265,47 +257,12 @@ def _remarks(
     seeds = sorted({len(row.runs) for row in rows})
     if len(seeds) > 1:
         notes.append(f"the rows differ in their number of seeds: {seeds[0]} to {seeds[-1]}")
-    for figure, title in figures_of(rows).items():
-        lacking = [(row, len(row.values(figure))) for row in rows if len(row.values(figure)) < len(row.runs)]
+    for metric, title in metrics_of(rows).items():
+        lacking = [(row, len(row.values(metric))) for row in rows if len(row.values(metric)) < len(row.runs)]
         where = [f"{row.title} ({len(row.runs) - n} of {len(row.runs)} runs)" for row, n in lacking]
         if where:
             notes.append(f"no {title}: {', '.join(where)}")
     return notes
-
-
-def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
-    """Keeps the finished runs, of each configuration and seed the newest, and notes what it leaves out."""
-    repeats: dict[frozenset[tuple[str, str]], list[Record]] = defaultdict(list)
-    unfinished = []
-    for run in map(_printable, sorted(runs, key=lambda run: run.start_time)):
-        if reason := unusable(run):
-            unfinished.append(f"{run.name} ({reason})")
-        else:
-            usable = replace(run, params=comparable(run))
-            repeats[frozenset(settings(usable).items())].append(usable)
-    notes = [f"left out: {', '.join(unfinished)}"] if unfinished else []
-    notes += [
-        f"{group[-1].name} was run {len(group)} times: only the newest counts"
-        for group in repeats.values()
-        if len(group) > 1
-    ]
-    return [group[-1] for group in repeats.values()], notes
-
-
-def comparable(run: Record) -> dict[str, str]:
-    """The params under the names of now, also those that did not exist then, without those that make no difference.
-
-    Where a later session evaluated otherwise than the first, a tag has the setting's value.
-    """
-    changed = {key: value for key, value in run.tags.items() if key.startswith("evaluation.")}
-    params = with_neutral(modern(run.params)) | changed
-    idle = IDLE.get(params.get("method.name", ""), ())
-    return {key: value for key, value in params.items() if value != "null" and key not in idle}
-
-
-def _printable(run: Record) -> Record:
-    params, tags = ({key: printable(text) for key, text in each.items()} for each in (run.params, run.tags))
-    return replace(run, name=printable(run.name), params=params, tags=tags)
 
 
 def _changing(runs: Sequence[Record]) -> list[str]:
@@ -319,101 +276,3 @@ def _changing(runs: Sequence[Record]) -> list[str]:
         f"more than {max(run.metrics[PEAK] for run in group):,.0f}, and bytes are of all that there is room for"
         for label, group in own.items()
     ]
-
-
-def unusable(run: Record) -> str:
-    """Why a run is no part of a report; empty where it is."""
-    if run.status != "FINISHED":
-        return "pruned" if TAG_PRUNED in run.tags else run.status.lower()
-    if "method.name" not in run.params:
-        return "not a training run"
-    if TAG_SUPPORT_UNUSED in run.tags:  # it would stand in the plot as what it is not
-        return "its support set was never filled"
-    if damaged := [key for key in NUMBERS if not re.fullmatch(r"\d{1,18}", run.params.get(key, ""), re.ASCII)]:
-        return f"its {damaged[0]} is {run.params.get(damaged[0], 'missing')}"
-    try:
-        modern(run.params)
-    except UsageError as error:
-        return str(error)
-    return ""
-
-
-def settings(run: Record) -> dict[str, str]:
-    """The params on which a run's figures depend: what makes it this experiment, and how it was evaluated."""
-    return {key: value for key, value in run.params.items() if is_setting(key) or is_protocol(key)}
-
-
-def differing(runs: Sequence[Record]) -> list[str]:
-    """The settings, besides method, support size and seed, in which the runs differ.
-
-    The settings of a method itself are compared among its own runs only.
-    """
-    by_method: dict[str, list[dict[str, str]]] = defaultdict(list)
-    for run in runs:
-        by_method[run.params["method.name"]].append(settings(run))
-    everyone = [each for group in by_method.values() for each in group]
-    keys = {key for each in everyone for key in each} - set(IN_THE_ROW)
-    if any(IN_USE in run.metrics for run in runs):  # the row has the vectors in use, not those that there is room for
-        keys.add("support.size")
-
-    def differs(key: str) -> bool:
-        groups = by_method.values() if key.startswith(OWN) else [everyone]
-        return any(len({each.get(key) for each in group}) > 1 for group in groups)
-
-    return sorted(filter(differs, keys))
-
-
-def distinguishing(runs: Sequence[Record], keys: Sequence[str]) -> list[str]:
-    """As few of the keys as tell the same runs apart: a recipe is known by one of them.
-
-    The names of options come first (``optimizer.name``), then the shortest keys.
-    """
-    kept: list[str] = []
-
-    def groups(chosen: list[str]) -> int:  # a method does not excuse what is not its own: epochs, say
-        shared = [key for key in chosen if not key.startswith(OWN)]
-        return sum(len({tuple(map(run.params.get, by)) for run in runs}) for by in (["method.name", *chosen], shared))
-
-    for key in sorted(keys, key=lambda key: (not key.endswith(".name"), len(key), key)):
-        if groups([*kept, key]) > groups(kept):
-            kept.append(key)
-    return kept
-
-
-def usual(runs: Sequence[Record], keys: Sequence[str]) -> dict[str, dict[str, str]]:
-    """What a row need not say: for each method, the values of the keys that more than half of the runs have.
-
-    A setting of the method itself is counted among its own runs; a key that some runs lack is always said.
-    """
-    by_method: dict[str, list[Record]] = defaultdict(list)
-    for run in runs:
-        by_method[run.params["method.name"]].append(run)
-    common: dict[str, dict[str, str]] = {method: {} for method in by_method}
-    for method, own in by_method.items():
-        for key in keys:
-            compared = own if key.startswith(OWN) else runs
-            values = Counter(run.params.get(key) for run in compared)
-            ((value, times),) = values.most_common(1)
-            if value is not None and None not in values and times > len(compared) / 2:
-                common[method][key] = value
-    return common
-
-
-def _variant(run: Record, keys: Sequence[str]) -> str:
-    return ", ".join(_short(key, run.params[key]) for key in keys if key in run.params)
-
-
-def _short(key: str, value: str) -> str:
-    """``support_weight=1`` for ``objective.support_weight=1``; an objective goes by its name alone."""
-    if key == "objective.name":
-        return value
-    prefix = next((prefix for prefix in OWN if key.startswith(prefix)), "")
-    return f"{key.removeprefix(prefix)}={value}"
-
-
-def _label(run: Record, keys: Sequence[str], common: Mapping[str, str]) -> str:
-    unusual = [key for key in keys if run.params.get(key) != common.get(key)]
-    more = sum(run.params.get(key) != value for key, value in common.items() if key not in keys)
-    text = re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", _variant(run, unusual))
-    name = label_of(run.params)
-    return ", ".join(filter(None, [name, text])) + (f" and {more} more" if more else "")

@@ -22,54 +22,55 @@ from src.config.names import UNTRAINED
 from src.errors import UsageError
 from src.reporting import curves, page
 from src.reporting.plots import caption, plot, to_svg, write_png
-from src.reporting.rows import FIGURES, NOTHING_STORED, Row, control_of, difference, figures_of
+from src.reporting.rows import NOTHING_STORED, TABLE_METRICS, TableRow, control_of, difference, metrics_of
 from src.runs.record import METRICS
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
 
 logger = logging.getLogger(__name__)
 
-WORTH = "test/linear_top1"
-FOR_WIDE = ("bytes", "of largest queue")  # columns that a narrower terminal leaves to the files
-WIDE = 100
+GAIN_METRIC = "test/linear_top1"
+WIDE_COLUMNS = ("bytes", "of largest queue")  # columns that only a wide terminal shows; the files have them always
+MIN_WIDE_CHARS = 100  # of a wide terminal
 GAIN = f"beyond {NOTHING_STORED}"
 GAIN_NOTE = (
-    f"{GAIN}: {FIGURES[WORTH]} less that of the same settings with nothing stored, the mean over pairs of runs with "
-    "one seed ± the half-width of its 95% interval (Student's t)"
+    f"{GAIN}: {TABLE_METRICS[GAIN_METRIC]} less that of the same settings with nothing stored, the mean over pairs of "
+    "runs with one seed ± the half-width of its 95% interval (Student's t)"
 )
 
 
-def table(rows: Sequence[Row]) -> list[list[str]]:
+def table(rows: Sequence[TableRow]) -> list[list[str]]:
     """The table as text, its header first.
 
-    The last column is there where a row has a control (`GAIN_NOTE`).
+    If a row has a control, there is a last column: `GAIN_NOTE`.
     """
-
-    def worth(row: Row) -> str:
-        found = difference(row, control_of(row, rows), WORTH)
-        if not found.pairs:
-            return "-"
-        width = "" if math.isnan(found.half_width) else f" ± {found.half_width:.2f}"
-        fewer = f" ({found.pairs} of {len(row.runs)} seeds)" if found.pairs < len(row.runs) else ""
-        return f"{found.mean:+.2f}{width}{fewer}"
-
-    figures = figures_of(rows)
-    header = ["method", "vectors", "bytes", "of largest queue", "seeds", *figures.values()]
+    metrics = metrics_of(rows)
+    header = ["method", "vectors", "bytes", "of largest queue", "seeds", *metrics.values()]
     body = [
         [
             row.label,
             f"{row.size:,}",
             decimal(row.stored_bytes),
-            "-" if share is None else f"{share:.2%}",
+            "-" if fraction is None else f"{fraction:.2%}",
             str(len(row.runs)),
-            *(row.text(figure) for figure in figures),
+            *(row.text(metric) for metric in metrics),
         ]
-        for row, share in zip(rows, shares(rows), strict=True)
+        for row, fraction in zip(rows, fractions_of_largest_queue(rows), strict=True)
     ]
-    if any(control_of(row, rows) for row in rows):
+    controls = [control_of(row, rows) for row in rows]
+    if any(controls):
         header.append(GAIN)
-        body = [[*line, worth(row)] for line, row in zip(body, rows, strict=True)]
+        body = [[*line, _gain(row, control)] for line, row, control in zip(body, rows, controls, strict=True)]
     return [header, *body]
+
+
+def _gain(row: TableRow, control: TableRow | None) -> str:
+    found = difference(row, control, GAIN_METRIC)
+    if not found.pairs:
+        return "-"
+    width = "" if math.isnan(found.half_width) else f" ± {found.half_width:.2f}"
+    fewer = f" ({found.pairs} of {len(row.runs)} seeds)" if found.pairs < len(row.runs) else ""
+    return f"{found.mean:+.2f}{width}{fewer}"
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -78,47 +79,47 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in escaped]
 
 
-def with_gain_note(rows: Sequence[Row], notes: Sequence[str]) -> list[str]:
-    """The notes, ahead of them what the last column is where the table has it."""
-    return [*([GAIN_NOTE] if any(control_of(row, rows) for row in rows) else []), *notes]
+def with_gain_note(header: Sequence[str], notes: Sequence[str]) -> list[str]:
+    """Put `GAIN_NOTE` ahead of the notes if the table has that column."""
+    return [*([GAIN_NOTE] if GAIN in header else []), *notes]
 
 
-def document(rows: Sequence[Row], notes: Sequence[str], experiment: str) -> str:
-    """What table.md holds."""
-    header, *body = table(rows)
+def document(rows: Sequence[TableRow], cells: Sequence[Sequence[str]], notes: Sequence[str], experiment: str) -> str:
+    """What table.md holds: the `table` of the rows, with its caption and notes."""
+    header, *body = cells
     lines = [f"# {experiment}", "", caption(rows), "", *markdown(header, body), "", *(f"- {note}" for note in notes)]
     return "\n".join([*lines, ""])
 
 
-def shares(rows: Sequence[Row]) -> list[float | None]:
+def fractions_of_largest_queue(rows: Sequence[TableRow]) -> list[float | None]:
     """Each row's support size over that of the largest queue; None where no run has a queue."""
     largest = max((row.size for row in rows if "queue_size" in row.runs[0].params), default=None)
     return [row.size / largest if largest else None for row in rows]
 
 
-def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The table as numbers; None for a figure that is missing."""
-    figures = figures_of(rows)
+def records(rows: Sequence[TableRow]) -> list[dict[str, Any]]:
+    """The table as numbers; None for a metric that is missing."""
+    metrics = metrics_of(rows)
     return [
         {
             "method": row.method,
             "variant": row.variant,
             "support_set_size": row.size,
             "support_bytes": row.stored_bytes,
-            "share_of_largest_queue": share,
+            "share_of_largest_queue": fraction,
             "seeds": len(row.runs),
         }
-        | {f"{figure}_mean": _known(row.mean(figure)) for figure in figures}
-        | {f"{figure}_std": _known(row.std(figure)) for figure in figures}
-        | _differences(row, rows, figures)
-        for row, share in zip(rows, shares(rows), strict=True)
+        | {f"{metric}_mean": _known(row.mean(metric)) for metric in metrics}
+        | {f"{metric}_std": _known(row.std(metric)) for metric in metrics}
+        | _differences(row, rows, metrics)
+        for row, fraction in zip(rows, fractions_of_largest_queue(rows), strict=True)
     ]
 
 
-def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """The figures of a report in a few numbers: of the control, and of the trained row that is best on validation.
+def summary(rows: Sequence[TableRow]) -> dict[str, float]:
+    """A report in a few numbers: the metrics of the control, and of the trained row that is best on validation.
 
-    Each is the mean over a row's seeds, in percent; a figure that is missing is left out.
+    Each is the mean over a row's seeds, in percent. Missing metrics are left out.
     """
     chosen = "val/linear_top1"
     trained = [row for row in rows if row.method != UNTRAINED]
@@ -129,7 +130,10 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
         named["best"] = max(candidates, key=lambda row: row.mean(chosen))
         numbers["best/support_set_size"] = named["best"].size
     return numbers | {
-        f"{name}/{figure}": row.mean(figure) for name, row in named.items() for figure in FIGURES if row.values(figure)
+        f"{name}/{metric}": row.mean(metric)
+        for name, row in named.items()
+        for metric in TABLE_METRICS
+        if row.values(metric)
     }
 
 
@@ -137,19 +141,19 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _differences(row: Row, rows: Sequence[Row], figures: Iterable[str]) -> dict[str, float | None]:
-    """Beyond the control, of every figure: the mean over pairs, the ends of its 95% interval, the number of pairs."""
+def _differences(row: TableRow, rows: Sequence[TableRow], metrics: Iterable[str]) -> dict[str, float | None]:
+    """For each metric the gain over the control: mean over pairs, ends of its 95% interval, number of pairs."""
     control = control_of(row, rows)
     numbers: dict[str, float | None] = {}
-    for figure in figures:
-        found = difference(row, control, figure)
-        numbers |= {f"{figure}_difference": _known(found.mean), f"{figure}_difference_low": _known(found.low)}
-        numbers |= {f"{figure}_difference_high": _known(found.high), f"{figure}_pairs": found.pairs}
+    for metric in metrics:
+        found = difference(row, control, metric)
+        numbers |= {f"{metric}_difference": _known(found.mean), f"{metric}_difference_low": _known(found.low)}
+        numbers |= {f"{metric}_difference_high": _known(found.high), f"{metric}_pairs": found.pairs}
     return numbers
 
 
 def _has_curves(directory: Path) -> bool:
-    """Whether a run's rows can be read here; those of a colleague, or damaged ones, are left out and said to be."""
+    """Whether a run's metrics are on this machine and can be read; warn if they are and cannot."""
     if not os.path.isfile(directory / METRICS):  # `Path.is_file` raises where a folder above is closed
         return False
     try:
@@ -160,8 +164,8 @@ def _has_curves(directory: Path) -> bool:
     return True
 
 
-def courses(rows: Sequence[Row]) -> list[curves.Course]:
-    """The rows' runs as curves over epochs, of those runs whose folders are here."""
+def courses(rows: Sequence[TableRow]) -> list[curves.Course]:
+    """The training curves of the rows, of those runs whose folders are on this machine."""
     found = []
     for row in rows:
         here = tuple(run.directory for run in row.runs if run.directory and _has_curves(run.directory))
@@ -175,17 +179,18 @@ def courses(rows: Sequence[Row]) -> list[curves.Course]:
     return found
 
 
-def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path) -> list[Path]:
-    """Writes table.md, table.csv, table.json, plot.png, plot.svg, curves.png of what has curves, and results.html.
+def write(rows: Sequence[TableRow], notes: Sequence[str], experiment: str, out: Path) -> list[Path]:
+    """Write table.md, table.csv, table.json, plot.png, plot.svg and results.html and, if there are curves, curves.png.
 
     Returns:
-        The paths of what it has written.
+        The paths of the files.
     """
     from matplotlib import rc_context
 
     out.mkdir(parents=True, exist_ok=True)
-    notes = with_gain_note(rows, notes)
-    write_whole(out / "table.md", document(rows, notes, experiment).encode())
+    cells = table(rows)
+    notes = with_gain_note(cells[0], notes)
+    write_whole(out / "table.md", document(rows, cells, notes, experiment).encode())
 
     numbers = records(rows)
     sheet = io.StringIO()
@@ -198,7 +203,7 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
     write_whole(out / "table.json", f"{json.dumps(result, indent=1, allow_nan=False)}\n".encode())
 
     paths = [out / name for name in ("table.md", "table.csv", "table.json", "plot.png", "plot.svg", "results.html")]
-    # The salt: the same runs give the same bytes.
+    # With the salt, equal runs give an SVG of equal bytes.
     with rc_context({"font.size": 9, "svg.hashsalt": experiment, "text.parse_math": False}):
         figure = plot(rows)
         write_png(figure, out / "plot.png", dpi=200)
@@ -208,22 +213,22 @@ def write(rows: Sequence[Row], notes: Sequence[str], experiment: str, out: Path)
             paths.append(out / "curves.png")
             write_png(drawn, paths[-1], dpi=200)
             pictures["Over the epochs"] = to_svg(drawn)
-    write_whole(out / "results.html", page.render(experiment, rows, table(rows), pictures, notes).encode())
+    write_whole(out / "results.html", page.render(experiment, rows, cells, pictures, notes).encode())
     return paths
 
 
-def show(rows: Sequence[Row], notes: Sequence[str], title: str) -> None:
-    """Prints the table."""
+def show(rows: Sequence[TableRow], notes: Sequence[str], title: str) -> None:
+    """Print the table."""
     console = Console(width=None if sys.stdout.isatty() else 120, markup=False)
     header, *body = table(rows)
-    is_wide = console.width >= WIDE or GAIN not in header
-    columns = [place for place, name in enumerate(header) if is_wide or name not in FOR_WIDE]
+    is_wide = console.width >= MIN_WIDE_CHARS or GAIN not in header
+    columns = [place for place, name in enumerate(header) if is_wide or name not in WIDE_COLUMNS]
     shown = Table(title=title, caption=caption(rows), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     shown.add_column(header[0], overflow="fold")
     for place in columns[1:]:
-        shown.add_column("\n".join(header[place].split()), justify="right")  # narrow, for the labels' sake
+        shown.add_column("\n".join(header[place].split()), justify="right")  # narrow, to leave room for the labels
     for line in body:
         shown.add_row(*(line[place] for place in columns))
     console.print(shown)
-    for note in with_gain_note(rows, notes):
+    for note in with_gain_note(header, notes):
         console.print(f"note: {note}", markup=False, highlight=False)

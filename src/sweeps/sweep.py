@@ -107,7 +107,7 @@ class Sweep:
         counts |= {"sweep/failed": len(lacking) - len(stopped), "sweep/pruned": len(pruned)}
         # What the sweep was before stays as it was logged.
         self.tracker.log(counts | (table.summary(rows) if rows else {}), max(len(finished), self.tracker.next_step))
-        mlflow_charts.share(self.tracker)
+        mlflow_charts.publish(self.tracker)
 
         print(f"{self.directory}: {len(finished)} of {len(self.jobs)} jobs finished, {len(pruned)} pruned", flush=True)
         print(f"report: python -m src.report sweep={self.id} tracking={self.tracking.name}", flush=True)

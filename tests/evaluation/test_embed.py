@@ -14,7 +14,6 @@ from src.data import load
 from src.errors import CannotWrite, Diverged, RunFailed, UsageError
 from src.evaluation import embed
 from src.evaluation.encoder import load_encoder
-from src.reporting import pictures
 from src.system import atomic_write
 from tests.config.test_schema import parsed
 from tests.conftest import PROJECT
@@ -37,7 +36,7 @@ def drawn(monkeypatch):
     from matplotlib.figure import Figure
 
     maps = []
-    monkeypatch.setattr(pictures, "draw_map", lambda *given: maps.append(given) or Figure(figsize=(1, 1)))
+    monkeypatch.setattr("src.reporting.map.draw_map", lambda *given: maps.append(given) or Figure(figsize=(1, 1)))
     return maps
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.config.schema import Tracking
-from src.reporting.mlflow_charts import Shown, describe_experiment, describe_sweep, is_own, sweep_view
+from src.reporting.mlflow_charts import SweepCharts, describe_experiment, describe_sweep, is_own, sweep_view
 from src.reporting.rows import summarise
 from src.runs.mlflow_store import prepare
 from src.runs.tracker import Tracker
@@ -89,7 +89,7 @@ def test_a_description_that_is_too_long_says_how_many_rows_it_leaves_out():
 
 
 def test_the_first_paragraph_of_an_experiment_leads_to_the_newest_charts():
-    text = describe_experiment([Shown("new", "#/new", "| table |\n"), Shown("old", "#/old", "| other |")])
+    text = describe_experiment([SweepCharts("new", "#/new", "| table |\n"), SweepCharts("old", "#/old", "| other |")])
     assert is_own(text)
     assert text.split("\n\n")[0].endswith("[Charts of the newest sweep, new](#/new)")
     assert "| table |" in text

@@ -175,17 +175,15 @@ def test_the_sheet_has_every_tile_in_its_place_enlarged_and_framed():
 def test_what_an_anchor_is_given_stands_apart_from_it():
     red = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
     figure = pictures.sheet([[pictures.Tile(red)] * 3] * 2, ["", ""], "a title", 10)
-    row = torch.from_numpy(figure.axes[0].images[0].get_array())[4 * pictures.GAP + 1]
+    row = torch.from_numpy(figure.axes[0].images[0].get_array())[4 * pictures.TILE_GAP + 1]
     is_red = (row == torch.tensor([255, 0, 0])).all(1)
     edges = (is_red[1:] != is_red[:-1]).nonzero().flatten().tolist()
     gaps = [start - end for end, start in zip(edges[1::2], edges[2::2], strict=False)]
-    assert gaps[:2] == gaps[3:] == [pictures.GAP + 10, pictures.GAP]
-    assert gaps[2] > pictures.GAP + 10  # between the columns
+    assert gaps[:2] == gaps[3:] == [pictures.TILE_GAP + 10, pictures.TILE_GAP]
+    assert gaps[2] > pictures.TILE_GAP + 10  # between the columns
 
 
 def test_class_names_are_words():
-    figure = pictures.draw_map(torch.randn(20, 4), torch.zeros(20, dtype=torch.long), ["aquarium_fish"])
-    assert [each.get_label() for each in figure.axes[0].collections] == ["aquarium fish"]
     data = data_of()
     data.classes[0] = "aquarium_fish"
     method, frozen = method_with(KMeans(2, 3, CLASSES, TorchSearch()), data)
@@ -226,30 +224,6 @@ def test_a_run_is_not_changed_by_its_pictures_and_keeps_those_of_each_epoch(tmp_
     assert (tmp_path / "positives.png").read_bytes() == latest
 
 
-@pytest.mark.parametrize(("classes", "named"), [(3, 3), (100, 10)])
-def test_a_map_names_few_classes_and_shows_every_image(classes, named):
-    x = F.normalize(torch.randn(200, 4), dim=1)
-    labels = torch.arange(200) % classes
-    figure = pictures.draw_map(x, labels, [str(each) for each in range(classes)], x[:5])
-    drawn = {each.get_label(): len(each.get_offsets()) for each in figure.axes[0].collections}
-    assert sum(drawn.values()) == 205
-    assert drawn["prototypes"] == 5
-    assert len(drawn) == named + 1 + (classes > named)
-
-
-def test_of_many_classes_half_of_a_map_is_of_those_that_have_colours():
-    labels = torch.arange(6000) % 100
-    chosen = pictures.mapped(labels, 100)
-    assert len(chosen) == len(set(chosen.tolist())) == pictures.MAPPED
-    assert int((labels[chosen] < pictures.NAMED).sum()) == pictures.MAPPED // 2
-    assert len(pictures.mapped(labels[:40], 3)) == 40
-
-
-def test_vectors_that_are_all_equal_have_a_map():
-    figure = pictures.draw_map(torch.ones(12, 4), torch.zeros(12, dtype=torch.long), ["a"])
-    assert len(figure.axes[0].collections[0].get_offsets()) == 12
-
-
 @pytest.mark.parametrize(("images", "drawn"), [(2, False), (3, True)])
 def test_so_few_validation_images_have_no_map(tmp_path, images, drawn):
     made = data_of()
@@ -257,13 +231,3 @@ def test_so_few_validation_images_have_no_map(tmp_path, images, drawn):
     method, frozen = method_with(Queue(60, 3, TorchSearch()), data)
     paths = pictures.illustrate(method, frozen, data, tmp_path, 1, True)
     assert (tmp_path / "map.png" in paths) == (tmp_path / "map.png").exists() == drawn
-
-
-def test_images_without_a_label_are_no_class_on_a_map():
-    torch.manual_seed(0)
-    labels = torch.arange(40) % 4 - 1
-    figure = pictures.draw_map(torch.randn(40, 4), labels, ["a", "b", "c"])
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["no label", "a", "b", "c"]
-    many = torch.cat([torch.full((2000,), -1), torch.arange(2000) % 100])
-    chosen = many[pictures.mapped(many, 100)]
-    assert ((chosen >= 0) & (chosen < 10)).sum() == 200  # all that have colours

@@ -122,9 +122,9 @@ def test_each_variant_is_one_line_of_the_plot_and_differs_from_the_others():
 
 @pytest.mark.parametrize("method", ["kmclr", "nnclr", "somebodys"])
 def test_as_many_variants_as_are_drawn_as_lines_have_a_marker_each_where_there_is_no_line(method):
-    runs = [run(method, 400, **{"optimizer.lr": f"0.{number}"}) for number in range(plots.MOST_LINES)]
+    runs = [run(method, 400, **{"optimizer.lr": f"0.{number}"}) for number in range(plots.MAX_LINES)]
     marks = [each.lines[0] for each in plot(summarise(runs)[0]).axes[0].containers]
-    assert len({(mark.get_marker(), mark.get_markerfacecolor()) for mark in marks}) == plots.MOST_LINES
+    assert len({(mark.get_marker(), mark.get_markerfacecolor()) for mark in marks}) == plots.MAX_LINES
 
 
 def test_a_label_that_is_wider_than_the_picture_is_not_cut_by_its_edges():

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from src.reporting.rows import control_of, difference, distinguishing, select, summarise
+from src.reporting.comparison import distinguishing, select
+from src.reporting.rows import control_of, difference, summarise
 from src.runs.record import TAG_CONDITIONS_CHANGED, Record
 from tests.made_up_runs import STUDY, run, with_untrained
 

@@ -296,7 +296,7 @@ def test_a_narrow_terminal_loses_no_figure(monkeypatch, capsys, width):
     table_module.show(rows, notes, "study")
     shown = capsys.readouterr().out
     for line in table(rows)[1:]:
-        figures = [line[1], *line[2 if width >= table_module.WIDE else 4 :]]
+        figures = [line[1], *line[2 if width >= table_module.MIN_WIDE_CHARS else 4 :]]
         for number in " ".join(figures).split():
             assert number in shown, "cut off"
 

@@ -10,7 +10,7 @@ from src.config.identity import LOG_SIZE
 from src.config.schema import Tracking
 from src.errors import UsageError
 from src.reporting import mlflow_charts
-from src.reporting.rows import settings
+from src.reporting.comparison import compared_settings
 from src.runs import delivery, mlflow_store, query
 from src.runs.record import TAG_CHARTS, TAG_NOTE, Record
 from src.runs.tracker import Tracker
@@ -62,7 +62,7 @@ def test_without_mlflow_a_finished_run_is_listed_under_the_experiment_that_it_is
     monkeypatch.setattr(mlflow_store, "prepare", lambda *_: pytest.fail("nobody asked for MLflow"))
     delivery.catch_up(directory, Tracking("jsonl", "other", 10))
     assert len(query.read_runs("other", "jsonl")) == len(query.read_runs("exp", "jsonl")) == 1
-    delivery.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.publish_again, [])
 
 
 def test_where_mlflow_is_away_the_other_experiment_waits(client, tmp_path, monkeypatch, caplog, capsys):
@@ -72,7 +72,7 @@ def test_where_mlflow_is_away_the_other_experiment_waits(client, tmp_path, monke
         break_store(client, patch, "log_batch")
         delivery.catch_up(directory, OTHER)
     assert "try again later" in warnings(caplog)[0]
-    delivery.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.publish_again, [])
     assert capsys.readouterr().out.count("delivered as run") == 1
     assert listed(client, "other") == listed(client, "exp") == {"run": ("FINISHED", STEPS)}
 
@@ -128,14 +128,14 @@ def test_a_deleted_run_is_named_and_its_folder_brings_it_back(client, tmp_path, 
 
     delivery.catch_up(directory, MLFLOW)
     assert warnings(caplog) == [f"{NAMED.format('this run')} {directory}"]
-    delivery.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.publish_again, [])
     assert capsys.readouterr().out == f"{NAMED.format('2 runs')} multirun/run multirun/waiting\n"
     assert listed(client, "exp") == {}
 
-    delivery.main(mlflow_charts.share_again, ["run", "multirun/waiting"])  # by name, or by folder
+    delivery.main(mlflow_charts.publish_again, ["run", "multirun/waiting"])  # by name, or by folder
     assert f"multirun/run: delivered as run {run_id}\n" in capsys.readouterr().out
     assert listed(client, "exp") == {"run": ("FINISHED", STEPS), "waiting": ("FAILED", STEPS)}
-    delivery.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.publish_again, [])
     assert capsys.readouterr().out == "nothing waits to be delivered\n"
 
 
@@ -151,9 +151,9 @@ def test_runs_of_a_store_that_is_gone_are_named_and_not_all_delivered_to_the_nex
     run_id = ended(tmp_path / "multirun/run", status="KILLED")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     shutil.copy(fresh_store, tmp_path / "other.db")
-    delivery.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.publish_again, [])
     assert capsys.readouterr().out.endswith("python -m src.tracking multirun/run\n")
-    delivery.main(mlflow_charts.share_again, ["multirun/run"])
+    delivery.main(mlflow_charts.publish_again, ["multirun/run"])
     assert listed(mlflow_store.prepare(), "exp") == {"run": ("KILLED", STEPS)}
     assert Record.load(tmp_path / "multirun/run").run_id != run_id
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
@@ -167,19 +167,19 @@ def test_a_deleted_experiment_keeps_no_other_run_waiting(client, tmp_path, monke
         ended(tmp_path / "multirun/a")
         ended(tmp_path / "multirun/b", OTHER)
     client.delete_experiment(client.get_experiment_by_name("exp").experiment_id)
-    delivery.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.publish_again, [])
     delivered, deleted = capsys.readouterr().out.splitlines()
     assert delivered.startswith("multirun/b: delivered")
     assert deleted.endswith("python -m src.tracking multirun/a")
     with pytest.raises(UsageError, match=r"^the experiment 'exp' has been deleted .*mlflow experiments restore -x \d"):
-        delivery.main(mlflow_charts.share_again, ["multirun/a"])
+        delivery.main(mlflow_charts.publish_again, ["multirun/a"])
 
 
 def sweep_under(config, directory, children, note=""):
     sweep = Tracker(directory, config, {"sweep": "grid"}, {"sweep_id": directory.name})
     delivery.attach_children(sweep, children)
     sweep.record.tags |= {TAG_NOTE: note} if note else {}
-    mlflow_charts.share(sweep)
+    mlflow_charts.publish(sweep)
     sweep.close("FINISHED")
     return sweep.run_id, sweep.record.tags.get(TAG_CHARTS)
 
@@ -199,11 +199,11 @@ def test_an_experiment_is_described_by_its_sweeps_the_newest_first(client, tmp_p
     assert f"[0a]({old})" in text
     assert "the old table" not in text
 
-    delivery.main(mlflow_charts.share_again, [str(one)])
+    delivery.main(mlflow_charts.publish_again, [str(one)])
     assert described(client) == text, "an older sweep that is delivered again is not the newest"
     home = client.get_experiment_by_name("exp").experiment_id
     client.set_experiment_tag(home, TAG_NOTE, "somebody's own")
-    delivery.main(mlflow_charts.share_again, [str(two)])
+    delivery.main(mlflow_charts.publish_again, [str(two)])
     assert described(client) == "somebody's own"
 
 
@@ -212,7 +212,7 @@ def test_a_sweep_of_jsonl_that_is_delivered_later_has_its_charts(client, tmp_pat
     assert sweep_under(JSONL, directory, [], "the table")[1] is None
     assert client.get_experiment_by_name("exp") is None
     for _ in range(2):
-        delivery.main(mlflow_charts.share_again, [str(directory)])
+        delivery.main(mlflow_charts.publish_again, [str(directory)])
         record = Record.load(directory)
         assert f"]({record.tags[TAG_CHARTS]})\n\nthe table" in described(client)
         assert client.get_run(record.run_id).data.tags[TAG_CHARTS] == record.tags[TAG_CHARTS]
@@ -225,10 +225,10 @@ def test_a_view_that_the_store_did_not_take_is_made_by_the_next_delivery(client,
         assert sweep_under(MLFLOW, tmp_path / "multirun/0a", [], "the table")[1] is None
     assert "MLflow does not take the view" in warnings(caplog)[0]
     assert described(client) is None
-    delivery.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.publish_again, [])
     assert "the table" in described(client)
     again = Record.load(tmp_path / "multirun/0a")
-    delivery.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.publish_again, [])
     assert Record.load(tmp_path / "multirun/0a") == again
 
 
@@ -238,7 +238,7 @@ def test_mlflow_is_told_the_logarithm_of_the_size_and_a_report_ignores_it(client
     run.close("FINISHED")
     assert client.get_run(run.run_id).data.params[LOG_SIZE] == shown
     assert LOG_SIZE not in Record.load(tmp_path / "run").params
-    assert LOG_SIZE not in settings(query.read_runs("exp", "mlflow")[0])
+    assert LOG_SIZE not in compared_settings(query.read_runs("exp", "mlflow")[0])
 
 
 def nested(client, experiment, parent):
@@ -293,9 +293,9 @@ def test_a_record_from_when_a_run_had_one_experiment_is_read(client, tmp_path, m
     record = Record.load(directory)
     assert record.run_id == run_id
     assert record.tags == {"device": "cpu", "output_dir": str(directory)}
-    delivery.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.publish_again, [])
     assert capsys.readouterr().out.count("delivered as run") == missing
-    delivery.main(mlflow_charts.share_again, [])
+    delivery.main(mlflow_charts.publish_again, [])
     assert capsys.readouterr().out == "nothing waits to be delivered\n"
     assert [run.name for run in query.read_runs("exp", "jsonl")] == ["run"]
     assert client.get_run(run_id).data.tags.get("sweep.0a") == ("true" if missing else None)
@@ -331,7 +331,7 @@ def test_the_data_set_is_an_input_of_the_run_once(client, tmp_path, params, kind
     params |= {"data.name": "cifar100", "data.fingerprint": "abc123"}
     run = Tracker(tmp_path / "run", MLFLOW, params, {})
     run.close("FINISHED")
-    delivery.main(mlflow_charts.share_again, [str(tmp_path / "run")])
+    delivery.main(mlflow_charts.publish_again, [str(tmp_path / "run")])
     (found,) = client.get_run(run.run_id).inputs.dataset_inputs
     assert (found.dataset.name, found.dataset.digest, found.dataset.source_type) == ("cifar100", "abc123", kind)
     assert where.items() <= mlflow.data.get_source(found.dataset).to_dict().items()

@@ -70,7 +70,7 @@ ASKING = {
     "an experiment": lambda: report.main(["experiment=exp"]),
     "a sweep": lambda: report.main(["sweep=0123abcd"]),
     "a run": lambda: query.find_run_directory("0" * 32),
-    "delivery": lambda: delivery.main(mlflow_charts.share_again, ["run"]),
+    "delivery": lambda: delivery.main(mlflow_charts.publish_again, ["run"]),
 }
 
 

@@ -302,13 +302,13 @@ def test_runs_of_jsonl_are_delivered_by_command(client, tmp_path, capsys):
         tracker = Tracker(tmp_path / name, JSONL, {}, {})
         tracker.log({"x": 1.0}, 0)
         tracker.close("KILLED")
-    delivery.main(mlflow_charts.share_again, [str(tmp_path / "a"), str(tmp_path / "b")])
+    delivery.main(mlflow_charts.publish_again, [str(tmp_path / "a"), str(tmp_path / "b")])
     found = {run.name: run for run in query.read_runs("exp", "mlflow")}
     assert found["a"].metrics == found["b"].metrics == {"x": 1.0}
     assert found["a"].status == "KILLED"
     assert found["b"].run_id in capsys.readouterr().out.splitlines()[1]
     with pytest.raises(UsageError, match="there is no such run"):
-        delivery.main(mlflow_charts.share_again, [str(tmp_path)])
+        delivery.main(mlflow_charts.publish_again, [str(tmp_path)])
 
 
 @pytest.mark.slow
@@ -512,7 +512,7 @@ def test_one_command_delivers_all_that_waits_and_no_dead_run_stays_running(clien
     Tracker(root / "not meant", JSONL, {}, {}).close("FINISHED")
     train(Tracker(root / "at work", MLFLOW, {}, {}), range(10))
     with run_directory.exclusive(root / "at work"):
-        delivery.main(mlflow_charts.share_again, [])
+        delivery.main(mlflow_charts.publish_again, [])
     said = [line.split(": delivered as run ")[0] for line in capsys.readouterr().out.splitlines()]
     assert said == [f"multirun/{name}" for name in ("late", "later", "killed")]
     status = {run.name: run.status for run in query.read_runs("exp", "mlflow")}
@@ -538,7 +538,7 @@ def test_a_run_that_mlflow_refuses_keeps_no_other_back(client, tmp_path, monkeyp
     values = json.loads((tmp_path / "multirun/a/run.json").read_text())
     (tmp_path / "multirun/a/run.json").write_text(json.dumps(values | {"artifacts": ["link"]}))
     with pytest.raises(UsageError, match="folder"):
-        delivery.main(mlflow_charts.share_again, [])
+        delivery.main(mlflow_charts.publish_again, [])
     said = [line.split(": delivered as run ")[0] for line in capsys.readouterr().out.splitlines()]
     assert said == ["multirun/b", "multirun/c"]
 
@@ -554,7 +554,7 @@ def test_where_the_store_takes_nothing_not_every_run_is_tried(client, tmp_path, 
         Tracker(tmp_path / "multirun" / name, MLFLOW, {}, {}).close("FINISHED")
     monkeypatch.setattr(delivery, "deliver", refuse)
     with pytest.raises(UsageError, match="takes nothing"):
-        delivery.main(mlflow_charts.share_again, [])
+        delivery.main(mlflow_charts.publish_again, [])
     assert len(asked) == 3
 
 

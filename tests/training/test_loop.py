@@ -29,7 +29,8 @@ from src.evaluation.diagnostics import alignment, uniformity
 from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method
 from src.reporting import curves
-from src.reporting.rows import comparable, summarise
+from src.reporting.comparison import comparable
+from src.reporting.rows import summarise
 from src.runs import checkpoint
 from src.runs import directory as run_directory
 from src.runs.query import read_runs

@@ -1,0 +1,159 @@
+"""Which runs can be compared, in which settings they differ, and which of these a row's label names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from src.config.identity import idle_beside, is_protocol, is_setting, with_neutral
+from src.config.names import LABELS, label_of
+from src.config.renamed import modern
+from src.errors import UsageError
+from src.runs.record import TAG_PRUNED, TAG_SUPPORT_UNUSED, Record
+from src.system.output import printable
+
+METHOD_PREFIXES = ("method.", "support.", "objective.")  # their settings are compared within a method only
+COLUMN_KEYS = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
+INTEGER_PARAMS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
+IN_USE = "support/size"  # the metric of a support set whose number of vectors changes
+
+
+def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
+    """Select the newest finished run of each configuration and seed, and note what is left out."""
+    repeats: dict[frozenset[tuple[str, str]], list[Record]] = defaultdict(list)
+    unfinished = []
+    for run in map(_printable, sorted(runs, key=lambda run: run.start_time)):
+        if reason := unusable(run):
+            unfinished.append(f"{run.name} ({reason})")
+        else:
+            usable = replace(run, params=comparable(run))
+            repeats[frozenset(compared_settings(usable).items())].append(usable)
+    notes = [f"left out: {', '.join(unfinished)}"] if unfinished else []
+    notes += [
+        f"{group[-1].name} was run {len(group)} times: only the newest counts"
+        for group in repeats.values()
+        if len(group) > 1
+    ]
+    return [group[-1] for group in repeats.values()], notes
+
+
+def comparable(run: Record) -> dict[str, str]:
+    """A run's params under today's names, with the defaults of settings that are newer, without those of no effect.
+
+    If a later session changed a setting of the evaluation, its value comes from a tag.
+    """
+    changed = {key: value for key, value in run.tags.items() if key.startswith("evaluation.")}
+    params = with_neutral(modern(run.params)) | changed
+    method = params.get("method.name", "")
+    idle = idle_beside(params.get("support.name", "")) if method in LABELS else ()
+    if method == "simclr":  # whose loss has no such term
+        idle = (*idle, "objective.support_weight")
+    return {key: value for key, value in params.items() if value != "null" and key not in idle}
+
+
+def _printable(run: Record) -> Record:
+    params, tags = ({key: printable(text) for key, text in each.items()} for each in (run.params, run.tags))
+    return replace(run, name=printable(run.name), params=params, tags=tags)
+
+
+def unusable(run: Record) -> str:
+    """The reason why a report leaves a run out; empty if it does not."""
+    if run.status != "FINISHED":
+        return "pruned" if TAG_PRUNED in run.tags else run.status.lower()
+    if "method.name" not in run.params:
+        return "not a training run"
+    if TAG_SUPPORT_UNUSED in run.tags:  # its row would claim vectors that it never used
+        return "its support set was never filled"
+    if damaged := [key for key in INTEGER_PARAMS if not re.fullmatch(r"\d{1,18}", run.params.get(key, ""), re.ASCII)]:
+        return f"its {damaged[0]} is {run.params.get(damaged[0], 'missing')}"
+    try:
+        modern(run.params)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def compared_settings(run: Record) -> dict[str, str]:
+    """The params on which a run's metrics depend: what makes it this experiment, and how it was evaluated."""
+    return {key: value for key, value in run.params.items() if is_setting(key) or is_protocol(key)}
+
+
+def differing(runs: Sequence[Record]) -> list[str]:
+    """The settings, besides method, support size and seed, in which the runs differ.
+
+    Settings of method, support set and objective are compared only among the runs of one method.
+    """
+    by_method: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for run in runs:
+        by_method[run.params["method.name"]].append(compared_settings(run))
+    everyone = [each for group in by_method.values() for each in group]
+    keys = {key for each in everyone for key in each} - set(COLUMN_KEYS)
+    if any(IN_USE in run.metrics for run in runs):  # the row has the vectors in use, not those that there is room for
+        keys.add("support.size")
+
+    def differs(key: str) -> bool:
+        groups = by_method.values() if key.startswith(METHOD_PREFIXES) else [everyone]
+        return any(len({each.get(key) for each in group}) > 1 for group in groups)
+
+    return sorted(filter(differs, keys))
+
+
+def distinguishing(runs: Sequence[Record], keys: Sequence[str]) -> list[str]:
+    """A small, greedily chosen set of keys that still separates the runs.
+
+    Of settings that always change together, one is enough: the name of an option (``optimizer.name``) if there is one,
+    else the shortest key.
+    """
+    kept: list[str] = []
+
+    def groups(chosen: list[str]) -> int:
+        # Counted also without the method: if every method has its own number of epochs, the rows still say so.
+        shared = [key for key in chosen if not key.startswith(METHOD_PREFIXES)]
+        return sum(len({tuple(map(run.params.get, by)) for run in runs}) for by in (["method.name", *chosen], shared))
+
+    for key in sorted(keys, key=lambda key: (not key.endswith(".name"), len(key), key)):
+        if groups([*kept, key]) > groups(kept):
+            kept.append(key)
+    return kept
+
+
+def usual(runs: Sequence[Record], keys: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The values that a label need not name: for each method, those that more than half of the runs have.
+
+    Settings of method, support set and objective are counted among the method's own runs. A label always names a key
+    that some runs lack.
+    """
+    by_method: dict[str, list[Record]] = defaultdict(list)
+    for run in runs:
+        by_method[run.params["method.name"]].append(run)
+    common: dict[str, dict[str, str]] = {method: {} for method in by_method}
+    for method, own in by_method.items():
+        for key in keys:
+            compared = own if key.startswith(METHOD_PREFIXES) else runs
+            values = Counter(run.params.get(key) for run in compared)
+            ((value, times),) = values.most_common(1)
+            if value is not None and None not in values and times > len(compared) / 2:
+                common[method][key] = value
+    return common
+
+
+def variant_of(run: Record, keys: Sequence[str]) -> str:
+    return ", ".join(setting_text(key, run.params[key]) for key in keys if key in run.params)
+
+
+def setting_text(key: str, value: str) -> str:
+    """``support_weight=1`` for ``objective.support_weight=1``; an objective goes by its name alone."""
+    if key == "objective.name":
+        return value
+    prefix = next((prefix for prefix in METHOD_PREFIXES if key.startswith(prefix)), "")
+    return f"{key.removeprefix(prefix)}={value}"
+
+
+def row_label(run: Record, keys: Sequence[str], common: Mapping[str, str]) -> str:
+    unusual = [key for key in keys if run.params.get(key) != common.get(key)]
+    more = sum(run.params.get(key) != value for key, value in common.items() if key not in keys)
+    text = re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", variant_of(run, unusual))
+    name = label_of(run.params)
+    return ", ".join(filter(None, [name, text])) + (f" and {more} more" if more else "")
