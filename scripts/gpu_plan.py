@@ -7,9 +7,9 @@ runs are passed over, and a run that was stopped goes on where its folder in mul
 OUT/PLAN holds the report of those that are finished, the record and the metrics of each, and log.md, an entry for
 results/LOG.md. Status 75: the time is up; otherwise that of the last run that failed.
 
-The numbers of epochs fit an H100: 45,000 images at batch 512 take 1.8 s with a teacher (2.2 s with a queue beside it)
-and, by the figures of another GPU, 1.3 s without one; a run takes 14 s more for its start and its evaluation, and the
-first compilation 10 s (results/gpu/teacher). ``epochs=N`` asks for more, in several slices.
+The numbers of epochs fit an H100: 45,000 images at batch 512 take 1.85 s with a teacher (2.2 s with a queue beside it)
+and, by the figures of another GPU, 1.3 s without one; 40 s pass before the first step, and each run takes 16 s more for
+its start and its evaluation (results/gpu/teacher). ``epochs=N`` asks for more, in several slices.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from src.reporting import curves, table
 from src.reporting.rows import TABLE_METRICS, summarise
 from src.runs import directory as run_directory
 from src.runs import origin
-from src.runs.record import METRICS, RECORD, Record, records_below
+from src.runs.record import METRICS, RECORD, TAG_DIVERGED, Record, records_below
 from src.system.atomic_write import write_whole
 from src.system.stopping import TIME_IS_UP, Stopped, is_stop
 from src.training.run import run
@@ -50,19 +50,24 @@ FAST = [
     *("batch_size=512", "evaluation.every=20", "evaluation.pictures=false", "tracking.log_every=50"),
     *("checkpoint.every=1000", "checkpoint.minutes=3"),  # besides those at a run's stop and end
 ]
-KMCLR = ["method=kmclr", "k=400", *FAST]
 # The recipe is of batch 256. With half as many steps an epoch the teacher is to follow in half as many.
 # Source: Busbridge et al., "How to Scale Your EMA", NeurIPS 2023: momentum to the power of the batch's growth.
 TEACHER = ["experiment=teacher", *FAST, "objective.momentum=0.98"]
-NOTHING, PROTOTYPES, QUEUE = ["support=none"], ["support=kmeans"], ["support=queue", "objective.neighbours=5"]
-BEST = [*TEACHER, *PROTOTYPES, "k=400"]  # to be edited when `screen` has said otherwise, by figures of validation
-WIDE = ["projector.hidden=[2048,2048]", "projector.out=256"]
-DECORRELATION = [*WIDE, "objective.decorrelation=0.02"]
-# A teacher in KMCLR's recipe, with the heads and the learning rate (LARS) of solo-learn's BYOL for CIFAR-100.
-TAUGHT = [
-    *(*KMCLR, "objective=teacher", "objective.momentum=0.98", "objective.predictor_hidden=4096"),
-    *("projector.hidden=[4096]", "projector.final_norm=false", "optimizer.lr=1.0"),
+NOTHING, PROTOTYPES, QUEUE = ["support=none"], ["support=kmeans"], ["support=queue"]
+OF_FIVE = ["objective.neighbours=5"]  # a teacher's mixed target
+CONTRAST = ["method=kmclr", *FAST]
+DECORRELATION = ["projector.hidden=[2048,2048]", "projector.out=256", "objective.decorrelation=0.02"]
+# What acts late: published recipes of 200 epochs and more have it, and runs of 25 to 80 cannot rank it.
+# Sources: solo-learn's scripts/pretrain/cifar (temperature, weight decay); pc-cp/MNN and its benchmark (crops).
+AT_LENGTH = [
+    *("objective.temperature=0.2", "optimizer.weight_decay=1e-4"),
+    *("augment.view1.crop_scale=[0.2,1]", "augment.view2.crop_scale=[0.2,1]"),
 ]
+# The product of rate and decay is the recipe's own; with a small rate the weights have not shrunk by then, and steps
+# stay small beside them.
+QUICK_TEACHER = [*TEACHER, "optimizer.lr=0.3", "optimizer.weight_decay=1e-4"]
+# Of `long` and `curve`: to be edited when `screen` has said otherwise, by figures of validation images.
+BEST = [*CONTRAST, *DECORRELATION, *AT_LENGTH]
 # MNN by its own settings, but for the batch, whose parts stay of 32 images.
 MNN = ["experiment=mnn", *FAST, "objective.momentum=0.98", "backbone.bn_splits=16"]
 
@@ -76,48 +81,43 @@ class Plan:
     question: str
     minutes: float
     runs: Sequence[Overrides]
-    fit: bool = False  # whether the first is repeated with as many epochs as fit into a slice
 
 
 PLANS = {
     "teacher": Plan(
         "With a teacher, what is storing worth, and do 400 prototypes equal a queue of 4,096?",
         9,
-        [[*TEACHER, *stored, "epochs=70"] for stored in (NOTHING, [*QUEUE, "queue_size=4096"], [*PROTOTYPES, "k=400"])],
+        [
+            [*TEACHER, *stored, "epochs=70"]
+            for stored in (NOTHING, [*QUEUE, *OF_FIVE, "queue_size=4096"], [*PROTOTYPES, "k=400"])
+        ],
     ),
     "screen": Plan(
-        "Which ingredient gains a point or more on validation?",
+        "Beside KMCLR 400 after 80 epochs, and a teacher with 400 prototypes after 60: which ingredient gains a point?",
         9,
         [
-            [*ingredients, "epochs=25"]
-            for ingredients in (
-                KMCLR,
-                [*KMCLR, "objective.temperature=0.2"],
-                [*KMCLR, *WIDE],
-                [*KMCLR, *DECORRELATION],
-                BEST,
-                [*BEST, *DECORRELATION],
-                [*KMCLR, *DECORRELATION, "objective.temperature=0.2"],
-                [*KMCLR, "optimizer.lr=1.0"],
-                TAUGHT,
-                [*BEST, "objective=relation"],  # this and what follows in the next slice
-                [*KMCLR, "augment.view1.crop_scale=[0.2,1]", "augment.view2.crop_scale=[0.2,1]"],
-                ["method=kmclr", "support=evolving", *FAST],
-                [*BEST, "backbone.bn_splits=16"],
-            )
+            [*CONTRAST, *DECORRELATION, "k=400", "epochs=80"],
+            [*CONTRAST, *DECORRELATION, *AT_LENGTH, "k=400", "epochs=80"],
+            [*QUICK_TEACHER, *DECORRELATION, *PROTOTYPES, "k=400", "epochs=60"],
+            [*CONTRAST, *DECORRELATION, *NOTHING, "epochs=80"],  # this and what follows in the next slice
+            [*QUICK_TEACHER, "objective=relation", *PROTOTYPES, "k=400", "epochs=60"],
+            [*QUICK_TEACHER, "backbone.bn_splits=16", *PROTOTYPES, "k=400", "epochs=60"],
+            [*CONTRAST, "support=evolving", "epochs=80"],
         ],
     ),
     "long": Plan(
-        "How far do the best and MNN come in 200 epochs of all images, and the best in as many as fit?",
+        "How far does the best come in 300 epochs of all images, and MNN in its 200?",
         10,
-        [[*settings, "data.final=true", "epochs=200"] for settings in (BEST, MNN)],
-        fit=True,
+        [
+            [*BEST, "k=400", "data.final=true", "epochs=300"],
+            [*MNN, "data.final=true", "evaluation.teacher=true", "epochs=200"],
+        ],
     ),
     "curve": Plan(
         "How many vectors must be stored?",
         10,
         [
-            [*TEACHER, *stored, "epochs=40", f"seed={seed}"]
+            [*BEST, *stored, "epochs=60", f"seed={seed}"]
             for seed, stored in itertools.product(
                 range(3),
                 (
@@ -132,7 +132,7 @@ PLANS = {
         "What do the published loss and the original study's settings give?",
         10,
         [
-            [*KMCLR, "objective=published", "epochs=80"],
+            [*CONTRAST, "k=400", "objective=published", "epochs=80"],
             ["method=nnclr", "queue_size=98304", *FAST, "objective=published", "epochs=80"],
             # All its 500 epochs, as far as they come; its own probe would take minutes at the end.
             ["experiment=original_kmclr", "k=400", *FAST, "batch_size=64", "evaluation=linear"],
@@ -141,7 +141,7 @@ PLANS = {
 }
 
 
-def configurations(plan: Plan, minutes: float, out: Path, overrides: Overrides) -> Iterator[Config]:
+def configurations(plan: Plan, overrides: Overrides) -> Iterator[Config]:
     """The plan's distinct runs, each composed when it is its turn.
 
     Raises:
@@ -153,12 +153,6 @@ def configurations(plan: Plan, minutes: float, out: Path, overrides: Overrides) 
         if (found := identity.config_hash(cfg)) not in seen:
             seen.add(found)
             yield cfg
-    first = Record.find(kept(out, configuration([*plan.runs[0], *overrides]))) if plan.fit else None
-    if first and first.status == "FINISHED":
-        epochs = as_many_as_fit(first, minutes, out)
-        cfg = configuration([*plan.runs[0], f"epochs={epochs}", *overrides])
-        if epochs > int(first.params["epochs"]) and identity.config_hash(cfg) not in seen:
-            yield cfg
 
 
 def configuration(overrides: Overrides) -> Config:
@@ -167,15 +161,6 @@ def configuration(overrides: Overrides) -> Config:
     cfg.data.fingerprint = fingerprint(cfg.data)
     origin.identify(cfg)
     return cfg
-
-
-def as_many_as_fit(first: Record, minutes: float, out: Path) -> int:
-    """How many epochs of the first run's speed fit into a slice; noted, because a run's length is part of the run."""
-    noted = out / "epochs.txt"
-    if not noted.is_file():
-        seconds = first.seconds / int(first.params["epochs"])
-        write_whole(noted, f"{int((60 * minutes - RESERVE) / seconds)}\n".encode())
-    return int(noted.read_text())
 
 
 def kept(out: Path, cfg: Config) -> Path:
@@ -212,8 +197,8 @@ def train(cfg: Config, minutes: float) -> int:
 def follow(name: str, minutes: float, out: Path, overrides: Overrides, command: str) -> int:
     """Train the plan's runs in order until the time is up; the exit status."""
     end, status = time.monotonic() + 60 * minutes, 0
-    for cfg in configurations(PLANS[name], minutes, out, overrides):
-        if run_directory.is_finished(kept(out, cfg), cfg):
+    for cfg in configurations(PLANS[name], overrides):
+        if is_done(kept(out, cfg), cfg):
             continue
         left = end - time.monotonic() - RESERVE
         ended = train(cfg, left / 60) if left > 0 else TIME_IS_UP
@@ -226,6 +211,12 @@ def follow(name: str, minutes: float, out: Path, overrides: Overrides, command: 
         if is_stop(ended):
             break
     return status
+
+
+def is_done(copy: Path, cfg: Config) -> bool:
+    """Whether what was kept of a run says that it has finished, or has diverged, as it would again."""
+    record = Record.find(copy)
+    return record is not None and (run_directory.is_finished(copy, cfg) or TAG_DIVERGED in record.tags)
 
 
 def keep(directory: Path, copy: Path) -> None:

@@ -35,7 +35,7 @@ TABLE_METRICS = {
 # Other probes' metrics. A suffix, as in `test_fewshot`, says that the run was evaluated so after its end.
 FEWSHOT = re.compile(r"test(_fewshot)?/fewshot_(\d+(?:\.\d+)?(?:e-\d+)?)pct_top1", re.ASCII)
 FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
-# The linear probe of a teacher, by other settings, or on other images (src.evaluation.protocol).
+# The linear probe of a teacher, by other settings, or on other images (src.evaluation.evaluate).
 OTHER_LINEAR = re.compile(r"(?:transfer/([^/]+)/)?((?:teacher\w*/)?test\w*)/linear_top1", re.ASCII)
 EVALUATED_LATER = ", evaluated later"
 NOTHING_STORED = LABELS["nothing_stored"]

@@ -112,7 +112,7 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
         logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, one_line(error))
 
 
-def main(share_again: Callable[[Path], None], arguments: Iterable[str] | None = None) -> None:
+def main(publish_again: Callable[[Path], None], arguments: Iterable[str] | None = None) -> None:
     """Delivers the runs that are named, else what MLflow lacks of any below ``multirun/``.
 
     Those that are deleted in MLflow are delivered again if they are named, and otherwise listed.
@@ -128,7 +128,7 @@ def main(share_again: Callable[[Path], None], arguments: Iterable[str] | None = 
     named, deleted = [named_run(each) for each in parser.parse_args(arguments).run], []
     for directory in named:
         print(f"{directory}: delivered as run {', '.join(deliver(directory, again=True).run_ids)}", flush=True)
-        share_again(directory)
+        publish_again(directory)
     found = [] if named else sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time)
     refused, in_a_row, waited = list[UsageError](), 0, 0
     for directory, record in found:
@@ -141,7 +141,7 @@ def main(share_again: Callable[[Path], None], arguments: Iterable[str] | None = 
             if run_ids:
                 print(f"{directory}: delivered as run {', '.join(run_ids)}", flush=True)
             if not stays_deleted and (run_ids or TAG_CHARTS not in record.tags):
-                share_again(directory)
+                publish_again(directory)
             in_a_row = 0
         except UsageError as error:
             refused.append(error)

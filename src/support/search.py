@@ -164,7 +164,9 @@ class InvertedLists:
         except RuntimeError as error:
             raise UsageError(f"search.index={factory}: FAISS refuses it ({one_line(error)})") from None
         if not isinstance(self.index, faiss.IndexIVF):
-            raise UsageError(f"search.index={factory}: is not an inverted-file index; try IVF1024,Flat")
+            raise UsageError(
+                f"search.index={factory}: is not an inverted-file index; try search.index='IVF1024,Flat' (with the quotes, inside double ones in a shell)"
+            )
         if self.index.nlist > size:
             raise UsageError(f"search.index={factory}: more lists than queue_size={size} has vectors; use fewer")
 
@@ -230,7 +232,12 @@ class InvertedLists:
     def _untrained(self) -> Any:
         import faiss
 
-        return faiss.index_factory(self.dim, self.factory, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(self.dim, self.factory, faiss.METRIC_INNER_PRODUCT)
+        if isinstance(index, faiss.IndexIVF):
+            index.cp.min_points_per_centroid = (
+                1  # else FAISS prints a warning at every training on fewer than 39 a list
+            )
+        return index
 
 
 def cluster(
