@@ -165,7 +165,7 @@ class InvertedLists:
             raise UsageError(f"search.index={factory}: FAISS refuses it ({one_line(error)})") from None
         if not isinstance(self.index, faiss.IndexIVF):
             raise UsageError(
-                f"search.index={factory}: is not an inverted-file index; try search.index='IVF1024,Flat' (with the quotes, inside double ones in a shell)"
+                f"search.index={factory}: is not an inverted-file index; try \"search.index='IVF1024,Flat'\""
             )
         if self.index.nlist > size:
             raise UsageError(f"search.index={factory}: more lists than queue_size={size} has vectors; use fewer")

@@ -72,10 +72,10 @@ class Stopper:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside this block the process stops immediately; a resume repeats the work."""
+        """Inside this block a signal stops the process immediately; a resume repeats the work. A time limit does not."""
         self._at_once = True
         try:
-            if self.status:
+            if self.status not in (0, TIME_IS_UP):
                 raise Stopped(self.status)
             yield
         finally:

@@ -26,7 +26,7 @@ from src.support.base import NEED_LABELS
 from src.support.sharded import in_shards
 from src.system.measure import peak_gib
 from src.system.seeding import seed_everything
-from src.system.stopping import Stopped, Stopper, is_signal
+from src.system.stopping import TIME_IS_UP, Stopped, Stopper, is_signal
 from src.training import collapse
 from src.training.progress import Progress
 from src.training.state import TrainState
@@ -196,7 +196,7 @@ class Pretraining:
         self.requested = max(self.requested, ranks.max_status(self._requested_status(), wait=True))
         if last or self.requested or (epoch + 1) % cfg.checkpoint.every == 0:
             self._save()
-        if self.requested > SAVE:
+        if self.requested > SAVE and not (last and self.requested == TIME_IS_UP):  # a limit leaves time for the end
             raise Stopped(self.requested)
         tracker.flush()
 

@@ -971,6 +971,11 @@ def test_max_minutes_stops_resumably(command, small, tmp_path):
     assert "continued at step" in command("src.train", *arguments).stdout
 
 
+def test_a_time_that_is_up_after_the_last_step_leaves_the_final_evaluation(run, tmp_path):
+    run("method=simclr", "epochs=1", "batch_size=64", "data.limit=80", "max_minutes=0.00001")
+    assert Record.load(tmp_path / "run").status == "FINISHED"
+
+
 @pytest.mark.slow
 def test_neither_mlflow_nor_faiss_is_needed(command, small, tmp_path):
     """As on a machine where importing either fails."""
