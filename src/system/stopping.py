@@ -72,7 +72,7 @@ class Stopper:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside this block a signal stops the process immediately; a resume repeats the work. A time limit does not."""
+        """Inside this block a signal stops the process immediately; a resume repeats the work. A time limit waits."""
         self._at_once = True
         try:
             if self.status not in (0, TIME_IS_UP):
