@@ -148,7 +148,7 @@ def _checkpoint(composed: DictConfig) -> tuple[Path, dict[str, Any]]:
         return path, checkpoint.load(path)
     path = path if path.is_dir() else named_run(named, given[0])
     directory = path if path.name == CHECKPOINTS else path / CHECKPOINTS
-    found = checkpoint.load_latest(directory) if directory.is_dir() else None
-    if found is None:
+    newest = checkpoint.newest(directory)  # an earlier one would pass its figures off as the finished run's
+    if newest is None:
         raise UsageError(f"{directory}: there is no checkpoint; give a checkpoint's file or its run's folder")
-    return found
+    return newest, checkpoint.load(newest)

@@ -121,7 +121,7 @@ def test_it_prints_whose_figures_they_are_and_where_they_went(finished, tmp_path
 def test_it_says_that_mlflow_has_the_figures_only_where_it_has(finished, client, monkeypatch, capsys, is_down):
     shutil.copytree(finished, "run")
     record = Record.load(Path("run"))
-    record.ask(Tracking("mlflow", "exp", 10))
+    record.request(Tracking("mlflow", "exp", 10))
     record.save(Path("run"))
     if is_down:
         break_store(client, monkeypatch, "log_batch")
@@ -181,7 +181,7 @@ def test_figures_are_logged_where_the_run_was_last_asked_for(finished, tmp_path)
     shutil.copytree(finished, tmp_path / "run")
     record = Record.load(tmp_path / "run")
     before = {*record.copies, "other"}
-    record.ask(Tracking("jsonl", "other", 10, parent="a folder that is gone"))
+    record.request(Tracking("jsonl", "other", 10, parent="a folder that is gone"))
     record.save(tmp_path / "run")
     run(f"checkpoint={tmp_path / 'run'}")
     after = Record.load(tmp_path / "run")
@@ -303,3 +303,13 @@ def test_a_checkpoint_alone_is_evaluated_and_nothing_is_written(finished, tmp_pa
     path = shutil.copy(checkpoint.load_latest(finished / "checkpoints")[0], tmp_path / "elsewhere")
     assert "test/linear_top1" in run(f"checkpoint={path}")
     assert [each.name for each in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_the_figures_of_a_run_are_never_those_of_an_older_checkpoint(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    newest, state = checkpoint.load_latest(folder / "checkpoints")
+    whole = newest.read_bytes()
+    checkpoint.save(folder / "checkpoints", state["step"] - 1, state)
+    newest.write_bytes(whole[:1000])
+    with pytest.raises(UsageError, match=f"{newest.name} is damaged"):
+        run(f"run={folder}")
