@@ -17,8 +17,10 @@ from src.reporting.report import Arguments, parse
 from src.reporting.rows import summarise
 from src.reporting.table import GAIN_NOTE, courses, markdown, records, summary, table, write
 from src.runs.record import ExperimentEntry, Record
+from src.runs.tracker import Tracker
 from tests.conftest import PROJECT
 from tests.made_up_runs import STUDY, run, with_untrained, without
+from tests.stores import JSONL
 
 ROOT = PROJECT
 
@@ -182,6 +184,8 @@ def test_curves_are_drawn_of_the_runs_whose_folders_are_here(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     places = [tmp_path / "a", tmp_path / "b", tmp_path / "gone", None]
     runs = [replace(run("kmclr", 50, seed), directory=place) for seed, place in enumerate(places)]
+    for one in runs[:2]:
+        replace(one).save(one.directory)
     rows, notes = summarise([*runs, run("simclr")])
     (course,) = courses(rows)
     assert (course.title, course.size, course.epochs) == ("KMCLR 50 (2 of 4 seeds)", 50, 500)
@@ -205,10 +209,21 @@ def test_curves_that_cannot_be_read_are_left_out_and_said_to_be(tmp_path, caplog
         (tmp_path / name / "metrics.jsonl").write_text(f"{content}\n")
     places = [tmp_path / name for name in ("whole", "damaged")]
     runs = [replace(run("kmclr", 50, seed), directory=place) for seed, place in enumerate(places)]
+    for one in runs:
+        replace(one).save(one.directory)
     rows, _ = summarise(runs)
     (course,) = courses(rows)
     assert course.directories == (tmp_path / "whole",)
     assert f"{tmp_path / 'damaged'}: its curves are left out (" in caplog.text
+
+
+def test_a_folder_that_is_now_another_runs_counts_as_one_that_is_not_here(tmp_path):
+    tracker = Tracker(tmp_path, JSONL, {}, {})
+    tracker.log({"val/knn_top1": 1.0}, 9)
+    tracker.close("FINISHED")
+    own = replace(run("kmclr", 50), directory=tmp_path, uuid=tracker.record.uuid)
+    assert len(courses(summarise([own])[0])) == 1
+    assert courses(summarise([replace(own, uuid="the run that was here before")])[0]) == []
 
 
 def test_a_bar_in_a_name_is_no_column():
