@@ -80,7 +80,8 @@ def main(composed: DictConfig) -> dict[str, float]:
             for tag, now in tags.items():
                 if record.tags.get(tag, now) != now:
                     logger.warning("%s: was with %s; its figures are now with %s", tag, record.tags[tag], now)
-            tracker = Tracker(directory, tracking, {}, tags, reopens=True)
+            tracker = Tracker(directory, tracking, {}, {}, reopens=True)
+            tracker.record.tags |= tags  # which are saved with their figures, never before
             tracker.log(metrics, saved["step"])
             tracker.close("FINISHED")
         entry = tracker.record.entry

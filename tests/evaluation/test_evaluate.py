@@ -14,6 +14,7 @@ from src.errors import UsageError
 from src.evaluation import evaluate
 from src.runs import checkpoint
 from src.runs.record import Record
+from src.runs.tracker import Tracker
 from tests.config.test_schema import composed
 from tests.conftest import PROJECT
 from tests.data.layouts import LAYOUTS, write_set
@@ -313,3 +314,21 @@ def test_the_figures_of_a_run_are_never_those_of_an_older_checkpoint(finished, t
     newest.write_bytes(whole[:1000])
     with pytest.raises(UsageError, match=f"{newest.name} is damaged"):
         run(f"run={folder}")
+
+
+@pytest.mark.parametrize("where", ["log", "close"])
+def test_a_run_stays_finished_where_a_later_evaluation_is_broken_off(finished, tmp_path, monkeypatch, where):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    run(f"run={folder}", "evaluation.knn_k=5")
+    before = Record.load(folder)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(f"run={folder}", "evaluation.knn_k=7")
+    after = Record.load(folder)  # what a SIGTERM, too, would leave
+    assert (after.status, after.end_time, after.tags) == ("FINISHED", before.end_time, before.tags)
+    assert run(f"run={folder}", "evaluation.knn_k=7").items() <= Record.load(folder).metrics.items()
