@@ -372,3 +372,9 @@ def test_the_control_of_ones_own_method_has_the_methods_settings():
     stored, control, other = by[256, "0.2"], by[0, "0.2"], by[0, "0.5"]
     assert control_of(stored, rows) is control
     assert control_of(stored, [stored, other]) is None
+
+
+def test_rows_of_ones_own_method_are_named_by_the_support_set():
+    rows, notes = summarise([own("none"), own("queue", 64), own("reservoir", 64), own("kmeans", 64)])
+    assert [row.label for row in rows] == ["mine, kmeans", "mine, none", "mine, queue", "mine, reservoir"]
+    assert notes[0] == "the runs also differ in support.name: each combination has its own row"
