@@ -174,8 +174,9 @@ def courses(rows: Sequence[TableRow]) -> list[curves.Course]:
             continue
         title = f"{row.title} ({len(here)} of {len(row.runs)} seeds)" if len(here) < len(row.runs) else row.title
         params = row.runs[0].params
-        cycle = int(params.get("support.forget_every", 1)) if params.get("support.forget") == "reset" else 1
         epochs, is_untrained = int(params["epochs"]), row.method == UNTRAINED
+        cycle = int(params.get("support.forget_every", 1)) if params.get("support.forget") == "reset" else 1
+        cycle = cycle if cycle < epochs else 1  # as nothing is reset
         found.append(curves.Course(title, row.name, row.size, row.colour, epochs, here, cycle, is_untrained))
     return found
 

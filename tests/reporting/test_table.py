@@ -194,6 +194,8 @@ def test_curves_are_drawn_of_the_runs_whose_folders_are_here(tmp_path):
     three = {"support.forget": "reset", "support.forget_every": "3"}
     again = replace(runs[0], params=runs[0].params | three)
     assert courses([replace(rows[-1], runs=(again,))])[0].cycle == 3
+    never = replace(again, params=again.params | {"epochs": "3"})  # nothing follows, so nothing is reset
+    assert courses([replace(rows[-1], runs=(never,))])[0].cycle == 1
     assert (
         courses([replace(rows[-1], runs=(replace(again, params=again.params | {"support.forget": "none"}),))])[0].cycle
         == 1
