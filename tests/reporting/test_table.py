@@ -238,6 +238,14 @@ def test_arguments():
     assert parse(["experiment=x", "k=50", "data.limit=null"]).settings == {"k": "50", "data.limit": "null"}
 
 
+def test_a_tilde_that_the_shell_has_left_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    save(run("simclr"), tmp_path / "home/runs/0", "study")
+    report.main(["experiment=study", "tracking=jsonl", "root=~/runs", "out=~/there"])
+    assert (tmp_path / "home/there/table.md").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -247,6 +255,8 @@ def test_arguments():
         (["experiment="], "name one of experiment=NAME and sweep=ID"),
         (["experiment=x", "sweep=y"], "name one of experiment=NAME and sweep=ID"),
         (["experiment=x", "root=r"], "root=r is where run.json files are: add tracking=jsonl"),
+        (["experiment=x", "experiment=y"], "experiment: is given more than once; give one value"),
+        (["experiment=x", "k=50", "k=100"], "k: is given more than once; give one value"),
         (["experiment=x", "tracking=wandb"], "tracking=wandb: choose one of mlflow, jsonl"),
     ],
 )
