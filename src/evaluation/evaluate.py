@@ -80,7 +80,8 @@ def main(composed: DictConfig) -> dict[str, float]:
             for tag, now in tags.items():
                 if record.tags.get(tag, now) != now:
                     logger.warning("%s: was with %s; its figures are now with %s", tag, record.tags[tag], now)
-            tracker = Tracker(directory, tracking, {}, tags, reopens=True)
+            tracker = Tracker(directory, tracking, {}, {}, reopens=True)
+            tracker.record.tags |= tags  # which are saved with their figures, never before
             tracker.log(metrics, saved["step"])
             tracker.close("FINISHED")
         entry = tracker.record.entry
@@ -148,7 +149,7 @@ def _checkpoint(composed: DictConfig) -> tuple[Path, dict[str, Any]]:
         return path, checkpoint.load(path)
     path = path if path.is_dir() else named_run(named, given[0])
     directory = path if path.name == CHECKPOINTS else path / CHECKPOINTS
-    found = checkpoint.load_latest(directory) if directory.is_dir() else None
-    if found is None:
+    newest = checkpoint.newest(directory)  # an earlier one would pass its figures off as the finished run's
+    if newest is None:
         raise UsageError(f"{directory}: there is no checkpoint; give a checkpoint's file or its run's folder")
-    return found
+    return newest, checkpoint.load(newest)

@@ -15,7 +15,7 @@ from src.runs.record import TAG_PRUNED, TAG_SUPPORT_UNUSED, Record
 from src.system.output import printable
 
 METHOD_PREFIXES = ("method.", "support.", "objective.")  # their settings are compared within a method only
-COLUMN_KEYS = ("method.name", "support.name", "k", "queue_size", "support.size", "seed")
+COLUMN_KEYS = ("method.name", "k", "queue_size", "support.size", "seed")
 INTEGER_PARAMS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
 IN_USE = "support/size"  # the metric of a support set whose number of vectors changes
 
@@ -144,8 +144,8 @@ def variant_of(run: Record, keys: Sequence[str]) -> str:
 
 
 def setting_text(key: str, value: str) -> str:
-    """``support_weight=1`` for ``objective.support_weight=1``; an objective goes by its name alone."""
-    if key == "objective.name":
+    """``support_weight=1`` for ``objective.support_weight=1``; objectives and support sets go by their names alone."""
+    if key in ("objective.name", "support.name"):
         return value
     prefix = next((prefix for prefix in METHOD_PREFIXES if key.startswith(prefix)), "")
     return f"{key.removeprefix(prefix)}={value}"

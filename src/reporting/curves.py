@@ -74,10 +74,11 @@ def read(directory: Path) -> Curves:
 def neighbour_agreement(metrics: Mapping[str, float]) -> dict[str, float]:
     """The fraction of the nearest entries of other images that are of the anchor's class.
 
-    An entry of the anchor's own image always is, and says nothing of how good neighbours are.
+    An entry of the anchor's own image always is, and says nothing of how good neighbours are. A support set that does
+    not know whose its entries are has no such fraction.
     """
-    agreement, own = metrics.get("support/label_agreement"), metrics.get("support/self_hit", 0.0)
-    if agreement is None or not own < 1:
+    agreement, own = metrics.get("support/label_agreement"), metrics.get("support/self_hit")
+    if agreement is None or own is None or not own < 1:
         return {}
     return {NEIGHBOUR: max(0.0, agreement - own) / (1 - own)}
 

@@ -41,8 +41,12 @@ def parse(arguments: Sequence[str]) -> Arguments:
     """Read ``key=value`` arguments; exactly one of ``experiment`` and ``sweep`` is not empty.
 
     Raises:
-        UsageError: a key is unknown, a value is impossible, or not exactly one of experiment and sweep is given.
+        UsageError: a key is unknown or repeated, a value is impossible, or not exactly one of experiment and sweep is
+            given.
     """
+    keys = [argument.partition("=")[0] for argument in arguments]
+    if again := [key for key in keys if keys.count(key) > 1]:
+        raise UsageError(f"{again[0]}: is given more than once; give one value")
     given: dict[str, str] = dict(argument.partition("=")[::2] for argument in arguments)
     own = {"experiment": "", "sweep": "", "out": "", "tracking": "mlflow", "root": "multirun"}
     settings = {key: value for key, value in given.items() if key not in own}
@@ -76,17 +80,18 @@ def main(arguments: Sequence[str]) -> None:
             print(f"the newest sweep's charts: {link}")
         return
     asked = parse(arguments)
+    root = Path(asked.root).expanduser()  # which a shell does not do after a `=`
     if asked.sweep:
-        name, runs = read_sweep(asked.sweep, asked.tracking, Path(asked.root))
+        name, runs = read_sweep(asked.sweep, asked.tracking, root)
         name = printable(name)  # a server may have any name
     else:
-        name, runs = asked.experiment, read_runs(asked.experiment, asked.tracking, Path(asked.root))
+        name, runs = asked.experiment, read_runs(asked.experiment, asked.tracking, root)
     runs = those_with(asked.settings, runs)
     name = "-".join([name, *(f"{key}={value}" for key, value in asked.settings.items())])
     rows, notes = summarise(runs)
     if not rows:
         raise UsageError("; ".join([f"{name}: no run has finished", *notes, "train one first"]))
-    out = Path(asked.out) if asked.out else _folder(name)
+    out = Path(asked.out).expanduser() if asked.out else _folder(name)
     written = write(rows, notes, name, out)
 
     show(rows, notes, name)

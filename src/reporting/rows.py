@@ -147,13 +147,13 @@ def control_of(row: TableRow, rows: Sequence[TableRow]) -> TableRow | None:
     if row.method == UNTRAINED or row.is_control:
         return None
     own = ("objective.support_weight", "objective.predictor_hidden") if is_simclr else ()
-    parts = ("method.", "support.", "search.")
+    parts = ("support.", "search.")
     # A name stands for settings beside it.
-    free = {"k", "queue_size", "seed", "objective.name", *NEED_STORED_VECTORS, *own}
+    free = {"k", "queue_size", "seed", "method.name", "objective.name", *NEED_STORED_VECTORS, *own}
 
     def agree(one: Mapping[str, str], two: Mapping[str, str]) -> bool:
         keys = {key for key in one.keys() | two.keys() if not key.startswith(parts) and key not in free}
-        return all(one.get(key) == two.get(key) for key in keys | {"method._target_"})
+        return all(one.get(key) == two.get(key) for key in keys)
 
     found = [
         other

@@ -23,7 +23,7 @@ from src.errors import UsageError
 from src.reporting import curves, page
 from src.reporting.plots import caption, plot, to_svg, write_png
 from src.reporting.rows import NOTHING_STORED, TABLE_METRICS, TableRow, control_of, difference, metrics_of
-from src.runs.record import METRICS
+from src.runs.record import METRICS, Record
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
 
@@ -152,29 +152,31 @@ def _differences(row: TableRow, rows: Sequence[TableRow], metrics: Iterable[str]
     return numbers
 
 
-def _has_curves(directory: Path) -> bool:
+def _has_curves(run: Record, directory: Path) -> bool:
     """Whether a run's metrics are on this machine and can be read; warn if they are and cannot."""
     if not os.path.isfile(directory / METRICS):  # `Path.is_file` raises where a folder above is closed
         return False
     try:
+        there = Record.find(directory)
         curves.read(directory)
     except (UsageError, OSError) as error:
         logger.warning("%s: its curves are left out (%s)", directory, one_line(error))
         return False
-    return True
+    return there is not None and there.uuid == run.uuid  # another run may have the folder by now
 
 
 def courses(rows: Sequence[TableRow]) -> list[curves.Course]:
     """The training curves of the rows, of those runs whose folders are on this machine."""
     found = []
     for row in rows:
-        here = tuple(run.directory for run in row.runs if run.directory and _has_curves(run.directory))
+        here = tuple(run.directory for run in row.runs if run.directory and _has_curves(run, run.directory))
         if not here:
             continue
         title = f"{row.title} ({len(here)} of {len(row.runs)} seeds)" if len(here) < len(row.runs) else row.title
         params = row.runs[0].params
-        cycle = int(params.get("support.forget_every", 1)) if params.get("support.forget") == "reset" else 1
         epochs, is_untrained = int(params["epochs"]), row.method == UNTRAINED
+        cycle = int(params.get("support.forget_every", 1)) if params.get("support.forget") == "reset" else 1
+        cycle = cycle if cycle < epochs else 1  # as nothing is reset
         found.append(curves.Course(title, row.name, row.size, row.colour, epochs, here, cycle, is_untrained))
     return found
 

@@ -168,6 +168,11 @@ def load_latest(directory: Path, rows: Path | None = None) -> tuple[Path, dict[s
     return None
 
 
+def newest(directory: Path) -> Path | None:
+    """The checkpoint of the latest step, whole or damaged; None without one."""
+    return max(_by_step(directory).items(), default=(0, None))[1]
+
+
 def restore(module: nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> None:
     """Loads a state dict into a module that must have exactly its keys and shapes.
 

@@ -50,7 +50,8 @@ class Tracker:
         params: the flattened config. A continued run keeps the values that it has.
         tags: replaced where they exist.
         is_stopping: whether the run has been told to stop, which no delivery delays by more than `STOPPING_TIMEOUT_S`.
-        reopens: a finished run gets further figures, and still ended when it did, after as long.
+        reopens: a finished run gets further figures. Whatever ends this process, the run stays finished, and still
+            ended when it did, after as long.
 
     Raises:
         UsageError: MLflow is not installed, or its local store does not open.
@@ -89,7 +90,8 @@ class Tracker:
         self._logged = set() if finished else {(key, row["step"]) for row in rows for key in row["metrics"]}
 
         self._ended = record.end_time if reopens else None
-        record.status, record.end_time = "RUNNING", None
+        if not reopens:
+            record.status, record.end_time = "RUNNING", None
         record.params = {key: str(value) for key, value in params.items()} | record.params
         record.tags |= dict(tags) | {TAG_OUTPUT_DIR: str(directory.resolve())}
         record.tags.pop(TAG_ERROR, None)  # of the session before

@@ -14,6 +14,7 @@ from src.errors import UsageError
 from src.evaluation import evaluate
 from src.runs import checkpoint
 from src.runs.record import Record
+from src.runs.tracker import Tracker
 from tests.config.test_schema import composed
 from tests.conftest import PROJECT
 from tests.data.layouts import LAYOUTS, write_set
@@ -121,7 +122,7 @@ def test_it_prints_whose_figures_they_are_and_where_they_went(finished, tmp_path
 def test_it_says_that_mlflow_has_the_figures_only_where_it_has(finished, client, monkeypatch, capsys, is_down):
     shutil.copytree(finished, "run")
     record = Record.load(Path("run"))
-    record.ask(Tracking("mlflow", "exp", 10))
+    record.request(Tracking("mlflow", "exp", 10))
     record.save(Path("run"))
     if is_down:
         break_store(client, monkeypatch, "log_batch")
@@ -181,7 +182,7 @@ def test_figures_are_logged_where_the_run_was_last_asked_for(finished, tmp_path)
     shutil.copytree(finished, tmp_path / "run")
     record = Record.load(tmp_path / "run")
     before = {*record.copies, "other"}
-    record.ask(Tracking("jsonl", "other", 10, parent="a folder that is gone"))
+    record.request(Tracking("jsonl", "other", 10, parent="a folder that is gone"))
     record.save(tmp_path / "run")
     run(f"checkpoint={tmp_path / 'run'}")
     after = Record.load(tmp_path / "run")
@@ -303,3 +304,31 @@ def test_a_checkpoint_alone_is_evaluated_and_nothing_is_written(finished, tmp_pa
     path = shutil.copy(checkpoint.load_latest(finished / "checkpoints")[0], tmp_path / "elsewhere")
     assert "test/linear_top1" in run(f"checkpoint={path}")
     assert [each.name for each in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_the_figures_of_a_run_are_never_those_of_an_older_checkpoint(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    newest, state = checkpoint.load_latest(folder / "checkpoints")
+    whole = newest.read_bytes()
+    checkpoint.save(folder / "checkpoints", state["step"] - 1, state)
+    newest.write_bytes(whole[:1000])
+    with pytest.raises(UsageError, match=f"{newest.name} is damaged"):
+        run(f"run={folder}")
+
+
+@pytest.mark.parametrize("where", ["log", "close"])
+def test_a_run_stays_finished_where_a_later_evaluation_is_broken_off(finished, tmp_path, monkeypatch, where):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    run(f"run={folder}", "evaluation.knn_k=5")
+    before = Record.load(folder)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(f"run={folder}", "evaluation.knn_k=7")
+    after = Record.load(folder)  # what a SIGTERM, too, would leave
+    assert (after.status, after.end_time, after.tags) == ("FINISHED", before.end_time, before.tags)
+    assert run(f"run={folder}", "evaluation.knn_k=7").items() <= Record.load(folder).metrics.items()

@@ -43,7 +43,7 @@ def test_prototypes_that_are_reset_are_compared_where_they_are_oldest(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("agreement", "own", "expected"), [(0.8, 0.7, 1 / 3), (0.3, 0.0, 0.3), (0.3, None, 0.3), (1.0, 1.0, None)]
+    ("agreement", "own", "expected"), [(0.8, 0.7, 1 / 3), (0.3, 0.0, 0.3), (0.3, None, None), (1.0, 1.0, None)]
 )
 def test_the_anchors_own_image_is_no_neighbour(agreement, own, expected):
     metrics = {"support/label_agreement": agreement} | ({} if own is None else {"support/self_hit": own})
@@ -55,9 +55,7 @@ def test_the_anchors_own_image_is_no_neighbour(agreement, own, expected):
 def test_a_few_courses_share_their_panels_and_what_stores_nothing_has_no_nearest_entry(tmp_path):
     none, small, large, own = (
         (write(tmp_path / name, [0.1, 0.2], metric),)
-        for name, metric in zip(
-            "abcd", ["val/knn_top1", *["support/label_agreement"] * 2, "support/self_hit"], strict=True
-        )
+        for name, metric in zip("abcd", ["val/knn_top1", NEIGHBOUR, NEIGHBOUR, "support/self_hit"], strict=True)
     )
     some = [course("SimCLR", 0, none, "black"), course("KMCLR 50", 50, small), course("KMCLR 4,096", 4096, large)]
     accuracy, agreement = compare(some).axes
@@ -125,7 +123,8 @@ def test_panels_beside_each_other_end_at_the_same_epoch(tmp_path):
     folder = write(tmp_path / "a", [10, 20, 30, 40, 50])
     with (folder / "metrics.jsonl").open("a") as file:
         for step in (5, 10, 15):
-            file.write(json.dumps({"step": step, "time": 0, "metrics": {"support/label_agreement": 0.1}}) + "\n")
+            metrics = {"support/label_agreement": 0.1, "support/self_hit": 0.0}
+            file.write(json.dumps({"step": step, "time": 0, "metrics": metrics}) + "\n")
     first, second = compare([course("KMCLR 50", 50, (folder,), cycle=2)]).axes
     assert first.get_xlim() == second.get_xlim()
     assert first.get_xlim()[0] == 0

@@ -74,6 +74,7 @@ def test_a_curve_tells_whose_it_is(tmp_path):
     runs = [replace(run("kmclr", 50, seed), directory=tmp_path / f"folder{seed}") for seed in range(2)]
     for each in runs:
         each.directory.mkdir()
+        replace(each).save(each.directory)
         (each.directory / "metrics.jsonl").write_text('{"step": 9, "time": 0, "metrics": {"val/knn_top1": 41.5}}\n')
     _, page = page_of(runs, tmp_path / "out")
     assert "KMCLR 50: 41.50 at epoch 500" in page.of("title", "svg")

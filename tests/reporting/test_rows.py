@@ -354,3 +354,27 @@ def test_characters_that_a_terminal_would_obey_are_not_printed():
     shown = [rows[0].runs[0].params["data.name"], rows[0].runs[0].name, *notes]
     assert shown[:2] == ["set�[2J��", "a�]0;title�b"]
     assert all(text.isprintable() for text in shown)
+
+
+def own(support, size=0, seed=0, **settings):
+    """A run of a method from outside, which goes with any support set."""
+    params = {"method._target_": "mine.Method", "support.name": support} | settings
+    params |= {"support_set_size": str(size), "support.precision": "float32"} if size else {}
+    return run("mine", size, seed, **params)
+
+
+def test_the_control_of_ones_own_method_has_the_methods_settings():
+    rows, _ = summarise([
+        own("none", **{"method.margin": "0.5"}), own("none", **{"method.margin": "0.2"}),
+        own("queue", 256, **{"method.margin": "0.2"}),
+    ])  # fmt: skip
+    by = {(row.size, row.runs[0].params["method.margin"]): row for row in rows}
+    stored, control, other = by[256, "0.2"], by[0, "0.2"], by[0, "0.5"]
+    assert control_of(stored, rows) is control
+    assert control_of(stored, [stored, other]) is None
+
+
+def test_rows_of_ones_own_method_are_named_by_the_support_set():
+    rows, notes = summarise([own("none"), own("queue", 64), own("reservoir", 64), own("kmeans", 64)])
+    assert [row.label for row in rows] == ["mine, kmeans", "mine, none", "mine, queue", "mine, reservoir"]
+    assert notes[0] == "the runs also differ in support.name: each combination has its own row"

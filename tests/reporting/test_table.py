@@ -17,8 +17,10 @@ from src.reporting.report import Arguments, parse
 from src.reporting.rows import summarise
 from src.reporting.table import GAIN_NOTE, courses, markdown, records, summary, table, write
 from src.runs.record import ExperimentEntry, Record
+from src.runs.tracker import Tracker
 from tests.conftest import PROJECT
 from tests.made_up_runs import STUDY, run, with_untrained, without
+from tests.stores import JSONL
 
 ROOT = PROJECT
 
@@ -182,6 +184,8 @@ def test_curves_are_drawn_of_the_runs_whose_folders_are_here(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     places = [tmp_path / "a", tmp_path / "b", tmp_path / "gone", None]
     runs = [replace(run("kmclr", 50, seed), directory=place) for seed, place in enumerate(places)]
+    for one in runs[:2]:
+        replace(one).save(one.directory)
     rows, notes = summarise([*runs, run("simclr")])
     (course,) = courses(rows)
     assert (course.title, course.size, course.epochs) == ("KMCLR 50 (2 of 4 seeds)", 50, 500)
@@ -190,6 +194,8 @@ def test_curves_are_drawn_of_the_runs_whose_folders_are_here(tmp_path):
     three = {"support.forget": "reset", "support.forget_every": "3"}
     again = replace(runs[0], params=runs[0].params | three)
     assert courses([replace(rows[-1], runs=(again,))])[0].cycle == 3
+    never = replace(again, params=again.params | {"epochs": "3"})  # nothing follows, so nothing is reset
+    assert courses([replace(rows[-1], runs=(never,))])[0].cycle == 1
     assert (
         courses([replace(rows[-1], runs=(replace(again, params=again.params | {"support.forget": "none"}),))])[0].cycle
         == 1
@@ -205,10 +211,21 @@ def test_curves_that_cannot_be_read_are_left_out_and_said_to_be(tmp_path, caplog
         (tmp_path / name / "metrics.jsonl").write_text(f"{content}\n")
     places = [tmp_path / name for name in ("whole", "damaged")]
     runs = [replace(run("kmclr", 50, seed), directory=place) for seed, place in enumerate(places)]
+    for one in runs:
+        replace(one).save(one.directory)
     rows, _ = summarise(runs)
     (course,) = courses(rows)
     assert course.directories == (tmp_path / "whole",)
     assert f"{tmp_path / 'damaged'}: its curves are left out (" in caplog.text
+
+
+def test_a_folder_that_is_now_another_runs_counts_as_one_that_is_not_here(tmp_path):
+    tracker = Tracker(tmp_path, JSONL, {}, {})
+    tracker.log({"val/knn_top1": 1.0}, 9)
+    tracker.close("FINISHED")
+    own = replace(run("kmclr", 50), directory=tmp_path, uuid=tracker.record.uuid)
+    assert len(courses(summarise([own])[0])) == 1
+    assert courses(summarise([replace(own, uuid="the run that was here before")])[0]) == []
 
 
 def test_a_bar_in_a_name_is_no_column():
@@ -221,6 +238,14 @@ def test_arguments():
     assert parse(["experiment=x", "k=50", "data.limit=null"]).settings == {"k": "50", "data.limit": "null"}
 
 
+def test_a_tilde_that_the_shell_has_left_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    save(run("simclr"), tmp_path / "home/runs/0", "study")
+    report.main(["experiment=study", "tracking=jsonl", "root=~/runs", "out=~/there"])
+    assert (tmp_path / "home/there/table.md").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -230,6 +255,8 @@ def test_arguments():
         (["experiment="], "name one of experiment=NAME and sweep=ID"),
         (["experiment=x", "sweep=y"], "name one of experiment=NAME and sweep=ID"),
         (["experiment=x", "root=r"], "root=r is where run.json files are: add tracking=jsonl"),
+        (["experiment=x", "experiment=y"], "experiment: is given more than once; give one value"),
+        (["experiment=x", "k=50", "k=100"], "k: is given more than once; give one value"),
         (["experiment=x", "tracking=wandb"], "tracking=wandb: choose one of mlflow, jsonl"),
     ],
 )
