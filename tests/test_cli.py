@@ -206,6 +206,12 @@ def typed(tmp_path, monkeypatch, capsys):
         ("output_dir=a_file data=digits backbone=resnet_tiny", "output_dir=a_file: is a file"),
         ("hydra.run.dir=elsewhere", "hydra.run.dir=elsewhere: has no effect; a run's folder is output_dir"),
         ("--multirun hydra.sweep.dir=elsewhere k=5,6", "hydra.sweep.* out"),
+        ("--multirun evaluation.epochs=2,50", "evaluation.epochs=2,50: makes no other run, so give it one value"),
+        ("--multirun evaluation=linear,fewshot", "evaluation=linear,fewshot: makes no other run, so give it one value"),
+        ("--multirun ++tracking.experiment=a,b", "tracking.experiment=a,b: makes no other run, so give it one value"),
+        ("--multirun dry_run=true,false", "dry_run=true,false: makes no other run, so give it one value"),
+        ("--multirun jobs=1,2 k=5,6", "jobs=1,2: makes no other run, so give it one value"),
+        ("--multirun +sweep=optuna device=auto,cpu", "device=auto,cpu: makes no other run, so give it one value"),
         (
             "--multirun method=nnclr search=ivf search.refresh_every=null",
             "search.refresh_every=null: search=ivf needs it",
