@@ -375,6 +375,32 @@ def test_too_little_memory_is_one_line(tmp_path, megabytes):
     assert "Traceback" not in done.stderr
 
 
+def test_more_memory_than_a_number_can_say_is_one_line(typed, cache_dir):
+    settings = ["experiment=demo", "evaluation.pictures=false", f"data.cache_dir={cache_dir}", "tracking=jsonl"]
+    status, stderr = typed(cli.train, *settings, "k=9223372036854775807")
+    assert status == 1
+    assert stderr.splitlines()[-1].startswith("error: there is not enough memory (")
+
+
+@pytest.mark.parametrize(
+    ("entry", "interrupted"),
+    [
+        (cli.train, "src.cli.pretrain"),
+        (cli.evaluate, "src.evaluation.evaluate.main"),
+        (cli.export, "src.evaluation.export.main"),
+        (cli.embed, "src.cli.features"),
+        (cli.report, "src.reporting.report.main"),
+        (cli.deliver, "src.runs.delivery.main"),
+    ],
+)
+def test_ctrl_c_is_its_status_and_no_traceback(typed, monkeypatch, entry, interrupted):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(interrupted, interrupt)
+    assert typed(entry) == (130, "")
+
+
 def test_a_lack_of_memory_is_found_below_what_was_made_of_it():
     try:
         try:
