@@ -47,7 +47,8 @@ OF_THE_SWEEP = ("jobs", "dry_run", "max_minutes", "resume")  # keys that concern
 VERSION_BASE: dict[str, str] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
 MAX_MESSAGE_CHARS = 600  # of an error's line
 _LACKS_MEMORY = re.compile(
-    "MemoryError|out of memory|(can't|cannot) allocate memory|bad_alloc|failed to map segment|can't start new thread",
+    "MemoryError|out of memory|(can't|cannot) allocate memory|size calculation overflowed|bad_alloc|"
+    "failed to map segment|can't start new thread",
     re.I,
 )
 os.environ.pop("MPLBACKEND", None)  # all pictures are files, and matplotlib does not load with a name that it lacks
@@ -55,9 +56,15 @@ os.environ.pop("MPLBACKEND", None)  # all pictures are files, and matplotlib doe
 
 @contextmanager
 def _survives_closed_output() -> Iterator[None]:
-    """Exit with the status of SIGPIPE if the reader of standard output has gone, and with 74 if the disk is full."""
+    """Exit with the status of SIGPIPE if the reader of standard output has gone, with 74 if the disk is full.
+
+    Of Ctrl-C there is no traceback either, but its status.
+    """
     outlive_output()
-    yield
+    try:
+        yield
+    except KeyboardInterrupt:  # outside a run, which takes it for a request to stop
+        sys.exit(128 + signal.SIGINT)
     if sys.stdout is not None:
         sys.stdout.flush()
     if lost := lost_output():
@@ -184,8 +191,6 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     try:
         with nullcontext() if tracebacks else explained(known):
             _with_renamed_keys(hydra_main)
-    except KeyboardInterrupt:  # before a run could take it for a request to stop
-        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if tracebacks or not _is_from_hydra(error):
             raise

@@ -206,6 +206,12 @@ def typed(tmp_path, monkeypatch, capsys):
         ("output_dir=a_file data=digits backbone=resnet_tiny", "output_dir=a_file: is a file"),
         ("hydra.run.dir=elsewhere", "hydra.run.dir=elsewhere: has no effect; a run's folder is output_dir"),
         ("--multirun hydra.sweep.dir=elsewhere k=5,6", "hydra.sweep.* out"),
+        ("--multirun evaluation.epochs=2,50", "evaluation.epochs=2,50: makes no other run, so give it one value"),
+        ("--multirun evaluation=linear,fewshot", "evaluation=linear,fewshot: makes no other run, so give it one value"),
+        ("--multirun ++tracking.experiment=a,b", "tracking.experiment=a,b: makes no other run, so give it one value"),
+        ("--multirun dry_run=true,false", "dry_run=true,false: makes no other run, so give it one value"),
+        ("--multirun jobs=1,2 k=5,6", "jobs=1,2: makes no other run, so give it one value"),
+        ("--multirun +sweep=optuna device=auto,cpu", "device=auto,cpu: makes no other run, so give it one value"),
         (
             "--multirun method=nnclr search=ivf search.refresh_every=null",
             "search.refresh_every=null: search=ivf needs it",
@@ -367,6 +373,32 @@ def test_too_little_memory_is_one_line(tmp_path, megabytes):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: there is not enough memory (")
     assert "Traceback" not in done.stderr
+
+
+def test_more_memory_than_a_number_can_say_is_one_line(typed, cache_dir):
+    settings = ["experiment=demo", "evaluation.pictures=false", f"data.cache_dir={cache_dir}", "tracking=jsonl"]
+    status, stderr = typed(cli.train, *settings, "k=9223372036854775807")
+    assert status == 1
+    assert stderr.splitlines()[-1].startswith("error: there is not enough memory (")
+
+
+@pytest.mark.parametrize(
+    ("entry", "interrupted"),
+    [
+        (cli.train, "src.cli.pretrain"),
+        (cli.evaluate, "src.evaluation.evaluate.main"),
+        (cli.export, "src.evaluation.export.main"),
+        (cli.embed, "src.cli.features"),
+        (cli.report, "src.reporting.report.main"),
+        (cli.deliver, "src.runs.delivery.main"),
+    ],
+)
+def test_ctrl_c_is_its_status_and_no_traceback(typed, monkeypatch, entry, interrupted):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(interrupted, interrupt)
+    assert typed(entry) == (130, "")
 
 
 def test_a_lack_of_memory_is_found_below_what_was_made_of_it():

@@ -256,10 +256,20 @@ def _warn_once(message: str) -> None:
 
 
 def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
-    """Every run's directory below a folder, and its record. A damaged one is passed over, with a warning."""
-    for path in root.rglob(RECORD):
+    """Every run's directory below a folder, and its record. A damaged one is passed over, with a warning.
+
+    Links to folders are followed; a folder that is reached in several ways counts once, so a link may also lead back.
+    """
+    seen = set[str]()
+    for parent, folders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if RECORD not in files + folders:
+            continue
         try:
-            yield path.parent, Record.load(path.parent)
+            yield Path(parent), Record.load(Path(parent))
         except UsageError as error:
             logger.warning("passed over: %s", str(error).removesuffix(f": {MOVE_AWAY}"))
 

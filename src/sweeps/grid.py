@@ -10,6 +10,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -27,6 +28,8 @@ from src.sweeps.sweep import Sweep
 from src.system.output import in_terminal
 
 Grid = Mapping[str, Sequence[str]]  # key: its values, as on the command line
+# Keys outside a run's settings that make other runs all the same, by the images or the weights that they lead to.
+BY_CONTENT = {"init", "data.root", "data.background", "data.draft"}
 # Keys that a job's line shows when it starts, besides those in which the jobs differ.
 ALWAYS_SHOWN = {"method", "support", "objective", "k", "queue_size", "seed"}
 
@@ -126,6 +129,8 @@ class GridSweeper(Sweeper):
         for override in self.composer.parser.parse_overrides(overrides):
             if (found := values(override)) is None:
                 raise UsageError(f"{override.input_line}: a grid wants single values; +sweep=optuna takes intervals")
+            if len(found) > 1:
+                refuse_equal_runs(override)
             grid[override.get_key_element()] = found
         return grid
 
@@ -163,6 +168,14 @@ def typed(key: str, value: str) -> str:
 def plain(key: str, there: Container[str]) -> str:
     """A key as it is, also of ``++key=value``, which replaces what is there."""
     return bare if (bare := key.removeprefix("++")) in there else key
+
+
+def refuse_equal_runs(override: Override) -> None:
+    """Raise a `UsageError` for several values of a key that makes no other run: all but one would be dropped."""
+    key = override.key_or_group
+    if not identity.is_setting(key) and key not in BY_CONTENT:
+        beside = "; src.evaluate adds the figures of others" if key.startswith("evaluation") else ""
+        raise UsageError(f"{override.input_line}: makes no other run, so give it one value{beside}")
 
 
 def refuse_unused(jobs: Sequence[Job]) -> None:

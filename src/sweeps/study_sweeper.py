@@ -14,7 +14,7 @@ from src.config.schema import Config
 from src.errors import Diverged, UsageError
 from src.runs.record import RECORD
 from src.sweeps.dry_run import preview
-from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, plain, refuse_unused, typed
+from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, plain, refuse_equal_runs, refuse_unused, typed
 from src.sweeps.jobs import Job, values
 from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED
@@ -95,6 +95,8 @@ class StudySweeper(GridSweeper):
         overrides = {plain(each.get_key_element(), keys): each for each in parsed}
         fixed = [typed(key, only[0]) for key, each in overrides.items() if (only := values(each)) and len(only) == 1]
         drawn = {key: each for key, each in overrides.items() if len(values(each) or ()) != 1}
+        for each in drawn.values():
+            refuse_equal_runs(each)
         space = studies.space(drawn, whole_numbers())
         base = self.composer(fixed)
         if not base.cfg:  # what is fixed may be at odds with the defaults of what is drawn

@@ -181,6 +181,18 @@ def test_a_damaged_record_hides_no_other(tmp_path, caplog):
     assert f"{tmp_path}/bad/run.json is not the record of a run" in caplog.text
 
 
+def test_a_run_behind_a_link_is_found_and_each_run_once(tmp_path):
+    root, elsewhere = tmp_path / "multirun", tmp_path / "disk"
+    for folder in (root / "here", elsewhere / "there"):
+        finished(folder)
+    (root / "there").symlink_to(elsewhere / "there")
+    (root / "again").symlink_to(root / "here")
+    (root / "here/loop").symlink_to(root)
+    (root / "nowhere").symlink_to(tmp_path / "gone")
+    found = [each.directory for _, each in record.records_below(root)]
+    assert sorted(found) == [elsewhere / "there", root / "here"]
+
+
 def test_values_logged_just_before_a_kill_are_in_the_record_of_the_continued_run(tmp_path):
     killed = Tracker(tmp_path, JSONL, {}, {})
     killed.log({"test/linear_top1": 12.5, "val/knn_top1": math.nan}, 7)  # in the file, not in run.json yet
