@@ -33,7 +33,7 @@ def test_a_report_of_old_records_has_the_old_table(folder):
 
 
 PAGES = {
-    "support_size": ["runs", "published/runs", "original/runs"],
+    "support_size": ["runs", "published/runs", "published/control/runs", "original/runs"],
     "support_size_long": ["runs"],
     "teacher": ["runs"],
     "gpu": ["runs", "long/runs"],
