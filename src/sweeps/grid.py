@@ -82,7 +82,7 @@ class GridSweeper(Sweeper):
         hashes = sorted(identity.config_hash(job.cfg) for job in jobs if job.cfg)
         with Sweep(name, hashes, jobs, legal[0].tracking) as sweep:
             done = sum(job.is_finished for job in jobs)
-            print(f"{sweep.directory}: {len(jobs)} jobs, {done} finished already", flush=True)
+            print(f"{sweep.directory}: {len(jobs)} job{'s' * (len(jobs) != 1)}, {done} finished already", flush=True)
             pending = [job for job in jobs if job.cfg and not job.is_finished]
             times = Counter(each for job in pending for each in job.overrides)
             shown = ALWAYS_SHOWN | {each.split("=")[0] for each in times if times[each] < len(pending)}
