@@ -179,9 +179,9 @@ def refuse_equal_runs(override: Override) -> None:
 
 
 def refuse_unused(jobs: Sequence[Job]) -> None:
-    """Raise a `UsageError` for a key that every job passed over."""
-    unused = [set(job.passed_over) for job in jobs if job.cfg]
-    if unused and (nowhere := set.intersection(*unused)):
+    """Raise a `UsageError` for a key that every job passed over, those among them that are not legal."""
+    nowhere = set.intersection(*(set(job.passed_over) for job in jobs)) if jobs else set()
+    if nowhere and any(job.cfg for job in jobs):
         there = {key for job in jobs if job.cfg for key in identity.flat(job.cfg)}
         raise UsageError(explain_key(min(nowhere), sorted(there)))
 
