@@ -160,22 +160,30 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     trains = config_name == "train"
     plugins.register()
     resolvers.register("options", _options)
-    if "" in sys.argv[1:]:
-        fail("an argument is empty: a variable of the shell may have no value")
+    if empty := {"", "run=", "checkpoint=", "run_id="}.intersection(sys.argv[1:]):
+        fail(f"{max(empty) or 'an argument'} is empty: a variable of the shell may have no value")
+    kinds = "".join("-" if argument[0] == "-" else "=" if "=" in argument else "." for argument in sys.argv[1:])
+    if re.search("=.*-.*=", kinds):  # which argparse takes for arguments that it does not know
+        fail("settings stand before and after an argument that begins with a hyphen: put that first")
     if {"--multirun", "-m"} & set(sys.argv):
         if is_rank():
             fail("--multirun: a sweep starts its jobs itself; leave out torchrun, which is for one run")
         sys.argv[1:] = [_for_the_sweeper(argument) for argument in sys.argv[1:]]
     known = None if trains else keys_of(yaml.safe_load((CONF / f"{config_name}.yaml").read_text()))
     _log_to_stderr()
-    for argument in sys.argv[1:]:  # Hydra makes that folder before it hands the config over
+    for argument in sys.argv[1:]:
+        # Hydra makes that folder before it hands the config over.
         if re.match(r"\+*hydra\.run\.dir=", argument) and "hydra.job.chdir=true" not in sys.argv:
             fail(f"{argument}: has no effect; a run's folder is output_dir")
+        if argument.endswith("=null") and os.path.isdir(CONF / argument.removesuffix("=null")):
+            fail(f"{argument}: choose an option (--help lists them), or leave it out")
 
     def task(composed: DictConfig) -> Any:
+        choices = HydraConfig.get().runtime.choices
+        if trains and "method" not in choices:
+            fail(f"--config-name={HydraConfig.get().job.config_name}: configures no training run; build on train.yaml")
         if HydraConfig.get().mode == RunMode.MULTIRUN and trains:
             refuse_foreign_sweeper(HydraConfig.get())
-        choices = HydraConfig.get().runtime.choices
         if "sweep" in choices and not composed.tracking.parent:
             fail(f"+sweep={choices['sweep']}: a sweep is many runs; add --multirun")
         if HydraConfig.get().mode == RunMode.RUN and trains and choices["hydra/launcher"] != "local":
@@ -257,7 +265,7 @@ def explained(known: Collection[str] | None = None) -> Iterator[None]:
         yield
     except Exception as error:
         if lacking := _lack_of_memory(error):
-            fail(f"there is not enough memory ({one_line(lacking)}): lower batch_size, or give it more", 1)
+            fail(f"there is not enough memory ({one_line(lacking)}): lower what is largest, or give it more", 1)
         if isinstance(error, UsageError):
             fail(str(error))
         if isinstance(error, RunFailed):

@@ -161,6 +161,10 @@ def typed(tmp_path, monkeypatch, capsys):
             "data.final=true: too few images to hold out a tenth",
         ),
         ("k=abc", "k=abc: "),
+        ("projector=3", "projector=3: holds several settings; give one, as projector.hidden"),
+        ("method=null", "method=null: choose an option (--help lists them)"),
+        ("k=5 --config-dir mine seed=1", "settings stand before and after an argument that begins with a hyphen"),
+        ("--multirun +sweep=optuna hydra.sweeper.trials=0", "hydra.sweeper.trials=0: must be a whole number"),
         ("method=nnclr k=200", "k: only support=kmeans (method=kmclr) has it"),
         ("queue_size=64", "queue_size: only support=queue (method=nnclr) has it"),
         ("method=simclrr", "method=simclrr: there is no such option; choose one of kmclr, nnclr, simclr"),
@@ -231,6 +235,13 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(typed, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
 
 
+@pytest.mark.parametrize("arguments", ["--config-name=evaluate", "--config-name=evaluate --multirun"])
+def test_the_config_of_another_command_is_one_line(typed, arguments):
+    status, stderr = typed(cli.train, *arguments.split())
+    assert (status, stderr.count("\n")) == (2, 1)
+    assert "--config-name=evaluate: configures no training run" in stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["k=0", "epocs=3", "data=digits data.limit=3", "--multirun method=kmclr k=0,-1"])
 def test_a_mistake_in_a_process_of_its_own(command, tmp_path, cache_dir, arguments):
@@ -246,6 +257,7 @@ def test_a_mistake_in_a_process_of_its_own(command, tmp_path, cache_dir, argumen
     [
         ("", "give one of run=NAME and checkpoint=PATH"),
         ("run=a checkpoint=b", "give one of run=NAME and checkpoint=PATH"),
+        ("run=", "run= is empty: a variable of the shell may have no value"),
         ("run=nowhere", "run=nowhere: there is no such run; give the name of its folder in multirun/"),
         ("checkpoint=nowhere", "its path, or its id, or a checkpoint's file"),
         ("checkpoint=.", "there is no checkpoint"),

@@ -33,6 +33,11 @@ def parse(composed: DictConfig) -> Config:
     """
     composed = modernised(composed)
     try:
+        for group, kind in get_type_hints(Config).items():
+            if is_dataclass(kind) and not isinstance(value := composed.get(group, DictConfig({})), DictConfig):
+                raise UsageError(
+                    f"{group}={value}: holds several settings; give one, as {group}.{fields(kind)[0].name}"
+                )
         support = _schema("support", composed, SUPPORTS, schema.Support)
         objective = _schema("objective", composed, OBJECTIVES, schema.Objective)
         # A built-in method is named after a support set from outside.

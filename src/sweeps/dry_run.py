@@ -37,7 +37,7 @@ def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
         lines.append(
             f"{number:4}  {state:9} {identity.support_set_size(cfg):7,}  {directory.name}  {estimate}".rstrip()
         )
-    total = f"{len(cfgs)} jobs, {todo} to run"
+    total = f"{len(cfgs)} job{'s' * (len(cfgs) != 1)}, {todo} to run"
     if lasts:  # no job is shared between processes: the longest is the least that all of them take
         total += f", about {_duration(max(sum(lasts) / at_a_time, *lasts))} with jobs={at_a_time}"
     if unknown := todo - len(lasts):

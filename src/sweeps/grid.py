@@ -82,7 +82,7 @@ class GridSweeper(Sweeper):
         hashes = sorted(identity.config_hash(job.cfg) for job in jobs if job.cfg)
         with Sweep(name, hashes, jobs, legal[0].tracking) as sweep:
             done = sum(job.is_finished for job in jobs)
-            print(f"{sweep.directory}: {len(jobs)} jobs, {done} finished already", flush=True)
+            print(f"{sweep.directory}: {len(jobs)} job{'s' * (len(jobs) != 1)}, {done} finished already", flush=True)
             pending = [job for job in jobs if job.cfg and not job.is_finished]
             times = Counter(each for job in pending for each in job.overrides)
             shown = ALWAYS_SHOWN | {each.split("=")[0] for each in times if times[each] < len(pending)}
@@ -179,9 +179,9 @@ def refuse_equal_runs(override: Override) -> None:
 
 
 def refuse_unused(jobs: Sequence[Job]) -> None:
-    """Raise a `UsageError` for a key that every job passed over."""
-    unused = [set(job.passed_over) for job in jobs if job.cfg]
-    if unused and (nowhere := set.intersection(*unused)):
+    """Raise a `UsageError` for a key that every job passed over, those among them that are not legal."""
+    nowhere = set.intersection(*(set(job.passed_over) for job in jobs)) if jobs else set()
+    if nowhere and any(job.cfg for job in jobs):
         there = {key for job in jobs if job.cfg for key in identity.flat(job.cfg)}
         raise UsageError(explain_key(min(nowhere), sorted(there)))
 

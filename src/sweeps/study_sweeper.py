@@ -43,6 +43,8 @@ class StudySweeper(GridSweeper):
 
         if self.pruner not in studies.PRUNERS:
             raise UsageError(f"hydra.sweeper.pruner={self.pruner}: choose one of {', '.join(studies.PRUNERS)}")
+        if not (isinstance(self.trials, int) and self.trials > 0):
+            raise UsageError(f"hydra.sweeper.trials={self.trials}: must be a whole number, 1 or more")
         at_a_time = self.jobs_at_a_time(self.trials)
         if not self.config.dry_run:
             self.prepare()

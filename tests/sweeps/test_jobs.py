@@ -70,6 +70,11 @@ def test_a_key_that_no_option_of_the_grid_has_is_an_error(sweeper, arguments, sa
         sweeper.jobs(arguments)
 
 
+def test_a_key_of_the_one_job_that_is_not_legal_is_not_what_is_wrong(sweeper):
+    nnclr, kmclr = sweeper.jobs(["method=nnclr,kmclr", "search=ivf", "k=64"])
+    assert (bool(nnclr.cfg), kmclr.error.split(":")[0]) == (True, "search=ivf")
+
+
 def test_hydra_composes_each_choice_of_options_once(sweeper, monkeypatch):
     calls = []
     real = sweeper.composer.loader.load_sweep_config

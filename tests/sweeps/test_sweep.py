@@ -167,7 +167,7 @@ def test_a_method_chooses_among_the_alternatives_also_those_that_are_experiments
 def test_a_dry_run_names_what_is_not_possible(command):
     done = command("src.train", "--multirun", "method=kmclr", "k=50,0", "dry_run=true")
     assert done.returncode == 2
-    assert done.stdout.splitlines()[-1].startswith("1 jobs, 1 to run")
+    assert done.stdout.splitlines()[-1].startswith("1 job, 1 to run")
     assert done.stderr.startswith("not possible: k=0: must be 1 or more")
     assert done.stderr.count("\n") == 1
 
