@@ -56,7 +56,7 @@ def settings(node: Any) -> dict[str, Any]:
     return {key: getattr(node, key) for key in type(node).__annotations__}
 
 
-def make(path: str, group: str, kind: type[T], *arguments: Any, **options: Any) -> T:
+def make(path: str, group: str, kind: type[T], /, *arguments: Any, **options: Any) -> T:
     """What the class or the function that a ``_target_`` names makes of its arguments.
 
     Raises:

@@ -132,7 +132,7 @@ class Pretraining:
 
         with autocast(device, state.dtype):
             self.output = output = method(view1(images, aspects), view2(images, aspects))
-        logits = state.classifier(output.features.float())
+        logits = state.classifier(output.features.detach().float())  # no label may reach the encoder
         online_loss = F.cross_entropy(logits, labels.repeat(2))
 
         state.optimizer.zero_grad()

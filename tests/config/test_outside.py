@@ -30,6 +30,7 @@ def theirs(monkeypatch):
     """A module that anybody may import."""
     module = ModuleType("theirs")
     module.__dict__.update(Net=Net, Pictures=Pictures, seven=lambda: 7, fails=lambda first: 1 / 0, untyped=int)
+    module.Named = dict
     module.typed_oddly = lambda parts, many: None
     module.typed_oddly.__annotations__["many"] = complex
     monkeypatch.setitem(sys.modules, "theirs", module)
@@ -87,6 +88,11 @@ def test_what_fails_or_is_something_else():
         make("theirs.fails", "group", nn.Module)
     with pytest.raises(UsageError, match=r"is a builtins.int when made, and must be a torch\S*Module"):
         make("theirs.seven", "group", nn.Module)
+
+
+def test_its_settings_may_have_any_name():
+    made = make("theirs.Named", "data", dict, path="digits.npz", group=1, kind="b")
+    assert made == {"path": "digits.npz", "group": 1, "kind": "b"}
 
 
 def test_its_settings_count_and_its_looks_and_the_objective_do_not():

@@ -27,7 +27,8 @@ from src.config.schema import Tracking
 from src.errors import CannotWrite, Collapsed, Diverged, UsageError
 from src.evaluation.diagnostics import alignment, uniformity
 from src.evaluation.probes import FrozenEncoder
-from src.methods.base import Method
+from src.methods.base import Method, Output
+from src.methods.contrast import Contrast
 from src.reporting import curves
 from src.reporting.comparison import comparable
 from src.reporting.rows import summarise
@@ -274,6 +275,16 @@ def test_a_view_that_finds_its_own_image_is_a_hit_and_of_its_label(run):
     directory = run("method=nnclr", "queue_size=64", "data.limit=64", "optimizer.lr=1e-12", *plain)
     metrics = Record.load(directory).metrics
     assert metrics["support/self_hit"] == metrics["support/label_agreement"] == 1
+
+
+def test_the_labels_reach_no_encoder_whose_features_are_not_detached(run, monkeypatch):
+    def attached(self, view1, view2):
+        h = torch.cat([self.encoder(view1), self.encoder(view2)])
+        return Output(0 * h.sum(), h, self.projector(h).chunk(2)[0].detach(), None)
+
+    monkeypatch.setattr(Contrast, "forward", attached)
+    directory = run(*METHODS["simclr"], "epochs=1", "tracking.log_every=1")
+    assert {norm for (key, _), norm in history(directory).items() if key == "train/grad_norm"} == {0.0}
 
 
 def test_the_online_classifier_learns(run):
