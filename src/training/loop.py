@@ -34,6 +34,7 @@ from src.training.state import TrainState
 logger = logging.getLogger(__name__)
 
 SAVE = 1  # below every status with which a run stops
+EPOCH_START = 2  # keeps what is drawn between two epochs apart from the draws of the steps
 
 # Of a sweep's folder, a trial's number, an epoch and its metrics.
 ShouldPrune = Callable[[str | None, int | None, int, Mapping[str, float]], bool]
@@ -102,6 +103,7 @@ class Pretraining:
         state, cfg, ranks = self.state, self.cfg, self.ranks
         start, self.requested = state.step - epoch * self.steps_per_epoch, 0
         if self.support is not None and start == 0:
+            seed_everything(cfg.seed, state.step, EPOCH_START)  # a set of one's own may draw
             self.support.start_epoch(epoch)
             self.support.clear_stats()
         clock = time.perf_counter()

@@ -809,6 +809,21 @@ def test_a_run_that_was_stopped_continues_on_its_own_images_only(run, tmp_path, 
     assert Record.load(tmp_path / "run").status == "FINISHED"
 
 
+def test_what_a_support_set_draws_between_epochs_is_of_seed_and_step(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Queue, "start_epoch", lambda *_: drawn.append(float(torch.rand(1))))
+    run(*ALL["nnclr"], "epochs=2", directory="unbroken")
+    first, second = drawn
+    assert first != second
+    for steps in range(1, 6):  # one of these stops is at the end of the first epoch
+        monkeypatch.setattr(run_module, "Stopper", lambda _, steps=steps: StopAfter(steps))
+        with contextlib.suppress(SystemExit):
+            run(*ALL["nnclr"], "epochs=2", directory=f"after{steps}")
+        monkeypatch.setattr(run_module, "Stopper", lambda _: StopAfter(100))
+        run(*ALL["nnclr"], "epochs=2", directory=f"after{steps}")
+    assert set(drawn) == {first, second}
+
+
 def test_resume_never_starts_beside_what_is_there(run, tmp_path, capsys):
     run("method=simclr", "epochs=1")
     with pytest.raises(SystemExit):
