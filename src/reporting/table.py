@@ -152,9 +152,11 @@ def _differences(row: TableRow, rows: Sequence[TableRow], metrics: Iterable[str]
     return numbers
 
 
-def _has_curves(run: Record, directory: Path) -> bool:
+def _has_curves(run: Record) -> bool:
     """Whether a run's metrics are on this machine and can be read; warn if they are and cannot."""
-    if not os.path.isfile(directory / METRICS):  # `Path.is_file` raises where a folder above is closed
+    directory = run.directory
+    # `Path.is_file` raises where a folder above is closed.
+    if directory is None or not os.path.isfile(directory / METRICS):
         return False
     try:
         there = Record.find(directory)
@@ -169,7 +171,7 @@ def courses(rows: Sequence[TableRow]) -> list[curves.Course]:
     """The training curves of the rows, of those runs whose folders are on this machine."""
     found = []
     for row in rows:
-        here = tuple(run.directory for run in row.runs if run.directory and _has_curves(run, run.directory))
+        here = tuple(run.directory for run in row.runs if run.directory and _has_curves(run))
         if not here:
             continue
         title = f"{row.title} ({len(here)} of {len(row.runs)} seeds)" if len(here) < len(row.runs) else row.title

@@ -404,14 +404,14 @@ def test_stopped_anywhere_and_continued_it_is_the_unbroken_run(run, monkeypatch,
     overrides = [*ALL[method], *extra, "epochs=3"]
     unbroken = run(*overrides, directory="unbroken")
     stops = 0
-    for steps in (2, 1, 4, 1, 100):
+    for steps in (2, 1, 2, 1, 100):
         monkeypatch.setattr(run_module, "Stopper", lambda _, steps=steps: StopAfter(steps))
         try:
             run(*overrides, directory="broken")
         except SystemExit:
             stops += 1
             assert Record.load(unbroken.parent / "broken").status == "KILLED"
-    assert stops >= 2
+    assert stops >= 3
     assert_same_run(unbroken, unbroken.parent / "broken")
 
 
