@@ -196,6 +196,19 @@ def test_a_mistake_is_one_line(command, folder):
         assert re.match(f"error: {says}", line)
 
 
+@pytest.mark.slow
+def test_a_run_names_its_code_and_continues_with_edited_code_under_other_conditions(command, folder, small):
+    train = ["src.train", "--config-dir", "mine", "method=byol", *small, "tracking=jsonl", "output_dir=edited"]
+    command(*train, "max_minutes=0.00001", status=75)
+    before = run_in(folder, "edited")[0]["tags"]["code/my_package"]
+    write(folder, {"mine/my_package.py": FILES["mine/my_package.py"] + "# Edited."})
+    command(*train)
+    write(folder, {"mine/my_package.py": FILES["mine/my_package.py"]})
+    tags = run_in(folder, "edited")[0]["tags"]
+    assert re.fullmatch(r"\w{16}", before)
+    assert tags["conditions_changed"] == f"code/my_package was {before} and is {tags['code/my_package']} from step 1 on"
+
+
 STRIPES = "{defaults: [/shared/data@_here_], name: stripes, _target_: net.stripes, options: {images: 300}}"
 NET = """
 import numpy, torch

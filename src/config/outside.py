@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import traceback
@@ -16,6 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.config.schema import Config
 from src.errors import UsageError
 
 T = TypeVar("T")
@@ -68,6 +70,26 @@ def make(path: str, group: str, kind: type[T], /, *arguments: Any, **options: An
     if not isinstance(made, kind):
         raise UsageError(f"{group}._target_={path}: is a {_name(type(made))} when made, and must be a {_name(kind)}")
     return made
+
+
+def code_digests(cfg: Config) -> dict[str, str]:
+    """The modules that a config's targets are from: the first 16 hex digits of the SHA-256 of each one's file, by name.
+
+    They are no part of a run's identity, or every edited comment would begin all runs anew. A data set's are left out:
+    its fingerprint tells the images.
+    """
+    parts = {"method": cfg.method, "support": cfg.support, "backbone": cfg.backbone}
+    return dict(_code(part._target_, group) for group, part in parts.items() if part._target_ is not None)
+
+
+@cache  # what has been imported stays as it is when its file is edited
+def _code(path: str, group: str) -> tuple[str, str]:
+    found = _target(path, group)
+    try:
+        content = Path(inspect.getsourcefile(found) or "").read_bytes()
+    except (OSError, TypeError):  # it has no file
+        content = b""
+    return found.__module__, hashlib.sha256(content).hexdigest()[:16]
 
 
 @contextmanager

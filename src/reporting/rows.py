@@ -24,7 +24,14 @@ from src.reporting.comparison import (
     usual,
     variant_of,
 )
-from src.runs.record import TAG_CONDITIONS_CHANGED, TAG_DTYPE, TAG_EVALUATED, TAG_EVALUATION_CHANGED, Record
+from src.runs.record import (
+    TAG_CODE,
+    TAG_CONDITIONS_CHANGED,
+    TAG_DTYPE,
+    TAG_EVALUATED,
+    TAG_EVALUATION_CHANGED,
+    Record,
+)
 
 TABLE_METRICS = {
     "val/knn_top1": "val kNN",
@@ -232,7 +239,8 @@ def _remarks(
         notes.append(f"where a row does not say otherwise: {', '.join(unsaid)}")
     if implied := sorted(set(keys) - set(names)):
         notes.append(f"with {', '.join(names)} go {', '.join(implied)}")
-    for tag in COMPARED_TAGS:
+    code = sorted({tag for run in runs for tag in run.tags if tag.startswith(TAG_CODE)})
+    for tag in (*COMPARED_TAGS, *code):
         found = [{run.tags[tag] for run in row.runs if tag in run.tags} for row in rows]
         mixed = [row.title for row, values in zip(rows, found, strict=True) if len(values) > 1]
         if mixed:
@@ -241,7 +249,7 @@ def _remarks(
             notes.append(f"rows differ in {tag}")
     for run in runs:
         if TAG_CONDITIONS_CHANGED in run.tags:
-            notes.append(f"{run.name} is exact up to roundings only: {run.tags[TAG_CONDITIONS_CHANGED]}")
+            notes.append(f"{run.name} was continued under other conditions: {run.tags[TAG_CONDITIONS_CHANGED]}")
         if TAG_EVALUATION_CHANGED in run.tags:
             notes.append(f"{run.name} has its last evaluation's figures: {run.tags['evaluation_changed']}")
     if len({run.params.get("evaluation.bank") for run in runs} - {None}) > 1:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from src.config import identity, schema
+from src.config.outside import code_digests
 from src.errors import Collapsed, Diverged, UsageError
 from src.runs.record import (
     CHECKPOINT_FILES,
     CHECKPOINTS,
     METRICS,
     RECORD,
+    TAG_CODE,
     TAG_COLLAPSED,
     TAG_CONFIG_HASH,
     TAG_DIVERGED,
@@ -24,6 +28,8 @@ from src.runs.record import (
     Record,
 )
 from src.system.atomic_write import cannot_write
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path("multirun")
 HOLDER = ".holder"  # a file beside the lock: which process it is
@@ -67,7 +73,21 @@ def is_finished(directory: Path, cfg: schema.Config) -> bool:
     if record is None:
         return False
     identity.check_same(record.params, cfg, directory, record.tags.get(TAG_CONFIG_HASH, ""))
-    return record.status == "FINISHED"
+    if record.status != "FINISHED":
+        return False
+    for module, digest in code_digests(cfg).items():
+        if record.tags.get(f"{TAG_CODE}{module}", digest) != digest:
+            _warn_of_other_code(module)
+    return True
+
+
+@cache  # a sweep asks several times, and of many runs
+def _warn_of_other_code(module: str) -> None:
+    logger.warning(
+        "%s has changed since runs with it finished: resume=never trains them anew, and a setting that its class "
+        "takes, such as version=2, makes other runs of them",
+        module,
+    )
 
 
 def refuse_hopeless(directory: Path, cfg: schema.Config) -> None:

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from src.config import identity
 from src.config.names import TEACHER, colour_of
+from src.config.outside import code_digests
 from src.config.renamed import modern
 from src.config.schema import Config
 from src.data import load
@@ -32,6 +33,7 @@ from src.runs.record import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
+    TAG_CODE,
     TAG_COLOUR,
     TAG_CONFIG_HASH,
     TAG_DIVERGED,
@@ -115,7 +117,8 @@ def run(
         config = identity.flat(cfg)
         tags |= note_changed_protocol(cfg, directory, state.step)
         dtype = dtype_name(state.dtype)
-        now = conditions(str(state.device), dtype) | {"processes": str(ranks.count)}
+        code = {f"{TAG_CODE}{module}": digest for module, digest in code_digests(cfg).items()}
+        now = conditions(str(state.device), dtype) | {"processes": str(ranks.count)} | code
         if resumed:
             warn_of_other_conditions(directory, now, state.step)
         ranks.check_same(state.method, images=data.fingerprint, step=state.step)
@@ -124,7 +127,7 @@ def run(
             directory,
             cfg.tracking,
             params=config | state.sizes() | {"skipped_images": data.skipped},
-            tags=environment_tags(str(state.device)) | own | tags,
+            tags=environment_tags(str(state.device)) | code | own | tags,
             is_stopping=lambda: stopper.status,
         )
         status: Status = "FAILED"
@@ -207,7 +210,7 @@ def say_result(directory: Path) -> float:
 
 
 def warn_of_other_conditions(directory: Path, now: dict[str, str], step: int) -> None:
-    """Warn where the run continues under conditions that give other bits, such as another version of torch.
+    """Warn where the run continues under conditions that give other bits: another version of torch, edited code.
 
     Raises:
         UsageError: the precision is another one, which is more than a rounding.
@@ -221,4 +224,4 @@ def warn_of_other_conditions(directory: Path, now: dict[str, str], step: int) ->
             f"this machine: continue on one like the first, or start another run with precision={now['precision']}"
         )
     if changes := record.changes(now):
-        logger.warning("%s: %s, so the end differs by roundings from that of an unbroken run", directory, changes)
+        logger.warning("%s: %s, so the end differs from that of an unbroken run", directory, changes)

@@ -1,4 +1,6 @@
+import hashlib
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -7,7 +9,7 @@ from torch import nn
 
 from src import build
 from src.config import identity
-from src.config.outside import make, settings, settings_class
+from src.config.outside import _code, code_digests, make, settings, settings_class
 from src.config.parse import parse
 from src.config.schema import Backbone, Count, Data, Fraction, Method, Support
 from src.data import sources
@@ -144,3 +146,23 @@ def test_a_data_set(theirs):
     assert found(1).stamp == found(1).stamp != found(2).stamp
     with pytest.raises(UsageError, match=r"data._target_=theirs.images: \S*test_outside.py, line \d+: ZeroDivision"):
         found(0).read()
+
+
+def test_the_code_that_is_not_ours_is_known_by_its_file():
+    cfg = parse(outside("method", "Net", "support=none", momentum=1))
+    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    assert code_digests(cfg) == {__name__: digest}
+    assert code_digests(parse(composed())) == {}
+
+
+def test_code_is_what_was_imported_though_its_file_is_edited_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "edited_module.py").write_text("from torch import nn\nclass Net(nn.Flatten): pass\n")
+    cfg = parse(composed())
+    cfg.backbone = Backbone(name="mine", _target_="edited_module.Net", options={})
+    before = code_digests(cfg)
+    (tmp_path / "edited_module.py").write_text("")
+    assert code_digests(cfg) == before
+    _code.cache_clear()
+    assert code_digests(cfg).keys() == before.keys()
+    assert code_digests(cfg) != before

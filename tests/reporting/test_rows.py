@@ -140,6 +140,16 @@ def test_seeds_that_were_computed_otherwise_are_noted():
     assert summarise([*runs[:1], run("simclr")])[1] == []  # of an older version, which did not say
 
 
+def test_runs_of_code_that_was_edited_between_them_say_so():
+    old, new = ({"code/my_package": digest} for digest in ("0" * 16, "1" * 16))
+    runs = [replace(own("none", seed=seed), tags=tags) for seed, tags in enumerate([old, new])]
+    assert summarise(runs)[1] == ["the runs of a row differ in code/my_package: mine"]
+    rows = [runs[0], replace(own("queue", 256), tags=new), run("simclr")]
+    assert "rows differ in code/my_package" in summarise(rows)[1]
+    assert summarise([runs[0], run("simclr")])[1] == []
+
+
+
 def test_a_run_counts_under_the_evaluation_that_its_figures_are_of():
     """Its params are the first session's; a tag has what a later session evaluated with."""
     one, other = (run("simclr", seed=seed, **{"evaluation.epochs": "20"}) for seed in (0, 1))

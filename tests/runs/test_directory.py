@@ -4,9 +4,11 @@ import threading
 import pytest
 from filelock import FileLock
 
+from src.config.identity import config_hash
 from src.errors import UsageError
 from src.runs import checkpoint
 from src.runs import directory as run_directory
+from src.runs.record import TAG_CONFIG_HASH, Record
 from tests.config.test_schema import parsed
 
 
@@ -117,3 +119,17 @@ def test_a_name_leads_nowhere_but_into_the_folder_of_runs():
     cfg = parsed("k=50", "data.name=../../../x")
     with pytest.raises(UsageError, match="names no folder inside multirun"):
         run_directory.path_of(cfg)
+
+
+def test_a_finished_run_says_once_that_its_code_was_edited(tmp_path, monkeypatch, caplog):
+    cfg = parsed("k=50")
+    record = Record.new("mine", "e")
+    record.status, record.tags = "FINISHED", {TAG_CONFIG_HASH: config_hash(cfg), "code/mine": "0" * 16}
+    record.save(tmp_path)
+    monkeypatch.setattr(run_directory, "code_digests", lambda _: {"mine": "0" * 16})
+    assert run_directory.is_finished(tmp_path, cfg)
+    assert caplog.text == ""
+    monkeypatch.setattr(run_directory, "code_digests", lambda _: {"mine": "1" * 16})
+    assert run_directory.is_finished(tmp_path, cfg)
+    assert run_directory.is_finished(tmp_path, cfg)
+    assert caplog.text.count("mine has changed since runs with it finished: resume=never trains them anew") == 1

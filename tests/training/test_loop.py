@@ -938,10 +938,10 @@ def test_other_conditions_on_resume_are_said_and_another_precision_is_refused(ru
 
     torch.set_num_threads(2)
     run(*overrides)
-    assert "run: threads was 1 and is 2, so the end differs by roundings from that of an unbroken run" in caplog.text
+    assert "run: threads was 1 and is 2, so the end differs from that of an unbroken run" in caplog.text
     record = Record.load(tmp_path / "run")
     assert [(each["step"], each["threads"]) for each in record.conditions] == [("0", "1"), ("2", "2")]
-    assert "run is exact up to roundings only: threads was 1 and is 2 from step 2 on" in summarise([record])[1]
+    assert "run was continued under other conditions: threads was 1 and is 2 from step 2 on" in summarise([record])[1]
 
 
 @pytest.mark.slow
