@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from src.config import schema
+from src.errors import UsageError
 from src.losses import cross_correlation
 from src.support.base import SupportSet
 
@@ -20,6 +21,29 @@ class Output(NamedTuple):
     features: Tensor  # [2B, F] the encoder's, view 1 then view 2, detached: the online classifier learns from them
     embeddings: Tensor  # [B, D] detached, of any norm: what the support set takes in
     ids: Tensor | None  # [2B] the entries nearest to view 1, then view 2; None: none were looked up
+
+    def check(self, images: int) -> None:
+        """Check the shapes, which a method from outside may have wrong.
+
+        Args:
+            images: B.
+
+        Raises:
+            UsageError: the loop would mistake one image or view for another.
+        """
+        shapes = {
+            "loss": (),
+            "features": (2 * images, *self.features.shape[-1:]),
+            "embeddings": (images, *self.embeddings.shape[-1:]),
+            "ids": (2 * images,),
+        }
+        for name, wanted in shapes.items():
+            found = getattr(self, name)
+            if found is not None and found.shape != wanted:
+                raise UsageError(
+                    f"method: {name} of its Output has the shape {list(found.shape)}; of {images} images it must have "
+                    f"{list(wanted)}"
+                )
 
 
 class Parts(NamedTuple):

@@ -134,7 +134,9 @@ class Pretraining:
 
         with autocast(device, state.dtype):
             self.output = output = method(view1(images, aspects), view2(images, aspects))
-        logits = state.classifier(output.features.detach().float())  # no label may reach the encoder
+        output.check(len(images))
+        features = output.features.detach()  # a method of one's own may forget to, and no label may reach the encoder
+        logits = state.classifier(features.float())
         online_loss = F.cross_entropy(logits, labels.repeat(2))
 
         state.optimizer.zero_grad()
@@ -158,8 +160,8 @@ class Pretraining:
                 support.update(output.embeddings, ids, labels)
         if log_now:
             spread = {
-                "train/alignment": alignment(*output.features.chunk(2)),
-                "train/uniformity": uniformity(output.features.chunk(2)[0]),
+                "train/alignment": alignment(*features.chunk(2)),
+                "train/uniformity": uniformity(features.chunk(2)[0]),
             }
             figures = {"train/loss": self.loss, "train/grad_norm": self.grad_norm, "train/lr": lr}
             self.tracker.log(figures | spread, state.step)

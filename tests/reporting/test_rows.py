@@ -149,7 +149,6 @@ def test_runs_of_code_that_was_edited_between_them_say_so():
     assert summarise([runs[0], run("simclr")])[1] == []
 
 
-
 def test_a_run_counts_under_the_evaluation_that_its_figures_are_of():
     """Its params are the first session's; a tag has what a later session evaluated with."""
     one, other = (run("simclr", seed=seed, **{"evaluation.epochs": "20"}) for seed in (0, 1))
