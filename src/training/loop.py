@@ -133,9 +133,10 @@ class Pretraining:
         lr = state.set_lr(self.steps_per_epoch)
 
         with autocast(device, state.dtype):
-            self.output = output = method(view1(images, aspects), view2(images, aspects))
+            output = method(view1(images, aspects), view2(images, aspects))
         output.check(len(images))
         features = output.features.detach()  # a method of one's own may forget to, and no label may reach the encoder
+        self.output = output._replace(features=features)
         logits = state.classifier(features.float())
         online_loss = F.cross_entropy(logits, labels.repeat(2))
 
