@@ -189,7 +189,7 @@ def relation(
     return F.cross_entropy(_products(p, stored_ND) / student_temperature, wanted_BN)
 
 
-def cross_correlation(z1_BD: Tensor, z2_BD: Tensor, off_diagonal: float) -> Tensor:
+def barlow_twins(z1_BD: Tensor, z2_BD: Tensor, off_diagonal: float) -> Tensor:
     """How far the dimensions of two views' projections are from agreeing, each with itself and with no other.
 
     With c the D x D matrix of correlations between dimensions of view 1 and of view 2 over the batch::

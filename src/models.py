@@ -29,8 +29,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _small_stem(width: int, padding: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(3, width, kernel_size=3, stride=1, padding=padding, bias=False)
+def _small_stem(width: int, stem: Stem) -> nn.Conv2d:
+    return nn.Conv2d(3, width, kernel_size=3, padding=2 if stem == "small_padded" else 1, bias=False)
 
 
 def resnet(name: Literal["resnet18", "resnet34", "resnet50"], stem: Stem) -> nn.Module:
@@ -49,7 +49,7 @@ def resnet(name: Literal["resnet18", "resnet34", "resnet50"], stem: Stem) -> nn.
     model = getattr(torchvision.models, name)(weights=None)
     if stem != "large":
         # torchvision initialises all convolutions in this way; ours comes later.
-        model.conv1 = _small_stem(64, padding=2 if stem == "small_padded" else 1)
+        model.conv1 = _small_stem(64, stem)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
     model.fc = nn.Identity()
@@ -68,7 +68,7 @@ class ResNetTiny(nn.Module):
         if stem == "large":
             first = [nn.Conv2d(3, 16, kernel_size=7, stride=2, padding=3, bias=False)]
         else:
-            first = [_small_stem(16, padding=2 if stem == "small_padded" else 1)]
+            first = [_small_stem(16, stem)]
         first += [nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
         if stem == "large":
             first += [nn.MaxPool2d(kernel_size=3, stride=2, padding=1)]

@@ -17,10 +17,11 @@ from src.system.redact import hide_in_settings
 
 # What may differ between two runs that are the same experiment: where it is stored, tracked, resumed and computed, and
 # what is only measured of it.
+BY_CONTENT = ("init", "data.root", "data.background", "data.draft")  # `origin` or `data.fingerprint` tells them apart
 NOT_IN_HASH = (
+    *BY_CONTENT,
     *("output_dir", "resume", "max_minutes", "jobs", "dry_run", "device", "tracking", "checkpoint", "evaluation"),
-    *("init", "on_collapse", "data.root", "data.cache_dir", "data.on_error"),
-    *("data.background", "data.draft"),  # the fingerprint tells the images that they change
+    *("on_collapse", "data.cache_dir", "data.on_error"),
     *("method.label", "method.colour", "support.label", "support.colour", "support.shards"),
 )
 LOG_SIZE = "support_set_size_log10"  # a param in MLflow alone, whose charts have no logarithm of a param

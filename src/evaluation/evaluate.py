@@ -121,9 +121,9 @@ def _chosen(cfg: schema.Config, before: schema.Config) -> list[str]:
     return [f"{key}={now.get(key, 'null')}" for key in sorted(counted) if now.get(key) != then.get(key)]
 
 
-def _final_protocol(cfg: schema.Config) -> schema.Evaluation:
+def _final_protocol(cfg: schema.Config) -> dict[str, Any]:
     """How one encoder is evaluated, without what matters during training only."""
-    return replace(cfg.evaluation, every=0, online_lr=0.0, bank=None, pictures=False, teacher=False)
+    return {key: value for key, value in identity.flat(cfg).items() if identity.is_protocol(key)}
 
 
 def _merged(saved: dict[str, Any], composed: DictConfig) -> schema.Config:

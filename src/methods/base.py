@@ -8,9 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from src.config import schema
 from src.errors import UsageError
-from src.losses import cross_correlation
 from src.support.base import SupportSet
 
 
@@ -75,13 +73,6 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, view1: Tensor, view2: Tensor) -> Output:
         """Two views [B, 3, S, S] of the same images, in the same order."""
-
-    @staticmethod
-    def decorrelated(loss: Tensor, z1: Tensor, z2: Tensor, objective: schema.Objective) -> Tensor:
-        """The loss, and beside it, where the objective gives it a weight, Barlow Twins' term for the projections."""
-        if not objective.decorrelation:
-            return loss
-        return loss + objective.decorrelation * cross_correlation(z1, z2, objective.off_diagonal)
 
     @property
     def lookup_networks(self) -> tuple[nn.Module, nn.Module]:

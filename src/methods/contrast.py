@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from src.config import schema
-from src.losses import support_contrast
+from src.losses import barlow_twins, support_contrast
 from src.methods.base import Method, Output, Parts
 from src.models import predictor
 
@@ -50,5 +50,6 @@ class Contrast(Method):
         loss = support_contrast(
             (z1, z2), predictions, (q1, q2), self.objective.temperature, self.objective.support_weight, mask_ids
         )
-        loss = self.decorrelated(loss, z1, z2, self.objective)
+        if self.objective.decorrelation:
+            loss = loss + self.objective.decorrelation * barlow_twins(z1, z2, self.objective.off_diagonal)
         return Output(loss, torch.cat([h1, h2]).detach(), z1.detach(), ids)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from src.config import schema
-from src.losses import cosine_distance, relation, teacher_regression
+from src.losses import barlow_twins, cosine_distance, relation, teacher_regression
 from src.methods.base import Method, Output, Parts
 from src.models import SplitBatchNorm, predictor
 from src.support.base import SupportSet
@@ -59,7 +59,8 @@ class WithTeacher(Method):
             loss, ids = self.loss_with_support(self.support, predictions, targets)
         else:
             loss, ids = 2 * cosine_distance(predictions, targets), None
-        loss = self.decorrelated(loss, z1, z2, self.objective)
+        if self.objective.decorrelation:
+            loss = loss + self.objective.decorrelation * barlow_twins(z1, z2, self.objective.off_diagonal)
         return Output(loss, torch.cat([h1, h2]).detach(), targets.chunk(2)[1], ids)
 
     def _targets(self, view: Tensor) -> Tensor:

@@ -122,27 +122,20 @@ def named_run(run: str, key: str = "run") -> Path:
     )
 
 
-def find_run_directory(run_id: str, root: Path = ROOT) -> Path:
-    """The output directory of a run, by the ``run.json`` files under ``root``, else by the run's tag in MLflow.
+def find_run_directory(run_id: str) -> Path:
+    """The output directory of a run, by its own id or one of MLflow's: from the files, else from its tag in MLflow.
 
     Raises:
         UsageError: no run has the id, or its folder is gone.
     """
-    if found := _by_id(run_id, root):
-        return found
+    for directory, record in records_below(ROOT):
+        if run_id in (record.uuid, *(entry.run_id for entry in record.copies.values())):
+            return directory
     client = mlflow_store.existing()
     run = mlflow_store.answer(lambda: mlflow_store.known_run(client, run_id))
     if not run:
-        raise UsageError(f"the run {run_id} is not in MLflow, nor under {root}/")
-    directory = run.data.tags.get(TAG_OUTPUT_DIR, "")
-    if not directory or not Path(directory).is_dir():
-        raise UsageError(f"the run {run_id} has no folder here (output_dir={directory!r}): give the path of one")
-    return Path(directory)
-
-
-def _by_id(run_id: str, root: Path) -> Path | None:
-    """The folder below ``root`` whose record has the id, its own or one of MLflow's."""
-    for directory, record in records_below(root):
-        if run_id in (record.uuid, *(entry.run_id for entry in record.copies.values())):
-            return directory
-    return None
+        raise UsageError(f"the run {run_id} is not in MLflow, nor under {ROOT}/")
+    output_dir = run.data.tags.get(TAG_OUTPUT_DIR, "")
+    if not output_dir or not Path(output_dir).is_dir():
+        raise UsageError(f"the run {run_id} has no folder here (output_dir={output_dir!r}): give the path of one")
+    return Path(output_dir)

@@ -28,8 +28,6 @@ from src.sweeps.sweep import Sweep
 from src.system.output import in_terminal
 
 Grid = Mapping[str, Sequence[str]]  # key: its values, as on the command line
-# Keys outside a run's settings that make other runs all the same, by the images or the weights that they lead to.
-BY_CONTENT = {"init", "data.root", "data.background", "data.draft"}
 # Keys that a job's line shows when it starts, besides those in which the jobs differ.
 ALWAYS_SHOWN = {"method", "support", "objective", "k", "queue_size", "seed"}
 
@@ -173,7 +171,7 @@ def plain(key: str, there: Container[str]) -> str:
 def refuse_equal_runs(override: Override) -> None:
     """Raise a `UsageError` for several values of a key that makes no other run: all but one would be dropped."""
     key = override.key_or_group
-    if not identity.is_setting(key) and key not in BY_CONTENT:
+    if not identity.is_setting(key) and key not in identity.BY_CONTENT:
         beside = "; src.evaluate adds the figures of others" if key.startswith("evaluation") else ""
         raise UsageError(f"{override.input_line}: makes no other run, so give it one value{beside}")
 

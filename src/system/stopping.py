@@ -66,7 +66,7 @@ class Stopper:
         if not self._signal:
             self._signal, self._noted = number, time.monotonic()
             if self._at_once:
-                raise Stopped(self.status)
+                raise Stopped(self.signal_status)
         elif time.monotonic() > self._noted + ECHO_SECONDS and number != signal.SIGXCPU:
             raise SystemExit(128 + number)
 
@@ -75,8 +75,8 @@ class Stopper:
         """Inside this block a signal stops the process immediately; a resume repeats the work. A time limit waits."""
         self._at_once = True
         try:
-            if self.status not in (0, TIME_IS_UP):
-                raise Stopped(self.status)
+            if status := self.signal_status:
+                raise Stopped(status)
             yield
         finally:
             self._at_once = False
@@ -87,12 +87,13 @@ class Stopper:
         return self._signal or (signal.SIGPIPE if lost_output() else 0)
 
     @property
+    def signal_status(self) -> int:
+        """The exit status after a signal, or after the output has taken no more; 0: neither so far."""
+        return 128 + self._signal if self._signal else lost_output()
+
+    @property
     def status(self) -> int:
         """The exit status to stop with; 0 while there is no reason to stop."""
-        if self._signal:
-            return 128 + self._signal
-        if lost := lost_output():
-            return lost
-        if self.pruned:
-            return PRUNED
+        if self.signal_status or self.pruned:
+            return self.signal_status or PRUNED
         return TIME_IS_UP if time.monotonic() >= self.deadline else 0

@@ -84,20 +84,22 @@ class Ranks:
             UsageError: the batch has no equal shares, batch norm is to be over parts of it, the networks are to be
                 compiled or fine-tuned, or something needs the whole of a support set that is in shards.
         """
+        if self.count == 1:
+            return
         if cfg.batch_size % self.count:
             raise UsageError(f"batch_size={cfg.batch_size}: has no {self.count} equal shares; choose a multiple")
-        if cfg.backbone.bn_splits > 1 and self.count > 1:
+        if cfg.backbone.bn_splits > 1:
             raise UsageError(
                 f"backbone.bn_splits={cfg.backbone.bn_splits}: works in one process only; choose backbone.bn_splits=1"
             )
-        if cfg.compile and self.count > 1:
+        if cfg.compile:
             raise UsageError("compile=true: works in one process only; choose compile=false")
-        if cfg.evaluation.finetune is not None and self.count > 1:
+        if cfg.evaluation.finetune is not None:
             raise UsageError(
                 "evaluation=finetune: works in one process only; choose evaluation=linear, and type when the run is "
                 "finished: python -m src.evaluate run=NAME evaluation=finetune"
             )
-        if self.count > 1 and isinstance(cfg.support, Stored) and cfg.support.shards == "ranks":
+        if isinstance(cfg.support, Stored) and cfg.support.shards == "ranks":
             self._refuse_unsupported_shards(cfg)
 
     def _refuse_unsupported_shards(self, cfg: Config) -> None:

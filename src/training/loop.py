@@ -234,7 +234,7 @@ class Pretraining:
 
     def _stop_if_signalled(self) -> None:
         """A signal stops a validation at once; a time limit waits for its end, so that every session makes progress."""
-        self.requested = max(self.requested, self.ranks.max_status(self.stopper.signal and self.stopper.status))
+        self.requested = max(self.requested, self.ranks.max_status(self.stopper.signal_status))
         if is_signal(self.requested):
             raise Stopped(self.requested)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from src import models
 from src.config import schema
-from src.losses import cross_correlation, info_nce, nt_xent
+from src.losses import barlow_twins, info_nce, nt_xent
 from src.methods.base import Parts
 from src.methods.contrast import Contrast
 from src.support.base import Space
@@ -63,7 +63,7 @@ def test_decorrelation_stands_beside_the_loss(make):
     z1, z2 = (method.projector(method.encoder(view)) for view in (view1, view2))
     without = method(view1, view2).loss
     method.objective.decorrelation, method.objective.off_diagonal = 0.02, 0.3
-    torch.testing.assert_close(method(view1, view2).loss, without + 0.02 * cross_correlation(z1, z2, 0.3))
+    torch.testing.assert_close(method(view1, view2).loss, without + 0.02 * barlow_twins(z1, z2, 0.3))
 
 
 def expected(method, view1, view2, positives=None, groups=None):

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from src import models
 from src.config import schema
 from src.evaluation.diagnostics import effective_rank
-from src.losses import cross_correlation, relation
+from src.losses import barlow_twins, relation
 from src.methods.base import Output, Parts
 from src.methods.teacher import Relation, Teacher
 from src.support.base import Space
@@ -174,7 +174,7 @@ def test_decorrelation_is_of_the_students_projections():
     z1, z2 = (method.projector(method.encoder(view)) for view in (view1, view2))
     without = method(view1, view2).loss
     method.objective.decorrelation, method.objective.off_diagonal = 0.02, 0.3
-    torch.testing.assert_close(method(view1, view2).loss, without + 0.02 * cross_correlation(z1, z2, 0.3))
+    torch.testing.assert_close(method(view1, view2).loss, without + 0.02 * barlow_twins(z1, z2, 0.3))
 
 
 def test_until_it_is_filled_the_support_set_has_no_say():

@@ -50,12 +50,13 @@ def test_a_folder_without_a_store_is_not_given_one_by_reading(fresh_store, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_is_found_by_its_id(client, tmp_path):
+def test_a_run_is_found_by_its_id(client, tmp_path, monkeypatch):
     directory = tmp_path / "multirun/a"
     tracker = Tracker(directory, MLFLOW, {}, {})
     tracker.close("FINISHED")
     for root in (Path("multirun"), Path("elsewhere")):  # by its record, by its tag in MLflow
-        assert query.find_run_directory(tracker.run_id, root).resolve() == directory.resolve()
+        monkeypatch.setattr(query, "ROOT", root)
+        assert query.find_run_directory(tracker.run_id).resolve() == directory.resolve()
     shutil.rmtree(directory)
     with pytest.raises(UsageError, match="has no folder here"):
         query.find_run_directory(tracker.run_id)
