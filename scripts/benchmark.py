@@ -10,7 +10,6 @@ resnet_tiny-256.
 
 from __future__ import annotations
 
-import os
 import resource
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from statistics import median
 from typing import NamedTuple
 
 from scripts.comparison import Contender, arguments, end_turn, in_rounds, next_turn
+from src.system.threads import cores
 
 SETTINGS = {"resnet18-64": ("resnet18", 64), "resnet18-256": ("resnet18", 256), "resnet_tiny-256": ("resnet_tiny", 256)}
 # Label, module in scripts/rivals, method, stored vectors.
@@ -50,8 +50,7 @@ def contend(number: int, setting: str) -> None:
 
     _, module, method, support = CONTENDERS[number]
     backbone, batch_size = SETTINGS[setting]
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(cores)
+    torch.set_num_threads(cores())
     clock = Clock(batch_size)
     clock.wait()
     chosen: Callable[[Setting, Images, Pace], None]
@@ -66,7 +65,7 @@ def contend(number: int, setting: str) -> None:
             "original": original.run,
         }
         chosen = partial(runs[module], method)
-    chosen(Setting(backbone, batch_size, support, workers=cores), images(), clock)
+    chosen(Setting(backbone, batch_size, support, workers=cores()), images(), clock)
 
 
 class Clock:

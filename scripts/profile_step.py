@@ -20,7 +20,7 @@ import torch
 
 from scripts.workbench import EnoughError, compose, dataset, fill, images, machine, train
 from src.data.augment import ViewMaker
-from src.methods.teacher import WithTeacher
+from src.methods.teacher import MomentumTeacher
 from src.training.state import TrainState
 
 SKIPPED = 2  # steps in which caches and allocators fill
@@ -77,7 +77,7 @@ def profile(overrides: list[str], steps: int) -> list[dict[str, float]]:
     parts.time("heads", method.projector, "forward")
     if getattr(method, "predictor", None) is not None:
         parts.time("heads", method.predictor, "forward")
-    if isinstance(method, WithTeacher):
+    if isinstance(method, MomentumTeacher):
         parts.time("teacher", method.teacher_encoder, "forward")
         parts.time("teacher", method.teacher_projector, "forward")
         parts.time("teacher", method, "after_step")

@@ -17,7 +17,7 @@ from src.data.augment import ViewMaker
 from src.errors import UsageError
 from src.methods.base import Method, Parts
 from src.methods.contrast import Contrast
-from src.methods.teacher import Relation, Teacher
+from src.methods.teacher import MNN, ReSSL
 from src.support.base import Space, SupportSet
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
@@ -120,8 +120,8 @@ def method(
     model: Method
     if cfg.method._target_ is not None:
         model = make(cfg.method._target_, "method", Method, parts, **settings(cfg.method))  # type: ignore[type-abstract]
-    elif isinstance(cfg.objective, schema.WithTeacher):
-        model = (Teacher if isinstance(cfg.objective, schema.Teacher) else Relation)(parts, cfg.objective)
+    elif isinstance(cfg.objective, schema.MomentumTeacher):
+        model = (MNN if isinstance(cfg.objective, schema.MNN) else ReSSL)(parts, cfg.objective)
     else:
         model = Contrast(parts, cfg.objective)
     model.to(device).to(memory_format=torch.channels_last)

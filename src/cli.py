@@ -58,7 +58,7 @@ os.environ.pop("MPLBACKEND", None)  # all pictures are files, and matplotlib doe
 def _survives_closed_output() -> Iterator[None]:
     """Exit with the status of SIGPIPE if the reader of standard output has gone, with 74 if the disk is full.
 
-    Of Ctrl-C there is no traceback either, but its status.
+    Ctrl-C ends the command with its status, without a traceback.
     """
     outlive_output()
     try:

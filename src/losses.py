@@ -125,7 +125,7 @@ def support_contrast(
     return loss
 
 
-def cosine_distance(predictions_BD: Tensor, targets_BD: Tensor) -> Tensor:
+def byol(predictions_BD: Tensor, targets_BD: Tensor) -> Tensor:
     """2 - 2 cosine similarity, the mean over the rows: the squared distance of the unit vectors, 0 to 4.
 
     Source: Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, equation 2.
@@ -133,7 +133,7 @@ def cosine_distance(predictions_BD: Tensor, targets_BD: Tensor) -> Tensor:
     return (2 - 2 * F.cosine_similarity(predictions_BD.float(), targets_BD.float())).mean()
 
 
-def teacher_regression(predictions_BD: Tensor, targets_BD: Tensor, neighbours_BKD: Tensor, shares_B: Tensor) -> Tensor:
+def mnn(predictions_BD: Tensor, targets_BD: Tensor, neighbours_BKD: Tensor, shares_B: Tensor) -> Tensor:
     """Distance of predictions to a teacher's embeddings, and to the same mixed with what a support set returned.
 
     With p = predictions, t = targets, n = the K neighbours of t, all normalised, and s = the row's share::
@@ -158,7 +158,7 @@ def teacher_regression(predictions_BD: Tensor, targets_BD: Tensor, neighbours_BK
     return (4 - 2 * (p * (t + mixed)).sum(1)).mean()
 
 
-def relation(
+def ressl(
     predictions_BD: Tensor,
     targets_BD: Tensor,
     stored_ND: Tensor,

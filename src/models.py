@@ -20,7 +20,7 @@ BatchNorm = TypeVar("BatchNorm", bound=nn.modules.batchnorm._BatchNorm)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Arithmetic in ``dtype``, which for float32 is no autocast at all."""
+    """Autocast to ``dtype``; disabled for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 

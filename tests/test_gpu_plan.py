@@ -24,7 +24,7 @@ EPOCH, TAUGHT_EPOCH, START, RUN = 1.32, 1.85, 41, 16
 
 
 def seconds(cfg):
-    epoch = TAUGHT_EPOCH if isinstance(cfg.objective, schema.WithTeacher) else EPOCH
+    epoch = TAUGHT_EPOCH if isinstance(cfg.objective, schema.MomentumTeacher) else EPOCH
     return RUN + cfg.epochs * epoch * (50 / 45 if cfg.data.final else 1)
 
 

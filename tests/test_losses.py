@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.losses import barlow_twins, info_nce, nt_xent, relation, support_contrast
+from src.losses import barlow_twins, info_nce, nt_xent, ressl, support_contrast
 
 BATCHES = st.integers(2, 9)
 TEMPERATURES = st.floats(0.05, 2)
@@ -161,4 +161,4 @@ def test_relation_is_ressls_loss_by_hand():
         wanted = [math.exp(float(t[i] @ v / t[i].norm()) / 0.04) for v in stored]
         found = [math.exp(float(p[i] @ v / p[i].norm()) / 0.1) for v in stored]
         loss -= sum(w / sum(wanted) * math.log(f / sum(found)) for w, f in zip(wanted, found, strict=True)) / 4
-    assert relation(p, t, stored, 0.1, 0.04).item() == pytest.approx(loss, rel=1e-5)
+    assert ressl(p, t, stored, 0.1, 0.04).item() == pytest.approx(loss, rel=1e-5)

@@ -1,6 +1,7 @@
 """Contenders of the benchmark: this project and its rivals, written anew from how they work.
 
-A contender is a module with ``run(setting, pace)``, which trains for ever and calls ``pace()`` after each step.
+A contender is a module with ``run(setting, images, pace)``, which trains for ever and calls ``pace()`` after each step.
+The argument before these, where there is one, is the method.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ it trains beside the encoder: without them the rival is faster.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -22,14 +21,13 @@ from src import models
 from src.losses import info_nce
 
 
-def view(blur: float, solarize: float) -> transforms.Compose:
-    """The study's transforms: README.md names its settings file, ``conf/experiment/original.yaml``."""
+def view(solarize: float) -> transforms.Compose:
+    """The study's transforms (``conf/experiment/original.yaml``) without blur, as this project is timed."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(32, scale=(0.08, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
             transforms.RandomGrayscale(0.2),
-            transforms.RandomApply([transforms.GaussianBlur(3, (0.1, 0.2))], p=blur),
             transforms.RandomSolarize(128, p=solarize),
             transforms.RandomHorizontalFlip(0.5),
             transforms.ToTensor(),
@@ -39,10 +37,10 @@ def view(blur: float, solarize: float) -> transforms.Compose:
 
 
 class TwoViews:
-    """An image's views, as in conf/augment/asymmetric.yaml, which this project is timed with: no blur."""
+    """An image's views, as in conf/augment/asymmetric.yaml."""
 
     def __init__(self) -> None:
-        self.views = view(blur=0.0, solarize=0.0), view(blur=0.0, solarize=0.2)
+        self.views = view(solarize=0.0), view(solarize=0.2)
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         return self.views[0](image), self.views[1](image)
@@ -60,7 +58,7 @@ class Prototypes:
         return torch.from_numpy(self.kmeans.cluster_centers_[ids]).float()
 
     def update(self, z_BD: Tensor) -> None:
-        self.kmeans.partial_fit(z_BD.double().numpy().astype(np.float64))
+        self.kmeans.partial_fit(z_BD.double().numpy())
 
 
 class Queue:

@@ -103,7 +103,7 @@ def _meant(key: str, keys: list[str]) -> list[str]:
 
 
 def _beside(key: str, error: BaseException | None) -> list[str]:
-    """The dotted keys beside one that OmegaConf did not find, the settings of somebody's own part among them."""
+    """The dotted keys beside one that OmegaConf did not find; the settings of a class of one's own are among them."""
     found = getattr(error, "parent_node", None)
     prefix = "".join(key.rpartition(".")[:2])
     return [prefix + str(each) for each in found] if isinstance(found, DictConfig) else []
@@ -154,9 +154,7 @@ def keys_of(config: Mapping[str, Any]) -> list[str]:
 
 def known_keys() -> list[str]:
     """Every dotted key that some composition of a training run can have."""
-    return [
-        key for key in dict.fromkeys(key for key, _ in _settings("", schema.Config)) if not key.endswith("_target_")
-    ]
+    return list(dict.fromkeys(key for key, _ in _settings("", schema.Config) if not key.endswith("_target_")))
 
 
 def whole_numbers() -> set[str]:

@@ -137,7 +137,7 @@ def is_protocol(key: str) -> bool:
 
 
 def settings(cfg: Config) -> dict[str, Any]:
-    """The settings that count, by dotted key: neither neutral nor inert, nor of what makes no difference."""
+    """The settings that are hashed: not neutral, with an effect, and not in `NOT_IN_HASH`; by dotted key."""
     counted, without = flatten(without_neutral(cfg)), inert(cfg)
     kept = {key: value for key, value in counted.items() if is_setting(key) and key not in without}
     return kept | ({"search.name": "auto"} if cfg.support.name == "none" else {})  # as every hash so far has it

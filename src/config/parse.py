@@ -54,7 +54,7 @@ def parse(composed: DictConfig) -> Config:
 
 
 def parse_data(composed: DictConfig) -> schema.Data:
-    """The data of a config alone, of which other parts may be from packages that are not here.
+    """Parse a config's data group alone; its other groups may name packages that are not installed.
 
     Raises:
         UsageError: as `parse`.
@@ -115,7 +115,7 @@ def _nodes(key: str, node: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _without_minus_zero(value: Any) -> Any:
-    """The same with 0.0 for -0.0, which is equal and is written otherwise."""
+    """Replace -0.0 by 0.0: they are equal, but are written, and so hashed, differently."""
     if isinstance(value, float):
         return value + 0.0
     if isinstance(value, list):
@@ -136,7 +136,7 @@ def _check_data(data: schema.Data) -> None:
         )
     if data.keep is not None and data.resize != "crop":
         raise UsageError(
-            f"data.resize={data.resize}: data.keep={data.keep} has the whole image, of which evaluation sees "
+            f"data.resize={data.resize}: data.keep={data.keep} stores whole images, of which evaluation sees "
             "the middle; leave data.resize=crop, or data.keep=null"
         )
 
@@ -173,7 +173,7 @@ def _check_combinations(cfg: Config) -> None:
         )
     if cfg.batch_size == cfg.backbone.bn_splits > 1:
         raise UsageError(f"backbone.bn_splits={cfg.backbone.bn_splits}: parts of one image; choose fewer")
-    if cfg.evaluation.teacher and not (isinstance(objective, schema.WithTeacher) and is_ours):
+    if cfg.evaluation.teacher and not (isinstance(objective, schema.MomentumTeacher) and is_ours):
         raise UsageError(
             f"evaluation.teacher=true: objective={objective.name} has no teacher; choose objective=teacher or "
             "objective=relation, or leave evaluation.teacher=false"
@@ -186,10 +186,10 @@ def _check_combinations(cfg: Config) -> None:
         )
     lists = {key: getattr(cfg.search, key) for key in ("index", "nprobe", "refresh_every")}
     if cfg.search.name == "ivf" and (lacking := [key for key, value in lists.items() if value is None]):
-        raise UsageError(f"search.{lacking[0]}=null: search=ivf needs it; leave it as it comes")
+        raise UsageError(f"search.{lacking[0]}=null: search=ivf needs a value; leave the setting out")
     if cfg.search.name == "ivf" and not isinstance(support, schema.Queue):
         raise UsageError(f"search=ivf: only support=queue can use it; choose search=auto for support={support.name}")
-    if isinstance(objective, schema.Teacher) and is_ours and objective.neighbours > 1:
+    if isinstance(objective, schema.MNN) and is_ours and objective.neighbours > 1:
         few = f"objective.neighbours={objective.neighbours}: "
         if (size := cfg.k or cfg.queue_size) and size < objective.neighbours:
             raise UsageError(f"{few}more than the {size} vectors that are stored; lower it")
@@ -198,7 +198,7 @@ def _check_combinations(cfg: Config) -> None:
 
 
 def _canonical(cfg: Config) -> Config:
-    """One way to say each thing: a queue of none is no queue, and the parts name the method, not the preset typed."""
+    """Give equivalent configs one form: a queue of size 0 is no queue; objective and support set name the method."""
     if isinstance(cfg.support, schema.Queue) and cfg.queue_size == 0:
         cfg.support, cfg.queue_size = schema.Support(name="none"), None
     if isinstance(cfg.objective, schema.Contrast):

@@ -16,8 +16,11 @@ from src.config.names import COLOUR
 INT64_BOUND = 2**63  # the first integer that torch does not hold
 
 Count = Annotated[int, Field(ge=1, lt=INT64_BOUND)]
+Several = Annotated[int, Field(ge=2, lt=INT64_BOUND)]
+Pixels = Annotated[int, Field(ge=8, lt=INT64_BOUND)]
 Natural = Annotated[int, Field(ge=0, lt=INT64_BOUND)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rates = Annotated[list[Positive], Field(min_length=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -112,7 +115,7 @@ class Objective:
 
 @dataclass
 class Contrast(Objective):
-    """``nt_xent`` has a temperature and nothing else, which is the loss below with no share for the support set."""
+    """``nt_xent`` sets the temperature alone: it is ``mixed`` with ``support_weight=0``."""
 
     temperature: Positive
     support_weight: Fraction = 0.0
@@ -121,18 +124,18 @@ class Contrast(Objective):
 
 
 @dataclass
-class WithTeacher(Objective):
+class MomentumTeacher(Objective):
     momentum: Fraction
     predictor_hidden: Count
 
 
 @dataclass
-class Teacher(WithTeacher):
+class MNN(MomentumTeacher):
     neighbours: Count
 
 
 @dataclass
-class Relation(WithTeacher):
+class ReSSL(MomentumTeacher):
     teacher_temperature: Positive
     student_temperature: Positive
 
@@ -192,7 +195,7 @@ class Optimizer:
 @dataclass
 class Data:
     name: str
-    image_size: Annotated[int, Field(ge=8, lt=INT64_BOUND)]
+    image_size: Pixels
     cache_dir: str
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     split_seed: Natural
@@ -205,7 +208,7 @@ class Data:
     resize: Annotated[str, one_of("crop", "squash", "pad")] = "crop"
     background: Annotated[str, one_of("white", "grey", "black")] | None = None  # null: transparency is dropped
     # Whole images are kept, squeezed into squares of so many pixels, with their aspect; null: squares of image_size.
-    keep: Annotated[int, Field(ge=8, lt=INT64_BOUND)] | None = None
+    keep: Pixels | None = None
     draft: bool = False  # JPEGs are decoded at a half, quarter or eighth that is at least twice image_size
     repo: str | None = None  # on the Hugging Face hub
     revision: str | None = None  # of the repo: a branch, tag or commit; null: main
@@ -258,8 +261,8 @@ class Finetune:
     """How the whole network learns from labels; the validation images choose the learning rate."""
 
     epochs: Count
-    batch_size: Annotated[int, Field(ge=2, lt=INT64_BOUND)]
-    lr: Annotated[list[Positive], Field(min_length=1)]
+    batch_size: Several
+    lr: Rates
 
 
 @dataclass
@@ -267,7 +270,7 @@ class Fewshot:
     """Of which shares of the labels a linear probe learns, and from how many draws of each."""
 
     fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
-    draws: Annotated[int, Field(ge=2, lt=INT64_BOUND)]
+    draws: Several
 
 
 @dataclass
@@ -279,7 +282,7 @@ class Evaluation:
     online_lr: Positive
     epochs: Count
     batch_size: Count
-    lr: Annotated[list[Positive], Field(min_length=1)]
+    lr: Rates
     bank: Count | None = None  # training images that vote in a validation; None: all, as in the final evaluation
     pictures: bool = False
     finetune: Finetune | None = None  # beside the linear probe
@@ -322,7 +325,7 @@ class Config:
     checkpoint: Checkpoint
     seed: Natural
     epochs: Count
-    batch_size: Annotated[int, Field(ge=2, lt=INT64_BOUND)]
+    batch_size: Several
     device: Annotated[str, AfterValidator(_device)]
     precision: Annotated[str, one_of("auto", "float32", "bfloat16")]
     compile: bool
@@ -343,6 +346,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "nt_xent": Contrast,
     "mixed": Contrast,
     "published": Contrast,
-    "teacher": Teacher,
-    "relation": Relation,
+    "teacher": MNN,
+    "relation": ReSSL,
 }

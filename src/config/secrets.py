@@ -22,7 +22,7 @@ _REMEDY = "it would be written to the run's files; leave it out (code that needs
 
 
 def refuse_secrets(cfg: Config) -> None:
-    """Refuses a name, a path or an option in which a secret of the environment stands, however it came there.
+    """Refuse a name, a path or an option in which a secret of the environment stands, however it came there.
 
     Raises:
         UsageError: the line names the setting and the variable, not the value.

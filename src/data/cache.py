@@ -180,7 +180,7 @@ def _identity(cfg: Data) -> Path:
 
 
 def _beside(identity: Path, ending: str) -> Path:
-    """A file of an identity, in whose name there may be a dot."""
+    """A file beside an identity, whose name may have a dot, so `Path.with_suffix` would cut it."""
     return identity.with_name(f"{identity.name}{ending}")
 
 

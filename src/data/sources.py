@@ -6,6 +6,7 @@ without reading a single image.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,16 @@ def find(cfg: Data) -> Source:
     """
     if cfg._target_ is not None:
         return outside(cfg._target_, cfg.options)
+    if cfg.name not in (known := [*WITHOUT_ROOT, *DOWNLOADED, *IN_FOLDER]):
+        raise UsageError(
+            f"data.name={cfg.name}: unknown; choose one of {', '.join(sorted(known))}, or give it a file of its own "
+            "(docs/data.md)"
+        )
     named = [f"data.{key}" for key in ("train_split", "test_split") if getattr(cfg, key) is not None]
     if cfg.name in OF_TWO_SPLITS and named:
         raise UsageError(f"{named[0]}: data={cfg.name} has no other splits than train and test; leave it null")
-    if cfg.name == "digits":
-        return digits()
-    if cfg.name == "hub":
-        return hub(cfg)
+    if cfg.name in WITHOUT_ROOT:
+        return WITHOUT_ROOT[cfg.name](cfg)
     root = root_of(cfg)
     if root is None:
         raise UsageError(f"data.root is not set: data={cfg.name} needs data.root=DIR, the folder of the images")
@@ -60,15 +64,7 @@ def find(cfg: Data) -> Source:
         raise UsageError(
             f"data.root={root}: {'not a folder' if root.exists() else 'no such folder'}; set data.root=DIR"
         )
-    if cfg.name == "imagenet":
-        return imagenet(cfg, root)
-    if cfg.name == "image_folder":
-        return image_folder(root, cfg.train_split, cfg.test_split)
-    if cfg.name == "parquet":
-        columns = cfg.image_column or "image", cfg.label_column or "label"
-        return parquet(root, *columns, cfg.config, cfg.train_split, cfg.test_split)
-    known = "cifar100, cifar10, digits, hub, image_folder, imagenet, imagenette, parquet or stl10"
-    raise UsageError(f"data.name={cfg.name}: unknown; choose {known}, or give it a file of its own (docs/data.md)")
+    return IN_FOLDER[cfg.name](cfg, root)
 
 
 def outside(path: str, options: dict[str, Any]) -> Source:
@@ -82,7 +78,7 @@ def outside(path: str, options: dict[str, Any]) -> Source:
     return Source(f"{path} {options} {source.stamp}", read)
 
 
-def digits() -> Source:
+def digits(_: Data) -> Source:
     """scikit-learn's 1,797 handwritten digits, 8x8 pixels of 17 grey levels: real images that need no download."""
 
     def read() -> Contents:
@@ -113,3 +109,20 @@ def imagenet(cfg: Data, root: Path) -> Source:
         f"data.root={root}: holds neither train/nXXXXXXXX and val/nXXXXXXXX nor train-*.parquet; nobody may pass "
         "ImageNet on, so unpack it there from image-net.org, or: hf download --repo-type dataset ILSVRC/imagenet-1k"
     )
+
+
+def _image_folder(cfg: Data, root: Path) -> Source:
+    return image_folder(root, cfg.train_split, cfg.test_split)
+
+
+def _parquet(cfg: Data, root: Path) -> Source:
+    columns = cfg.image_column or "image", cfg.label_column or "label"
+    return parquet(root, *columns, cfg.config, cfg.train_split, cfg.test_split)
+
+
+WITHOUT_ROOT: dict[str, Callable[[Data], Source]] = {"digits": digits, "hub": hub}
+IN_FOLDER: dict[str, Callable[[Data, Path], Source]] = {
+    "imagenet": imagenet,
+    "image_folder": _image_folder,
+    "parquet": _parquet,
+}

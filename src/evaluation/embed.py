@@ -103,7 +103,7 @@ def _write(
     shown_N: Tensor,
     said: dict[str, str],
 ) -> Tensor:
-    """Writes a row group for each block of images, and returns the features [M, F] of those on the map."""
+    """Write a row group for each block of images, and return the features [M, F] of those on the map."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -84,7 +84,7 @@ class Encoder(nn.Module):
 
 
 def _remedy(shape: Sequence[int], size: int) -> str:
-    """What makes images of a shape [B, 3, S, S]; empty where they are."""
+    """How to give images of a shape [B, 3, S, S]; empty if they have it."""
     if len(shape) == 3:
         return "give a batch, images[None]"
     if len(shape) != 4:

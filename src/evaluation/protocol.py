@@ -151,7 +151,7 @@ class Protocol:
 
 
 def refuse_too_few(data: Dataset) -> None:
-    """Keeps a run from an end at which no image is left to choose a probe by.
+    """Keep a run from an end at which no image is left to choose a probe by.
 
     Raises:
         UsageError: there is no validation split, and a tenth of the labelled images is none.

@@ -12,7 +12,7 @@ from src.models import predictor
 
 
 class Contrast(Method):
-    """Each view is pulled towards its other view, and towards what the support set finds nearest to that other view.
+    """Each view is pulled towards the other view of its image, and towards the stored vector nearest to that.
 
     SimCLR stores nothing and has the first pull alone, NNCLR has a queue, KMCLR prototypes. Until a support set is
     filled, and where nothing is stored, its positive is the other view, without a gradient. View 1 enters the support

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from src.config import schema
-from src.losses import barlow_twins, cosine_distance, relation, teacher_regression
+from src.losses import barlow_twins, byol, mnn, ressl
 from src.methods.base import Method, Output, Parts
 from src.models import SplitBatchNorm, predictor
 from src.support.base import SupportSet
 
 
-class WithTeacher(Method):
+class MomentumTeacher(Method):
     """Each view's prediction is pulled towards a teacher's embedding of the other view, and to what is stored near it.
 
     The teacher is a running mean of encoder and projector: it has no gradient, and batch statistics of its own. Until a
@@ -31,7 +31,7 @@ class WithTeacher(Method):
         objective: the loss's settings.
     """
 
-    def __init__(self, parts: Parts, objective: schema.WithTeacher) -> None:
+    def __init__(self, parts: Parts, objective: schema.MomentumTeacher) -> None:
         super().__init__(parts)
         self.objective = objective
         self.predictor = predictor(parts.dim, objective.predictor_hidden)
@@ -58,13 +58,13 @@ class WithTeacher(Method):
         if self.support is not None and self.support.ready:
             loss, ids = self.loss_with_support(self.support, predictions, targets)
         else:
-            loss, ids = 2 * cosine_distance(predictions, targets), None
+            loss, ids = 2 * byol(predictions, targets), None
         if self.objective.decorrelation:
             loss = loss + self.objective.decorrelation * barlow_twins(z1, z2, self.objective.off_diagonal)
         return Output(loss, torch.cat([h1, h2]).detach(), targets.chunk(2)[1], ids)
 
     def _targets(self, view: Tensor) -> Tensor:
-        """The teacher's embeddings; where batch norm is over parts, these are of other images than the student's.
+        """The teacher's embeddings; with split batch norm, its parts hold other images than the student's.
 
         Source: He et al., "Momentum Contrast", CVPR 2020, section 3.3 ("shuffling BN"), as in MNN's code.
         """
@@ -95,35 +95,36 @@ class WithTeacher(Method):
             self._average(list(slow.parameters()), list(fast.parameters()), 0)
 
 
-class Teacher(WithTeacher):
-    """MNN: predictions are also pulled towards mixtures of the target and what is stored nearest to it.
+class MNN(MomentumTeacher):
+    """MNN, and BYOL where nothing is stored.
 
-    The weight of the neighbours is drawn anew at every step, for either direction.
+    Predictions are also pulled towards mixtures of the target and what is stored nearest to it. The weight of the
+    neighbours is drawn anew at every step, for either direction.
 
     Source: MNN, https://github.com/pc-cp/MNN. Deviation: a queue is not used until it is full, where the original
     starts from random vectors.
     """
 
-    objective: schema.Teacher
+    objective: schema.MNN
 
     def loss_with_support(self, support: SupportSet, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with support.stopwatch:
             neighbours, ids = support.nearest(targets, self.objective.neighbours)
         weights = torch.rand(2).repeat_interleave(len(targets) // 2).to(targets.device, non_blocking=True)
-        return teacher_regression(predictions, targets, neighbours, weights), ids[:, 0]
+        return mnn(predictions, targets, neighbours, weights), ids[:, 0]
 
 
-class Relation(WithTeacher):
-    """ReSSL: a prediction is also to be as near to each stored vector as the target is.
+class ReSSL(MomentumTeacher):
+    """ReSSL: the prediction's similarities to all stored vectors are also trained to match the target's.
 
-    Source: ReSSL, see `src.losses.relation`. Deviations: both directions, where its teacher sees the weak view alone;
+    Source: ReSSL, see `src.losses.ressl`. Deviations: both directions, where its teacher sees the weak view alone;
     BYOL's heads; the pull towards the target stays beside it.
     """
 
-    objective: schema.Relation
+    objective: schema.ReSSL
 
     def loss_with_support(self, support: SupportSet, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with support.stopwatch:
             ids, stored = support.lookup(targets).ids, support.vectors_ND
         temperatures = self.objective.student_temperature, self.objective.teacher_temperature
-        return cosine_distance(predictions, targets) + relation(predictions, targets, stored, *temperatures), ids
+        return byol(predictions, targets) + ressl(predictions, targets, stored, *temperatures), ids

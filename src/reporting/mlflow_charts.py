@@ -22,7 +22,7 @@ from src.reporting.table import GAIN, GAIN_NOTE, markdown, table
 from src.runs.delivery import DELIVERY_TIMEOUT_S, deliver
 from src.runs.directory import exclusive
 from src.runs.mlflow_store import STORE_TIMEOUT_S, prepare
-from src.runs.record import TAG_CHARTS, TAG_NOTE, TAG_SWEEP_ID, Record, now
+from src.runs.record import TAG_CHARTS, TAG_NOTE, TAG_SWEEP_ID, Record, now_ms
 from src.runs.tracker import Tracker
 from src.system.deadline import within
 from src.system.redact import one_line
@@ -127,11 +127,6 @@ def describe_experiment(sweeps: Sequence[SweepCharts]) -> str:
     return "\n\n".join(part.strip() for part in parts)
 
 
-def is_own(note: str) -> bool:
-    """Whether a description was written here, not by a user."""
-    return note.startswith(OPENING)
-
-
 def show_sweep(client: Any, record: Record) -> str:
     """Give a sweep's experiment a view of the sweep's jobs, and a description of its newest sweeps.
 
@@ -144,7 +139,7 @@ def show_sweep(client: Any, record: Record) -> str:
     key, value, path = sweep_view(home.experiment_id, record.run_id, record.name, record.start_time)
     client.set_experiment_tag(home.experiment_id, key, value)
 
-    found = [(record.end_time or now(), SweepCharts(record.name, path, record.tags.get(TAG_NOTE, "")))]
+    found = [(record.end_time or now_ms(), SweepCharts(record.name, path, record.tags.get(TAG_NOTE, "")))]
     for run in client.search_runs([home.experiment_id], "tags.sweep_id != ''"):
         info = run.info
         key, _, path_of_other = sweep_view(home.experiment_id, info.run_id, info.run_name, info.start_time)
@@ -153,7 +148,7 @@ def show_sweep(client: Any, record: Record) -> str:
             found.append((info.end_time or info.start_time, charts))
     sweeps = [sweep for _, sweep in sorted(found, reverse=True) if sweep.note]
     before = home.tags.get(TAG_NOTE, "")
-    if sweeps and (not before or is_own(before)):
+    if sweeps and (not before or before.startswith(OPENING)):
         client.set_experiment_tag(home.experiment_id, TAG_NOTE, describe_experiment(sweeps))
     return path
 

@@ -251,7 +251,7 @@ def _remarks(
         if TAG_CONDITIONS_CHANGED in run.tags:
             notes.append(f"{run.name} was continued under other conditions: {run.tags[TAG_CONDITIONS_CHANGED]}")
         if TAG_EVALUATION_CHANGED in run.tags:
-            notes.append(f"{run.name} has its last evaluation's figures: {run.tags['evaluation_changed']}")
+            notes.append(f"{run.name} has its last evaluation's figures: {run.tags[TAG_EVALUATION_CHANGED]}")
     if len({run.params.get("evaluation.bank") for run in runs} - {None}) > 1:
         notes.append("the runs differ in evaluation.bank: their val kNN cannot be compared")
     for family in dict.fromkeys(metric.rpartition("/")[0] for metric in metrics_of(rows)):

@@ -49,7 +49,7 @@ class DamagedCheckpointError(UsageError):
 
 
 def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Writes ``directory/step-<step>.pt`` and leaves the newest ``keep`` checkpoints up to this step.
+    """Write ``directory/step-<step>.pt`` and leave the newest ``keep`` checkpoints up to this step.
 
     Those of later steps are set aside: a run that saves step 90 was not continued from step 100.
 
@@ -82,7 +82,7 @@ def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 2) ->
 
 
 def set_aside_after(directory: Path, step: int) -> None:
-    """Renames the checkpoints of later steps, which are damaged or of something else, so that none counts as good."""
+    """Rename the checkpoints of later steps, which are damaged or of something else, so that none counts as good."""
     for path in (path for other, path in _by_step(directory).items() if other > step):
         aside = path.with_name(f"{path.name}.damaged")
         logger.warning("%s is set aside as %s", path, aside.name)
@@ -105,7 +105,7 @@ def _checked(content: bytes) -> bytes | None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint, all tensors on the CPU.
+    """Read a checkpoint, all tensors on the CPU.
 
     Raises:
         DamagedCheckpointError: the file is not what `save` wrote.
@@ -174,7 +174,7 @@ def newest(directory: Path) -> Path | None:
 
 
 def restore(module: nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> None:
-    """Loads a state dict into a module that must have exactly its keys and shapes.
+    """Load a state dict into a module that must have exactly its keys and shapes.
 
     Args:
         module: changed only if all fits.

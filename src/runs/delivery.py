@@ -66,13 +66,14 @@ def _deliver_held(directory: Path, requested: Tracking | None = None, again: boo
         record.request(requested)
     record.entry.for_mlflow |= again
     try:
-        if requested.name == "mlflow" if requested else any(entry.for_mlflow for entry in record.copies.values()):
-            experiment = requested.experiment if requested else ""
-            # Short where a run or a sweep waits for it.
-            seconds = mlflow_store.STORE_TIMEOUT_S if requested else DELIVERY_TIMEOUT_S
-            client = mlflow_store.prepare()
-            return within(seconds, lambda: mlflow_store.deliver(client, record, experiment, again))
-        return Delivered([], False)
+        wanted = [requested.name == "mlflow"] if requested else [each.for_mlflow for each in record.copies.values()]
+        if not any(wanted):
+            return Delivered([], False)
+        experiment = requested.experiment if requested else ""
+        # Short where a run or a sweep waits for it.
+        seconds = mlflow_store.STORE_TIMEOUT_S if requested else DELIVERY_TIMEOUT_S
+        client = mlflow_store.prepare()
+        return within(seconds, lambda: mlflow_store.deliver(client, record, experiment, again))
     except UsageError:
         raise
     except Exception as error:
@@ -91,7 +92,7 @@ def _deleted(directories: Sequence[Path]) -> str:
 
 
 def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
-    """Puts runs that have ended under a sweep's, and delivers what MLflow lacks of them; a failing store is only noted.
+    """Put runs that have ended under a sweep's, and deliver what MLflow lacks of them; a failing store is only noted.
 
     A run of several sweeps in an experiment is shown under the last of them; its tags ``sweep.ID`` name all. One that
     another process works on is left to that process.
@@ -113,7 +114,7 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
 
 
 def main(publish_again: Callable[[Path], None], arguments: Iterable[str] | None = None) -> None:
-    """Delivers the runs that are named, else what MLflow lacks of any below ``multirun/``.
+    """Deliver the runs that are named, else what MLflow lacks of any below ``multirun/``.
 
     Those that are deleted in MLflow are delivered again if they are named, and otherwise listed.
 

@@ -28,7 +28,7 @@ _ROW = TypeAdapter(LoggedStep)
 
 
 def cut_and_read(path: Path) -> list[LoggedStep]:
-    """Removes a last row that a kill cut short, ends one that lacks nothing but its newline, and returns the rows.
+    """Remove a last row that a kill cut short, end one that lacks nothing but its newline, and return the rows.
 
     Raises:
         UsageError: another row is damaged, or the file is no regular one of this folder.

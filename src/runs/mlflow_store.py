@@ -42,7 +42,7 @@ class Busy(UsageError):  # noqa: N818
 
 
 def check(experiment: str) -> None:
-    """Refuses what is no store, before a run writes anything; one that is only busy gets the run later.
+    """Refuse what is no store, before a run writes anything; one that is only busy gets the run later.
 
     Raises:
         UsageError: as `prepare`.
@@ -68,7 +68,7 @@ def prepare(experiment: str = "Default") -> Any:
 
 
 def open_store(experiment: str) -> Any:
-    """Opens the MLflow store, creates a local one that is not there yet, and returns the client.
+    """Open the MLflow store, create a local one that is not there yet, and return the client.
 
     The store is what MLFLOW_TRACKING_URI names, or ``mlflow.db`` in the current folder, which is what ``mlflow ui``
     shows. MLflow creates a SQLite store in dozens of migrations, and two processes that do it at once, or one that is
@@ -268,7 +268,7 @@ class Delivery:
         return self.entry.has == self.record.state(self.experiment)
 
     def push(self) -> None:
-        """Delivers what has come since. Harmless when repeated, also by another process: the store drops what it has.
+        """Deliver what has come since. Harmless when repeated, also by another process: the store drops what it has.
 
         Raises:
             UsageError: the experiment has been deleted, or an artifact is no file of the run's folder.
@@ -318,7 +318,7 @@ class Delivery:
             self.client.log_inputs(self.entry.run_id, [data])
 
     def _log_model(self, encoder: Path) -> None:
-        """Makes the encoder a model of the run, with its signature and its figures; a second time completes it."""
+        """Make the encoder a model of the run, with its signature and its figures; a second time completes it."""
         from mlflow.entities import LoggedModelOutput, Metric
         from mlflow.exceptions import MlflowException
         from mlflow.models import Model, ModelSignature
@@ -357,11 +357,11 @@ class Delivery:
         client.finalize_logged_model(model_id, "READY")
 
     def terminate(self) -> None:
-        """Tells MLflow how the run ended."""
+        """Tell MLflow how the run ended."""
         self.client.set_terminated(self.entry.run_id, self.record.status, self.record.end_time)
 
     def _connect(self) -> None:
-        """Creates the run, or takes up what there is of it."""
+        """Create the run, or take up what there is of it."""
         client, record, entry = self.client, self.record, self.entry
         if self.run is None:
             home = _experiment_for(client, self.experiment, known_run(client, entry.tags.get(TAG_PARENT, "")))
@@ -412,7 +412,7 @@ def _data_source(params: Mapping[str, str]) -> Any:
 
 
 def watch_system(run_id: str) -> Callable[[], None]:
-    """Starts MLflow's own thread, which measures the machine and logs to the run; returns what ends it."""
+    """Start MLflow's own thread, which measures the machine and logs to the run; return what ends it."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     monitor = SystemMetricsMonitor(run_id, resume_logging=True)

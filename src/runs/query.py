@@ -15,7 +15,7 @@ from src.runs.record import RECORD, TAG_OUTPUT_DIR, TAG_SWEEP_ID, ExperimentEntr
 
 
 def read_runs(experiment: str, backend: str, root: Path = ROOT) -> list[Record]:
-    """Lists an experiment's runs, oldest first, from MLflow or from the ``run.json`` files under ``root``.
+    """List an experiment's runs, oldest first, from MLflow or from the ``run.json`` files under ``root``.
 
     Raises:
         UsageError: there is no such experiment; the message lists those that there are.
@@ -25,7 +25,7 @@ def read_runs(experiment: str, backend: str, root: Path = ROOT) -> list[Record]:
 
 
 def read_sweep(sweep: str, backend: str, root: Path = ROOT) -> tuple[str, list[Record]]:
-    """Lists a sweep's jobs, oldest first.
+    """List a sweep's jobs, oldest first.
 
     Args:
         sweep: its eight hex digits, or the id of its run in MLflow.

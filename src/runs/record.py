@@ -107,11 +107,11 @@ class Record:
 
     @classmethod
     def new(cls, name: str, experiment: str) -> Record:
-        return cls(uuid.uuid4().hex, name, experiment, now(), copies={experiment: ExperimentEntry()})
+        return cls(uuid.uuid4().hex, name, experiment, now_ms(), copies={experiment: ExperimentEntry()})
 
     @classmethod
     def load(cls, directory: Path) -> Record:
-        """Reads a directory's record.
+        """Read a directory's record.
 
         Raises:
             UsageError: there is none, or it is damaged.
@@ -132,7 +132,7 @@ class Record:
         return record
 
     def _compare(self, content: bytes) -> None:
-        """Says so where the record or its rows are not as a run left them; they may have been edited on purpose."""
+        """Say so where the record or its rows are not as a run left them; they may have been edited on purpose."""
         assert self.directory
         values = json.loads(content)
         if values.pop("sha256", None) not in (None, _digest(values)):
@@ -144,7 +144,7 @@ class Record:
             )
 
     def _take_over(self, old: Old) -> None:
-        """What a file says of MLflow that is from the time when a run was in one experiment."""
+        """Convert what an old ``run.json`` says of MLflow, in which a run had a single experiment."""
         sweeps = {key: self.tags.pop(key) for key in list(self.tags) if key == TAG_PARENT or key.startswith("sweep.")}
         run_id = old["run_id"] if old["run_id"] != self.uuid else ""
         self.copies = {self.experiment: ExperimentEntry(run_id, "", sweeps, old["for_mlflow"])}
@@ -188,8 +188,8 @@ class Record:
         return paths
 
     def close(self, status: str, error: str = "") -> None:
-        """Notes how the run ended, and why if it did not finish."""
-        self.status, self.end_time = status, now()
+        """Note how the run ended, and why if it did not finish."""
+        self.status, self.end_time = status, now_ms()
         if error:
             self.tags[TAG_ERROR] = error
 
@@ -201,7 +201,7 @@ class Record:
         )
 
     def continue_under(self, now: Mapping[str, str], step: int) -> None:
-        """Adds conditions to the history, unless the run was worked on under the same."""
+        """Add conditions to the history, unless the run was worked on under the same."""
         changes = self.changes(now)
         if changes:
             self.tags[TAG_CONDITIONS_CHANGED] = "; ".join(
@@ -221,7 +221,7 @@ class Record:
         return path.stat().st_size if path.exists() else 0
 
     def save(self, directory: Path) -> None:
-        """Writes ``run.json``, unless that is what it says; params and tags lose what is secret in them."""
+        """Write ``run.json``, unless that is what it says; params and tags lose what is secret in them."""
         self.directory = directory.resolve()
         self.params, self.tags = hide_in_settings(self.params), hide_in_settings(self.tags)
         self.tags |= {key: redact(self.tags[key]) for key in TAGS_OF_FREE_TEXT if key in self.tags}
@@ -275,5 +275,5 @@ def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
             logger.warning("passed over: %s", str(error).removesuffix(f": {MOVE_AWAY}"))
 
 
-def now() -> int:
+def now_ms() -> int:
     return time.time_ns() // 1_000_000

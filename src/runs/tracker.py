@@ -22,7 +22,7 @@ from src.config.schema import Tracking
 from src.errors import CannotWrite, UsageError
 from src.runs import mlflow_store
 from src.runs.metrics_file import cut_and_read, encode
-from src.runs.record import METRICS, TAG_ERROR, TAG_OUTPUT_DIR, TAG_PARENT, TAG_SWEEP_ID, Record, now
+from src.runs.record import METRICS, TAG_ERROR, TAG_OUTPUT_DIR, TAG_PARENT, TAG_SWEEP_ID, Record, now_ms
 from src.system.deadline import Call, Overdue, within
 from src.system.redact import one_line
 
@@ -106,7 +106,7 @@ class Tracker:
         return self.record.run_id
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Appends a row to ``metrics.jsonl``; `flush` delivers it.
+        """Append a row to ``metrics.jsonl``; `flush` delivers it.
 
         Raises:
             OSError: there is no room for it.
@@ -114,14 +114,14 @@ class Tracker:
         new = {key: float(value) for key, value in metrics.items() if (key, step) not in self._logged}
         if not new:
             return
-        row = json.dumps({"step": step, "time": now(), "metrics": encode(new)}, allow_nan=False).encode() + b"\n"
+        row = json.dumps({"step": step, "time": now_ms(), "metrics": encode(new)}, allow_nan=False).encode() + b"\n"
         if self._rows.write(row) < len(row):  # a disk that is full takes a part, and refuses the next
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory / METRICS))
         self._digest.update(row)
         self._remember(new, step)
 
     def _remember(self, metrics: Mapping[str, float], step: int) -> None:
-        """Puts into the record what is not older than what it has."""
+        """Update the record with the metrics whose step is not before the one it has."""
         newest = {key: value for key, value in metrics.items() if step >= self._last_step.get(key, -1)}
         self.record.metrics |= newest
         self._last_step |= dict.fromkeys(newest, step)
@@ -137,7 +137,7 @@ class Tracker:
         return os.fstat(self._rows.fileno()).st_size, self._digest.hexdigest()
 
     def sync(self) -> None:
-        """Puts all rows on the disk, so that not even a power cut loses one. To be called before each save.
+        """Put all rows on the disk, so that not even a power cut loses one. To be called before each save.
 
         Raises:
             CannotWrite: the run's directory is no longer the one that the run was started in.
@@ -154,14 +154,14 @@ class Tracker:
             return False
 
     def flush(self) -> None:
-        """Delivers what has not been. A store that fails or is slow costs at most a tenth of the training time."""
+        """Deliver what has not been. A store that fails or is slow costs at most a tenth of the training time."""
         self.sync()  # the store is never told of a row which the file could still lose
         if time.monotonic() >= self._retry_at:
             self._deliver()
         self._save()
 
     def artifact(self, path: Path) -> None:
-        """Uploads a file of the output directory, in the place of what it was before."""
+        """Upload a file of the output directory, in the place of what it was before."""
         name = os.path.relpath(path, self.directory)
         if name not in self.record.artifacts:
             self.record.artifacts.append(name)
@@ -182,7 +182,7 @@ class Tracker:
             logger.warning("MLflow takes no system metrics of this session: %s", one_line(error))
 
     def close(self, status: Status) -> None:
-        """Ends the run, here and in MLflow; a run that was told to stop does not wait for a store that fails.
+        """End the run, here and in MLflow; a run that was told to stop does not wait for a store that fails.
 
         Raises:
             OSError: there is no room to write that the run is finished. Another status is then told to MLflow only.
@@ -293,7 +293,7 @@ def parent_tags(parent: str | None) -> dict[str, str]:
 
 
 def mark_failed(directory: Path, reason: str) -> None:
-    """Closes a run, as failed, whose process ended without doing so."""
+    """Close a run, as failed, whose process ended without doing so."""
     record = Record.load(directory)
     record.close("FAILED", reason)
     record.save(directory)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from src.config.schema import INT64_BOUND, BelowOne, Count
+from src.config.schema import BelowOne, Count, Several
 from src.errors import UsageError
 from src.support.base import Neighbors, Space
 from src.support.kmeans import KMeans
 
-Several = Annotated[int, Field(ge=2, lt=INT64_BOUND)]
 MIN_PROTOTYPES = 2  # with a single one all images would share it
 PROTOTYPES_PER_PROPOSAL = 10  # one more is proposed for so many that there are: 15 proposals make four times as many
 

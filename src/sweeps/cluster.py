@@ -29,7 +29,7 @@ from src.system.stopping import Stopper
 
 
 @dataclass
-class Standing:
+class JobState:
     """What a scheduler says of a job."""
 
     phase: Literal["waits", "cannot start", "runs", "is gone"]
@@ -42,11 +42,11 @@ class Submitted:
 
     job: Job
     id: str
-    said: Standing | None = None  # the last that was said of it
+    last_state: JobState | None = None  # the last that was said of it
     gone_since: float | None = None
 
 
-class Silent(Exception):  # noqa: N818
+class SchedulerSilent(Exception):  # noqa: N818
     """The scheduler does not answer."""
 
 
@@ -81,21 +81,21 @@ class ClusterLauncher(JobLauncher):
         """
 
     @abstractmethod
-    def unnoted(self, logs: Collection[Path]) -> Mapping[Path, str]:
+    def unrecorded(self, logs: Collection[Path]) -> Mapping[Path, str]:
         """The ids of jobs that a killed command has submitted, and has not noted, by the files of their output.
 
         Some of them may have ended long ago.
 
         Raises:
-            Silent: the scheduler does not answer.
+            SchedulerSilent: the scheduler does not answer.
         """
 
     @abstractmethod
-    def standings(self, ids: Collection[str]) -> Mapping[str, Standing]:
+    def job_states(self, ids: Collection[str]) -> Mapping[str, JobState]:
         """What the scheduler says of jobs; those that it does not know are left out.
 
         Raises:
-            Silent: it does not answer.
+            SchedulerSilent: it does not answer.
         """
 
     @abstractmethod
@@ -112,16 +112,16 @@ class ClusterLauncher(JobLauncher):
         before = {job: known for job in jobs if (known := self._known(job))}
         unknown = {self._file(job, "log").resolve(): job for job in jobs if job not in before}
         try:
-            before |= {unknown[log]: found for log, found in self.unnoted(unknown).items() if log in unknown}
-            standings = self.standings(set(before.values())) if before else {}
-        except Silent as silence:
+            before |= {unknown[log]: found for log, found in self.unrecorded(unknown).items() if log in unknown}
+            job_states = self.job_states(set(before.values())) if before else {}
+        except SchedulerSilent as silence:
             raise UsageError(
                 f"{self.engine} may still run jobs of this sweep, but {silence}; try again later"
             ) from None
         fresh = []
         for job in jobs:
-            standing = standings.get(before.get(job, ""), Standing("is gone"))
-            if standing.phase == "is gone":
+            state = job_states.get(before.get(job, ""), JobState("is gone"))
+            if state.phase == "is gone":
                 fresh.append(job)
             else:
                 self._note(job, before[job], "is with {} already, as {}")
@@ -186,26 +186,26 @@ class ClusterLauncher(JobLauncher):
         if not waiting:
             return []
         try:
-            standings = self.standings({each.id for each in waiting})
-        except Silent as silence:
+            job_states = self.job_states({each.id for each in waiting})
+        except SchedulerSilent as silence:
             if self.silent != str(silence):
                 print(f"{silence}; waiting until it does", file=sys.stderr, flush=True)
             self.silent = str(silence)
             return []
         self.silent = ""
-        nothing = Standing("is gone", f"{self.engine} no longer knows it")
-        return [each for each in waiting if self._is_over(each, standings.get(each.id, nothing))]
+        nothing = JobState("is gone", f"{self.engine} no longer knows it")
+        return [each for each in waiting if self._is_over(each, job_states.get(each.id, nothing))]
 
-    def _is_over(self, each: Submitted, standing: Standing) -> bool:
+    def _is_over(self, each: Submitted, state: JobState) -> bool:
         """Say what is new about a job; whether it has ended."""
-        if standing.phase == "cannot start":
+        if state.phase == "cannot start":
             self.cancel(each.id)
-            self._fail(each, f"{self.engine} can never start it ({standing.why}); it has been cancelled")
+            self._fail(each, f"{self.engine} can never start it ({state.why}); it has been cancelled")
             return True
-        if standing.phase != "is gone":
-            if standing not in (each.said, Standing("waits")):
-                self.say(each.job, f"({each.id}) {standing.phase}{standing.why and f': {standing.why}'}")
-            each.said, each.gone_since = standing, None
+        if state.phase != "is gone":
+            if state not in (each.last_state, JobState("waits")):
+                self.say(each.job, f"({each.id}) {state.phase}{state.why and f': {state.why}'}")
+            each.last_state, each.gone_since = state, None
             return False
         if (status := self._status(each.job)) is not None:
             self._conclude(each, status)
@@ -213,7 +213,7 @@ class ClusterLauncher(JobLauncher):
         each.gone_since = each.gone_since or time.monotonic()
         if time.monotonic() < each.gone_since + self.grace_seconds:
             return False
-        self._fail(each, f"it ended without a result: {standing.why}")
+        self._fail(each, f"it ended without a result: {state.why}")
         return True
 
     def _status(self, job: Job) -> int | None:

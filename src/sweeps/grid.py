@@ -164,7 +164,7 @@ def typed(key: str, value: str) -> str:
 
 
 def plain(key: str, there: Container[str]) -> str:
-    """A key as it is, also of ``++key=value``, which replaces what is there."""
+    """Drop the ``++`` of a key that exists already."""
     return bare if (bare := key.removeprefix("++")) in there else key
 
 

@@ -48,7 +48,7 @@ class Job:
 
     @property
     def record(self) -> Record | None:
-        """What its folder says of it; None before its start, and where that is damaged, of which a job says more."""
+        """The record in its folder; None before its start, or where it is damaged, which the job itself reports."""
         with suppress(UsageError):
             return Record.find(self.directory) if self.cfg else None
         return None
@@ -104,7 +104,7 @@ class Composer:
         return Job(kept, cfg, run_directory.path_of(cfg), passed_over)
 
     def identify(self, job: Job) -> Job:
-        """Says which images and first weights the job has, and so where it lives; without them it is not legal.
+        """Say which images and first weights the job has, and so where it lives; without them it is not legal.
 
         All jobs on the same images look for them once, and decode them if need be, except in a dry run.
         """
@@ -147,7 +147,7 @@ def values(override: Override) -> list[str] | None:
 
 
 def _set(composed: DictConfig, override: Override) -> str:
-    """Sets a value in place; returns the override under the key's present name, empty if there is no such key."""
+    """Set a value in place; return the override under the key's present name, empty if there is no such key."""
     for key in (override.key_or_group, new_name(override.key_or_group)):
         parent, _, leaf = (key or "").rpartition(".")
         node = OmegaConf.select(composed, parent) if parent else composed

@@ -28,7 +28,7 @@ TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR", "0")  # what the user set, befor
 
 
 def refuse_foreign_sweeper(hydra: Any) -> None:
-    """A sweeper of Hydra's own, or of a plugin, waits for values that a job in a process of its own does not return.
+    """Refuse sweepers of Hydra or of plugins: they wait for return values, and jobs in other processes give none.
 
     Raises:
         UsageError: the sweeper is not one of this project's.

@@ -148,7 +148,7 @@ class Study:
         raise UsageError(f"{len(taken)} trials: {DRAW_ATTEMPTS} draws found no other point; widen hydra.sweeper.params")
 
     def conclude(self, number: int, state: str, value: float | None = None) -> None:
-        """Ends a trial as ``COMPLETE`` with its value, ``PRUNED`` or ``FAIL``."""
+        """End a trial as ``COMPLETE`` with its value, ``PRUNED`` or ``FAIL``."""
         from optuna.trial import TrialState
 
         self.study.tell(number, value, state=TrialState[state])
@@ -161,7 +161,7 @@ class Study:
 
 
 def should_prune(folder: str | None, number: int | None, epoch: int, metrics: Mapping[str, float]) -> bool:
-    """Tells a trial's study how the trial does after an epoch; returns whether it lags so far behind as to stop it.
+    """Tell a trial's study how the trial does after an epoch; return whether it lags so far behind as to stop it.
 
     A study that does not answer prunes nothing, and stops nothing.
     """

@@ -16,14 +16,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from src.errors import UsageError
-from src.sweeps.cluster import ClusterLauncher, Silent, Standing
+from src.sweeps.cluster import ClusterLauncher, JobState, SchedulerSilent
 from src.sweeps.worker import Work
 from src.system.environment import PROJECT
 
 NAMESPACE = "support-sets"
 
 
-class Holder:
+class JobActor:
     """The actor: it lives as long as the job's process, so that what the job had reserved is free when it ends."""
 
     def __init__(self, work: Work) -> None:
@@ -82,7 +82,7 @@ class RayLauncher(ClusterLauncher):
         """An actor for each, under the path of the job's log."""
         import ray
 
-        actor: Any = ray.remote(Holder)
+        actor: Any = ray.remote(JobActor)
         ids = []
         for each in work.values():
             options = {"name": str(each.log), "lifetime": "detached", "max_restarts": 0, **self.options["remote"]}
@@ -106,14 +106,14 @@ class RayLauncher(ClusterLauncher):
                 f"they have {there}"
             )
 
-    def unnoted(self, logs: Collection[Path]) -> Mapping[Path, str]:
+    def unrecorded(self, logs: Collection[Path]) -> Mapping[Path, str]:
         """By the names of the actors that live."""
         actors = _actors() if logs else []
         return {Path(actor.name): actor.actor_id for actor in actors if actor.name and actor.state != "DEAD"}
 
-    def standings(self, ids: Collection[str]) -> Mapping[str, Standing]:
+    def job_states(self, ids: Collection[str]) -> Mapping[str, JobState]:
         """What Ray says of the actors."""
-        return {actor.actor_id: _standing(actor) for actor in _actors() if actor.actor_id in ids}
+        return {actor.actor_id: _job_state(actor) for actor in _actors() if actor.actor_id in ids}
 
     def cancel(self, job_id: str) -> None:
         """Nothing waits that cannot start: it has been refused."""
@@ -130,18 +130,18 @@ def _actors() -> Sequence[Any]:
     try:
         found: Sequence[Any] = list_actors(filters=[("ray_namespace", "=", NAMESPACE)], detail=True, limit=10_000)
     except Exception as error:
-        raise Silent(f"Ray does not answer ({' '.join(str(error).split())[:200]})") from None
+        raise SchedulerSilent(f"Ray does not answer ({' '.join(str(error).split())[:200]})") from None
     return found
 
 
-def _standing(actor: Any) -> Standing:
+def _job_state(actor: Any) -> JobState:
     if actor.state == "ALIVE":
-        return Standing("runs", f"on node {actor.node_id[:8]}")
+        return JobState("runs", f"on node {actor.node_id[:8]}")
     if actor.state != "DEAD":
-        return Standing("waits", "for room")
+        return JobState("waits", "for room")
     cause: dict[str, Any] = next(iter((actor.death_cause or {}).values()), {})
     message = str(cause.get("error_message", "its actor is dead"))
-    return Standing("is gone", " ".join(message.split())[:200])
+    return JobState("is gone", " ".join(message.split())[:200])
 
 
 def main(logs: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from src.errors import UsageError
-from src.sweeps.cluster import ClusterLauncher, Silent, Standing
+from src.sweeps.cluster import ClusterLauncher, JobState, SchedulerSilent
 from src.sweeps.worker import Work
 
 # sbatch's man page and squeue's, "JOB STATE CODES" and "JOB REASON CODES".
@@ -90,7 +90,7 @@ class SlurmLauncher(ClusterLauncher):
     def _folder(self) -> Path:
         return self.sweep.directory / "jobs" / "slurm"
 
-    def unnoted(self, logs: Collection[Path]) -> Mapping[Path, str]:
+    def unrecorded(self, logs: Collection[Path]) -> Mapping[Path, str]:
         """From what submitit has written: of each job ``ID_submitted.pkl``, which holds its work.
 
         A job without it was submitted as the command was killed, and ends without having started.
@@ -101,14 +101,14 @@ class SlurmLauncher(ClusterLauncher):
         written = sorted(self._folder.glob(f"*{ending}") if logs else [], key=lambda path: path.stat().st_mtime)
         return {DelayedSubmission.load(path).function.log: path.name.removesuffix(ending) for path in written}
 
-    def standings(self, ids: Collection[str]) -> Mapping[str, Standing]:
+    def job_states(self, ids: Collection[str]) -> Mapping[str, JobState]:
         """What squeue says, and of those that it has forgotten sacct, where there is one."""
         listed = _ask("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T|%r|%N")
         found = {}
         for line in listed.splitlines():
             job_id, state, reason, nodes = line.split("|", 3)
             if job_id in ids:
-                found[job_id] = _standing(state, reason, nodes)
+                found[job_id] = _job_state(state, reason, nodes)
         if forgotten := [each for each in ids if each not in found]:
             try:
                 listed = _ask(
@@ -119,17 +119,17 @@ class SlurmLauncher(ClusterLauncher):
                     "--format=JobID,State",
                     f"--jobs={','.join(forgotten)}",
                 )
-            except Silent:
+            except SchedulerSilent:
                 listed = ""
             for line in listed.splitlines():
                 job_id, state = line.split("|", 1)
                 if job_id in forgotten:
-                    found[job_id] = _standing(state, "", "")
+                    found[job_id] = _job_state(state, "", "")
         return found
 
     def cancel(self, job_id: str) -> None:
         """By scancel."""
-        with suppress(Silent):
+        with suppress(SchedulerSilent):
             _ask("scancel", job_id)
 
     def how_to_stop(self, ids: Sequence[str]) -> str:
@@ -137,24 +137,24 @@ class SlurmLauncher(ClusterLauncher):
         return f"scancel {' '.join(dict.fromkeys(each.split('_')[0] for each in ids))}"
 
 
-def _standing(state: str, reason: str, nodes: str) -> Standing:
+def _job_state(state: str, reason: str, nodes: str) -> JobState:
     state, _, more = state.partition(" ")  # sacct's "CANCELLED by 1000"
     if state in ENDED_STATES:
-        return Standing("is gone", f"{state} {more}".strip())
+        return JobState("is gone", f"{state} {more}".strip())
     if state == "PENDING" and NEVER_STARTS.fullmatch(reason):
-        return Standing("cannot start", f"{reason}, {ASK_LESS}")
+        return JobState("cannot start", f"{reason}, {ASK_LESS}")
     if state == "PENDING":
-        return Standing("waits", "" if reason in ("None", "Priority") else reason)
-    return Standing("runs", f"on {nodes}" if nodes and state == "RUNNING" else state)
+        return JobState("waits", "" if reason in ("None", "Priority") else reason)
+    return JobState("runs", f"on {nodes}" if nodes and state == "RUNNING" else state)
 
 
 def _ask(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Silent(f"{command[0]} does not answer ({error})") from None
+        raise SchedulerSilent(f"{command[0]} does not answer ({error})") from None
     if done.returncode:
-        raise Silent(f"{command[0]} does not answer ({_one_line(done.stderr)})")
+        raise SchedulerSilent(f"{command[0]} does not answer ({_one_line(done.stderr)})")
     return done.stdout
 
 

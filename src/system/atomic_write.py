@@ -12,7 +12,7 @@ from src.errors import CannotWrite
 
 
 def write_whole(path: Path, *parts: bytes | memoryview) -> None:
-    """Writes the file aside and renames it when it is complete and on the disk.
+    """Write the file aside and rename it when it is complete and on the disk.
 
     Raises:
         OSError: there is no room; what was there before is untouched.
@@ -46,7 +46,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Puts a new name on the disk, which syncing the file alone does not."""
+    """Put a new name on the disk, which syncing the file alone does not."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -33,7 +33,7 @@ def in_terminal() -> bool:
 
 
 def outlive_output() -> None:
-    """Lets the process print on when its output takes no more, for instance because its reader has gone away.
+    """Let the process print on when its output takes no more, for instance because its reader has gone away.
 
     Elsewhere SIGPIPE would end the process. Python ignores that signal, because a broken connection to a server raises
     it too, and makes an exception of it wherever a library happens to print.

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a file for reading.
+    """Open a file for reading.
 
     Raises:
         OSError: there is none, or it is a folder, a pipe, a socket or a device.

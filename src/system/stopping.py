@@ -11,8 +11,8 @@ from typing import Any
 
 from src.system.output import lost_output
 
-# SIGHUP is the end of the terminal. SIGUSR1 is what SLURM can be told to send ahead of its time limit. SIGXCPU says,
-# each second anew, that a limit of processor time is over (`ulimit -t`), and that a kill comes at another one.
+# SIGHUP is the end of the terminal. SIGUSR1 is what SLURM can be told to send ahead of its time limit. SIGXCPU
+# comes every second once the soft limit of processor time (`ulimit -t`) is reached; at the hard limit comes SIGKILL.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 ECHO_SECONDS = 0.5  # `timeout` and some schedulers signal a process and then its group: that is one signal
 TIME_IS_UP = 75  # sysexits.h's EX_TEMPFAIL: the same command continues

@@ -25,7 +25,7 @@ def in_threads(
     The first error is raised in its place, and what has not begun by then is not begun.
 
     Args:
-        function: which releases the interpreter, or the threads gain nothing.
+        function: has to release the GIL for threads to help.
         items: taken one by one.
         window: the most items that are submitted and whose results have not been taken yet.
         threads: how many; None: as many as the process may use cores.

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from src import build
-from src.config.schema import Config, KMeans, Relation, Stored
+from src.config.schema import Config, KMeans, ReSSL, Stored
 from src.data.splits import Split
 from src.errors import RankLost, RunFailed, UsageError
 from src.evaluation.probes import FrozenEncoder
@@ -109,7 +109,7 @@ class Ranks:
         needs_all = {
             "search=ivf": cfg.search.name == "ivf",
             "support.refit=faiss": isinstance(cfg.support, KMeans) and cfg.support.refit == "faiss",
-            "objective=relation": isinstance(cfg.objective, Relation),
+            "objective=relation": isinstance(cfg.objective, ReSSL),
         }
         if asked := [setting for setting, is_set in needs_all.items() if is_set]:
             raise UsageError(f"{asked[0]}: needs all stored vectors on every rank; choose support.shards=none")
@@ -227,7 +227,7 @@ class Ranks:
                     )
 
     def final_barrier(self) -> None:
-        """Wait for the other ranks: the launcher would end one that still saves if another had ended with a status."""
+        """Wait until all ranks have saved: when one exits with a status, torchrun ends the others."""
         if self.group is not None:
             with raising_rank_lost():
                 dist.barrier(self.group)

@@ -44,10 +44,8 @@ def build(cfg: schema.Optimizer, module: nn.Module, batch_size: int) -> Optimize
             )
         case "sgd":
             return torch.optim.SGD(groups, lr=lr, momentum=cfg.momentum)
-        case "adamw":
+        case _:
             return torch.optim.AdamW(groups, lr=lr, betas=(cfg.betas[0], cfg.betas[1]))
-        case name:
-            raise AssertionError(f"no optimizer {name}")
 
 
 def schedule(cfg: schema.Schedule, step: int, total_steps: int, warmup_steps: int) -> float:
@@ -63,7 +61,5 @@ def schedule(cfg: schema.Schedule, step: int, total_steps: int, warmup_steps: in
             return (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps))) / 2
         case "constant":
             return 1.0
-        case "step":
+        case _:
             return cfg.gamma ** sum(step >= share * total_steps for share in cfg.milestones)
-        case name:
-            raise AssertionError(f"no schedule {name}")

@@ -39,6 +39,7 @@ from src.runs.record import (
     TAG_DIVERGED,
     TAG_DTYPE,
     TAG_ERROR,
+    TAG_EVALUATION_CHANGED,
     TAG_INIT_TAKEN,
     TAG_PRUNED,
     Record,
@@ -131,7 +132,7 @@ def run(
             is_stopping=lambda: stopper.status,
         )
         status: Status = "FAILED"
-        ranks_in_step = trained = False  # whether all ranks end at one place
+        ranks_in_step = trained = False  # whether all ranks stop at the same step
         try:
             tracker.record.continue_under(now, state.step)
             kept = OmegaConf.to_yaml(OmegaConf.create(hide_in_settings(identity.without_neutral(cfg))))
@@ -187,10 +188,10 @@ def note_changed_protocol(cfg: Config, directory: Path, step: int) -> dict[str, 
     if not changes:
         return {}
     config, text = identity.flat(cfg), ", ".join(changes.values())
-    earlier = Record.load(directory).tags.get("evaluation_changed")
+    earlier = Record.load(directory).tags.get(TAG_EVALUATION_CHANGED)
     logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, text)
     tags = {key: str(config.get(key, "null")) for key in changes}
-    return tags | {"evaluation_changed": "; ".join(filter(None, [earlier, f"{text} at step {step}"]))}
+    return tags | {TAG_EVALUATION_CHANGED: "; ".join(filter(None, [earlier, f"{text} at step {step}"]))}
 
 
 def say_result(directory: Path) -> float:

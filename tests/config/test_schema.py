@@ -107,7 +107,7 @@ def test_mnn_as_its_authors_train_it():
     cfg = parsed("experiment=mnn")
     assert (cfg.method.name, cfg.queue_size, cfg.epochs, cfg.batch_size) == ("mnn", 4096, 200, 256)
     assert cfg.backbone.bn_splits == 8
-    objective = schema.Teacher("teacher", momentum=0.99, predictor_hidden=2048, neighbours=5)
+    objective = schema.MNN("teacher", momentum=0.99, predictor_hidden=2048, neighbours=5)
     assert cfg.objective == objective
     assert cfg.projector == schema.Projector([2048], 128, final_norm=False)
     o = cfg.optimizer
@@ -184,7 +184,7 @@ def test_a_bad_value_is_one_line_that_names_it(override, says):
             for key in ("index", "nprobe", "refresh_every")
         ],
         (["data.keep=16"], "data.keep=16: fewer pixels than data.image_size=32; raise it"),
-        (["data.keep=64", "data.resize=pad"], "data.resize=pad: data.keep=64 has the whole image"),
+        (["data.keep=64", "data.resize=pad"], "data.resize=pad: data.keep=64 stores whole images"),
         (
             ["objective=teacher", "+objective.temperature=0.2"],
             "objective.temperature: the chosen options do not have it",

@@ -11,9 +11,9 @@ from torch.nn.functional import normalize
 from src import models
 from src.config import schema
 from src.evaluation.diagnostics import effective_rank
-from src.losses import barlow_twins, relation
+from src.losses import barlow_twins, ressl
 from src.methods.base import Output, Parts
-from src.methods.teacher import Relation, Teacher
+from src.methods.teacher import MNN, ReSSL
 from src.support.base import Space
 from src.support.evolving import Evolving
 from src.support.kmeans import KMeans
@@ -25,10 +25,8 @@ BATCH, DIM = 8, 6
 
 def teacher(support=None, **settings):
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10), nn.ReLU())
-    objective = schema.Teacher(
-        **({"name": "teacher", "momentum": 0.9, "predictor_hidden": 12, "neighbours": 1} | settings)
-    )
-    made = Teacher(Parts(encoder, models.projector(10, [12], DIM), 10, DIM, support), objective)
+    objective = schema.MNN(**({"name": "teacher", "momentum": 0.9, "predictor_hidden": 12, "neighbours": 1} | settings))
+    made = MNN(Parts(encoder, models.projector(10, [12], DIM), 10, DIM, support), objective)
     with torch.no_grad():  # as after some steps: a teacher that is no copy of the student
         for parameter in (*made.encoder.parameters(), *made.projector.parameters()):
             parameter += 0.1 * torch.randn_like(parameter)
@@ -87,8 +85,8 @@ def test_the_loss_is_the_mean_of_both_directions_to_the_target_and_to_the_mixtur
 @pytest.mark.parametrize("support", [queue, prototypes])
 def test_a_relation_is_to_all_stored_vectors(support):
     settings = {"name": "relation", "momentum": 0.9, "predictor_hidden": 12}
-    objective = schema.Relation(**settings, teacher_temperature=0.04, student_temperature=0.1)
-    method = Relation(
+    objective = schema.ReSSL(**settings, teacher_temperature=0.04, student_temperature=0.1)
+    method = ReSSL(
         Parts(nn.Sequential(nn.Flatten(), nn.Linear(48, 10)), nn.Linear(10, DIM), 10, DIM, support()), objective
     )
     method.support.update(torch.randn(64, DIM), torch.arange(64), torch.arange(64) % 4)
@@ -98,8 +96,7 @@ def test_a_relation_is_to_all_stored_vectors(support):
     t = [method.teacher_projector(method.teacher_encoder(view)) for view in (view1, view2)]
     assert torch.equal(outcome.ids, (normalize(torch.cat(t), dim=1) @ method.support.vectors_ND.T).argmax(1))
     losses = [
-        (2 - 2 * torch.cosine_similarity(p[i], t[j])).mean()
-        + relation(p[i], t[j], method.support.vectors_ND, 0.1, 0.04)
+        (2 - 2 * torch.cosine_similarity(p[i], t[j])).mean() + ressl(p[i], t[j], method.support.vectors_ND, 0.1, 0.04)
         for i, j in ((0, 1), (1, 0))
     ]
     torch.testing.assert_close(outcome.loss, sum(losses) / 2)
@@ -108,8 +105,8 @@ def test_a_relation_is_to_all_stored_vectors(support):
 def test_where_batch_norm_is_over_parts_the_teachers_are_of_other_images():
     encoder = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 10))
     models.split_batch_norms(encoder, 2)
-    objective = schema.Teacher(name="teacher", momentum=0.9, predictor_hidden=12, neighbours=1)
-    method = Teacher(Parts(encoder, models.projector(10, [12], DIM), 10, DIM, None), objective)
+    objective = schema.MNN(name="teacher", momentum=0.9, predictor_hidden=12, neighbours=1)
+    method = MNN(Parts(encoder, models.projector(10, [12], DIM), 10, DIM, None), objective)
     view1, view2 = views()
     torch.manual_seed(5)
     loss = method(view1, view2).loss
@@ -224,10 +221,10 @@ def train(method, steps=40):
 def on_digits(kind, support, **settings):
     encoder = models.ResNetTiny("small")
     common = {"momentum": 0.99, "predictor_hidden": 64}
-    if kind is Relation:
-        objective = schema.Relation("relation", **common, teacher_temperature=0.04, student_temperature=0.1)
+    if kind is ReSSL:
+        objective = schema.ReSSL("relation", **common, teacher_temperature=0.04, student_temperature=0.1)
     else:
-        objective = schema.Teacher("teacher", **(common | {"neighbours": 1} | settings))
+        objective = schema.MNN("teacher", **(common | {"neighbours": 1} | settings))
     return kind(Parts(encoder, models.projector(128, [32], 16, final_norm=False), 128, 16, support), objective)
 
 
@@ -238,14 +235,14 @@ def evolving():
 @pytest.mark.parametrize(
     ("kind", "support", "settings"),
     [
-        (Teacher, None, {}),
-        (Teacher, Queue(128, 16, TorchSearch()), {"neighbours": 5}),
-        (Teacher, KMeans(20, 16, 10, TorchSearch()), {}),
-        (Teacher, None, {"decorrelation": 0.05}),
-        (Relation, Queue(128, 16, TorchSearch()), {}),
-        (Relation, KMeans(20, 16, 10, TorchSearch()), {}),
-        (Teacher, evolving(), {}),
-        (Relation, evolving(), {}),
+        (MNN, None, {}),
+        (MNN, Queue(128, 16, TorchSearch()), {"neighbours": 5}),
+        (MNN, KMeans(20, 16, 10, TorchSearch()), {}),
+        (MNN, None, {"decorrelation": 0.05}),
+        (ReSSL, Queue(128, 16, TorchSearch()), {}),
+        (ReSSL, KMeans(20, 16, 10, TorchSearch()), {}),
+        (MNN, evolving(), {}),
+        (ReSSL, evolving(), {}),
     ],
     ids=["byol", "queue", "prototypes", "decorrelation", "relation-queue", "relation-prototypes", "evolving", "both"],
 )
@@ -256,7 +253,7 @@ def test_the_embeddings_do_not_collapse(kind, support, settings):
 
 
 def test_without_predictor_and_teacher_they_would_collapse():
-    class Collapsing(Teacher):
+    class Collapsing(MNN):
         def forward(self, view1, view2):
             h1, h2 = self.encoder(view1), self.encoder(view2)
             z1, z2 = self.projector(h1), self.projector(h2)

@@ -14,7 +14,7 @@ from src.data import Dataset
 from src.data.splits import Split
 from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method, Output, Parts
-from src.methods.teacher import Teacher
+from src.methods.teacher import MNN
 from src.reporting import pictures
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
@@ -52,8 +52,8 @@ def method_with(support, data):
 def test_what_a_teacher_stores_is_asked_with_its_embeddings():
     data = data_of()
     method, frozen = method_with(None, data)
-    objective = schema.Teacher(name="teacher", momentum=0.9, predictor_hidden=4, neighbours=1)
-    taught = Teacher(Parts(method.encoder, method.projector, 3, 3, None), objective)
+    objective = schema.MNN(name="teacher", momentum=0.9, predictor_hidden=4, neighbours=1)
+    taught = MNN(Parts(method.encoder, method.projector, 3, 3, None), objective)
     student = pictures.embed(method, frozen, data.train)
     torch.testing.assert_close(pictures.embed(taught, frozen, data.train), student)
     nn.init.constant_(taught.teacher_projector[0].weight, 1)
