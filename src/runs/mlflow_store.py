@@ -241,27 +241,36 @@ class Delivery:
         # What was sent, so that no flush sends it again.
         self.bytes, self.tags, self.artifacts = 0, dict[str, str](), set[str]()
 
-        entry = self.entry
-        run, named = known_run(client, entry.run_id), client.get_experiment_by_name(experiment)
+        named = client.get_experiment_by_name(experiment)
         there = named.experiment_id if named and named.lifecycle_stage == "active" else None
-        if run and requested and there and run.info.experiment_id != there:
-            if run.info.lifecycle_stage == "active":
-                tags = {key: run.data.tags[key] for key in entry.tags if key in run.data.tags}
-                home = client.get_experiment(run.info.experiment_id)
-                record.copies = {home.name: replace(entry, tags=tags)} | record.copies  # which a save may be reading
-            entry.run_id, entry.has, run = "", "", None
-        if run and run.info.lifecycle_stage == "deleted":
-            home = client.get_experiment(run.info.experiment_id)
-            run = None if home.lifecycle_stage == "deleted" else run  # to restore the run would not show it
-        if run is None and there:
-            found = client.search_runs([there], f"tags.uuid = '{record.uuid}'", max_results=1)
-            run = next(iter(found), None)
-            if run:
-                entry.run_id, entry.has = run.info.run_id, ""
-        self.run = run
+        self.run = run = self._find_run(there, requested)
         # In MLflow's pages, or with all of the store that had it.
         self.is_deleted = run.info.lifecycle_stage == "deleted" if run else self.is_whole or bool(named and not there)
-        entry.experiment_id = run.info.experiment_id if run and not self.is_deleted else ""
+        self.entry.experiment_id = run.info.experiment_id if run and not self.is_deleted else ""
+
+    def _find_run(self, there: str | None, requested: bool) -> Any:
+        """MLflow's run by its id, else by its uuid in the experiment that has the name now; None: there is neither.
+
+        Args:
+            there: the id of that experiment; None: none has the name, or it has been deleted.
+            requested: as in the constructor.
+        """
+        client, entry = self.client, self.entry
+        if run := known_run(client, entry.run_id):
+            is_deleted = run.info.lifecycle_stage == "deleted"
+            if requested and there and run.info.experiment_id != there:  # the run's experiment has been renamed
+                if not is_deleted:
+                    tags = {key: run.data.tags[key] for key in entry.tags if key in run.data.tags}
+                    home = client.get_experiment(run.info.experiment_id)
+                    renamed = {home.name: replace(entry, tags=tags)}
+                    self.record.copies = renamed | self.record.copies  # which a save may be reading
+                entry.run_id, entry.has = "", ""
+            elif not is_deleted or client.get_experiment(run.info.experiment_id).lifecycle_stage != "deleted":
+                return run  # of a deleted run in a deleted experiment, to restore the run alone would not show it
+        found = client.search_runs([there], f"tags.uuid = '{self.record.uuid}'", max_results=1) if there else []
+        if found:
+            entry.run_id, entry.has = found[0].info.run_id, ""
+        return next(iter(found), None)
 
     @property
     def is_whole(self) -> bool:
