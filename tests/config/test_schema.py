@@ -180,7 +180,7 @@ def test_a_bad_value_is_one_line_that_names_it(override, says):
         ),
         (["experiment=mnn", "search=ivf"], "objective.neighbours=5: search=ivf finds one; choose search=auto"),
         *[
-            (["method=nnclr", "search=ivf", f"search.{key}=null"], f"search.{key}=null: search=ivf needs it")
+            (["method=nnclr", "search=ivf", f"search.{key}=null"], f"search.{key}=null: search=ivf needs a value")
             for key in ("index", "nprobe", "refresh_every")
         ],
         (["data.keep=16"], "data.keep=16: fewer pixels than data.image_size=32; raise it"),
