@@ -218,7 +218,7 @@ def typed(tmp_path, monkeypatch, capsys):
         ("--multirun +sweep=optuna device=auto,cpu", "device=auto,cpu: makes no other run, so give it one value"),
         (
             "--multirun method=nnclr search=ivf search.refresh_every=null",
-            "search.refresh_every=null: search=ivf needs it",
+            "search.refresh_every=null: search=ivf needs a value",
         ),
         ("--multirun +sweep=optuna data=digits resume=never", "resume=never: a search goes on from its trials"),
         ("--multirun hydra/sweeper=optuna k=5,6", "hydra/sweeper=optuna: leave it out for a grid"),

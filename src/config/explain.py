@@ -89,7 +89,7 @@ def explain_key(key: str, there: Iterable[str] = (), known: Collection[str] | No
     if setting and key in known:
         choose = f"another {group}=..." if f"{group}.name" in there else f"{group}=... first"
         return f"{key}: the chosen options do not have it; choose {choose} (--help lists them)"
-    meant = _meant(key, [each for each in (*there, *known) if each != key])
+    meant = _meant(key, [each for each in dict.fromkeys((*there, *known)) if each != key])
     hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
     return f"{key}: unknown key, or one that the chosen options do not have{hint} (--help shows what can be set)"
 

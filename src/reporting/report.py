@@ -105,7 +105,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def those_with(settings: Mapping[str, str], runs: Sequence[Record]) -> list[Record]:
-    """Select the runs with these settings; the value ``null`` selects those without the setting.
+    """Select the runs with these settings; ``a,b`` selects either value, and ``null`` those without the setting.
 
     Raises:
         UsageError: a key is neither an argument nor a setting of any run, or no run has such a value.
@@ -113,16 +113,18 @@ def those_with(settings: Mapping[str, str], runs: Sequence[Record]) -> list[Reco
     kept = [(run, run.params if unusable(run) else comparable(run)) for run in runs]
     known = {key for _, params in kept for key in params}
     for key, typed in settings.items():
-        value = {"true": "True", "false": "False"}.get(typed, typed)
         there = sorted({params.get(key, "null") for _, params in kept})
         if key not in known:
             raise UsageError(
                 f"{key}: neither a setting of these runs nor one of experiment=NAME, sweep=ID, out=DIR, "
                 "tracking=mlflow|jsonl and root=RUNS"
             )
-        if value not in there:
-            raise UsageError(f"{key}={value}: no run has it; choose one of {', '.join(map(printable, there))}")
-        kept = [(run, params) for run, params in kept if params.get(key, "null") == value]
+        values = [typed] if typed in there else typed.split(",")  # a value may be a list
+        wanted = [{"true": "True", "false": "False"}.get(value, value) for value in values]
+        for value in wanted:
+            if value not in there:
+                raise UsageError(f"{key}={value}: no run has it; choose from {', '.join(map(printable, there))}")
+        kept = [(run, params) for run, params in kept if params.get(key, "null") in wanted]
     return [run for run, _ in kept]
 
 
@@ -130,10 +132,13 @@ def _folder(name: str) -> Path:
     """The folder of a report without ``out``.
 
     Raises:
-        UsageError: the name, such as ``../x``, would lead out of results/.
+        UsageError: the name, such as ``../x``, would lead out of results/, or the folder is a study's with a page of
+            its own, whose table a report would overwrite.
     """
     results = Path("results")
     folder = Path(f"{results}/{name}")
     if results.resolve() not in folder.resolve().parents:
         raise UsageError(f"{name}: names no folder inside {results}/; say where the report goes: out=DIR")
+    if (folder / "README.md").exists():
+        raise UsageError(f"{folder}: holds a study, whose README.md is on another table; say where it goes: out=DIR")
     return folder

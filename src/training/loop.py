@@ -134,7 +134,7 @@ class Pretraining:
 
         with autocast(device, state.dtype):
             output = method(view1(images, aspects), view2(images, aspects))
-        output.check(len(images))
+        output.check(len(labels))  # which are those of all ranks, as the features are
         features = output.features.detach()  # a method of one's own may forget to, and no label may reach the encoder
         self.output = output._replace(features=features)
         logits = state.classifier(features.float())

@@ -6,6 +6,7 @@ import math
 import re
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -109,10 +110,29 @@ def test_a_report_may_be_of_the_runs_with_some_settings():
     assert report.those_with({"evaluation.knn_k": "5"}, [later, *runs]) == [later]
     failed = replace(runs[0], status="FAILED", params={"k": "50"})
     assert report.those_with({"k": "50"}, [failed]) == [failed]
-    with pytest.raises(UsageError, match="k=7: no run has it; choose one of 400, 50, null"):
+    with pytest.raises(UsageError, match="k=7: no run has it; choose from 400, 50, null"):
         report.those_with({"k": "7"}, runs)
     with pytest.raises(UsageError, match="experimnt: neither a setting of these runs nor one of experiment=NAME"):
         report.those_with({"experimnt": "x"}, runs)
+
+
+def test_a_report_is_on_several_values_of_a_setting():
+    runs = [run("kmclr", 50), run("kmclr", 400), run("nnclr", 512), run("kmclr", 50, betas="[0.9, 0.99]")]
+    assert report.those_with({"k": "50,400"}, runs) == [runs[0], runs[1], runs[3]]
+    assert report.those_with({"k": "400,null"}, runs) == [runs[1], runs[2]]
+    assert report.those_with({"betas": "[0.9, 0.99]"}, runs) == [runs[3]]
+    with pytest.raises(UsageError, match="k=7: no run has it"):
+        report.those_with({"k": "50,7"}, runs)
+
+
+def test_a_report_overwrites_no_study_that_has_a_page_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = tmp_path / "results/support_size"
+    study.mkdir(parents=True)
+    assert report._folder("support_size") == Path("results/support_size")
+    (study / "README.md").touch()
+    with pytest.raises(UsageError, match=r"results/support_size: holds a study, .*: out=DIR"):
+        report._folder("support_size")
 
 
 def test_missing_figures_are_counted_and_shown():
