@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,19 +76,41 @@ def main(composed: DictConfig) -> dict[str, float]:
             name = "mlflow" if record.entry.for_mlflow else "jsonl"
             tracking = replace(cfg.tracking, name=name, experiment=record.experiment, parent=None)
             chosen = " ".join([*_chosen(cfg, before), *([f"precision={arithmetic}"] if is_other else [])])
-            families = {f"{TAG_EVALUATED}/{key.rpartition('/')[0]}" for key in metrics}
-            tags = {tag: chosen or RUNS_OWN for tag in families if chosen or tag in record.tags}
-            for tag, now in tags.items():
-                if record.tags.get(tag, now) != now:
-                    logger.warning("%s: was with %s; its figures are now with %s", tag, record.tags[tag], now)
             tracker = Tracker(directory, tracking, {}, {}, reopens=True)
-            tracker.record.tags |= tags  # which are saved with their figures, never before
+            tracker.record.tags |= _tags(tracker.record, metrics, chosen)  # saved with their figures, never before
             tracker.log(metrics, saved["step"])
             tracker.close("FINISHED")
         entry = tracker.record.entry
         taken = entry.for_mlflow and entry.has == tracker.record.state(record.experiment)
         print(f"written to {directory / RECORD}{' and MLflow' if taken else ''}")
     return metrics
+
+
+def _tags(record: Record, metrics: Mapping[str, float], chosen: str) -> dict[str, str]:
+    """By which settings the figures are: a tag for each family, and for each older figure that it is not true of.
+
+    Args:
+        record: the run's, as it was before.
+        metrics: the figures of now.
+        chosen: the settings that differ from the run's; empty: none does.
+    """
+    now, tags = chosen or RUNS_OWN, dict[str, str]()
+    for family in {key.rpartition("/")[0] for key in metrics}:
+        tag = f"{TAG_EVALUATED}/{family}"
+        before = record.tags.get(tag, RUNS_OWN)
+        if before == now == RUNS_OWN and tag not in record.tags:
+            continue
+        tags[tag] = now
+        older = {key for key in record.metrics if key.rpartition("/")[0] == family}
+        if before != now and older & metrics.keys():
+            logger.warning("%s: was with %s; its figures are now with %s", tag, before, now)
+        for key in older:
+            own = f"{TAG_EVALUATED}/{key}"
+            if key not in metrics and before != now:
+                tags[own] = record.tags.get(own, before)
+            elif key in metrics and own in record.tags:
+                tags[own] = now
+    return tags
 
 
 def _print(whose: str, metrics: dict[str, float]) -> None:

@@ -254,13 +254,16 @@ def _remarks(
             notes.append(f"{run.name} has its last evaluation's figures: {run.tags[TAG_EVALUATION_CHANGED]}")
     if len({run.params.get("evaluation.bank") for run in runs} - {None}) > 1:
         notes.append("the runs differ in evaluation.bank: their val kNN cannot be compared")
-    for family in dict.fromkeys(metric.rpartition("/")[0] for metric in metrics_of(rows)):
-        tag = f"{TAG_EVALUATED}/{family}"
-        those = [run for run in runs if any(key.startswith(f"{family}/") for key in run.metrics)]
-        by = {run.tags.get(tag, "settings that no tag names") for run in those}
+    families: dict[str, set[str | None]] = defaultdict(set)
+    for metric in metrics_of(rows):
+        family = metric.rpartition("/")[0]
+        keys = f"{TAG_EVALUATED}/{metric}", f"{TAG_EVALUATED}/{family}"
+        families[family] |= {run.tags.get(keys[0], run.tags.get(keys[1])) for run in runs if metric in run.metrics}
+    for family, by in families.items():
         if len(by) > 1:
-            notes.append(f"the runs differ in how {family} was evaluated: {'; '.join(sorted(by))}")
-        elif any(tag in run.tags for run in those):
+            settings = sorted(each or "settings that no tag names" for each in by)
+            notes.append(f"the figures of {family} differ in how they were evaluated: {'; '.join(settings)}")
+        elif by - {None}:
             notes.append(f"{family} was evaluated with {by.pop()}")
     seeds = sorted({len(row.runs) for row in rows})
     if len(seeds) > 1:

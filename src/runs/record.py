@@ -50,7 +50,9 @@ TAG_SUPPORT_UNUSED = "support_unused"  # the support set was never filled, so th
 TAG_CODE = "code/"  # TAG_CODE and a module's name: the digest of one's own code
 TAG_CONDITIONS_CHANGED = "conditions_changed"  # that bits depend on, and from which step on
 TAG_EVALUATION_CHANGED = "evaluation_changed"  # settings of the evaluation, and at which step
-TAG_EVALUATED = "evaluated"  # TAG_EVALUATED/test_linear or the like: by which settings, where they are not the run's
+# By which settings, where they are not the run's: TAG_EVALUATED/test_linear or the like, and the whole name of a metric
+# of which that is not true.
+TAG_EVALUATED = "evaluated"
 TAG_SWEEP_ID = "sweep_id"  # of a sweep's own run
 TAG_CHARTS = "charts"  # of a sweep's own run: where MLflow's pages show it, after their address
 # Tags that MLflow's pages give a meaning.

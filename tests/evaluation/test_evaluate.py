@@ -248,6 +248,30 @@ def test_a_tag_is_of_the_figures_that_are_there(finished, caplog):
     assert Record.load(finished).tags[f"evaluated/{family}"] == "the run's own settings"
 
 
+def test_a_figure_that_a_later_evaluation_does_not_measure_keeps_its_settings():
+    record = Record.new("one", "e")
+    first = {"test_fewshot/fewshot_1pct_top1": 31.25, "test_fewshot/fewshot_10pct_top1": 38.75}
+    record.tags |= evaluate._tags(record, first, "draws=2")
+    record.metrics |= first
+    assert record.tags == {"evaluated/test_fewshot": "draws=2"}
+    second = {"test_fewshot/fewshot_5pct_top1": 35.0}
+    record.tags |= evaluate._tags(record, second, "fractions=[0.05]")
+    record.metrics |= second
+    assert record.tags == {
+        "evaluated/test_fewshot": "fractions=[0.05]",
+        "evaluated/test_fewshot/fewshot_1pct_top1": "draws=2",
+        "evaluated/test_fewshot/fewshot_10pct_top1": "draws=2",
+    }
+    third = {"test_fewshot/fewshot_1pct_top1": 33.0}
+    record.tags |= evaluate._tags(record, third, "draws=9")
+    assert record.tags == {
+        "evaluated/test_fewshot": "draws=9",
+        "evaluated/test_fewshot/fewshot_1pct_top1": "draws=9",
+        "evaluated/test_fewshot/fewshot_10pct_top1": "draws=2",
+        "evaluated/test_fewshot/fewshot_5pct_top1": "fractions=[0.05]",
+    }
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_sets_of_a_layout_have_metrics_of_their_own(finished, tmp_path, layout):
     names = []

@@ -92,9 +92,21 @@ def test_a_note_says_by_which_settings_it_was_evaluated_elsewhere():
     runs[1].tags[tag] = "evaluation.epochs=1"
     runs[2].tags.clear()
     assert summarise(runs)[1][-1] == (
-        "the runs differ in how test_linear was evaluated: "
+        "the figures of test_linear differ in how they were evaluated: "
         "evaluation.epochs=1; evaluation.knn_k=5; settings that no tag names"
     )
+
+
+def test_an_older_figure_is_not_said_to_be_of_a_later_evaluations_settings():
+    one = run("simclr")
+    one.metrics |= {"test_fewshot/fewshot_1pct_top1": 31.25, "test_fewshot/fewshot_5pct_top1": 35.0}
+    one.tags["evaluated/test_fewshot"] = "evaluation.fewshot.draws=5"
+    assert "test_fewshot was evaluated with evaluation.fewshot.draws=5" in summarise([one])[1]
+    one.tags["evaluated/test_fewshot/fewshot_1pct_top1"] = "evaluation.fewshot.draws=2"
+    assert (
+        "the figures of test_fewshot differ in how they were evaluated: "
+        "evaluation.fewshot.draws=2; evaluation.fewshot.draws=5"
+    ) in summarise([one])[1]
 
 
 def test_a_report_may_be_of_the_runs_with_some_settings():
