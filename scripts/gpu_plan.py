@@ -21,7 +21,7 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -141,18 +141,21 @@ PLANS = {
 }
 
 
-def configurations(plan: Plan, overrides: Overrides) -> Iterator[Config]:
-    """The plan's distinct runs, each composed when it is its turn.
+def configurations(plan: Plan, overrides: Overrides) -> list[Config]:
+    """The plan's distinct runs, all composed before the first starts, so that no mistake costs a slice.
 
     Raises:
-        UsageError: a setting is impossible, or the images are not there.
+        UsageError: a setting does not fit one of the runs, or the images are not there.
     """
-    seen = set()
+    found: dict[str, Config] = {}
     for settings in plan.runs:
-        cfg = configuration([*settings, *overrides])
-        if (found := identity.config_hash(cfg)) not in seen:
-            seen.add(found)
-            yield cfg
+        try:
+            cfg = configuration([*settings, *overrides])
+        except (UsageError, HydraException) as error:
+            reason = str(error) if isinstance(error, UsageError) else explain_composition(error)
+            raise UsageError(f"{reason} (in the plan's run {' '.join(settings)})") from None
+        found.setdefault(identity.config_hash(cfg), cfg)
+    return list(found.values())
 
 
 def configuration(overrides: Overrides) -> Config:
@@ -260,8 +263,6 @@ def main(arguments: Sequence[str]) -> int:
         status = follow(asked.plan, minutes, out, asked.overrides, shown("scripts.gpu_plan", arguments))
     except UsageError as error:
         cli.fail(str(error))
-    except HydraException as error:
-        cli.fail(explain_composition(error))
     for page in (out / "table.md", out / "log.md"):
         if page.is_file():
             print(page.read_text())

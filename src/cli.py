@@ -165,6 +165,8 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     kinds = "".join("-" if argument[0] == "-" else "=" if "=" in argument else "." for argument in sys.argv[1:])
     if re.search("=.*-.*=", kinds):  # which argparse takes for arguments that it does not know
         fail("settings stand before and after an argument that begins with a hyphen: put that first")
+    if is_rank() and not trains:
+        fail(f"src.{config_name}: works in one process; leave out torchrun, which is for src.train")
     if {"--multirun", "-m"} & set(sys.argv):
         if is_rank():
             fail("--multirun: a sweep starts its jobs itself; leave out torchrun, which is for one run")

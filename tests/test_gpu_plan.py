@@ -129,6 +129,16 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, override, says):
     assert says in line
 
 
+def test_a_setting_that_does_not_fit_one_run_is_said_before_the_first_starts(trained, capsys):
+    with pytest.raises(SystemExit) as ended:
+        trained("screen", "k=8")
+    assert ended.value.code == 2
+    output = capsys.readouterr()
+    assert "started" not in output.out
+    assert "error: k: only support=kmeans" in output.err
+    assert "(in the plan's run method=kmclr" in output.err
+
+
 def test_a_table_that_fails_costs_no_run(trained, monkeypatch, capsys):
     monkeypatch.setattr(gpu_plan, "report", lambda *_: 1 / 0)
     status, runs = trained("teacher")

@@ -44,7 +44,7 @@ _left = threading.Event()  # set when this rank has no more need of the others
 
 # A collective waits as long as it takes, for one rank may decode images for an hour: `_Pulse` finds out who has died.
 COLLECTIVE_TIMEOUT = timedelta(days=7)
-BEAT_SECONDS, SILENT_BEATS = 2.0, 10
+BEAT_SECONDS, SILENT_BEATS, SILENT_BEATS_IF_BUSY = 2.0, 10, 900
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,22 @@ class Ranks:
             return whole
 
     @contextmanager
-    def one_rank_at_a_time(self) -> Iterator[None]:
+    def busy(self) -> Iterator[None]:
+        """Inside this block the other ranks wait for half an hour before they take this one's silence for its end.
+
+        Reading or writing gigabytes of one tensor keeps the interpreter's lock, so that `_Pulse` cannot count.
+        """
+        if self.group is None:
+            yield
+            return
+        _store().add(f"busy/{self.rank}", 1)
+        try:
+            yield
+        finally:
+            _store().add(f"busy/{self.rank}", -1)
+
+    @contextmanager
+    def one_at_a_time(self) -> Iterator[None]:
         """Run the block on one rank after another, because all at once would need too much of the machine's memory."""
         for turn in range(self.count):
             if turn == self.rank:
@@ -293,7 +308,9 @@ def join(device: str) -> Ranks:
         ) from None
     wanted = build.device(device)
     if wanted.type == "cuda":
-        wanted = build.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        # A task that its launcher has bound to one GPU sees it as the first, whatever its number on the machine.
+        is_bound = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+        wanted = build.device(f"cuda:{0 if is_bound else os.environ.get('LOCAL_RANK', 0)}")
     if not dist.is_initialized():
         backend = "nccl" if wanted.type == "cuda" else "gloo"
         with raising_rank_lost():
@@ -363,8 +380,9 @@ class _Pulse(threading.Thread):
                 for each, (before, beats) in seen.items():
                     number = self.store.add(f"pulse/{each}", 0)
                     seen[each] = (number, beats + 1 if number == before else 0)
-                if any(beats >= SILENT_BEATS for _, beats in seen.values()):
-                    self.store.add("lost", 1)
+                    limit = SILENT_BEATS_IF_BUSY if self.store.add(f"busy/{each}", 0) else SILENT_BEATS
+                    if seen[each][1] >= limit:
+                        self.store.add("lost", 1)
                 lost = self.store.add("lost", 0) > 0
             except RuntimeError:
                 lost = True

@@ -45,7 +45,6 @@ from src.runs.record import (
     Record,
 )
 from src.runs.tracker import NoTracker, Status, Tracker
-from src.support.sharded import in_shards
 from src.system.atomic_write import write_whole
 from src.system.environment import conditions, environment_tags
 from src.system.extras import require
@@ -113,8 +112,7 @@ def run(
                 logger.warning("%s was evaluated otherwise (%s): %s", directory, ", ".join(changes.values()), add)
             return say_result(directory)
         run_directory.refuse_hopeless(directory, cfg)
-        with ranks.one_rank_at_a_time() if in_shards(state.method) else nullcontext():
-            resumed = state.resume(directory / CHECKPOINTS, directory / METRICS)
+        resumed = state.resume(directory / CHECKPOINTS, directory / METRICS)
         config = identity.flat(cfg)
         tags |= note_changed_protocol(cfg, directory, state.step)
         dtype = dtype_name(state.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from src.errors import Diverged, UsageError
 from src.evaluation.encoder import read_weights
 from src.evaluation.probes import FrozenEncoder
 from src.runs import checkpoint
-from src.support.sharded import own_rows
+from src.support.sharded import in_shards, own_rows
 from src.system.redact import one_line
 from src.system.seeding import seed_everything
 from src.training import optim
@@ -197,18 +198,32 @@ class TrainState:
     def resume(self, directory: Path, rows: Path) -> bool:
         """Continue from the newest good checkpoint, if there is one.
 
+        The first rank says which, and sets aside those that are damaged: on a file system that machines share, the
+        others may see an older state of the folder.
+
         Args:
             directory: of the checkpoints.
             rows: the run's ``metrics.jsonl``.
 
         Raises:
-            UsageError: it is of another configuration, of another method or shape, or of something else.
+            UsageError: it is of another configuration, of another method or shape, or of something else, or this rank
+                cannot read it.
         """
-        found = checkpoint.load_latest(directory, rows)
-        checkpoint.set_aside_after(directory, found[1]["step"] if found else -1)
-        if found is None:
+        path, state = None, None
+        with self.ranks.busy():
+            if self.ranks.first and (found := checkpoint.load_latest(directory, rows)):
+                path, state = found
+            if self.ranks.first:
+                checkpoint.set_aside_after(directory, state["step"] if state else -1)
+        path = self.ranks.broadcast(path)
+        if path is None:
             return False
-        path, state = found
+        with self.ranks.one_at_a_time() if in_shards(self.method) else nullcontext(), self.ranks.busy():
+            self._take(path, state or checkpoint.load(path))
+            del state  # before the next one reads it
+        return True
+
+    def _take(self, path: Path, state: Mapping[str, Any]) -> None:
         with checkpoint.understood(path):
             identity.check_same(state["config"], self.cfg, path)
             checkpoint.restore(self.method, own_rows(self.method, state["model"]), path)
@@ -219,4 +234,3 @@ class TrainState:
             self.support_used = state.get("served", True)
             self.validated = state.get("validated", True)
             self.seconds, self.support_seconds = map(float, state["seconds"])
-        return True

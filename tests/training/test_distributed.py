@@ -202,6 +202,60 @@ def test_a_loss_is_said_while_the_launchers_signal_is_only_noted(tiny, tmp_path,
     assert capsys.readouterr().err.endswith(f"error: {distributed.LOST}\n")
 
 
+def test_the_first_rank_alone_says_which_checkpoint_is_good_and_sets_others_aside(tiny, tmp_path, monkeypatch):
+    """On a file system that machines share another rank may see an older folder, as if nothing were good."""
+    cfg = parsed(*tiny, "method=simclr")
+    first, other = (TrainState(cfg, load(cfg.data)) for _ in range(2))
+    first.step = 5
+    first.save(tmp_path, first.method.state_dict(), (0, ""))
+    good = tmp_path / "step-00000005.pt"
+    (tmp_path / "step-00000007.pt").write_bytes(b"cut short")
+    before = sorted(tmp_path.iterdir())
+    other.ranks = Ranks(CPU, rank=1, count=2)
+    monkeypatch.setattr(checkpoint, "load_latest", lambda *_: pytest.fail("another rank looks for itself"))
+    monkeypatch.setattr(Ranks, "broadcast", lambda *_: good)
+    assert other.resume(tmp_path, tmp_path / "metrics.jsonl")
+    assert other.step == 5
+    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.setattr(Ranks, "broadcast", lambda *_: tmp_path / "step-00000006.pt")
+    with pytest.raises(UsageError, match=r"step-00000006.pt cannot be read: No such file"):
+        other.resume(tmp_path, tmp_path / "metrics.jsonl")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+class Store(dict):
+    """A store of torch's, of one process; the first rank's `_Pulse` counts in it, and nobody else does."""
+
+    def add(self, key, number):
+        self[key] = self.get(key, 0) + number
+        return self[key]
+
+    def clone(self):
+        return self
+
+
+def test_a_rank_that_is_busy_may_be_silent_for_longer(monkeypatch):
+    store = Store()
+    monkeypatch.setattr(distributed, "_store", lambda: store)
+    monkeypatch.setattr(distributed, "SILENT_BEATS_IF_BUSY", 40)
+    beats = []
+
+    def wait(_):
+        beats.append(store.get("lost", 0))
+        return len(beats) > 60
+
+    monkeypatch.setattr(distributed._left, "wait", wait)
+    monkeypatch.setattr(distributed._left, "is_set", lambda: True)  # so that the test does not end
+    with Ranks(CPU, rank=1, count=2, group=object()).busy():
+        distributed._Pulse(0, 2).run()
+    assert beats.index(1) == 40
+    assert store["busy/1"] == 0
+    beats.clear()
+    store.clear()
+    distributed._Pulse(0, 2).run()
+    assert beats.index(1) == distributed.SILENT_BEATS
+
+
 def test_what_ranks_cannot_do_is_refused():
     two = Ranks(CPU, 1, 2)
     assert two.rows(10) == slice(5, 10)
@@ -239,6 +293,40 @@ def test_variables_that_no_launcher_sets_so_are_one_line(monkeypatch, rank, coun
         distributed.join("cpu")
     if not port.isdigit():
         assert distributed.is_first_to_say()
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen", "taken"),
+    [(None, 8, "cuda:3"), ("3", 1, "cuda:0"), ("0,1,2,3", 4, "cuda:3"), (None, 1, "error")],
+)
+def test_a_rank_takes_the_gpu_of_its_number_or_the_one_that_it_is_bound_to(monkeypatch, visible, seen, taken):
+    for key, value in {"RANK": 3, "WORLD_SIZE": 8, "LOCAL_RANK": 3}.items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.setattr(distributed, "is_rank", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(distributed, "_store", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "new_group", lambda **_: object.__new__(dist.ProcessGroup))
+    monkeypatch.setattr(distributed.logging, "disable", lambda _: None)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    if taken == "error":
+        with pytest.raises(UsageError, match="device=cuda:3: torch sees 1 GPUs here"):
+            distributed.join("auto")
+    else:
+        assert distributed.join("auto").device == torch.device(taken)
+
+
+@pytest.mark.parametrize("module", ["evaluate", "embed", "export"])
+def test_what_works_in_one_process_is_not_started_by_torchrun(command, module):
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = command(f"src.{module}", "run=any", environment=rank)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: src.{module}: works in one process; leave out torchrun, which is for src.train\n"
 
 
 def test_a_sweep_is_not_started_by_torchrun(command):
