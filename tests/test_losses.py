@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.losses import barlow_twins, info_nce, nt_xent, ressl, support_contrast
+from src.losses import barlow_twins, byol, info_nce, mnn, nt_xent, ressl, support_contrast
 
 BATCHES = st.integers(2, 9)
 TEMPERATURES = st.floats(0.05, 2)
@@ -131,6 +131,27 @@ def test_autocast_changes_neither_the_loss_nor_its_gradient(loss):
         results.append((value.detach(), leaf.grad))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda a, b, c: nt_xent(a, b, 0.1, (c, b)),
+        lambda a, b, c: info_nce(a, b, 0.1),
+        lambda a, b, c: byol(a, b),
+        lambda a, b, c: mnn(a, b, c[:, None], torch.linspace(0, 1, len(a))),
+        lambda a, b, c: ressl(a, b, F.normalize(c.float(), dim=1), 0.1, 0.04),
+        lambda a, b, c: barlow_twins(a, b, 0.02),
+    ],
+    ids=["nt_xent", "info_nce", "cosine", "teacher", "relation", "correlation"],
+)
+def test_of_rounded_inputs_under_autocast_a_loss_is_that_of_the_same_numbers_in_float32(loss):
+    inputs = torch.randn(3, 64, 16).bfloat16()
+    expected = loss(*inputs.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(*inputs)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 def test_gradient_pulls_the_pair_together():

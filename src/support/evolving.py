@@ -115,7 +115,6 @@ class Evolving(KMeans):
             slots_U = torch.arange(self.seeded, device=costs_UU.device)
             mutual_U = (partner_U[partner_U] == slots_U) & (slots_U < partner_U)
             kept_P = (mutual_U & (cheapest_U <= most)).nonzero()[:, 0]
-            kept_P = kept_P[cheapest_U[kept_P].argsort()][: self.seeded - MIN_PROTOTYPES]
             if not len(kept_P):
                 return
             self._unite(kept_P, partner_U[kept_P])

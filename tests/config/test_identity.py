@@ -1,3 +1,4 @@
+from copy import deepcopy
 from dataclasses import asdict, make_dataclass
 from pathlib import Path
 
@@ -58,6 +59,60 @@ def test_what_has_an_effect_counts(override):
     assert identity.config_hash(parsed(*base, override)) != identity.config_hash(parsed(*base))
 
 
+def test_how_much_other_dimensions_count_matters_where_there_is_decorrelation():
+    one, other = (parsed("objective.decorrelation=0.02", f"objective.off_diagonal={each}") for each in (0.1, 0.2))
+    assert identity.config_hash(one) != identity.config_hash(other)
+
+
+NEVER = {"data.background", "data.cache_dir", "data.draft", "data.on_error", "data.root", "device", "dry_run", "resume"}
+NEVER |= {"on_collapse", "augment.view1.blur_sigma", "augment.view2.blur_sigma", "objective.off_diagonal"}
+REFIT = {"support.half_life", "support.refit_every", "support.refit_window"}
+STEPS = {"schedule.gamma", "schedule.milestones"}
+TRUST = {"optimizer.clip_trust", "optimizer.trust_coefficient"}
+
+
+def set_otherwise(cfg, key):
+    """A copy in which this setting has another value, legal or not."""
+    node = made = deepcopy(cfg)
+    *path, leaf = key.split(".")
+    for part in path:
+        node = getattr(node, part)
+    value = getattr(node, leaf)
+    other = [*value, 1] if isinstance(value, list) else f"{value}x" if isinstance(value, str) else value + 1
+    setattr(node, leaf, not value if isinstance(value, bool) else other)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("choices", "idle"),
+    [
+        (["method=kmclr", "optimizer=sgd", "schedule=step"], REFIT | TRUST | {"optimizer.betas", "support.shards"}),
+        (["method=nnclr"], STEPS | {"objective.same_prototype", "optimizer.betas", "support.shards"}),
+        (
+            ["method=nnclr", "data.final=true", "data.limit=100", "augment.view1.jitter=0"],
+            STEPS
+            | {f"augment.view1.{key}" for key in ("brightness", "contrast", "saturation", "hue")}
+            | {"objective.same_prototype", "optimizer.betas", "support.shards", "data.val_fraction"},
+        ),
+        (
+            ["method=nnclr", "optimizer.weight_decay=0"],
+            STEPS | TRUST | {"optimizer.decay_all", "objective.same_prototype", "optimizer.betas", "support.shards"},
+        ),
+        (["method=nnclr", "objective=teacher"], STEPS | {"optimizer.betas", "support.shards"}),
+        (
+            ["method=simclr", "optimizer=adamw", "schedule=constant"],
+            STEPS | TRUST | {"objective.same_prototype", "optimizer.momentum"},
+        ),
+    ],
+)
+def test_every_setting_counts_but_those_without_an_effect(choices, idle):
+    cfg = parsed(*choices)
+    beside = ("evaluation.", "tracking.", "checkpoint.")
+    keys = {key for key in identity.flat(cfg) if not (key.startswith(beside) or key.endswith("name"))}
+    base = identity.config_hash(cfg)
+    assert {key for key in keys if identity.config_hash(set_otherwise(cfg, key)) == base} == NEVER | idle
+
+
 def test_a_field_that_is_added_changes_no_hash_and_no_saved_config():
     cfg = parsed("method=nnclr")
     newer = make_dataclass("Contrast", [("margin", float, 0.0)], bases=(Contrast,))
@@ -111,6 +166,12 @@ def test_names_are_readable():
     assert identity.run_name(parsed("method=nnclr", "support=none")) == "nothing_stored-cifar100-resnet18-seed0"
 
 
+def test_what_prototypes_are_reclustered_from_is_stored_too():
+    refit = ["support.refit=faiss", "support.refit_window=600"]
+    assert identity.support_set_size(parsed("method=kmclr", "k=50")) == 50
+    assert identity.support_set_size(parsed("method=kmclr", "k=50", *refit)) == 50 + 600
+
+
 def test_check_same_names_the_keys_that_differ():
     from dataclasses import asdict
 
@@ -122,6 +183,8 @@ def test_check_same_names_the_keys_that_differ():
         UsageError, match=r"here is of another configuration .seed was 0 and is 1, k was 200 and is 400."
     ):
         identity.check_same(asdict(cfg), parsed("seed=1"), Path("here"))
+    idle = asdict(parsed("k=200", "support.forget=none", "support.forget_every=7"))
+    identity.check_same(idle, parsed("k=200", "support.forget=none"), Path("here"))
     limited = identity.flat(parsed("k=200", "data.limit=5000")) | {"support_set_size": 200, "skipped_images": 0}
     with pytest.raises(UsageError, match=r"data.limit was 5000 and is None"):
         identity.check_same(limited, cfg, Path("here"))

@@ -35,6 +35,18 @@ def leftovers(cfg) -> list[str]:
     ]
 
 
+def test_the_whole_file_is_on_the_disk_before_it_has_its_name(config, folder, monkeypatch):
+    cfg, synced, fsync = config("image_folder", folder), [], os.fsync
+
+    def sync(descriptor):
+        synced.append((os.fstat(descriptor).st_ino, bool(files(cfg))))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    cached(cfg)
+    assert (files(cfg)[0].stat().st_ino, False) in synced
+
+
 def test_the_file_is_what_safetensors_itself_would_read_and_write(config, folder):
     cfg = config("image_folder", folder, image_size=7)  # 7x7x3 bytes an image: sizes that are no multiple of 8
     opened = cached(cfg)

@@ -37,6 +37,17 @@ def test_it_is_16_hex_digits_that_every_reader_finds(images):
     assert found == known_fingerprint(images) == load(images).fingerprint
 
 
+def test_the_same_images_divided_otherwise_are_another_set(config, tmp_path):
+    found = set()
+    for place, splits in enumerate((["train", "train", "test", "test"], ["train", "train", "train", "test"])):
+        for number, (split, name) in enumerate(zip(splits, "abbb", strict=True)):
+            folder = tmp_path / str(place) / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            random_image(number).save(folder / f"{number}.png")
+        found.add(fingerprint(config("image_folder", tmp_path / str(place))))
+    assert len(found) == 2
+
+
 def test_a_copied_or_moved_set_is_the_same(images, config, tmp_path):
     found, root = fingerprint(images), Path(images.root)
     copied = config(images.name, shutil.copytree(root, tmp_path / "copied"))

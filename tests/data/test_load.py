@@ -10,6 +10,7 @@ import torch
 from src.data import load
 from src.data.cache import Cache
 from src.errors import UsageError
+from tests.data.layouts import write_folder
 
 CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", Path(__file__).parents[3] / "shared/data/cifar100"))
 
@@ -35,6 +36,22 @@ def test_validation_does_not_depend_on_the_limit(config):
 
 def test_the_seed_moves_the_validation_set(config):
     assert keys(load(config("digits")).val) != keys(load(config("digits", split_seed=1)).val)
+
+
+def test_the_seed_moves_the_limited_set_too(config):
+    limited, other = (load(config("digits", final=True, limit=55, split_seed=seed)) for seed in (0, 1))
+    assert keys(limited.train) != keys(other.train)
+
+
+@pytest.mark.parametrize("options", [{}, {"final": True}, {"limit": 8}])
+def test_the_normalisation_is_of_all_training_images_validation_included_and_no_test_image(config, tmp_path, options):
+    counts = {f"{split}/{name}": 6 for split in ("train", "val", "test") for name in "ab"}
+    folder = write_folder(tmp_path / "images", counts)
+    whole = load(config("image_folder", folder, final=True)).train.images / 255
+    dataset = load(config("image_folder", folder, **options))
+    assert len(whole) == 24
+    assert dataset.mean == pytest.approx(whole.mean((0, 2, 3)).tolist(), rel=1e-5)
+    assert dataset.std == pytest.approx(whole.std((0, 2, 3), correction=0).tolist(), rel=1e-5)
 
 
 def test_limit_applies_to_all_training_images_with_final(config):

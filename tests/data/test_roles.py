@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from src.data import Dataset, load
+from src.data.decoding import Part
+from src.data.roles import hold_out_test
 from src.errors import UsageError
 from tests.data.layouts import write_flat, write_folder, write_shard
 
@@ -165,3 +167,11 @@ def test_two_spellings_of_a_split_are_refused(config, tmp_path):
     root = write("image_folder", tmp_path / "images", train=8, val=8, valid=8)
     with pytest.raises(UsageError, match="valid: the same split as val beside it"):
         load(config("image_folder", root))
+
+
+def test_the_fifth_that_tests_where_no_split_does_is_always_the_same():
+    labels = [0, 1, 2, 3, 4] * 6
+    rest, held_out = hold_out_test(Part(labels, range(30)))
+    assert list(held_out.pictures) == [0, 4, 7, 13, 21, 29]
+    assert held_out.labels == [labels[row] for row in held_out.pictures]
+    assert sorted([*rest.pictures, *held_out.pictures]) == list(range(30))

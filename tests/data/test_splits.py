@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.data.splits import Split, class_balanced_subset, stratified_split
+from src.data.splits import Split, class_balanced_subset, held_out_tenth, stratified_split
 
 labels_of_any_kind = st.lists(st.integers(0, 6), min_size=1, max_size=80).map(torch.tensor)
 seeds = st.integers(0, 2**32)
@@ -27,6 +27,14 @@ def test_stratified_split_is_a_partition_in_proportion(labels, fraction, seed):
 def test_stratified_split_holds_out_the_fraction_where_classes_divide_unevenly():
     labels = torch.arange(10).repeat(13)  # 1.3 of each class
     assert len(stratified_split(labels, 0.1, seed=0)[1]) == 13
+
+
+def test_what_does_not_divide_goes_to_the_largest_remainders_and_among_equal_ones_by_the_seed():
+    labels = torch.tensor([0] * 13 + [1] * 17 + [2] * 20)  # 1.3, 1.7 and 2 of them
+    counts = [labels[stratified_split(labels, 0.1, seed)[1]].bincount().tolist() for seed in range(20)]
+    assert counts == [[1, 2, 2]] * 20
+    equal = torch.arange(10).repeat(13)
+    assert len({tuple(equal[held_out_tenth(equal, seed)[1]].bincount().tolist()) for seed in range(20)}) > 1
 
 
 def test_stratified_split_of_cifar_takes_fifty_a_class():

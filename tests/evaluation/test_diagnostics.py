@@ -29,6 +29,13 @@ def test_effective_rank_counts_equal_directions(rank):
     assert effective_rank(around @ directions.T + 3) == pytest.approx(rank, rel=1e-4)
 
 
+def test_effective_rank_is_of_the_singular_values():
+    x = torch.randn(40, 6) * torch.arange(1, 7) + 3
+    shares = torch.linalg.svdvals(x - x.mean(0))
+    shares /= shares.sum()
+    assert effective_rank(x) == pytest.approx(math.exp(-(shares * shares.log()).sum()), rel=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(64, 16), (16, 64)])
 def test_collapse_is_a_line_or_a_point(shape):
     images, width = shape
@@ -41,8 +48,15 @@ def test_collapse_is_a_line_or_a_point(shape):
     assert collapsed_rank(line + offset) == pytest.approx(effective_rank(line + offset), rel=0.01)
     around = torch.cat([torch.eye(2), -torch.eye(2)]).repeat(4, width // 2)
     assert collapsed_rank(around) is None, "two directions"
+    assert collapsed_rank(F.normalize(offset, dim=0) + 0.05 * torch.randn(shape) / width**0.5) is None, "not constant"
+    ellipse = around.clone()
+    ellipse[:, 1::2] /= 10  # its shares are 10 and 1 of 11
+    assert collapsed_rank(ellipse) == pytest.approx(11 / 10 ** (10 / 11), rel=0.01)
 
 
 def test_few_images_or_dimensions_are_no_collapse():
     assert collapsed_rank(torch.randn(2, 64)) is None
     assert collapsed_rank(torch.randn(64, 1)) is None
+    line = torch.randn(9, 1) * torch.randn(8)
+    assert collapsed_rank(line) == pytest.approx(1, rel=0.01)
+    assert collapsed_rank(line[:8]) is collapsed_rank(line[:, :7]) is None

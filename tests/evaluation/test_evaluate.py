@@ -13,6 +13,7 @@ from src.config.schema import Tracking
 from src.errors import UsageError
 from src.evaluation import evaluate
 from src.runs import checkpoint
+from src.runs.metrics_file import read_rows
 from src.runs.record import Record
 from src.runs.tracker import Tracker
 from tests.config.test_schema import composed
@@ -187,10 +188,14 @@ def test_figures_are_logged_where_the_run_was_last_asked_for(finished, tmp_path)
     run(f"checkpoint={tmp_path / 'run'}")
     after = Record.load(tmp_path / "run")
     assert (after.experiment, set(after.copies)) == ("other", before)
+    last, _ = read_rows(tmp_path / "run/metrics.jsonl")
+    assert last[-1]["step"] == checkpoint.load_latest(tmp_path / "run/checkpoints")[1]["step"] > 0
 
 
 def test_what_matters_in_training_only_makes_no_other_protocol(finished):
-    assert "test/linear_top1" in run(f"checkpoint={finished}", "evaluation=linear", "evaluation.epochs=5")
+    for setting in ("every=7", "online_lr=0.7", "bank=40", "pictures=true"):
+        found = run(f"checkpoint={finished}", "evaluation=linear", "evaluation.epochs=5", f"evaluation.{setting}")
+        assert "test/linear_top1" in found, setting
 
 
 @pytest.mark.parametrize("setting", ["evaluation.knn_k=3", "evaluation.epochs=6", "precision=bfloat16"])

@@ -1,5 +1,8 @@
 """Fine-tuning learns what frozen features lack, chooses its learning rate, and leaves the encoder as it was."""
 
+import copy
+import math
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +11,11 @@ from torch import nn
 
 from src import models
 from src.config.schema import Finetune
-from src.data.splits import Split
+from src.data.splits import Split, held_out_tenth
 from src.errors import Diverged
+from src.evaluation import finetuning
 from src.evaluation.finetuning import fine_tune, fine_tuning
-from src.evaluation.probes import FrozenEncoder
+from src.evaluation.probes import Features, FrozenEncoder, cropped_batches
 
 
 def coloured(count):
@@ -81,6 +85,56 @@ def test_the_first_step_is_that_of_the_linear_classifier_with_nesterovs_momentum
     some = data.probe.take((data.probe.labels == 0).nonzero().flatten())
     tuned = fine_tune(frozen, some, 3, 0.1, Finetune(epochs=1, batch_size=30, lr=[0.1]), seed=0).encoder
     torch.testing.assert_close(tuned[1].bias, 0.1 * 1.9 * (torch.tensor([1.0, 0, 0]) - 1 / 3))
+
+
+def test_it_is_torchs_sgd_with_a_half_cosine(data, frozen):
+    tuned = fine_tune(frozen, data.probe, 3, 0.1, Finetune(epochs=2, batch_size=40, lr=[0.1]), seed=1).encoder
+    assert not tuned.training
+    network = nn.Sequential(copy.deepcopy(frozen.encoder), nn.Linear(4, 3))
+    nn.init.zeros_(network[1].weight)
+    nn.init.zeros_(network[1].bias)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    batches = cropped_batches(frozen, data.probe, 40, seed=1)
+    for step, (views, labels) in enumerate(chain(batches(0), batches(1))):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 + math.cos(math.pi * step / 4)) / 2
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(views.contiguous(memory_format=torch.channels_last)), labels).backward()
+        optimizer.step()
+    for key, value in network.state_dict().items():
+        torch.testing.assert_close(tuned.state_dict()[key], value, msg=key)
+
+
+ACCURACY = {  # of the network of each learning rate, in percent, on images that learn, that choose and of the test
+    0.1: (100, 50, 100),
+    0.2: (40, 80, 20),
+    0.3: (50, 80, 90),
+    0.4: (60, 60, 30),
+}
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_the_first_of_the_rates_that_are_best_on_the_images_that_choose_counts(data, frozen, monkeypatch, final):
+    data.probe, data.val, data.test = coloured(300), None if final else coloured(60), coloured(90)
+    rows, held_out = held_out_tenth(data.probe.labels, 5)
+    fit, choose = (data.probe.take(rows), data.probe.take(held_out)) if final else (data.probe, data.val)
+    tuned = []
+
+    def fake(_, split, classes, lr, cfg, seed):
+        def features(images):
+            place = [each.labels.tolist() for each in (fit, choose, data.test)].index(images.labels.tolist())
+            wrong = torch.arange(len(images)) >= ACCURACY[lr][place] * len(images) // 100
+            return Features(torch.eye(classes)[(images.labels + wrong) % classes], images.labels)
+
+        tuned.append((split.images.sum().item(), lr, seed))
+        return SimpleNamespace(features=features)
+
+    monkeypatch.setattr(finetuning, "fine_tune", fake)
+    metrics = fine_tuning(frozen, data, Finetune(1, 16, list(ACCURACY)), seed=5)
+    assert metrics == {"test/finetune_top1": 20, "test/finetune_top5": 100} | (
+        {} if final else {"val/finetune_top1": 80}
+    )
+    learned = [(fit.images.sum().item(), lr, 5) for lr in ACCURACY]
+    assert tuned == [*learned, *([(data.probe.images.sum().item(), 0.2, 5)] if final else [])]
 
 
 def test_the_validation_images_choose_the_learning_rate(data, frozen):

@@ -1,4 +1,6 @@
 import statistics
+from functools import partial
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -100,6 +102,19 @@ def test_few_labels_are_drawn_balanced_and_the_same_for_every_encoder(monkeypatc
     assert len({tuple(rows.tolist()) for rows in taken[:3]}) == 3
 
 
+def test_held_out_images_choose_for_few_labels_whose_features_are_standardised_by_those_of_all(monkeypatch):
+    train, held_out, test = blobs(100), blobs(50), blobs(50)
+    asked, few, take = [], [], Features.take
+    monkeypatch.setattr(Features, "take", lambda self, rows: few.append(len(rows)) or take(self, rows))
+    monkeypatch.setattr(LinearHeads, "best", lambda heads, features: asked.append((heads, features)) or 0)
+    probes.few_shot(train, held_out, test, 5, PROBE_SETTINGS, Fewshot([0.29], draws=2), seed=0)
+    assert few == [29, 29]
+    for heads, features in asked:
+        assert features is held_out
+        torch.testing.assert_close(heads.center_F, train.x_NF.mean(0))
+        torch.testing.assert_close(heads.scale_F, train.x_NF.std(0))
+
+
 def test_few_labels_are_enough_where_classes_lie_apart():
     data = blobs(500, features=5, spread=0.01)
     metrics = probes.few_shot(data, data, data, 5, PROBE_SETTINGS, Fewshot([0.01, 0.1], draws=2), seed=0)
@@ -138,6 +153,57 @@ def test_the_best_head_is_chosen_by_the_held_out_features():
     assert heads.best(blobs(50)) == 1
 
 
+def test_of_equal_heads_the_first_is_the_best():
+    heads = LinearHeads(5, [0.1, 0.1, 0.1], torch.zeros(8), torch.ones(8))
+    heads.weight_LFC[1:, :5] = torch.eye(5)
+    assert heads.best(blobs(50)) == 1
+
+
+def test_a_feature_that_is_constant_has_no_say():
+    train, more = blobs(50), blobs(50)
+    with_constant = Features(F.pad(train.x_NF, (0, 1)), train.labels_N)
+    plain, padded = (probes.cached_heads(each, 5, [0.3], 3, 16, seed=0) for each in (train, with_constant))
+    torch.testing.assert_close(padded.scores(F.pad(more.x_NF, (0, 1)), 0), plain.scores(more.x_NF, 0))
+
+
+def order_of(heads_of, seed, monkeypatch):
+    """The labels, as the probe sees them, of the first two epochs of batches, and how many it takes for an epoch."""
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(LinearHeads, "fit", lambda _, batches, epochs, steps: seen.extend((batches, steps)))
+        heads_of(seed)
+    batches, steps = seen
+    return *(torch.cat([labels for _, labels in batches(epoch)]).tolist() for epoch in (0, 1)), steps
+
+
+def test_a_probe_sees_all_images_in_an_order_of_its_seed_and_epoch(monkeypatch):
+    """Also where the last batch is not full, of which the learning rate's cosine knows."""
+    features = Features(torch.randn(50, 8), torch.arange(50))
+    of = partial(probes.cached_heads, features, 50, [0.1], 2, 16)
+    first, second, steps = order_of(of, 0, monkeypatch)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert steps == 4
+    assert len({tuple(each) for each in (first, second, *order_of(of, 1, monkeypatch)[:2])}) == 4
+    assert order_of(of, 0, monkeypatch) == (first, second, steps)
+
+
+def test_a_probe_of_crops_has_an_order_and_crops_of_its_seed_and_epoch(monkeypatch):
+    image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    split = Split(image.expand(50, -1, -1, -1), torch.arange(50))  # which nothing but their crops tells apart
+    frozen = FrozenEncoder(nn.Flatten(), [0.5] * 3, [0.25] * 3, torch.device("cpu"), torch.float32)
+    of = partial(probes.augmented_heads, frozen, split, 50, [0.1], 2, 16)
+    orders = [order_of(of, seed, monkeypatch) for seed in (0, 1)]
+    assert {steps for *_, steps in orders} == {3}
+    assert len({tuple(each) for one in orders for each in one[:2]}) == 4
+
+    def crops(seed, epoch):
+        return torch.cat([views for views, _ in probes.cropped_batches(frozen, split, 16, seed)(epoch)])
+
+    assert torch.equal(crops(0, 0), crops(0, 0))
+    different = [crops(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert not any(torch.equal(one, other) for one, other in combinations(different, 2))
+
+
 class Recorder(nn.Module):
     """Remembers what it was given; its features are the channel means."""
 
@@ -168,6 +234,9 @@ def test_a_frozen_encoder_stays_frozen():
     assert torch.equal(recorder.batch_norm.running_mean, before)
     mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.4]])[..., None, None]
     torch.testing.assert_close(recorder.seen[0][0], (split.images[:4] / 255 - mean) / std)
+    recorder.eval()
+    frozen.features(split)
+    assert not recorder.training
 
 
 def test_the_original_protocol_sees_new_crops_every_epoch_and_learns():
@@ -188,6 +257,7 @@ def test_the_original_protocol_sees_new_crops_every_epoch_and_learns():
 
 def test_crop_and_flip_is_a_complete_view():
     assert isinstance(probes.CROP_AND_FLIP, View)
+    assert (probes.CROP_AND_FLIP.crop_scale, probes.CROP_AND_FLIP.flip) == ([0.08, 1.0], 0.5)
     assert probes.CROP_AND_FLIP.jitter == probes.CROP_AND_FLIP.blur == probes.CROP_AND_FLIP.solarize == 0
 
 

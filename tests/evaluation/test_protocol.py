@@ -1,13 +1,16 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
+from src.config.schema import Fewshot
 from src.data import load
-from src.data.splits import held_out_tenth
+from src.data.splits import class_balanced_subset, held_out_tenth
 from src.evaluation import protocol
-from src.evaluation.probes import Features, FrozenEncoder
+from src.evaluation.diagnostics import effective_rank
+from src.evaluation.probes import Features, FrozenEncoder, cached_heads, few_shot, knn_scores, topk_percent
 from src.evaluation.protocol import Protocol
 from src.runs.record import Record
 from src.support.search import TorchSearch
@@ -32,6 +35,64 @@ def test_the_number_of_neighbours_is_chosen_on_validation_images_and_recorded(fi
     metrics = Record.load(finished).metrics
     assert metrics["val/knn_k"] == metrics["test/knn_k"]
     assert metrics["test/knn_k"] in (10, 16, 20)  # 161 training images of ten classes
+
+
+class Known(Features):
+    """Features that stand for a split of images."""
+
+    labels = property(lambda self: self.labels_N)
+
+
+def known(count, classes=6):
+    labels = torch.arange(count) % classes
+    return Known(torch.eye(classes)[labels] + 0.7 * torch.randn(count, classes), labels)
+
+
+SEED = 3
+ASKED = {
+    "lr": [1e-3, 0.03, 1.0],
+    "epochs": 5,
+    "batch_size": 16,
+    "knn_k": [1, 3, 7],
+    "fewshot": Fewshot([0.2], 2),
+    "bank": 30,
+}
+
+
+@pytest.mark.parametrize(("final", "drawn_from"), [(False, 29), (True, 74)])
+def test_the_final_figures_by_hand(finished, monkeypatch, final, drawn_from):
+    """Where the images that learn, or those of the test, would have chosen another learning rate and another k."""
+    torch.manual_seed(drawn_from)
+    train, val, test = known(120), known(60), known(60)
+    cfg = replace(load_config(finished).evaluation, **ASKED, finetune=object())
+    data = SimpleNamespace(classes=list("abcdef"), probe=train, val=None if final else val, test=test)
+    frozen = SimpleNamespace(features=lambda split: split)
+    monkeypatch.setattr(protocol, "fine_tuning", lambda *given: {"tuned": given == (frozen, data, cfg.finetune, SEED)})
+
+    rows, held_out = held_out_tenth(train.labels, SEED)
+    fit, choose = (train.take(rows), train.take(held_out)) if final else (train, val)
+
+    def heads_of(features, lrs):
+        return cached_heads(features, 6, lrs, cfg.epochs, cfg.batch_size, SEED)
+
+    def knn(bank, queries, k):
+        (votes,) = knn_scores(bank, queries.x_NF, 6, [k], cfg.knn_temperature, TorchSearch())
+        return topk_percent(votes, queries.labels_N, 1)
+
+    def linear(heads, place, queries, k=1):
+        return topk_percent(heads.scores(queries.x_NF, place), queries.labels_N, k)
+
+    heads = heads_of(fit, cfg.lr)
+    place, *others = (max(range(3), key=lambda i, on=on: linear(heads, i, on)) for on in (choose, fit, test))
+    k, *other_ks = (max(cfg.knn_k, key=lambda k, on=on: knn(fit, on, k)) for on in (choose, fit, test))
+    assert place not in others
+    assert k not in other_ks
+    expected = {} if final else {"val/linear_top1": linear(heads, place, val)}
+    heads, place = (heads_of(train, [cfg.lr[place]]), 0) if final else (heads, place)
+    expected |= few_shot(fit, choose, test, 6, cfg, cfg.fewshot, SEED)
+    expected |= {f"test/linear_top{k}": linear(heads, place, test, k) for k in (1, 5)}
+    expected |= {"test/knn_top1": knn(train, test, k), "test/knn_k": k, "tuned": True}
+    assert Protocol(data, cfg, TorchSearch(), SEED).final(frozen) == expected
 
 
 def test_without_validation_images_a_tenth_chooses_and_the_probe_learns_from_all(finished, monkeypatch):
@@ -69,3 +130,41 @@ def test_a_sample_of_the_training_images_votes_in_a_validation(finished):
     beside = of(bank=40, knn_k=1).untrained(frozen)
     one = of(bank=40, knn_k=1).validation(frozen, classifier)
     assert beside["untrained/val/knn_top1"] == one["val/knn_top1"]
+
+
+def test_the_figures_of_a_validation_by_hand(finished):
+    """The images that vote are the same whatever the run's seed."""
+    torch.manual_seed(21)
+    train, val = known(120), known(60)
+    cfg = replace(load_config(finished).evaluation, knn_k=[1, 3, 7], bank=90)
+    data = SimpleNamespace(classes=list("abcdef"), probe=train, val=val, labelled=True)
+    classifier = nn.Linear(6, 6)
+    bank = train.take(class_balanced_subset(train.labels, 90, 0))
+    votes = {k: knn_scores(bank, val.x_NF, 6, [k], cfg.knn_temperature, TorchSearch())[0] for k in cfg.knn_k}
+    top1 = {k: topk_percent(each, val.labels_N, 1) for k, each in votes.items()}
+    best = max(top1, key=top1.get)
+    found = Protocol(data, cfg, TorchSearch(), SEED).validation(
+        SimpleNamespace(features=lambda split: split), classifier
+    )
+    assert found == {
+        "val/knn_top1": top1[best],
+        "val/knn_k": best,
+        **{f"val/online_top{k}": topk_percent(classifier(val.x_NF), val.labels_N, k) for k in (1, 5)},
+        "val/effective_rank": effective_rank(val.x_NF),
+    }
+
+
+def test_of_equally_good_numbers_of_neighbours_the_smallest_is_chosen(finished):
+    cfg = replace(load_config(finished).evaluation, knn_k=[7, 1, 3])
+    far_apart = Features(torch.eye(6).repeat(10, 1), torch.arange(6).repeat(10))
+    assert Protocol(SimpleNamespace(classes=list("abcdef")), cfg, TorchSearch(), 0).best_k(far_apart, far_apart) == 1
+    assert protocol.neighbours(cfg, 0) == [1], "one votes, however few images a class has"
+
+
+def test_the_probe_of_crops_has_the_runs_seed(finished, monkeypatch):
+    cfg = replace(load_config(finished).evaluation, name="original")
+    monkeypatch.setattr(protocol, "augmented_heads", lambda *given: given)
+    made = Protocol(SimpleNamespace(classes=list("abc")), cfg, TorchSearch(), SEED)
+    assert made._probe("encoder", "images", "features", [0.1]) == (
+        *("encoder", "images", 3, [0.1], cfg.epochs, cfg.batch_size, SEED),
+    )

@@ -186,15 +186,17 @@ def test_until_it_is_filled_the_support_set_has_no_say():
 
 def test_the_teacher_is_the_running_mean_of_the_student():
     method = teacher(momentum=0.75)
-    before = [parameter.clone() for parameter in method.teacher_encoder.parameters()]
+    slow = [*method.teacher_encoder.parameters(), *method.teacher_projector.parameters()]
+    before = [parameter.clone() for parameter in slow]
     method.after_step(0.5)
-    for slow, old, fast in zip(method.teacher_encoder.parameters(), before, method.encoder.parameters(), strict=True):
-        torch.testing.assert_close(slow, 0.75 * old + 0.25 * fast)
+    student = [*method.encoder.parameters(), *method.projector.parameters()]
+    for now, old, fast in zip(slow, before, student, strict=True):
+        torch.testing.assert_close(now, 0.75 * old + 0.25 * fast)
 
 
 def test_a_teacher_without_weights_of_its_own_starts_as_the_student_that_was_given_some():
     method = teacher()
-    method.after_init(["encoder", "teacher_projector"])
+    method.after_init(["encoder", "projector", "teacher_projector"])
     assert torch.equal(method.teacher_encoder[1].weight, method.encoder[1].weight)
     assert not torch.equal(method.teacher_projector[0].weight, method.projector[0].weight)
 

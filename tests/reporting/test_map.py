@@ -1,5 +1,7 @@
 """The map of vectors in two dimensions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,22 @@ def test_of_many_classes_half_of_a_map_is_of_those_that_have_colours():
     assert len(chosen) == len(set(chosen.tolist())) == MAX_IMAGES
     assert int((labels[chosen] < COLOURED_CLASSES).sum()) == MAX_IMAGES // 2
     assert len(choose_images(labels[:40], 3)) == 40
+    assert len(choose_images(labels, 3)) == MAX_IMAGES
+
+
+def test_each_image_is_where_its_vector_is_and_each_cross_where_its_prototype_is(monkeypatch):
+    """With the first two dimensions in the place of what t-SNE would make of all."""
+    monkeypatch.setattr(
+        "sklearn.manifold.TSNE", lambda **_: SimpleNamespace(fit_transform=lambda everything: everything[:, :2])
+    )
+    x, prototypes, labels = torch.randn(50, 4), torch.randn(5, 4), torch.arange(50) % 25 - 1
+    figure = draw_map(x, labels, [str(each) for each in range(24)], prototypes)
+    places = {each.get_label(): torch.as_tensor(each.get_offsets()) for each in figure.axes[0].collections}
+    expected = {str(label): x[labels == label] for label in range(10)} | {"no label": x[labels < 0]}
+    expected |= {"the other 14 classes": x[labels >= 10], "prototypes": prototypes}
+    assert places.keys() == expected.keys()
+    for name, vectors in expected.items():
+        torch.testing.assert_close(places[name].float(), vectors[:, :2], msg=name)
 
 
 def test_vectors_that_are_all_equal_have_a_map():

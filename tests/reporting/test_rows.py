@@ -54,6 +54,12 @@ def test_each_encoder_and_data_set_has_an_untrained_row_of_its_own():
         with_untrained(run("simclr", **{"backbone.name": name, "epochs": epochs}), test_linear_top1=top1)
         for name, epochs, top1 in [("resnet18", "5", 10), ("resnet18", "9", 10), ("resnet50", "5", 12)]
     ]
+    settings = [("data.name", "cifar10", 20), ("data.limit", "500", 5), ("evaluation.epochs", "1", 9)]
+    for key, value, top1 in settings:
+        other = run("simclr", **{"backbone.name": "resnet18", key: value})
+        rows = summarise([runs[0], with_untrained(other, test_linear_top1=top1)])[0]
+        rows = [row for row in rows if row.method == "untrained"]
+        assert sorted(row.values("test/linear_top1") for row in rows) == sorted([[10], [top1]]), key
     rows = [row for row in summarise(runs)[0] if row.method == "untrained"]
     assert [(row.label, row.values("test/linear_top1")) for row in rows] == [
         ("untrained, backbone.name=resnet18", [10]),
@@ -76,6 +82,12 @@ def test_runs_that_differ_in_a_setting_are_not_averaged_and_the_row_says_which()
 def test_a_setting_that_only_some_runs_have_keeps_them_apart():
     rows, _ = summarise([run("simclr", **{"data.limit": "100"}), run("simclr", seed=1)])
     assert sorted(row.variant for row in rows) == ["", "data.limit=100"]
+
+
+@pytest.mark.parametrize("key", ["knn_k", "knn_temperature", "lr", "epochs", "batch_size", "fewshot.draws"])
+def test_runs_that_were_evaluated_otherwise_are_not_averaged(key):
+    runs = [run("simclr", seed=seed, **{f"evaluation.{key}": str(seed)}) for seed in (1, 2)]
+    assert [len(row.runs) for row in summarise(runs)[0]] == [1, 1]
 
 
 def test_a_run_from_before_a_setting_existed_is_of_one_row_with_later_ones():

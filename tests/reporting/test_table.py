@@ -171,6 +171,8 @@ def test_what_storing_is_worth_stands_beside_the_figures_where_there_is_a_contro
     numbers = {one["method"]: one for one in records(rows)}
     assert numbers["kmclr"]["test/linear_top5_pairs"] == 3
     assert numbers["kmclr"]["test/linear_top1_difference_low"] == pytest.approx(1.1667 - 0.7171, abs=1e-3)
+    assert numbers["kmclr"]["test/linear_top1_difference_high"] == pytest.approx(1.1667 + 0.7171, abs=1e-3)
+    assert numbers["kmclr"]["test/linear_top1_std"] == pytest.approx(statistics.stdev((51, 52.5, 53)))
     assert numbers["simclr"]["test/linear_top1_difference_low"] is None
     assert numbers["nothing_stored"]["test/linear_top1_difference"] is None
     assert table(summarise(STUDY)[0])[0][-1] == "test linear top-5"
@@ -389,5 +391,11 @@ def test_a_summarys_best_row_is_the_one_that_is_best_on_validation():
     found = summary(summarise([fair, lucky, control])[0])
     assert (found["best/support_set_size"], found["best/test/linear_top1"]) == (50, 60)
     assert found["nothing_stored/test/linear_top1"] == 40
+    unsteady = [run("nnclr", 64, seed, top1) for seed, top1 in ((0, 10), (1, 99))]
+    assert summary(summarise([fair, *unsteady])[0])["best/support_set_size"] == 50, "the mean over the seeds counts"
+    untrained = with_untrained(control, val_linear_top1=99.0, test_linear_top1=99.0)
+    assert summary(summarise([untrained, fair])[0])["best/support_set_size"] == 50
+    two = summary(summarise([control, run("nnclr", top1=45, epochs="9"), fair])[0])
+    assert not [key for key in two if key.startswith("nothing_stored")], "neither of two controls is the control"
     unvalidated = [without(without(each, "val/linear_top1"), "val/knn_top1") for each in (fair, lucky)]
     assert summary(summarise(unvalidated)[0]) == {}, "nothing is chosen on test images"

@@ -1,5 +1,6 @@
 """Checkpoints: round trip, damage, hostile content, kills, and modules that do not fit."""
 
+import errno
 import hashlib
 import logging
 import math
@@ -138,11 +139,11 @@ def test_a_bare_hostile_pickle_is_refused_and_not_executed(tmp_path):
 def test_another_format_is_named(tmp_path, state):
     torch.save(state, tmp_path / "x")
     path = write(tmp_path / "step-00000001.pt", (tmp_path / "x").read_bytes())
-    with pytest.raises(UsageError, match="format") as error:
+    with pytest.raises(UsageError, match="has checkpoint format") as error:
         checkpoint.load(path)
     assert str(path) in message(error)
     assert not isinstance(error.value, checkpoint.DamagedCheckpointError)
-    with pytest.raises(UsageError, match="format"):
+    with pytest.raises(UsageError, match="has checkpoint format"):
         checkpoint.load_latest(tmp_path)  # a run that could be continued by another version is not started over
 
 
@@ -210,6 +211,16 @@ def save_forever(directory: Path, step: int) -> None:
     while True:
         step += 1
         checkpoint.save(directory, step, {"w": torch.full((500_000,), step, dtype=torch.int32)})
+
+
+def test_a_checkpoint_has_its_name_only_when_it_is_on_the_disk(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="full"):
+        checkpoint.save(tmp_path, 1, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):

@@ -72,6 +72,15 @@ def test_what_fits_is_taken_over_and_the_rest_starts_afresh(run):
     assert Record.load(second).tags["init.taken"] == "encoder, projector"
 
 
+def test_a_teacher_starts_as_the_student_that_was_given_weights(run):
+    first = run("method=simclr")
+    teacher = ["method=nnclr", "objective=teacher", "support=none", "objective.predictor_hidden=8"]
+    learned, kept = weights(first), weights(run(*teacher, f"init={first}", "optimizer.lr=1e-12"))
+    parts = [key for key in learned if key.startswith(("encoder", "projector")) and key.endswith("weight")]
+    for key in parts:
+        torch.testing.assert_close(kept[f"teacher_{key}"], learned[key], msg=key)
+
+
 def test_what_is_stored_of_other_images_is_not_taken_over(run):
     """Its entries remember rows, and images of the present run lie there."""
     first = run("method=nnclr", "queue_size=64")

@@ -21,16 +21,17 @@ from tests.stores import JSONL, MLFLOW, break_store
 
 def test_both_back_ends_list_the_same_runs(client, tmp_path, monkeypatch):
     for i, status in enumerate(["FINISHED", "FAILED", "KILLED"]):
-        tracker = Tracker(tmp_path / "multirun" / f"run{i}", MLFLOW, {"k": i}, {"device": "cpu"})
+        tracker = Tracker(tmp_path / "multirun" / f"run{2 - i}", MLFLOW, {"k": i}, {"device": "cpu"})
         tracker.log({"val/knn_top1": 0.1 * i}, 7)
         tracker.close(status)
         time.sleep(0.002)  # they are listed by their start, in milliseconds
+    Tracker(tmp_path / "multirun/sweep", MLFLOW, {}, {"sweep_id": "0a"}).close("FINISHED")  # which is no run
     Tracker(tmp_path / "multirun/other", Tracking("mlflow", "other", 10), {}, {}).close("FINISHED")
     search = type(client).search_runs
     monkeypatch.setattr(type(client), "search_runs", lambda *args, **kw: search(*args, **({"max_results": 2} | kw)))
 
     stored, local = query.read_runs("exp", "mlflow"), query.read_runs("exp", "jsonl")
-    assert [run.name for run in stored] == ["run0", "run1", "run2"]
+    assert [run.name for run in stored] == ["run2", "run1", "run0"]
     for a, b in zip(stored, local, strict=True):
         for name in ("run_id", "name", "status", "params", "metrics", "directory", "start_time"):
             assert getattr(a, name) == getattr(b, name)

@@ -1,5 +1,6 @@
 """The files of a run: kills, damage, and what comes back."""
 
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from src.errors import UsageError
 from src.runs import query, record
+from src.runs.metrics_file import begins_with
 from src.runs.record import Record
 from src.runs.tracker import Tracker
 from tests.stores import JSONL, rows, train
@@ -203,6 +205,30 @@ def test_values_logged_just_before_a_kill_are_in_the_record_of_the_continued_run
     assert Record.load(tmp_path).metrics["test/linear_top1"] == 12.5
     assert math.isnan(Record.load(tmp_path).metrics["val/knn_top1"])
     assert len(rows(tmp_path)) == 1
+
+
+def test_rows_that_lack_nothing_but_the_last_newline_are_those_that_were_there(tmp_path):
+    path, whole = tmp_path / "rows", b'{"a": 1}\n'
+    digest = hashlib.sha256(whole).hexdigest()
+    for content, same in (
+        (whole, True),
+        (whole[:-1], True),
+        (whole + b"more", True),
+        (whole[:-2], False),
+        (b"", False),
+    ):
+        path.write_bytes(content)
+        assert begins_with(path, len(whole), digest) == same
+
+
+def test_every_change_of_conditions_is_kept_with_its_step():
+    run = Record.new("a", "study")
+    for step, torch in ((0, "1"), (5, "1"), (8, "2"), (12, "3")):
+        run.continue_under({"torch": torch}, step)
+    assert [each["step"] for each in run.conditions] == ["0", "8", "12"]
+    assert run.tags["conditions_changed"] == (
+        "torch was 1 and is 2 from step 8 on; torch was 2 and is 3 from step 12 on"
+    )
 
 
 def test_a_figure_that_has_been_changed_since_is_not_read_without_a_word(tmp_path, caplog):

@@ -110,6 +110,7 @@ def test_a_merger_brings_together_all_that_is_known_of_both():
     evolving.update(rows, torch.tensor([7, 8, 9, 10]), torch.tensor([0, 1, 2, 2]))
     evolving.clear_stats()
     evolving.record(torch.tensor([0, 1, 3, 3]), torch.arange(4), torch.tensor([0, 1, 2, 1]))
+    evolving.written_K[:4] = torch.tensor([6, 2, 3, 5])
     evolving._merge()
     assert evolving.seeded == 3
     assert evolving.counts_K.tolist() == [1, 2, 1, 0, 0, 0]
@@ -117,9 +118,13 @@ def test_a_merger_brings_together_all_that_is_known_of_both():
     assert evolving.hits_N.tolist() == [1, 3, 0, 0, 0, 0]
     assert evolving.classes_KC[1].tolist() == [0, 1, 1]
     assert evolving.served_KC[1].tolist() == [0, 2, 1]
+    assert evolving.written_K.tolist() == [6, 5, 3, 0, 0, 0]
     stats = evolving.stats()
     assert (stats["support/size"], stats["support/peak_size"], stats["support/dead"]) == (3, 4, 1)
     assert 0 <= stats["support/drift"] < 0.01
+    update(evolving, rows[:1])
+    assert evolving.ready
+    assert evolving.stats()["support/peak_size"] == 4
 
 
 def test_new_prototypes_are_drawn_by_their_squared_distance():
@@ -150,6 +155,19 @@ def test_there_are_never_more_than_the_slots_nor_fewer_than_two():
         update(evolving, torch.ones(32, DIM))  # a collapse: there is nothing that two prototypes could tell apart
     assert evolving.means_KD.isfinite().all()
     assert 2 <= evolving.seeded <= 2 + 1
+
+
+def test_prototypes_come_and_weights_halve_every_so_many_steps():
+    evolving, sizes = make(start=4, penalty=1e-9, every=3), []
+    for _ in range(7):
+        update(evolving, torch.randn(4, DIM))
+        sizes.append(evolving.seeded)
+    assert sizes == [4, 4, 5, 5, 5, 6, 6]
+    evolving = make(start=2, every=8)
+    update(evolving, torch.eye(DIM)[:2])
+    for _ in range(4):
+        update(evolving, torch.eye(DIM)[:1])
+    assert evolving.counts_K[1] == pytest.approx(0.5 ** (4 / 8))
 
 
 def test_what_has_just_been_split_off_is_as_old_as_its_batch():

@@ -101,6 +101,7 @@ def test_lookup_is_the_nearest_centroid_with_unit_norm(spherical):
         nearest = torch.cdist(queries, kmeans.means_KD).argmin(1)
     assert torch.equal(found.ids, nearest)
     torch.testing.assert_close(found.embeddings, F.normalize(kmeans.means_KD[nearest], dim=1))
+    torch.testing.assert_close(kmeans.vectors_ND, F.normalize(kmeans.means_KD, dim=1))
 
 
 def test_decay_halves_a_members_weight_in_its_half_life():
@@ -140,6 +141,35 @@ def test_a_dead_centroid_is_revived_whole():
     assert kmeans.counts_K[1] == 1
     assert kmeans.idle_K[1] == 0
     assert kmeans.classes_KC[1].sum() == 1
+
+
+def test_a_centroid_is_dead_once_it_was_passed_over_by_as_many_embeddings_as_that():
+    kmeans = make(2, revive_after=5)
+    update(kmeans, torch.stack([torch.zeros(DIM), torch.full((DIM,), 1e3)]))
+    for rows, far in ((9, 1e3), (1, 0)):  # 9, and then 10
+        update(kmeans, torch.zeros(rows, DIM))
+        assert kmeans.means_KD[1, 0] == far
+
+
+def test_which_embedding_revives_a_centroid_is_drawn():
+    taken = set()
+    for seed in range(20):
+        kmeans = make(2, revive_after=1)
+        update(kmeans, torch.stack([torch.zeros(DIM), torch.full((DIM,), 1e3)]))
+        torch.manual_seed(seed)
+        update(kmeans, 0.01 * torch.arange(4.0)[:, None].expand(4, DIM))
+        taken.add(kmeans.images_K[1].item())
+    assert taken == {0, 1, 2, 3}
+
+
+def test_of_a_centroid_that_is_revived_neither_members_nor_age_are_left():
+    kmeans = make(2, revive_after=5)
+    update(kmeans, torch.stack([torch.zeros(DIM), torch.full((DIM,), 1e3)]))
+    update(kmeans, torch.full((3, DIM), 1e3))
+    for _ in range(3):
+        update(kmeans, torch.zeros(4, DIM))
+    assert kmeans.counts_K.tolist() == [1 + 12, 1]
+    assert kmeans.stats()["support/age_steps"] == 0
 
 
 def test_more_dead_than_rows_revives_as_many_as_there_are():
@@ -196,6 +226,45 @@ def test_a_reset_empties_the_window_too_and_nothing_is_refitted_before_it_is_ful
     update(kmeans, torch.randn(12, DIM))
     assert kmeans.ready
     assert kmeans.means_KD.abs().max() < 7  # of the window's old half it would be 9
+
+
+def test_a_refit_leaves_none_idle_and_none_that_is_of_one_image():
+    kmeans = make(3, refit_every=5, refit_window=20)
+    update(kmeans, torch.cat([9 * torch.eye(DIM)[:2], torch.full((1, DIM), 1e3)]))
+    for _ in range(4):
+        assert kmeans.images_of(torch.tensor([2])) == 2
+        update(kmeans, 9 * torch.eye(DIM)[:2].repeat(4, 1))
+    assert kmeans.idle_K.tolist() == [0, 0, 0]
+    assert kmeans.images_K.tolist() == [-1, -1, -1]
+
+
+def test_of_a_batch_longer_than_the_window_the_last_embeddings_keep_their_classes():
+    kmeans = make(3, spherical=True, refit_every=1, refit_window=30)
+    labels = torch.cat([torch.arange(3), torch.zeros(27, dtype=torch.int64), torch.arange(3).repeat(10)])
+    kmeans.update(torch.eye(DIM)[labels] + 0.01 * torch.randn(60, DIM), torch.arange(60), labels)
+    assert kmeans.classes_KC.sort(1).values.tolist() == [[0, 0, 10]] * 3
+
+
+def test_after_a_reset_nothing_is_known_of_the_prototypes_before():
+    kmeans = make(2, reset_every=1)
+    update(kmeans, torch.stack([torch.zeros(DIM), torch.full((DIM,), 1e3)]))
+    update(kmeans, torch.zeros(6, DIM))
+    kmeans.clear_stats()
+    kmeans.start_epoch(1)
+    assert "support/drift" not in kmeans.stats()
+    kmeans.clear_stats()
+    update(kmeans, torch.eye(DIM)[:2])
+    assert kmeans.idle_K.tolist() == [0, 0]
+    assert kmeans.stats()["support/age_steps"] == 0
+    assert "support/drift" not in kmeans.stats()
+
+
+def test_classes_fade_as_the_members_do():
+    kmeans = make(1, half_life=1)
+    for label in (0, 0, 0, 1, 1):
+        kmeans.update(torch.ones(1, DIM), torch.tensor([0]), torch.tensor([label]))
+    assert kmeans.classes_KC[0].tolist() == [(4 + 2 + 1) / 16, 1 + 1 / 2, 0]
+    assert kmeans.labels_of(torch.tensor([0])) == 1
 
 
 def test_diagnostics_by_hand():

@@ -95,6 +95,8 @@ def test_stats_by_hand():
     assert stats["support/age_steps"] == 0.5
     queue.clear_stats()
     assert queue.stats() == {"support/age_steps": 0.5}
+    queue.record(torch.tensor([3]), images_Q=torch.tensor([10]), labels_Q=torch.tensor([0]))
+    assert queue.stats()["support/label_agreement"] == queue.stats()["support/self_hit"] == 0
     assert queue.stored_bytes == 4 * DIM * 4
 
 
@@ -132,6 +134,23 @@ def test_all_lists_searched_is_exact_search_whatever_has_been_overwritten():
             each.update(*batch_of(step))
         assert torch.equal(queue.lookup(queries).ids, exact.lookup(queries).ids)
         assert torch.equal(queue.lookup(queries).embeddings, exact.lookup(queries).embeddings)
+
+
+def test_several_neighbours_are_searched_exactly():
+    exact, queue = Queue(180, 16, TorchSearch()), listed(180, nprobe=1)
+    for step in range(5):
+        for each in (exact, queue):
+            each.update(*batch_of(step))
+    queries = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(queue.nearest(queries, 3).ids, exact.nearest(queries, 3).ids)
+
+
+def test_lists_are_trained_when_the_queue_is_full_and_anew_every_so_many_steps():
+    queue, trained = listed(180, nprobe=1, refresh_every=4), []
+    for step in range(13):
+        queue.update(*batch_of(step))
+        trained.append(queue.refreshed)
+    assert trained == [0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12]
 
 
 def test_few_lists_find_most_neighbours():

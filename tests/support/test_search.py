@@ -77,6 +77,22 @@ def test_cluster_ends_with_the_means_of_its_members_and_repeats_itself():
     assert torch.equal(found, again)
 
 
+@pytest.mark.parametrize("spherical", [True, False])
+def test_cluster_is_lloyds_algorithm_on_all_vectors(spherical):
+    """More of them than the 256 a centroid that FAISS would take of its own accord."""
+    window = torch.randn(900, 4) + torch.tensor([1.0, 0, 0, 0])
+    window = F.normalize(window, dim=1) if spherical else window
+    found, members = cluster(window, 3, spherical=spherical, seed=0, initial_KD=window[:3])
+    centres = window[:3]
+    for _ in range(10):
+        ids = torch.cdist(window, centres).argmin(1)
+        means = torch.stack([window[ids == each].mean(0) for each in range(3)])
+        centres = F.normalize(means, dim=1) if spherical else means
+    ids = torch.cdist(window, centres).argmin(1)
+    assert torch.equal(members, ids)
+    torch.testing.assert_close(found, torch.stack([window[ids == each].mean(0) for each in range(3)]))
+
+
 def test_cluster_starts_from_the_given_centroids():
     centres = F.normalize(torch.eye(4) + 0.01, dim=1)
     window = F.normalize(centres.repeat(30, 1) + 0.05 * torch.randn(120, 4), dim=1)

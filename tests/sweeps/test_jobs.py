@@ -160,3 +160,15 @@ def test_a_damaged_record_stops_no_other_job(sweeper, on_images, tmp_path):
     (damaged.directory / "run.json").write_text("garbage")
     assert [(job.record, job.is_finished) for job in (damaged, other)] == [(None, False)] * 2
     assert [line.split()[1] for line in preview([damaged.cfg, other.cfg], 1).splitlines()] == ["damaged", "to", "jobs,"]
+
+
+def test_of_equal_configurations_one_is_run_and_a_seeds_jobs_come_together(as_hydra_does, cache_dir):
+    """A key that a method does not have is passed over, so that its jobs differ in nothing."""
+    sweeper = as_hydra_does(GridSweeper({}))
+    fixed = ["data=digits", f"data.cache_dir={cache_dir}"]
+    jobs = sweeper.jobs([*fixed, "method=simclr,kmclr", "k=10,20", "seed=0,1"])
+    found = [(job.cfg.method.name, job.cfg.k, job.cfg.seed) for job in jobs]
+    assert found == [
+        each for seed in (0, 1) for each in (("simclr", None, seed), ("kmclr", 10, seed), ("kmclr", 20, seed))
+    ]
+    assert sweeper.jobs_at_a_time(5) == 1

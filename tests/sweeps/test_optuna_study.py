@@ -74,6 +74,17 @@ def test_points_are_distinct_until_there_are_none(tmp_path):
     assert search.best() == (next(n for n, point in search.points().items() if point["k"] == 4), 4.0)
 
 
+def test_a_search_has_proposals_of_its_seed_and_soon_of_the_better_points(tmp_path):
+    drawn = {}
+    for seed, count in ((0, 30), (1, 2)):
+        (tmp_path / str(seed)).mkdir()
+        search = opened(tmp_path / str(seed), seed, k=optuna_study.numbers(1, 1000))
+        run(search, lambda point: point["k"], count)
+        drawn[seed] = [point["k"] for _, point in sorted(search.points().items())]
+    assert drawn[0][:2] != drawn[1]
+    assert sum(drawn[0][15:]) / 15 > 650  # a random one's mean would be 500
+
+
 def test_a_continued_study_proposes_what_an_unbroken_one_does(tmp_path):
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
@@ -108,6 +119,15 @@ def test_a_trial_far_behind_is_hopeless_and_a_good_one_is_not(tmp_path):
     assert not optuna_study.should_prune(str(tmp_path), good, 1, {"val/knn_top1": 64.0})
     search.conclude(bad, "PRUNED")
     assert search.state(bad) == "PRUNED"
+
+
+def test_the_first_four_trials_are_compared_with_nothing(tmp_path):
+    search = opened(tmp_path)
+    for value in (60.0, 20.0, 10.0, 5.0):
+        number = search.propose()
+        assert not optuna_study.should_prune(str(tmp_path), number, 1, {"val/knn_top1": value})
+        search.conclude(number, "COMPLETE", value)
+    assert optuna_study.should_prune(str(tmp_path), search.propose(), 1, {"val/knn_top1": 4.0})
 
 
 def test_the_tables_of_another_optuna_are_one_line(tmp_path):

@@ -80,6 +80,12 @@ def test_a_trial_whose_job_may_end_otherwise_is_taken_up_again_and_no_other(sear
     assert states(second) == ["COMPLETE"] * 3 + ["FAIL"]
 
 
+def test_a_search_has_as_many_trials_as_are_asked_for_with_those_of_earlier_commands(search):
+    first, more, again = (Launcher(*[0] * 9) for _ in range(3))
+    assert (search(first, trials=2), search(more, trials=5), search(again, trials=5)) == (0, 0, 0)
+    assert (first.ran, more.ran, again.ran) == ([0, 1], [2, 3, 4], [])
+
+
 def test_a_search_whose_time_is_up_says_so_where_its_last_job_has_ended_by_itself(search):
     launcher = Launcher(0, status=75)
     assert search(launcher, trials=2) == 75

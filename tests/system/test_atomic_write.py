@@ -1,5 +1,6 @@
 import errno
 import os
+import stat
 
 import pytest
 
@@ -25,6 +26,20 @@ def test_where_there_is_no_room_the_old_one_stays_and_nothing_else(tmp_path, mon
     assert error.value.filename == str(tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def sync(descriptor):
+        status = os.fstat(descriptor)
+        events.append("folder" if stat.S_ISDIR(status.st_mode) else status.st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr(atomic_write.os, "fsync", sync)
+    monkeypatch.setattr(atomic_write.os, "replace", lambda *names: events.append("name") or replace(*names))
+    atomic_write.write_whole(tmp_path / "a", b"one", b"two")
+    assert events == [6, "name", "folder"]
 
 
 def test_the_line_names_the_file_or_else_the_folder(tmp_path):

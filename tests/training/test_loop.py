@@ -26,6 +26,7 @@ from src.config.parse import parse
 from src.config.schema import Tracking
 from src.errors import CannotWrite, Collapsed, Diverged, UsageError
 from src.evaluation.diagnostics import alignment, uniformity
+from src.evaluation.encoder import read_encoder
 from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method, Output
 from src.methods.contrast import Contrast
@@ -41,7 +42,7 @@ from src.support.kmeans import KMeans
 from src.support.queue import Queue
 from src.sweeps import optuna_study
 from src.system.stopping import PRUNED, Stopper
-from src.training import loop
+from src.training import collapse, loop
 from src.training import run as run_module
 from src.training.checks import check_batch_fits, warn_of_doubtful_settings
 from src.training.state import TrainState
@@ -152,7 +153,12 @@ def test_a_run_leaves_what_it_promises(run, method, capsys):
     size = {"simclr": 0, "nnclr": 100, "kmclr": 7, "mnn": 100, "evolving": 12}[method]
     assert record.params["support_set_size"] == str(size)
     assert record.params["support_bytes"] == str(size * 16 * 4)
+    parameters = sum(parameter.numel() for parameter in models.ResNetTiny("small").parameters())
+    assert record.params["encoder_parameters"] == str(parameters)
     assert record.tags["config_hash"]
+    assert "support_unused" not in record.tags
+    figures = read_encoder(directory)[1]["figures"]
+    assert figures == {key: record.metrics[key] for key in record.metrics if key.startswith(("val/", "test/"))}
     for name in ("config.yaml", "encoder.safetensors", "curves.png", "metrics.jsonl"):
         assert (directory / name).stat().st_size > 0
     drawn = {path.name for path in directory.glob("*.png")} - {"curves.png"}
@@ -321,6 +327,67 @@ def test_an_epoch_takes_its_steps_and_the_support_set_its_share(run, monkeypatch
     assert logged["time/images_per_second"][1] == [3 * 64 / 20, 3 * 64 / 21]
 
 
+def test_every_step_has_the_learning_rates_of_its_place(run, monkeypatch):
+    """Six steps, of which half an epoch, two when rounded, warm up."""
+    used, norm = [], TrainState.grad_norm
+
+    def noting(state):
+        optimizers = state.optimizer, state.classifier_optimizer
+        used.append([max(group["lr"] for group in each.param_groups) for each in optimizers])
+        return norm(state)
+
+    monkeypatch.setattr(TrainState, "grad_norm", noting)
+    rates = ["optimizer.lr=0.4", "optimizer.scale_lr=true", "evaluation.online_lr=0.5", "schedule.warmup_epochs=0.5"]
+    logged = curves.read(run("method=simclr", *rates))["train/lr"][1]
+    factors = [0.5, 1.0, *((1 + math.cos(math.pi * step / 4)) / 2 for step in range(4))]
+    assert logged == pytest.approx([0.4 * 64 / 256 * factor for factor in factors])
+    assert used == [[rate, pytest.approx(0.5 * factor)] for rate, factor in zip(logged, factors, strict=True)]
+
+
+def test_what_a_checkpoint_takes_is_no_time_of_an_epoch(run, monkeypatch):
+    now, forward, save = [0.0], SmallNet.forward, TrainState.save
+
+    def taking(seconds, function):
+        def call(*args):
+            now[0] += seconds
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(SmallNet, "forward", taking(1, forward))
+    monkeypatch.setattr(TrainState, "save", taking(100, save))
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    logged = curves.read(run("method=simclr", "checkpoint.minutes=1e-9"))
+    assert logged["time/epoch_seconds"][1] == [2 * 3] * 2
+
+
+def test_a_run_that_goes_on_within_an_epoch_counts_what_it_took_before(run, monkeypatch):
+    now, forward = [0.0], SmallNet.forward
+
+    def second(*args):
+        now[0] += 1
+        return forward(*args)
+
+    monkeypatch.setattr(SmallNet, "forward", second)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(run_module, "Stopper", lambda _: StopAfter(1))
+    with pytest.raises(SystemExit):
+        run("method=simclr")
+    monkeypatch.setattr(run_module, "Stopper", Stopper)
+    assert curves.read(run("method=simclr"))["time/epoch_seconds"][1] == [2 * 3] * 2
+
+
+def test_a_run_that_is_stopped_in_the_final_evaluation_has_used_its_support_set_all_the_same(run, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("method=nnclr", "queue_size=64")
+    assert "support_unused" not in Record.load(run("method=nnclr", "queue_size=64")).tags
+
+
 def test_a_step_logs_how_its_features_lie_and_says_how_far_it_is(run, monkeypatch):
     forward, features, progress = SmallNet.forward, [], []
 
@@ -336,6 +403,21 @@ def test_a_step_logs_how_its_features_lie_and_says_how_far_it_is(run, monkeypatc
     views = list(zip(features[::2], features[1::2], strict=True))
     assert logged["train/alignment"][1] == pytest.approx([alignment(one, other) for one, other in views])
     assert logged["train/uniformity"][1] == pytest.approx([uniformity(one) for one, _ in views])
+
+
+def test_order_and_draws_are_of_the_runs_seed(run, monkeypatch):
+    drawn, ordered, seed_everything, epoch_batches = [], [], loop.seed_everything, loop.epoch_batches
+
+    def batches(split, batch_size, seed, epoch, *rest):
+        ordered.append((seed, epoch))
+        return epoch_batches(split, batch_size, seed, epoch, *rest)
+
+    monkeypatch.setattr(loop, "seed_everything", lambda *numbers: drawn.append(numbers) or seed_everything(*numbers))
+    monkeypatch.setattr(loop, "epoch_batches", batches)
+    run("method=nnclr", "queue_size=64", "seed=3")
+    start = loop.EPOCH_START
+    assert drawn == [(3, 0, start), (3, 0), (3, 1), (3, 2), (3, 3, start), (3, 3), (3, 4), (3, 5)]
+    assert ordered == [(3, 0), (3, 1)]
 
 
 def test_the_norm_of_the_gradient_is_that_of_all_parameters_together():
@@ -358,6 +440,13 @@ def test_a_trial_behind_the_median_stops_as_pruned(run, tmp_path, capsys):
     record = Record.load(tmp_path / "run")
     assert (record.status, record.tags["pruned"]) == ("KILLED", "true")
     assert "stopped at step 6; pruned: other trials are far better" in capsys.readouterr().out
+
+
+def test_no_trial_is_judged_after_its_last_epoch(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(optuna_study, "should_prune", lambda *given: asked.append(given[2]))
+    run("method=simclr", "epochs=3")
+    assert asked == [1, 2]
 
 
 def test_the_same_command_again_trains_nothing_and_reports(run, capsys):
@@ -500,6 +589,20 @@ DAMAGES = {
 }
 
 
+def test_after_so_many_epochs_and_at_the_end_there_are_validations_and_checkpoints_which_follow_their_rows(
+    run, monkeypatch
+):
+    done, log, sync, save = [], Tracker.log, Tracker.sync, TrainState.save
+    monkeypatch.setattr(Tracker, "log", lambda self, *rest, **more: done.append("log") or log(self, *rest, **more))
+    monkeypatch.setattr(Tracker, "sync", lambda self: done.append("sync") or sync(self))
+    monkeypatch.setattr(TrainState, "save", lambda self, *rest: done.append(self.step) or save(self, *rest))
+    directory = run("method=simclr", "epochs=5", "checkpoint.every=2", "evaluation.every=2")
+    assert curves.read(directory)["val/knn_top1"][0] == [0, 6, 12, 15]
+    saves = [place for place, each in enumerate(done) if isinstance(each, int)]
+    assert [done[place] for place in saves] == [6, 12, 15]
+    assert [done[place - 1] for place in saves] == ["sync"] * 3
+
+
 def test_rows_that_a_checkpoint_rests_on_are_missed(run, tmp_path, monkeypatch, caplog, capsys):
     """There are checkpoints of steps 3 and 4, and the last row is that of the fourth step."""
     overrides = ["method=kmclr", "k=7"]
@@ -582,9 +685,10 @@ def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(ru
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("at", "saving", "kept"), [(5, "checkpoint.every=1", 3), (1, "checkpoint.minutes=1e-9", 1)])
+def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch, at, saving, kept):
     real = run_module.TrainState.set_lr
-    rates = {5: 1e38}  # a finite gradient, and a step into nowhere
+    rates = {at: 1e38}  # a finite gradient, and a step into nowhere
 
     def rate(state, steps):
         lr = real(state, steps)
@@ -594,8 +698,8 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_module.TrainState, "set_lr", rate)
     with pytest.raises(Diverged, match="of the weights inf"):
-        run("method=simclr", "optimizer=sgd", "checkpoint.every=1")
-    assert checkpoint.load_latest(tmp_path / "run/checkpoints")[1]["step"] == 3
+        run("method=simclr", "optimizer=sgd", saving)
+    assert checkpoint.load_latest(tmp_path / "run/checkpoints")[1]["step"] == kept
 
 
 def test_a_collapse_is_said_once_and_tagged_or_ends_the_run(run, tmp_path, monkeypatch, caplog):
@@ -617,6 +721,17 @@ def test_a_collapse_is_said_once_and_tagged_or_ends_the_run(run, tmp_path, monke
         run("method=simclr", "on_collapse=stop", directory="stopped", net=[])
     assert Record.load(tmp_path / "stopped").status == "FAILED"
     assert max(step for _, step in history(tmp_path / "stopped")) == 3
+
+
+@pytest.mark.parametrize("part", ["features", "embeddings"])
+def test_features_and_embeddings_are_looked_at_for_a_collapse(part):
+    parts = {"features": torch.randn(128, 16), "embeddings": torch.randn(64, 16)}
+    tracker = SimpleNamespace(record=SimpleNamespace(tags={}))
+    collapse.check(Output(torch.zeros(()), ids=None, **parts), 7, tracker, "stop")
+    assert tracker.record.tags == {}
+    parts[part] = torch.ones_like(parts[part])
+    with pytest.raises(Collapsed, match=f"at step 7: {part} of different images are alike"):
+        collapse.check(Output(torch.zeros(()), ids=None, **parts), 7, tracker, "stop")
 
 
 @pytest.mark.parametrize("where", ["rows", "checkpoint", "record"])
@@ -676,6 +791,14 @@ def test_time_makes_checkpoints_too_also_within_an_epoch(run, tmp_path, monkeypa
     steps.clear()
     assert_same_run(unbroken, run("method=kmclr", "k=7", directory="seldom"))
     assert steps == [6]
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(110, 0), (130, loop.SAVE)])
+def test_a_checkpoint_is_due_after_its_minutes(seconds, status):
+    after_two = SimpleNamespace(checkpoint=SimpleNamespace(minutes=2))
+    saved = {"cfg": after_two, "saved": time.monotonic() - seconds, "ranks": SimpleNamespace(first=True)}
+    running = SimpleNamespace(**saved, stopper=SimpleNamespace(status=0))
+    assert loop.Pretraining._requested_status(running) == status
 
 
 def test_a_signal_in_the_final_evaluation_is_not_kept_waiting(run, tmp_path, monkeypatch):
@@ -853,6 +976,28 @@ def test_doubtful_settings_are_warned_of(run, caplog):
     assert "schedule.warmup_epochs=2: not shorter than epochs=1" in caplog.text
 
 
+REFIT = ["method=kmclr", "k=7", "batch_size=64", "support.refit=faiss", "support.forget=reset"]
+REFIT += ["support.forget_every=2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "images", "warns"),
+    [
+        (["method=nnclr", "queue_size=200"], 199, True),
+        (["method=nnclr", "queue_size=200"], 200, False),
+        (["method=kmclr", "k=200"], 199, True),
+        (["method=kmclr", "k=200"], 200, False),
+        (["method=simclr", "epochs=5", "schedule.warmup_epochs=5"], 200, True),
+        (["method=simclr", "epochs=5", "schedule.warmup_epochs=4.9"], 200, False),
+        ([*REFIT, "support.refit_window=641"], 383, True),  # 2 epochs of 5 batches
+        ([*REFIT, "support.refit_window=640"], 320, False),
+    ],
+)
+def test_settings_are_doubtful_from_an_exact_bound_on(caplog, overrides, images, warns):
+    warn_of_doubtful_settings(parsed(*overrides), images)
+    assert bool(caplog.text) == warns
+
+
 def test_a_batch_that_was_asked_for_or_has_parts_is_never_made_smaller(caplog):
     data = SimpleNamespace(train=range(180))
     check_batch_fits(parsed("batch_size=180"), data, exact=True)
@@ -886,6 +1031,7 @@ def test_a_stem_that_keeps_every_pixel_of_a_large_image_is_warned_of(caplog, siz
         (["epochs=1", "batch_size=200", "k=5"], "only 0 embeddings .*; set batch_size lower or epochs higher"),
         (["method=kmclr", "k=321", "support.forget_every=5"], "k=321: is never filled"),
         (["method=kmclr", "k=321", "support.forget=none"], "k=321: is never filled"),
+        (["method=kmclr", "k=321", "support.forget_every=2"], "before the last batch of epochs=2"),
         (["support=evolving", "support.start=321"], "support.start=321: is never filled"),
     ],
 )

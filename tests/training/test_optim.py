@@ -65,6 +65,17 @@ def test_with_decay_all_everything_decays():
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_an_optimizer_has_the_rates_decays_and_momenta_that_are_asked_for(name):
+    cfg = schema.Optimizer(name, lr=0.2, scale_lr=False, weight_decay=0.3, momentum=0.7, betas=[0.8, 0.95])
+    groups = optim.build(cfg, nn.Linear(2, 2), batch_size=512).param_groups
+    key, value = ("betas", (0.8, 0.95)) if name == "adamw" else ("momentum", 0.7)
+    assert [(group["lr"], group["weight_decay"], group[key]) for group in groups] == [
+        (0.2, 0.3, value),
+        (0.2, 0, value),
+    ]
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
 def test_every_optimizer_goes_downhill(name):
     net = nn.Linear(8, 8)
     optimizer = optim.build(schema.Optimizer(name, lr=0.01, scale_lr=False, weight_decay=1e-4), net, 256)
