@@ -6,7 +6,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -225,46 +225,8 @@ def _remarks(
     rows: Sequence[TableRow], keys: Sequence[str], names: Sequence[str], common: Mapping[str, Mapping[str, str]]
 ) -> list[str]:
     """Note what the labels leave out, and what makes rows less comparable than they look."""
-    notes, runs = [], [run for row in rows for run in row.runs]
-    if names:
-        notes.append(f"the runs also differ in {', '.join(names)}: each combination has its own row")
-    names_of = {row.method: row.name for row in rows}
-    unsaid = dict.fromkeys(
-        f"{names_of[method]}'s {setting_text(key, value)}" if key.startswith(METHOD_PREFIXES) else f"{key}={value}"
-        for method, values in common.items()
-        for key, value in values.items()
-        if key in names
-    )
-    if unsaid:
-        notes.append(f"where a row does not say otherwise: {', '.join(unsaid)}")
-    if implied := sorted(set(keys) - set(names)):
-        notes.append(f"with {', '.join(names)} go {', '.join(implied)}")
-    code = sorted({tag for run in runs for tag in run.tags if tag.startswith(TAG_CODE)})
-    for tag in (*COMPARED_TAGS, *code):
-        found = [{run.tags[tag] for run in row.runs if tag in run.tags} for row in rows]
-        mixed = [row.title for row, values in zip(rows, found, strict=True) if len(values) > 1]
-        if mixed:
-            notes.append(f"the runs of a row differ in {tag}: {', '.join(mixed)}")
-        elif len(set().union(*found)) > 1:
-            notes.append(f"rows differ in {tag}")
-    for run in runs:
-        if TAG_CONDITIONS_CHANGED in run.tags:
-            notes.append(f"{run.name} was continued under other conditions: {run.tags[TAG_CONDITIONS_CHANGED]}")
-        if TAG_EVALUATION_CHANGED in run.tags:
-            notes.append(f"{run.name} has its last evaluation's figures: {run.tags[TAG_EVALUATION_CHANGED]}")
-    if len({run.params.get("evaluation.bank") for run in runs} - {None}) > 1:
-        notes.append("the runs differ in evaluation.bank: their val kNN cannot be compared")
-    families: dict[str, set[str | None]] = defaultdict(set)
-    for metric in metrics_of(rows):
-        family = metric.rpartition("/")[0]
-        keys = f"{TAG_EVALUATED}/{metric}", f"{TAG_EVALUATED}/{family}"
-        families[family] |= {run.tags.get(keys[0], run.tags.get(keys[1])) for run in runs if metric in run.metrics}
-    for family, by in families.items():
-        if len(by) > 1:
-            settings = sorted(each or "settings that no tag names" for each in by)
-            notes.append(f"the figures of {family} differ in how they were evaluated: {'; '.join(settings)}")
-        elif by - {None}:
-            notes.append(f"{family} was evaluated with {by.pop()}")
+    runs = [run for row in rows for run in row.runs]
+    notes = [*_unsaid(rows, keys, names, common), *_unlike_tags(rows, runs), *_unlike_evaluations(rows, runs)]
     seeds = sorted({len(row.runs) for row in rows})
     if len(seeds) > 1:
         notes.append(f"the rows differ in their number of seeds: {seeds[0]} to {seeds[-1]}")
@@ -274,6 +236,59 @@ def _remarks(
         if where:
             notes.append(f"no {title}: {', '.join(where)}")
     return notes
+
+
+def _unsaid(
+    rows: Sequence[TableRow], keys: Sequence[str], names: Sequence[str], common: Mapping[str, Mapping[str, str]]
+) -> Iterator[str]:
+    """Settings in which the rows differ and which their labels leave out."""
+    if names:
+        yield f"the runs also differ in {', '.join(names)}: each combination has its own row"
+    names_of = {row.method: row.name for row in rows}
+    unsaid = dict.fromkeys(
+        f"{names_of[method]}'s {setting_text(key, value)}" if key.startswith(METHOD_PREFIXES) else f"{key}={value}"
+        for method, values in common.items()
+        for key, value in values.items()
+        if key in names
+    )
+    if unsaid:
+        yield f"where a row does not say otherwise: {', '.join(unsaid)}"
+    if implied := sorted(set(keys) - set(names)):
+        yield f"with {', '.join(names)} go {', '.join(implied)}"
+
+
+def _unlike_tags(rows: Sequence[TableRow], runs: Sequence[Record]) -> Iterator[str]:
+    """Runs of other code, devices and conditions."""
+    code = sorted({tag for run in runs for tag in run.tags if tag.startswith(TAG_CODE)})
+    for tag in (*COMPARED_TAGS, *code):
+        found = [{run.tags[tag] for run in row.runs if tag in run.tags} for row in rows]
+        mixed = [row.title for row, values in zip(rows, found, strict=True) if len(values) > 1]
+        if mixed:
+            yield f"the runs of a row differ in {tag}: {', '.join(mixed)}"
+        elif len(set().union(*found)) > 1:
+            yield f"rows differ in {tag}"
+    for run in runs:
+        if TAG_CONDITIONS_CHANGED in run.tags:
+            yield f"{run.name} was continued under other conditions: {run.tags[TAG_CONDITIONS_CHANGED]}"
+        if TAG_EVALUATION_CHANGED in run.tags:
+            yield f"{run.name} has its last evaluation's figures: {run.tags[TAG_EVALUATION_CHANGED]}"
+
+
+def _unlike_evaluations(rows: Sequence[TableRow], runs: Sequence[Record]) -> Iterator[str]:
+    """Figures that were measured by other settings than those of their runs, or of each other."""
+    if len({run.params.get("evaluation.bank") for run in runs} - {None}) > 1:
+        yield "the runs differ in evaluation.bank: their val kNN cannot be compared"
+    families: dict[str, set[str | None]] = defaultdict(set)
+    for metric in metrics_of(rows):
+        family = metric.rpartition("/")[0]
+        keys = f"{TAG_EVALUATED}/{metric}", f"{TAG_EVALUATED}/{family}"
+        families[family] |= {run.tags.get(keys[0], run.tags.get(keys[1])) for run in runs if metric in run.metrics}
+    for family, by in families.items():
+        if len(by) > 1:
+            settings = sorted(each or "settings that no tag names" for each in by)
+            yield f"the figures of {family} differ in how they were evaluated: {'; '.join(settings)}"
+        elif by - {None}:
+            yield f"{family} was evaluated with {by.pop()}"
 
 
 def _changing(runs: Sequence[Record]) -> list[str]:
