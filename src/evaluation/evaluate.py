@@ -22,7 +22,7 @@ from src.models import dtype_name
 from src.runs import checkpoint
 from src.runs import directory as run_directory
 from src.runs.query import named_run
-from src.runs.record import CHECKPOINTS, RECORD, TAG_DTYPE, TAG_EVALUATED, Record
+from src.runs.record import CHECKPOINTS, RECORD, TAG_DTYPE, TAG_EVALUATED, Record, newest_checkpoint
 from src.runs.tracker import Tracker
 
 RUNS_OWN = "the run's own settings"
@@ -172,7 +172,7 @@ def _checkpoint(composed: DictConfig) -> tuple[Path, dict[str, Any]]:
         return path, checkpoint.load(path)
     path = path if path.is_dir() else named_run(named, given[0])
     directory = path if path.name == CHECKPOINTS else path / CHECKPOINTS
-    newest = checkpoint.newest(directory)  # an earlier one would pass its figures off as the finished run's
+    newest = newest_checkpoint(directory)  # an earlier one would pass its figures off as the finished run's
     if newest is None:
         raise UsageError(f"{directory}: there is no checkpoint; give a checkpoint's file or its run's folder")
     return newest, checkpoint.load(newest)

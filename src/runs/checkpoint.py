@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,13 +22,12 @@ from typing_extensions import TypedDict  # typing's own is refused by pydantic b
 
 from src.errors import UsageError
 from src.runs.metrics_file import begins_with, reason
-from src.runs.record import CHECKPOINT_FILES, DIGEST_BYTES
+from src.runs.record import DIGEST_BYTES, checkpoints_by_step
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
 from src.system.regular_file import read_regular
 
 FORMAT = 3  # of the keys of the state: to be raised when they change their meaning
-_NAME = re.compile(r"step-(\d+)\.pt")
 
 logger = logging.getLogger(__name__)
 
@@ -74,16 +72,16 @@ def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 2) ->
     path = directory / f"step-{step:08d}.pt"
     write_whole(path, payload, hashlib.sha256(payload).digest())
 
-    saved = _by_step(directory)
-    for other in sorted(other for other in saved if other <= step)[:-keep]:
-        saved[other].unlink()
+    up_to_here = [saved for other, saved in checkpoints_by_step(directory).items() if other <= step]
+    for saved in up_to_here[:-keep]:
+        saved.unlink()
     set_aside_after(directory, step)
     return path
 
 
 def set_aside_after(directory: Path, step: int) -> None:
     """Rename the checkpoints of later steps, which are damaged or of something else, so that none counts as good."""
-    for path in (path for other, path in _by_step(directory).items() if other > step):
+    for path in (path for other, path in checkpoints_by_step(directory).items() if other > step):
         aside = path.with_name(f"{path.name}.damaged")
         logger.warning("%s is set aside as %s", path, aside.name)
         path.rename(aside)
@@ -150,7 +148,7 @@ def load_latest(directory: Path, rows: Path | None = None) -> tuple[Path, dict[s
         UsageError: the newest whole one cannot be used, say because it is of another format, or none has its rows.
     """
     without_rows = None
-    for _, path in sorted(_by_step(directory).items(), reverse=True):
+    for path in reversed(checkpoints_by_step(directory).values()):
         try:
             state = load(path)
         except DamagedCheckpointError as error:
@@ -166,11 +164,6 @@ def load_latest(directory: Path, rows: Path | None = None) -> tuple[Path, dict[s
             "same command then trains from the start"
         )
     return None
-
-
-def newest(directory: Path) -> Path | None:
-    """The checkpoint of the latest step, whole or damaged; None without one."""
-    return max(_by_step(directory).items(), default=(0, None))[1]
 
 
 def restore(module: nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> None:
@@ -227,11 +220,6 @@ def _shape(value: object) -> tuple[int, ...] | None:
 
 def _first(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-
-
-def _by_step(directory: Path) -> dict[int, Path]:
-    paths = {path: _NAME.fullmatch(path.name) for path in directory.glob(CHECKPOINT_FILES)}
-    return {int(match[1]): path for path, match in paths.items() if match}
 
 
 def _check_plain(value: object, where: str) -> None:

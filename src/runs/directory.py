@@ -16,7 +16,6 @@ from src.config import identity, schema
 from src.config.outside import code_digests
 from src.errors import Collapsed, Diverged, UsageError
 from src.runs.record import (
-    CHECKPOINT_FILES,
     CHECKPOINTS,
     METRICS,
     RECORD,
@@ -26,6 +25,7 @@ from src.runs.record import (
     TAG_DIVERGED,
     TAG_ERROR,
     Record,
+    checkpoints_by_step,
 )
 from src.system.atomic_write import cannot_write
 
@@ -116,7 +116,7 @@ def refuse_foreign(directory: Path) -> None:
         return
     from src.runs import checkpoint  # torch takes seconds
 
-    if any(map(checkpoint.is_whole, (directory / CHECKPOINTS).glob(CHECKPOINT_FILES))):
+    if any(map(checkpoint.is_whole, checkpoints_by_step(directory / CHECKPOINTS).values())):
         return
     if others := sorted(path.name for path in directory.iterdir() if not _is_of_a_start(path)):
         raise UsageError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from src.config.schema import Config
 from src.errors import UsageError
 from src.runs.query import named_run
-from src.runs.record import CHECKPOINT_FILES, CHECKPOINTS, DIGEST_BYTES, ENCODER, Record
+from src.runs.record import CHECKPOINTS, DIGEST_BYTES, ENCODER, Record, newest_checkpoint
 
 
 def identify(cfg: Config) -> None:
@@ -35,12 +35,11 @@ def locate(init: str) -> Path:
     record = Record.find(path)
     if record and record.status != "FINISHED":
         raise UsageError(f"init={init}: the run is {record.status}, not FINISHED; name one of its checkpoints instead")
-    checkpoints = sorted((path / CHECKPOINTS).glob(CHECKPOINT_FILES))
-    if not checkpoints and (path / ENCODER).is_file():
+    if checkpoint := newest_checkpoint(path / CHECKPOINTS):
+        return checkpoint
+    if (path / ENCODER).is_file():
         raise UsageError(f"init={init}: the run's checkpoints are gone; name {path / ENCODER}, its encoder alone")
-    if not checkpoints:
-        raise UsageError(f"init={init}: there is no checkpoint; give a run's folder, a .pt or a .safetensors")
-    return checkpoints[-1]
+    raise UsageError(f"init={init}: there is no checkpoint; give a run's folder, a .pt or a .safetensors")
 
 
 def _identity(path: Path) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,7 @@ CONFIG = "config.yaml"  # the settings that differ from their neutral defaults
 ENCODER = "encoder.safetensors"  # the weights of a finished run's encoder, and what they are
 CURVES = "curves.png"
 CHECKPOINTS = "checkpoints"  # the folder of `CHECKPOINT_FILES`
-CHECKPOINT_FILES = "step-*.pt"
+CHECKPOINT_FILES = re.compile(r"step-(\d+)\.pt")
 DIGEST_BYTES = 32  # a checkpoint ends with the SHA-256 of what comes before
 
 # The tags of a run.
@@ -275,6 +276,17 @@ def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
             yield Path(parent), Record.load(Path(parent))
         except UsageError as error:
             logger.warning("passed over: %s", str(error).removesuffix(f": {MOVE_AWAY}"))
+
+
+def checkpoints_by_step(folder: Path) -> dict[int, Path]:
+    """The checkpoints that a folder holds, whole or damaged, the earliest first."""
+    found = {path: CHECKPOINT_FILES.fullmatch(path.name) for path in folder.glob("step-*.pt")}
+    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the latest step, whole or damaged; None without one."""
+    return next(reversed(checkpoints_by_step(folder).values()), None)
 
 
 def now_ms() -> int:

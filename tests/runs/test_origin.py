@@ -176,3 +176,10 @@ def test_the_weights_are_part_of_the_identity_and_their_place_is_not(tmp_path):
     a, b, copy = (hash_of(f"init={tmp_path}/{name}.safetensors") for name in ("a", "b", "copy"))
     assert len({a, b, hash_of()}) == 3
     assert a == copy
+
+
+def test_the_newest_checkpoint_is_that_of_the_latest_step(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for step in (99_999_999, 100_000_000, 7):
+        (tmp_path / f"checkpoints/step-{step:08d}.pt").touch()
+    assert origin.locate(str(tmp_path)).name == "step-100000000.pt"
