@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -67,6 +67,24 @@ def parse_data(composed: DictConfig) -> schema.Data:
     _check_values("data.", data)
     _check_data(data)
     return data
+
+
+def chosen_data(composed: DictConfig, own: DictConfig) -> DictConfig:
+    """Which images a command about a finished run means: those of ``data=``, or else the run's own.
+
+    Args:
+        composed: the command's.
+        own: the run's data group. Its images may have moved to ``data.root``.
+
+    Raises:
+        UsageError: another setting of the run's own images is to change.
+    """
+    if "name" in composed.data:
+        return composed.data
+    chosen = {str(key): value for key, value in composed.data.items() if value is not None}
+    if others := chosen.keys() - {"root"}:
+        raise UsageError(f"data.{min(others)}: a run's own images stay as they are; choose others with data=... first")
+    return cast(DictConfig, OmegaConf.merge(own, chosen))
 
 
 def _check_values(key: str, cfg: Any) -> None:

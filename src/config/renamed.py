@@ -17,6 +17,7 @@ RENAMED = {
     **{f"method.{key}": f"support.{key}" for key in ("metric", "forget", "forget_every", "half_life", "revive_after")},
     **{f"method.{key}": f"support.{key}" for key in ("refit", "refit_every", "refit_window")},
     "method.projector": "projector",
+    "data_root": "data.root",  # of src.evaluate and src.embed
 }
 SUPPORTS = {"simclr": "none", "nnclr": "queue", "kmclr": "kmeans"}
 

@@ -212,7 +212,7 @@ def _check_meant(cfg: Data, skipped: list[str], found: str) -> None:
     if cfg.fingerprint not in (None, found):
         raise UsageError(
             f"{shown(cfg)}: holds other images ({found}) than those of data.fingerprint={cfg.fingerprint}; "
-            "set data.root (of src.evaluate: data_root) to the folder that holds those"
+            "set data.root to the folder that holds those"
         )
 
 

@@ -22,7 +22,7 @@ from yaml import YAMLError
 
 from src import build
 from src.config import schema
-from src.config.parse import parse_data
+from src.config.parse import chosen_data, parse_data
 from src.data import Dataset, load
 from src.data.decoding import UNLABELLED
 from src.data.splits import Split
@@ -180,12 +180,8 @@ def _data(composed: DictConfig, run: Run) -> schema.Data:
         raise UsageError(f"{path} is not the configuration of a run: run the training command again")
     if composed.data.image_size not in (None, size):
         raise UsageError(f"data.image_size={composed.data.image_size}: the encoder takes {size} pixels; leave it out")
-    if _is_chosen(composed):
-        if composed.data_root:
-            raise UsageError("data_root is where the run's own data lie; with data= set data.root")
-        cfg.data = OmegaConf.to_container(composed.data, resolve=True)
-    elif composed.data_root:
-        cfg.data.root = composed.data_root
+    composed.data.image_size = None
+    cfg.data = chosen_data(composed, cfg.data)
     cfg.data.image_size = size
     cfg.data.final = True  # images for validation are not told apart
     return parse_data(cfg)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src import build
 from src.config import identity, schema
-from src.config.parse import parse
+from src.config.parse import chosen_data, parse
 from src.data import load
 from src.errors import UsageError
 from src.evaluation.probes import FrozenEncoder
@@ -68,7 +68,7 @@ def main(composed: DictConfig) -> dict[str, float]:
     is_other = record is not None and record.tags.get(TAG_DTYPE, arithmetic) != arithmetic
     if _final_protocol(cfg) != _final_protocol(before) or is_other:
         metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
-    if composed.get("data"):
+    if "name" in composed.data:
         metrics = {f"transfer/{cfg.data.name}-{data.fingerprint[:8]}/{key}": value for key, value in metrics.items()}
     _print(str(directory if record else path), metrics)
     if record:
@@ -152,13 +152,12 @@ def _final_protocol(cfg: schema.Config) -> dict[str, Any]:
 def _merged(saved: dict[str, Any], composed: DictConfig) -> schema.Config:
     """The run's config with what this command line chose."""
     cfg = OmegaConf.create(saved)
-    for key in ("search", "device", "precision", "data"):
+    for key in ("search", "device", "precision"):
         if composed.get(key):
             cfg[key] = composed[key]
     chosen = {key: value for key, value in composed.evaluation.items() if value is not None}
     cfg.evaluation = chosen if "name" in chosen else {**cfg.evaluation, **chosen}
-    if composed.data_root:
-        cfg.data.root = composed.data_root
+    cfg.data = chosen_data(composed, cfg.data)
     return parse(cfg)
 
 

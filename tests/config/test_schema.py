@@ -214,7 +214,7 @@ def test_imagenet_has_the_settings_of_the_paper():
 
 def test_evaluate_composes_and_needs_no_data():
     cfg = composed(name="evaluate")
-    assert OmegaConf.select(cfg, "data") is None
+    assert cfg.data == {"root": None}
     assert composed("data=digits", "evaluation=original", name="evaluate").data.name == "digits"
 
 

@@ -109,6 +109,28 @@ def test_each_image_has_its_path_its_split_and_its_class(run, drawn, cache_dir, 
         assert (row["split"], row["label"]) == (split, label)
 
 
+def test_a_runs_own_images_may_have_moved(drawn, cache_dir, tmp_path):
+    images = write_folder(tmp_path / "images", {f"{split}/{name}": 4 for split in ("train", "test") for name in "ab"})
+    folder = run_on(images, cache_dir, tmp_path)
+    before = pq.read_table(write(folder))
+    moved = images.rename(tmp_path / "moved")
+    table = pq.read_table(write(folder, f"data.root={moved}"))
+    assert table["vector"] == before["vector"]
+    assert table["image"].to_pylist()[0] == f"{moved}/test/a/0.png"
+    others = write_folder(tmp_path / "others", {"train/a": 4, "train/b": 4, "test/a": 4, "test/b": 3})
+    with pytest.raises(UsageError, match="holds other images"):
+        write(folder, f"data.root={others}")
+
+
+def run_on(images, cache_dir, tmp_path, *settings):
+    """A run on a folder of images, as its configuration tells."""
+    folder = write_run(tmp_path / "run", "backbone=resnet_tiny")
+    cfg = parsed(*of_folder(images, cache_dir, "data.image_size=32", *settings), "backbone=resnet_tiny")
+    cfg.data.fingerprint = load(cfg.data).fingerprint
+    OmegaConf.save(OmegaConf.structured(cfg), folder / "config.yaml")
+    return folder
+
+
 def test_names_that_are_not_utf_8_have_question_marks(run, drawn, cache_dir, tmp_path):
     folder = write_folder(tmp_path / "images", {"train/a": 4, "train/b": 4, "test/a": 1, "test/b": 1})
     for split in ("train", "test"):
@@ -196,7 +218,9 @@ def test_a_full_disk_is_one_line_that_names_the_file(run, drawn, tmp_path, cache
         ("out=here.txt", "out=here.txt: give a path that ends in .parquet"),
         ("out=nowhere/a.parquet", "out=nowhere/a.parquet: there is no folder nowhere; make it"),
         ("data.image_size=64", "data.image_size=64: the encoder takes 32 pixels; leave it out"),
-        ("data=digits data_root=here", "data_root is where the run's own data lie; with data= set data.root"),
+        ("data.root=here", "data.root=here: the images of data=digits lie in no such folder"),
+        ("data=digits data.root=here", "data.root=here: the images of data=digits lie in no such folder"),
+        ("+data.limit=3", "data.limit: a run's own images stay as they are; choose others with data=... first"),
         ("data=image_folder", "data.root is not set"),
         ("data=image_folder data.root=nowhere", "no such folder"),
     ],

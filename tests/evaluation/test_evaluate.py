@@ -296,19 +296,27 @@ def test_a_runs_own_images_may_have_moved_but_not_changed(tmp_path, small):
     cli.pretrain(composed(*small, *images, *more))
     before = Record.load(tmp_path / "run").metrics
     root = root.rename(tmp_path / "moved")
-    metrics = run(f"checkpoint={tmp_path}/run", f"data_root={root}")
+    metrics = run(f"checkpoint={tmp_path}/run", f"data.root={root}")
     assert metrics == {key: before[key] for key in metrics}
 
     others = write_set("image_folder", tmp_path / "others", seed=1)
-    with pytest.raises(UsageError, match=rf"^data\.root={others}: holds other images .*data_root.*") as refused:
-        run(f"checkpoint={tmp_path}/run", f"data_root={others}")
+    with pytest.raises(UsageError, match=rf"^data\.root={others}: holds other images .*set data\.root to") as refused:
+        run(f"checkpoint={tmp_path}/run", f"data.root={others}")
     assert "\n" not in str(refused.value)
     assert Record.load(tmp_path / "run").metrics == before
 
     _, state = checkpoint.load_latest(tmp_path / "run/checkpoints")
     assert state["config"]["data"].pop("fingerprint")  # as in checkpoints from before there were fingerprints
     old = checkpoint.save(tmp_path / "old", 1, state)
-    assert run(f"checkpoint={old}", f"data_root={root}") == metrics
+    assert run(f"checkpoint={old}", f"data.root={root}") == metrics
+    with pytest.raises(UsageError, match=r"^data\.limit: a run's own images stay as they are; choose others"):
+        run(f"checkpoint={old}", f"data.root={root}", "+data.limit=9")
+
+
+def test_images_that_lie_in_no_folder_have_not_moved_to_one(finished):
+    for chosen in ([], ["data=digits"]):
+        with pytest.raises(UsageError, match=r"^data\.root=here: the images of data=digits lie in no such folder"):
+            run(f"checkpoint={finished}", *chosen, "data.root=here")
 
 
 def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path):
