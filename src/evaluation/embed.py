@@ -24,6 +24,7 @@ from src import build
 from src.config import schema
 from src.config.parse import chosen_data, parse_data
 from src.data import Dataset, load
+from src.data.cache import fingerprint
 from src.data.decoding import UNLABELLED
 from src.data.splits import Split
 from src.errors import RunFailed, UsageError
@@ -139,17 +140,25 @@ def _parts(data: Dataset, cfg: schema.Data, everything: bool) -> list[NamedSplit
     Raises:
         UsageError: there is no test image.
     """
-    splits = {"train": data.train, "test": data.test, "probe": data.apart} if everything else {"test": data.test}
-    found = data.names(cfg)
+    test = {"test": data.test}
+    splits = {"train": data.train, "val": data.val, **test, "probe": data.apart} if everything else test
     parts = []
     for name, split in splits.items():
         if split is not None and len(split):
             labelled = name != "train" or data.labelled
             labels_N = split.labels if labelled else torch.full_like(split.labels, UNLABELLED)
-            parts.append(NamedSplit(replace(split, labels=labels_N), _of_rows(found[name], split)))
+            names = _validating(data, cfg) if name == "val" else data.names(cfg)[name]
+            parts.append(NamedSplit(replace(split, labels=labels_N), _of_rows(names, split)))
     if not parts:
         raise UsageError("the run's data have no test images, because no image has a label: choose images with data=")
     return parts
+
+
+def _validating(data: Dataset, cfg: schema.Data) -> Iterator[tuple[str, str]]:
+    """The names of all images among which those are that validate."""
+    assert data.val is not None
+    names = data.names(cfg)["train" if data.val.store is data.train.store else "probe"]
+    return (("val", name) for _, name in names)
 
 
 def _of_rows(names: Iterator[Any], split: Split) -> Iterator[Any]:
@@ -168,6 +177,8 @@ def _is_chosen(composed: DictConfig) -> bool:
 def _data(composed: DictConfig, run: Run) -> schema.Data:
     """Which images, at the encoder's size; of the run's own, what its configuration says.
 
+    Images for validation are told apart where they are the run's own: k and the learning rate were chosen on them.
+
     Raises:
         UsageError: the run's configuration cannot be read, or the settings do not fit.
     """
@@ -181,10 +192,13 @@ def _data(composed: DictConfig, run: Run) -> schema.Data:
     if composed.data.image_size not in (None, size):
         raise UsageError(f"data.image_size={composed.data.image_size}: the encoder takes {size} pixels; leave it out")
     composed.data.image_size = None
+    own = parse_data(cfg)
     cfg.data = chosen_data(composed, cfg.data)
     cfg.data.image_size = size
-    cfg.data.final = True  # images for validation are not told apart
-    return parse_data(cfg)
+    data = parse_data(cfg)
+    if fingerprint(data) == own.fingerprint:
+        return replace(data, final=own.final, val_fraction=own.val_fraction, split_seed=own.split_seed)
+    return replace(data, final=True)
 
 
 @contextmanager

@@ -122,6 +122,33 @@ def test_a_runs_own_images_may_have_moved(drawn, cache_dir, tmp_path):
         write(folder, f"data.root={others}")
 
 
+@pytest.mark.parametrize("settings", [[], ["data.split_seed=1", "data.val_fraction=0.25"], ["data.final=true"]])
+def test_of_a_runs_own_images_those_that_validate_it_are_told_apart(drawn, cache_dir, tmp_path, settings):
+    images = write_folder(tmp_path / "images", {"train/a": 10, "train/b": 10, "test/a": 2, "test/b": 2})
+    folder = run_on(images, cache_dir, tmp_path, *settings)
+    rows = pq.read_table(write(folder, *of_folder(images, cache_dir))).to_pylist()
+    data = load(parsed(*of_folder(images, cache_dir, "data.image_size=32", *settings)).data)
+    assert len(rows) == len({row["image"] for row in rows}) == 24
+    for split in ("train", "val", "test"):
+        expected = getattr(data, split)
+        found = [row for row in rows if row["split"] == split]
+        assert len(found) == (0 if expected is None else len(expected))
+        if found:
+            features = by_the_encoder(folder, expected.images)
+            torch.testing.assert_close(torch.tensor([row["vector"] for row in found]), features, rtol=0, atol=1e-5)
+            assert all(row["image"].split("/")[-2] == row["label"] for row in found)
+
+
+def test_where_other_labelled_images_stand_in_those_that_validate_are_of_them(drawn, cache_dir, tmp_path):
+    counts = {"unlabeled": 5, "train/a": 10, "train/b": 10, "test/a": 1, "test/b": 1}
+    images = write_folder(tmp_path / "images", counts)
+    folder = run_on(images, cache_dir, tmp_path, "data.train_split=unlabeled")
+    rows = pq.read_table(write(folder, *of_folder(images, cache_dir, "data.train_split=unlabeled"))).to_pylist()
+    assert [row["split"] for row in rows] == ["train"] * 5 + ["val"] * 2 + ["test"] * 2 + ["probe"] * 18
+    assert all("/train/" in row["image"] for row in rows if row["split"] in ("val", "probe"))
+    assert len({row["image"] for row in rows}) == 27
+
+
 def run_on(images, cache_dir, tmp_path, *settings):
     """A run on a folder of images, as its configuration tells."""
     folder = write_run(tmp_path / "run", "backbone=resnet_tiny")
