@@ -245,10 +245,12 @@ def finish(
 ) -> None:
     """The final evaluation, and the files that stay."""
     cfg = state.cfg
-    is_ours = cfg.method._target_ is None  # another method may use its support set without saying so
-    if is_ours and state.method.support is not None and not state.support_used:
-        tracker.record.tags[TAG_SUPPORT_UNUSED] = "true"
-        logger.warning("%s: the support set was never filled, so reports leave the run out", directory)
+    if state.method.support is not None and not state.support_used:
+        if cfg.method._target_ is None:
+            tracker.record.tags[TAG_SUPPORT_UNUSED] = "true"
+            logger.warning("%s: the support set was never filled, so reports leave the run out", directory)
+        else:  # it may use its support set without saying so
+            logger.warning("%s: the method returned no ids: nothing tells whether it used its support set", directory)
     if data.classes:
         print("evaluating on the test images", flush=True)
     protocol = Protocol(data, cfg.evaluation, state.search, cfg.seed)

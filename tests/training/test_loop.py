@@ -1066,6 +1066,22 @@ def test_a_run_whose_support_set_was_never_filled_is_not_reported_as_what_it_is_
     assert notes == ["left out: run (its support set was never filled)"]
 
 
+class Silent(Method):
+    """A method of one's own that never asks its support set."""
+
+    def forward(self, view1, view2):
+        h = self.encoder(torch.cat([view1, view2]))
+        z = self.projector(h)
+        return Output(z.square().mean(), h.detach(), z.detach()[: len(view1)], None)
+
+
+def test_a_method_that_does_not_say_whether_it_uses_its_support_set_is_warned_of(run, caplog):
+    own = "+method._target_=tests.training.test_loop.Silent"
+    record = Record.load(run("method=nnclr", "queue_size=64", "epochs=1", own))
+    assert "the method returned no ids: nothing tells whether it used its support set" in caplog.text
+    assert "support_unused" not in record.tags
+
+
 def test_other_conditions_on_resume_are_said_and_another_precision_is_refused(run, tmp_path, monkeypatch, caplog):
     overrides = ["method=simclr", "precision=auto", "epochs=1"]
     monkeypatch.setattr(build, "precision", lambda *_: torch.float32)
