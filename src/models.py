@@ -97,6 +97,10 @@ def timm_model(name: str, options: dict[str, Any]) -> nn.Module:
         near = timm.list_models(f"*{name}*")[:5]
         hint = f"; near to it are {', '.join(near)}" if near else ""
         raise UsageError(f"backbone.name={name}: timm has no such model{hint}")
+    if taken := {"pretrained", "num_classes"} & options.keys():
+        raise UsageError(
+            f"backbone.options.{min(taken)}: is not to be set; leave it out (init=FILE has weights: docs/library.md)"
+        )
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **options)
     except Exception as error:  # of whatever kind: a tag or an option that the model does not know

@@ -69,6 +69,8 @@ def test_timm_mistakes_are_explained():
         models.timm_model("resnetv2_5", {})
     with pytest.raises(UsageError, match=r"backbone.options=.*resnet10t does not take them"):
         models.timm_model("resnet10t", {"sides": 3})
+    with pytest.raises(UsageError, match=r"^backbone.options.pretrained: is not to be set; .*init=FILE has weights"):
+        models.timm_model("resnet10t", {"pretrained": True})
     with pytest.raises(UsageError, match=r"backbone.name=resnet18.foo: timm fails \(Invalid pretrained tag"):
         models.timm_model("resnet18.foo", {})
     with pytest.raises(UsageError, match=r"data.image_size=32"):

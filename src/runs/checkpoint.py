@@ -166,13 +166,19 @@ def load_latest(directory: Path, rows: Path | None = None) -> tuple[Path, dict[s
     return None
 
 
-def restore(module: nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> None:
+def restore(
+    module: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    path: Path,
+    remedy: str = "Give the config that it was trained with",
+) -> None:
     """Load a state dict into a module that must have exactly its keys and shapes.
 
     Args:
         module: changed only if all fits.
         state_dict: of the module when it was saved.
         path: where it was read, for the message.
+        remedy: the end of the message.
 
     Raises:
         UsageError: keys are missing, unexpected or of another shape.
@@ -180,7 +186,7 @@ def restore(module: nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> 
     differences = _differences(module, state_dict)
     if any(differences.values()):
         found = "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in differences.items() if keys)
-        raise UsageError(f"{path} is of another method or shape: {found}. Give the config that it was trained with")
+        raise UsageError(f"{path} is of another method or shape: {found}. {remedy}")
     module.load_state_dict(dict(state_dict))
 
 

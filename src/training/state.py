@@ -185,12 +185,16 @@ class TrainState:
                 try:
                     weights = {f"encoder.{key}": value for key, value in read_weights(path)[1].items()}
                 except (OSError, SafetensorError) as error:
-                    raise UsageError(f"init={path}: not a safetensors file ({one_line(error)})") from None
+                    raise UsageError(
+                        f"init={path}: not a safetensors file ({one_line(error)}); give a run of this project, "
+                        "its .pt, or an encoder's .safetensors (docs/library.md: weights of another library)"
+                    ) from None
             weights = own_rows(self.method, weights)
+            remedy = f"init= takes an encoder of backbone={self.cfg.backbone.name}, with the keys of its state_dict"
             for name, part in self.method.named_children():
                 own = {key.removeprefix(f"{name}."): v for key, v in weights.items() if key.startswith(f"{name}.")}
                 if name == "encoder" or checkpoint.fits(part, own):
-                    checkpoint.restore(part, own, path)
+                    checkpoint.restore(part, own, path, remedy)
                     taken.append(name)
         self.method.after_init(taken)
         return ", ".join(taken)

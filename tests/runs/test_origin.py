@@ -110,9 +110,12 @@ def test_a_foreign_encoder_is_a_start_too(run, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no weights")
     before = set(tmp_path.glob("multirun/*"))
-    for init, says in (("other", "is of another method or shape"), ("text", "not a safetensors file")):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "theirs.pth")
+    other = "is of another method or shape: .*init= takes an encoder of backbone=resnet"
+    text = "not a safetensors file .* give a run"
+    for init, says in (("other.safetensors", other), ("text.safetensors", text), ("theirs.pth", text)):
         with pytest.raises(UsageError, match=says):
-            run(*KMCLR, f"init={init}.safetensors")
+            run(*KMCLR, f"init={init}")
     assert set(tmp_path.glob("multirun/*")) == before
 
 

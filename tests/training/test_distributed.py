@@ -311,7 +311,7 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_one_that_it_is_bound_to(monke
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "new_group", lambda **_: object.__new__(dist.ProcessGroup))
+    monkeypatch.setattr(dist, "new_group", lambda **_: dist.ProcessGroup(0, 1))
     monkeypatch.setattr(distributed.logging, "disable", lambda _: None)
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     if taken == "error":
