@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from src.config import identity, schema
 from src.config.outside import code_digests
+from src.config.renamed import modern
 from src.errors import Collapsed, Diverged, UsageError
 from src.runs.record import (
     CHECKPOINTS,
@@ -88,6 +89,34 @@ def _warn_of_other_code(module: str) -> None:
         "takes, such as version=2, makes other runs of them",
         module,
     )
+
+
+def changed_protocol(cfg: schema.Config, directory: Path) -> dict[str, str]:
+    """The settings of the evaluation in which a config differs from the last session, each with how it differs.
+
+    They are no part of a run's identity, so a change of them starts no new run. A record keeps the params of the first
+    session, as MLflow does; a tag with the name of a param holds its present value.
+    """
+    if (record := Record.find(directory)) is None:
+        return {}
+    before, now = identity.with_neutral(modern(record.params)) | record.tags, identity.flat(cfg)
+    besides = {"evaluation.teacher", "evaluation.bank"} & before.keys()
+    asked = sorted({key for key in before | now if identity.is_protocol(key)} | besides)
+    found = {key: (before.get(key, "null"), str(now.get(key, "null"))) for key in asked}
+    return {key: f"{key} was {was} and is {now}" for key, (was, now) in found.items() if was != now}
+
+
+def warn_of_other_protocol(finished: Iterable[schema.Config]) -> None:
+    """Say once of all of these runs, which are finished, how the evaluation of some was another."""
+    changes = [found for cfg in finished if (found := changed_protocol(cfg, path_of(cfg)))]
+    if changes:
+        logger.warning(
+            "%d finished job%s evaluated otherwise (%s): reports pair runs of one evaluation only, so repeat the "
+            "former settings here; python -m src.evaluate adds figures by others",
+            len(changes),
+            " was" if len(changes) == 1 else "s were",
+            ", ".join(dict.fromkeys(text for found in changes for text in found.values())),
+        )
 
 
 def refuse_hopeless(directory: Path, cfg: schema.Config) -> None:

@@ -18,7 +18,7 @@ def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
 
     A job whose images have not been decoded has no directory yet, and is listed by its name.
     """
-    lines, lasts, todo = [], list[float](), 0
+    lines, lasts, done = [], list[float](), list[Config]()
     finished = _seconds_an_epoch()
     for number, cfg in enumerate(cfgs):
         directory = run_directory.path_of(cfg) if cfg.data.fingerprint else Path(identity.run_name(cfg))
@@ -27,8 +27,9 @@ def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
             state, estimate = record.status.lower() if record else "to do", ""
         except UsageError:
             record, state, estimate = None, "damaged", ""
-        if not (record and record.status == "FINISHED"):
-            todo += 1
+        if record and record.status == "FINISHED":
+            done.append(cfg)
+        else:
             alike = _alike(identity.flat(cfg))
             rate = finished.get((cfg.method.name, *alike)) or finished.get(("", *alike))
             if rate is not None:
@@ -37,6 +38,8 @@ def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
         lines.append(
             f"{number:4}  {state:9} {identity.support_set_size(cfg):7,}  {directory.name}  {estimate}".rstrip()
         )
+    run_directory.warn_of_other_protocol(done)
+    todo = len(cfgs) - len(done)
     total = f"{len(cfgs)} job{'s' * (len(cfgs) != 1)}, {todo} to run"
     if lasts:  # no job is shared between processes: the longest is the least that all of them take
         total += f", about {_duration(max(sum(lasts) / at_a_time, *lasts))} with jobs={at_a_time}"

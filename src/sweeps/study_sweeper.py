@@ -12,6 +12,7 @@ from src.config import identity
 from src.config.explain import whole_numbers
 from src.config.schema import Config
 from src.errors import Diverged, UsageError
+from src.runs.directory import warn_of_other_protocol
 from src.runs.record import RECORD
 from src.sweeps.dry_run import preview
 from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, plain, refuse_equal_runs, refuse_unused, typed
@@ -68,6 +69,7 @@ class StudySweeper(GridSweeper):
                 print(f"{sweep.directory / studies.FILE} {anew}", file=sys.stderr)
             sweep.jobs += [self._job(study, fixed, number) for number in study.points()]
             print(f"{sweep.directory}: {len(sweep.jobs)} of {self.trials} trials are there", flush=True)
+            warn_of_other_protocol([job.cfg for job in sweep.jobs if job.cfg and job.is_finished])
             trials = _Trials(study, sweep.jobs, self.trials, partial(self._job, study, fixed))
             for job in self.launch(sweep, trials, ALWAYS_SHOWN | space.keys(), at_a_time):
                 trials.conclude(job)

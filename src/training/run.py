@@ -19,7 +19,6 @@ from omegaconf import OmegaConf
 from src.config import identity
 from src.config.names import TEACHER, colour_of
 from src.config.outside import code_digests
-from src.config.renamed import modern
 from src.config.schema import Config
 from src.data import load
 from src.errors import Diverged, UsageError
@@ -107,7 +106,7 @@ def run(
         if ranks.broadcast(run_directory.is_finished(directory, cfg)):
             if ranks.first:
                 catch_up(directory, cfg.tracking)
-            if changes := changed_protocol(cfg, directory):
+            if changes := run_directory.changed_protocol(cfg, directory):
                 add = f"python -m src.evaluate run={directory}, with these settings, adds other figures"
                 logger.warning("%s was evaluated otherwise (%s): %s", directory, ", ".join(changes.values()), add)
             return say_result(directory)
@@ -165,24 +164,9 @@ def run(
         return say_result(directory)
 
 
-def changed_protocol(cfg: Config, directory: Path) -> dict[str, str]:
-    """The settings of the evaluation in which this session differs from the last one, each with how it differs.
-
-    They are no part of a run's identity, so a change of them starts no new run. A record keeps the params of the first
-    session, as MLflow does; a tag with the name of a param holds its present value.
-    """
-    if (record := Record.find(directory)) is None:
-        return {}
-    before, now = identity.with_neutral(modern(record.params)) | record.tags, identity.flat(cfg)
-    besides = {"evaluation.teacher", "evaluation.bank"} & before.keys()
-    asked = sorted({key for key in before | now if identity.is_protocol(key)} | besides)
-    found = {key: (before.get(key, "null"), str(now.get(key, "null"))) for key in asked}
-    return {key: f"{key} was {was} and is {now}" for key, (was, now) in found.items() if was != now}
-
-
 def note_changed_protocol(cfg: Config, directory: Path, step: int) -> dict[str, str]:
     """Warn where the evaluation has changed since the last session; the tags that record it, none where it has not."""
-    changes = changed_protocol(cfg, directory)
+    changes = run_directory.changed_protocol(cfg, directory)
     if not changes:
         return {}
     config, text = identity.flat(cfg), ", ".join(changes.values())

@@ -75,3 +75,16 @@ def test_runs_of_other_images_or_networks_tell_nothing():
     ran(parsed("backbone=resnet50"), 3000)
     ran(parsed("data.limit=1000"), 3000)
     assert "no time known for 1" in preview(jobs(0), at_a_time=1)
+
+
+def test_finished_runs_of_another_evaluation_are_named_in_one_line(caplog):
+    for cfg in jobs(0, 1):
+        ran(cfg, 3000)
+    now = jobs(0, 1, 2)
+    preview(now, at_a_time=1)
+    assert not caplog.messages
+    for cfg in now:
+        cfg.evaluation.epochs = 20
+    assert "3 jobs, 1 to run" in preview(now, at_a_time=1)
+    (said,) = caplog.messages
+    assert said.startswith("2 finished jobs were evaluated otherwise (evaluation.epochs was 100 and is 20): ")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from src.config import identity
 from src.config.explain import whole_numbers
 from src.errors import UsageError
 from src.runs.record import Record
@@ -32,14 +33,15 @@ class Launcher:
             job.error, job.status = "as the test says" if status else "", status
             self.directories.append(job.directory)
             if status == 0:
-                finish(job.directory, self.figures or {"val/knn_top1": float(job.cfg.k)})
+                finish(job.directory, self.figures or {"val/knn_top1": float(job.cfg.k)}, identity.flat(job.cfg))
             yield job
 
 
-def finish(directory, figures):
+def finish(directory, figures, params):
     """Leaves what a search reads of a finished run."""
     record = Record.new(directory.name, "study")
     record.status, record.metrics = "FINISHED", figures
+    record.params = {key: str(value) for key, value in params.items()}
     record.tags["config_hash"] = directory.name.rpartition("-")[2]
     directory.mkdir(parents=True)
     record.save(directory)
@@ -134,6 +136,14 @@ def test_images_without_labels_are_searched_once_and_not_again(search):
 def test_a_pruned_trial_that_was_finished_by_hand_counts_once(search, capsys):
     pruned = Launcher(76, 0)
     assert search(pruned, trials=2) == 0
-    finish(pruned.directories[0], {"val/knn_top1": 9.0})
+    finish(pruned.directories[0], {"val/knn_top1": 9.0}, {})
     assert search(Launcher(), trials=2) == 0
     assert "2 of 2 jobs finished, 0 pruned" in capsys.readouterr().out
+
+
+def test_a_search_says_once_that_finished_trials_were_evaluated_otherwise(search, caplog):
+    assert search(Launcher(0, 0), trials=2) == 0
+    assert "otherwise" not in caplog.text
+    assert search(Launcher(), "evaluation.epochs=9", trials=2) == 0
+    (said,) = [line for line in caplog.messages if "otherwise" in line]
+    assert "2 finished jobs were evaluated otherwise (evaluation.epochs was 100 and is 9): " in said

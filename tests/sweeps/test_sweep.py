@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -14,12 +15,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from src.errors import CannotWrite
 from src.runs.directory import is_held
 from src.runs.record import Record
-from src.sweeps.grid import alternatives
+from src.sweeps.grid import GridSweeper, alternatives
 from src.sweeps.jobs import Job
 from src.sweeps.sweep import Sweep
 from src.system.stopping import is_stop
 from tests.config.test_schema import parsed
 from tests.conftest import ELSEWHERE
+from tests.sweeps.test_dry_run import ran
 from tests.sweeps.test_jobs import sets
 
 UNION = [
@@ -93,6 +95,25 @@ def test_two_sets_are_swept_and_both_are_known_again(command, small, tmp_path):
     assert len(folders(tmp_path, "simclr")) == 2
     assert "2 jobs, 2 finished already" in command("src.train", *arguments).stdout
     assert "2 jobs, 0 to run" in command("src.train", *arguments, "dry_run=true").stdout
+
+
+def test_a_sweep_says_once_that_finished_jobs_were_evaluated_otherwise(
+    as_hydra_does, cache_dir, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("src.sweeps.sweep.summarise", lambda records: ([], []))
+    given = ["data=digits", "tracking=jsonl", f"data.cache_dir={cache_dir}", "k=10,20"]
+    for more in ([], ["evaluation.epochs=9"]):
+        sweeper = as_hydra_does(GridSweeper(params={}))
+        sweeper.launcher, sweeper.prepare = Mock(at_a_time=1, status=0, **{"run.return_value": []}), lambda: None
+        if not more:
+            for job in sweeper.jobs(given):
+                ran(job.cfg, 1)
+        with pytest.raises(SystemExit):
+            sweeper.sweep([*given, *more])
+        said = [line for line in caplog.messages if "otherwise" in line]
+        assert len(said) == len(more)
+    assert said[0].startswith("2 finished jobs were evaluated otherwise (evaluation.epochs was 100 and is 9): ")
 
 
 @pytest.fixture
