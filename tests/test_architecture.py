@@ -53,6 +53,7 @@ OURS = {
     "src.runs",
     "src.sweeps",
     "src.evaluation",
+    "src.training.checks",
     "src.training.run",
     "src.training.distributed",
 }

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config import identity
 from src.config.explain import whole_numbers
 from src.config.schema import Config
+from src.data import Dataset, load
+from src.data.cache import known_fingerprint
 from src.errors import Diverged, UsageError
 from src.runs.directory import warn_of_other_protocol
 from src.runs.record import RECORD
@@ -37,6 +40,7 @@ class StudySweeper(GridSweeper):
     def __init__(self, trials: int, pruner: str, seed: int, params: Mapping[str, Any]) -> None:
         super().__init__(params=params)
         self.trials, self.pruner, self.seed = trials, pruner, seed
+        self.data: dict[str, Dataset] = {}  # by its settings
 
     def sweep(self, arguments: list[str]) -> None:
         """Take up the trials that were cut off, then propose another whenever one ends, until there are enough."""
@@ -123,9 +127,30 @@ class StudySweeper(GridSweeper):
         """The job of a trial that has its point."""
         point = [f"{key}={value}" for key, value in study.points()[number].items()]
         job = self.composer.identify(self.composer([*fixed, *point]))
+        if job.cfg and (reason := self._refused(job.cfg, job.overrides)):
+            job = Job(job.overrides, None, Path(), job.passed_over, reason, status=2)
         job.trial = number
         job.status = job.status or (PRUNED if study.state(number) == "PRUNED" else 0)
         return job
+
+    def _refused(self, cfg: Config, overrides: Sequence[str]) -> str:
+        """Why there are too few images for a trial's settings, empty where there are enough.
+
+        Of its job nobody could tell this from a mistake that is mended outside the search, as a full disk is.
+        """
+        from src.training.checks import check_batch_fits, refuse_unfillable
+
+        images = repr(cfg.data)
+        try:
+            if images not in self.data and known_fingerprint(cfg.data):  # a dry run decodes nothing
+                self.data[images] = load(cfg.data)
+            if data := self.data.get(images):
+                if any(each.startswith("batch_size=") for each in overrides):
+                    check_batch_fits(cfg, data, exact=True)
+                refuse_unfillable(cfg, len(data.train), filled=cfg.init is not None)
+        except UsageError as error:
+            return str(error)
+        return ""
 
 
 class _Trials:

@@ -119,7 +119,8 @@ class Sweep:
             print(f"charts: {how_to_open(charts_path)}", flush=True)
         for note in notes:
             print(note, file=sys.stderr)
-        if lacking and not any(job.cfg and job.cfg.resume == "never" for job in lacking):
+        possible = [job.cfg for job in lacking if job.cfg]
+        if possible and not any(cfg.resume == "never" for cfg in possible):
             print(f"run again just what is missing: {_command()}", file=sys.stderr)
         self.status = (stopped[0] if stopped else 1) if lacking else 0
         return "FINISHED" if not lacking else "KILLED" if stopped else "FAILED"

@@ -88,6 +88,28 @@ def test_a_search_has_as_many_trials_as_are_asked_for_with_those_of_earlier_comm
     assert (first.ran, more.ran, again.ran) == ([0, 1], [2, 3, 4], [])
 
 
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("k=764", "k=764: is never filled, because only 512 embeddings are seen"),
+        ("batch_size=400", "batch_size=400 is larger than the 300 training images"),
+    ],
+)
+def test_a_trial_that_has_too_few_images_is_judged_once_and_never_run(search, capsys, setting, says):
+    arguments = ["data.limit=300", "batch_size=256", "epochs=3"]
+    key, value = setting.split("=")
+    arguments = [each for each in arguments if not each.startswith(key)]
+    space = {key: f"choice({value},20)", "optimizer.lr": "choice(1,2)"}
+    first, second = Launcher(0, 0, 0, 0), Launcher(0)
+    for launcher in (first, second):
+        assert search(launcher, *arguments, trials=4, space=space) == 1
+        assert sorted(states(launcher)) == ["COMPLETE"] * 2 + ["FAIL"] * 2
+        said = capsys.readouterr().err
+        assert said.count(f"no result: {says}") == 2
+        assert "run again" not in said
+    assert (len(first.ran), second.ran) == (2, [])
+
+
 def test_a_search_whose_time_is_up_says_so_where_its_last_job_has_ended_by_itself(search):
     launcher = Launcher(0, status=75)
     assert search(launcher, trials=2) == 75

@@ -199,7 +199,7 @@ def test_a_sweep_with_a_bad_value_then_again(command, small, tmp_path):
     done = command("src.train", *arguments)
     assert done.returncode == 1
     assert "no result: k=abc: Value 'abc'" in done.stderr
-    assert "run again just what is missing: python -m src.train --multirun" in done.stderr
+    assert "run again" not in done.stderr  # which would end the same way
     assert "Traceback" not in done.stderr
     folder, record = sweep_of(tmp_path)
     assert record.status == "FAILED"
