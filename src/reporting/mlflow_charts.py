@@ -96,13 +96,20 @@ def _sections() -> list[dict[str, Any]]:
     return [ours, *others]
 
 
-def describe_sweep(name: str, rows: Sequence[TableRow]) -> str:
-    """The description of a sweep's run, in Markdown: its table, without what the narrow page has no room for."""
+def describe_sweep(name: str, rows: Sequence[TableRow], best: str = "") -> str:
+    """The description of a sweep's run, in Markdown: its table, without what the narrow page has no room for.
+
+    Args:
+        name: the sweep's.
+        rows: of the table.
+        best: what a search has found, in words.
+    """
     header, *body = table(rows)
     kept = [place for place, title in enumerate(header) if title in ("method", "vectors", "seeds", GAIN)]
     kept += [place for place, title in enumerate(header) if title in TABLE_METRICS.values()]
     head, *lines = ([line[place] for place in sorted(kept)] for line in (header, *body))
     above = f"{OPENING} in the sweep {name}: {caption(rows)}.\n"
+    above += f"\nBest: {best}.\n" if best else ""
     below = f"\n{GAIN_NOTE[0].upper()}{GAIN_NOTE[1:]}." if GAIN in header else ""
     for fit in range(len(lines), -1, -1):
         more = f"\n{len(lines) - fit} more rows are in the artifact table.md." if fit < len(lines) else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sqlite3
 import warnings
 from collections.abc import Container, Mapping
@@ -19,7 +20,7 @@ from hydra.core.override_parser.types import Override, Transformer
 from hydra.errors import HydraException
 
 from src.errors import UsageError
-from src.system.redact import one_line
+from src.system.redact import one_line, redact
 from src.system.seeding import mix
 
 OBJECTIVE = "val/knn_top1"  # which a search maximises; never a metric of the test images
@@ -153,11 +154,13 @@ class Study:
 
         self.study.tell(number, value, state=TrialState[state])
 
-    def best(self) -> tuple[int, float] | None:
-        """The number and the value of the best complete trial."""
+    def best(self) -> str:
+        """The value of the best complete trial and its point, as it is typed in a shell; empty where there is none."""
         if not any(trial.state.name == "COMPLETE" for trial in self.study.trials):
-            return None
-        return self.study.best_trial.number, self.study.best_value
+            return ""
+        best = self.study.best_trial
+        point = shlex.join(redact(f"{key}={best.params[key]}") for key in self.distributions)
+        return f"{OBJECTIVE} {best.value:.2f} with {point}"
 
 
 def should_prune(folder: str | None, number: int | None, epoch: int, metrics: Mapping[str, float]) -> bool:

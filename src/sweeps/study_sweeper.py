@@ -77,9 +77,7 @@ class StudySweeper(GridSweeper):
             trials = _Trials(study, sweep.jobs, self.trials, partial(self._job, study, fixed))
             for job in self.launch(sweep, trials, ALWAYS_SHOWN | space.keys(), at_a_time):
                 trials.conclude(job)
-            if best := study.best():
-                number, value = best
-                print(f"best: trial {number}, {studies.OBJECTIVE} {value:.2f}, {study.points()[number]}", flush=True)
+            sweep.best = study.best()
             if trials.unjudged:
                 lacking = f"without labels there is no {studies.OBJECTIVE}, by which a search judges its trials"
                 raise UsageError(f"data: {lacking}; choose images that have some")

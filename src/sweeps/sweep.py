@@ -39,13 +39,15 @@ class Sweep:
         identity: what makes it the same sweep when it is run again.
         jobs: all of them, also those that are finished or not legal; a search adds to them.
         tracking: where to log.
+
+    A search sets ``best``: what its best trial has found, and where.
     """
 
     def __init__(self, name: str, identity: Sequence[str], jobs: list[Job], tracking: schema.Tracking) -> None:
         self.name, self.jobs, self.tracking = name, jobs, tracking
         self.id = hashlib.sha256(" ".join([tracking.experiment, *identity]).encode()).hexdigest()[:8]
         self.directory = run_directory.ROOT / f"sweep-{name}-{self.id}"
-        self.status = 1
+        self.status, self.best = 1, ""
 
     def overrides(self, job: Job) -> list[str]:
         """What a job is told of the sweep."""
@@ -101,7 +103,10 @@ class Sweep:
             for path in paths:
                 self.tracker.artifact(path)
             table.show(rows, more, f"{self.name} ({self.id})")
-            self.tracker.record.tags[TAG_NOTE] = mlflow_charts.describe_sweep(f"{self.name} ({self.id})", rows)
+            note = mlflow_charts.describe_sweep(f"{self.name} ({self.id})", rows, self.best)
+            self.tracker.record.tags[TAG_NOTE] = note
+        if self.best:
+            print(f"best: {self.best}", flush=True)
         stopped = [job.status for job in lacking if is_stop(job.status)]
         counts = {"sweep/finished": len(finished), "sweep/stopped": len(stopped)}
         counts |= {"sweep/failed": len(lacking) - len(stopped), "sweep/pruned": len(pruned)}

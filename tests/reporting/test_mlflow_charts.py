@@ -77,6 +77,10 @@ def test_a_sweep_is_described_by_its_table():
     assert text.startswith(OPENING)
     assert "| NNCLR | 98,304 | 3 |" in text
     assert "in the sweep study: CIFAR-100, ResNet-18, 500 epochs, mean ± standard deviation over 3 seeds." in text
+    assert "Best" not in text
+    assert "\nBest: val/knn_top1 81.25 with k=268.\n" in describe_sweep(
+        "s", summarise(STUDY)[0], "val/knn_top1 81.25 with k=268"
+    )
 
 
 def test_a_description_that_is_too_long_says_how_many_rows_it_leaves_out():

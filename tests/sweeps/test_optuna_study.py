@@ -28,6 +28,20 @@ def test_a_range_excludes_its_end_and_whole_keys_get_whole_numbers():
     assert space("b=true,false") == {"b": CategoricalDistribution((True, False))}
 
 
+def test_the_best_is_of_the_trials_that_ended_whole_and_reads_as_it_is_typed(tmp_path):
+    distributions = space("k=10,20,30,40", "projector.hidden=[32],[64]", "optimizer.lr=0.1234567,0.7")
+    search = opened(tmp_path, **distributions)
+    assert search.best() == ""
+    for state, value in [("COMPLETE", 50.0), ("COMPLETE", 81.25), ("PRUNED", None), ("FAIL", None)]:
+        number = search.propose()
+        optuna_study.should_prune(str(tmp_path), number, 1, {"val/knn_top1": 99.0})
+        search.conclude(number, state, value)
+        if value == 81.25:
+            point = search.points()[number]
+    typed = f"val/knn_top1 81.25 with k={point['k']} 'projector.hidden={point['projector.hidden']}' "
+    assert search.best() == f"{typed}optimizer.lr={point['optimizer.lr']}"
+
+
 def test_numbers_have_the_names_that_this_optuna_knows():
     asked = [(1, 2), (1.0, 2.0), (1.0, 2.0, 0.5), (1, 2, None, True), (1.0, 2.0, None, True)]
     names = [type(optuna_study.numbers(*each)).__name__.removesuffix("Distribution") for each in asked]
@@ -71,7 +85,7 @@ def test_points_are_distinct_until_there_are_none(tmp_path):
     assert sorted(point["k"] for point in search.points().values()) == [1, 2, 3, 4]
     with pytest.raises(UsageError, match="no other point"):
         search.propose()
-    assert search.best() == (next(n for n, point in search.points().items() if point["k"] == 4), 4.0)
+    assert search.best() == "val/knn_top1 4.00 with k=4"
 
 
 def test_a_search_has_proposals_of_its_seed_and_soon_of_the_better_points(tmp_path):

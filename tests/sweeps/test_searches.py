@@ -1,5 +1,8 @@
 """A search without its jobs' processes: what stands in for the launcher ends each job as the test says."""
 
+import re
+from unittest.mock import Mock
+
 import pytest
 
 from src.config import identity
@@ -169,3 +172,19 @@ def test_a_search_says_once_that_finished_trials_were_evaluated_otherwise(search
     assert search(Launcher(), "evaluation.epochs=9", trials=2) == 0
     (said,) = [line for line in caplog.messages if "otherwise" in line]
     assert "2 finished jobs were evaluated otherwise (evaluation.epochs was 100 and is 9): " in said
+
+
+def test_a_search_ends_with_the_settings_of_its_best_trial_also_where_no_other_is_found(search, capsys, monkeypatch):
+    described = []
+    monkeypatch.setattr("src.sweeps.sweep.summarise", lambda records: (["a row"], []))
+    monkeypatch.setattr("src.sweeps.sweep.table", Mock(**{"write.return_value": [], "summary.return_value": {}}))
+    monkeypatch.setattr("src.sweeps.sweep.mlflow_charts.describe_sweep", lambda *given: described.append(given) or "")
+    monkeypatch.setattr("src.sweeps.sweep.table.show", lambda *_: print("the table"))
+    search(Launcher(65, 0, 0, 76), trials=4, space={"k": "choice(10,20,30,40)"})
+    said = capsys.readouterr().out
+    (best,) = re.findall("^the table\nbest: (.*)$", said, re.MULTILINE)
+    assert best in ("val/knn_top1 20.00 with k=20", "val/knn_top1 30.00 with k=30", "val/knn_top1 40.00 with k=40")
+    with pytest.raises(UsageError, match="no other point"):
+        search(Launcher(0), trials=5, space={"k": "choice(10,20,30,40)"})
+    assert f"the table\nbest: {best}\n" in capsys.readouterr().out
+    assert [each[2] for each in described] == [best, best]

@@ -311,7 +311,8 @@ def test_a_search_of_a_space_with_fewer_points_than_trials_tries_them_all_and_sa
     arguments = ["+sweep=optuna", "k=5,6", "hydra.sweeper.trials=9", "jobs=3"]
     done = command("src.train", "--multirun", *small, *arguments, *fixed)
     assert done.returncode == 2
-    assert re.search("^best: trial ", done.stdout, re.MULTILINE)
+    (best,) = re.findall(r"^best: val/knn_top1 [\d.]+ with k=[56]$", done.stdout, re.MULTILINE)
+    assert done.stdout.index("KMCLR") < done.stdout.index(best)
     assert re.search("^error: .*no other point", done.stderr, re.MULTILINE), done.stderr
     assert len(finished(tmp_path)) == 2
 
