@@ -43,8 +43,6 @@ def find(cfg: Data) -> Source:
     Raises:
         UsageError: it is unknown, or its files are not where ``data.root`` says.
     """
-    if cfg.root is not None and (cfg._target_ is not None or cfg.name in WITHOUT_ROOT):
-        raise UsageError(f"data.root={cfg.root}: the images of data={cfg.name} lie in no such folder; leave it out")
     if cfg._target_ is not None:
         return outside(cfg._target_, cfg.options)
     if cfg.name not in (known := [*WITHOUT_ROOT, *DOWNLOADED, *IN_FOLDER]):

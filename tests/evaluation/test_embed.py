@@ -245,8 +245,6 @@ def test_a_full_disk_is_one_line_that_names_the_file(run, drawn, tmp_path, cache
         ("out=here.txt", "out=here.txt: give a path that ends in .parquet"),
         ("out=nowhere/a.parquet", "out=nowhere/a.parquet: there is no folder nowhere; make it"),
         ("data.image_size=64", "data.image_size=64: the encoder takes 32 pixels; leave it out"),
-        ("data.root=here", "data.root=here: the images of data=digits lie in no such folder"),
-        ("data=digits data.root=here", "data.root=here: the images of data=digits lie in no such folder"),
         ("+data.limit=3", "data.limit: a run's own images stay as they are; choose others with data=... first"),
         ("data=image_folder", "data.root is not set"),
         ("data=image_folder data.root=nowhere", "no such folder"),

@@ -313,12 +313,6 @@ def test_a_runs_own_images_may_have_moved_but_not_changed(tmp_path, small):
         run(f"checkpoint={old}", f"data.root={root}", "+data.limit=9")
 
 
-def test_images_that_lie_in_no_folder_have_not_moved_to_one(finished):
-    for chosen in ([], ["data=digits"]):
-        with pytest.raises(UsageError, match=r"^data\.root=here: the images of data=digits lie in no such folder"):
-            run(f"checkpoint={finished}", *chosen, "data.root=here")
-
-
 def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path):
     _, state = checkpoint.load_latest(finished / "checkpoints")
     state["config"]["backbone"]["name"] = "resnet18"
