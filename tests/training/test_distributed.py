@@ -323,7 +323,7 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_one_that_it_is_bound_to(monke
 
 @pytest.mark.parametrize("module", ["evaluate", "embed", "export"])
 def test_what_works_in_one_process_is_not_started_by_torchrun(command, module):
-    rank = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = command(f"src.{module}", "run=any", environment=rank)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: src.{module}: works in one process; leave out torchrun, which is for src.train\n"
