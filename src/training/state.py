@@ -214,10 +214,9 @@ class TrainState:
                 cannot read it.
         """
         path, state = None, None
-        with self.ranks.busy():
-            if self.ranks.first and (found := checkpoint.load_latest(directory, rows)):
-                path, state = found
-            if self.ranks.first:
+        if self.ranks.first:
+            with self.ranks.busy():
+                path, state = checkpoint.load_latest(directory, rows) or (None, None)
                 checkpoint.set_aside_after(directory, state["step"] if state else -1)
         path = self.ranks.broadcast(path)
         if path is None:

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from src.runs import checkpoint
 from src.runs.record import Record
 from src.training import distributed, loop
 from src.training import run as run_module
+from src.training import state as state_module
 from src.training.batch_norm import GlobalBatchNorm
 from src.training.distributed import Ranks
 from src.training.state import TrainState
@@ -221,6 +224,34 @@ def test_the_first_rank_alone_says_which_checkpoint_is_good_and_sets_others_asid
     with pytest.raises(UsageError, match=r"step-00000006.pt cannot be read: No such file"):
         other.resume(tmp_path, tmp_path / "metrics.jsonl")
     assert sorted(tmp_path.iterdir()) == before
+
+
+class State(dict):
+    """What a checkpoint holds, which may be asked whether it is still there."""
+
+
+def test_the_state_that_was_read_is_gone_before_the_next_rank_reads_it(tiny, tmp_path, monkeypatch):
+    """With a support set in shards one of them has the memory that all can spare."""
+    cfg = parsed(*tiny, "method=simclr")
+    state = TrainState(cfg, load(cfg.data))
+    state.save(tmp_path, state.method.state_dict(), (0, ""))
+    read, states = checkpoint.load_latest, []
+
+    def load_latest(*arguments):
+        path, content = read(*arguments)
+        content = State(content)
+        states.append(weakref.ref(content))
+        return path, content
+
+    @contextmanager
+    def turn(_):
+        yield
+        assert states[0]() is None
+
+    monkeypatch.setattr(checkpoint, "load_latest", load_latest)
+    monkeypatch.setattr(state_module, "in_shards", lambda _: ["ring"])
+    monkeypatch.setattr(Ranks, "one_at_a_time", turn)
+    assert state.resume(tmp_path, tmp_path / "metrics.jsonl")
 
 
 class Store(dict):
