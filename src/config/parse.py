@@ -69,6 +69,11 @@ def parse_data(composed: DictConfig) -> schema.Data:
     return data
 
 
+def chooses_data(composed: DictConfig) -> bool:
+    """Whether a command about a finished run is on other images than the run's own."""
+    return "name" in composed.data
+
+
 def chosen_data(composed: DictConfig, own: DictConfig) -> DictConfig:
     """Which images a command about a finished run means: those of ``data=``, or else the run's own.
 
@@ -79,7 +84,7 @@ def chosen_data(composed: DictConfig, own: DictConfig) -> DictConfig:
     Raises:
         UsageError: another setting of the run's own images is to change.
     """
-    if "name" in composed.data:
+    if chooses_data(composed):
         return composed.data
     chosen = {str(key): value for key, value in composed.data.items() if value is not None}
     if others := chosen.keys() - {"root"}:

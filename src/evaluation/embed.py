@@ -22,7 +22,7 @@ from yaml import YAMLError
 
 from src import build
 from src.config import schema
-from src.config.parse import chosen_data, parse_data
+from src.config.parse import chooses_data, chosen_data, parse_data
 from src.data import Dataset, load
 from src.data.cache import fingerprint
 from src.data.decoding import UNLABELLED
@@ -76,7 +76,7 @@ def main(
     cfg = _data(composed, run)
     device = build.device(composed.device)
     data = load(cfg)
-    parts = _parts(data, cfg, everything=_is_chosen(composed))
+    parts = _parts(data, cfg, everything=chooses_data(composed))
     labels_N = torch.cat([part.split.labels for part in parts])
     shown_N = torch.zeros(len(labels_N), dtype=torch.bool)
     shown_N[choose(labels_N, len(data.classes))] = True
@@ -168,10 +168,6 @@ def _of_rows(names: Iterator[Any], split: Split) -> Iterator[Any]:
     taken = torch.zeros(len(split.store), dtype=torch.bool)
     taken[split.rows] = True
     return compress(names, taken.numpy())
-
-
-def _is_chosen(composed: DictConfig) -> bool:
-    return "name" in composed.data
 
 
 def _data(composed: DictConfig, run: Run) -> schema.Data:

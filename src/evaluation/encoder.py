@@ -84,7 +84,7 @@ class Encoder(nn.Module):
 
 
 def _remedy(shape: Sequence[int], size: int) -> str:
-    """How to give images of a shape [B, 3, S, S]; empty if they have it."""
+    """How images of another shape get to be [B, 3, S, S]; empty if they are."""
     if len(shape) == 3:
         return "give a batch, images[None]"
     if len(shape) != 4:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src import build
 from src.config import identity, schema
-from src.config.parse import chosen_data, parse
+from src.config.parse import chooses_data, chosen_data, parse
 from src.data import load
 from src.errors import UsageError
 from src.evaluation.probes import FrozenEncoder
@@ -68,7 +68,7 @@ def main(composed: DictConfig) -> dict[str, float]:
     is_other = record is not None and record.tags.get(TAG_DTYPE, arithmetic) != arithmetic
     if _final_protocol(cfg) != _final_protocol(before) or is_other:
         metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
-    if "name" in composed.data:
+    if chooses_data(composed):
         metrics = {f"transfer/{cfg.data.name}-{data.fingerprint[:8]}/{key}": value for key, value in metrics.items()}
     _print(str(directory if record else path), metrics)
     if record:
@@ -98,7 +98,7 @@ def _tags(record: Record, metrics: Mapping[str, float], chosen: str) -> dict[str
     for family in {key.rpartition("/")[0] for key in metrics}:
         tag = f"{TAG_EVALUATED}/{family}"
         before = record.tags.get(tag, RUNS_OWN)
-        if before == now == RUNS_OWN and tag not in record.tags:
+        if not chosen and tag not in record.tags:
             continue
         tags[tag] = now
         older = {key for key in record.metrics if key.rpartition("/")[0] == family}

@@ -20,6 +20,7 @@ from rich.progress import track
 from src.config import identity
 from src.config.explain import explain_key
 from src.config.renamed import new_name
+from src.config.schema import Config
 from src.errors import UsageError
 from src.runs.directory import warn_of_other_protocol
 from src.sweeps.dry_run import preview
@@ -80,11 +81,15 @@ class GridSweeper(Sweeper):
         name = self.config.hydra.runtime.choices.get("sweep") or "grid"
         hashes = sorted(identity.config_hash(job.cfg) for job in jobs if job.cfg)
         with Sweep(name, hashes, jobs, legal[0].tracking) as sweep:
-            done = [job.cfg for job in jobs if job.cfg and job.is_finished]
+            done, pending = list[Config](), list[Job]()
+            for job in jobs:
+                if job.cfg and job.is_finished:
+                    done.append(job.cfg)
+                elif job.cfg:
+                    pending.append(job)
             count = f"{len(jobs)} job{'s' * (len(jobs) != 1)}, {len(done)} finished already"
             print(f"{sweep.directory}: {count}", flush=True)
             warn_of_other_protocol(done)
-            pending = [job for job in jobs if job.cfg and not job.is_finished]
             times = Counter(each for job in pending for each in job.overrides)
             shown = ALWAYS_SHOWN | {each.split("=")[0] for each in times if times[each] < len(pending)}
             for _ in self.launch(sweep, pending, shown, self.launcher.at_a_time):

@@ -94,6 +94,8 @@ class Stopper:
     @property
     def status(self) -> int:
         """The exit status to stop with; 0 while there is no reason to stop."""
-        if self.signal_status or self.pruned:
-            return self.signal_status or PRUNED
+        if status := self.signal_status:
+            return status
+        if self.pruned:
+            return PRUNED
         return TIME_IS_UP if time.monotonic() >= self.deadline else 0
