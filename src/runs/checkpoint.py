@@ -2,6 +2,9 @@
 
 A checkpoint is what `torch.save` writes, followed by the SHA-256 of it: torch is built not to look at the CRCs in its
 own files. The file appears under its name only when it is complete and on the disk.
+
+Tensors go straight to the file and come straight from it. A copy in memory would double what a large support set needs,
+and be made in one go, in which no other thread runs: the other ranks of a run would take this one for lost.
 """
 
 from __future__ import annotations
@@ -9,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, BinaryIO, NotRequired
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -23,11 +27,12 @@ from typing_extensions import TypedDict  # typing's own is refused by pydantic b
 from src.errors import UsageError
 from src.runs.metrics_file import begins_with, reason
 from src.runs.record import DIGEST_BYTES, checkpoints_by_step
-from src.system.atomic_write import write_whole
+from src.system.atomic_write import whole
 from src.system.redact import one_line
-from src.system.regular_file import read_regular
+from src.system.regular_file import open_regular
 
 FORMAT = 3  # of the keys of the state: to be raised when they change their meaning
+BLOCK_BYTES = 2**20  # which are digested at once
 
 logger = logging.getLogger(__name__)
 
@@ -62,21 +67,37 @@ def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 2) ->
     """
     state = {**state, "format": FORMAT, "step": step}
     _check_plain(state, "state")
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    payload = buffer.getbuffer()
 
     directory.mkdir(parents=True, exist_ok=True)
     for left_by_a_killed_writer in directory.glob("step-*.tmp"):
         left_by_a_killed_writer.unlink()
     path = directory / f"step-{step:08d}.pt"
-    write_whole(path, payload, hashlib.sha256(payload).digest())
+    with whole(path) as file:
+        digested = _Digested(file)
+        try:
+            torch.save(state, digested)  # type: ignore[arg-type]  # it writes and flushes, no more
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, after which torch misses what was not written
+                raise error.__context__ from None
+            raise
+        file.write(digested.sha256.digest())
 
     up_to_here = [saved for other, saved in checkpoints_by_step(directory).items() if other <= step]
     for saved in up_to_here[:-keep]:
         saved.unlink()
     set_aside_after(directory, step)
     return path
+
+
+class _Digested(io.RawIOBase):
+    """Passes on to a file what `torch.save` writes, and computes its SHA-256."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
 
 
 def set_aside_after(directory: Path, step: int) -> None:
@@ -90,16 +111,20 @@ def set_aside_after(directory: Path, step: int) -> None:
 def is_whole(path: Path) -> bool:
     """Whether a file is what `save` wrote, unaltered."""
     try:
-        content = read_regular(path)
+        with open_regular(path) as file:
+            return _ends_with_digest(file)
     except OSError:
         return False
-    return _checked(content) is not None
 
 
-def _checked(content: bytes) -> bytes | None:
-    """What comes before the SHA-256 that ends a checkpoint; None if that is not its SHA-256."""
-    payload, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
-    return payload if hashlib.sha256(payload).digest() == digest else None
+def _ends_with_digest(file: BinaryIO) -> bool:
+    """Whether a file's last bytes are the SHA-256 of those before."""
+    left, sha256 = max(file.seek(0, os.SEEK_END) - DIGEST_BYTES, 0), hashlib.sha256()
+    file.seek(0)
+    while left and (block := file.read(min(left, BLOCK_BYTES))):
+        sha256.update(block)
+        left -= len(block)
+    return file.read(DIGEST_BYTES + 1) == sha256.digest()
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -110,20 +135,12 @@ def load(path: Path) -> dict[str, Any]:
         UsageError: it is missing, of another format, or holds more than tensors and plain values.
     """
     try:
-        content = read_regular(path)
+        with open_regular(path) as file:
+            state = _checked(file, path)
     except OSError as error:
         if path.exists() and not path.is_file():
             raise DamagedCheckpointError(f"{path} is not a regular file: choose another one") from None
         raise UsageError(f"checkpoint {path} cannot be read: {error.strerror}") from None
-    payload = _checked(content)
-    if payload is None:
-        raise DamagedCheckpointError(f"{path} is damaged, or not a checkpoint of this project: choose another one")
-    try:
-        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception:  # what the restricted unpickler raises depends on what it is fed
-        raise UsageError(
-            f"{path} holds more than tensors and plain values, so it is not read: it may be hostile"
-        ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UsageError(
@@ -134,6 +151,21 @@ def load(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         raise UsageError(f"{path} is not the checkpoint of a run ({reason(error)}): choose another one") from None
     return state
+
+
+def _checked(file: BinaryIO, path: Path) -> Any:
+    """What a whole file holds, be it a run's state or not. It is read twice: for its digest, and into tensors."""
+    if not _ends_with_digest(file):
+        raise DamagedCheckpointError(f"{path} is damaged, or not a checkpoint of this project: choose another one")
+    file.seek(0)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # what the restricted unpickler raises depends on what it is fed
+        raise UsageError(
+            f"{path} holds more than tensors and plain values, so it is not read: it may be hostile"
+        ) from None
 
 
 def load_latest(directory: Path, rows: Path | None = None) -> tuple[Path, dict[str, Any]] | None:

@@ -7,8 +7,10 @@ import math
 import os
 import pickle
 import random
+import resource
 import signal
 import time
+import tracemalloc
 from collections import OrderedDict
 from pathlib import Path
 
@@ -61,6 +63,36 @@ def test_a_training_state_comes_back_bit_for_bit(tmp_path):
     torch.testing.assert_close(loaded["optimizer"]["state"], state["optimizer"]["state"], rtol=0, atol=0)
     assert loaded["half"].view(torch.int16).equal(state["half"].view(torch.int16))
     assert torch.load(path, weights_only=True).keys() == loaded.keys(), "the file is one that torch reads by itself"
+
+
+def test_no_tensor_is_copied_as_a_whole(tmp_path):
+    """A copy holds the interpreter's lock: of 64 GiB so long that the other ranks would take this one for lost."""
+    state, peaks = {"model": {"x": torch.zeros(2**24)}}, []
+    tracemalloc.start()  # sees Python's memory, of which torch's tensors are not
+    try:
+        path = checkpoint.save(tmp_path, 1, state)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.reset_peak()
+        checkpoint.load(path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+    assert max(peaks) < path.stat().st_size / 4
+
+
+@pytest.mark.parametrize("room", [0, 1000, 30_000, 39_000, 2_000_000])
+def test_a_disk_that_is_full_at_any_point_is_an_error_of_the_system(tmp_path, room):
+    """Not one of torch's, which would end the run as a fault of the program; and the checkpoint before stays."""
+    before, (soft, hard) = checkpoint.save(tmp_path, 1, {}), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            checkpoint.save(tmp_path, 2, {"small": torch.zeros(10_000), "large": torch.zeros(10**6)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.filename == str(tmp_path / "step-00000002.pt")
+    assert list(tmp_path.iterdir()) == [before]
+    checkpoint.load(before)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@ import contextlib
 import copy
 import errno
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -734,8 +735,10 @@ def test_features_and_embeddings_are_looked_at_for_a_collapse(part):
         collapse.check(Output(torch.zeros(()), ids=None, **parts), 7, tracker, "stop")
 
 
-@pytest.mark.parametrize("where", ["rows", "checkpoint", "record"])
-def test_a_full_disk_stops_the_run_and_when_there_is_room_it_is_the_unbroken_one(run, tmp_path, monkeypatch, where):
+@pytest.mark.parametrize(("where", "write"), [("rows", "log"), ("checkpoint", "whole"), ("record", "write_whole")])
+def test_a_full_disk_stops_the_run_and_when_there_is_room_it_is_the_unbroken_one(
+    run, tmp_path, monkeypatch, where, write
+):
     overrides = ["method=kmclr", "k=7", "epochs=3", "checkpoint.every=1"]
     unbroken = run(*overrides, directory="unbroken")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -743,7 +746,8 @@ def test_a_full_disk_stops_the_run_and_when_there_is_room_it_is_the_unbroken_one
         if where == "rows":
             patch.setattr(run_module, "Tracker", FullAtStep5)
         else:
-            patch.setattr(f"src.runs.{where}.write_whole", failing(checkpoint.write_whole, full, after=2))
+            writes = importlib.import_module(f"src.runs.{where}")
+            patch.setattr(writes, write, failing(getattr(writes, write), full, after=2))
         with pytest.raises(CannotWrite, match=r"run(/metrics\.jsonl)?: No space left on device; mend that, and"):
             run(*overrides)
     assert Record.load(tmp_path / "run").status in ("FAILED", "RUNNING")  # the latter where not even that could be said
