@@ -110,6 +110,7 @@ def embed() -> None:
 @_survives_closed_output()
 def report() -> None:
     """``python -m src.report``."""
+    _refuse_ranks("report")
     from src.reporting import report  # matplotlib takes a second
 
     with explained():
@@ -120,6 +121,7 @@ def report() -> None:
 @_survives_closed_output()
 def deliver() -> None:
     """``python -m src.tracking``."""
+    _refuse_ranks("tracking")
     from src.reporting import mlflow_charts
     from src.runs import delivery
 
@@ -165,8 +167,8 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     kinds = "".join("-" if argument[0] == "-" else "=" if "=" in argument else "." for argument in sys.argv[1:])
     if re.search("=.*-.*=", kinds):  # which argparse takes for arguments that it does not know
         fail("settings stand before and after an argument that begins with a hyphen: put that first")
-    if is_rank() and not trains:
-        fail(f"src.{config_name}: works in one process; leave out torchrun, which is for src.train")
+    if not trains:
+        _refuse_ranks(config_name)
     if {"--multirun", "-m"} & set(sys.argv):
         if is_rank():
             fail("--multirun: a sweep starts its jobs itself; leave out torchrun, which is for one run")
@@ -205,6 +207,11 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
         if tracebacks or not _is_from_hydra(error):
             raise
         fail(explain_composition(error, known))
+
+
+def _refuse_ranks(module: str) -> None:
+    if is_rank():
+        fail(f"src.{module}: works in one process; leave out torchrun, which is for src.train")
 
 
 def _options(*groups: str) -> str:

@@ -352,7 +352,7 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_one_that_it_is_bound_to(monke
         assert distributed.join("auto").device == torch.device(taken)
 
 
-@pytest.mark.parametrize("module", ["evaluate", "embed", "export"])
+@pytest.mark.parametrize("module", ["evaluate", "embed", "export", "report", "tracking"])
 def test_what_works_in_one_process_is_not_started_by_torchrun(command, module):
     rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = command(f"src.{module}", "run=any", environment=rank)
