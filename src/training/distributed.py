@@ -44,7 +44,7 @@ _left = threading.Event()  # set when this rank has no more need of the others
 
 # A collective waits as long as it takes, for one rank may decode images for an hour: `_Pulse` finds out who has died.
 COLLECTIVE_TIMEOUT = timedelta(days=7)
-BEAT_SECONDS, SILENT_BEATS, SILENT_BEATS_IF_BUSY = 2.0, 10, 900
+BEAT_SECONDS, SILENT_BEATS = 2.0, 10
 
 
 @dataclass(frozen=True)
@@ -192,21 +192,6 @@ class Ranks:
                     dist.recv(part, rank, self.group)
                 whole[rank :: self.count] = part
             return whole
-
-    @contextmanager
-    def busy(self) -> Iterator[None]:
-        """Inside this block the other ranks wait for half an hour before they take this one's silence for its end.
-
-        Reading or writing gigabytes of one tensor keeps the interpreter's lock, so that `_Pulse` cannot count.
-        """
-        if self.group is None:
-            yield
-            return
-        _store().add(f"busy/{self.rank}", 1)
-        try:
-            yield
-        finally:
-            _store().add(f"busy/{self.rank}", -1)
 
     @contextmanager
     def one_at_a_time(self) -> Iterator[None]:
@@ -380,8 +365,7 @@ class _Pulse(threading.Thread):
                 for each, (before, beats) in seen.items():
                     number = self.store.add(f"pulse/{each}", 0)
                     seen[each] = (number, beats + 1 if number == before else 0)
-                    limit = SILENT_BEATS_IF_BUSY if self.store.add(f"busy/{each}", 0) else SILENT_BEATS
-                    if seen[each][1] >= limit:
+                    if seen[each][1] >= SILENT_BEATS:
                         self.store.add("lost", 1)
                 lost = self.store.add("lost", 0) > 0
             except RuntimeError:

@@ -222,8 +222,7 @@ class Pretraining:
         model = self.ranks.full_state_dict(self.state.method)  # to which every rank may contribute
         if self.ranks.first:
             self.tracker.sync()  # no checkpoint is ahead of the rows
-            with self.ranks.busy():
-                self.state.save(self.directory / CHECKPOINTS, model, self.tracker.written)
+            self.state.save(self.directory / CHECKPOINTS, model, self.tracker.written)
         self.saved = time.monotonic()
 
     def _requested_status(self) -> int:

@@ -215,13 +215,12 @@ class TrainState:
         """
         path, state = None, None
         if self.ranks.first:
-            with self.ranks.busy():
-                path, state = checkpoint.load_latest(directory, rows) or (None, None)
-                checkpoint.set_aside_after(directory, state["step"] if state else -1)
+            path, state = checkpoint.load_latest(directory, rows) or (None, None)
+            checkpoint.set_aside_after(directory, state["step"] if state else -1)
         path = self.ranks.broadcast(path)
         if path is None:
             return False
-        with self.ranks.one_at_a_time() if in_shards(self.method) else nullcontext(), self.ranks.busy():
+        with self.ranks.one_at_a_time() if in_shards(self.method) else nullcontext():
             self._take(path, state or checkpoint.load(path))
             del state  # before the next one reads it
         return True
