@@ -43,6 +43,7 @@ from src.runs import origin
 from src.runs.record import METRICS, RECORD, TAG_DIVERGED, Record, records_below
 from src.system.atomic_write import write_whole
 from src.system.stopping import TIME_IS_UP, Stopped, is_stop
+from src.training.loop import Hooks
 from src.training.run import run
 
 RESERVE = 30.0  # seconds for a last evaluation, which no deadline cuts short
@@ -178,7 +179,7 @@ def train(cfg: Config, minutes: float) -> int:
     """
     cfg.max_minutes = minutes
     try:
-        run(cfg, lambda *_: False, curves.plot)
+        run(cfg, Hooks(curves.plot))
     except Stopped as stopped:
         return int(stopped.code or 0)
     except (RunFailed, UsageError) as error:

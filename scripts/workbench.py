@@ -91,7 +91,7 @@ def train(state: TrainState, data: Dataset, pace: Callable[[], None]) -> None:
     nowhere = Path(os.devnull)
     with suppress(EnoughError):
         loop.Pretraining(
-            state, data, NoTracker(nowhere, state.cfg.tracking), Paced(pace), nowhere, lambda *_: False
+            state, data, NoTracker(nowhere, state.cfg.tracking), Paced(pace), nowhere, loop.Hooks(lambda path: path)
         ).run()
 
 

@@ -140,10 +140,11 @@ def pretrain(composed: DictConfig) -> float:
         return math.nan
     from src.reporting import curves, pictures
     from src.sweeps import optuna_study
+    from src.training.loop import Hooks
     from src.training.run import run
 
     exact_batch = any(argument.lstrip("+").startswith("batch_size=") for argument in sys.argv[1:])
-    return run(cfg, optuna_study.should_prune, curves.plot, pictures.illustrate, exact_batch)
+    return run(cfg, Hooks(curves.plot, pictures.illustrate, optuna_study.should_prune), exact_batch)
 
 
 def features(composed: DictConfig) -> Path:

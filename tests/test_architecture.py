@@ -54,6 +54,7 @@ OURS = {
     "src.sweeps",
     "src.evaluation",
     "src.training.checks",
+    "src.training.loop",
     "src.training.run",
     "src.training.distributed",
 }

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from src.evaluation.probes import FrozenEncoder
 from src.evaluation.protocol import Protocol
 from src.methods.base import Method, Output
 from src.models import autocast
-from src.runs.record import CHECKPOINTS, CONFIG, CURVES, ENCODER, TAG_SUPPORT_UNUSED
+from src.runs.record import CHECKPOINTS, CONFIG, ENCODER, TAG_SUPPORT_UNUSED
 from src.runs.tracker import Tracker
 from src.support.base import NEED_LABELS
 from src.support.sharded import in_shards
@@ -36,15 +37,22 @@ logger = logging.getLogger(__name__)
 SAVE = 1  # below every status with which a run stops
 EPOCH_START = 2  # keeps what is drawn between two epochs apart from the draws of the steps
 
-# Of a sweep's folder, a trial's number, an epoch and its metrics.
-ShouldPrune = Callable[[str | None, int | None, int, Mapping[str, float]], bool]
-# Of a method, its frozen encoder, the data, the run's folder, the epochs done and whether these are all: files to log.
-Illustrate = Callable[[Method, FrozenEncoder, Dataset, Path, int, bool], list[Path]]
 
+@dataclass(frozen=True)
+class Hooks:
+    """What a run asks of reports and searches, which are above it.
 
-def no_pictures(*_: object) -> list[Path]:
-    """Draw nothing."""
-    return []
+    Args:
+        draw_curves: makes the picture of a run's curves in its folder, and returns its path.
+        illustrate: draws what the support set gives, after each validation, from a method, its frozen encoder, the
+            data, the run's folder, the epochs done and whether these are all; returns the files to log.
+        should_prune: told the folder of the sweep, the number of the trial, the epoch and its metrics, after each epoch
+            but the last; whether the trial lags so far behind others as to stop it.
+    """
+
+    draw_curves: Callable[[Path], Path]
+    illustrate: Callable[[Method, FrozenEncoder, Dataset, Path, int, bool], list[Path]] = lambda *_: []
+    should_prune: Callable[[str | None, int | None, int, Mapping[str, float]], bool] = lambda *_: False
 
 
 class Pretraining:
@@ -56,8 +64,7 @@ class Pretraining:
         tracker: where its figures go.
         stopper: asked after each step whether to stop.
         directory: the run's.
-        should_prune: whether to stop a trial that lags far behind others; asked after each epoch but the last.
-        illustrate: draws what the support set gives, after each validation.
+        hooks: whether it is pruned, and its pictures.
     """
 
     def __init__(
@@ -67,11 +74,10 @@ class Pretraining:
         tracker: Tracker,
         stopper: Stopper,
         directory: Path,
-        should_prune: ShouldPrune,
-        illustrate: Illustrate = no_pictures,
+        hooks: Hooks,
     ) -> None:
         self.state, self.data, self.tracker, self.stopper = state, data, tracker, stopper
-        self.directory, self.should_prune, self.illustrate = directory, should_prune, illustrate
+        self.directory, self.hooks = directory, hooks
         self.cfg, self.ranks, self.support = state.cfg, state.ranks, state.method.support
         self.views = build.views(state.cfg, data, state.ranks.part)
         self.protocol = Protocol(data, state.cfg.evaluation, state.search, state.cfg.seed)
@@ -144,14 +150,15 @@ class Pretraining:
         state.classifier_optimizer.zero_grad()
         (output.loss + online_loss).backward()
         self.ranks.sum_gradients(method.encoder)
-        log_now = state.step % cfg.tracking.log_every == 0
+        steps = cfg.epochs * self.steps_per_epoch
+        log_now = state.step % cfg.tracking.log_every == 0 or state.step + 1 == steps
         if log_now or device.type == "cpu":  # reading makes the host wait for a GPU; a save never keeps a bad step
             self.loss, self.grad_norm = torch.stack([output.loss.detach(), state.grad_norm()]).tolist()
             if not (math.isfinite(self.loss) and math.isfinite(self.grad_norm)):
                 raise state.diverged(self.loss, self.grad_norm)
         state.optimizer.step()
         state.classifier_optimizer.step()
-        method.after_step((state.step + 1) / (cfg.epochs * self.steps_per_epoch))
+        method.after_step((state.step + 1) / steps)
 
         if support is not None:
             if output.ids is not None:
@@ -189,9 +196,9 @@ class Pretraining:
         # To draw is to look up, which one rank alone cannot do where the support set is in shards.
         draws = evaluates and cfg.evaluation.pictures and ranks.first and not in_shards(state.method)
         drawn = state.method, state.frozen_here, self.data, self.directory, epoch + 1, last
-        pictures = self.illustrate(*drawn) if draws else []
+        pictures = self.hooks.illustrate(*drawn) if draws else []
         if not last and ranks.first:
-            self.stopper.pruned = self.should_prune(cfg.tracking.parent, cfg.tracking.trial, epoch + 1, metrics)
+            self.stopper.pruned = self.hooks.should_prune(cfg.tracking.parent, cfg.tracking.trial, epoch + 1, metrics)
         tracker.log(metrics, state.step)
         for picture in pictures:
             tracker.artifact(picture)
@@ -239,9 +246,7 @@ class Pretraining:
             raise Stopped(self.requested)
 
 
-def finish(
-    state: TrainState, data: Dataset, tracker: Tracker, directory: Path, draw_curves: Callable[[Path], Path]
-) -> None:
+def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, hooks: Hooks) -> None:
     """The final evaluation, and the files that stay."""
     cfg = state.cfg
     if state.method.support is not None and not state.support_used:
@@ -272,6 +277,5 @@ def finish(
         figures=figures,
         commit=tracker.record.tags.get("git_commit", ""),
     )
-    draw_curves(directory)
-    for name in (CONFIG, ENCODER, CURVES):
-        tracker.artifact(directory / name)
+    for path in (directory / CONFIG, directory / ENCODER, hooks.draw_curves(directory)):
+        tracker.artifact(path)

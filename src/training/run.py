@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from src.config import identity
 from src.config.names import TEACHER, colour_of
 from src.config.outside import code_digests
 from src.config.schema import Config
-from src.data import load
+from src.data import Dataset, load
 from src.errors import Diverged, UsageError
 from src.evaluation.protocol import refuse_too_few, warn_of_few_neighbours
 from src.models import dtype_name
@@ -51,30 +50,23 @@ from src.system.redact import hide_in_settings, one_line
 from src.system.stopping import Stopped, Stopper
 from src.training import distributed, loop
 from src.training.checks import check_batch_fits, refuse_unfillable, warn_of_doubtful_settings
+from src.training.distributed import Ranks
 from src.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 
-def run(
-    cfg: Config,
-    should_prune: loop.ShouldPrune,
-    draw_curves: Callable[[Path], Path],
-    illustrate: loop.Illustrate = loop.no_pictures,
-    exact_batch: bool = True,
-) -> float:
+def run(cfg: Config, hooks: loop.Hooks, exact_batch: bool = True) -> float:
     """Take one configuration from its start, or from where it was stopped, to its result.
 
     Args:
         cfg: what `src.config.parse.parse` returned.
-        should_prune: told the folder of the sweep, the number of the trial, the epoch and its metrics; whether the
-            trial lags so far behind others as to stop it.
-        draw_curves: makes the picture of a run's curves in its folder, and returns its path.
-        illustrate: draws what the support set gives, after each validation.
+        hooks: whether the run is pruned, and its pictures.
         exact_batch: whether ``batch_size`` was asked for; a default gives way to a data set of fewer images.
 
     Returns:
-        The last ``val/knn_top1`` in percent, what a sweep may optimise; NaN with ``data.final``: no validation.
+        The last ``val/knn_top1`` in percent, what a sweep may optimise; NaN with ``data.final``, where there is no
+        validation, and on every rank but the first.
 
     Raises:
         UsageError: a mistake in the configuration or the data; nothing has been written then.
@@ -86,6 +78,26 @@ def run(
     ranks = distributed.join(cfg.device)  # refuses a GPU that is not there before images are decoded
     data = load(cfg.data).on(ranks.device)
     cfg.data.fingerprint = data.fingerprint  # a run is its settings and its images
+    state, tags = start(cfg, data, ranks, exact_batch)
+    directory = ranks.broadcast(run_directory.path_of(cfg))
+    if cfg.tracking.name == "mlflow" and ranks.first:
+        mlflow_store.check(cfg.tracking.experiment)  # refuses what is no store before the directory is made
+    # The first rank alone looks into the folder: where machines share it, the others may see an older state.
+    hold = run_directory.exclusive(directory, run_directory.LOCK_TIMEOUT_S) if ranks.first else nullcontext()
+    with hold, Stopper(cfg.max_minutes) as stopper, distributed.announcing_rank_lost():
+        if not ranks.broadcast(ranks.first and run_directory.is_finished(directory, cfg)):
+            train(state, data, tags, stopper, directory, hooks)
+        elif ranks.first:
+            deliver_again(directory, cfg)
+        return say_result(directory) if ranks.first else math.nan
+
+
+def start(cfg: Config, data: Dataset, ranks: Ranks, exact_batch: bool) -> tuple[TrainState, dict[str, str]]:
+    """What is trained, before its first step, and the tags that say where its weights are from.
+
+    Raises:
+        UsageError: the configuration asks for what is impossible, by itself or with these images.
+    """
     ranks.refuse_unsupported(cfg)
     check_batch_fits(cfg, data, exact_batch or ranks.count > 1)
     refuse_too_few(data)
@@ -95,73 +107,77 @@ def run(
     origin.identify(cfg)
     tags = {TAG_INIT_TAKEN: state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
     refuse_unfillable(cfg, len(data.train), filled=state.method.support is not None and state.method.support.ready)
-
-    directory = ranks.broadcast(run_directory.path_of(cfg))
     if cfg.tracking.system_metrics:
         require("psutil", "system", "tracking.system_metrics=true")
-    if cfg.tracking.name == "mlflow" and ranks.first:
-        mlflow_store.check(cfg.tracking.experiment)  # refuses what is no store before the directory is made
-    hold = run_directory.exclusive(directory, run_directory.LOCK_TIMEOUT_S) if ranks.first else nullcontext()
-    with hold, Stopper(cfg.max_minutes) as stopper, distributed.announcing_rank_lost():
-        if ranks.broadcast(run_directory.is_finished(directory, cfg)):
-            if ranks.first:
-                catch_up(directory, cfg.tracking)
-            if changes := run_directory.changed_protocol(cfg, directory):
-                add = f"python -m src.evaluate run={directory}, with these settings, adds other figures"
-                logger.warning("%s was evaluated otherwise (%s): %s", directory, ", ".join(changes.values()), add)
-            return say_result(directory)
+    return state, tags
+
+
+def deliver_again(directory: Path, cfg: Config) -> None:
+    """Deliver what MLflow lacks of a finished run, and say in which settings it was evaluated otherwise."""
+    catch_up(directory, cfg.tracking)
+    if changes := run_directory.changed_protocol(cfg, directory):
+        add = f"python -m src.evaluate run={directory}, with these settings, adds other figures"
+        logger.warning("%s was evaluated otherwise (%s): %s", directory, ", ".join(changes.values()), add)
+
+
+def train(
+    state: TrainState, data: Dataset, tags: dict[str, str], stopper: Stopper, directory: Path, hooks: loop.Hooks
+) -> None:
+    """Continue from the newest checkpoint, or begin, until the run is finished; its record says how it ended."""
+    cfg, ranks = state.cfg, state.ranks
+    if ranks.first:
         run_directory.refuse_hopeless(directory, cfg)
-        resumed = state.resume(directory / CHECKPOINTS, directory / METRICS)
-        config = identity.flat(cfg)
+    resumed = state.resume(directory / CHECKPOINTS, directory / METRICS)
+    dtype = dtype_name(state.dtype)
+    code = {f"{TAG_CODE}{module}": digest for module, digest in code_digests(cfg).items()}
+    now = conditions(str(state.device), dtype) | {"processes": str(ranks.count)} | code
+    if ranks.first:
         tags |= note_changed_protocol(cfg, directory, state.step)
-        dtype = dtype_name(state.dtype)
-        code = {f"{TAG_CODE}{module}": digest for module, digest in code_digests(cfg).items()}
-        now = conditions(str(state.device), dtype) | {"processes": str(ranks.count)} | code
         if resumed:
             warn_of_other_conditions(directory, now, state.step)
-        ranks.check_same(state.method, images=data.fingerprint, step=state.step)
-        own = {TAG_DTYPE: dtype, TAG_CONFIG_HASH: identity.config_hash(cfg), TAG_COLOUR: colour_of(config)}
-        tracker = (Tracker if ranks.first else NoTracker)(
-            directory,
-            cfg.tracking,
-            params=config | state.sizes() | {"skipped_images": data.skipped},
-            tags=environment_tags(str(state.device)) | code | own | tags,
-            is_stopping=lambda: stopper.status,
-        )
-        status: Status = "FAILED"
-        ranks_in_step = trained = False  # whether all ranks stop at the same step
-        try:
-            tracker.record.continue_under(now, state.step)
-            kept = OmegaConf.to_yaml(OmegaConf.create(hide_in_settings(identity.without_neutral(cfg))))
-            if ranks.first:
-                write_whole(directory / CONFIG, kept.encode())
-            started = f"started from {cfg.init} ({tags[TAG_INIT_TAKEN]})," if cfg.init is not None else "started"
-            print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)
-            tracker.watch_system()
-            loop.Pretraining(state, data, tracker, stopper, directory, should_prune, illustrate).run()
-            trained = True
-            with stopper.at_once():
-                loop.finish(state, data, tracker, directory, draw_curves)
-            status, ranks_in_step = "FINISHED", True
-        except (KeyboardInterrupt, SystemExit) as end:
-            status, ranks_in_step = "KILLED", isinstance(end, Stopped) and not trained
-            if stopper.pruned:
-                tracker.record.tags[TAG_PRUNED] = "true"
-            raise
-        except Exception as error:
-            tracker.record.tags[TAG_ERROR] = one_line(error)
-            if isinstance(error, Diverged):
-                tracker.record.tags[TAG_DIVERGED] = "true"
-            raise
-        finally:
-            tracker.close(status)
-            if status == "KILLED":
-                go_on = run_directory.how_to_continue(cfg, directory)
-                then = "pruned: other trials are far better" if stopper.pruned else go_on
-                print(f"{directory}: stopped at step {state.step}; {then}", flush=True)
-            if ranks_in_step:
-                ranks.final_barrier()
-        return say_result(directory)
+    ranks.check_same(state.method, images=data.fingerprint, step=state.step)
+    config = identity.flat(cfg)
+    own = {TAG_DTYPE: dtype, TAG_CONFIG_HASH: identity.config_hash(cfg), TAG_COLOUR: colour_of(config)}
+    tracker = (Tracker if ranks.first else NoTracker)(
+        directory,
+        cfg.tracking,
+        params=config | state.sizes() | {"skipped_images": data.skipped},
+        tags=environment_tags(str(state.device)) | code | own | tags,
+        is_stopping=lambda: stopper.status,
+    )
+    status: Status = "FAILED"
+    ranks_in_step = trained = False  # whether all ranks stop at the same step
+    try:
+        tracker.record.continue_under(now, state.step)
+        kept = OmegaConf.to_yaml(OmegaConf.create(hide_in_settings(identity.without_neutral(cfg))))
+        if ranks.first:
+            write_whole(directory / CONFIG, kept.encode())
+        started = f"started from {cfg.init} ({tags[TAG_INIT_TAKEN]})," if cfg.init is not None else "started"
+        print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)
+        tracker.watch_system()
+        loop.Pretraining(state, data, tracker, stopper, directory, hooks).run()
+        trained = True
+        with stopper.at_once():
+            loop.finish(state, data, tracker, directory, hooks)
+        status, ranks_in_step = "FINISHED", True
+    except (KeyboardInterrupt, SystemExit) as end:
+        status, ranks_in_step = "KILLED", isinstance(end, Stopped) and not trained
+        if stopper.pruned:
+            tracker.record.tags[TAG_PRUNED] = "true"
+        raise
+    except Exception as error:
+        tracker.record.tags[TAG_ERROR] = one_line(error)
+        if isinstance(error, Diverged):
+            tracker.record.tags[TAG_DIVERGED] = "true"
+        raise
+    finally:
+        tracker.close(status)
+        if status == "KILLED":
+            go_on = run_directory.how_to_continue(cfg, directory)
+            then = "pruned: other trials are far better" if stopper.pruned else go_on
+            print(f"{directory}: stopped at step {state.step}; {then}", flush=True)
+        if ranks_in_step:
+            ranks.final_barrier()
 
 
 def note_changed_protocol(cfg: Config, directory: Path, step: int) -> dict[str, str]:

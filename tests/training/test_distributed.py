@@ -201,7 +201,7 @@ def test_a_loss_is_said_while_the_launchers_signal_is_only_noted(tiny, tmp_path,
     monkeypatch.setattr(loop.Pretraining, "run", lose)
     monkeypatch.setattr(distributed, "is_first_to_say", signalled)
     with pytest.raises(RankLost):
-        run_module.run(parsed(*tiny, "k=8", "output_dir=run"), lambda *_: False, lambda folder: folder)
+        run_module.run(parsed(*tiny, "k=8", "output_dir=run"), loop.Hooks(draw_curves=lambda folder: folder))
     assert capsys.readouterr().err.endswith(f"error: {distributed.LOST}\n")
 
 
@@ -224,6 +224,20 @@ def test_the_first_rank_alone_says_which_checkpoint_is_good_and_sets_others_asid
     with pytest.raises(UsageError, match=r"step-00000006.pt cannot be read: No such file"):
         other.resume(tmp_path, tmp_path / "metrics.jsonl")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_first_rank_alone_looks_at_the_record_and_prints_the_result(tiny, tmp_path, monkeypatch, capsys):
+    """As with checkpoints: what another one sees may be half of what the first has written."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"status": "FINI')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distributed, "join", lambda _: Ranks(CPU, rank=1, count=2))
+    monkeypatch.setattr(loop.Pretraining, "run", lambda _: None)
+    monkeypatch.setattr(loop, "finish", lambda *_: None)
+    given = run_module.run(parsed(*tiny, "k=8", "output_dir=run"), loop.Hooks(draw_curves=lambda folder: folder))
+    assert math.isnan(given)
+    assert "finished" not in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
 
 
 class State(dict):
