@@ -17,7 +17,7 @@ from src.sweeps import jobs
 from tests.config.test_schema import CONF, options
 from tests.conftest import PROJECT
 from tests.made_up_runs import STUDY
-from tests.training.test_loop import METRICS, OF_METHOD
+from tests.training.training_runs import METRICS, OF_METHOD
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 

@@ -33,7 +33,7 @@ from src.training.state import TrainState
 from tests.config.test_schema import composed, parsed
 from tests.conftest import ELSEWHERE, PROJECT
 from tests.training.small_net import SMALL_NET
-from tests.training.test_loop import assert_same_run, history
+from tests.training.training_runs import assert_same_run, history
 
 CPU = torch.device("cpu")
 SUPPORTS = {

@@ -1,0 +1,35 @@
+import copy
+import functools
+
+import pytest
+import torch
+
+from src import cli
+from src.reporting import curves
+from tests.config.test_schema import composed
+from tests.training.small_net import SMALL_NET
+
+composed_once = functools.cache(composed)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, small):
+    """Train in this process; returns the run's directory.
+
+    Composing and drawing take longer than so small a training: a line that is typed again is not composed again, and
+    the curves are drawn where they are asked for. With ``net=[]`` the network is the ResNet of `small`.
+    """
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(*overrides, directory="run", draw=False, net=SMALL_NET):
+        cfg = copy.deepcopy(composed_once(*small, *net, "tracking=jsonl", f"output_dir={directory}", *overrides))
+        with monkeypatch.context() as patch:
+            if not draw:
+                patch.setattr(curves, "plot", lambda directory: directory)
+            cli.pretrain(cfg)
+        return tmp_path / directory
+
+    yield run
+    torch.set_num_threads(threads)

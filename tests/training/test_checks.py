@@ -1,0 +1,94 @@
+from types import SimpleNamespace
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from src.config.parse import parse
+from src.errors import UsageError
+from src.runs.record import Record
+from src.training.checks import check_batch_fits, warn_of_doubtful_settings
+from tests.config.test_schema import parsed
+from tests.conftest import PROJECT
+
+
+def test_doubtful_settings_are_warned_of(run, caplog):
+    run("method=nnclr", "queue_size=201", "epochs=2", directory="large")
+    assert "queue_size=201: more than the 200 training images" in caplog.text
+    run("method=kmclr", "k=201", "epochs=2", directory="other")
+    assert "k=201: more prototypes than the 200 training images" in caplog.text
+    run("method=kmclr", "k=7", "epochs=1", "support.refit=faiss", directory="refit")
+    assert "support.refit_window=16384: 576 embeddings between two resets never fill it" in caplog.text
+    assert "schedule.warmup_epochs=2: not shorter than epochs=1" in caplog.text
+
+
+REFIT = ["method=kmclr", "k=7", "batch_size=64", "support.refit=faiss", "support.forget=reset"]
+REFIT += ["support.forget_every=2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "images", "warns"),
+    [
+        (["method=nnclr", "queue_size=200"], 199, True),
+        (["method=nnclr", "queue_size=200"], 200, False),
+        (["method=kmclr", "k=200"], 199, True),
+        (["method=kmclr", "k=200"], 200, False),
+        (["method=simclr", "epochs=5", "schedule.warmup_epochs=5"], 200, True),
+        (["method=simclr", "epochs=5", "schedule.warmup_epochs=4.9"], 200, False),
+        ([*REFIT, "support.refit_window=641"], 383, True),  # 2 epochs of 5 batches
+        ([*REFIT, "support.refit_window=640"], 320, False),
+    ],
+)
+def test_settings_are_doubtful_from_an_exact_bound_on(caplog, overrides, images, warns):
+    warn_of_doubtful_settings(parsed(*overrides), images)
+    assert bool(caplog.text) == warns
+
+
+def test_a_batch_that_was_asked_for_or_has_parts_is_never_made_smaller(caplog):
+    data = SimpleNamespace(train=range(180))
+    check_batch_fits(parsed("batch_size=180"), data, exact=True)
+    assert not caplog.text
+    check_batch_fits(parsed(), data, exact=False)
+    assert "batch_size=256: more than the 180 training images, so each step takes all of them" in caplog.text
+    for cfg, exact in ((parsed(), True), (parsed("backbone.bn_splits=8"), False)):
+        with pytest.raises(UsageError, match="batch_size=256 is larger than the 180 training images"):
+            check_batch_fits(cfg, data, exact)
+
+
+@pytest.mark.parametrize(("size", "stem", "warns"), [(224, "small", True), (224, "large", False), (64, "small", False)])
+def test_a_stem_that_keeps_every_pixel_of_a_large_image_is_warned_of(caplog, size, stem, warns):
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        cfg = parse(compose("train", overrides=[f"data.image_size={size}", f"backbone.stem={stem}"]))
+    warn_of_doubtful_settings(cfg, 50_000)
+    assert ("backbone.stem=small: keeps all 224 x 224 pixels, 16 times the work" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["method=nnclr", "queue_size=321"],
+            "queue_size=321: is never filled, because only 320 embeddings are seen before the last batch of epochs=2",
+        ),
+        (
+            ["method=kmclr", "k=129", "support.forget_every=1"],
+            "k=129: .* prototypes start anew every epoch .*, and only 128 embeddings are seen in that time",
+        ),
+        (["epochs=1", "batch_size=200", "k=5"], "only 0 embeddings .*; set batch_size lower or epochs higher"),
+        (["method=kmclr", "k=321", "support.forget_every=5"], "k=321: is never filled"),
+        (["method=kmclr", "k=321", "support.forget=none"], "k=321: is never filled"),
+        (["method=kmclr", "k=321", "support.forget_every=2"], "before the last batch of epochs=2"),
+        (["support=evolving", "support.start=321"], "support.start=321: is never filled"),
+    ],
+)
+def test_a_support_set_that_is_never_filled_is_refused(run, tmp_path, overrides, says):
+    """Two epochs of three batches of 64 of 200 images: the last batch comes after 320 embeddings."""
+    with pytest.raises(UsageError, match=says):
+        run(*overrides)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "largest", [["method=nnclr", "queue_size=320"], ["method=kmclr", "k=128", "support.forget_every=1"]]
+)
+def test_a_support_set_that_is_filled_in_the_last_moment_is_used(run, largest):
+    assert 1 <= Record.load(run(*largest)).metrics["support/perplexity"] <= 64  # of the one batch that asked

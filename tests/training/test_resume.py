@@ -1,0 +1,403 @@
+import errno
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from src import build
+from src.errors import CannotWrite, UsageError
+from src.evaluation.probes import FrozenEncoder
+from src.reporting import curves
+from src.reporting.comparison import comparable
+from src.reporting.rows import summarise
+from src.runs import checkpoint
+from src.runs.record import Record
+from src.runs.tracker import Tracker
+from src.system.stopping import Stopper
+from src.training import loop
+from src.training import run as run_module
+from tests.conftest import ELSEWHERE
+from tests.data.layouts import LAYOUTS, write_set
+from tests.training.small_net import SMALL_NET, SmallNet
+from tests.training.training_runs import ALL, METHODS, StopAfter, assert_same_run, failing, trained_on
+
+
+def test_a_run_that_goes_on_within_an_epoch_counts_what_it_took_before(run, monkeypatch):
+    now, forward = [0.0], SmallNet.forward
+
+    def second(*args):
+        now[0] += 1
+        return forward(*args)
+
+    monkeypatch.setattr(SmallNet, "forward", second)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(run_module, "Stopper", lambda _: StopAfter(1))
+    with pytest.raises(SystemExit):
+        run("method=simclr")
+    monkeypatch.setattr(run_module, "Stopper", Stopper)
+    assert curves.read(run("method=simclr"))["time/epoch_seconds"][1] == [2 * 3] * 2
+
+
+def test_a_run_that_is_stopped_in_the_final_evaluation_has_used_its_support_set_all_the_same(run, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("method=nnclr", "queue_size=64")
+    assert "support_unused" not in Record.load(run("method=nnclr", "queue_size=64")).tags
+
+
+@pytest.mark.parametrize(
+    ("method", "extra"),
+    [
+        ("simclr", []),
+        ("nnclr", []),
+        ("mnn", []),
+        ("relation", []),
+        ("evolving", []),
+        ("evolving", ["objective=teacher", "objective.neighbours=2", "support.every=1"]),
+        ("nnclr", ["support.precision=bfloat16"]),
+        ("nnclr", ["search=ivf", "search.index='IVF4,Flat'", "search.nprobe=1", "search.refresh_every=3"]),
+        ("kmclr", ["support.forget_every=1"]),
+        ("kmclr", ["support.forget=decay", "support.half_life=3", "support.revive_after=2"]),
+        ("kmclr", ["support.refit=faiss", "support.refit_every=2", "support.refit_window=100"]),
+    ],
+)
+def test_stopped_anywhere_and_continued_it_is_the_unbroken_run(run, monkeypatch, method, extra):
+    overrides = [*ALL[method], *extra, "epochs=3"]
+    unbroken = run(*overrides, directory="unbroken")
+    stops = 0
+    for steps in (2, 1, 2, 1, 100):
+        monkeypatch.setattr(run_module, "Stopper", lambda _, steps=steps: StopAfter(steps))
+        try:
+            run(*overrides, directory="broken")
+        except SystemExit:
+            stops += 1
+            assert Record.load(unbroken.parent / "broken").status == "KILLED"
+    assert stops >= 3
+    assert_same_run(unbroken, unbroken.parent / "broken")
+
+
+def test_another_evaluation_starts_no_training_anew_and_is_said(run, monkeypatch, tmp_path, caplog):
+    overrides = ["method=simclr", "epochs=2"]
+    monkeypatch.setattr(run_module, "Stopper", lambda _: StopAfter(4))
+    with pytest.raises(SystemExit):
+        run(*overrides)
+    monkeypatch.setattr(run_module, "Stopper", Stopper)
+    directory = tmp_path / "run"
+    assert Record.load(directory).status == "KILLED"
+
+    run(*overrides, "evaluation.every=2", "evaluation.knn_k=5")
+    record = Record.load(directory)
+    assert record.status == "FINISHED"
+    assert record.tags["evaluation_changed"].startswith("evaluation.knn_k was 20 and is 5 at step ")
+    assert "every" not in record.tags["evaluation_changed"]
+    assert "rows logged so far keep the former evaluation (evaluation.knn_k was 20 and is 5)" in caplog.text
+
+    caplog.clear()
+    run(*overrides, "evaluation.knn_k=5")
+    assert "otherwise" not in caplog.text  # the last session's evaluation is the one that counts
+    run(*overrides, "evaluation.knn_k=9")
+    assert "was evaluated otherwise (evaluation.knn_k was 5 and is 9)" in caplog.text
+    assert f"python -m src.evaluate run={directory.relative_to(tmp_path)}" in caplog.text
+    rows, notes = summarise([record])
+    assert [each.params["evaluation.knn_k"] for row in rows for each in row.runs] == ["5", "5"]  # untrained, trained
+    assert any("evaluation.knn_k was 20 and is 5 at step 4" in note for note in notes)
+
+
+def test_another_evaluation_is_said_of_a_run_that_lost_its_checkpoints_and_of_one_that_returns_to_the_first(
+    run, monkeypatch, tmp_path
+):
+    overrides, directory = ["method=simclr", "epochs=2"], tmp_path / "run"
+    for steps, more in [(2, []), (1, ["evaluation.knn_k=5"]), (1, ["evaluation.bank=30"])]:
+        monkeypatch.setattr(run_module, "Stopper", lambda _, steps=steps: StopAfter(steps))
+        with pytest.raises(SystemExit):
+            run(*overrides, *more)
+        if not more:
+            shutil.rmtree(directory / "checkpoints")
+    tags = Record.load(directory).tags
+    assert (tags["evaluation.knn_k"], tags["evaluation.bank"]) == ("20", "30")
+    first, second = tags["evaluation_changed"].split("; ")
+    assert first == "evaluation.knn_k was 20 and is 5 at step 0"
+    assert second == "evaluation.bank was 50000 and is 30, evaluation.knn_k was 5 and is 20 at step 2"
+
+
+def test_what_an_evaluation_no_longer_has_is_no_setting_of_the_run(run, monkeypatch, tmp_path):
+    overrides, directory = ["method=simclr", "epochs=2"], tmp_path / "run"
+    monkeypatch.setattr(run_module, "Stopper", lambda _: StopAfter(2))
+    with pytest.raises(SystemExit):
+        run(*overrides, "evaluation=fewshot")
+    monkeypatch.setattr(run_module, "Stopper", Stopper)
+    run(*overrides, "evaluation.bank=null")
+    record = Record.load(directory)
+    assert record.tags["evaluation.fewshot.draws"] == record.tags["evaluation.bank"] == "null"
+    of_now = comparable(record)
+    assert of_now["evaluation.name"] == "linear"
+    assert not [key for key in of_now if key.startswith("evaluation.fewshot") or key == "evaluation.bank"]
+
+
+def test_a_crash_loses_at_most_the_steps_since_the_checkpoint(run, monkeypatch):
+    """The steps are computed again, and logged once."""
+    unbroken = run("method=kmclr", "k=7", "epochs=3", "checkpoint.every=1", directory="unbroken")
+    real, calls = loop.seed_everything, []
+
+    def crash(*numbers):
+        calls.append(numbers)
+        if len(calls) == 5:
+            raise RuntimeError("power cut")
+        real(*numbers)
+
+    monkeypatch.setattr(loop, "seed_everything", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run("method=kmclr", "k=7", "epochs=3", "checkpoint.every=1", directory="broken")
+    assert Record.load(unbroken.parent / "broken").status == "FAILED"
+    monkeypatch.setattr(loop, "seed_everything", real)
+    assert_same_run(unbroken, run("method=kmclr", "k=7", "epochs=3", "checkpoint.every=1", directory="broken"))
+
+
+DAMAGES = {
+    "the last row is gone": (lambda lines: lines[:-1], 3),
+    "a row in the middle is gone": (lambda lines: [*lines[:-2], lines[-1]], None),
+    "all rows but two are gone": (lambda lines: lines[:2], None),
+    "the last row has lost its newline": (lambda lines: [*lines[:-1], lines[-1][:-1]], 4),
+}
+
+
+def test_rows_that_a_checkpoint_rests_on_are_missed(run, tmp_path, monkeypatch, caplog, capsys):
+    """There are checkpoints of steps 3 and 4, and the last row is that of the fourth step."""
+    overrides = ["method=kmclr", "k=7"]
+    unbroken = run(*overrides, directory="unbroken")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "Stopper", lambda _: StopAfter(4))
+        with pytest.raises(SystemExit):
+            run("checkpoint.minutes=0", *overrides, directory="stopped")
+    for name, (damage, goes_on_from) in DAMAGES.items():
+        shutil.copytree(tmp_path / "stopped", tmp_path / name)
+        metrics = tmp_path / name / "metrics.jsonl"
+        metrics.write_bytes(b"".join(damage(metrics.read_bytes().splitlines(keepends=True))))
+        caplog.clear()
+        if goes_on_from is None:
+            with pytest.raises(UsageError, match=r"metrics\.jsonl lacks rows from before step-00000004\.pt: put the"):
+                run(*overrides, directory=f"'{name}'")
+            continue
+        assert_same_run(unbroken, run(*overrides, directory=f"'{name}'").with_name(name))
+        assert f"continued at step {goes_on_from}" in capsys.readouterr().out
+        assert ("trying the checkpoint before" in caplog.text) == (goes_on_from == 3)
+
+
+@pytest.mark.parametrize("by_another", [False, True])
+def test_a_folder_that_is_taken_away_is_missed_and_what_is_put_there_stays(run, tmp_path, monkeypatch, by_another):
+    real = loop.seed_everything
+
+    def remove_at_step_4(*numbers):
+        if numbers[1:] == (4,):
+            shutil.rmtree(tmp_path / "run")
+            if by_another:
+                (tmp_path / "run").mkdir()
+                (tmp_path / "run/metrics.jsonl").write_text("another's\n")
+        real(*numbers)
+
+    monkeypatch.setattr(loop, "seed_everything", remove_at_step_4)
+    with pytest.raises(CannotWrite, match="run: was removed or replaced while the run worked in it"):
+        run("method=simclr", "checkpoint.every=1")
+    left = [path.name for path in (tmp_path / "run").glob("*")]
+    assert left == (["metrics.jsonl"] if by_another else [])
+    if by_another:
+        assert (tmp_path / "run/metrics.jsonl").read_text() == "another's\n"
+
+
+@pytest.mark.parametrize(("where", "write"), [("rows", "log"), ("checkpoint", "whole"), ("record", "write_whole")])
+def test_a_full_disk_stops_the_run_and_when_there_is_room_it_is_the_unbroken_one(
+    run, tmp_path, monkeypatch, where, write
+):
+    overrides = ["method=kmclr", "k=7", "epochs=3", "checkpoint.every=1"]
+    unbroken = run(*overrides, directory="unbroken")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patch:
+        if where == "rows":
+            patch.setattr(run_module, "Tracker", FullAtStep5)
+        else:
+            writes = importlib.import_module(f"src.runs.{where}")
+            patch.setattr(writes, write, failing(getattr(writes, write), full, after=2))
+        with pytest.raises(CannotWrite, match=r"run(/metrics\.jsonl)?: No space left on device; mend that, and"):
+            run(*overrides)
+    assert Record.load(tmp_path / "run").status in ("FAILED", "RUNNING")  # the latter where not even that could be said
+    assert_same_run(unbroken, run(*overrides))
+
+
+def test_a_disk_that_fills_up_before_the_first_step_leaves_no_run_that_seems_to_go_on(run, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(run_module, "write_whole", failing(run_module.write_whole, full, after=0))
+    with pytest.raises(CannotWrite, match="No space left on device") as error:
+        run("method=simclr")
+    assert error.value.status == 74  # of the command
+    assert Record.load(tmp_path / "run").status == "FAILED"
+
+
+class FullAtStep5(Tracker):
+    """Takes a part of the row, as a disk does that is full."""
+
+    def log(self, metrics, step):
+        if step == 5:
+            rows = self._rows
+            self._rows = SimpleNamespace(write=lambda row: rows.write(row[:10]), fileno=rows.fileno, close=rows.close)
+        super().log(metrics, step)
+
+
+def test_a_signal_in_the_final_evaluation_is_not_kept_waiting(run, tmp_path, monkeypatch):
+    unbroken = run("method=simclr", directory="unbroken")
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Protocol, "final", interrupted)
+        with pytest.raises(SystemExit) as end:
+            run("method=simclr")
+    assert end.value.code == 128 + signal.SIGTERM
+    assert Record.load(tmp_path / "run").status == "KILLED"
+    assert_same_run(unbroken, run("method=simclr"))
+
+
+def test_a_signal_in_a_validation_is_looked_at_between_its_blocks(run, tmp_path, monkeypatch):
+    """Each command is told to stop in the second validation that it comes to; the end is that of a run that was not."""
+    arguments = ["method=kmclr", "k=7", "evaluation.every=1", "epochs=2"]
+    unbroken = run(*arguments, directory="unbroken")
+    validate, encode, counts = loop.Protocol.validation, FrozenEncoder.encode, []
+
+    def counted(frozen, images):
+        counts[-1] += 1
+        if len(counts) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(frozen, images)
+
+    def interrupted(*given):
+        counts.append(0)
+        return validate(*given)
+
+    for step in (3, 6):
+        counts.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(FrozenEncoder, "encode", counted)
+            patch.setattr(loop.Protocol, "validation", interrupted)
+            with pytest.raises(SystemExit) as end:
+                run(*arguments)
+        assert end.value.code == 128 + signal.SIGTERM
+        assert counts == [2, 1]  # of the validation images, and of the bank
+        assert Record.load(tmp_path / "run").status == "KILLED"
+        assert checkpoint.load_latest(tmp_path / "run/checkpoints")[1]["step"] == step
+    assert_same_run(unbroken, run(*arguments))
+
+
+def test_a_whole_checkpoint_that_no_run_wrote_is_refused(run, tmp_path):
+    run("method=simclr", "epochs=1")
+    (tmp_path / "run/run.json").unlink()
+    _, state = checkpoint.load_latest(tmp_path / "run/checkpoints")
+    for broken in ({}, state | {"config": "none"}, state | {"optimizer": {}}, state | {"seconds": 1}):
+        checkpoint.save(tmp_path / "run/checkpoints", state["step"], broken)
+        with pytest.raises(UsageError, match=r"is not the checkpoint of a run|is of another") as error:
+            run("method=simclr", "epochs=1")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_that_was_stopped_continues_on_its_own_images_only(run, tmp_path, monkeypatch, layout):
+    a, b = (write_set(layout, tmp_path / name, seed) for seed, name in enumerate("ab"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "Stopper", lambda _: StopAfter(2))
+        with pytest.raises(SystemExit):
+            trained_on(run, layout, a, "output_dir=run")
+    record = (tmp_path / "run/run.json").read_bytes()
+    for remove in (False, True):  # the checkpoint alone says it too
+        if remove:
+            (tmp_path / "run/run.json").unlink()
+        with pytest.raises(UsageError, match=r"data\.fingerprint was [0-9a-f]{16} and is [0-9a-f]{16}"):
+            trained_on(run, layout, b, "output_dir=run")
+    (tmp_path / "run/run.json").write_bytes(record)
+    trained_on(run, layout, a.rename(tmp_path / "moved"), "output_dir=run")
+    assert Record.load(tmp_path / "run").status == "FINISHED"
+
+
+def test_other_conditions_on_resume_are_said_and_another_precision_is_refused(run, tmp_path, monkeypatch, caplog):
+    overrides = ["method=simclr", "precision=auto", "epochs=1"]
+    monkeypatch.setattr(build, "precision", lambda *_: torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "Stopper", lambda _: StopAfter(1))
+        with pytest.raises(SystemExit):
+            run(*overrides)
+    before = Record.load(tmp_path / "run").conditions
+    assert [(each["step"], each["precision"], each["threads"]) for each in before] == [("0", "float32", "1")]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "precision", lambda *_: torch.bfloat16)
+        with pytest.raises(UsageError, match="computed in float32 up to step 2, and precision=auto means bfloat16 on"):
+            run(*overrides)
+    assert Record.load(tmp_path / "run").conditions == before
+
+    torch.set_num_threads(2)
+    run(*overrides)
+    assert "run: threads was 1 and is 2, so the end differs from that of an unbroken run" in caplog.text
+    record = Record.load(tmp_path / "run")
+    assert [(each["step"], each["threads"]) for each in record.conditions] == [("0", "1"), ("2", "2")]
+    assert "run was continued under other conditions: threads was 1 and is 2 from step 2 on" in summarise([record])[1]
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment_changes_nothing(command, run, small, tmp_path):
+    """The real command line, killed twice and then left alone; `scripts/reliability/kills.py` does it at random.
+
+    With the method that has most to save; `test_stopped_anywhere_and_continued_it_is_the_unbroken_run` has them all.
+    """
+    overrides = [*METHODS["kmclr"], "epochs=8", "checkpoint.every=1"]
+    unbroken = run(*overrides, directory="unbroken")
+    arguments = [*small, *SMALL_NET, *overrides, "tracking=jsonl", "output_dir=broken"]
+    for ends, status in (("- 9 3", -signal.SIGKILL), ("- 9 12", -signal.SIGKILL), ("- 0 0", 0)):
+        assert command("src.train", *arguments, environment={"ENDS": ends}).returncode == status
+    assert_same_run(unbroken, tmp_path / "broken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGXCPU])
+def test_a_signal_stops_the_run_cleanly(command, small, tmp_path, number):
+    """In its fifth step, which is the last; SIGXCPU is what comes at a limit of processor time (``ulimit -S -t``)."""
+    arguments = [*small, *SMALL_NET, "method=kmclr", "k=7", "tracking=jsonl", "output_dir=run"]
+    stopped = command("src.train", *arguments, environment={"ENDS": f"- {number:d} 9"})
+    assert stopped.returncode == 128 + number
+    assert Record.load(tmp_path / "run").status == "KILLED"
+    assert curves.read(tmp_path / "run")["train/loss"][0] == list(range(5))
+    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints")[1]["step"] == 5
+
+
+@pytest.mark.slow
+def test_a_run_whose_output_nobody_reads_stops_as_by_a_signal(small, tmp_path):
+    arguments = " ".join([*small, "method=simclr", "tracking=jsonl", "epochs=1000", "output_dir=run"])
+    line = f"{sys.executable} -m src.train {arguments} | head -1; exit ${{PIPESTATUS[0]}}"
+    environment = os.environ | ELSEWHERE
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGPIPE, "run: started at step 0\n")
+    assert "Error" not in done.stderr
+    assert Record.load(tmp_path / "run").status == "KILLED"
+
+
+@pytest.mark.slow
+def test_max_minutes_stops_resumably(command, small, tmp_path):
+    arguments = [*small, "method=simclr", "tracking=jsonl", "output_dir=run", "epochs=1000", "max_minutes=0.002"]
+    first = command("src.train", *arguments)
+    assert (first.returncode, Record.load(tmp_path / "run").status) == (75, "KILLED")
+    assert "the same command continues" in first.stdout
+    assert "continued at step" in command("src.train", *arguments).stdout
+
+
+def test_a_time_that_is_up_after_the_last_step_leaves_the_final_evaluation(run, tmp_path):
+    run("method=simclr", "epochs=1", "batch_size=64", "data.limit=80", "max_minutes=0.00001")
+    assert Record.load(tmp_path / "run").status == "FINISHED"

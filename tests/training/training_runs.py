@@ -1,0 +1,109 @@
+"""Tiny runs: how the tests of this folder name them, stop them, and compare what they leave."""
+
+import torch
+from safetensors.torch import load_file
+
+from src.reporting import curves
+from src.runs import checkpoint
+from src.system.stopping import Stopper
+
+CONTRAST = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=100"], "kmclr": ["method=kmclr", "k=7"]}
+TEACHER = ["method=nnclr", "objective=teacher", "queue_size=100", "objective.neighbours=3"]
+METHODS = CONTRAST | {"mnn": TEACHER}
+RELATION = ["method=kmclr", "objective=relation", "k=7", "objective.decorrelation=0.02"]
+EVOLVING = ["support=evolving", "support.size=12", "support.start=6", "support.every=2"]
+ALL = METHODS | {"relation": RELATION, "evolving": EVOLVING}  # with each part of a loss that there is
+# DESIGN's names: what every run logs.
+METRICS = {
+    "train/loss",
+    "train/grad_norm",
+    "train/lr",
+    "train/alignment",
+    "train/uniformity",
+    "val/effective_rank",
+    "val/online_top1",
+    "val/online_top5",
+    "val/knn_top1",
+    "val/linear_top1",
+    "test/linear_top1",
+    "test/linear_top5",
+    "test/knn_top1",
+    *(f"{part}/knn_k" for part in ("val", "test", "untrained/test")),
+    *(f"untrained/{key}" for key in ("val/knn_top1", "val/linear_top1")),
+    *(f"untrained/test/{key}" for key in ("knn_top1", "linear_top1", "linear_top5")),
+    "time/epoch_seconds",
+    "time/images_per_second",
+    "time/support_fraction",
+    "memory/peak_gib",
+}
+OF_ENTRIES = {f"support/{name}" for name in ("label_agreement", "self_hit", "perplexity", "dead", "age_steps")}
+OF_PROTOTYPES = {f"support/{name}" for name in ("purity", "nmi", "drift")}
+OF_METHOD = {"simclr": set(), "nnclr": OF_ENTRIES, "kmclr": OF_ENTRIES | OF_PROTOTYPES, "mnn": OF_ENTRIES}
+OF_METHOD["evolving"] = OF_METHOD["kmclr"] | {"support/size", "support/peak_size"}
+
+
+def history(directory):
+    """Everything logged except what it took: {(metric, step): value}."""
+    return {
+        (key, step): value
+        for key, (steps, values) in curves.read(directory).items()
+        if not key.startswith(("time/", "memory/"))
+        for step, value in zip(steps, values, strict=True)
+    }
+
+
+def assert_same_run(one, other):
+    assert history(one) == history(other)
+    for key, value in load_file(one / "encoder.safetensors").items():
+        assert torch.equal(value, load_file(other / "encoder.safetensors")[key]), key
+    ours, theirs = (checkpoint.load_latest(each / "checkpoints")[1] for each in (one, other))
+    for part in ("model", "classifier", "optimizer", "classifier_optimizer"):
+        assert_equal(ours[part], theirs[part], part)
+
+
+def assert_equal(one, other, where):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal(a, b, f"{where}[{index}]")
+    else:
+        assert torch.equal(one, other) if torch.is_tensor(one) else one == other, where
+
+
+def losses(directory):
+    return curves.read(directory)["train/loss"][1]
+
+
+class StopAfter(Stopper):
+    """Asks to stop, as a time limit does, once so many steps were looked at."""
+
+    def __init__(self, steps):
+        super().__init__(None)
+        self.left = steps
+
+    @property
+    def status(self):
+        self.left -= 1
+        return 75 if self.left < 0 else 0
+
+
+def failing(function, error, after):
+    calls = []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) > after:
+            raise error
+        return function(*arguments)
+
+    return fail
+
+
+def trained_on(run, layout, root, *overrides):
+    """Trains on the set in a folder, unless it has been done; returns how many runs there are beside the folder."""
+    own = ["output_dir=null", "method=simclr", "epochs=1", "data.limit=null", "batch_size=8", "evaluation.epochs=1"]
+    run(*own, f"data={layout}", f"data.root={root}", *overrides)
+    return len(list((root.parent / "multirun").glob("simclr-*")))
