@@ -138,7 +138,7 @@ class Side:
         sent = self.messages.pop()
         self.step += 1
         self.sent += sent
-        if self.step == WARM_UP and self.ranks.count > 1:  # the same step on all ranks
+        if self.step == WARM_UP and self.ranks.world_size > 1:  # the same step on all ranks
             self.alone = by_kind(self.messages.replayed(sent), 1)
         took = time.perf_counter() - self.began
         if self.ranks.first and took >= self.seconds:

@@ -165,6 +165,48 @@ def _check_data(data: schema.Data) -> None:
 
 
 def _check_combinations(cfg: Config) -> None:
+    _check_support(cfg)
+    _check_backbone(cfg)
+    _check_objective(cfg)
+    _check_data(cfg.data)
+    _check_search(cfg)
+    if cfg.tracking.system_metrics and cfg.tracking.name != "mlflow":
+        raise UsageError(
+            f"tracking.system_metrics=true: MLflow measures them, and tracking={cfg.tracking.name} has none; "
+            "choose tracking=mlflow, or leave tracking.system_metrics=false"
+        )
+
+
+def _check_support(cfg: Config) -> None:
+    support = cfg.support
+    for key, owner in (("k", schema.KMeans), ("queue_size", schema.Queue)):
+        if getattr(cfg, key) is not None and not isinstance(support, owner):
+            raise UsageError(explain_key(key))
+        if getattr(cfg, key) is None and isinstance(support, owner):
+            raise UsageError(f"{key}=null: support={support.name} needs a number of vectors")
+    if not isinstance(support, schema.KMeans):
+        return
+    if cfg.k == 1 and isinstance(cfg.objective, schema.Contrast) and cfg.objective.same_prototype == "mask":
+        raise UsageError("k=1: all images share the one prototype, so none would be a negative; choose 2 or more")
+    if support.refit == "faiss" and cfg.k is not None and support.refit_window < cfg.k:
+        raise UsageError(f"support.refit_window={support.refit_window}: must hold k={cfg.k} embeddings or more")
+
+
+def _check_backbone(cfg: Config) -> None:
+    backbone = cfg.backbone
+    if backbone._target_ is None and not backbone.is_timm:
+        if backbone.options:
+            raise UsageError(f"backbone.options={backbone.options}: {backbone.name} takes none; timm's models do")
+        if backbone.stem is None:
+            raise UsageError("backbone.stem=null: choose small, small_padded or large")
+    splits = f"backbone.bn_splits={backbone.bn_splits}: "
+    if cfg.batch_size % backbone.bn_splits:
+        raise UsageError(f"{splits}batch_size={cfg.batch_size} has no such equal parts; choose a divisor of it")
+    if cfg.batch_size == backbone.bn_splits > 1:
+        raise UsageError(f"{splits}parts of one image; choose fewer")
+
+
+def _check_objective(cfg: Config) -> None:
     support, objective = cfg.support, cfg.objective
     is_ours = cfg.method._target_ is None
     if support.name != "none" and isinstance(objective, schema.Contrast) and not objective.support_weight and is_ours:
@@ -172,52 +214,29 @@ def _check_combinations(cfg: Config) -> None:
             f"support={support.name}: objective.support_weight=0 makes no use of what is stored; "
             "choose objective=mixed, or support=none"
         )
-    for key, owner in (("k", schema.KMeans), ("queue_size", schema.Queue)):
-        if getattr(cfg, key) is not None and not isinstance(support, owner):
-            raise UsageError(explain_key(key))
-        if getattr(cfg, key) is None and isinstance(support, owner):
-            raise UsageError(f"{key}=null: support={support.name} needs a number of vectors")
-    if isinstance(support, schema.KMeans):
-        if cfg.k == 1 and isinstance(objective, schema.Contrast) and objective.same_prototype == "mask":
-            raise UsageError("k=1: all images share the one prototype, so none would be a negative; choose 2 or more")
-        if support.refit == "faiss" and cfg.k is not None and support.refit_window < cfg.k:
-            raise UsageError(f"support.refit_window={support.refit_window}: must hold k={cfg.k} embeddings or more")
-    if cfg.backbone._target_ is None and not cfg.backbone.is_timm:
-        if cfg.backbone.options:
-            raise UsageError(
-                f"backbone.options={cfg.backbone.options}: {cfg.backbone.name} takes none; timm's models do"
-            )
-        if cfg.backbone.stem is None:
-            raise UsageError("backbone.stem=null: choose small, small_padded or large")
-    if cfg.batch_size % cfg.backbone.bn_splits:
-        raise UsageError(
-            f"backbone.bn_splits={cfg.backbone.bn_splits}: batch_size={cfg.batch_size} has no such equal parts; "
-            "choose a divisor of it"
-        )
-    if cfg.batch_size == cfg.backbone.bn_splits > 1:
-        raise UsageError(f"backbone.bn_splits={cfg.backbone.bn_splits}: parts of one image; choose fewer")
     if cfg.evaluation.teacher and not (isinstance(objective, schema.MomentumTeacher) and is_ours):
         raise UsageError(
             f"evaluation.teacher=true: objective={objective.name} has no teacher; choose objective=teacher or "
             "objective=relation, or leave evaluation.teacher=false"
         )
-    _check_data(cfg.data)
-    if cfg.tracking.system_metrics and cfg.tracking.name != "mlflow":
-        raise UsageError(
-            f"tracking.system_metrics=true: MLflow measures them, and tracking={cfg.tracking.name} has none; "
-            "choose tracking=mlflow, or leave tracking.system_metrics=false"
-        )
-    lists = {key: getattr(cfg.search, key) for key in ("index", "nprobe", "refresh_every")}
-    if cfg.search.name == "ivf" and (lacking := [key for key, value in lists.items() if value is None]):
-        raise UsageError(f"search.{lacking[0]}=null: search=ivf needs a value; leave the setting out")
-    if cfg.search.name == "ivf" and not isinstance(support, schema.Queue):
-        raise UsageError(f"search=ivf: only support=queue can use it; choose search=auto for support={support.name}")
     if isinstance(objective, schema.MNN) and is_ours and objective.neighbours > 1:
         few = f"objective.neighbours={objective.neighbours}: "
         if (size := cfg.k or cfg.queue_size) and size < objective.neighbours:
             raise UsageError(f"{few}more than the {size} vectors that are stored; lower it")
         if cfg.search.name == "ivf":
             raise UsageError(f"{few}search=ivf finds one; choose search=auto, or objective.neighbours=1")
+
+
+def _check_search(cfg: Config) -> None:
+    if cfg.search.name != "ivf":
+        return
+    lists = {key: getattr(cfg.search, key) for key in ("index", "nprobe", "refresh_every")}
+    if lacking := [key for key, value in lists.items() if value is None]:
+        raise UsageError(f"search.{lacking[0]}=null: search=ivf needs a value; leave the setting out")
+    if not isinstance(cfg.support, schema.Queue):
+        raise UsageError(
+            f"search=ivf: only support=queue can use it; choose search=auto for support={cfg.support.name}"
+        )
 
 
 def _canonical(cfg: Config) -> Config:

@@ -103,7 +103,7 @@ class KMeans(SupportSet):
 
     @property
     def stored_bytes(self) -> int:
-        return self.shard.count * self.means_KD.nbytes + (self.window.rows_ND.nbytes if self.window else 0)
+        return self.shard.world_size * self.means_KD.nbytes + (self.window.rows_ND.nbytes if self.window else 0)
 
     @property
     def centroids_KD(self) -> Tensor:
@@ -195,7 +195,7 @@ class KMeans(SupportSet):
     def age_steps(self) -> float:
         if not self.seeded:
             return 0.0
-        written = self.written_K[: self.seeded // self.shard.count].double().mean()
+        written = self.written_K[: self.seeded // self.shard.world_size].double().mean()
         return self.step - 1 - float(self.shard.mean(written))
 
     def _points(self, embeddings_BD: Tensor) -> Tensor:

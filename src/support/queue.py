@@ -76,7 +76,9 @@ class Queue(SupportSet):
 
     @property
     def stored_bytes(self) -> int:
-        return self.shard.count * self.ring.rows_ND.nbytes + (self.lists.stored_bytes if self.lists is not None else 0)
+        return self.shard.world_size * self.ring.rows_ND.nbytes + (
+            self.lists.stored_bytes if self.lists is not None else 0
+        )
 
     @property
     def vectors_ND(self) -> Tensor:
@@ -102,7 +104,7 @@ class Queue(SupportSet):
             ValueError: fewer have been stored yet.
         """
         bank_ND = self.ring.filled_ND
-        if (held := len(bank_ND) * self.shard.count) < count:
+        if (held := len(bank_ND) * self.shard.world_size) < count:
             raise ValueError(f"lookup of {count} in a queue that holds {held}: update it first")
         queries_QD = F.normalize(embeddings_QD.float(), dim=1)
         if self.lists is not None and self.ready and count == 1:

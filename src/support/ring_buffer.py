@@ -34,7 +34,7 @@ class RingBuffer(Slots):
     @property
     def filled_ND(self) -> Tensor:
         """Those of this process's rows that have been written, in slot order."""
-        return self.rows_ND[: min(self.total, self.size) // self.shard.count]
+        return self.rows_ND[: min(self.total, self.size) // self.shard.world_size]
 
     @property
     def full(self) -> bool:
@@ -48,7 +48,7 @@ class RingBuffer(Slots):
             both, W at most M. Of a write that is larger than N, only the last N rows are kept.
         """
         batch, start = len(rows_BD), self.total
-        assert batch % self.shard.count == 0
+        assert batch % self.shard.world_size == 0
         numbers = self.shard.own(start + max(0, batch - self.size), start + batch, rows_BD.device)
         places, kept = self.shard.rows(numbers % self.size)[0], numbers - start
         self.rows_ND[places] = rows_BD[kept].to(self.rows_ND.dtype)

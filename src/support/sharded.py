@@ -3,7 +3,7 @@
 Every process gives the same queries, searches its own slots, and receives what all processes have found. The answers
 are those of one process that holds all slots; ties, too, go to the lowest slot.
 
-Shapes: Q queries, D dimensions, K neighbours, N slots, M = N / count slots of one process.
+Shapes: Q queries, D dimensions, K neighbours, N slots, M = N / world_size slots of one process.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from src.system.collectives import all_gather, all_reduce_sum_
 
 @dataclass(frozen=True)
 class Shard:
-    """The slots of one process: those whose number is ``rank`` modulo ``count``. One that is alone holds all.
+    """The slots of one process: those whose number is ``rank`` modulo ``world_size``. One that is alone holds all.
 
     Consecutive slots belong to the processes in turn, so all hold equally many. Methods that return something of all
     processes are collective: every process must call them.
     """
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     def own(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Those of the numbers from ``start`` to ``stop`` that are this process's, ascending int64."""
-        return torch.arange(start, stop, device=device)[(self.rank - start) % self.count :: self.count]
+        return torch.arange(start, stop, device=device)[(self.rank - start) % self.world_size :: self.world_size]
 
     def rows(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """The row at which this process would hold each slot, and whether it does; both of the shape of ``slots``."""
-        return slots // self.count, slots % self.count == self.rank
+        return slots // self.world_size, slots % self.world_size == self.rank
 
     def slots(self, rows: Tensor) -> Tensor:
         """The slots that this process holds at these of its rows, of the same shape."""
-        return rows * self.count + self.rank
+        return rows * self.world_size + self.rank
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all processes, in place of the process's own value."""
-        return value if self.count == 1 else all_reduce_sum_(value)
+        return value if self.world_size == 1 else all_reduce_sum_(value)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over all processes."""
-        return self.sum(value) / self.count
+        return self.sum(value) / self.world_size
 
     def all_gather(self, own: Tensor) -> Tensor:
         """All slots [N, ...], in their order, from each process's own [M, ...]."""
-        return own if self.count == 1 else torch.stack(all_gather(own), 1).flatten(0, 1)
+        return own if self.world_size == 1 else torch.stack(all_gather(own), 1).flatten(0, 1)
 
     def local(self, whole: Tensor) -> Tensor:
         """This process's own slots [M, ...] out of all slots [N, ...]."""
-        return whole[self.rank :: self.count]
+        return whole[self.rank :: self.world_size]
 
     def fetch(self, own: Tensor, slots: Tensor) -> Tensor:
         """The rows of any slots [*slots.shape, ...], from whichever process holds them.
@@ -64,7 +64,7 @@ class Shard:
             own: this process's rows [M, ...].
             slots: the same for all processes, int64 of any shape.
         """
-        if self.count == 1 or not slots.numel():
+        if self.world_size == 1 or not slots.numel():
             return own[slots]
         rows, mine = self.rows(slots)
         found = own[rows]
@@ -78,7 +78,7 @@ class Shard:
             rows_QK: at which of its rows they are.
             count: how many to keep.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return rows_QK
         slots, order = torch.cat(all_gather(self.slots(rows_QK)), 1).sort(1)
         scores = torch.cat(all_gather(scores_QK), 1).gather(1, order)
@@ -98,7 +98,7 @@ class Slots(nn.Module):
         super().__init__()
         self.size = size
         self.shard = shard or Shard()
-        self.held = size // self.shard.count  # M
+        self.held = size // self.shard.world_size  # M
         self._by_slot: list[str] = []
 
     def register_slots(self, name: str, rows: Tensor) -> None:
@@ -113,7 +113,7 @@ def in_shards(module: nn.Module) -> dict[str, Shard]:
     return {
         f"{path}.{name}".removeprefix("."): each.shard
         for path, each in module.named_modules()
-        if isinstance(each, Slots) and each.shard.count > 1
+        if isinstance(each, Slots) and each.shard.world_size > 1
         for name in each._by_slot
     }
 

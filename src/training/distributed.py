@@ -53,7 +53,7 @@ class Ranks:
 
     device: torch.device
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     group: dist.ProcessGroup | None = None  # of the hosts, beside the devices' own; None: one process
     _pending: list[tuple[Any, Tensor]] = field(default_factory=list)
 
@@ -65,16 +65,16 @@ class Ranks:
     @property
     def part(self) -> tuple[int, int]:
         """Which of how many equal parts of a batch is this rank's."""
-        return self.rank, self.count
+        return self.rank, self.world_size
 
     @property
     def shard(self) -> Shard:
         """Which slots of a support set in shards are this rank's."""
-        return Shard(self.rank, self.count)
+        return Shard(self.rank, self.world_size)
 
     def rows(self, batch_size: int) -> slice:
         """Which rows of a batch these are."""
-        rows = batch_size // self.count
+        rows = batch_size // self.world_size
         return slice(rows * self.rank, rows * (self.rank + 1))
 
     def refuse_unsupported(self, cfg: Config) -> None:
@@ -84,10 +84,10 @@ class Ranks:
             UsageError: the batch has no equal shares, batch norm is to be over parts of it, the networks are to be
                 compiled or fine-tuned, or something needs the whole of a support set that is in shards.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return
-        if cfg.batch_size % self.count:
-            raise UsageError(f"batch_size={cfg.batch_size}: has no {self.count} equal shares; choose a multiple")
+        if cfg.batch_size % self.world_size:
+            raise UsageError(f"batch_size={cfg.batch_size}: has no {self.world_size} equal shares; choose a multiple")
         if cfg.backbone.bn_splits > 1:
             raise UsageError(
                 f"backbone.bn_splits={cfg.backbone.bn_splits}: works in one process only; choose backbone.bn_splits=1"
@@ -104,8 +104,8 @@ class Ranks:
 
     def _refuse_unsupported_shards(self, cfg: Config) -> None:
         name, size = ("k", cfg.k) if cfg.k is not None else ("queue_size", cfg.queue_size or 0)
-        if size % self.count:
-            raise UsageError(f"{name}={size}: has no {self.count} equal shards; choose a multiple")
+        if size % self.world_size:
+            raise UsageError(f"{name}={size}: has no {self.world_size} equal shards; choose a multiple")
         needs_all = {
             "search=ivf": cfg.search.name == "ivf",
             "support.refit=faiss": isinstance(cfg.support, KMeans) and cfg.support.refit == "faiss",
@@ -184,19 +184,19 @@ class Ranks:
             if not self.first:
                 dist.send(own, 0, self.group)
                 return own
-            whole = own.new_empty(self.count * len(own), *own.shape[1:])
+            whole = own.new_empty(self.world_size * len(own), *own.shape[1:])
             part = own
-            for rank in range(self.count):
+            for rank in range(self.world_size):
                 if rank:
                     part = torch.empty_like(own)
                     dist.recv(part, rank, self.group)
-                whole[rank :: self.count] = part
+                whole[rank :: self.world_size] = part
             return whole
 
     @contextmanager
     def one_at_a_time(self) -> Iterator[None]:
         """Run the block on one rank after another, because all at once would need too much of the machine's memory."""
-        for turn in range(self.count):
+        for turn in range(self.world_size):
             if turn == self.rank:
                 yield
             if self.group is not None:
@@ -215,7 +215,7 @@ class Ranks:
         """
         if self.group is None:
             return
-        found: list[Any] = [None] * self.count
+        found: list[Any] = [None] * self.world_size
         with raising_rank_lost():
             dist.all_gather_object(found, values | {"weights and support set": checksum(*modules)}, self.group)
         for rank, theirs in enumerate(found):
@@ -243,10 +243,10 @@ class _SharedEncoder(FrozenEncoder):
     """Each rank encodes every so many-th block of images, and has the features of all of them."""
 
     def _encoded(self, split: Split, batch_size: int) -> Tensor:
-        blocks, count = list(split.blocks(batch_size)), dist.get_world_size()
+        blocks, world_size = list(split.blocks(batch_size)), dist.get_world_size()
         found: list[Tensor] = []
-        for start in range(0, len(blocks), count):
-            turn = blocks[start : start + count]
+        for start in range(0, len(blocks), world_size):
+            turn = blocks[start : start + world_size]
             mine = super()._encoded(turn[min(dist.get_rank(), len(turn) - 1)], batch_size)
             whole = mine.new_zeros(batch_size, mine.shape[1])
             whole[: len(mine)] = mine
@@ -283,9 +283,9 @@ def join(device: str) -> Ranks:
     if not is_rank():
         return Ranks(build.device(device))
     try:
-        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if not 0 <= rank < count:
-            raise ValueError(f"rank {rank} of {count}")
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}")
         _store()
     except ValueError as error:
         raise UsageError(
@@ -299,8 +299,10 @@ def join(device: str) -> Ranks:
     if not dist.is_initialized():
         backend = "nccl" if wanted.type == "cuda" else "gloo"
         with raising_rank_lost():
-            dist.init_process_group(backend, store=_store(), rank=rank, world_size=count, timeout=COLLECTIVE_TIMEOUT)
-        _Pulse(rank, count).start()
+            dist.init_process_group(
+                backend, store=_store(), rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+            )
+        _Pulse(rank, world_size).start()
         atexit.register(dist.destroy_process_group)
     if rank:
         logging.disable(logging.WARNING)
@@ -308,7 +310,7 @@ def join(device: str) -> Ranks:
     with raising_rank_lost():
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
-    return Ranks(wanted, rank, count, group)
+    return Ranks(wanted, rank, world_size, group)
 
 
 def is_first_to_say() -> bool:
@@ -352,9 +354,9 @@ class _Pulse(threading.Thread):
     when one stands still; the others look at the first.
     """
 
-    def __init__(self, rank: int, count: int) -> None:
+    def __init__(self, rank: int, world_size: int) -> None:
         super().__init__(daemon=True, name="pulse")
-        self.rank, self.watched = rank, range(count) if rank == 0 else range(1)
+        self.rank, self.watched = rank, range(world_size) if rank == 0 else range(1)
         self.store = _store().clone()
 
     def run(self) -> None:

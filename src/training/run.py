@@ -99,7 +99,7 @@ def start(cfg: Config, data: Dataset, ranks: Ranks, exact_batch: bool) -> tuple[
         UsageError: the configuration asks for what is impossible, by itself or with these images.
     """
     ranks.refuse_unsupported(cfg)
-    check_batch_fits(cfg, data, exact_batch or ranks.count > 1)
+    check_batch_fits(cfg, data, exact_batch or ranks.world_size > 1)
     refuse_too_few(data)
     state = TrainState(cfg, data, ranks)
     warn_of_doubtful_settings(cfg, len(data.train))
@@ -130,7 +130,7 @@ def train(
     resumed = state.resume(directory / CHECKPOINTS, directory / METRICS)
     dtype = dtype_name(state.dtype)
     code = {f"{TAG_CODE}{module}": digest for module, digest in code_digests(cfg).items()}
-    now = conditions(str(state.device), dtype) | {"processes": str(ranks.count)} | code
+    now = conditions(str(state.device), dtype) | {"processes": str(ranks.world_size)} | code
     if ranks.first:
         tags |= note_changed_protocol(cfg, directory, state.step)
         if resumed:

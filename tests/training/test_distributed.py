@@ -214,7 +214,7 @@ def test_the_first_rank_alone_says_which_checkpoint_is_good_and_sets_others_asid
     good = tmp_path / "step-00000005.pt"
     (tmp_path / "step-00000007.pt").write_bytes(b"cut short")
     before = sorted(tmp_path.iterdir())
-    other.ranks = Ranks(CPU, rank=1, count=2)
+    other.ranks = Ranks(CPU, rank=1, world_size=2)
     monkeypatch.setattr(checkpoint, "load_latest", lambda *_: pytest.fail("another rank looks for itself"))
     monkeypatch.setattr(Ranks, "broadcast", lambda *_: good)
     assert other.resume(tmp_path, tmp_path / "metrics.jsonl")
@@ -231,7 +231,7 @@ def test_the_first_rank_alone_looks_at_the_record_and_prints_the_result(tiny, tm
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text('{"status": "FINI')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(distributed, "join", lambda _: Ranks(CPU, rank=1, count=2))
+    monkeypatch.setattr(distributed, "join", lambda _: Ranks(CPU, rank=1, world_size=2))
     monkeypatch.setattr(loop.Pretraining, "run", lambda _: None)
     monkeypatch.setattr(loop, "finish", lambda *_: None)
     given = run_module.run(parsed(*tiny, "k=8", "output_dir=run"), loop.Hooks(draw_curves=lambda folder: folder))
