@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -221,9 +222,19 @@ class TrainState:
         if path is None:
             return False
         with self.ranks.one_at_a_time() if in_shards(self.method) else nullcontext():
-            self._take(path, state or checkpoint.load(path))
+            self._take(path, state or self._read_after_the_first(path))
             del state  # before the next one reads it
         return True
+
+    def _read_after_the_first(self, path: Path) -> dict[str, Any]:
+        """What the first rank has found good, by another one, perhaps on another machine."""
+        try:
+            return checkpoint.load(path)
+        except UsageError as error:
+            where = f"rank {self.ranks.rank} on {socket.gethostname()}"
+            raise UsageError(
+                f"{where}: {error}; rank 0 can: the run's folder must be one that all machines share"
+            ) from None
 
     def _take(self, path: Path, state: Mapping[str, Any]) -> None:
         with checkpoint.understood(path):
