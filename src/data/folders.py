@@ -81,7 +81,32 @@ def _folders_of_splits(root: Path, *named: str | None) -> dict[str, Path]:
     for name in [each for each in folders if each in named or each.lower() in SPELLINGS]:
         if (other := found.setdefault(split_name(name), folders[name])) != folders[name]:
             raise UsageError(f"{folders[name]}: the same split as {other.name} beside it; remove one of the two")
+    _tell_what_is_no_split(root, found, is_sure=any(named) or len(found) > 1)
     return found
+
+
+def _tell_what_is_no_split(root: Path, splits: dict[str, Path], is_sure: bool) -> None:
+    """Warn of images beside the splits, or, where these may be no splits but classes, refuse to leave them out.
+
+    Raises:
+        UsageError: there is but one split, which nobody has named, and images beside it.
+    """
+    beside = [each for each in sorted(root.iterdir()) if each not in splits.values() and not each.name.startswith(".")]
+    if not (left_out := [each for each in beside if _holds_image(each)]):
+        return
+    split = next(iter(splits.values()))
+    if is_sure:
+        logger.warning("%s: images beside the splits are left out, first of %s", root, left_out[0])
+        return
+    raise UsageError(
+        f"{left_out[0]}: holds images beside {split.name!r}, the name of a split; if both are classes, move all of "
+        f"them into {root / 'train'}; otherwise data.train_split={split.name} leaves it out"
+    )
+
+
+def _holds_image(path: Path) -> bool:
+    """Whether it is an image, or a folder with one anywhere below; what cannot be read holds none."""
+    return _is_image(path.name) or any(_is_image(name) for _, _, names in os.walk(path) for name in names)
 
 
 def _files(folder: Path, seen: set[str]) -> Files:

@@ -58,7 +58,7 @@ class MomentumTeacher(Method):
         if self.support is not None and self.support.ready:
             loss, ids = self.loss_with_support(self.support, predictions, targets)
         else:
-            loss, ids = 2 * byol(predictions, targets), None
+            loss, ids = self.loss_without_support(predictions, targets), None
         if self.objective.decorrelation:
             loss = loss + self.objective.decorrelation * barlow_twins(z1, z2, self.objective.off_diagonal)
         return Output(loss, torch.cat([h1, h2]).detach(), targets.chunk(2)[1], ids)
@@ -82,6 +82,10 @@ class MomentumTeacher(Method):
             predictions: [2B, D] of view 2, then of view 1.
             targets: [2B, D] the teacher's embeddings of view 1, then of view 2.
         """
+
+    @abstractmethod
+    def loss_without_support(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """The same loss where nothing is stored, or not enough so far."""
 
     def after_init(self, taken: Collection[str]) -> None:
         """Start the teacher as a copy of what the student has been given, unless it has been given weights itself."""
@@ -113,6 +117,9 @@ class MNN(MomentumTeacher):
         weights = torch.rand(2).repeat_interleave(len(targets) // 2).to(targets.device, non_blocking=True)
         return mnn(predictions, targets, neighbours, weights), ids[:, 0]
 
+    def loss_without_support(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        return 2 * byol(predictions, targets)  # each target in place of its neighbours
+
 
 class ReSSL(MomentumTeacher):
     """ReSSL: the prediction's similarities to all stored vectors are also trained to match the target's.
@@ -128,3 +135,6 @@ class ReSSL(MomentumTeacher):
             ids, stored = support.lookup(targets).ids, support.vectors_ND
         temperatures = self.objective.student_temperature, self.objective.teacher_temperature
         return byol(predictions, targets) + ressl(predictions, targets, stored, *temperatures), ids
+
+    def loss_without_support(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        return byol(predictions, targets)

@@ -46,6 +46,7 @@ FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
 OTHER_LINEAR = re.compile(r"(?:transfer/([^/]+)/)?((?:teacher\w*/)?test\w*)/linear_top1", re.ASCII)
 EVALUATED_LATER = ", evaluated later"
 NOTHING_STORED = LABELS["nothing_stored"]
+ROUNDING = 1e-6  # percentage points: a test image more or less is a thousand times that
 PEAK = "support/peak_size"  # the metric of a support set whose number of vectors changes
 COMPARED_TAGS = (TAG_DTYPE, "git_commit", "git_dirty", "device")  # tags in which runs that are compared should agree
 
@@ -111,7 +112,7 @@ class Difference(NamedTuple):
     """A row's metric minus its control's, in percentage points, over the seeds that both have."""
 
     mean: float
-    half_width: float  # of the 95% interval; NaN for fewer than two pairs
+    half_width: float  # of the 95% interval; NaN for fewer than two pairs, or if all differ by the same
     pairs: int
 
     @property
@@ -128,15 +129,17 @@ def difference(row: TableRow, control: TableRow | None, metric: str) -> Differen
 
     Without a control there are no pairs.
 
-    A seed gives both runs the same initial weights, order of images and views, so that what they have in common
-    cancels. The interval assumes that the differences are normal; with two or three seeds it is wide, as it should be.
+    A seed gives both runs the same initial weights, order of images and views. Where that makes them alike, it cancels;
+    where it does not, the interval is wider than it need be, since pairs have half the degrees of freedom. It assumes
+    that the differences are normal. Differences that are all equal, as those of a few test images may be, tell nothing
+    of the spread.
 
     Source: Student, "The Probable Error of a Mean", Biometrika 6, 1908.
     """
     pair = row.runs, control.runs if control else ()
     ours, theirs = ({run.params["seed"]: run.metrics.get(metric, math.nan) for run in runs} for runs in pair)
     gains = [gain for seed in ours.keys() & theirs.keys() if math.isfinite(gain := ours[seed] - theirs[seed])]
-    if len(gains) < 2:
+    if len(gains) < 2 or max(gains) - min(gains) < ROUNDING:
         return Difference(statistics.fmean(gains or [math.nan]), math.nan, len(gains))
     from scipy import stats
 
@@ -230,6 +233,8 @@ def _remarks(
     seeds = sorted({len(row.runs) for row in rows})
     if len(seeds) > 1:
         notes.append(f"the rows differ in their number of seeds: {seeds[0]} to {seeds[-1]}")
+    elif len({frozenset(run.params["seed"] for run in row.runs) for row in rows}) > 1:
+        notes.append("the rows differ in their seeds")
     for metric, title in metrics_of(rows).items():
         lacking = [(row, len(row.values(metric))) for row in rows if len(row.values(metric)) < len(row.runs)]
         where = [f"{row.title} ({len(row.runs) - n} of {len(row.runs)} runs)" for row, n in lacking]

@@ -137,6 +137,31 @@ def test_names_may_be_of_any_language_and_hold_spaces(config, tmp_path):
     assert len(dataset.train.labels) + len(dataset.test.labels) == 10
 
 
+def test_a_class_with_the_name_of_a_split_does_not_make_the_others_vanish(config, tmp_path, caplog):
+    folder = write_folder(tmp_path / "images", {"bus": 4, "car": 4, "train": 4})
+    line = f"{folder}/bus: holds images beside 'train', the name of a split; if both are classes, move all of them into"
+    assert line in refusal(config("image_folder", folder))
+    one = load(config("image_folder", folder, train_split="train", final=True))
+    assert (len(one.train), one.classes) == (4, [])
+    assert f"{folder}: images beside the splits are left out, first of {folder}/bus" in caplog.text
+    for each in ("bus", "car"):
+        (folder / each).rename(folder / "train" / each)
+    (folder / "train" / "train").mkdir()
+    for path in (folder / "train").glob("*.png"):
+        path.rename(folder / "train" / "train" / path.name)
+    assert load(config("image_folder", folder, final=True)).classes == ["bus", "car", "train"]
+
+
+def test_images_beside_the_splits_are_told(config, folder, caplog):
+    (folder / "notes").mkdir()
+    (folder / "notes" / "read.txt").write_text("no image")
+    load(config("image_folder", folder))
+    assert "beside the splits" not in caplog.text
+    (folder / "train/a" / os.listdir(folder / "train/a")[0]).rename(folder / "loose.png")
+    load(config("image_folder", folder))
+    assert f"{folder}: images beside the splits are left out, first of {folder}/loose.png" in caplog.text
+
+
 def test_files_that_are_no_images_are_counted(config, folder, caplog):
     (folder / "train/a/notes.txt").write_text("x")
     (folder / "train/b/scan.xcf").write_text("x")

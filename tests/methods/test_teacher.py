@@ -1,6 +1,8 @@
 """The teacher's objective against a few lines of plain torch, and over the first steps on real images."""
 
+import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from src import models
 from src.config import schema
 from src.evaluation.diagnostics import effective_rank
 from src.losses import barlow_twins, ressl
+from src.methods import teacher as teacher_module
 from src.methods.base import Output, Parts
 from src.methods.teacher import MNN, ReSSL
-from src.support.base import Space
+from src.support.base import Neighbors, Space
 from src.support.evolving import Evolving
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
@@ -123,6 +126,23 @@ def test_where_batch_norm_is_over_parts_the_teachers_are_of_other_images():
         t = method.teacher_projector(halves(method.teacher_encoder, other[order]))
         cosines.append(torch.cosine_similarity(p[order], t).mean())
     torch.testing.assert_close(loss, 4 - 2 * sum(cosines))
+
+
+@pytest.mark.parametrize(("kind", "settings"), [(MNN, {"neighbours": 1}), (ReSSL, {})])
+def test_the_pull_to_the_target_is_the_same_before_and_after_the_support_set_is_full(kind, settings, monkeypatch):
+    """What is stored changes nothing here: of MNN it is each target itself, and ReSSL's relation is left out."""
+    monkeypatch.setattr(teacher_module, "ressl", lambda *_: 0)
+    ids = torch.zeros(2 * BATCH, 1, dtype=torch.int64)
+    support = SimpleNamespace(
+        stopwatch=contextlib.nullcontext(),
+        nearest=lambda targets, _: Neighbors(normalize(targets, dim=1)[:, None], ids),
+        lookup=lambda targets: Neighbors(targets, ids[:, 0]),
+        vectors_ND=None,
+    )
+    method = SimpleNamespace(objective=SimpleNamespace(student_temperature=0.1, teacher_temperature=0.04, **settings))
+    predictions, targets = torch.randn(2, 2 * BATCH, DIM)
+    full, _ = kind.loss_with_support(method, support, predictions, targets)
+    torch.testing.assert_close(kind.loss_without_support(method, predictions, targets), full)
 
 
 def test_with_nothing_stored_it_is_byol_whatever_the_shares():

@@ -258,6 +258,25 @@ def test_the_interval_of_a_difference_is_that_of_a_paired_t_test(pairs):
         assert (found.low, found.high) == pytest.approx(tuple(expected))
 
 
+def test_equal_differences_have_no_interval():
+    """Of few test images they are equal by chance, and an interval of no width would be taken for a proof."""
+    figures = {"nnclr": (50.1, 51.1), "kmclr": (51.1, 52.1)}
+    runs = [
+        run(name, 50 * (name == "kmclr"), seed, top1) for name, two in figures.items() for seed, top1 in enumerate(two)
+    ]
+    rows, _ = summarise(runs)
+    found = difference(rows[1], rows[0], "test/linear_top1")
+    assert (found.mean, found.pairs) == (pytest.approx(1), 2)
+    assert math.isnan(found.half_width)
+
+
+def test_rows_of_as_many_but_other_seeds_say_so():
+    one, other = [run("nnclr", 0, seed) for seed in (0, 1)], [run("kmclr", 50, seed) for seed in (2, 3)]
+    assert "the rows differ in their seeds" in summarise([*one, *other])[1]
+    same = [run("kmclr", 50, seed) for seed in (0, 1)]
+    assert "the rows differ in their seeds" not in summarise([*one, *same])[1]
+
+
 def test_seeds_that_only_one_of_two_rows_has_are_no_pair():
     rows, _ = summarise(
         [run("nnclr", 0, 0, 50), run("nnclr", 0, 1, 90), run("kmclr", 50, 0, 52), run("kmclr", 50, 2, 0)]
