@@ -70,7 +70,9 @@ class FrozenEncoder:
 
     def of(self, encoder: nn.Module) -> FrozenEncoder:
         """Another encoder, used in the same way on the same device."""
-        return type(self)(encoder, self.mean, self.std, self.device, self.dtype)
+        other = type(self)(encoder, self.mean, self.std, self.device, self.dtype)
+        other.before_block = self.before_block
+        return other
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

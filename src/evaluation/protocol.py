@@ -16,6 +16,7 @@ from src.data.splits import Split, class_balanced_subset, held_out_tenth
 from src.errors import UsageError
 from src.evaluation.diagnostics import effective_rank
 from src.evaluation.finetuning import fine_tuning
+from src.evaluation.positives import agreement
 from src.evaluation.probes import (
     Features,
     FrozenEncoder,
@@ -26,6 +27,7 @@ from src.evaluation.probes import (
     knn_scores,
     topk_percent,
 )
+from src.methods.base import Method
 from src.support.search import Search
 
 T = TypeVar("T", Split, Features)
@@ -46,8 +48,10 @@ class Protocol:
     def classes(self) -> int:
         return len(self.data.classes)
 
-    def validation(self, frozen: FrozenEncoder, classifier: nn.Module) -> dict[str, float]:
+    def validation(self, frozen: FrozenEncoder, classifier: nn.Module, method: Method) -> dict[str, float]:
         """kNN and the online classifier on the validation images, in percent; nothing where there are none.
+
+        Beside them, how good the positives of these images are (`src.evaluation.positives.agreement`).
 
         What needs labels is left out where the images have none: kNN where no image has, the classifier, which learns
         as the encoder does, where the training images have none.
@@ -64,6 +68,10 @@ class Protocol:
             with torch.no_grad():
                 logits = classifier(val.x_NF)
             metrics |= {f"val/online_top{k}": topk_percent(logits, val.labels_N, k) for k in (1, 5)}
+            if method.support is not None and method.support.ready:
+                encoder, _ = method.lookup_networks
+                asks = val if encoder is frozen.encoder else frozen.of(encoder).features(self.data.val)
+                metrics |= agreement(method, asks.x_NF, val.labels_N)
         return metrics | {"val/effective_rank": effective_rank(val.x_NF)}
 
     def final(

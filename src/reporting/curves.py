@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Curves = dict[str, tuple[list[int], list[float]]]  # each metric's steps and values
 
 NEIGHBOUR = "support/neighbour_agreement"
+AGREEMENT = "support/val_agreement"
 # A panel's title, and what it shows: metrics and what they are called there.
 PANELS = {
     "loss": {"train/loss": "loss"},
@@ -36,6 +37,7 @@ PANELS = {
 # Metrics that are compared over the epochs: title, and factor from the logged to the drawn value.
 COMPARED = {
     "val/knn_top1": ("kNN accuracy on\nvalidation images (%)", 1),
+    AGREEMENT: ("what validation images find\nstored: of their class (%)", 100),
     NEIGHBOUR: ("nearest entry of another image:\nof the anchor's class (%)", 100),
     "support/self_hit": ("nearest entry is of\nthe anchor's own image (%)", 100),
 }
@@ -145,6 +147,8 @@ def compare(courses: Sequence[Course]) -> Figure | None:
     from matplotlib.figure import Figure
 
     drawn = {metric: {each: p for each in courses if (p := _points(each, metric))} for metric in COMPARED}
+    if drawn[NEIGHBOUR].keys() <= drawn[AGREEMENT].keys():
+        drawn[NEIGHBOUR] = {}  # which flatters prototypes, and all that older runs have
     metrics = [metric for metric, each in drawn.items() if each]
     if not metrics:
         return None

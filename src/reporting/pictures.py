@@ -22,6 +22,7 @@ from src.data import Dataset
 from src.data.decoding import UNLABELLED
 from src.data.splits import Split
 from src.evaluation.embed import MIN_MAP_IMAGES
+from src.evaluation.positives import project
 from src.evaluation.probes import FrozenEncoder
 from src.methods.base import Method
 from src.reporting.map import choose_images, class_text, draw_map
@@ -93,16 +94,10 @@ def illustrate(
     return paths
 
 
-@torch.no_grad()
 def embed(method: Method, frozen: FrozenEncoder, split: Split) -> Tensor:
     """Compute the embeddings [N, D] with which the support set is asked, of a split's images without augmentation."""
     encoder, projector = method.lookup_networks
-    training = projector.training
-    projector.eval()
-    with torch.compiler.set_stance("force_eager"):
-        z_ND = projector(frozen.of(encoder).features(split).x_NF)
-    projector.train(training)
-    return z_ND.float()
+    return project(projector, frozen.of(encoder).features(split).x_NF)
 
 
 def positives(support: SupportSet, sample: Split, rows_N: Tensor, z_ND: Tensor, data: Dataset) -> Figure | None:

@@ -129,6 +129,14 @@ class SupportSet(Slots, ABC):
         """The class [Q] that each entry stands for, -1 where there is none; None: the support set does not know."""
         return None
 
+    def agreement_of(self, ids_Q: Tensor, labels_Q: Tensor) -> Tensor | None:
+        """How much of what each entry stands for is of a class, from 0 to 1 [Q]; None: not known.
+
+        Of one embedding it is 0 or 1. Of a mean it is the share of its members, since the mean pulls as they would.
+        """
+        found_Q = self.labels_of(ids_Q)
+        return None if found_Q is None else (found_Q == labels_Q).float()
+
     def images_of(self, ids_Q: Tensor) -> Tensor | None:  # noqa: ARG002
         """The one image [Q] that each entry is an embedding of, -1 where it is of several; None: not known."""
         return None

@@ -189,6 +189,11 @@ class KMeans(SupportSet):
         most_K, class_K = self.classes_KC.max(1)
         return self.shard.fetch(torch.where(most_K > 0, class_K, -1), ids_Q)
 
+    def agreement_of(self, ids_Q: Tensor, labels_Q: Tensor) -> Tensor:
+        share_KC = self.classes_KC / self.classes_KC.sum(1, keepdim=True).clamp(min=1e-12)
+        rows_Q, is_mine_Q = self.shard.rows(ids_Q)
+        return self.shard.sum(share_KC[rows_Q, labels_Q] * is_mine_Q)
+
     def images_of(self, ids_Q: Tensor) -> Tensor:
         return self.shard.fetch(self.images_K, ids_Q)
 

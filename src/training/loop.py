@@ -214,7 +214,7 @@ class Pretraining:
 
     def _validate(self) -> dict[str, float]:
         self._check_weights()
-        return self.protocol.validation(self.state.frozen, self.state.classifier)
+        return self.protocol.validation(self.state.frozen, self.state.classifier, self.state.method)
 
     def _check_weights(self) -> None:
         if not math.isfinite(self.state.weight_norm()):

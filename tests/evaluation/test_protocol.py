@@ -49,6 +49,7 @@ def known(count, classes=6):
 
 
 SEED = 3
+NOTHING_STORED = SimpleNamespace(support=None)
 ASKED = {
     "lr": [1e-3, 0.03, 1.0],
     "epochs": 5,
@@ -122,13 +123,13 @@ def test_a_sample_of_the_training_images_votes_in_a_validation(finished):
     def of(**changes):
         return Protocol(data, replace(cfg.evaluation, **changes), TorchSearch(), 0)
 
-    figures = {size: of(bank=size).validation(frozen, classifier) for size in (None, 10**6, 40)}
+    figures = {size: of(bank=size).validation(frozen, classifier, NOTHING_STORED) for size in (None, 10**6, 40)}
     assert [len(labels) for labels in seen[1::2]] == [len(data.probe), len(data.probe), 40]
     assert set(seen[-1].bincount().tolist()) == {4}
     assert figures[None] == figures[10**6] != figures[40]
     assert (figures[40]["val/knn_k"], figures[None]["val/effective_rank"]) == (4, figures[40]["val/effective_rank"])
     beside = of(bank=40, knn_k=1).untrained(frozen)
-    one = of(bank=40, knn_k=1).validation(frozen, classifier)
+    one = of(bank=40, knn_k=1).validation(frozen, classifier, NOTHING_STORED)
     assert beside["untrained/val/knn_top1"] == one["val/knn_top1"]
 
 
@@ -144,7 +145,7 @@ def test_the_figures_of_a_validation_by_hand(finished):
     top1 = {k: topk_percent(each, val.labels_N, 1) for k, each in votes.items()}
     best = max(top1, key=top1.get)
     found = Protocol(data, cfg, TorchSearch(), SEED).validation(
-        SimpleNamespace(features=lambda split: split), classifier
+        SimpleNamespace(features=lambda split: split), classifier, NOTHING_STORED
     )
     assert found == {
         "val/knn_top1": top1[best],

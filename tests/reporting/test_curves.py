@@ -4,7 +4,7 @@ import pytest
 from matplotlib import rc_context
 
 from src.reporting import curves
-from src.reporting.curves import NEIGHBOUR, Course, compare, over_epochs
+from src.reporting.curves import AGREEMENT, NEIGHBOUR, Course, compare, over_epochs
 
 
 def write(directory, values, metric="val/knn_top1"):
@@ -65,6 +65,19 @@ def test_a_few_courses_share_their_panels_and_what_stores_nothing_has_no_nearest
     assert list(agreement.lines[0].get_ydata()) == pytest.approx([10, 20])  # a fraction, in percent
     assert list(agreement.lines[0].get_xdata()) == [0, 2]
     assert "own image" in compare([course("NNCLR 9", 9, own, "red"), *some]).axes[-1].get_ylabel()
+
+
+def test_what_validation_images_find_takes_the_place_of_what_flatters_prototypes_where_all_have_it(tmp_path):
+    def kmclr(name, metrics):
+        rows = [{"step": i, "time": 0, "metrics": dict.fromkeys(metrics, 0.1)} for i in range(3)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return course(f"KMCLR {name}", int(name), (tmp_path / name,))
+
+    new, old = kmclr("50", [AGREEMENT, NEIGHBOUR]), kmclr("60", [NEIGHBOUR])
+    assert [axes.get_ylabel().split("\n")[0] for axes in compare([new]).axes] == ["what validation images find"]
+    both = compare([new, old]).axes
+    assert [len(axes.lines) for axes in both] == [1, 2]
 
 
 LONG = "with a number of settings that no legend has room for in a line, since each is named by its whole key and value"

@@ -282,6 +282,14 @@ def test_diagnostics_by_hand():
     assert stats["support/age_steps"] == 0.5
 
 
+def test_a_prototype_agrees_by_the_share_of_its_members():
+    kmeans = make(2)
+    for label in (0, 0, 1, 2):
+        kmeans.update(torch.eye(DIM)[[0, 1]], torch.tensor([0, 1]), torch.tensor([label, 1]))
+    found = kmeans.agreement_of(torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 2, 1, 0]))
+    assert found.tolist() == [2 / 4, 1 / 4, 1 / 4, 1, 0]
+
+
 def test_prototypes_as_clusters_of_the_anchors_they_served():
     kmeans = make(2)
     update(kmeans, torch.eye(DIM)[:2])
