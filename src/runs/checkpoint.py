@@ -68,7 +68,7 @@ def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 2) ->
     state = {**state, "format": FORMAT, "step": step}
     _check_plain(state, "state")
 
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(exist_ok=True)  # not its parents: whoever moved the run away would find a part of it here
     for left_by_a_killed_writer in directory.glob("step-*.tmp"):
         left_by_a_killed_writer.unlink()
     path = directory / f"step-{step:08d}.pt"
@@ -189,11 +189,11 @@ def load_latest(directory: Path, rows: Path | None = None) -> tuple[Path, dict[s
         if rows is None or "rows" not in state or begins_with(rows, *state["rows"]):
             return path, state
         without_rows = without_rows or path
-        logger.warning("%s lacks rows from before %s; trying the checkpoint before", rows, path.name)
+        logger.warning("%s: rows from before %s are lost or changed; trying the checkpoint before", rows, path.name)
     if without_rows:
         raise UsageError(
-            f"{rows} lacks rows from before {without_rows.name}: put the whole file back, or remove {directory}; the "
-            "same command then trains from the start"
+            f"{rows}: rows from before {without_rows.name} are lost or changed: put the whole file back, or remove "
+            f"{directory.parent}, and the same command trains another run from the start"
         )
     return None
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
 
 from src.config import schema
 from src.config.schema import Config
 from src.data import Dataset
 from src.data.batches import check_batch_size, images_a_step
 from src.errors import UsageError
+from src.models import feature_dim
 
 LARGEST_FOR_SMALL_STEM = 64  # pixels a side
 SMALLEST_BATCH = 2  # images; one alone has no negative
@@ -32,6 +38,36 @@ def check_batch_fits(cfg: Config, data: Dataset, exact: bool) -> None:
         )
 
 
+class Filling(NamedTuple):
+    """What it takes to fill a support set."""
+
+    setting: str  # that says how many vectors
+    size: int
+    period: str  # the setting that says in how many epochs: after those it is emptied, or the run ends
+    epochs: int
+    steps: int  # of these epochs
+    batch_size: int
+
+    @property
+    def seen(self) -> int:
+        """Embeddings before the last batch."""
+        return (self.steps - 1) * self.batch_size
+
+    @classmethod
+    def of(cls, cfg: Config, images: int, filled: bool) -> Filling | None:
+        """None where nothing is stored that has to be filled."""
+        support, epochs, period = cfg.support, cfg.epochs, "epochs"
+        if isinstance(support, schema.KMeans) and support.forget == "reset" and support.forget_every < epochs:
+            epochs, period = support.forget_every, "support.forget_every"
+        name, size = ("k", cfg.k) if cfg.k is not None else ("queue_size", cfg.queue_size)
+        if support.name == "evolving":
+            name, size = "support.start", getattr(support, "start", None)
+        if size is None or (filled and period == "epochs"):
+            return None
+        batch_size = images_a_step(cfg.batch_size, images)
+        return cls(name, size, period, epochs, images // batch_size * epochs, batch_size)
+
+
 def refuse_unfillable(cfg: Config, images: int, filled: bool = False) -> None:
     """Refuse a support set that is never filled, since such a run would be the control under another name.
 
@@ -43,21 +79,55 @@ def refuse_unfillable(cfg: Config, images: int, filled: bool = False) -> None:
     Raises:
         UsageError: there are fewer embeddings before the last batch, or between two resets, than it holds.
     """
-    epochs, key = cfg.epochs, "epochs"
-    if isinstance(cfg.support, schema.KMeans) and cfg.support.forget == "reset" and cfg.support.forget_every < epochs:
-        epochs, key = cfg.support.forget_every, "support.forget_every"
-    batch_size = images_a_step(cfg.batch_size, images)
-    seen = (images // batch_size * epochs - 1) * batch_size
-    name, size = ("k", cfg.k) if cfg.k is not None else ("queue_size", cfg.queue_size)
-    if cfg.support.name == "evolving":
-        name, size = "support.start", getattr(cfg.support, "start", None)
-    if size is not None and size > seen and not (filled and key == "epochs"):
-        why = f"only {seen} embeddings are seen before the last batch of epochs={epochs}"
-        if key != "epochs":
-            often = "epoch" if epochs == 1 else f"{epochs} epochs"
-            why = f"prototypes start anew every {often} ({key}), and only {seen} embeddings are seen in that time"
-        lower = f"{name} lower" if seen else "batch_size lower"
-        raise UsageError(f"{name}={size}: is never filled, because {why}; set {lower} or {key} higher")
+    if (filling := Filling.of(cfg, images, filled)) is None or filling.size <= filling.seen:
+        return
+    epochs, seen = filling.epochs, filling.seen
+    why = f"only {seen} embeddings are seen before the last batch of epochs={epochs}"
+    if filling.period != "epochs":
+        often = "epoch" if epochs == 1 else f"{epochs} epochs"
+        why = (
+            f"prototypes start anew every {often} ({filling.period}), and only {seen} embeddings are seen in that time"
+        )
+    lower = f"{filling.setting} lower" if seen else "batch_size lower"
+    raise UsageError(
+        f"{filling.setting}={filling.size}: is never filled, because {why}; set {lower} or {filling.period} higher"
+    )
+
+
+def warn_of_late_filling(cfg: Config, images: int, filled: bool) -> None:
+    """Warn of a support set that is filled in less than half of the steps; arguments as of `refuse_unfillable`."""
+    filling = Filling.of(cfg, images, filled)
+    if filling is not None and (idle := math.ceil(filling.size / filling.batch_size)) > filling.steps / 2:
+        logger.warning(
+            "%s=%d: is filled after %d of the %d steps of %s=%d; until then the positive is the other view",
+            *(filling.setting, filling.size, idle, filling.steps, filling.period, filling.epochs),
+        )
+
+
+def refuse_unset_gradients(encoder: nn.Module, image_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse images of which a single pixel is left for a convolution with a stride, in bfloat16 on a CPU.
+
+    There torch (2.15) leaves the weights' gradient as the memory was, where it should be 0.
+
+    Raises:
+        UsageError: it is so.
+    """
+
+    def look(convolution: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(convolution, nn.Conv2d)
+        if inputs[0].shape[-2:].numel() == 1 and max(convolution.stride) > 1 and max(convolution.kernel_size) > 1:
+            raise UsageError(
+                f"data.image_size={image_size}: one pixel is left for a convolution with a stride, whose gradient "
+                "torch does not compute in bfloat16 on a CPU; set precision=float32, or backbone.stem=small"
+            )
+
+    if (device.type, dtype) == ("cpu", torch.bfloat16):
+        hooks = [each.register_forward_pre_hook(look) for each in encoder.modules() if isinstance(each, nn.Conv2d)]
+        try:
+            feature_dim(encoder, image_size)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def warn_of_doubtful_settings(cfg: Config, images: int) -> None:

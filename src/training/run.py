@@ -49,7 +49,13 @@ from src.system.extras import require
 from src.system.redact import hide_in_settings, one_line
 from src.system.stopping import Stopped, Stopper
 from src.training import distributed, loop
-from src.training.checks import check_batch_fits, refuse_unfillable, warn_of_doubtful_settings
+from src.training.checks import (
+    check_batch_fits,
+    refuse_unfillable,
+    refuse_unset_gradients,
+    warn_of_doubtful_settings,
+    warn_of_late_filling,
+)
 from src.training.distributed import Ranks
 from src.training.state import TrainState
 
@@ -102,11 +108,14 @@ def start(cfg: Config, data: Dataset, ranks: Ranks, exact_batch: bool) -> tuple[
     check_batch_fits(cfg, data, exact_batch or ranks.world_size > 1)
     refuse_too_few(data)
     state = TrainState(cfg, data, ranks)
+    refuse_unset_gradients(state.method.encoder, cfg.data.image_size, state.device, state.dtype)
     warn_of_doubtful_settings(cfg, len(data.train))
     warn_of_few_neighbours(cfg.evaluation, data)
     origin.identify(cfg)
     tags = {TAG_INIT_TAKEN: state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
-    refuse_unfillable(cfg, len(data.train), filled=state.method.support is not None and state.method.support.ready)
+    filled = state.method.support is not None and state.method.support.ready
+    refuse_unfillable(cfg, len(data.train), filled)
+    warn_of_late_filling(cfg, len(data.train), filled)
     if cfg.tracking.system_metrics:
         require("psutil", "system", "tracking.system_metrics=true")
     return state, tags

@@ -95,6 +95,13 @@ def test_a_disk_that_is_full_at_any_point_is_an_error_of_the_system(tmp_path, ro
     checkpoint.load(before)
 
 
+def test_a_run_that_was_moved_away_gets_no_checkpoint_where_it_was(tmp_path):
+    """Who starts it anew there would find a checkpoint without its rows."""
+    with pytest.raises(FileNotFoundError):
+        checkpoint.save(tmp_path / "moved" / "checkpoints", 1, {})
+    assert not (tmp_path / "moved").exists()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_what_was_saved_on_a_gpu_is_loaded_on_the_cpu(tmp_path):

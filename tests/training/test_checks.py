@@ -1,12 +1,19 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from src.config.parse import parse
 from src.errors import UsageError
+from src.models import ResNetTiny
 from src.runs.record import Record
-from src.training.checks import check_batch_fits, warn_of_doubtful_settings
+from src.training.checks import (
+    check_batch_fits,
+    refuse_unset_gradients,
+    warn_of_doubtful_settings,
+    warn_of_late_filling,
+)
 from tests.config.test_schema import parsed
 from tests.conftest import PROJECT
 
@@ -92,3 +99,34 @@ def test_a_support_set_that_is_never_filled_is_refused(run, tmp_path, overrides,
 )
 def test_a_support_set_that_is_filled_in_the_last_moment_is_used(run, largest):
     assert 1 <= Record.load(run(*largest)).metrics["support/perplexity"] <= 64  # of the one batch that asked
+
+
+def test_a_support_set_that_is_filled_in_less_than_half_of_the_steps_is_warned_of(caplog):
+    """Two epochs of three batches: of 192 embeddings it is full after three of six steps, of one more after four."""
+    for overrides, warns in {
+        ("method=nnclr", "queue_size=192"): False,
+        ("method=nnclr", "queue_size=193"): True,
+        ("method=kmclr", "k=65", "support.forget_every=1"): True,
+        ("method=simclr",): False,
+    }.items():
+        caplog.clear()
+        warn_of_late_filling(parsed("epochs=2", "batch_size=64", *overrides), 200, filled=False)
+        assert bool(caplog.text) == warns
+    warn_of_late_filling(parsed("epochs=2", "batch_size=64", "method=nnclr", "queue_size=193"), 200, filled=False)
+    line = "queue_size=193: is filled after 4 of the 6 steps of epochs=2; until then the positive is the other view"
+    assert line in caplog.text
+    caplog.clear()
+    warn_of_late_filling(parsed("epochs=2", "batch_size=64", "method=nnclr", "queue_size=193"), 200, filled=True)
+    assert not caplog.text
+
+
+def test_a_strided_convolution_of_one_pixel_is_refused_where_its_gradient_is_not_computed():
+    """Torch leaves it as the memory was: nan, or what is worse."""
+    encoder, cpu = ResNetTiny("large"), torch.device("cpu")
+    with pytest.raises(UsageError, match=r"data.image_size=16: one pixel .*; set precision=float32"):
+        refuse_unset_gradients(encoder, 16, cpu, torch.bfloat16)
+    assert encoder.training
+    assert not any(module._forward_pre_hooks for module in encoder.modules())
+    refuse_unset_gradients(encoder, 32, cpu, torch.bfloat16)
+    refuse_unset_gradients(encoder, 16, cpu, torch.float32)
+    refuse_unset_gradients(ResNetTiny("small"), 8, cpu, torch.bfloat16)
