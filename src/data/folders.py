@@ -42,7 +42,7 @@ class Files(NamedTuple):
 def image_folder(root: str | Path, train_split: str | None = None, test_split: str | None = None) -> Source:
     """Images in a folder for each split, or all of them in ``root``; each with a folder for each class, or without.
 
-    Fewer than two class folders tell nothing apart: such images have no labels.
+    Fewer than two class folders in a split tell nothing apart: such images have no labels.
 
     Args:
         root: holds ``train`` with or without ``val`` and ``test`` beside it, or the images.
@@ -144,12 +144,11 @@ def _is_image(path: str) -> bool:
 
 
 def _part(files: Files, classes: list[str]) -> Part:
-    """Labels and pictures of a split."""
+    """Pictures of a split, and labels if it tells two classes or more apart."""
     pictures = Pictures(files.everything)
-    strangers = sorted(set(files.by_class) - set(classes))
-    if not classes or not files.by_class or (strangers and len(files.by_class) == 1):
+    if len(files.by_class) < 2:
         return Part([UNLABELLED] * len(files.everything), pictures)
-    if strangers:
+    if strangers := sorted(set(files.by_class) - set(classes)):
         where = files.folder / strangers[0]
         raise UsageError(f"{where}: a class without training images; add some, or remove the folder")
     label_of = {name: label for label, name in enumerate(classes)}

@@ -306,11 +306,11 @@ class TestParquet:
     )
     def test_without_names_classes_are_the_sorted_values(self, config, tmp_path, labels, classes):
         write_shard(tmp_path / "train-0.parquet", labels, "picture", "kind")
-        write_shard(tmp_path / "validation-0.parquet", labels[:1], "picture", "kind")
+        write_shard(tmp_path / "validation-0.parquet", labels[:2], "picture", "kind")
         dataset = load(config("parquet", tmp_path, final=True, image_column="picture", label_column="kind"))
         assert dataset.classes == classes
         assert dataset.train.labels.tolist() == [1, 0, 2, 1]
-        assert dataset.test.labels.tolist() == [1]
+        assert dataset.test.labels.tolist() == [1, 0]
 
     @pytest.mark.parametrize(
         ("labels", "classes"),
@@ -381,9 +381,9 @@ class TestParquet:
 
     def test_test_shards_come_before_validation_shards(self, config, tmp_path):
         write_shard(tmp_path / "train-0.parquet", [0, 1])
-        write_shard(tmp_path / "validation-0.parquet", [0])
-        write_shard(tmp_path / "test-0.parquet", [1, 1])
-        assert load(config("parquet", tmp_path, final=True)).test.labels.tolist() == [1, 1]
+        write_shard(tmp_path / "validation-0.parquet", [0, 1])
+        write_shard(tmp_path / "test-0.parquet", [1, 0])
+        assert load(config("parquet", tmp_path, final=True)).test.labels.tolist() == [1, 0]
 
     def test_no_shards(self, refusal, tmp_path):
         assert "no parquet files (train-*.parquet, ...) in or below that folder" in refusal("parquet", tmp_path)
@@ -396,6 +396,11 @@ class TestParquet:
         message = refusal("parquet", tmp_path)
         assert f"{part}-1.parquet: no column image; it has img, fine_label" in message
         assert "data.image_column" in message
+
+    def test_a_shard_that_lacks_the_label_column_of_its_split_is_named(self, refusal, tmp_path):
+        for seed, name in enumerate(("train-0", "train-1", "test-0")):
+            write_shard(tmp_path / f"{name}.parquet", [0, 1], label_column="id" if seed == 1 else "label", seed=seed)
+        assert "train-1.parquet: no column label; it has image, id: use" in refusal("parquet", tmp_path)
 
     @pytest.mark.parametrize(
         ("changes", "complaint"),
