@@ -82,14 +82,15 @@ def shards_of_splits(shards: Iterable[PurePath], config: str | None) -> dict[str
     """The shards of each split, in order, as the hub lays them out.
 
     A split is named by the shard (``data/train-00000-of-00002.parquet``, ``train.parquet``), or by its folder where the
-    shard has nothing but a number (``default/train/0000.parquet``). What is above is the configuration.
+    shard has nothing but a number (``default/train/0000.parquet``, ``split=train/0.parquet``). What is above is the
+    configuration.
 
     Args:
         shards: paths relative to the data set's root.
         config: which configuration; None: the only one.
 
     Raises:
-        UsageError: there is no such configuration, or one has to be chosen.
+        UsageError: there is no such configuration, or there are several and none is chosen.
     """
     configs: dict[str, dict[str, list[PurePath]]] = defaultdict(lambda: defaultdict(list))
     for shard in sorted(shards):
@@ -100,12 +101,12 @@ def shards_of_splits(shards: Iterable[PurePath], config: str | None) -> dict[str
         if config not in configs:
             raise UsageError(f"data.config={config}: there is no such configuration; choose one of {names}")
         return dict(configs[config])
-    splits: dict[str, list[PurePath]] = {}
-    for each in configs.values():
-        if splits.keys() & each.keys():
-            raise UsageError(f"several configurations of one data set: {names}; choose one with data.config=NAME")
-        splits |= each
-    return splits
+    if len(configs) > 1:  # the test images of one may be training images of another
+        raise UsageError(
+            f"several configurations of one data set: {names}; choose one with data.config=NAME, or move the shards of "
+            "all splits into one folder"
+        )
+    return dict(next(iter(configs.values()), {}))
 
 
 def lacking(splits: Mapping[str, Sequence[PurePath]]) -> list[str]:
@@ -121,13 +122,14 @@ def lacking(splits: Mapping[str, Sequence[PurePath]]) -> list[str]:
 def _split_and_folder(shard: PurePath) -> tuple[str, PurePath]:
     """The split of a shard, and the folder that holds all splits of its configuration."""
     stem, folder = NUMBERING.sub("", shard.stem), shard.parent
+    above = folder.name.removeprefix("split=")  # as Spark and polars write partitions
     if known := KNOWN_SPLIT.match(shard.stem):
         stem = known[1]
-    elif in_folder := KNOWN_SPLIT.fullmatch(folder.name):
+    elif in_folder := KNOWN_SPLIT.fullmatch(above):
         return split_name(in_folder[1]), folder.parent
-    elif not stem and folder.name:
-        return split_name(folder.name), folder.parent
-    if KNOWN_SPLIT.fullmatch(folder.name):  # train/train-0000.parquet
+    elif above and (not stem or above != folder.name):
+        return split_name(above), folder.parent
+    if KNOWN_SPLIT.fullmatch(above):  # train/train-0000.parquet
         folder = folder.parent
     return split_name(stem), folder
 

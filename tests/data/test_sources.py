@@ -354,6 +354,8 @@ class TestParquet:
             ("data/train/part-0.parquet", "data/test/part-0.parquet"),
             ("train/train-0000.parquet", "test/test-0000.parquet"),
             ("plain_text/train-0.parquet", "plain_text/validation-0.parquet"),
+            ("split=train/0.parquet", "split=test/0.parquet"),
+            ("split=train/part-00000-5e1f-c000.snappy.parquet", "split=test/part-00000-5e1f-c000.snappy.parquet"),
         ],
     )
     def test_layouts_of_the_hub(self, config, tmp_path, train, test):
@@ -373,9 +375,23 @@ class TestParquet:
         assert len(load(config("parquet", tmp_path, config="full", final=True)).train) == 2
         assert len(load(config("parquet", tmp_path, config="small", final=True)).train) == 4
 
-    def test_splits_of_other_names_can_be_named(self, config, tmp_path):
-        write_shard(tmp_path / "data/train_full-00000-of-00001.parquet", [0, 1, 0, 1])
-        write_shard(tmp_path / "data/exam-00000-of-00001.parquet", [0, 1], seed=1)
+    def test_nor_are_those_merged_that_have_no_split_in_common(self, refusal, config, tmp_path):
+        for seed, name in enumerate(["a/train-0.parquet", "a/test-0.parquet", "b/validation-0.parquet"]):
+            write_shard(tmp_path / name, [0, 1] * 4, seed=seed)
+        assert "data set: a, b; choose one with data.config=NAME, or move the shards" in refusal("parquet", tmp_path)
+        assert len(load(config("parquet", tmp_path, config="a")).val) == 2
+
+    @pytest.mark.parametrize(
+        "shards",
+        [
+            ("data/train_full-00000-of-00001.parquet", "data/exam-00000-of-00001.parquet"),
+            ("split=train_full/0.parquet", "split=exam/0.parquet"),
+            ("split=train_full/part-0.parquet", "split=exam/part-0.parquet"),
+        ],
+    )
+    def test_splits_of_other_names_can_be_named(self, config, tmp_path, shards):
+        for seed, (shard, labels) in enumerate(zip(shards, ([0, 1, 0, 1], [0, 1]), strict=True)):
+            write_shard(tmp_path / shard, labels, seed=seed)
         dataset = load(config("parquet", tmp_path, final=True, train_split="train_full", test_split="exam"))
         assert (len(dataset.train), len(dataset.test)) == (4, 2)
 
