@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -50,7 +50,8 @@ def image_folder(root: str | Path, train_split: str | None = None, test_split: s
         test_split: which folder is the test; None: the same.
 
     Raises:
-        UsageError: a folder cannot be read or holds no image, a class has no training image, or a split is missing.
+        UsageError: a folder cannot be read or holds no image, a class has no training image, a split is missing, or
+            splits lie deeper.
     """
     root = Path(root).expanduser().resolve()
     seen, began = {str(root)}, time.time()
@@ -76,6 +77,7 @@ def _folders_of_splits(root: Path, *named: str | None) -> dict[str, Path]:
     folders = {each.name: each for each in sorted(root.iterdir()) if each.is_dir() and not each.name.startswith(".")}
     known = {split_name(name) for name in folders}
     if not (any(named) or TRAIN in known or (known and known <= set(SPELLINGS.values()))):
+        _refuse_splits_below(folders.values())
         return {TRAIN: root}
     found: dict[str, Path] = {}
     for name in [each for each in folders if each in named or each.lower() in SPELLINGS]:
@@ -83,6 +85,22 @@ def _folders_of_splits(root: Path, *named: str | None) -> dict[str, Path]:
             raise UsageError(f"{folders[name]}: the same split as {other.name} beside it; remove one of the two")
     _tell_what_is_no_split(root, found, is_sure=any(named) or len(found) > 1)
     return found
+
+
+def _refuse_splits_below(folders: Collection[Path]) -> None:
+    """Images of splits that lie deeper would all be trained on.
+
+    Raises:
+        UsageError: a folder holds several splits, or the only folder holds one.
+    """
+    for folder in folders:
+        _, inner, _ = next(os.walk(folder), ("", [], []))
+        splits = sorted(name for name in inner if name.lower() in SPELLINGS)
+        if len(splits) > 1 or (splits and len(folders) == 1):
+            raise UsageError(
+                f"{folder}: is no class, as it holds {', '.join(splits)}; set data.root={folder}, or move the splits "
+                "above the classes"
+            )
 
 
 def _tell_what_is_no_split(root: Path, splits: dict[str, Path], is_sure: bool) -> None:
