@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -42,7 +42,7 @@ class Files(NamedTuple):
 def image_folder(root: str | Path, train_split: str | None = None, test_split: str | None = None) -> Source:
     """Images in a folder for each split, or all of them in ``root``; each with a folder for each class, or without.
 
-    Fewer than two class folders tell nothing apart: such images have no labels.
+    Fewer than two class folders in a split tell nothing apart: such images have no labels.
 
     Args:
         root: holds ``train`` with or without ``val`` and ``test`` beside it, or the images.
@@ -50,7 +50,8 @@ def image_folder(root: str | Path, train_split: str | None = None, test_split: s
         test_split: which folder is the test; None: the same.
 
     Raises:
-        UsageError: a folder cannot be read or holds no image, a class has no training image, or a split is missing.
+        UsageError: a folder cannot be read or holds no image, a class has no training image, a split is missing, or
+            splits lie deeper.
     """
     root = Path(root).expanduser().resolve()
     seen, began = {str(root)}, time.time()
@@ -76,6 +77,7 @@ def _folders_of_splits(root: Path, *named: str | None) -> dict[str, Path]:
     folders = {each.name: each for each in sorted(root.iterdir()) if each.is_dir() and not each.name.startswith(".")}
     known = {split_name(name) for name in folders}
     if not (any(named) or TRAIN in known or (known and known <= set(SPELLINGS.values()))):
+        _refuse_splits_below(folders.values())
         return {TRAIN: root}
     found: dict[str, Path] = {}
     for name in [each for each in folders if each in named or each.lower() in SPELLINGS]:
@@ -83,6 +85,22 @@ def _folders_of_splits(root: Path, *named: str | None) -> dict[str, Path]:
             raise UsageError(f"{folders[name]}: the same split as {other.name} beside it; remove one of the two")
     _tell_what_is_no_split(root, found, is_sure=any(named) or len(found) > 1)
     return found
+
+
+def _refuse_splits_below(folders: Collection[Path]) -> None:
+    """Images of splits that lie deeper would all be trained on.
+
+    Raises:
+        UsageError: a folder holds several splits, or the only folder holds one.
+    """
+    for folder in folders:
+        _, inner, _ = next(os.walk(folder), ("", [], []))
+        splits = sorted(name for name in inner if name.lower() in SPELLINGS)
+        if len(splits) > 1 or (splits and len(folders) == 1):
+            raise UsageError(
+                f"{folder}: is no class, as it holds {', '.join(splits)}; set data.root={folder}, or move the splits "
+                "above the classes"
+            )
 
 
 def _tell_what_is_no_split(root: Path, splits: dict[str, Path], is_sure: bool) -> None:
@@ -144,12 +162,11 @@ def _is_image(path: str) -> bool:
 
 
 def _part(files: Files, classes: list[str]) -> Part:
-    """Labels and pictures of a split."""
+    """Pictures of a split, and labels if it tells two classes or more apart."""
     pictures = Pictures(files.everything)
-    strangers = sorted(set(files.by_class) - set(classes))
-    if not classes or not files.by_class or (strangers and len(files.by_class) == 1):
+    if len(files.by_class) < 2:
         return Part([UNLABELLED] * len(files.everything), pictures)
-    if strangers:
+    if strangers := sorted(set(files.by_class) - set(classes)):
         where = files.folder / strangers[0]
         raise UsageError(f"{where}: a class without training images; add some, or remove the folder")
     label_of = {name: label for label, name in enumerate(classes)}

@@ -59,15 +59,19 @@ def parquet(
     splits = shards_of_splits((PurePath(name).relative_to(root) for name in names), config)
     used = {name: [root / shard for shard in splits[name]] for name in used_splits(splits, train_split, test_split)}
     shards = [shard for each in used.values() for shard in each]
-    image_column, label_column, notes = find_columns(shards[0], image_column, label_column)
+    image_column, label_column, notes = find_columns([each[0] for each in used.values()], image_column, label_column)
     if not any(_holds_labels(each.type) for shard in shards for each in _schema(shard) if each.name != image_column):
         label_column = NO_LABELS
-    for shard in shards:
-        _check_columns(shard, image_column, label_column)
+    labelled = [name for name, each in used.items() if any(label_column in _schema(shard).names for shard in each)]
+    # Where no split has the column, another may be meant: the check refuses it.
+    columns = {name: label_column if name in labelled or not labelled else NO_LABELS for name in used}
+    for name, each in used.items():
+        for shard in each:
+            _check_columns(shard, image_column, columns[name])
     notes += [f"{each}, and the others are not here" for each in lacking(used)]
 
     def read() -> Contents:
-        classes, parts = _read(used, image_column, label_column)
+        classes, parts = _read(used, image_column, columns)
         contents = arrange(classes, parts, train_split, test_split)
         return contents._replace(notes=[*notes, *contents.notes])
 
@@ -78,14 +82,15 @@ def shards_of_splits(shards: Iterable[PurePath], config: str | None) -> dict[str
     """The shards of each split, in order, as the hub lays them out.
 
     A split is named by the shard (``data/train-00000-of-00002.parquet``, ``train.parquet``), or by its folder where the
-    shard has nothing but a number (``default/train/0000.parquet``). What is above is the configuration.
+    shard has nothing but a number (``default/train/0000.parquet``, ``split=train/0.parquet``). What is above is the
+    configuration.
 
     Args:
         shards: paths relative to the data set's root.
         config: which configuration; None: the only one.
 
     Raises:
-        UsageError: there is no such configuration, or one has to be chosen.
+        UsageError: there is no such configuration, or there are several and none is chosen.
     """
     configs: dict[str, dict[str, list[PurePath]]] = defaultdict(lambda: defaultdict(list))
     for shard in sorted(shards):
@@ -96,12 +101,12 @@ def shards_of_splits(shards: Iterable[PurePath], config: str | None) -> dict[str
         if config not in configs:
             raise UsageError(f"data.config={config}: there is no such configuration; choose one of {names}")
         return dict(configs[config])
-    splits: dict[str, list[PurePath]] = {}
-    for each in configs.values():
-        if splits.keys() & each.keys():
-            raise UsageError(f"several configurations of one data set: {names}; choose one with data.config=NAME")
-        splits |= each
-    return splits
+    if len(configs) > 1:  # the test images of one may be training images of another
+        raise UsageError(
+            f"several configurations of one data set: {names}; choose one with data.config=NAME, or move the shards of "
+            "all splits into one folder"
+        )
+    return dict(next(iter(configs.values()), {}))
 
 
 def lacking(splits: Mapping[str, Sequence[PurePath]]) -> list[str]:
@@ -117,13 +122,14 @@ def lacking(splits: Mapping[str, Sequence[PurePath]]) -> list[str]:
 def _split_and_folder(shard: PurePath) -> tuple[str, PurePath]:
     """The split of a shard, and the folder that holds all splits of its configuration."""
     stem, folder = NUMBERING.sub("", shard.stem), shard.parent
+    above = folder.name.removeprefix("split=")  # as Spark and polars write partitions
     if known := KNOWN_SPLIT.match(shard.stem):
         stem = known[1]
-    elif in_folder := KNOWN_SPLIT.fullmatch(folder.name):
+    elif in_folder := KNOWN_SPLIT.fullmatch(above):
         return split_name(in_folder[1]), folder.parent
-    elif not stem and folder.name:
-        return split_name(folder.name), folder.parent
-    if KNOWN_SPLIT.fullmatch(folder.name):  # train/train-0000.parquet
+    elif above and (not stem or above != folder.name):
+        return split_name(above), folder.parent
+    if KNOWN_SPLIT.fullmatch(above):  # train/train-0000.parquet
         folder = folder.parent
     return split_name(stem), folder
 
@@ -143,38 +149,44 @@ def _readable(shard: Path) -> Iterator[None]:
         ) from error
 
 
-def find_columns(shard: Path, image: str | None, label: str | None) -> tuple[str, str, list[str]]:
+def find_columns(shards: Sequence[Path], image: str | None, label: str | None) -> tuple[str, str, list[str]]:
     """The columns of images and labels, and a line on a choice that has to be known.
 
     Args:
-        shard: whose columns are looked at.
-        image: the images' column; None: the only one that holds encoded images.
-        label: the labels' column; None: the only class label, or else the one of a usual name; ``none`` where no column
-            is either.
+        shards: one of each split, the training split's first.
+        image: the images' column; None: the only one of the first shard that holds encoded images.
+        label: the labels' column; None: the only class label, or else the one of a usual name, in the first shard that
+            has either; ``none`` where none has.
 
     Raises:
         UsageError: several columns could be meant.
     """
     if image is not None and label is not None:
         return image, label, []
-    schema = _schema(shard)
-    with _readable(shard):
-        features = _features(schema)
     if image is None:
+        schema = _schema(shards[0])
         images = [each.name for each in schema if _holds_images(each.type)]
         if len(images) != 1:
             found = f"{len(images)} columns hold encoded images ({', '.join(images)})" if images else "no column does"
-            raise UsageError(f"{shard}: {found}; set data.image_column to one of {', '.join(schema.names)}")
+            raise UsageError(f"{shards[0]}: {found}; set data.image_column to one of {', '.join(schema.names)}")
         [image] = images
     if label is not None:
         return image, label, []
-    labels = [each.name for each in schema if _holds_labels(each.type) and each.name != image]
-    declared = [name for name in labels if (features.get(name) or {}).get("_type") == "ClassLabel"]
-    candidates = declared if len(declared) == 1 else [name for name in USUAL_LABELS if name in labels]
-    if not candidates and declared:
-        raise UsageError(f"{shard}: set data.label_column to one of {', '.join(declared)} (none: no labels)")
-    chosen = candidates[0] if candidates else NO_LABELS
-    others = [name for name in labels if name != chosen]
+    chosen, seen = NO_LABELS, dict[str, None]()
+    for shard in shards:
+        schema = _schema(shard)
+        with _readable(shard):
+            features = _features(schema)
+        labels = [each.name for each in schema if _holds_labels(each.type) and each.name != image]
+        declared = [name for name in labels if (features.get(name) or {}).get("_type") == "ClassLabel"]
+        candidates = declared if len(declared) == 1 else [name for name in USUAL_LABELS if name in labels]
+        if not candidates and declared:
+            raise UsageError(f"{shard}: set data.label_column to one of {', '.join(declared)} (none: no labels)")
+        seen |= dict.fromkeys(labels)
+        if candidates:
+            chosen = candidates[0]
+            break
+    others = [name for name in seen if name != chosen]
     notes = (
         [f"the labels are: {chosen} (data.label_column chooses; there is also {', '.join(others)})"] if others else []
     )
@@ -228,34 +240,41 @@ def _holds_labels(kind: pyarrow.DataType) -> bool:
     return any(test(kind) for test in (*tests, types.is_string, types.is_large_string, types.is_string_view))
 
 
-def _read(splits: dict[str, list[Path]], image_column: str, label_column: str) -> tuple[list[str], dict[str, Part]]:
-    """The classes, which are those of the first split that has some, and the splits."""
+def _read(
+    splits: dict[str, list[Path]], image_column: str, columns: dict[str, str]
+) -> tuple[list[str], dict[str, Part]]:
+    """The classes, which are those of the first split that tells two or more apart, and the splits.
+
+    Args:
+        splits: the shards of each.
+        image_column: of all of them.
+        columns: of the labels of each split.
+    """
     values = {
-        name: {shard: _values(shard, label_column) for shard in shards if label_column != NO_LABELS}
+        name: {shard: _values(shard, columns[name]) for shard in shards if columns[name] != NO_LABELS}
         for name, shards in splits.items()
     }
     found = {name: {value for each in shards.values() for value in each} - {None} for name, shards in values.items()}
-    first = next((name for name in splits if found[name]), None)
+    telling = {name: each for name, each in found.items() if len(each) > 1}
+    first = next(iter(telling), None)
     if first and len(kinds := {type(value).__name__ for value in found[first]}) > 1:
         raise UsageError(
-            f"{splits[first][0].parent}: {label_column} holds {' and '.join(sorted(kinds))} in one split; give all "
+            f"{splits[first][0].parent}: {columns[first]} holds {' and '.join(sorted(kinds))} in one split; give all "
             "labels one type, or set data.label_column to another"
         )
-    names = _class_names(splits[first][0], label_column) if first else []
+    names = _class_names(splits[first][0], columns[first]) if first else []
     known = range(len(names)) if names else sorted(found[first]) if first else []
-    if len(found.get(first or "", [])) < 2:  # which tells nothing apart
-        names, known, found = [], [], {}
     index = {value: label for label, value in enumerate(known)}
 
     def labels(name: str) -> list[int]:
-        for shard in splits[name] if found.get(name) else ():
-            if strange := [(row, value) for row, value in enumerate(values[name][shard]) if value not in index]:
+        if name not in telling:
+            return [UNLABELLED] * sum(map(_count, splits[name]))
+        for shard, each in values[name].items():
+            if strange := [(row, value) for row, value in enumerate(each) if value not in index]:
                 row, value = strange[0]
-                what = "no label" if value is None else f"{label_column}={value} is none of the {len(index)} classes"
+                what = "no label" if value is None else f"{columns[name]}={value} is none of the {len(index)} classes"
                 raise UsageError(f"{shard} row {row}: {what}, while other rows have one; remove or mend the row")
-        if found.get(name):
-            return [index[value] for each in values[name].values() for value in each]
-        return [UNLABELLED] * sum(map(_count, splits[name]))
+        return [index[value] for each in values[name].values() for value in each]
 
     parts = {name: Part(labels(name), _Pictures(shards, image_column)) for name, shards in splits.items()}
     return names or [str(value) for value in known], parts

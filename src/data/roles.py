@@ -85,18 +85,22 @@ def arrange(classes: list[str], splits: Mapping[str, Part], train: str | None, t
     notes = []
     labelled = {name: part for name, part in splits.items() if part.labelled and name != training}
     if testing is not None and testing not in labelled:
-        raise UsageError(f"data.test_split={test}: its images have no labels to test with; choose another split")
+        raise UsageError(
+            f"data.test_split={test}: its images have no labels to test with, or only one class; choose another split"
+        )
     candidates = [name for name in (TEST, VALIDATION) if name in labelled]
     testing = testing or next(iter(candidates), None)
-    if testing == VALIDATION and TEST in splits and test is None:
-        notes.append("the test split has no labels: the validation split is the test (data.test_split chooses)")
+    hidden = TEST in splits and training != TEST
+    lacking = "the test split has no labels, or only one class" if hidden else "no test split"
+    if testing == VALIDATION and hidden and test is None:
+        notes.append(f"{lacking}: the validation split is the test (data.test_split chooses)")
     others = {name: part for name, part in labelled.items() if name != testing}
 
     if splits[training].labelled:
         if testing is not None:
             return Contents(classes, splits[training], splits[testing], others.get(VALIDATION, NOTHING), notes=notes)
         rest, held_out = hold_out_test(splits[training])
-        notes.append(f"no test split: a fixed fifth of the training images ({len(held_out.labels)}) is the test")
+        notes.append(f"{lacking}: a fixed fifth of the training images ({len(held_out.labels)}) is the test")
         return Contents(classes, rest, held_out, notes=notes)
 
     probing = next((name for name in (TRAIN, VALIDATION) if name in others), testing)

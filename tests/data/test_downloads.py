@@ -56,7 +56,7 @@ class TestCifar:
     def test_parquet_shards(self, config, tmp_path, name, label_column, folder):
         root = tmp_path / name if folder else tmp_path
         images = write_shard(root / "train-00000-of-00001.parquet", [0, 1, 1], "img", label_column, names=["a", "b"])
-        write_shard(root / "test-00000-of-00001.parquet", [0], "img", label_column, names=["a", "b"])
+        write_shard(root / "test-00000-of-00001.parquet", [0, 1], "img", label_column, names=["a", "b"])
         dataset = load(config(name, tmp_path, final=True))
         assert dataset.classes == ["a", "b"]
         assert np.array_equal(dataset.train.images, pixels(images))

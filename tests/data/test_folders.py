@@ -152,6 +152,30 @@ def test_a_class_with_the_name_of_a_split_does_not_make_the_others_vanish(config
     assert load(config("image_folder", folder, final=True)).classes == ["bus", "car", "train"]
 
 
+@pytest.mark.parametrize(
+    ("folders", "inner"),
+    [
+        (
+            ["images/train/a", "images/train/b", "images/Val/a", "images/Val/b"],
+            "images: is no class, as it holds Val, ",
+        ),
+        (["images/train/a", "images/train/b"], "images: is no class, as it holds train;"),
+        (["images/train", "images/test", "labels"], "images: is no class, as it holds test, train;"),
+        (["cat/train", "cat/test", "dog/train", "dog/test"], "cat: is no class, as it holds test, train;"),
+    ],
+)
+def test_splits_that_lie_deeper_are_not_merged(config, tmp_path, folders, inner):
+    root = write_folder(tmp_path / "data", dict.fromkeys(folders, 2))
+    said = refusal(config("image_folder", root))
+    assert f"{root}/{inner}" in said
+    assert f"set data.root={root}/{inner.split(':')[0]}, or move the splits above the classes" in said
+
+
+def test_a_class_in_a_folder_of_others_may_have_the_name_of_a_split(config, tmp_path):
+    root = write_folder(tmp_path / "data", {"vehicles/bus": 4, "vehicles/train": 4, "animals/cat": 4})
+    assert load(config("image_folder", root, final=True)).classes == ["animals", "vehicles"]
+
+
 def test_images_beside_the_splits_are_told(config, folder, caplog):
     (folder / "notes").mkdir()
     (folder / "notes" / "read.txt").write_text("no image")

@@ -230,6 +230,17 @@ def test_refusals_are_one_line_that_says_what_to_do(hub, refusal, tmp_path):
     assert "HF_TOKEN" in refusal(repo=REPO)
 
 
+def test_labels_that_only_the_test_has_are_found(hub, config, tmp_path, caplog):
+    write_shard(tmp_path / "main/test-0.parquet", [0, 1] * 10, names=["a", "b"])
+    write_shard(tmp_path / "main/train-0.parquet", [0] * 12, seed=1)
+    table = pq.read_table(tmp_path / "main/train-0.parquet")
+    pq.write_table(table.rename_columns(["image", "year"]), tmp_path / "main/train-0.parquet")
+    dataset = load(config("hub", repo=REPO, final=True))
+    assert (dataset.classes, dataset.labelled, len(dataset.train), len(dataset.test)) == (["a", "b"], False, 12, 4)
+    assert "the labels are: label (data.label_column chooses; there is also year)" in caplog.text
+    assert "the probes learn from the split test" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("columns", "label", "said"),
     [
@@ -245,7 +256,7 @@ def test_columns_are_found_by_what_they_hold(tmp_path, columns, label, said):
     for name in columns:
         table = table.append_column(name, pa.array([0, 1]))
     pq.write_table(table, tmp_path / "a.parquet")
-    image, found, notes = find_columns(tmp_path / "a.parquet", None, None)
+    image, found, notes = find_columns([tmp_path / "a.parquet"], None, None)
     assert (image, found) == ("picture", label)
     assert all(part in "".join(notes) for part in said)
     assert bool(notes) == bool(said)
@@ -255,7 +266,7 @@ def test_the_only_class_label_is_the_label_whatever_its_name(tmp_path):
     write_shard(tmp_path / "a.parquet", [0, 1], "img", "species", names=["cat", "dog"])
     table = pq.read_table(tmp_path / "a.parquet").append_column("label", pa.array([5, 6]))
     pq.write_table(table, tmp_path / "a.parquet")
-    assert find_columns(tmp_path / "a.parquet", None, None)[1] == "species"
+    assert find_columns([tmp_path / "a.parquet"], None, None)[1] == "species"
 
 
 def test_columns_that_could_all_be_meant_are_refused(tmp_path):
@@ -263,4 +274,4 @@ def test_columns_that_could_all_be_meant_are_refused(tmp_path):
     table = pq.read_table(tmp_path / "a.parquet")
     pq.write_table(table.append_column("mask", table["image"]), tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=r"2 columns hold encoded images .*data\.image_column"):
-        find_columns(tmp_path / "a.parquet", None, None)
+        find_columns([tmp_path / "a.parquet"], None, None)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from src.data import Dataset, load
@@ -11,17 +12,21 @@ from src.errors import UsageError
 from tests.data.layouts import write_flat, write_folder, write_shard
 
 LAYOUTS = ("image_folder", "parquet")
+WITHOUT_LABELS = {"image_folder": ("none", "one class"), "parquet": ("none", "one class", "no column")}
 
 
-def write(layout: str, root: Path, **splits: int) -> Path:
-    """Splits of that many images: negative numbers stand for images without labels."""
+def write(layout: str, root: Path, without: str = "none", **splits: int) -> Path:
+    """Splits of that many images: negative numbers stand for images without labels, which can be so in several ways."""
     for seed, (name, count) in enumerate(splits.items(), start=1):
         if layout == "parquet":
-            write_shard(root / f"{name}-0.parquet", [0, 1] * (count // 2) if count > 0 else [-1] * -count, seed=seed)
+            hidden = [0 if without == "one class" else -1] * -count
+            write_shard(shard := root / f"{name}-0.parquet", [0, 1] * (count // 2) if count > 0 else hidden, seed=seed)
+            if count < 0 and without == "no column":
+                pq.write_table(pq.read_table(shard).drop_columns("label"), shard)
         elif count > 0:
             write_folder(root / name, {"a": count // 2, "b": count // 2}, seed=1000 * seed)
         else:
-            write_flat(root / name, -count, seed)
+            write_flat(root / name / ("a" if without == "one class" else ""), -count, seed)
     return root
 
 
@@ -42,16 +47,16 @@ CASES = {  # what there is; which images train, validate, test, teach; what is s
         "",
     ),
     "val is the test": ({"train": 24, "validation": 8}, {"train": 18, "val": 6, "test": 8, "probe": 18}, ""),
-    "train alone": ({"train": 40}, {"train": 24, "val": 8, "test": 8, "probe": 24}, "a fixed fifth of the training"),
+    "train alone": ({"train": 40}, {"train": 24, "val": 8, "test": 8, "probe": 24}, "no test split: a fixed fifth of"),
     "the test hides its labels": (
         {"train": 24, "val": 8, "test": -6},
         {"train": 18, "val": 6, "test": 8, "probe": 18},
-        "the validation split is the test (data.test_split chooses)",
+        "the test split has no labels, or only one class: the validation split is the test (data.test_split chooses)",
     ),
     "the test hides its labels and nothing else is there": (
         {"train": 40, "test": -6},
         {"train": 24, "val": 8, "test": 8, "probe": 24},
-        "a fixed fifth of the training images (8) is the test",
+        "the test split has no labels, or only one class: a fixed fifth of the training images (8) is the test",
     ),
     "nothing labelled": ({"train": -40}, {"train": 30, "val": 10, "test": 0, "probe": 30}, "no image has a label"),
     "nothing labelled in any split": (
@@ -77,11 +82,11 @@ CASES = {  # what there is; which images train, validate, test, teach; what is s
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "without"), [(each, how) for each in LAYOUTS for how in WITHOUT_LABELS[each]])
 @pytest.mark.parametrize("case", CASES)
-def test_each_split_has_its_role(config, tmp_path, caplog, layout, case):
+def test_each_split_has_its_role(config, tmp_path, caplog, layout, without, case):
     splits, expected, said = CASES[case]
-    cfg = config(layout, write(layout, tmp_path / "images", **splits))
+    cfg = config(layout, write(layout, tmp_path / "images", without, **splits))
     for _ in range(2):  # from the cache too
         caplog.clear()
         dataset = load(cfg)
@@ -101,6 +106,12 @@ def test_splits_can_be_named(config, tmp_path, caplog, layout):
     assert sizes(dataset) == {"train": 40, "val": 6, "test": 8, "probe": 18}
     assert "the probes learn from the split train" in caplog.text
     assert sizes(load(config(layout, root, train_split="extra"))) == {"train": 10, "val": 8, "test": 6, "probe": 10}
+
+
+def test_the_test_split_that_is_trained_on_does_not_hide_its_labels(config, tmp_path, caplog):
+    root = write("parquet", tmp_path / "images", test=24, val=8)
+    assert sizes(load(config("parquet", root, train_split="test")))["test"] == 8
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -306,11 +306,11 @@ class TestParquet:
     )
     def test_without_names_classes_are_the_sorted_values(self, config, tmp_path, labels, classes):
         write_shard(tmp_path / "train-0.parquet", labels, "picture", "kind")
-        write_shard(tmp_path / "validation-0.parquet", labels[:1], "picture", "kind")
+        write_shard(tmp_path / "validation-0.parquet", labels[:2], "picture", "kind")
         dataset = load(config("parquet", tmp_path, final=True, image_column="picture", label_column="kind"))
         assert dataset.classes == classes
         assert dataset.train.labels.tolist() == [1, 0, 2, 1]
-        assert dataset.test.labels.tolist() == [1]
+        assert dataset.test.labels.tolist() == [1, 0]
 
     @pytest.mark.parametrize(
         ("labels", "classes"),
@@ -354,6 +354,8 @@ class TestParquet:
             ("data/train/part-0.parquet", "data/test/part-0.parquet"),
             ("train/train-0000.parquet", "test/test-0000.parquet"),
             ("plain_text/train-0.parquet", "plain_text/validation-0.parquet"),
+            ("split=train/0.parquet", "split=test/0.parquet"),
+            ("split=train/part-00000-5e1f-c000.snappy.parquet", "split=test/part-00000-5e1f-c000.snappy.parquet"),
         ],
     )
     def test_layouts_of_the_hub(self, config, tmp_path, train, test):
@@ -373,17 +375,31 @@ class TestParquet:
         assert len(load(config("parquet", tmp_path, config="full", final=True)).train) == 2
         assert len(load(config("parquet", tmp_path, config="small", final=True)).train) == 4
 
-    def test_splits_of_other_names_can_be_named(self, config, tmp_path):
-        write_shard(tmp_path / "data/train_full-00000-of-00001.parquet", [0, 1, 0, 1])
-        write_shard(tmp_path / "data/exam-00000-of-00001.parquet", [0, 1], seed=1)
+    def test_nor_are_those_merged_that_have_no_split_in_common(self, refusal, config, tmp_path):
+        for seed, name in enumerate(["a/train-0.parquet", "a/test-0.parquet", "b/validation-0.parquet"]):
+            write_shard(tmp_path / name, [0, 1] * 4, seed=seed)
+        assert "data set: a, b; choose one with data.config=NAME, or move the shards" in refusal("parquet", tmp_path)
+        assert len(load(config("parquet", tmp_path, config="a")).val) == 2
+
+    @pytest.mark.parametrize(
+        "shards",
+        [
+            ("data/train_full-00000-of-00001.parquet", "data/exam-00000-of-00001.parquet"),
+            ("split=train_full/0.parquet", "split=exam/0.parquet"),
+            ("split=train_full/part-0.parquet", "split=exam/part-0.parquet"),
+        ],
+    )
+    def test_splits_of_other_names_can_be_named(self, config, tmp_path, shards):
+        for seed, (shard, labels) in enumerate(zip(shards, ([0, 1, 0, 1], [0, 1]), strict=True)):
+            write_shard(tmp_path / shard, labels, seed=seed)
         dataset = load(config("parquet", tmp_path, final=True, train_split="train_full", test_split="exam"))
         assert (len(dataset.train), len(dataset.test)) == (4, 2)
 
     def test_test_shards_come_before_validation_shards(self, config, tmp_path):
         write_shard(tmp_path / "train-0.parquet", [0, 1])
-        write_shard(tmp_path / "validation-0.parquet", [0])
-        write_shard(tmp_path / "test-0.parquet", [1, 1])
-        assert load(config("parquet", tmp_path, final=True)).test.labels.tolist() == [1, 1]
+        write_shard(tmp_path / "validation-0.parquet", [0, 1])
+        write_shard(tmp_path / "test-0.parquet", [1, 0])
+        assert load(config("parquet", tmp_path, final=True)).test.labels.tolist() == [1, 0]
 
     def test_no_shards(self, refusal, tmp_path):
         assert "no parquet files (train-*.parquet, ...) in or below that folder" in refusal("parquet", tmp_path)
@@ -396,6 +412,11 @@ class TestParquet:
         message = refusal("parquet", tmp_path)
         assert f"{part}-1.parquet: no column image; it has img, fine_label" in message
         assert "data.image_column" in message
+
+    def test_a_shard_that_lacks_the_label_column_of_its_split_is_named(self, refusal, tmp_path):
+        for seed, name in enumerate(("train-0", "train-1", "test-0")):
+            write_shard(tmp_path / f"{name}.parquet", [0, 1], label_column="id" if seed == 1 else "label", seed=seed)
+        assert "train-1.parquet: no column label; it has image, id: use" in refusal("parquet", tmp_path)
 
     @pytest.mark.parametrize(
         ("changes", "complaint"),
