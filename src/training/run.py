@@ -104,9 +104,10 @@ def start(cfg: Config, data: Dataset, ranks: Ranks, exact_batch: bool) -> tuple[
     state = TrainState(cfg, data, ranks)
     warn_of_doubtful_settings(cfg, len(data.train))
     warn_of_few_neighbours(cfg.evaluation, data)
-    origin.identify(cfg)
-    tags = {TAG_INIT_TAKEN: state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
-    refuse_unfillable(cfg, len(data.train), filled=state.method.support is not None and state.method.support.ready)
+    source = origin.identify(cfg)
+    tags = {TAG_INIT_TAKEN: state.start_from(source)} if source else {}
+    filled = state.method.support is not None and state.method.support.ready
+    refuse_unfillable(cfg, len(data.train), filled or (cfg.init is not None and not source))
     if cfg.tracking.system_metrics:
         require("psutil", "system", "tracking.system_metrics=true")
     return state, tags
@@ -128,6 +129,8 @@ def train(
     if ranks.first:
         run_directory.refuse_hopeless(directory, cfg)
     resumed = state.resume(directory / CHECKPOINTS, directory / METRICS)
+    if cfg.init is not None and TAG_INIT_TAKEN not in tags and not resumed:
+        raise UsageError(f"init={cfg.init}: names no weights any more, and {directory} has no checkpoint to go on with")
     dtype = dtype_name(state.dtype)
     code = {f"{TAG_CODE}{module}": digest for module, digest in code_digests(cfg).items()}
     now = conditions(str(state.device), dtype) | {"processes": str(ranks.world_size)} | code
@@ -152,7 +155,7 @@ def train(
         kept = OmegaConf.to_yaml(OmegaConf.create(hide_in_settings(identity.without_neutral(cfg))))
         if ranks.first:
             write_whole(directory / CONFIG, kept.encode())
-        started = f"started from {cfg.init} ({tags[TAG_INIT_TAKEN]})," if cfg.init is not None else "started"
+        started = f"started from {cfg.init} ({tags[TAG_INIT_TAKEN]})," if TAG_INIT_TAKEN in tags else "started"
         print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)
         tracker.watch_system()
         loop.Pretraining(state, data, tracker, stopper, directory, hooks).run()
