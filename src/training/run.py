@@ -202,7 +202,7 @@ def say_result(directory: Path) -> float:
     of = ("val/", "test/", f"{TEACHER}/")
     shown = [key for key in sorted(metrics) if key.startswith(of) and not key.endswith("/knn_k")]
     figures = [f"{key} {metrics[key]:.2f}" for key in shown]
-    print(f"{directory}: finished; {', '.join(figures)}")
+    print("; ".join(filter(None, [f"{directory}: finished", ", ".join(figures)])))
     for picture in sorted(directory.glob("*.png")):
         print(f"picture: {picture}")
     if page := page_of(record):
