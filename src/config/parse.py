@@ -77,6 +77,9 @@ def chooses_data(composed: DictConfig) -> bool:
 def chosen_data(composed: DictConfig, own: DictConfig) -> DictConfig:
     """Which images a command about a finished run means: those of ``data=``, or else the run's own.
 
+    Other images have the size at which the run's encoder was trained, unless one is typed. They are then kept whole, as
+    a run with ``data.keep`` has its own, where nothing else is to be done to those that are not square.
+
     Args:
         composed: the command's.
         own: the run's data group. Its images may have moved to ``data.root``.
@@ -85,7 +88,12 @@ def chosen_data(composed: DictConfig, own: DictConfig) -> DictConfig:
         UsageError: another setting of the run's own images is to change.
     """
     if chooses_data(composed):
-        return composed.data
+        other = composed.data
+        if other.image_size is not None:
+            return other
+        whole = own.get("keep") if other.get("resize", "crop") == "crop" else None
+        sizes = {"image_size": own.image_size, "keep": other.keep or whole}
+        return cast(DictConfig, OmegaConf.merge(other, sizes))
     chosen = {str(key): value for key, value in composed.data.items() if value is not None}
     if others := chosen.keys() - {"root"}:
         raise UsageError(f"data.{min(others)}: a run's own images stay as they are; choose others with data=... first")

@@ -9,6 +9,7 @@ Importing the package does not wait for torch: a sweep's own process wants nothi
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     import torch
 
     from src.data.splits import Split
+
+OF_THE_CUT = {"val_fraction": 0.1, "split_seed": 0}  # as conf/shared/data.yaml has what cuts off validation images
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ def load(cfg: Data) -> Dataset:
     cache = cached(cfg)
     train, probe, val = cache.part("train"), cache.part("probe"), None
     if not cfg.final and (held_out := cache.counts["val"]):
+        _warn_of_no_cut(cfg)
         train, val = train.take(torch.arange(len(train))[:-held_out]), train.take(torch.arange(len(train))[-held_out:])
     elif not cfg.final and len(probe):
         probe, val = _cut_off_validation(probe, cfg)
@@ -117,6 +123,16 @@ def _cut_off_validation(split: Split, cfg: Data) -> tuple[Split, Split]:
     if not len(held_out):
         raise UsageError(f"data.val_fraction={cfg.val_fraction}: no image to validate on; raise it, or data.final=true")
     return split.take(rest), split.take(held_out)
+
+
+def _warn_of_no_cut(cfg: Data) -> None:
+    """Say so where settings of the cut are changed, which only gives the same run another name."""
+    changed = [key for key, default in OF_THE_CUT.items() if getattr(cfg, key) != default]
+    if cfg.limit is not None and "split_seed" in changed:  # which chooses the subset
+        changed.remove("split_seed")
+    if changed:
+        typed = ", ".join(f"data.{key}={getattr(cfg, key)}" for key in changed)
+        logger.warning("%s: no effect, because the data have a validation split of their own", typed)
 
 
 def _check_limit(limit: int, labels: torch.Tensor) -> None:

@@ -190,7 +190,6 @@ def _data(composed: DictConfig, run: Run) -> schema.Data:
     composed.data.image_size = None
     own = parse_data(cfg)
     cfg.data = chosen_data(composed, cfg.data)
-    cfg.data.image_size = size
     data = parse_data(cfg)
     if fingerprint(data) == own.fingerprint:
         return replace(data, final=own.final, val_fraction=own.val_fraction, split_seed=own.split_seed)

@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from src.config.schema import Config
 from src.errors import UsageError
+from src.runs.directory import ROOT, path_of
 from src.runs.query import named_run
-from src.runs.record import CHECKPOINTS, DIGEST_BYTES, ENCODER, Record, newest_checkpoint
+from src.runs.record import CHECKPOINTS, DIGEST_BYTES, ENCODER, Record, newest_checkpoint, records_below
 
 
-def identify(cfg: Config) -> None:
+def identify(cfg: Config) -> Path | None:
     """Fill in ``cfg.origin``, which weights ``cfg.init`` names, whatever the path: the config's hash contains it.
+
+    Returns:
+        The file of the weights; None without ``cfg.init``, or where it is gone and the run, which has begun already,
+        needs it no more.
 
     Raises:
         UsageError: there are none, or their run has not finished.
     """
-    if cfg.init is not None:
-        cfg.origin = _identity(locate(cfg.init))
+    if cfg.init is None:
+        return None
+    try:
+        path = locate(cfg.init)
+    except UsageError:
+        cfg.origin = _recorded(cfg)
+        if cfg.origin is None:
+            raise
+        return None
+    cfg.origin = _identity(path)
+    return path
+
+
+def _recorded(cfg: Config) -> str | None:
+    """Which weights this run began with, as its record says; None where it has not begun."""
+    for directory, record in records_below(Path(cfg.output_dir or ROOT)):
+        begun = replace(cfg, origin=record.params.get("origin"))
+        if record.params.get("init") == cfg.init and directory == path_of(begun):
+            return begun.origin
+    return None
 
 
 def locate(init: str) -> Path:

@@ -13,14 +13,19 @@ from src.runs import directory as run_directory
 from src.runs.record import Record, records_below
 
 
-def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
+def preview(cfgs: Sequence[Config], at_a_time: int, settings: Sequence[str] = ()) -> str:
     """The list of jobs, which of them are done, and how long the rest may take, judged by those that are finished.
 
     A job whose images have not been decoded has no directory yet, and is listed by its name.
+
+    Args:
+        cfgs: of the jobs.
+        at_a_time: how many jobs run at once.
+        settings: of each job, what its line says beside its name.
     """
     lines, lasts, done = [], list[float](), list[Config]()
     finished = _seconds_an_epoch()
-    for number, cfg in enumerate(cfgs):
+    for number, (cfg, beside) in enumerate(zip(cfgs, settings or [""] * len(cfgs), strict=True)):
         directory = run_directory.path_of(cfg) if cfg.data.fingerprint else Path(identity.run_name(cfg))
         try:
             record = Record.find(directory) if cfg.data.fingerprint else None
@@ -35,9 +40,8 @@ def preview(cfgs: Sequence[Config], at_a_time: int) -> str:
             if rate is not None:
                 lasts.append(max(rate * cfg.epochs - (record.seconds if record else 0.0), 0.0))
                 estimate = f"about {_duration(lasts[-1])}"
-        lines.append(
-            f"{number:4}  {state:9} {identity.support_set_size(cfg):7,}  {directory.name}  {estimate}".rstrip()
-        )
+        place = f"{number:4}  {state:9} {identity.support_set_size(cfg):7,}  {directory.name}"
+        lines.append("  ".join(filter(None, [place, beside, estimate])))
     run_directory.warn_of_other_protocol(done)
     todo = len(cfgs) - len(done)
     total = f"{len(cfgs)} job{'s' * (len(cfgs) != 1)}, {todo} to run"

@@ -24,7 +24,7 @@ from src.config.schema import Config
 from src.errors import UsageError
 from src.runs.directory import warn_of_other_protocol
 from src.sweeps.dry_run import preview
-from src.sweeps.jobs import MAX_GRID_JOBS, Composer, Job, values
+from src.sweeps.jobs import MAX_GRID_JOBS, Composer, Job, told_apart, values
 from src.sweeps.launcher import JobLauncher
 from src.sweeps.sweep import Sweep
 from src.system.output import in_terminal
@@ -69,14 +69,15 @@ class GridSweeper(Sweeper):
         if not self.config.dry_run:
             self.prepare()
         jobs = self.jobs(arguments)
-        legal = [job.cfg for job in jobs if job.cfg]
+        possible = [job for job in jobs if job.cfg]
+        legal = [job.cfg for job in possible if job.cfg]
         if not legal:
             raise UsageError(jobs[0].error if jobs else "method: no alternative of this sweep has it")
         for job in jobs:
             if not job.cfg:
                 print(f"not possible: {job.error} ({' '.join(job.overrides)})", file=sys.stderr, flush=True)
         if self.config.dry_run:
-            print(preview(legal, self.jobs_at_a_time(len(legal))))
+            print(preview(legal, self.jobs_at_a_time(len(legal)), told_apart(possible)))
             sys.exit(2 if len(legal) < len(jobs) else 0)
         name = self.config.hydra.runtime.choices.get("sweep") or "grid"
         hashes = sorted(identity.config_hash(job.cfg) for job in jobs if job.cfg)

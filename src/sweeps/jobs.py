@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
+from src.config import identity
 from src.config.explain import explain_composition
 from src.config.parse import parse
 from src.config.renamed import new_name
@@ -137,6 +139,14 @@ class Composer:
         with flag_override(composed, ["struct", "readonly"], False):
             del composed["hydra"]
         return composed
+
+
+def told_apart(jobs: Sequence[Job]) -> list[str]:
+    """Of each job its overrides that not all jobs of its name have, which is none where no other has the name."""
+    named = [(identity.run_name(job.cfg) if job.cfg else "", job.overrides) for job in jobs]
+    jobs_of = Counter(name for name, _ in named)
+    times = Counter((name, each) for name, overrides in named for each in overrides)
+    return [" ".join(each for each in mine if times[name, each] < jobs_of[name]) for name, mine in named]
 
 
 def values(override: Override) -> list[str] | None:

@@ -19,7 +19,7 @@ from src.runs.directory import warn_of_other_protocol
 from src.runs.record import RECORD
 from src.sweeps.dry_run import preview
 from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, plain, refuse_equal_runs, refuse_unused, typed
-from src.sweeps.jobs import Job, values
+from src.sweeps.jobs import Job, told_apart, values
 from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED
 
@@ -61,8 +61,9 @@ class StudySweeper(GridSweeper):
         if self.config.dry_run:
             known = (sweep.directory / studies.FILE).exists()
             study = studies.Study(sweep.directory, space, self.pruner, self.seed) if known else None
-            there = [self._job(study, fixed, number).cfg for number in study.points()] if study else []
-            print(preview([cfg for cfg in there if cfg], at_a_time))
+            there = [self._job(study, fixed, number) for number in study.points()] if study else []
+            possible = [job for job in there if job.cfg]
+            print(preview([job.cfg for job in possible if job.cfg], at_a_time, told_apart(possible)))
             print(f"{max(self.trials - len(there), 0)} trials to propose")
             return
         is_first = not (sweep.directory / RECORD).is_file()

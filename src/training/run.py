@@ -111,9 +111,10 @@ def start(cfg: Config, data: Dataset, ranks: Ranks, exact_batch: bool) -> tuple[
     refuse_unset_gradients(state.method.encoder, cfg.data.image_size, state.device, state.dtype)
     warn_of_doubtful_settings(cfg, len(data.train))
     warn_of_few_neighbours(cfg.evaluation, data)
-    origin.identify(cfg)
-    tags = {TAG_INIT_TAKEN: state.start_from(origin.locate(cfg.init))} if cfg.init is not None else {}
+    source = origin.identify(cfg)
+    tags = {TAG_INIT_TAKEN: state.start_from(source)} if source else {}
     filled = state.method.support is not None and state.method.support.ready
+    filled = filled or (cfg.init is not None and not source)  # when it began
     refuse_unfillable(cfg, len(data.train), filled)
     warn_of_late_filling(cfg, len(data.train), filled)
     if cfg.tracking.system_metrics:
@@ -137,6 +138,8 @@ def train(
     if ranks.first:
         run_directory.refuse_hopeless(directory, cfg)
     resumed = state.resume(directory / CHECKPOINTS, directory / METRICS)
+    if cfg.init is not None and TAG_INIT_TAKEN not in tags and not resumed:
+        raise UsageError(f"init={cfg.init}: names no weights any more, and {directory} has no checkpoint to go on with")
     dtype = dtype_name(state.dtype)
     code = {f"{TAG_CODE}{module}": digest for module, digest in code_digests(cfg).items()}
     now = conditions(str(state.device), dtype) | {"processes": str(ranks.world_size)} | code
@@ -161,7 +164,7 @@ def train(
         kept = OmegaConf.to_yaml(OmegaConf.create(hide_in_settings(identity.without_neutral(cfg))))
         if ranks.first:
             write_whole(directory / CONFIG, kept.encode())
-        started = f"started from {cfg.init} ({tags[TAG_INIT_TAKEN]})," if cfg.init is not None else "started"
+        started = f"started from {cfg.init} ({tags[TAG_INIT_TAKEN]})," if TAG_INIT_TAKEN in tags else "started"
         print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)
         tracker.watch_system()
         loop.Pretraining(state, data, tracker, stopper, directory, hooks).run()
@@ -208,7 +211,7 @@ def say_result(directory: Path) -> float:
     of = ("val/", "test/", f"{TEACHER}/")
     shown = [key for key in sorted(metrics) if key.startswith(of) and not key.endswith("/knn_k")]
     figures = [f"{key} {metrics[key]:.2f}" for key in shown]
-    print(f"{directory}: finished; {', '.join(figures)}")
+    print("; ".join(filter(None, [f"{directory}: finished", ", ".join(figures)])))
     for picture in sorted(directory.glob("*.png")):
         print(f"picture: {picture}")
     if page := page_of(record):

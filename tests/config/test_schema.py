@@ -214,7 +214,7 @@ def test_imagenet_has_the_settings_of_the_paper():
 
 def test_evaluate_composes_and_needs_no_data():
     cfg = composed(name="evaluate")
-    assert cfg.data == {"root": None}
+    assert cfg.data == {"root": None, "image_size": None, "keep": None}
     assert composed("data=digits", "evaluation=original", name="evaluate").data.name == "digits"
 
 

@@ -10,6 +10,7 @@ import torch
 from src.data import load
 from src.data.cache import Cache
 from src.errors import UsageError
+from tests.config.test_schema import parsed
 from tests.data.layouts import write_folder
 
 CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", Path(__file__).parents[3] / "shared/data/cifar100"))
@@ -100,6 +101,23 @@ def test_limits_at_the_ends_of_the_range(config):
 def test_a_fraction_that_leaves_no_validation_image(config):
     with pytest.raises(UsageError, match=r"data\.val_fraction=0\.0001"):
         load(config("digits", val_fraction=0.0001))
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        ([], []),
+        (["data.val_fraction=0.3"], ["data.val_fraction=0.3"]),
+        (["data.val_fraction=0.3", "data.split_seed=1"], ["data.val_fraction=0.3, data.split_seed=1"]),
+        (["data.split_seed=1", "data.limit=4"], []),
+        (["data.val_fraction=0.3", "data.final=true"], []),
+    ],
+)
+def test_settings_of_a_cut_that_is_not_made_are_named(tmp_path, caplog, typed, named):
+    folder = write_folder(tmp_path / "images", {f"{split}/{name}": 4 for split in ("train", "val") for name in "ab"})
+    write_folder(folder / "test", {"a": 1, "b": 1}, seed=100)
+    load(parsed("data=image_folder", f"data.root={folder}", f"data.cache_dir={tmp_path}/cache", *typed).data)
+    assert [text.partition(":")[0] for text in caplog.messages if "no effect" in text] == named
 
 
 def test_neither_the_package_nor_a_known_fingerprint_loads_a_library_that_takes_seconds(tmp_path):

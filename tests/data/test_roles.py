@@ -44,7 +44,7 @@ CASES = {  # what there is; which images train, validate, test, teach; what is s
     "all labelled, val is not ignored": (
         {"train": 24, "val": 8, "test": 6},
         {"train": 24, "val": 8, "test": 6, "probe": 24},
-        "",
+        "data.val_fraction=0.25: no effect",
     ),
     "val is the test": ({"train": 24, "validation": 8}, {"train": 18, "val": 6, "test": 8, "probe": 18}, ""),
     "train alone": ({"train": 40}, {"train": 24, "val": 8, "test": 8, "probe": 24}, "no test split: a fixed fifth of"),

@@ -158,6 +158,15 @@ def run_on(images, cache_dir, tmp_path, *settings):
     return folder
 
 
+def test_other_images_are_kept_whole_as_the_runs_own_are(drawn, cache_dir, tmp_path):
+    images = write_folder(tmp_path / "images", {"train/a": 10, "train/b": 10, "test/a": 2, "test/b": 2})
+    folder = run_on(images, cache_dir, tmp_path, "data.keep=40")
+    others = write_folder(tmp_path / "others", {"": 4}, seed=50)
+    table = pq.read_table(write(folder, *of_folder(others, cache_dir)))
+    data = load(parsed(*of_folder(others, cache_dir, "data.image_size=32", "data.keep=40", "data.final=true")).data)
+    torch.testing.assert_close(vectors(table), by_the_encoder(folder, data.train.squares("cpu")), rtol=0, atol=1e-5)
+
+
 def test_names_that_are_not_utf_8_have_question_marks(run, drawn, cache_dir, tmp_path):
     folder = write_folder(tmp_path / "images", {"train/a": 4, "train/b": 4, "test/a": 1, "test/b": 1})
     for split in ("train", "test"):

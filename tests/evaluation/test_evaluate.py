@@ -109,7 +109,7 @@ def test_a_run_is_named_by_its_name_its_folder_its_id_or_a_checkpoint(finished, 
 
 
 def test_it_prints_whose_figures_they_are_and_where_they_went(finished, tmp_path, capsys):
-    metrics = run(f"run={finished}", "data=digits", "data.image_size=8", f"data.cache_dir={finished.parent}/cache")
+    metrics = run(f"run={finished}", "data=digits", f"data.cache_dir={finished.parent}/cache")
     first, *table, last = capsys.readouterr().out.splitlines()
     assert (first, last) == (f"{finished}:", f"written to {finished}/run.json")
     assert {line.split()[0]: float(line.split()[1]) for line in table} == {
@@ -219,17 +219,46 @@ def test_more_neighbours_than_a_class_has_images_are_said(finished, caplog):
 
 
 def test_transfer_has_the_data_sets_name(finished):
-    metrics = run(
-        f"checkpoint={finished}", "data=digits", "data.image_size=8", f"data.cache_dir={finished.parent}/cache"
-    )
+    metrics = run(f"checkpoint={finished}", "data=digits", f"data.cache_dir={finished.parent}/cache")
     (own,) = (finished.parent / "cache").glob("digits-*.safetensors")
     with safe_open(own, "np") as file:
         assert f"transfer/digits-{file.metadata()['fingerprint'][:8]}/test/linear_top1" in metrics
 
 
+def test_other_images_have_the_size_of_the_runs_own_unless_one_is_typed(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    data = ["data=digits", f"data.cache_dir={finished.parent}/cache", "evaluation.epochs=1"]
+    same = run(f"run={folder}", *data)
+    assert same == run(f"run={folder}", *data, "data.image_size=8")
+    larger = run(f"run={folder}", *data, "data.image_size=12")
+    assert not same.keys() & larger.keys()
+    tags = Record.load(folder).tags
+    for figures, is_said in ((same, False), (larger, True)):
+        family = next(key for key in figures if key.endswith("linear/linear_top1")).rpartition("/")[0]
+        assert ("data.image_size=12" in tags[f"evaluated/{family}"]) is is_said
+
+
+@pytest.mark.parametrize(
+    ("typed", "size", "keep"),
+    [
+        ([], 8, 12),
+        (["data.keep=16"], 8, 16),
+        (["data.image_size=32"], 32, None),
+        (["data.image_size=32", "data.keep=40"], 32, 40),
+        (["data.resize=squash"], 8, None),
+    ],
+)
+def test_other_images_are_kept_whole_as_the_runs_own_are(finished, typed, size, keep):
+    saved = checkpoint.load_latest(finished / "checkpoints")[1]["config"]
+    saved["data"]["keep"] = 12
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        data = evaluate._merged(saved, compose("evaluate", overrides=["data=digits", *typed])).data
+    assert (data.image_size, data.keep) == (size, keep)
+
+
 def test_the_record_says_by_which_settings_and_still_when_the_run_ended(finished, caplog):
     before = Record.load(finished)
-    data = ["data=digits", "data.image_size=8", f"data.cache_dir={finished.parent}/cache"]
+    data = ["data=digits", f"data.cache_dir={finished.parent}/cache"]
     for limit in (250, 300):
         assert "was with" not in caplog.text
         metrics = run(f"checkpoint={finished}", *data, f"data.limit={limit}", "evaluation.epochs=3")

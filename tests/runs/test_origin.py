@@ -1,4 +1,5 @@
 import hashlib
+import shutil
 
 import pytest
 import torch
@@ -127,6 +128,37 @@ def test_a_stopped_run_continues_from_its_checkpoint_and_not_from_its_start(run,
     record.save(second)
     run(*KMCLR, f"init={first}")
     assert f"{second.relative_to(second.parents[1])}: continued at step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", [[], ["output_dir=named"]])
+def test_a_run_that_has_begun_needs_its_start_no_more(run, tmp_path, capsys, folder):
+    filled = ["method=nnclr", "queue_size=128"]  # which it would not be without its start
+    first = run(*filled, "epochs=3")
+    again = [*filled, f"init={first}", *folder]
+    run(*again)
+    second = tmp_path / "named" if folder else (set(tmp_path.glob("multirun/*")) - {first}).pop()
+    figures = capsys.readouterr().out.splitlines()[-1]
+    shutil.rmtree(first)
+    first.parent.joinpath("empty").mkdir()
+    run(*again)
+    assert capsys.readouterr().out.splitlines()[-1] == figures
+
+    record = Record.load(second)
+    record.status = "KILLED"
+    record.save(second)
+    run(*again)
+    assert ": continued at step 2" in capsys.readouterr().out
+    after = Record.load(second)
+    assert (after.uuid, after.tags["init.taken"]) == (record.uuid, "encoder, projector, support")
+
+    for other in ("resume=never", "seed=1"):
+        with pytest.raises(UsageError, match=f"init={first}: there is no such run|of another configuration .*seed"):
+            run(*again, other)
+    record.save(second)
+    for path in second.glob("checkpoints/*.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UsageError, match=f"names no weights any more, and .*{second.name} has no checkpoint"):
+        run(*again)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,13 @@ def test_a_job_of_unknown_images_is_to_do_and_has_no_hash():
     ]
 
 
+def test_what_tells_a_job_from_others_of_its_name_stands_beside_the_name():
+    ran(jobs(0)[0], 3000)
+    shown = preview(jobs(1, 2), 1, ["schedule=step schedule.gamma=0.2", ""]).splitlines()
+    assert shown[0].endswith("  schedule=step schedule.gamma=0.2  about 50 min")
+    assert len(shown[1].split()) == 8
+
+
 def test_time_goes_with_epochs_and_what_is_done_is_taken_off():
     done, halved, fresh, longer = *jobs(0, 1, 2), *jobs(3, epochs=20)
     ran(done, 3000)

@@ -7,6 +7,7 @@ import pytest
 from src import cli
 from src.runs.metrics_file import read_rows
 from src.runs.record import METRICS, Record
+from src.training.run import say_result
 from tests.config.test_schema import composed
 from tests.data.layouts import write_flat, write_folder
 
@@ -44,6 +45,12 @@ def test_a_flat_folder_is_trained_on_and_reported(command, small, tmp_path):
     refused = command("src.evaluate", "checkpoint=multirun/flat")
     assert refused.returncode == 2
     assert "no image has a label to evaluate with" in refused.stderr
+
+
+def test_a_run_without_a_figure_to_say_is_finished_and_no_more(tmp_path, capsys):
+    Record.new("run", "demo").save(tmp_path)
+    say_result(tmp_path)
+    assert capsys.readouterr().out == f"{tmp_path}: finished\n"
 
 
 @pytest.mark.parametrize("method", [["method=kmclr", "k=5"], ["method=simclr"]])
