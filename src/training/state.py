@@ -96,10 +96,13 @@ class TrainState:
     def diverged(self, loss: float, grad_norm: float) -> Diverged:
         """What blew up at the current step, and what to do about it."""
         lr = self.optimizer.param_groups[0]["lr"]
+        remedy = "lower optimizer.lr or raise schedule.warmup_epochs"
+        if self.step == 0 and self.dtype != torch.float32:
+            remedy = "before the first update, so no learning rate is the cause: set precision=float32"
         return Diverged(
             f"diverged at step {self.step}: loss {loss:.4g}, norm of the gradient {grad_norm:.4g}, of the weights "
-            f"{self.weight_norm():.4g}, learning rate {lr:.4g}; lower optimizer.lr or raise "
-            "schedule.warmup_epochs (the same settings end the same way; resume=never tries them again)"
+            f"{self.weight_norm():.4g}, learning rate {lr:.4g}; {remedy} (the same settings end the same way; "
+            "resume=never tries them again)"
         )
 
     def pop_times(self, steps: int) -> dict[str, float]:

@@ -1,7 +1,9 @@
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from src.errors import Diverged
 from src.runs import checkpoint
@@ -29,6 +31,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(run, tmp_path):
         run(*DIVERGES, "optimizer.lr=1e25")
     assert str(second.value) == str(first.value)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("step", "dtype", "remedy"),
+    [
+        (0, torch.bfloat16, "before the first update, so no learning rate is the cause: set precision=float32 ("),
+        (0, torch.float32, "lower optimizer.lr or raise schedule.warmup_epochs ("),
+        (1, torch.bfloat16, "lower optimizer.lr or raise schedule.warmup_epochs ("),
+    ],
+)
+def test_no_learning_rate_is_blamed_for_what_comes_before_the_first_update(step, dtype, remedy):
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
+    state = SimpleNamespace(step=step, dtype=dtype, optimizer=optimizer, weight_norm=lambda: 1.0)
+    assert f"learning rate 0.1; {remedy}" in str(run_module.TrainState.diverged(state, 7.0, math.inf))
 
 
 def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(run, tmp_path, monkeypatch):
