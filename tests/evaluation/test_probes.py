@@ -239,6 +239,16 @@ def test_a_frozen_encoder_stays_frozen():
     assert not recorder.training
 
 
+def test_another_encoder_is_used_as_the_first_is_and_stops_where_that_does():
+    asked = []
+    frozen = FrozenEncoder(Recorder(), [0.5] * 3, [0.2] * 3, torch.device("cpu"), torch.float32)
+    frozen.before_block = lambda: asked.append(True)
+    split = Split(torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8), torch.arange(10))
+    other = frozen.of(Recorder())
+    assert torch.equal(other.features(split, batch_size=4).x_NF, frozen.features(split, batch_size=4).x_NF)
+    assert len(asked) == 6
+
+
 def test_the_original_protocol_sees_new_crops_every_epoch_and_learns():
     labels = torch.arange(60) % 3
     images = torch.zeros(60, 3, 8, 8, dtype=torch.uint8)
