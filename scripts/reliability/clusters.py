@@ -372,7 +372,7 @@ def search(folder: Path, engine: list[str]) -> str:
     starts, ends = sorted(row[1] for row in trials)[2:], sorted(row[2] for row in trials)
     idle = max(86400 * (begin - end) for begin, end in zip(starts, ends, strict=False))
     pruned = sum(state == "PRUNED" for state, *_ in trials)
-    expect("best: trial" in said and idle < 5, idle)
+    expect("best: val/knn_top1" in said and idle < 5, f"{idle:.1f} s, {said[-300:]}")
     return (
         f"8 trials, two at a time, in {seconds:.0f} s; each was proposed {max(idle, 0):.1f} s after another ended, "
         f"or sooner; {pruned} pruned"
