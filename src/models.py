@@ -225,8 +225,6 @@ def feature_dim(encoder: nn.Module, image_size: int) -> int:
     training = encoder.training
     try:
         shape = tuple(encoder.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
-    except UsageError:
-        raise
     except Exception as error:  # what a model raises depends on the model
         reason = one_line(error)
         raise UsageError(f"backbone: does not take images of data.image_size={image_size} ({reason})") from error

@@ -60,14 +60,15 @@ def parquet(
     used = {name: [root / shard for shard in splits[name]] for name in used_splits(splits, train_split, test_split)}
     shards = [shard for each in used.values() for shard in each]
     image_column, label_column, notes = find_columns([each[0] for each in used.values()], image_column, label_column)
-    if not any(_holds_labels(each.type) for shard in shards for each in _schema(shard) if each.name != image_column):
+    schemas = {shard: _schema(shard) for shard in shards}
+    if not any(_holds_labels(each.type) for schema in schemas.values() for each in schema if each.name != image_column):
         label_column = NO_LABELS
-    labelled = [name for name, each in used.items() if any(label_column in _schema(shard).names for shard in each)]
+    labelled = [name for name, each in used.items() if any(label_column in schemas[shard].names for shard in each)]
     # Where no split has the column, another may be meant: the check refuses it.
     columns = {name: label_column if name in labelled or not labelled else NO_LABELS for name in used}
     for name, each in used.items():
         for shard in each:
-            _check_columns(shard, image_column, columns[name])
+            _check_columns(shard, schemas[shard], image_column, columns[name])
     notes += [f"{each}, and the others are not here" for each in lacking(used)]
 
     def read() -> Contents:
@@ -207,8 +208,7 @@ def _schema(shard: Path) -> pyarrow.Schema:
         return pq.read_schema(shard)
 
 
-def _check_columns(shard: Path, image_column: str, label_column: str) -> None:
-    schema = _schema(shard)
+def _check_columns(shard: Path, schema: pyarrow.Schema, image_column: str, label_column: str) -> None:
     for column in (image_column, *([label_column] if label_column != NO_LABELS else [])):
         if column not in schema.names:
             raise UsageError(

@@ -112,22 +112,29 @@ def refuse_unset_gradients(encoder: nn.Module, image_size: int, device: torch.de
     Raises:
         UsageError: it is so.
     """
+    if (device.type, dtype) != ("cpu", torch.bfloat16):
+        return
+    single: list[nn.Module] = []  # the convolutions that see one pixel
 
     def look(convolution: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(convolution, nn.Conv2d)
-        if inputs[0].shape[-2:].numel() == 1 and max(convolution.stride) > 1 and max(convolution.kernel_size) > 1:
-            raise UsageError(
-                f"data.image_size={image_size}: one pixel is left for a convolution with a stride, whose gradient "
-                "torch does not compute in bfloat16 on a CPU; set precision=float32, or backbone.stem=small"
-            )
+        if inputs[0].shape[-2:].numel() == 1:
+            single.append(convolution)
 
-    if (device.type, dtype) == ("cpu", torch.bfloat16):
-        hooks = [each.register_forward_pre_hook(look) for each in encoder.modules() if isinstance(each, nn.Conv2d)]
-        try:
-            feature_dim(encoder, image_size)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    strided = [
+        each
+        for each in encoder.modules()
+        if isinstance(each, nn.Conv2d) and max(each.stride) > 1 and max(each.kernel_size) > 1
+    ]
+    hooks = [each.register_forward_pre_hook(look) for each in strided]
+    with torch.compiler.set_stance("force_eager"):  # of one image, for which nothing is to be compiled
+        feature_dim(encoder, image_size)
+    for hook in hooks:
+        hook.remove()
+    if single:
+        raise UsageError(
+            f"data.image_size={image_size}: one pixel is left for a convolution with a stride, whose gradient "
+            "torch does not compute in bfloat16 on a CPU; set precision=float32, or backbone.stem=small"
+        )
 
 
 def warn_of_doubtful_settings(cfg: Config, images: int) -> None:

@@ -130,3 +130,10 @@ def test_a_strided_convolution_of_one_pixel_is_refused_where_its_gradient_is_not
     refuse_unset_gradients(encoder, 32, cpu, torch.bfloat16)
     refuse_unset_gradients(encoder, 16, cpu, torch.float32)
     refuse_unset_gradients(ResNetTiny("small"), 8, cpu, torch.bfloat16)
+
+
+def test_for_looking_at_one_image_nothing_is_compiled():
+    encoder, compiled = ResNetTiny("small"), []
+    encoder.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    refuse_unset_gradients(encoder, 8, torch.device("cpu"), torch.bfloat16)
+    assert compiled == []
