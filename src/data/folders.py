@@ -83,6 +83,9 @@ def _folders_of_splits(root: Path, *named: str | None) -> dict[str, Path]:
     for name in [each for each in folders if each in named or each.lower() in SPELLINGS]:
         if (other := found.setdefault(split_name(name), folders[name])) != folders[name]:
             raise UsageError(f"{folders[name]}: the same split as {other.name} beside it; remove one of the two")
+    if not found:
+        _refuse_splits_below(folders.values())
+        return {}
     _tell_what_is_no_split(root, found, is_sure=any(named) or len(found) > 1)
     return found
 

@@ -91,7 +91,8 @@ def shards_of_splits(shards: Iterable[PurePath], config: str | None) -> dict[str
         config: which configuration; None: the only one.
 
     Raises:
-        UsageError: there is no such configuration, or there are several and none is chosen.
+        UsageError: there is no such configuration, or there are several and none is chosen, or shards are partitioned
+            by another column than split.
     """
     configs: dict[str, dict[str, list[PurePath]]] = defaultdict(lambda: defaultdict(list))
     for shard in sorted(shards):
@@ -124,6 +125,11 @@ def _split_and_folder(shard: PurePath) -> tuple[str, PurePath]:
     """The split of a shard, and the folder that holds all splits of its configuration."""
     stem, folder = NUMBERING.sub("", shard.stem), shard.parent
     above = folder.name.removeprefix("split=")  # as Spark and polars write partitions
+    if "=" in above:
+        raise UsageError(
+            f"{folder}: a partition by a column other than split, which only its folders' names hold; write the column "
+            "into the shards"
+        )
     if known := KNOWN_SPLIT.match(shard.stem):
         stem = known[1]
     elif in_folder := KNOWN_SPLIT.fullmatch(above):

@@ -52,7 +52,8 @@ def used_splits(names: Iterable[str], train: str | None, test: str | None) -> li
     there = list(names)
     for key, split in (("data.train_split", train), ("data.test_split", test)):
         if split is not None and split_name(split) not in there:
-            raise UsageError(f"{key}={split}: there is no such split; choose one of {', '.join(there)}")
+            instead = f"choose one of {', '.join(there)}" if there else "there is none at all; set data.root"
+            raise UsageError(f"{key}={split}: there is no such split; {instead}")
     candidates = [split_name(train)] if train else [TRAIN, UNLABELLED_SPLIT]
     training = next((name for name in candidates if name in there), None)
     if training is None:

@@ -210,7 +210,7 @@ def summarise(runs: Sequence[Record]) -> tuple[list[TableRow], list[str]]:
 
 def _untrained(runs: Sequence[Record], keys: Sequence[str]) -> list[TableRow]:
     """The rows of the encoder before the first step, which all runs of a seed share, whatever their method."""
-    keys = [key for key in keys if key.startswith(("backbone.", "data.")) or is_protocol(key)]
+    keys = [key for key in keys if key.startswith(("backbone.", "data.", "precision")) or is_protocol(key)]
     prefix = f"{UNTRAINED}/"
     seeds: dict[str, dict[str, Record]] = defaultdict(dict)
     for run in runs:

@@ -169,6 +169,13 @@ def test_splits_that_lie_deeper_are_not_merged(config, tmp_path, folders, inner)
     said = refusal(config("image_folder", root))
     assert f"{root}/{inner}" in said
     assert f"set data.root={root}/{inner.split(':')[0]}, or move the splits above the classes" in said
+    assert refusal(config("image_folder", root, train_split="train")) == said
+
+
+def test_a_split_that_is_named_where_there_is_none_at_all_is_one_line(config, tmp_path):
+    root = write_folder(tmp_path / "data", {"cat": 2, "dog": 2})
+    said = refusal(config("image_folder", root, train_split="train"))
+    assert said == "data.train_split=train: there is no such split; there is none at all; set data.root"
 
 
 def test_a_class_in_a_folder_of_others_may_have_the_name_of_a_split(config, tmp_path):

@@ -395,6 +395,12 @@ class TestParquet:
         dataset = load(config("parquet", tmp_path, final=True, train_split="train_full", test_split="exam"))
         assert (len(dataset.train), len(dataset.test)) == (4, 2)
 
+    def test_a_partition_by_another_column_is_no_split(self, refusal, tmp_path):
+        for name in ("cat", "dog"):
+            write_shard(tmp_path / f"animal={name}/0.parquet", [0, 1])
+        message = refusal("parquet", tmp_path, train_split="animal=cat")
+        assert message.startswith("animal=cat: a partition by a column other than split")
+
     def test_test_shards_come_before_validation_shards(self, config, tmp_path):
         write_shard(tmp_path / "train-0.parquet", [0, 1])
         write_shard(tmp_path / "validation-0.parquet", [0, 1])

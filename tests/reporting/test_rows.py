@@ -55,6 +55,7 @@ def test_each_encoder_and_data_set_has_an_untrained_row_of_its_own():
         for name, epochs, top1 in [("resnet18", "5", 10), ("resnet18", "9", 10), ("resnet50", "5", 12)]
     ]
     settings = [("data.name", "cifar10", 20), ("data.limit", "500", 5), ("evaluation.epochs", "1", 9)]
+    settings += [("precision", "bfloat16", 8)]
     for key, value, top1 in settings:
         other = run("simclr", **{"backbone.name": "resnet18", key: value})
         rows = summarise([runs[0], with_untrained(other, test_linear_top1=top1)])[0]
