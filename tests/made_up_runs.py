@@ -34,6 +34,10 @@ def with_untrained(one, **figures):
     return replace(one, metrics=one.metrics | {f"untrained/{k.replace('_', '/', 1)}": v for k, v in figures.items()})
 
 
+def with_agreement(one, share):
+    return replace(one, metrics=one.metrics | {"support/val_agreement": share})
+
+
 def without(one, metric):
     return replace(one, metrics={key: value for key, value in one.metrics.items() if key != metric})
 

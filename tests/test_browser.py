@@ -27,9 +27,8 @@ from src.config.identity import LOG_SIZE
 from src.config.names import COLOURS
 from src.config.schema import Tracking
 from src.reporting import mlflow_charts
-from src.reporting.mlflow_charts import COURSE, SavedView, sweep_view
-from src.reporting.plots import PLOTTED
-from src.reporting.rows import summarise
+from src.reporting.mlflow_charts import CHARTED, COURSE, SavedView, sweep_view
+from src.reporting.rows import AGREEMENT, summarise
 from src.runs.mlflow_store import prepare
 from src.runs.record import TAG_COLOUR, TAG_NOTE, Record
 from src.runs.tracker import Tracker
@@ -89,7 +88,7 @@ def make_sweep(folder: Path) -> None:
             top1 = 50 + math.log10(1 + size) + seed / 3
             for epoch in range(10):
                 job.log({COURSE: (top1 - 5) * (1 - math.exp(-1 - epoch / 3))}, epoch)
-            job.log({"test/linear_top1": top1, "test/linear_top5": top1 + 25}, 10)
+            job.log({"test/linear_top1": top1, "test/linear_top5": top1 + 25} | ({AGREEMENT: 0.1} if size else {}), 10)
             job.close("FINISHED")
     rows, _ = summarise([Record.load(directory) for directory in directories])
     sweep.record.tags[TAG_NOTE] = mlflow_charts.describe_sweep("sweep", rows)
@@ -311,7 +310,7 @@ def test_the_other_charts_show_too(page, sweep):
     sections = "return [...document.querySelectorAll('[data-testid$=section-header]')].map(each => each.textContent)"
     assert page.execute_script(sections)[0].startswith("Support-set size and accuracy")
     shown = charts(page)
-    assert list(shown) == [f"{LOG_SIZE} vs. {figure}" for figure in PLOTTED] + ["Parallel Coordinates", course]
+    assert list(shown) == [f"{LOG_SIZE} vs. {figure}" for figure in CHARTED] + ["Parallel Coordinates", course]
     shortened = "suppor..._log10"  # which is all of the size's name that MLflow has room for
     assert shown["Parallel Coordinates"]["axes"] == [shortened, COURSE, "test/linear_top5", "test/linear_top1"]
     assert shown[second]["drawn"] == len(sweep.jobs)

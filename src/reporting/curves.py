@@ -13,6 +13,7 @@ import numpy as np
 
 from src.config.names import COLOURS, UNTRAINED
 from src.reporting.plots import frame, tell, wrapped, write_png
+from src.reporting.rows import AGREEMENT
 from src.runs.metrics_file import read_rows
 from src.runs.record import CURVES, METRICS
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 Curves = dict[str, tuple[list[int], list[float]]]  # each metric's steps and values
 
 NEIGHBOUR = "support/neighbour_agreement"
-AGREEMENT = "support/val_agreement"
 # A panel's title, and what it shows: metrics and what they are called there.
 PANELS = {
     "loss": {"train/loss": "loss"},
@@ -37,7 +37,7 @@ PANELS = {
 # Metrics that are compared over the epochs: title, and factor from the logged to the drawn value.
 COMPARED = {
     "val/knn_top1": ("kNN accuracy on\nvalidation images (%)", 1),
-    AGREEMENT: ("what validation images find\nstored: of their class (%)", 100),
+    AGREEMENT: ("positives of the right class,\nby validation images (%)", 100),
     NEIGHBOUR: ("nearest entry of another image:\nof the anchor's class (%)", 100),
     "support/self_hit": ("nearest entry is of\nthe anchor's own image (%)", 100),
 }

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from src.config.identity import LOG_SIZE
 from src.errors import UsageError
 from src.reporting.plots import PLOTTED, caption
-from src.reporting.rows import TABLE_METRICS, TableRow
+from src.reporting.rows import AGREEMENT, TABLE_METRICS, TableRow
 from src.reporting.table import GAIN, GAIN_NOTE, markdown, table
 from src.runs.delivery import DELIVERY_TIMEOUT_S, deliver
 from src.runs.directory import exclusive
@@ -27,6 +27,7 @@ from src.runs.tracker import Tracker
 from src.system.deadline import within
 from src.system.redact import one_line
 
+CHARTED = (*PLOTTED, AGREEMENT)  # against the support-set size
 COURSE = "val/knn_top1"  # what is drawn over the steps of training
 OPENING = "Support-set size against accuracy"  # of every description, which marks it as ours
 MAX_NOTE_CHARS = 7500  # of a description: MLflow cuts a run's after 8,000
@@ -78,10 +79,10 @@ def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -
 
 
 def _charts() -> list[dict[str, Any]]:
-    """Charts of accuracy by log10 of the size, a param of its own: MLflow has logarithmic axes for steps only."""
+    """Charts by log10 of the size, which is a param of its own: MLflow has logarithmic axes for steps only."""
     size = {"type": "PARAM", "key": LOG_SIZE}
     charts: list[dict[str, Any]] = [
-        *({"type": "SCATTER", "xaxis": size, "yaxis": {"type": "METRIC", "key": metric}} for metric in PLOTTED),
+        *({"type": "SCATTER", "xaxis": size, "yaxis": {"type": "METRIC", "key": metric}} for metric in CHARTED),
         # The last metric gives the lines their colour.
         {"type": "PARALLEL", "selectedParams": [LOG_SIZE], "selectedMetrics": [COURSE, *reversed(PLOTTED)]},
         {"type": "LINE", "metricKey": COURSE, "selectedMetricKeys": [COURSE], "lineSmoothness": 0},

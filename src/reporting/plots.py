@@ -1,4 +1,7 @@
-"""Plots of support-set size against accuracy: a line for each method or, with many variants, a dot for each row."""
+"""Plots of support-set size against accuracy and, beside it, how many of the positives found are of the right class.
+
+They have a line for each method or, with many variants, a dot for each row.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal
 
 from src.config.names import UNTRAINED, title_of
-from src.reporting.rows import TABLE_METRICS, TableRow, control_of
+from src.reporting.rows import AGREEMENT, TableRow, control_of, metrics_of
 from src.system.atomic_write import write_whole
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 PLOTTED = {"test/linear_top1": "Linear top-1 accuracy (%)", "test/linear_top5": "Linear top-5 accuracy (%)"}
+RIGHT = "Positives of the right class (%)"
 MARKERS = {"simclr": "D", "nothing_stored": "s", "nnclr": "o", "kmclr": "v"}
 SPARE_MARKERS = "^P*X"
 LINES = ("-", "--", ":", "-.")  # for the variants of a method
@@ -41,6 +45,14 @@ def plot(rows: Sequence[TableRow]) -> Figure:
     """
     rows = [row for row in rows if row.method != UNTRAINED]
     return dots(rows) if len({row.label for row in rows}) > MAX_LINES else by_size(rows)
+
+
+def panels_of(rows: Sequence[TableRow]) -> dict[str, str]:
+    """The metrics of the two panels, with the titles of their axes; top-5 where no run knows how many are right."""
+    if not any(row.values(AGREEMENT) for row in rows):
+        return PLOTTED
+    accuracy = next(iter(PLOTTED))
+    return {accuracy: PLOTTED[accuracy], AGREEMENT: RIGHT}
 
 
 def caption(rows: Sequence[TableRow]) -> str:
@@ -68,7 +80,7 @@ def by_size(rows: Sequence[TableRow]) -> Figure:
     sizes = sorted({row.size for row in rows} - {0})
     figure = Figure(figsize=(7.2, 3.7), layout="constrained")
     handles: dict[str, Line2D] = {}
-    for axes, (metric, title) in zip(figure.subplots(1, len(PLOTTED)), PLOTTED.items(), strict=True):
+    for axes, (metric, title) in zip(figure.subplots(1, 2), panels_of(rows).items(), strict=True):
         zero, beside = _size_axis(axes, sizes)
         axes.set(ylabel=title, xlabel="Support-set size (vectors)")
         frame(axes)
@@ -100,9 +112,11 @@ def dots(rows: Sequence[TableRow]) -> Figure:
     found = measured[-MAX_DOTS:]
     figure = Figure(figsize=(7.2, 1.1 + 0.165 * len(found)), layout="constrained")
     controls = [control_of(row, rows) for row in found]
-    panels = figure.subplots(1, len(PLOTTED), sharey=True)
-    for axes, (metric, title) in zip(panels, PLOTTED.items(), strict=True):
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (metric, title) in zip(panels, panels_of(rows).items(), strict=True):
         for place, row in enumerate(found):
+            if not row.values(metric):  # what stores nothing has no positives to count
+                continue
             std = row.std(metric)
             style: dict[str, Any] = {"color": row.colour, "marker": marker_of(row.method), "markersize": 4.5}
             error = None if math.isnan(std) else std
@@ -148,7 +162,7 @@ def to_svg(figure: Figure) -> str:
 
 def _reading(row: TableRow, metric: str) -> str:
     seeds = f"{len(row.values(metric))} seeds" if len(row.values(metric)) > 1 else "one seed"
-    return f"{row.title}: {TABLE_METRICS[metric]} {row.text(metric)}, {seeds}"
+    return f"{row.title}: {metrics_of([row])[metric]} {row.text(metric)}, {seeds}"
 
 
 def marker_of(method: str) -> str:

@@ -39,6 +39,8 @@ TABLE_METRICS = {
     "test/linear_top1": "test linear top-1",
     "test/linear_top5": "test linear top-5",
 }
+AGREEMENT = "support/val_agreement"  # logged as a share; a report has it in percent
+AGREEMENT_TITLE = "right positives"
 # Other probes' metrics. A suffix, as in `test_fewshot`, says that the run was evaluated so after its end.
 FEWSHOT = re.compile(r"test(_fewshot)?/fewshot_(\d+(?:\.\d+)?(?:e-\d+)?)pct_top1", re.ASCII)
 FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
@@ -77,7 +79,8 @@ class TableRow:
 
     def values(self, metric: str) -> list[float]:
         """The metric in every run that has it, in percent."""
-        return [value for run in self.runs if math.isfinite(value := run.metrics.get(metric, math.nan))]
+        unit = 100 if metric == AGREEMENT else 1
+        return [unit * value for run in self.runs if math.isfinite(value := run.metrics.get(metric, math.nan))]
 
     def mean(self, metric: str) -> float:
         return statistics.fmean(self.values(metric) or [math.nan])
@@ -100,6 +103,7 @@ def metrics_of(rows: Sequence[TableRow]) -> dict[str, str]:
     tuned = sorted(filter(None, map(FINETUNE.fullmatch, found)), key=lambda each: (each[2], each[0]))
     others = filter(None, map(OTHER_LINEAR.fullmatch, sorted(found - TABLE_METRICS.keys())))
     titles = {each[0]: f"test {each[2]}% of labels top-1{EVALUATED_LATER if each[1] else ''}" for each in few}
+    titles |= {AGREEMENT: AGREEMENT_TITLE} if AGREEMENT in found else {}
     titles |= {each[0]: f"test fine-tuned top-{each[2]}{EVALUATED_LATER if each[1] else ''}" for each in tuned}
     return (
         TABLE_METRICS
@@ -236,7 +240,8 @@ def _remarks(
     elif len({frozenset(run.params["seed"] for run in row.runs) for row in rows}) > 1:
         notes.append("the rows differ in their seeds")
     for metric, title in metrics_of(rows).items():
-        lacking = [(row, len(row.values(metric))) for row in rows if len(row.values(metric)) < len(row.runs)]
+        having = [(row, len(row.values(metric))) for row in rows if row.size or metric != AGREEMENT]
+        lacking = [(row, n) for row, n in having if n < len(row.runs)]
         where = [f"{row.title} ({len(row.runs) - n} of {len(row.runs)} runs)" for row, n in lacking]
         if where:
             notes.append(f"no {title}: {', '.join(where)}")

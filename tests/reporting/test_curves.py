@@ -75,7 +75,7 @@ def test_what_validation_images_find_takes_the_place_of_what_flatters_prototypes
         return course(f"KMCLR {name}", int(name), (tmp_path / name,))
 
     new, old = kmclr("50", [AGREEMENT, NEIGHBOUR]), kmclr("60", [NEIGHBOUR])
-    assert [axes.get_ylabel().split("\n")[0] for axes in compare([new]).axes] == ["what validation images find"]
+    assert [axes.get_ylabel().split("\n")[0] for axes in compare([new]).axes] == ["positives of the right class,"]
     both = compare([new, old]).axes
     assert [len(axes.lines) for axes in both] == [1, 2]
 

@@ -9,9 +9,9 @@ from itertools import pairwise
 import pytest
 
 from src.reporting import plots
-from src.reporting.plots import caption, marker_of, plot
+from src.reporting.plots import by_size, caption, dots, marker_of, plot, to_svg
 from src.reporting.rows import summarise
-from tests.made_up_runs import STUDY, run, with_untrained, without
+from tests.made_up_runs import STUDY, run, with_agreement, with_untrained, without
 
 
 def drawn(axes):
@@ -46,6 +46,22 @@ def test_every_row_is_where_its_size_and_mean_are_with_a_bar_as_long_as_its_devi
             assert points[row.title] == pytest.approx((row.size or zero, row.mean(metric), row.std(metric)))
         assert {text for text in ticks.values() if text} == {"0", "50", "400", "1,000", "4,096", "98,304"}
         assert "%" in axes.get_ylabel()
+
+
+def test_how_many_positives_are_right_stands_beside_the_accuracy_where_it_is_known():
+    sizes = {("nnclr", 4096): 0.12, ("nnclr", 98304): 0.3, ("kmclr", 400): 0.07}
+    runs = [with_agreement(run(*each), share) for each, share in sizes.items()]
+    for method in (by_size, dots):
+        rows, _ = summarise([run("simclr"), *runs])
+        accuracy, right = method(rows).axes
+        labels = {axes.get_ylabel() or axes.get_xlabel() for axes in (accuracy, right)} - {"Support-set size (vectors)"}
+        assert {text for text in labels if "top-5" in text} == set()
+        assert "Positives of the right class (%)" in (right.get_ylabel(), right.get_xlabel())
+    points = drawn(by_size(rows).axes[1])
+    assert {title: mean for title, (_, mean, _) in points.items()} == pytest.approx(
+        {"NNCLR 4,096": 12, "NNCLR 98,304": 30, "KMCLR 400": 7}
+    )
+    assert "<title>KMCLR 400: right positives 7.00, one seed</title>" in to_svg(by_size(rows))
 
 
 def test_the_untrained_encoder_leaves_the_plot_its_scale():

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from src.reporting.comparison import distinguishing, select
-from src.reporting.rows import control_of, difference, summarise
+from src.reporting.rows import AGREEMENT, control_of, difference, metrics_of, summarise
 from src.runs.record import TAG_CONDITIONS_CHANGED, Record
-from tests.made_up_runs import STUDY, run, with_untrained
+from tests.made_up_runs import STUDY, run, with_agreement, with_untrained
 
 
 def test_rows_are_in_the_order_of_methods_then_sizes_whatever_the_order_of_runs():
@@ -47,6 +47,17 @@ def test_the_untrained_encoder_is_one_row_whatever_was_trained_from_it_with_a_ru
     without, same_notes = summarise([replace(each, metrics=run("simclr").metrics) for each in runs])
     assert [row.title for row in others] == [row.title for row in without]
     assert notes == same_notes
+
+
+def test_right_positives_are_a_column_of_runs_that_know_them_in_percent_and_no_gap_of_others():
+    knows = [with_agreement(run("kmclr", 400, seed), share) for seed, share in enumerate((0.06, 0.08))]
+    rows, notes = summarise([*knows, run("simclr"), run("simclr", seed=1)])
+    assert list(metrics_of(rows).values())[-1] == "right positives"
+    assert [row.text(AGREEMENT) for row in rows] == ["-", "7.00 ± 1.41"]
+    assert not any("right positives" in note for note in notes)
+    _, notes = summarise([knows[0], run("nnclr", 4096)])
+    assert "no right positives: NNCLR 4,096 (1 of 1 runs)" in notes
+    assert AGREEMENT not in metrics_of(summarise([run("kmclr", 400)])[0])
 
 
 def test_each_encoder_and_data_set_has_an_untrained_row_of_its_own():
