@@ -27,7 +27,7 @@ from src.runs.tracker import Tracker
 from src.system.deadline import within
 from src.system.redact import one_line
 
-CHARTED = (*PLOTTED, AGREEMENT)  # against the support-set size
+CHARTED = (next(iter(PLOTTED)), AGREEMENT)  # against the support-set size
 COURSE = "val/knn_top1"  # what is drawn over the steps of training
 OPENING = "Support-set size against accuracy"  # of every description, which marks it as ours
 MAX_NOTE_CHARS = 7500  # of a description: MLflow cuts a run's after 8,000
