@@ -30,8 +30,7 @@ from src.system.redact import one_line
 logger = logging.getLogger(__name__)
 
 GAIN_METRIC = "test/linear_top1"
-WIDE_COLUMNS = ("bytes", "of largest queue")  # columns that only a wide terminal shows; the files have them always
-MIN_WIDE_CHARS = 100  # of a wide terminal
+SPARE_COLUMNS = ("bytes", "of largest queue")  # shown where there is room for them; the files have them always
 GAIN = f"beyond {NOTHING_STORED}"
 GAIN_NOTE = (
     f"{GAIN}: {TABLE_METRICS[GAIN_METRIC]} less that of the same settings with nothing stored, the mean over pairs of "
@@ -225,14 +224,19 @@ def show(rows: Sequence[TableRow], notes: Sequence[str], title: str) -> None:
     """Print the table."""
     console = Console(width=None if sys.stdout.isatty() else 120, markup=False)
     header, *body = table(rows)
-    is_wide = console.width >= MIN_WIDE_CHARS or GAIN not in header
-    columns = [place for place, name in enumerate(header) if is_wide or name not in WIDE_COLUMNS]
-    shown = Table(title=title, caption=caption(rows), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    shown.add_column(header[0], overflow="fold")
-    for place in columns[1:]:
-        shown.add_column("\n".join(header[place].split()), justify="right")  # narrow, to leave room for the labels
-    for line in body:
-        shown.add_row(*(line[place] for place in columns))
-    console.print(shown)
+
+    def of(columns: Sequence[int]) -> Table:
+        drawn = Table(title=title, caption=caption(rows), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        drawn.add_column(header[0], overflow="fold")
+        for place in columns[1:]:
+            drawn.add_column("\n".join(header[place].split()), justify="right")  # narrow, to leave room for the labels
+        for line in body:
+            drawn.add_row(*(line[place] for place in columns))
+        return drawn
+
+    whole = of(range(len(header)))
+    needed = console.measure(whole, options=console.options.update_width(1000)).maximum
+    narrower = [place for place, name in enumerate(header) if name not in SPARE_COLUMNS]
+    console.print(whole if needed <= console.width else of(narrower))
     for note in with_gain_note(header, notes):
         console.print(f"note: {note}", markup=False, highlight=False)

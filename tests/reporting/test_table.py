@@ -350,14 +350,17 @@ def test_the_command_reports_on_the_runs_in_a_folder(command, tmp_path):
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["study"]  # a mistake writes nothing
 
 
-@pytest.mark.parametrize("width", [80, 120])
-def test_a_narrow_terminal_loses_no_figure(monkeypatch, capsys, width):
+@pytest.mark.parametrize(("width", "is_whole"), [(80, False), (110, False), (150, True)])
+def test_a_narrow_terminal_loses_no_figure(monkeypatch, capsys, width, is_whole):
     monkeypatch.setattr(table_module, "Console", lambda **_: Console(width=width))
     rows, notes = summarise([*STUDY, run("nnclr", 0), run("nnclr", 0, 1)])
     table_module.show(rows, notes, "study")
     shown = capsys.readouterr().out
+    assert ("largest" in shown) is is_whole
     for line in table(rows)[1:]:
-        figures = [line[1], *line[2 if width >= table_module.MIN_WIDE_CHARS else 4 :]]
+        if is_whole or width == 110:
+            assert f" {line[0]} " in shown, "a label in two lines, although there is room"
+        figures = [line[1], *line[2 if is_whole else 4 :]]
         for number in " ".join(figures).split():
             assert number in shown, "cut off"
 
