@@ -63,7 +63,7 @@ def prepare(experiment: str = "Default") -> Any:
         return within(STORE_TIMEOUT_S, lambda: open_store(experiment))
     except Overdue as error:
         raise Busy(
-            f"the MLflow store {redact(mlflow.get_tracking_uri())} gives {error}: see MLFLOW_TRACKING_URI, or try again"
+            f"the MLflow store {redact(store_uri(mlflow))} gives {error}: see MLFLOW_TRACKING_URI, or try again"
         ) from None
 
 
@@ -82,7 +82,7 @@ def open_store(experiment: str) -> Any:
             deleted in it.
     """
     mlflow = import_mlflow()
-    uri = mlflow.get_tracking_uri()
+    uri = store_uri(mlflow)
     path = _sqlite_path(uri)
     if path and path.exists() and not path.is_file():  # MLflow would try for minutes
         raise UsageError(f"the MLflow store {redact(uri)} is not a file: set MLFLOW_TRACKING_URI=sqlite:///mlflow.db")
@@ -157,11 +157,22 @@ def import_mlflow() -> Any:
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # so does it, of each attempt
     try:
         import mlflow
+        import mlflow.utils.file_utils
         import mlflow.utils.uri
     except ImportError as error:
         remedy = "run `make setup`, or use tracking=jsonl"
         raise UsageError(f"tracking=mlflow cannot import MLflow ({one_line(error)}): {remedy}") from None
     return mlflow
+
+
+def store_uri(mlflow: Any) -> str:
+    """MLFLOW_TRACKING_URI, or ``mlflow.db`` in the current folder.
+
+    MLflow writes the folder's path with %20 for a space and the like, which SQLAlchemy takes for the folder's name.
+    """
+    uri: str = mlflow.get_tracking_uri()
+    is_here = uri == mlflow.utils.file_utils.path_to_local_sqlite_uri("mlflow.db")
+    return f"sqlite:///{Path('mlflow.db').absolute()}" if is_here else uri
 
 
 def _sqlite_path(uri: str) -> Path | None:
@@ -172,8 +183,7 @@ def _sqlite_path(uri: str) -> Path | None:
 
 def existing() -> Any:
     """The client, unless that would create a store in a folder which has none."""
-    uri = import_mlflow().get_tracking_uri()
-    path = _sqlite_path(uri)
+    path = _sqlite_path(store_uri(import_mlflow()))
     if path and not path.exists():
         raise UsageError(f"there is no MLflow store at {path}: change to the project root, or set MLFLOW_TRACKING_URI")
     return prepare()
@@ -424,7 +434,7 @@ def watch_system(run_id: str) -> Callable[[], None]:
     """Start MLflow's own thread, which measures the machine and logs to the run; return what ends it."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    monitor = SystemMetricsMonitor(run_id, resume_logging=True)
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=store_uri(import_mlflow()))
     monitor.start()
     return monitor.finish
 

@@ -3,6 +3,7 @@
 import math
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +33,28 @@ def test_the_store_drops_exact_repeats(client):
 
 def test_a_store_is_created_once_where_mlflow_ui_looks(fresh_store):
     assert {path.name for path in fresh_store.parent.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
+
+
+def test_the_store_is_in_the_current_folder_whatever_that_is_called(fresh_store, tmp_path, monkeypatch):
+    """MLflow's own choice is beside it, in a folder with %20 for a space, which it makes."""
+    strange = tmp_path / "me@uni.edu" / "My Projects (1), k=400 + 20% é"
+    strange.mkdir(parents=True)
+    monkeypatch.chdir(strange)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UsageError, match="there is no MLflow store at"):
+        mlflow_store.existing()
+    shutil.copy(fresh_store, strange)
+    run = Tracker(strange / "run", MLFLOW, {}, {})
+    mlflow_store.watch_system(run.run_id)()
+    (strange / "run" / "note.txt").write_text("whole")
+    run.client().log_artifact(run.run_id, str(strange / "run" / "note.txt"))
+    run.close("FINISHED")
+    client = mlflow_store.existing()
+    assert [file.path for file in client.list_artifacts(run.run_id)] == ["note.txt"]
+    assert Path(client.download_artifacts(run.run_id, "note.txt")).read_text() == "whole"
+    assert [run.name for run in query.read_runs("exp", "mlflow")] == ["run"]
+    assert [each.name for each in tmp_path.iterdir()] == ["me@uni.edu"]
+    assert [each.name for each in strange.parent.iterdir()] == [strange.name]
 
 
 def test_a_store_in_a_folder_that_cannot_be_written_can_be_read(client, tmp_path):
