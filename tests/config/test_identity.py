@@ -33,7 +33,10 @@ from tests.config.test_schema import parsed
         (["method=nnclr", "support=none", "objective=nt_xent"], ["method=simclr"]),
         (["objective=teacher", "support=none", "objective.neighbours=5"], ["objective=teacher", "support=none"]),
         (["data.draft=true"], []),  # the fingerprint tells
-        (["objective=relation", "support=none"], ["objective=teacher", "support=none"]),
+        (
+            ["objective=relation", "support=none", "objective.student_temperature=0.5"],
+            ["objective=relation", "support=none"],
+        ),
         (["method=simclr", "search=torch"], ["method=simclr"]),  # which finds the same neighbours
         (["method=nnclr", "queue_size=0", "search=ivf"], ["method=nnclr", "support=none"]),
         (["optimizer.weight_decay=0", "optimizer.clip_trust=true"], ["optimizer.weight_decay=0"]),
@@ -57,6 +60,11 @@ def test_what_has_no_effect_and_how_it_was_typed_do_not_count(one, other):
 def test_what_has_an_effect_counts(override):
     base = ["method=kmclr", "support.forget=decay"]
     assert identity.config_hash(parsed(*base, override)) != identity.config_hash(parsed(*base))
+
+
+def test_a_relation_to_nothing_is_another_run_than_byol_whose_targets_pull_twice_as_strongly():
+    relation, byol = (parsed(f"objective={name}", "support=none") for name in ("relation", "teacher"))
+    assert identity.config_hash(relation) != identity.config_hash(byol)
 
 
 def test_how_much_other_dimensions_count_matters_where_there_is_decorrelation():

@@ -310,6 +310,18 @@ def test_beside_a_teacher_the_control_is_byol():
     assert controls == {"BYOL": None, "MNN": "BYOL", "KMCLR": None, "mine": None, "SimCLR": None}
 
 
+def test_the_control_of_a_relation_is_the_relation_to_nothing():
+    nothing = {
+        name: run("byol", **{"objective.name": name, "support.name": "none"}) for name in ("relation", "teacher")
+    }
+    stored = run("relation_queue", 64, **{"objective.name": "relation", "support.name": "queue"})
+    rows, _ = summarise([*nothing.values(), stored])
+    controls = {row.label: getattr(control_of(row, rows), "label", None) for row in rows}
+    assert controls == {"BYOL, relation": None, "BYOL, teacher": None, "Relation, queue": "BYOL, relation"}
+    rows, _ = summarise([nothing["teacher"], stored])
+    assert [control_of(row, rows) for row in rows] == [None, None]
+
+
 def test_how_a_queue_is_searched_keeps_no_control_from_it():
     own = {"objective.support_weight": "0.5", "objective.predictor_hidden": "0"}
     lists = {"search.name": "ivf", "search.index": "IVF64,Flat", "search.nprobe": "4", "search.refresh_every": "50"}
@@ -366,18 +378,6 @@ def test_simclrs_control_has_its_temperature_and_its_decorrelation():
     assert found == {f"SimCLR, temperature={t}": f"nothing stored, temperature={t}" for t in ("0.1", "0.5")}
     rows, _ = summarise([both(**cold)[0], both(**cold, **{"objective.decorrelation": "0.02"})[1]])
     assert control_of(rows[0], rows) is None
-
-
-def test_byol_is_the_control_of_both_losses_beside_a_teacher():
-    """With nothing stored they are one run, which is recorded under the name of one of them."""
-
-    def taught(method, support, loss, **more):
-        return run(method, **{"support.name": support, "objective.name": loss, "objective.momentum": "0.99"} | more)
-
-    relation = taught("relation_queue", "queue", "relation", **{"objective.teacher_temperature": "0.05"})
-    for loss in ("teacher", "relation"):
-        rows, _ = summarise([taught("byol", "none", loss), relation, taught("mnn", "queue", "teacher")])
-        assert [getattr(control_of(row, rows), "name", None) for row in rows] == [None, "BYOL", "BYOL"]
 
 
 def test_a_number_of_vectors_that_changes_is_that_of_the_end():
