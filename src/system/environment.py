@@ -39,11 +39,12 @@ def environment_tags(device: str) -> dict[str, str]:
     for package in ("torch", "torchvision", "mlflow", "faiss-cpu", "faiss-gpu"):
         with suppress(importlib.metadata.PackageNotFoundError):
             tags[package] = importlib.metadata.version(package)
-    commit = _git("rev-parse", "HEAD")
     tags |= {"mlflow.source.name": program.name, "mlflow.source.type": "LOCAL"}  # a column of MLflow's
-    if commit:
+    # An archive that was unpacked inside another repository has not that one's commit.
+    if _git("ls-files", "src") and (commit := _git("rev-parse", "HEAD")):
         tags["git_commit"] = tags["mlflow.source.git.commit"] = commit
-        tags["git_dirty"] = str(bool(_git("status", "--porcelain", "--", "src", "conf"))).lower()
+        if (changes := _git("status", "--porcelain", "--", "src", "conf")) is not None:
+            tags["git_dirty"] = str(bool(changes)).lower()
     return tags
 
 
@@ -68,10 +69,10 @@ def conditions(device: str, dtype: str) -> dict[str, str]:
     return found
 
 
-def _git(*arguments: str) -> str:
-    """The output of git in the project's folder, empty where there is no git or no repository."""
+def _git(*arguments: str) -> str | None:
+    """The output of git in the project's folder; None where there is no git or no repository, or git fails."""
     try:
         done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return None
     return done.stdout.strip()

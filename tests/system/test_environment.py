@@ -50,3 +50,9 @@ def test_the_commit_and_whether_the_code_differs_from_it(tmp_path, monkeypatch):
     assert (tags["git_commit"], tags["git_dirty"]) == (git("rev-parse", "HEAD"), "false")
     (tmp_path / "src/a.py").write_text("b")
     assert environment.environment_tags("cpu")["git_dirty"] == "true"
+    inner = tmp_path / "vendor/project"
+    (inner / "src").mkdir(parents=True)
+    (inner / "src/a.py").write_text("c")
+    (tmp_path / ".git/info/exclude").write_text("vendor/\n")
+    monkeypatch.setattr(environment, "PROJECT", inner)
+    assert "git_commit" not in environment.environment_tags("cpu"), "the repository around it has another project's"
