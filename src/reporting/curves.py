@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from src.config.names import COLOURS, UNTRAINED
-from src.reporting.plots import frame, tell, wrapped, write_png
+from src.reporting.plots import LINES, frame, tell, wrapped, write_png
 from src.reporting.rows import AGREEMENT
 from src.runs.metrics_file import read_rows
 from src.runs.record import CURVES, METRICS
@@ -28,21 +28,21 @@ NEIGHBOUR = "support/neighbour_agreement"
 PANELS = {
     "loss": {"train/loss": "loss"},
     "validation accuracy (%)": {"val/knn_top1": "kNN", "val/online_top1": "online linear classifier"},
-    "nearest entries": {
-        NEIGHBOUR: "of the anchor's class, if of another image",
+    "nearest entries (share)": {
+        AGREEMENT: "of a validation image's class",
         "support/self_hit": "of its own image",
     },
-    "entries in use": {"support/perplexity": "perplexity", "support/dead": "never the nearest"},
+    "entries in use (number)": {"support/perplexity": "perplexity", "support/dead": "never the nearest"},
 }
 # Metrics that are compared over the epochs: title, and factor from the logged to the drawn value.
 COMPARED = {
     "val/knn_top1": ("kNN accuracy on\nvalidation images (%)", 1),
-    AGREEMENT: ("positives of the right class,\nby validation images (%)", 100),
-    NEIGHBOUR: ("nearest entry of another image:\nof the anchor's class (%)", 100),
+    AGREEMENT: ("right positives of\nvalidation images (%)", 100),
+    NEIGHBOUR: ("right, if of another image (%);\nof prototypes the commonest class", 100),
     "support/self_hit": ("nearest entry is of\nthe anchor's own image (%)", 100),
 }
 MAX_COURSES_IN_PANEL = 5  # of more, each method has a column of panels
-MAX_NAMED_COURSES = 5  # of a method; of more, all but the best are thin lines without a name
+MAX_NAMED_COURSES = 6  # of a method; of more, all but the best are thin lines without a name
 MAX_NAME_CHARS = 24  # of the best one's name
 MAX_LEGEND_CHARS = 36  # of a line in a legend
 LEGEND_MARGIN = 0.03  # between a legend and a curve, as a fraction of a panel's height
@@ -109,6 +109,7 @@ def plot(directory: Path) -> Path:
         axes.title.set_fontsize("medium")
         axes.legend(frameon=False, fontsize="small")
         frame(axes)
+    figure.suptitle(directory.name, fontsize="medium")
     path = directory / CURVES
     write_png(figure, path, dpi=120)
     return path
@@ -118,7 +119,7 @@ def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]
     """Epoch, mean and sample standard deviation (0 for one run) of a metric, at epochs where every run has it.
 
     The untrained encoder's metric is a level over all epochs. Metrics of a support set that is reset are taken where it
-    is oldest: at the last epoch before each reset.
+    is oldest, at the last epoch before each reset, and at the end.
     """
     runs = [read(directory) for directory in course.directories]
     metric = f"{UNTRAINED}/{metric}" if course.is_untrained else metric
@@ -127,10 +128,11 @@ def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]
         last = max((step for steps, _ in run.values() for step in steps), default=0) or 1
         for step, value in zip(*run.get(metric, ([], [])), strict=True):
             found[course.epochs * step / last].append(value)
+    is_reset = metric.startswith("support/") and course.cycle > 1
     points = [
         (epoch, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
         for epoch, values in sorted(found.items())
-        if len(values) == len(runs) and not (metric.startswith("support/") and round(epoch) % course.cycle)
+        if len(values) == len(runs) and not (is_reset and epoch < course.epochs and round(epoch) % course.cycle)
     ]
     return [*points, *((course.epochs, mean, std) for _, mean, std in points)] if course.is_untrained else points
 
@@ -196,7 +198,10 @@ def _points(course: Course, metric: str) -> list[tuple[float, float, float]]:
 
 
 def _styles(courses: Sequence[Course], accuracy: Mapping[Course, float]) -> dict[Course, dict[str, Any]]:
-    """If a method has few courses, larger support sets have fuller colours; if many, all but the best are faint."""
+    """If a method has few courses, larger support sets have fuller colours; if many, all but the best are faint.
+
+    Variants of what stores nothing differ in their lines.
+    """
     by_method: dict[str, list[Course]] = defaultdict(list)
     for course in sorted(courses, key=lambda each: each.size):
         by_method[course.method].append(course)
@@ -205,11 +210,15 @@ def _styles(courses: Sequence[Course], accuracy: Mapping[Course, float]) -> dict
         best = max(some, key=lambda each: accuracy.get(each, -1.0))
         for place, course in enumerate(some):
             if len(some) <= MAX_NAMED_COURSES:
-                colour = _shade(course.colour, (place + 1) / len(some))
-                styles[course] = {"color": colour, "label": wrapped(course.title, MAX_LEGEND_CHARS)}
+                look = (
+                    {"color": _shade(course.colour, (place + 1) / len(some))}
+                    if course.size
+                    else {"color": course.colour, "linestyle": LINES[place % len(LINES)]}
+                )
+                styles[course] = look | {"label": wrapped(course.title, MAX_LEGEND_CHARS)}
             elif course == best:
                 title = course.title if len(course.title) < MAX_NAME_CHARS else method
-                label = wrapped(f"{title}, best of {len(some)}", MAX_LEGEND_CHARS)
+                label = wrapped(f"{title}, best kNN of {len(some)}", MAX_LEGEND_CHARS)
                 styles[course] = {"color": course.colour, "label": label, "zorder": 3}
             else:
                 styles[course] = {"color": course.colour, "alpha": 0.35, "linewidth": 0.7}

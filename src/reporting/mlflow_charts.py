@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from src.config.identity import LOG_SIZE
 from src.errors import UsageError
-from src.reporting.plots import PLOTTED, caption
+from src.reporting.plots import PLOTTED, RANKING, caption
 from src.reporting.rows import AGREEMENT, TABLE_METRICS, TableRow
 from src.reporting.table import GAIN, GAIN_NOTE, markdown, table
 from src.runs.delivery import DELIVERY_TIMEOUT_S, deliver
@@ -27,6 +27,7 @@ from src.runs.tracker import Tracker
 from src.system.deadline import within
 from src.system.redact import one_line
 
+OTHER_SECTIONS = ("test", "val", "support", "train", "time", "memory", "untrained", "teacher")
 CHARTED = (next(iter(PLOTTED)), AGREEMENT)  # against the support-set size
 COURSE = "val/knn_top1"  # what is drawn over the steps of training
 OPENING = "Support-set size against accuracy"  # of every description, which marks it as ours
@@ -53,7 +54,7 @@ class SweepCharts(NamedTuple):
 
 
 def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -> SavedView:
-    """The jobs of a sweep, best first, beside charts of support-set size against accuracy.
+    """The jobs of a sweep, best first by validation images, beside charts of support-set size against accuracy.
 
     The list is flat, because MLflow draws the runs that its list shows, and opens a list with every parent collapsed.
     Sorted by the time of creation, the same page nests the jobs under their sweep.
@@ -63,10 +64,9 @@ def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -
         name: what "Saved views" lists.
         created: the time that it shows there, in milliseconds since the epoch.
     """
-    accuracy = next(iter(PLOTTED))
     state = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{sweep_run_id}'",
-        "orderByKey": f"metrics.`{accuracy}`",
+        "orderByKey": f"metrics.`{RANKING}`",
         "orderByAsc": False,
         "runsHiddenMode": "SHOW_ALL",  # the default draws ten runs
         "compareRunCharts": _charts(),
@@ -93,7 +93,7 @@ def _charts() -> list[dict[str, Any]]:
 def _sections() -> list[dict[str, Any]]:
     """Our section and, collapsed below it, those in which MLflow puts a chart of every metric, by prefix."""
     ours = {"uuid": "sweep", "name": "Support-set size and accuracy", "display": True, "columns": 2, "cardHeight": 280}
-    others = [{"uuid": name, "name": name, "display": False} for name in ("test", "val", "support", "train", "time")]
+    others = [{"uuid": name, "name": name, "display": False} for name in OTHER_SECTIONS]
     return [ours, *others]
 
 

@@ -36,10 +36,11 @@ th, td { padding: 0.3rem 0.7rem; text-align: right; border-bottom: 1px solid #88
 td { white-space: nowrap; }
 th { vertical-align: bottom; }
 tr > :first-child { min-width: min(10rem, 35vw); text-align: left; white-space: normal; overflow-wrap: anywhere; }
-.mark { display: inline-block; width: 0.7em; height: 0.7em; margin-right: 0.5em; border-radius: 50%; }
+.mark { display: inline-block; width: 0.7em; height: 0.7em; margin-right: 0.5em; border-radius: 50%;
+  outline: 1px solid #8888; }
 figure { margin: 2rem 0; }
-figure div { background: white; padding: 0.5rem; border-radius: 4px; }
-svg { display: block; width: 100%; height: auto; }
+figure div { background: white; padding: 0.5rem; border-radius: 4px; overflow-x: auto; }
+svg { display: block; width: 100%; min-width: 36rem; height: auto; }
 @media print { body { margin: 0; padding: 0; max-width: none; } .scroll { overflow: visible; } table { font-size: 7pt; }
   th, td { padding: 0.2rem 0.3rem; } tr > :first-child { min-width: 5.5rem; } tr, figure { break-inside: avoid; }
   .mark { print-color-adjust: exact; } }

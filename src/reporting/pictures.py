@@ -152,11 +152,12 @@ def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) 
             groups[prototype] = (len(members), purity, int(counts.argmax()), nearest.tolist())
     if not groups:
         return None
+    half = min(PROTOTYPES, -(-len(groups) // 2))  # so that none is both pure and mixed
     by_size = sorted(groups.values(), key=lambda each: -each[0])[:PROTOTYPES]
     by_purity = sorted(groups.values(), key=lambda each: -each[1])
     columns = {"largest": by_size}
     if data.labelled:
-        columns |= {"purest": by_purity[:PROTOTYPES], "most mixed": by_purity[::-1][:PROTOTYPES]}
+        columns |= {"purest": by_purity[:half], "most mixed": by_purity[::-1][:half]}
     blocks: list[list[Tile]] = []
     for line in range(max(map(len, columns.values()))):
         for column in columns.values():
@@ -164,7 +165,7 @@ def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) 
             if line < len(column):
                 size, purity, common, members = column[line]
                 tiles = [Tile(sample.take(_at(each, sample)).squares("cpu")[0]) for each in members]
-                of_a_class = f", {purity:.0%} {_name(data, common)}" if data.labelled else ""
+                of_a_class = f", {purity:.0%} of class {_name(data, common)}" if data.labelled else ""
                 tiles[0] = tiles[0]._replace(text=f"{size} members{of_a_class}")
             blocks.append(tiles)
     return sheet(

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-PLOTTED = {"test/linear_top1": "Linear top-1 accuracy (%)", "test/linear_top5": "Linear top-5 accuracy (%)"}
-RIGHT = "Positives of the right class (%)"
+PLOTTED = {"test/linear_top1": "Test linear top-1 accuracy (%)", "test/linear_top5": "Test linear top-5 accuracy (%)"}
+RIGHT = "Right positives of validation images (%)"
+RANKING = "val/linear_top1"  # the test images choose nothing
+MIN_SPAN = 1.0  # percentage points of an axis: with fewer, an image more or less would fill a panel
 MARKERS = {"simclr": "D", "nothing_stored": "s", "nnclr": "o", "kmclr": "v"}
 SPARE_MARKERS = "^P*X"
 LINES = ("-", "--", ":", "-.")  # for the variants of a method
@@ -59,13 +61,16 @@ def caption(rows: Sequence[TableRow]) -> str:
     """What all runs have in common, how many seeds a row has, and what the bars mean."""
     runs = [run for row in rows for run in row.runs]
     parts = []
-    for key, text in (("data.name", "{}"), ("backbone.name", "{}"), ("epochs", "{} epochs")):
+    texts = {"data.name": "{}", "data.limit": "{} training images", "backbone.name": "{}", "epochs": "{} epochs"}
+    for key, text in texts.items():
         values = {run.params.get(key) for run in runs}
         if len(values) == 1 and (value := values.pop()):
-            parts.append("1 epoch" if (key, value) == ("epochs", "1") else text.format(title_of(value)))
+            said = f"{int(value):,}" if value.isdigit() else title_of(value)
+            parts.append("1 epoch" if (key, value) == ("epochs", "1") else text.format(said))
     fewest, most = (pick(len(row.runs) for row in rows) for pick in (min, max))
     seeds = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
-    parts.append(f"mean ± standard deviation over {seeds}" if most > 1 else "one seed")
+    unknown = " (one has no bar)" if fewest == 1 else ""
+    parts.append(f"mean ± standard deviation over {seeds}{unknown}" if most > 1 else "one seed")
     return ", ".join(parts)
 
 
@@ -77,7 +82,7 @@ def by_size(rows: Sequence[TableRow]) -> Figure:
     for row in rows:
         series[row.label].append(row)
     styles = _styles(series)
-    sizes = sorted({row.size for row in rows} - {0})
+    sizes = sorted({row.size for row in rows if any(row.values(metric) for metric in panels_of(rows))} - {0})
     figure = Figure(figsize=(7.2, 3.7), layout="constrained")
     handles: dict[str, Line2D] = {}
     for axes, (metric, title) in zip(figure.subplots(1, 2), panels_of(rows).items(), strict=True):
@@ -104,11 +109,16 @@ def by_size(rows: Sequence[TableRow]) -> Figure:
 
 
 def dots(rows: Sequence[TableRow]) -> Figure:
-    """Draw a dot for each row with its deviation, the most accurate at the top; vertical lines are the controls."""
+    """Draw a dot for each row with its deviation; vertical lines are the controls.
+
+    The rows are in the order of their accuracy on the validation images, the best at the top.
+    """
     from matplotlib.figure import Figure
 
-    ranked_by = next(iter(PLOTTED))
-    measured = sorted((row for row in rows if row.values(ranked_by)), key=lambda row: row.mean(ranked_by))
+    accuracy = next(iter(PLOTTED))
+    measured = [row for row in rows if row.values(accuracy)]
+    ranked_by = RANKING if all(row.values(RANKING) for row in measured) else accuracy
+    measured.sort(key=lambda row: row.mean(ranked_by))
     found = measured[-MAX_DOTS:]
     figure = Figure(figsize=(7.2, 1.1 + 0.165 * len(found)), layout="constrained")
     controls = [control_of(row, rows) for row in found]
@@ -120,8 +130,9 @@ def dots(rows: Sequence[TableRow]) -> Figure:
             std = row.std(metric)
             style: dict[str, Any] = {"color": row.colour, "marker": marker_of(row.method), "markersize": 4.5}
             error = None if math.isnan(std) else std
-            style |= {"capsize": 2, "linewidth": 1, "linestyle": "none", "clip_on": False}
+            style |= {"capsize": 2, "linewidth": 1, "linestyle": "none"}
             drawn = axes.errorbar(row.mean(metric), place, xerr=error, **style)
+            drawn[0].set_clip_on(False)
             tell(drawn[0], _reading(row, metric))
             if control := controls[place]:  # a piece as high as the row, so that rows of one control have one line
                 ends = [place - 0.5, place + 0.5]
@@ -136,7 +147,8 @@ def dots(rows: Sequence[TableRow]) -> Figure:
     for axes in panels:
         axes.tick_params(axis="y", length=0)
     left_out = f"; the {MAX_DOTS} best of {len(measured)}" if len(measured) > MAX_DOTS else ""
-    figure.suptitle(caption(rows) + left_out, fontsize=9)
+    levels = "; grey lines: the same with nothing stored" if any(controls) else ""
+    figure.suptitle(f"{caption(rows)}{left_out}{levels}", fontsize=9)
     return figure
 
 
@@ -167,7 +179,7 @@ def _reading(row: TableRow, metric: str) -> str:
 
 def marker_of(method: str) -> str:
     """A method's marker, the same in every plot."""
-    return MARKERS.get(method, SPARE_MARKERS[sum(method.encode()) % len(SPARE_MARKERS)])
+    return MARKERS.get(method, SPARE_MARKERS[sum(method.encode()) // 4 % len(SPARE_MARKERS)])
 
 
 def frame(axes: Axes, grid: str = "y") -> None:
@@ -211,22 +223,22 @@ def _size_axis(axes: Axes, sizes: Sequence[int]) -> tuple[float, float]:
     zero = smallest / max(3.0, (largest / smallest) ** 0.2)
     width = largest / zero
     is_crowded = any(right / left < width ** (0.018 * len(f"{left:,}{right:,}")) for left, right in pairwise(sizes))
-    slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if is_crowded else {}
+    upright: dict[str, Any] = {"rotation": 90, "fontsize": 8} if is_crowded else {}
     labelled: list[int] = []
-    for size in reversed(sizes):  # even slanted labels need a line's height
-        if not labelled or size * width ** (0.065 if is_crowded else 0) <= labelled[-1]:
+    for size in reversed(sizes):  # even upright labels need a line's height
+        if not labelled or size * width ** (0.043 if is_crowded else 0) <= labelled[-1]:
             labelled.append(size)
     margin = width**0.07
     axes.set_xscale("log")
     axes.set_xlim(zero / margin, largest * margin)
-    axes.set_xticks([zero, *labelled], ["0", *(f"{size:,}" for size in labelled)], **slant)
+    axes.set_xticks([zero, *labelled], ["0", *(f"{size:,}" for size in labelled)], **upright)
     axes.set_xticks(sizes, minor=True, labels=[""] * len(sizes))
     for side in (-1, 1) if sizes else ():
         middle = (zero * smallest) ** 0.5 * margin ** (side * 0.15)
         slash = [(-0.5, -1), (0.5, 1)]
         transform = axes.get_xaxis_transform()
         axes.plot([middle], [0], transform=transform, marker=slash, markersize=9, color="black", clip_on=False)
-    return zero, width**0.012
+    return zero, width**0.025
 
 
 def _series(
@@ -239,8 +251,9 @@ def _series(
     levels = [row for row in rows if not row.size]
     for place, row in zip(places, rows, strict=True):
         error = None if math.isnan(row.std(metric)) else row.std(metric)
-        single = dict(style) | {"linestyle": "none", "clip_on": False}  # a marker at 100% is a whole one
+        single = dict(style) | {"linestyle": "none"}
         drawn = axes.errorbar(place, row.mean(metric), error, capsize=3, elinewidth=1.2, label=row.title, **single)
+        drawn[0].set_clip_on(False)  # a marker at 100% is a whole one
         tell(drawn[0], _reading(row, metric))
     if len(stored) > 1:
         axes.plot(*zip(*stored, strict=True), **dict(style) | {"marker": "", "label": rows[0].label})
@@ -254,6 +267,9 @@ def _series(
 
 
 def _cap(axes: Axes, along: Literal["x", "y"] = "y") -> None:
-    """End an axis of accuracies at 100%."""
+    """Let an axis of accuracies have `MIN_SPAN` or more, and end at 100%."""
     low, high = axes.get_ylim() if along == "y" else axes.get_xlim()
+    if high - low < MIN_SPAN:
+        high = min(high + (MIN_SPAN - high + low) / 2, 100.0)
+        low = high - MIN_SPAN
     axes.set(**{f"{along}lim": (low, min(high, 100.0) if low < 100 else high)})

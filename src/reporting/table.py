@@ -22,7 +22,15 @@ from src.config.names import UNTRAINED
 from src.errors import UsageError
 from src.reporting import curves, page
 from src.reporting.plots import caption, plot, to_svg, write_png
-from src.reporting.rows import NOTHING_STORED, TABLE_METRICS, TableRow, control_of, difference, metrics_of
+from src.reporting.rows import (
+    AGREEMENT_TITLE,
+    NOTHING_STORED,
+    TABLE_METRICS,
+    TableRow,
+    control_of,
+    difference,
+    metrics_of,
+)
 from src.runs.record import METRICS, Record
 from src.system.atomic_write import write_whole
 from src.system.redact import one_line
@@ -36,6 +44,11 @@ GAIN_NOTE = (
     f"{GAIN}: {TABLE_METRICS[GAIN_METRIC]} less that of the same settings with nothing stored, the mean over pairs of "
     "runs with one seed ± the half-width of its 95% interval (Student's t)"
 )
+COLUMN_NOTES = {
+    GAIN: GAIN_NOTE,
+    AGREEMENT_TITLE: f"{AGREEMENT_TITLE}: how much of what validation images find nearest in the support set is of "
+    "their class; of a prototype, how many of its members are",
+}
 
 
 def table(rows: Sequence[TableRow]) -> list[list[str]]:
@@ -78,9 +91,9 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in escaped]
 
 
-def with_gain_note(header: Sequence[str], notes: Sequence[str]) -> list[str]:
-    """Put `GAIN_NOTE` ahead of the notes if the table has that column."""
-    return [*([GAIN_NOTE] if GAIN in header else []), *notes]
+def with_column_notes(header: Sequence[str], notes: Sequence[str]) -> list[str]:
+    """Put `COLUMN_NOTES` ahead of the notes, of the columns that the table has."""
+    return [*(note for column, note in COLUMN_NOTES.items() if column in header), *notes]
 
 
 def document(rows: Sequence[TableRow], cells: Sequence[Sequence[str]], notes: Sequence[str], experiment: str) -> str:
@@ -192,7 +205,7 @@ def write(rows: Sequence[TableRow], notes: Sequence[str], experiment: str, out: 
 
     out.mkdir(parents=True, exist_ok=True)
     cells = table(rows)
-    notes = with_gain_note(cells[0], notes)
+    notes = with_column_notes(cells[0], notes)
     write_whole(out / "table.md", document(rows, cells, notes, experiment).encode())
 
     numbers = records(rows)
@@ -213,6 +226,7 @@ def write(rows: Sequence[TableRow], notes: Sequence[str], experiment: str, out: 
         pictures = {"Support-set size and accuracy": to_svg(figure)}
         write_whole(out / "plot.svg", pictures["Support-set size and accuracy"].encode())
         if drawn := curves.compare(courses(rows)):
+            drawn.suptitle(caption(rows), fontsize=9)
             paths.append(out / "curves.png")
             write_png(drawn, paths[-1], dpi=200)
             pictures["Over the epochs"] = to_svg(drawn)
@@ -229,7 +243,8 @@ def show(rows: Sequence[TableRow], notes: Sequence[str], title: str) -> None:
         drawn = Table(title=title, caption=caption(rows), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         drawn.add_column(header[0], overflow="fold")
         for place in columns[1:]:
-            drawn.add_column("\n".join(header[place].split()), justify="right")  # narrow, to leave room for the labels
+            head, is_axis = "\n".join(header[place].split()), header[place] == "vectors"  # narrow: labels need room
+            drawn.add_column(head, justify="right", overflow="fold", no_wrap=is_axis)
         for line in body:
             drawn.add_row(*(line[place] for place in columns))
         return drawn
@@ -238,5 +253,5 @@ def show(rows: Sequence[TableRow], notes: Sequence[str], title: str) -> None:
     needed = console.measure(whole, options=console.options.update_width(1000)).maximum
     narrower = [place for place, name in enumerate(header) if name not in SPARE_COLUMNS]
     console.print(whole if needed <= console.width else of(narrower))
-    for note in with_gain_note(header, notes):
+    for note in with_column_notes(header, notes):
         console.print(f"note: {note}", markup=False, highlight=False)

@@ -21,7 +21,9 @@ def newest_charts(root: Path = ROOT) -> str:
 def page_of(record: Record) -> str:
     """Where MLflow's pages show a run, after their address; empty where MLflow does not have it."""
     entry = record.entry
-    return f"#/experiments/{entry.experiment_id}/runs/{entry.run_id}" if entry.experiment_id else ""
+    # Without its last part the link opens among pages for language models.
+    path = f"#/experiments/{entry.experiment_id}/runs/{entry.run_id}?workflowType=machine_learning"
+    return path if entry.experiment_id else ""
 
 
 def link_to(path: str) -> str:

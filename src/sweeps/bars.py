@@ -84,7 +84,7 @@ def how_far(log: Path) -> tuple[float, str]:
         return 0.0, ""
     epoch, epochs, step, steps, known = found[-1].groups()
     done = int(epoch) if step is None else int(epoch) - 1 + int(step) / int(steps)
-    return done / int(epochs), f"epoch {epoch}/{epochs}  {known}"
+    return done / int(epochs), "  ".join([f"epoch {epoch}/{epochs}", *known.split("  ")[:2]])
 
 
 def _of(ended: int, total: int | None) -> str:

@@ -15,7 +15,7 @@ from src.system.output import in_terminal
 SHOWN = {
     "val/knn_top1": "val kNN {:.1f}%",
     "val/online_top1": "val online {:.1f}%",
-    "support/label_agreement": "same class {:.0%}",
+    "support/val_agreement": "right positives {:.0%}",
     "time/images_per_second": "{:.0f} images/s",
 }
 IN_BAR = ("val/knn_top1",)  # the bar itself counts images a second

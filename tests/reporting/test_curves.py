@@ -75,7 +75,7 @@ def test_what_validation_images_find_takes_the_place_of_what_flatters_prototypes
         return course(f"KMCLR {name}", int(name), (tmp_path / name,))
 
     new, old = kmclr("50", [AGREEMENT, NEIGHBOUR]), kmclr("60", [NEIGHBOUR])
-    assert [axes.get_ylabel().split("\n")[0] for axes in compare([new]).axes] == ["positives of the right class,"]
+    assert [axes.get_ylabel().split("\n")[0] for axes in compare([new]).axes] == ["right positives of"]
     both = compare([new, old]).axes
     assert [len(axes.lines) for axes in both] == [1, 2]
 
@@ -158,7 +158,7 @@ def test_many_courses_have_a_column_a_method_and_only_the_best_of_a_crowd_has_a_
     left, right = compare([course("SimCLR", 0, folders[0], "black"), *few, *many]).axes
     assert (left.get_title(), right.get_title()) == ("NNCLR", "KMCLR")
     assert [text.get_text() for text in left.get_legend().texts] == ["SimCLR", "NNCLR 13", "NNCLR 14"]
-    assert [text.get_text() for text in right.get_legend().texts] == ["SimCLR", "KMCLR 6, best of 12"]
+    assert [text.get_text() for text in right.get_legend().texts] == ["SimCLR", "KMCLR 6, best kNN of 12"]
     assert len(right.lines) == 13  # the control and all of the crowd
 
 

@@ -110,7 +110,9 @@ def test_nothing_leads_out_of_the_page_but_the_links_to_the_runs(tmp_path, monke
     ]
     assert {(tag, key) for tag, key, _ in leading} == {("a", "href")}
     home = "https://mlflow.example" if server else "http://127.0.0.1:5000"
-    assert {value for _, _, value in leading} == {f"{home}/#/experiments/7/runs/r{n}" for n in range(len(STUDY))}
+    assert {value for _, _, value in leading} == {
+        f"{home}/#/experiments/7/runs/r{n}?workflowType=machine_learning" for n in range(len(STUDY))
+    }
     text = (tmp_path / "results.html").read_text()
     assert not re.search(r"@import|url\((?!#)", text)
     assert "secret-word" not in text

@@ -51,7 +51,7 @@ def test_mlflow_takes_the_tag_and_its_filter_finds_the_jobs_best_first(tmp_path,
 
     def log(name: str, tags: dict[str, str], accuracy: float) -> str:
         tracker = Tracker(tmp_path / name, config, {}, tags)
-        tracker.log({"test/linear_top1": accuracy}, 1)
+        tracker.log({"val/linear_top1": accuracy, "test/linear_top1": 100 - accuracy}, 1)
         tracker.close("FINISHED")
         return tracker.run_id
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from src.reporting.rows import summarise
-from src.reporting.table import document, records, table, with_gain_note
+from src.reporting.table import document, records, table, with_column_notes
 from src.runs.record import records_below
 from tests.conftest import PROJECT
 
@@ -23,7 +23,7 @@ def test_a_report_of_old_records_has_the_old_table(folder):
     rows, notes = summarise(runs)
     saved = json.loads((folder.parent / "table.json").read_text())
     written, cells = saved["rows"], table(rows)
-    text = document(rows, cells, with_gain_note(cells[0], notes), saved["experiment"])
+    text = document(rows, cells, with_column_notes(cells[0], notes), saved["experiment"])
     assert text == (folder.parent / "table.md").read_text()
     assert [(row.method, row.variant) for row in rows] == [(row["method"], row["variant"]) for row in written]
     for new, old in zip(sorted(map(figures, records(rows))), sorted(map(figures, written)), strict=True):

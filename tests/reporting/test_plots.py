@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 
+from src.config.names import colour_of
 from src.reporting import plots
 from src.reporting.plots import by_size, caption, dots, marker_of, plot, to_svg
 from src.reporting.rows import summarise
@@ -29,8 +30,14 @@ def test_the_caption_says_what_all_runs_share_in_words_for_people_and_how_many_s
     assert caption(rows) == "CIFAR-100, ResNet-18, 500 epochs, mean ± standard deviation over 3 seeds"
     rows, _ = summarise([run("simclr", epochs="5"), run("simclr")])
     assert caption(rows) == "CIFAR-100, ResNet-18, one seed"
+    rows, _ = summarise(
+        [run("simclr", epochs="5", **{"data.limit": "20000"}), run("simclr", **{"data.limit": "20000"})]
+    )
+    assert caption(rows) == "CIFAR-100, 20,000 training images, ResNet-18, one seed"
     rows, _ = summarise([run("simclr", epochs="1"), run("kmclr", 50, epochs="1"), run("kmclr", 50, 1, epochs="1")])
-    assert caption(rows) == "CIFAR-100, ResNet-18, 1 epoch, mean ± standard deviation over 1 to 2 seeds"
+    assert (
+        caption(rows) == "CIFAR-100, ResNet-18, 1 epoch, mean ± standard deviation over 1 to 2 seeds (one has no bar)"
+    )
 
 
 def test_every_row_is_where_its_size_and_mean_are_with_a_bar_as_long_as_its_deviation():
@@ -56,12 +63,41 @@ def test_how_many_positives_are_right_stands_beside_the_accuracy_where_it_is_kno
         accuracy, right = method(rows).axes
         labels = {axes.get_ylabel() or axes.get_xlabel() for axes in (accuracy, right)} - {"Support-set size (vectors)"}
         assert {text for text in labels if "top-5" in text} == set()
-        assert "Positives of the right class (%)" in (right.get_ylabel(), right.get_xlabel())
+        assert "Right positives of validation images (%)" in (right.get_ylabel(), right.get_xlabel())
     points = drawn(by_size(rows).axes[1])
     assert {title: mean for title, (_, mean, _) in points.items()} == pytest.approx(
         {"NNCLR 4,096": 12, "NNCLR 98,304": 30, "KMCLR 400": 7}
     )
     assert "<title>KMCLR 400: right positives 7.00, one seed</title>" in to_svg(by_size(rows))
+
+
+def test_rows_that_are_dots_are_ranked_by_the_validation_images():
+    best = replace(run("kmclr", 400), metrics={"val/linear_top1": 60.0, "test/linear_top1": 50.0})
+    other = replace(run("nnclr", 400), metrics={"val/linear_top1": 50.0, "test/linear_top1": 60.0})
+    names = [text.get_text() for text in dots(summarise([best, other])[0]).axes[0].get_yticklabels()]
+    assert names == ["NNCLR 400", "KMCLR 400"]  # from below
+    names = [
+        text.get_text()
+        for text in dots(summarise([best, without(other, "val/linear_top1")])[0]).axes[0].get_yticklabels()
+    ]
+    assert names == ["KMCLR 400", "NNCLR 400"]
+
+
+@pytest.mark.parametrize("top1", [50.0, 99.95, 100.0])
+def test_an_image_more_or_less_does_not_fill_a_panel(top1):
+    rows, _ = summarise(
+        [run("simclr", top1=top1), run("kmclr", 50, top1=top1 - 0.05), run("nnclr", 50, top1=top1 - 0.05)]
+    )
+    low, high = by_size(rows).axes[0].get_ylim()
+    assert low < top1 - 0.05
+    assert top1 <= high <= max(100, top1)
+    assert high - low >= plots.MIN_SPAN - 1e-9
+
+
+def test_methods_of_ones_own_that_share_a_colour_differ_in_their_marks():
+    names = ("moco", "dino", "soft_knn")
+    assert len({colour_of({"method.name": name}) for name in names}) == 1
+    assert len({marker_of(name) for name in names}) == 3
 
 
 def test_the_untrained_encoder_leaves_the_plot_its_scale():
