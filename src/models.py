@@ -115,8 +115,7 @@ def projector(in_dim: int, hidden: list[int], out: int, *, final_norm: bool = Tr
 
     Without ``final_norm`` the last layer has a bias in place of its batch norm, as in BYOL.
 
-    Source: Dwibedi et al., ICCV 2021, section 4.1 ("all the fc layers are followed by batch normalization, all the
-    batch-norm layers except the last are followed by ReLU").
+    Source: Dwibedi et al., ICCV 2021, section 4.1, where the last batch norm has no ReLU either.
     """
     layers: list[nn.Module] = []
     for before, width in itertools.pairwise([in_dim, *hidden, out]):

@@ -281,7 +281,7 @@ def augmented_heads(
 ) -> LinearHeads:
     """Heads trained on the features of random crops (8% to 100% of the area) and flips, drawn anew every epoch.
 
-    Source: the original study's linear evaluation (README.md, figures to compare with).
+    Source: the original study's ``linear_eval.py`` (https://github.com/mwritescode/nnclr-cifar100).
     """
     batch_size = min(batch_size, len(train))
     cropped = cropped_batches(frozen, train, batch_size, seed)

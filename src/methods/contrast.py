@@ -22,7 +22,7 @@ class Contrast(Method):
     section 2. NNCLR: Dwibedi et al., "With a Little Help from My Friends", ICCV 2021, section 3.2, equations 3 and 4
     (symmetric form). KMCLR: https://github.com/mwritescode/nnclr-cifar100, which replaces NNCLR's queue by online
     k-means. The last two are ``objective=published``. Deviations: those of `support_contrast` and `info_nce`; a support
-    set is not used before it is filled.
+    set is not used before it is filled; batch norms see a view at a time, where SimCLR's code passes both as one batch.
 
     Args:
         parts: encoder, projector, support set.

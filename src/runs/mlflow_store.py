@@ -117,6 +117,7 @@ def _create(path: Path, client: Callable[[str], Any]) -> None:
         if not path.exists():  # another process may have been faster
             aside = path.with_name(f"{path.name}.new")
             aside.unlink(missing_ok=True)
+            aside.touch()  # with the rights that new files have here, where SQLite's own is for its owner to write
             client(f"sqlite:///{aside}")
             os.replace(aside, path)
 

@@ -71,6 +71,11 @@ class SupportSet(Slots, ABC):
         """Whether it has been filled. Until then the positive is the other view, never a random vector."""
 
     @property
+    def stored_vectors(self) -> int:
+        """How many vectors are stored when it is full: the size by which runs are compared."""
+        return self.size
+
+    @property
     @abstractmethod
     def stored_bytes(self) -> int:
         """Memory of the stored vectors, in bytes (what a method pays for its positives; diagnostics not counted)."""

@@ -102,6 +102,10 @@ class KMeans(SupportSet):
         return self.seeded == self.seeds
 
     @property
+    def stored_vectors(self) -> int:
+        return self.size + (self.window.size if self.window else 0)
+
+    @property
     def stored_bytes(self) -> int:
         return self.shard.world_size * self.means_KD.nbytes + (self.window.rows_ND.nbytes if self.window else 0)
 

@@ -1,7 +1,8 @@
 """Slots that are divided among the processes of a run, so that a support set may be larger than one device.
 
 Every process gives the same queries, searches its own slots, and receives what all processes have found. The answers
-are those of one process that holds all slots; ties, too, go to the lowest slot.
+are those of one process that holds all slots. Of slots that tie, the nearest one is the lowest; which of them are among
+several neighbours is open, also in one process.
 
 Shapes: Q queries, D dimensions, K neighbours, N slots, M = N / world_size slots of one process.
 """

@@ -35,6 +35,8 @@ def in_terminal() -> bool:
 def outlive_output() -> None:
     """Let the process print on when its output takes no more, for instance because its reader has gone away.
 
+    A character that the output's encoding lacks is printed as ``?``.
+
     Elsewhere SIGPIPE would end the process. Python ignores that signal, because a broken connection to a server raises
     it too, and makes an exception of it wherever a library happens to print.
     """
@@ -43,7 +45,8 @@ def outlive_output() -> None:
         if stream is not None:  # it is where the descriptor was closed from the start
             stream.flush()
             raw = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
-            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
+            errors = "replace" if stream.errors == "strict" else stream.errors
+            text = io.TextIOWrapper(raw, stream.encoding, errors, line_buffering=stream.line_buffering)
             setattr(sys, name, text)
 
 

@@ -79,7 +79,9 @@ def named_secret_in(text: str) -> str | None:
 
 def one_line(error: BaseException) -> str:
     """What an exception of a library says, without secrets, in a line of reasonable length."""
-    return (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:300]
+    lines = redact(str(error)).strip().splitlines()
+    said = [line for line in lines if not line.startswith("(raised as a result of")]  # SQLAlchemy's, before the reason
+    return (said or lines or [type(error).__name__])[0][:300]
 
 
 def redact_output() -> None:

@@ -126,7 +126,7 @@ class TrainState:
         return {
             "batch_size": self.batch_size,
             # A set of one's own may have another name for the setting.
-            "support_set_size": support.size if support is not None else 0,
+            "support_set_size": support.stored_vectors if support is not None else 0,
             "support_bytes": support.stored_bytes if support is not None else 0,
             "encoder_parameters": sum(p.numel() for p in self.method.encoder.parameters()),
             "encoder_features": self.classifier.in_features,

@@ -89,6 +89,7 @@ def test_the_original_study_to_the_letter():
     o = cfg.optimizer
     assert (o.name, o.lr, o.scale_lr, o.momentum, o.weight_decay) == ("lars", 0.2, False, 0.9, 1e-6)
     assert (o.trust_coefficient, o.clip_trust) == (0.001, False)
+    assert cfg.evaluation.online_lr == 0.01
     assert (cfg.schedule.name, cfg.schedule.warmup_epochs) == ("cosine", 10)
     assert (cfg.objective.temperature, cfg.projector.hidden, cfg.projector.out) == (0.1, [2048, 2048], 256)
     assert (cfg.objective.predictor_hidden, cfg.objective.support_weight, cfg.support.metric) == (4096, 1, "euclidean")
@@ -208,6 +209,7 @@ def test_imagenet_has_the_settings_of_the_paper():
     assert (cfg.data.name, cfg.data.image_size, cfg.data.keep) == ("imagenet", 224, 256)
     assert (cfg.batch_size, cfg.epochs, cfg.schedule.warmup_epochs) == (4096, 1000, 10)
     assert (cfg.optimizer.name, cfg.optimizer.lr, cfg.optimizer.weight_decay) == ("lars", 0.3, 1e-6)
+    assert (cfg.optimizer.trust_coefficient, cfg.optimizer.clip_trust) == (0.001, False)  # whose rate that is
     assert (cfg.projector.hidden, cfg.projector.out, cfg.objective.predictor_hidden) == ([2048, 2048], 256, 4096)
     assert (cfg.method.name, cfg.k) == ("kmclr", 4000)
 

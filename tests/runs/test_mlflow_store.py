@@ -1,7 +1,11 @@
 """MLflow's store: made once, refused in one line, and what delivery rests on."""
 
+import contextlib
 import math
+import os
 import shutil
+import sqlite3
+import stat
 import time
 from pathlib import Path
 
@@ -33,6 +37,21 @@ def test_the_store_drops_exact_repeats(client):
 
 def test_a_store_is_created_once_where_mlflow_ui_looks(fresh_store):
     assert {path.name for path in fresh_store.parent.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
+
+
+def test_a_group_that_may_write_new_files_may_write_the_store(tmp_path):
+    """Of SQLite's own making only its owner may."""
+
+    def create(uri):
+        with contextlib.closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
+            database.execute("CREATE TABLE a (b)")
+
+    umask = os.umask(0o002)
+    try:
+        mlflow_store._create(tmp_path / "mlflow.db", create)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "mlflow.db").stat().st_mode) == 0o664
 
 
 def test_the_store_is_in_the_current_folder_whatever_that_is_called(fresh_store, tmp_path, monkeypatch):

@@ -188,6 +188,7 @@ def test_refit_reclusters_the_window_and_keeps_the_order():
         update(kmeans, centres.repeat(8, 1) + 0.05 * torch.randn(24, DIM))
     assert kmeans.counts_K.sum() == kmeans.classes_KC.sum() == 60
     assert kmeans.stored_bytes == (3 + 60) * DIM * 4
+    assert kmeans.stored_vectors == 3 + 60
     found = kmeans.lookup(centres)
     assert (found.embeddings * centres).sum(1).min() > 0.99
 

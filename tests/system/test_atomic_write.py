@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import stat
@@ -12,6 +13,21 @@ def test_a_file_is_replaced_whole(tmp_path):
     atomic_write.write_whole(tmp_path / "a", memoryview(b"three"))
     assert (tmp_path / "a").read_bytes() == b"three"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(("number", "is_refused"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_sync_a_folder_is_no_broken_disk(tmp_path, monkeypatch, number, is_refused):
+    fsync = os.fsync
+
+    def answer(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(atomic_write.os, "fsync", answer)
+    with pytest.raises(OSError, match="Input/output") if is_refused else contextlib.nullcontext():
+        atomic_write.write_whole(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
 
 
 def test_where_there_is_no_room_the_old_one_stays_and_nothing_else(tmp_path, monkeypatch):

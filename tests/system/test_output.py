@@ -20,6 +20,13 @@ sys.exit(lost_output())
 """
 
 
+def test_a_character_that_the_encoding_lacks_ends_nothing():
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "PYTHONIOENCODING": "ascii"}
+    program = "from src.system.output import outlive_output; outlive_output(); print('62.41 ± 5.25')"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "62.41 ? 5.25\n", "")
+
+
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
 @pytest.mark.parametrize("goes_away", [True, False])
 def test_what_nobody_reads_is_dropped_without_an_error(name, goes_away):

@@ -23,7 +23,8 @@ def test_doubtful_settings_are_warned_of(run, caplog):
     assert "queue_size=201: more than the 200 training images" in caplog.text
     run("method=kmclr", "k=201", "epochs=2", directory="other")
     assert "k=201: more prototypes than the 200 training images" in caplog.text
-    run("method=kmclr", "k=7", "epochs=1", "support.refit=faiss", directory="refit")
+    kept = run("method=kmclr", "k=7", "epochs=1", "support.refit=faiss", directory="refit")
+    assert Record.load(kept).params["support_set_size"] == str(7 + 16384)
     assert "support.refit_window=16384: 576 embeddings between two resets never fill it" in caplog.text
     assert "schedule.warmup_epochs=2: not shorter than epochs=1" in caplog.text
 
