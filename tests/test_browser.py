@@ -59,6 +59,7 @@ return [...document.querySelectorAll('[data-testid="experiment-view-compare-runs
 class Job:
     name: str
     size: int
+    validation: float
     accuracy: float
     colour: str | None
 
@@ -113,6 +114,7 @@ def newest_sweep() -> Sweep:
         run.info.run_id: Job(
             run.info.run_name,
             int(run.data.params[SIZE]),
+            run.data.metrics["val/linear_top1"],
             run.data.metrics["test/linear_top1"],
             run.data.tags.get(TAG_COLOUR),
         )
@@ -296,8 +298,8 @@ def test_the_link_opens_on_charts_of_every_job(page, sweep):
         assert job.colour in (None, found[run_id][3])
 
     wait_until(page, rows, "the list is empty")
-    listed = [sweep.jobs[run_id].accuracy for run_id in rows(page) if run_id in sweep.jobs]
-    best_first = sorted(job.accuracy for job in sweep.jobs.values())  # those of the validation images fall as they rise
+    listed = [sweep.jobs[run_id].validation for run_id in rows(page) if run_id in sweep.jobs]
+    best_first = sorted((job.validation for job in sweep.jobs.values()), reverse=True)
     assert listed
     assert listed == best_first[: len(listed)], "as much of the list as fits"
     assert sweep.run_id not in rows(page)

@@ -84,7 +84,7 @@ def explain_key(key: str, there: Iterable[str] = (), known: Collection[str] | No
     if key in OWNERS and key in known:
         return f"{key}: only {OWNERS[key]} has it; the chosen support set does not"
     if (renamed := new_name(key)) in known:
-        return f"{key}: is now {renamed}, which the chosen options do not have (--help lists them)"
+        return f"{key}: is now {renamed}; write that, if the chosen options have it (--help lists them)"
     group, _, setting = key.partition(".")
     if setting and key in known:
         choose = f"another {group}=..." if f"{group}.name" in there else f"{group}=... first"

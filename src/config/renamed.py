@@ -46,6 +46,8 @@ def modern(flat: Mapping[str, Any]) -> dict[str, Any]:
     if "support.name" in flat or flat.get("method.name") not in SUPPORTS:
         return dict(flat)
     settings = {new_name(key) or key: value for key, value in flat.items()}
+    if flat["method.name"] != "simclr":  # before stored positives had a weight, they had all of it
+        settings.setdefault("objective.support_weight", 1.0)
     weight, hidden = (_number(settings, f"objective.{key}") for key in ("support_weight", "predictor_hidden"))
     settings["support.name"] = SUPPORTS[flat["method.name"]]
     settings["objective.name"] = objective_name(weight, hidden)

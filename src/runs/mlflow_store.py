@@ -160,7 +160,7 @@ def import_mlflow() -> Any:
         import mlflow
         import mlflow.utils.file_utils
         import mlflow.utils.uri
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the second where the user has no home
         remedy = "run `make setup`, or use tracking=jsonl"
         raise UsageError(f"tracking=mlflow cannot import MLflow ({one_line(error)}): {remedy}") from None
     return mlflow

@@ -173,8 +173,9 @@ def typed(key: str, value: str) -> str:
 
 
 def plain(key: str, there: Container[str]) -> str:
-    """Drop the ``++`` of a key that exists already."""
-    return bare if (bare := key.removeprefix("++")) in there else key
+    """Drop the ``++`` of a key that exists already, and give it its new name if that does."""
+    bare = key.removeprefix("++")
+    return next((name for name in (new_name(bare), bare) if name in there), key)
 
 
 def refuse_equal_runs(override: Override) -> None:
@@ -204,7 +205,7 @@ def alternatives(union: Sequence[Grid], params: Grid, given: Grid, methods: Sequ
     """
     theirs = {key for grid in union for key in grid} - {"method"}
     there = theirs | params.keys() | given.keys()
-    given = {new if (new := new_name(key)) in theirs else plain(key, there): each for key, each in given.items()}
+    given = {plain(key, there): each for key, each in given.items()}
     for grid, names in zip(union, methods, strict=True):
         chosen = [each for each in names if each in given.get("method", names)]
         if names and not chosen:

@@ -141,7 +141,10 @@ def train(
     if cfg.init is not None and TAG_INIT_TAKEN not in tags and not resumed:
         raise UsageError(f"init={cfg.init}: names no weights any more, and {directory} has no checkpoint to go on with")
     dtype = dtype_name(state.dtype)
+    environment = environment_tags(str(state.device))
     code = {f"{TAG_CODE}{module}": digest for module, digest in code_digests(cfg).items()}
+    if "git_commit" in environment:
+        code["git_commit"] = environment["git_commit"]
     now = conditions(str(state.device), dtype) | {"processes": str(ranks.world_size)} | code
     if ranks.first:
         tags |= note_changed_protocol(cfg, directory, state.step)
@@ -154,7 +157,7 @@ def train(
         directory,
         cfg.tracking,
         params=config | state.sizes() | {"skipped_images": data.skipped},
-        tags=environment_tags(str(state.device)) | code | own | tags,
+        tags=environment | code | own | tags,
         is_stopping=lambda: stopper.status,
     )
     status: Status = "FAILED"
@@ -221,7 +224,7 @@ def say_result(directory: Path) -> float:
 
 
 def warn_of_other_conditions(directory: Path, now: dict[str, str], step: int) -> None:
-    """Warn where the run continues under conditions that give other bits: another version of torch, edited code.
+    """Warn where the run continues under conditions that may give other bits: another version of torch, other code.
 
     Raises:
         UsageError: the precision is another one, which is more than a rounding.
@@ -235,4 +238,4 @@ def warn_of_other_conditions(directory: Path, now: dict[str, str], step: int) ->
             f"this machine: continue on one like the first, or start another run with precision={now['precision']}"
         )
     if changes := record.changes(now):
-        logger.warning("%s: %s, so the end differs from that of an unbroken run", directory, changes)
+        logger.warning("%s: %s, so the end may differ from that of an unbroken run", directory, changes)

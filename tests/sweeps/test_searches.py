@@ -133,6 +133,20 @@ def test_a_key_with_plus_signs_replaces_a_distribution(search):
     assert len(list(fixed.folder.parent.glob("kmclr-k10-*"))) == 3
 
 
+def test_a_key_by_its_former_name_replaces_a_distribution(search):
+    launcher = Launcher(0)
+    search(
+        launcher,
+        "method=kmclr",
+        "method.temperature=0.5",
+        trials=1,
+        space=SPACE | {"objective.temperature": "interval(0.1,0.2)"},
+    )
+    (directory,) = launcher.directories
+    assert Record.load(directory).params["objective.temperature"] == "0.5"
+    assert set(optuna_study._open(launcher.folder).trials[0].params) == {"k"}
+
+
 def test_the_keys_of_whole_numbers_are_those_of_the_schema():
     whole = whole_numbers()
     assert whole >= {"k", "queue_size", "data.limit", "support.refit_window", "objective.neighbours", "projector.out"}

@@ -149,7 +149,7 @@ def test_ranks_stopped_and_killed_are_the_unbroken_ones(start, tmp_path, tiny, m
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         cli.pretrain(composed(*settings, "output_dir=alone", "max_minutes=0.001"))
-    assert "processes was 2 and is 1, so the end differs from that of an unbroken run" in caplog.text
+    assert "processes was 2 and is 1, so the end may differ from that of an unbroken run" in caplog.text
     alone = Record.load(tmp_path / "alone")
     assert [each["processes"] for each in alone.conditions] == ["2", "1"]
     assert checkpoint.load_latest(tmp_path / "alone" / "checkpoints")[1]["step"] > step
