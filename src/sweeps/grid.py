@@ -175,7 +175,7 @@ def typed(key: str, value: str) -> str:
 def plain(key: str, there: Container[str]) -> str:
     """Drop the ``++`` of a key that exists already, and give it its new name if that does."""
     bare = key.removeprefix("++")
-    return next((name for name in (new_name(bare), bare) if name in there), key)
+    return next((name for name in (new_name(bare), bare) if name and name in there), key)
 
 
 def refuse_equal_runs(override: Override) -> None:
