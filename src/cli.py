@@ -276,11 +276,9 @@ def explained(known: Collection[str] | None = None) -> Iterator[None]:
     except Exception as error:
         if lacking := _lack_of_memory(error):
             fail(f"there is not enough memory ({one_line(lacking)}): lower what is largest, or give it more", 1)
-        if isinstance(error, UsageError):
-            fail(str(error))
         if isinstance(error, RunFailed):
             fail(str(error), error.status)
-        if isinstance(error, HydraException | OmegaConfBaseException):  # one of Hydra's is an OSError too
+        if isinstance(error, UsageError | HydraException | OmegaConfBaseException):  # one of Hydra's is an OSError too
             fail(explain_composition(error, known))
         if isinstance(error, RuntimeError) and "Symlink loop" in str(error):  # an OSError since Python 3.13
             fail(f"{error}: name another folder")

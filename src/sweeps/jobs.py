@@ -101,8 +101,7 @@ class Composer:
                     passed_over.append(each.split("=")[0])
             cfg = parse(composed)
         except (UsageError, HydraException, OmegaConfBaseException) as error:
-            reason = str(error) if isinstance(error, UsageError) else explain_composition(error)
-            return Job(kept, None, Path(), passed_over, " ".join(reason.split()), status=2)
+            return Job(kept, None, Path(), passed_over, " ".join(explain_composition(error).split()), status=2)
         return Job(kept, cfg, run_directory.path_of(cfg), passed_over)
 
     def identify(self, job: Job) -> Job:
