@@ -23,7 +23,7 @@ def preview(cfgs: Sequence[Config], at_a_time: int, settings: Sequence[str] = ()
         at_a_time: how many jobs run at once.
         settings: of each job, what its line says beside its name.
     """
-    lines, lasts, done = [], list[float](), list[Config]()
+    lines, lasts, done = [], list[float](), list[tuple[Config, Record]]()
     finished = _seconds_an_epoch()
     for number, (cfg, beside) in enumerate(zip(cfgs, settings or [""] * len(cfgs), strict=True)):
         directory = run_directory.path_of(cfg) if cfg.data.fingerprint else Path(identity.run_name(cfg))
@@ -33,7 +33,7 @@ def preview(cfgs: Sequence[Config], at_a_time: int, settings: Sequence[str] = ()
         except UsageError:
             record, state, estimate = None, "damaged", ""
         if record and record.status == "FINISHED":
-            done.append(cfg)
+            done.append((cfg, record))
         else:
             alike = _alike(identity.flat(cfg))
             rate = finished.get((cfg.method.name, *alike)) or finished.get(("", *alike))

@@ -74,7 +74,8 @@ class StudySweeper(GridSweeper):
                 print(f"{sweep.directory / studies.FILE} {anew}", file=sys.stderr)
             sweep.jobs += [self._job(study, fixed, number) for number in study.points()]
             print(f"{sweep.directory}: {len(sweep.jobs)} of {self.trials} trials are there", flush=True)
-            warn_of_other_protocol([job.cfg for job in sweep.jobs if job.cfg and job.is_finished])
+            done = [job for job in sweep.jobs if job.is_finished]
+            warn_of_other_protocol((job.cfg, record) for job in done if job.cfg and (record := job.record))
             trials = _Trials(study, sweep.jobs, self.trials, partial(self._job, study, fixed))
             for job in self.launch(sweep, trials, ALWAYS_SHOWN | space.keys(), at_a_time):
                 trials.conclude(job)

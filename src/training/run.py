@@ -125,7 +125,7 @@ def start(cfg: Config, data: Dataset, ranks: Ranks, exact_batch: bool) -> tuple[
 def deliver_again(directory: Path, cfg: Config) -> None:
     """Deliver what MLflow lacks of a finished run, and say in which settings it was evaluated otherwise."""
     catch_up(directory, cfg.tracking)
-    if changes := run_directory.changed_protocol(cfg, directory):
+    if changes := run_directory.changed_protocol(cfg, Record.load(directory)):
         add = f"python -m src.evaluate run={directory}, with these settings, adds other figures"
         logger.warning("%s was evaluated otherwise (%s): %s", directory, ", ".join(changes.values()), add)
 
@@ -194,11 +194,12 @@ def train(
 
 def note_changed_protocol(cfg: Config, directory: Path, step: int) -> dict[str, str]:
     """Warn where the evaluation has changed since the last session; the tags that record it, none where it has not."""
-    changes = run_directory.changed_protocol(cfg, directory)
-    if not changes:
+    record = Record.find(directory)
+    changes = run_directory.changed_protocol(cfg, record) if record else {}
+    if not record or not changes:
         return {}
     config, text = identity.flat(cfg), ", ".join(changes.values())
-    earlier = Record.load(directory).tags.get(TAG_EVALUATION_CHANGED)
+    earlier = record.tags.get(TAG_EVALUATION_CHANGED)
     logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, text)
     tags = {key: str(config.get(key, "null")) for key in changes}
     return tags | {TAG_EVALUATION_CHANGED: "; ".join(filter(None, [earlier, f"{text} at step {step}"]))}
