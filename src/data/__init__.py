@@ -13,9 +13,12 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import yaml
+
 from src.config.schema import Data
 from src.data.cache import Cache, cached, image_names
 from src.errors import UsageError
+from src.system.environment import CONF
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,8 +26,6 @@ if TYPE_CHECKING:
     import torch
 
     from src.data.splits import Split
-
-OF_THE_CUT = {"val_fraction": 0.1, "split_seed": 0}  # as conf/shared/data.yaml has what cuts off validation images
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,8 @@ def _cut_off_validation(split: Split, cfg: Data) -> tuple[Split, Split]:
 
 def _warn_of_no_cut(cfg: Data) -> None:
     """Say so where settings of the cut are changed, which only gives the same run another name."""
-    changed = [key for key, default in OF_THE_CUT.items() if getattr(cfg, key) != default]
+    usual = yaml.safe_load((CONF / "shared" / "data.yaml").read_text())
+    changed = [key for key in ("val_fraction", "split_seed") if getattr(cfg, key) != usual[key]]
     if cfg.limit is not None and "split_seed" in changed:  # which chooses the subset
         changed.remove("split_seed")
     if changed:
