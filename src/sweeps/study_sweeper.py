@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config import identity
@@ -128,7 +127,7 @@ class StudySweeper(GridSweeper):
         point = [f"{key}={value}" for key, value in study.points()[number].items()]
         job = self.composer.identify(self.composer([*fixed, *point]))
         if job.cfg and (reason := self._refused(job.cfg, job.overrides)):
-            job = Job(job.overrides, None, Path(), job.passed_over, reason, status=2)
+            job = Job.impossible(job.overrides, job.passed_over, reason)
         job.trial = number
         job.status = job.status or (PRUNED if study.state(number) == "PRUNED" else 0)
         return job
