@@ -75,7 +75,7 @@ def step_seconds(overrides: Sequence[str]) -> tuple[float, str]:
             raise EnoughError
 
     try:
-        train(state, data.on(state.device), pace)
+        train(state, data.to_if_it_fits(state.device), pace)
     finally:
         if cfg.compile:
             torch.compiler.reset()

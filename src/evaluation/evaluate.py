@@ -54,7 +54,7 @@ def main(composed: DictConfig) -> dict[str, float]:
         before = parse(OmegaConf.create(saved["config"]))
         cfg = _merged(saved["config"], composed)
     device = build.device(cfg.device)
-    data = load(cfg.data).on(device)
+    data = load(cfg.data).to_if_it_fits(device)
     warn_of_few_neighbours(cfg.evaluation, data)
     if not data.classes:
         raise UsageError(f"data={cfg.data.name}: no image has a label to evaluate with; choose other images with data=")

@@ -82,7 +82,7 @@ def run(cfg: Config, hooks: loop.Hooks, exact_batch: bool = True) -> float:
         Stopped: by a signal (128 + its number) or by ``max_minutes`` (75); the same command continues.
     """
     ranks = distributed.join(cfg.device)  # refuses a GPU that is not there before images are decoded
-    data = load(cfg.data).on(ranks.device)
+    data = load(cfg.data).to_if_it_fits(ranks.device)
     cfg.data.fingerprint = data.fingerprint  # a run is its settings and its images
     state, tags = start(cfg, data, ranks, exact_batch)
     directory = ranks.broadcast(run_directory.path_of(cfg))
