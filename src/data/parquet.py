@@ -162,8 +162,6 @@ def find_columns(shards: Sequence[Path], image: str | None, label: str | None) -
     Raises:
         UsageError: several columns could be meant.
     """
-    if image is not None and label is not None:
-        return image, label, []
     if image is None:
         schema = _schema(shards[0])
         images = [each.name for each in schema if _holds_images(each.type)]
