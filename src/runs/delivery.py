@@ -57,7 +57,7 @@ def deliver(directory: Path, requested: Tracking | None = None, again: bool = Fa
         return _deliver_held(directory, requested, again)
 
 
-def _deliver_held(directory: Path, requested: Tracking | None = None, again: bool = False) -> Delivered:
+def _deliver_held(directory: Path, requested: Tracking | None, again: bool = False) -> Delivered:
     """`deliver`, for the process that holds the directory."""
     record = Record.load(directory)
     if record.status == "RUNNING":  # a SIGKILL, say, has ended its process
