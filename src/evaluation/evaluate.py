@@ -126,9 +126,7 @@ def _frozen(
     """The encoder that is a part of a saved method."""
     encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
     with checkpoint.understood(path):
-        prefix = f"{part}."
-        weights = {key.removeprefix(prefix): v for key, v in saved["model"].items() if key.startswith(prefix)}
-        checkpoint.restore(encoder, weights, path)
+        checkpoint.restore(encoder, checkpoint.part_of(saved["model"], part), path)
         mean, std = ([float(each) for each in saved[key]] for key in ("mean", "std"))
         if not len(mean) == len(std) == 3:
             raise ValueError(f"mean and std of {len(mean)} and {len(std)} channels")
