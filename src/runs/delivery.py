@@ -72,12 +72,9 @@ def _deliver_held(directory: Path, requested: Tracking | None, again: bool = Fal
         experiment = requested.experiment if requested else ""
         # Short where a run or a sweep waits for it.
         seconds = mlflow_store.STORE_TIMEOUT_S if requested else DELIVERY_TIMEOUT_S
-        client = mlflow_store.prepare()
-        return within(seconds, lambda: mlflow_store.deliver(client, record, experiment, again))
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
+        return mlflow_store.told(
+            directory, seconds, lambda client: mlflow_store.deliver(client, record, experiment, again)
+        )
     finally:
         record.save(directory)
 
