@@ -29,8 +29,8 @@ from scripts.reliability import forks, mutations
 from scripts.reliability.runs import METHODS, SMALL, rows, stored
 from src import cli
 from src.evaluation.encoder import load_encoder
-from src.runs import tracker
 from src.runs.checkpoint import load
+from src.runs.record import Record
 
 SECONDS = 100  # that a command may take on a machine that does other things too
 STATUSES = {0, 1, 2, 65, 74}
@@ -168,7 +168,7 @@ def _as_killed(run: Path) -> None:
     before = max((run / "checkpoints").glob("step-*.pt"))
     kept = load(before)["rows"]
     text = (run / "metrics.jsonl").read_bytes()
-    record = tracker.Record.load(run)
+    record = Record.load(run)
     record.rows = kept
     (run / "metrics.jsonl").write_bytes(text[: text.index(b"\n", text.index(b"\n", kept[0]) + 1) + 1])
     record.status, record.end_time, record.artifacts, record.metrics = "RUNNING", None, [], {}
