@@ -158,11 +158,9 @@ def decode(
         raise
     except Image.DecompressionBombError as error:
         raise UsageError(f"{lazy.where}: more than {MAX_PIXELS:,} pixels; make it smaller") from error
-    except OSError as error:
-        reason = error.strerror if error.errno else "truncated, or not an image"
-        raise UsageError(f"{lazy.where}: {reason}; mend or remove it") from error
     except Exception as error:  # what Pillow raises depends on what it is fed
-        raise UsageError(f"{lazy.where}: truncated, or not an image; mend or remove it") from error
+        reason = error.strerror if isinstance(error, OSError) and error.errno else "truncated, or not an image"
+        raise UsageError(f"{lazy.where}: {reason}; mend or remove it") from error
     return Decoded(np.asarray(fitted).transpose(2, 0, 1), rgb.width / rgb.height)
 
 
