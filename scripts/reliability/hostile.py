@@ -193,7 +193,7 @@ def variants(folder: Path, known: dict[str, Command], rng: random.Random) -> Ite
         for name in names.split(", "):
             command = known[name]
             path = find(folder / command.template, file)
-            changes = [*mutations.of_kind(private), *mutations.of_bytes(rng, 12)]
+            changes = [*mutations.of_kind(private), *mutations.of_bytes(rng)]
             if file.endswith((".json", ".jsonl")):
                 changes += mutations.of_json(path.read_bytes())
             for what, change in changes:
