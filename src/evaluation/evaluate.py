@@ -72,18 +72,25 @@ def main(composed: DictConfig) -> dict[str, float]:
         metrics = {f"transfer/{cfg.data.name}-{data.fingerprint[:8]}/{key}": value for key, value in metrics.items()}
     _print(str(directory if record else path), metrics)
     if record:
-        with run_directory.exclusive(directory):
-            name = "mlflow" if record.entry.for_mlflow else "jsonl"
-            tracking = replace(cfg.tracking, name=name, experiment=record.experiment, parent=None)
-            chosen = " ".join([*_chosen(cfg, before), *([f"precision={arithmetic}"] if is_other else [])])
-            tracker = Tracker(directory, tracking, {}, {}, reopens=True)
-            tracker.record.tags |= _tags(tracker.record, metrics, chosen)  # saved with their figures, never before
-            tracker.log(metrics, saved["step"])
-            tracker.close("FINISHED")
-        entry = tracker.record.entry
-        taken = entry.for_mlflow and entry.has == tracker.record.state(record.experiment)
-        print(f"written to {directory / RECORD}{' and MLflow' if taken else ''}")
+        chosen = " ".join([*_chosen(cfg, before), *([f"precision={arithmetic}"] if is_other else [])])
+        _log(directory, record, cfg.tracking, metrics, chosen, saved["step"])
     return metrics
+
+
+def _log(
+    directory: Path, record: Record, tracking: schema.Tracking, metrics: dict[str, float], chosen: str, step: int
+) -> None:
+    """Add figures to a run, in all places where it is; ``chosen`` as of `_tags`."""
+    with run_directory.exclusive(directory):
+        name = "mlflow" if record.entry.for_mlflow else "jsonl"
+        tracking = replace(tracking, name=name, experiment=record.experiment, parent=None)
+        tracker = Tracker(directory, tracking, {}, {}, reopens=True)
+        tracker.record.tags |= _tags(tracker.record, metrics, chosen)  # saved with their figures, never before
+        tracker.log(metrics, step)
+        tracker.close("FINISHED")
+    entry = tracker.record.entry
+    taken = entry.for_mlflow and entry.has == tracker.record.state(record.experiment)
+    print(f"written to {directory / RECORD}{' and MLflow' if taken else ''}")
 
 
 def _tags(record: Record, metrics: Mapping[str, float], chosen: str) -> dict[str, str]:
