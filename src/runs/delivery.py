@@ -123,18 +123,28 @@ def main(publish_again: Callable[[Path], None], arguments: Iterable[str] | None 
         description="Deliver to MLflow what it lacks of the runs in multirun/, or the whole of those that are named.",
     )
     parser.add_argument("run", nargs="*", help="a run's name in multirun/, its folder or its id; also of a deleted run")
-    named, deleted = [named_run(each) for each in parser.parse_args(arguments).run], []
+    named = [named_run(each) for each in parser.parse_args(arguments).run]
     for directory in named:
         print(f"{directory}: delivered as run {', '.join(deliver(directory, again=True).run_ids)}", flush=True)
         publish_again(directory)
-    found = [] if named else sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time)
-    refused, in_a_row, waited = list[UsageError](), 0, 0
-    for directory, record in found:
+    if not named:
+        _deliver_all(publish_again)
+
+
+def _deliver_all(publish_again: Callable[[Path], None]) -> None:
+    """What MLflow lacks of any run below ``multirun/``.
+
+    Raises:
+        UsageError: as `main`.
+    """
+    deleted, refused, in_a_row, waited = list[Path](), list[UsageError](), 0, 0
+    for directory, record in sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time):
         if run_directory.is_held(directory):
             continue
         try:
             run_ids, stays_deleted = deliver(directory)
-            deleted += [directory] if stays_deleted else []
+            if stays_deleted:
+                deleted.append(directory)
             waited += len(run_ids)
             if run_ids:
                 print(f"{directory}: delivered as run {', '.join(run_ids)}", flush=True)
@@ -148,7 +158,7 @@ def main(publish_again: Callable[[Path], None], arguments: Iterable[str] | None 
                 break
     if deleted:
         print(_deleted(deleted), flush=True)
-    if not (named or waited or deleted or refused):
+    if not (waited or deleted or refused):
         print("nothing waits to be delivered")
     for each in refused[1:]:
         logger.warning("%s", each)
