@@ -60,10 +60,7 @@ class StudySweeper(GridSweeper):
         if self.config.dry_run:
             known = (sweep.directory / studies.FILE).exists()
             study = studies.Study(sweep.directory, space, self.pruner, self.seed) if known else None
-            there = [self._job(study, fixed, number) for number in study.points()] if study else []
-            possible = [job for job in there if job.cfg]
-            print(preview([job.cfg for job in possible if job.cfg], at_a_time, told_apart(possible)))
-            print(f"{max(self.trials - len(there), 0)} trials to propose")
+            self._preview([self._job(study, fixed, number) for number in study.points()] if study else [], at_a_time)
             return
         is_first = not (sweep.directory / RECORD).is_file()
         with sweep:
@@ -87,6 +84,12 @@ class StudySweeper(GridSweeper):
             if self.launcher.status and len(sweep.jobs) < self.trials:  # the last of its jobs may have ended by itself
                 sys.exit(self.launcher.status)
         sys.exit(sweep.status)
+
+    def _preview(self, trials: Sequence[Job], at_a_time: int) -> None:
+        """Print what there is, and how many trials are still to come."""
+        possible = [job for job in trials if job.cfg]
+        print(preview([job.cfg for job in possible if job.cfg], at_a_time, told_apart(possible)))
+        print(f"{max(self.trials - len(trials), 0)} trials to propose")
 
     def _space(self, arguments: list[str]) -> tuple[list[str], dict[str, Any], Config]:
         """The overrides that all trials share, the distributions of all others, and a config that stands for all.
