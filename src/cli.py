@@ -191,8 +191,9 @@ def _refuse_mistyped(config_name: str) -> None:
     typed = sys.argv[1:]
     if empty := {"", "run=", "checkpoint=", "run_id="}.intersection(typed):
         fail(f"{max(empty) or 'an argument'} is empty: a variable of the shell may have no value")
-    kinds = "".join("-" if argument[0] == "-" else "=" if "=" in argument else "." for argument in typed)
-    if re.search("=.*-.*=", kinds):  # which argparse takes for arguments that it does not know
+    settings = [place for place, argument in enumerate(typed) if "=" in argument and argument[0] != "-"]
+    between = typed[settings[0] : settings[-1]] if settings else []
+    if any(argument[0] == "-" for argument in between):  # argparse would not know the settings after it
         fail("settings stand before and after an argument that begins with a hyphen: put that first")
     if config_name != "train":
         _refuse_ranks(config_name)
