@@ -174,8 +174,13 @@ def _identity(cfg: Data) -> Path:
     places = (cfg.name, root_of(cfg), cfg.repo, cfg.revision, cfg.config, cfg.train_split, cfg.test_split)
     decoding = (cfg.image_size, cfg.image_column, cfg.label_column, cfg.resize, cfg.background)
     # Neutral settings leave their names to the caches that there are.
-    newer = (*(("keep", cfg.keep) if cfg.keep else ()), *(("draft",) if cfg.draft else ()))
-    newer += (cfg._target_, json.dumps(cfg.options, sort_keys=True, default=str)) if cfg._target_ else ()
+    newer: list[object] = []
+    if cfg.keep:
+        newer += ["keep", cfg.keep]
+    if cfg.draft:
+        newer += ["draft"]
+    if cfg._target_:
+        newer += [cfg._target_, json.dumps(cfg.options, sort_keys=True, default=str)]
     return Path(cfg.cache_dir).expanduser().resolve() / f"{cfg.name}-{_digest(*places, *decoding, *newer)}"
 
 

@@ -261,7 +261,8 @@ def _read(
             "labels one type, or set data.label_column to another"
         )
     names = _class_names(splits[first][0], columns[first]) if first else []
-    known = range(len(names)) if names else sorted(found[first]) if first else []
+    there = sorted(found[first]) if first else []
+    known = range(len(names)) if names else there
     index = {value: label for label, value in enumerate(known)}
 
     def labels(name: str) -> list[int]:

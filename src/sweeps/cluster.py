@@ -201,7 +201,7 @@ class ClusterLauncher(JobLauncher):
             return True
         if state.phase != "is gone":
             if state not in (each.last_state, JobState("waits")):
-                self.say(each.job, f"({each.id}) {state.phase}{state.why and f': {state.why}'}")
+                self.say(each.job, f"({each.id}) {': '.join(filter(None, [state.phase, state.why]))}")
             each.last_state, each.gone_since = state, None
             return False
         if (status := self._status(each.job)) is not None:

@@ -84,7 +84,7 @@ class GridSweeper(Sweeper):
             done, pending = list[Job](), list[Job]()
             for job in possible:
                 (done if job.is_finished else pending).append(job)
-            count = f"{len(jobs)} job{'s' * (len(jobs) != 1)}, {len(done)} finished already"
+            count = f"{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}, {len(done)} finished already"
             print(f"{sweep.directory}: {count}", flush=True)
             warn_of_other_protocol((job.cfg, record) for job in done if job.cfg and (record := job.record))
             times = Counter(each for job in pending for each in job.overrides)

@@ -121,8 +121,11 @@ class Sweep:
         possible = [job.cfg for job in lacking if job.cfg]
         if possible and not any(cfg.resume == "never" for cfg in possible):
             print(f"run again just what is missing: {_command()}", file=sys.stderr)
-        self.status = (stopped[0] if stopped else 1) if lacking else 0
-        return "FINISHED" if not lacking else "KILLED" if stopped else "FAILED"
+        if not lacking:
+            self.status = 0
+            return "FINISHED"
+        self.status = stopped[0] if stopped else 1
+        return "KILLED" if stopped else "FAILED"
 
     def _tabulate(self, rows: Sequence[TableRow], notes: Sequence[str], more: Sequence[str]) -> list[Path]:
         """Show what has come out, here and in MLflow; the files.
