@@ -117,18 +117,17 @@ def warn_of_other_protocol(finished: Iterable[tuple[schema.Config, Record]]) -> 
         )
 
 
-def refuse_hopeless(directory: Path, cfg: schema.Config) -> None:
+def refuse_hopeless(record: Record, cfg: schema.Config) -> None:
     """Refuse to continue a run that has diverged, or that has collapsed and is to stop for it.
 
     Raises:
         Diverged: as it was said then.
         Collapsed: it has, and ``on_collapse=stop``.
     """
-    tags = record.tags if (record := Record.find(directory)) else {}
-    if TAG_DIVERGED in tags:
-        raise Diverged(tags.get(TAG_ERROR, "diverged before; resume=never tries again"))
-    if TAG_COLLAPSED in tags and cfg.on_collapse == "stop":
-        raise Collapsed(f"collapsed {tags[TAG_COLLAPSED]}; on_collapse=warn trains on")
+    if TAG_DIVERGED in record.tags:
+        raise Diverged(record.tags.get(TAG_ERROR, "diverged before; resume=never tries again"))
+    if TAG_COLLAPSED in record.tags and cfg.on_collapse == "stop":
+        raise Collapsed(f"collapsed {record.tags[TAG_COLLAPSED]}; on_collapse=warn trains on")
 
 
 def refuse_foreign(directory: Path) -> None:

@@ -135,18 +135,19 @@ def train(
 ) -> None:
     """Continue from the newest checkpoint, or begin, until the run is finished; its record says how it ended."""
     cfg, ranks = state.cfg, state.ranks
-    if ranks.first:
-        run_directory.refuse_hopeless(directory, cfg)
+    before = Record.find(directory) if ranks.first else None
+    if before:
+        run_directory.refuse_hopeless(before, cfg)
     resumed = state.resume(directory / CHECKPOINTS, directory / METRICS)
     if cfg.init is not None and TAG_INIT_TAKEN not in tags and not resumed:
         raise UsageError(f"init={cfg.init}: names no weights any more, and {directory} has no checkpoint to go on with")
     dtype = dtype_name(state.dtype)
     code = {f"{TAG_CODE}{module}": digest for module, digest in code_digests(cfg).items()}
     now = conditions(str(state.device), dtype) | {"processes": str(ranks.world_size)} | code
-    if ranks.first:
-        tags |= note_changed_protocol(cfg, directory, state.step)
+    if before:
+        tags |= note_changed_protocol(cfg, before, directory, state.step)
         if resumed:
-            warn_of_other_conditions(directory, now, state.step)
+            warn_of_other_conditions(before, directory, now, state.step)
     ranks.check_same(state.method, images=data.fingerprint, step=state.step)
     config = identity.flat(cfg)
     own = {TAG_DTYPE: dtype, TAG_CONFIG_HASH: identity.config_hash(cfg), TAG_COLOUR: colour_of(config)}
@@ -192,11 +193,10 @@ def train(
             ranks.final_barrier()
 
 
-def note_changed_protocol(cfg: Config, directory: Path, step: int) -> dict[str, str]:
+def note_changed_protocol(cfg: Config, record: Record, directory: Path, step: int) -> dict[str, str]:
     """Warn where the evaluation has changed since the last session; the tags that record it, none where it has not."""
-    record = Record.find(directory)
-    changes = run_directory.changed_protocol(cfg, record) if record else {}
-    if not record or not changes:
+    changes = run_directory.changed_protocol(cfg, record)
+    if not changes:
         return {}
     config, text = identity.flat(cfg), ", ".join(changes.values())
     earlier = record.tags.get(TAG_EVALUATION_CHANGED)
@@ -221,15 +221,12 @@ def say_result(directory: Path) -> float:
     return metrics.get("val/knn_top1", math.nan)
 
 
-def warn_of_other_conditions(directory: Path, now: dict[str, str], step: int) -> None:
+def warn_of_other_conditions(record: Record, directory: Path, now: dict[str, str], step: int) -> None:
     """Warn where the run continues under conditions that give other bits: another version of torch, edited code.
 
     Raises:
         UsageError: the precision is another one, which is more than a rounding.
     """
-    record = Record.find(directory)
-    if record is None:
-        return
     if (before := record.tags.get(TAG_DTYPE, now["precision"])) != now["precision"]:
         raise UsageError(
             f"{directory}: was computed in {before} up to step {step}, and precision=auto means {now['precision']} on "
