@@ -71,6 +71,11 @@ class Job:
             return self.cfg is not None and run_directory.is_finished(self.directory, self.cfg)
         return False
 
+    @property
+    def result(self) -> Record | None:
+        """Its record, where it is finished."""
+        return self.record if self.is_finished else None
+
 
 class Composer:
     """Makes jobs of overrides: Hydra composes each choice of options once, and a job's values are set on a copy.

@@ -70,8 +70,7 @@ class StudySweeper(GridSweeper):
                 print(f"{sweep.directory / studies.FILE} {anew}", file=sys.stderr)
             sweep.jobs += [self._job(study, fixed, number) for number in study.points()]
             print(f"{sweep.directory}: {len(sweep.jobs)} of {self.trials} trials are there", flush=True)
-            done = [job for job in sweep.jobs if job.is_finished]
-            warn_of_other_protocol((job.cfg, record) for job in done if job.cfg and (record := job.record))
+            warn_of_other_protocol((job.cfg, done) for job in sweep.jobs if job.cfg and (done := job.result))
             trials = _Trials(study, sweep.jobs, self.trials, partial(self._job, study, fixed))
             for job in self.launch(sweep, trials, ALWAYS_SHOWN | space.keys(), at_a_time):
                 trials.conclude(job)
@@ -189,16 +188,18 @@ class _Trials:
     def conclude(self, job: Job) -> None:
         """End a trial that would end again as it did; any other stays open, and the next command takes it up."""
         assert job.trial is not None
-        value = job.record.metrics.get(self.study.objective, math.nan) if job.is_finished and job.record else math.nan
+        result = job.result
+        value = result.metrics.get(self.study.objective, math.nan) if result else math.nan
         if math.isfinite(value):
             self.study.conclude(job.trial, "COMPLETE", value)
         elif job.status == PRUNED:
             self.study.conclude(job.trial, "PRUNED")
-        elif job.cfg is None or job.is_finished or job.status == Diverged.status:
+        elif job.cfg is None or result or job.status == Diverged.status:
             self.study.conclude(job.trial, "FAIL")
         if self._is_unjudged(job):
             self.unjudged.append(job)
 
     def _is_unjudged(self, job: Job) -> bool:
         """Whether a job has finished without the metric that the search is for."""
-        return job.is_finished and job.record is not None and self.study.objective not in job.record.metrics
+        result = job.result
+        return result is not None and self.study.objective not in result.metrics
