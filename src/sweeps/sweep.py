@@ -128,13 +128,7 @@ class Sweep:
         return "KILLED" if stopped else "FAILED"
 
     def _tabulate(self, rows: Sequence[TableRow], notes: Sequence[str], more: Sequence[str]) -> list[Path]:
-        """Show what has come out, here and in MLflow; the files.
-
-        Args:
-            rows: of the table.
-            notes: on jobs without a result, which are printed elsewhere.
-            more: on the rows.
-        """
+        """Show what has come out, here and in MLflow; the files. The notes on jobs are in these alone."""
         title = f"{self.name} ({self.id})"
         paths = table.write(rows, [*notes, *more], title, self.directory)
         for path in paths:
