@@ -37,7 +37,6 @@ OUT = Path("results/benchmarks/speed.md")
 
 class Turn(NamedTuple):
     images_per_second: float
-    seconds_per_step: float
     peak_gib: float
 
 
@@ -84,7 +83,7 @@ class Clock:
         if elapsed < self.seconds:
             return
         usage = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        end_turn(Turn(self.steps * self.batch_size / elapsed, elapsed / self.steps, usage / 2**20))
+        end_turn(Turn(self.steps * self.batch_size / elapsed, usage / 2**20))
         self.wait()
 
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from scripts.workbench import EnoughError, compose, dataset, fill, machine, noise, shown, train
+from scripts.workbench import EnoughError, compose, dataset, fill, machine, noise, shown, train, wait_for
 from src import build
 from src.data import load
 from src.data.batches import check_batch_size
@@ -68,14 +68,14 @@ def step_seconds(overrides: Sequence[str]) -> tuple[float, str]:
     clock: list[float] = []
 
     def pace() -> None:
-        if len(clock) in (WARM, WARM + STEPS) and state.device.type == "cuda":
-            torch.cuda.synchronize(state.device)
+        if len(clock) in (WARM, WARM + STEPS):
+            wait_for(state.device)
         clock.append(time.perf_counter())
         if len(clock) > WARM + STEPS:
             raise EnoughError
 
     try:
-        train(state, data.on(state.device), pace)
+        train(state, data.to_if_it_fits(state.device), pace)
     finally:
         if cfg.compile:
             torch.compiler.reset()

@@ -153,8 +153,7 @@ def configurations(plan: Plan, overrides: Overrides) -> list[Config]:
         try:
             cfg = configuration([*settings, *overrides])
         except (UsageError, HydraException) as error:
-            reason = str(error) if isinstance(error, UsageError) else explain_composition(error)
-            raise UsageError(f"{reason} (in the plan's run {' '.join(settings)})") from None
+            raise UsageError(f"{explain_composition(error)} (in the plan's run {' '.join(settings)})") from None
         found.setdefault(identity.config_hash(cfg), cfg)
     return list(found.values())
 

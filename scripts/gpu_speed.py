@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.workbench import compose, machine, shown
+from scripts.workbench import compose, machine, shown, wait_for
 from src import build
 from src.config import identity, schema
 from src.config.schema import Config
@@ -48,17 +48,12 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.randn(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(20):
-        _wait(device)
+        wait_for(device)
         clock = time.perf_counter()
         a @ a
-        _wait(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - clock)
     return 2 * size**3 / min(seconds) / 1e12
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def flop_an_image(cfg: Config, classes: int) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from scripts.workbench import EnoughError, compose, dataset, fill, images, machine, train
+from scripts.workbench import EnoughError, compose, dataset, fill, images, machine, train, wait_for
 from src.data.augment import ViewMaker
 from src.methods.teacher import MomentumTeacher
 from src.training.state import TrainState
@@ -48,8 +48,7 @@ class Parts:
         setattr(owner, method, timed)
 
     def clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
         return time.perf_counter()
 
     def step(self) -> None:

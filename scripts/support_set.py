@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from scripts.workbench import machine
+from scripts.workbench import machine, wait_for
 from src import build
+from src.reporting.table import markdown
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
 from src.support.search import FaissSearch, Search, TorchSearch
@@ -47,8 +48,7 @@ def vectors(count: int, device: torch.device) -> Tensor:
 def seconds(action: Callable[[], Any], device: torch.device) -> float:
     started = time.perf_counter()
     action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.perf_counter() - started
 
 
@@ -82,13 +82,13 @@ def measure(
 
 def table(results: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     heads = ["", "vectors", *(f"{name} (ms)" for name in TIMES), "MiB", "other neighbour", "cosine lost"]
-    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    lines = []
     for kind, rows in results.items():
         for size, each in rows.items():
             times = [f"{each[name]:.2f}" for name in TIMES]
             effect = [f"{each['mib']:.1f}", f"{each['other neighbour']:.1%}", f"{each['cosine lost']:.5f}"]
-            lines.append(f"| {' | '.join([kind, f'{size:,}', *times, *effect])} |")
-    return lines
+            lines.append([kind, f"{size:,}", *times, *effect])
+    return markdown(heads, lines)
 
 
 def figure(results: dict[str, dict[int, dict[str, Any]]], batch: int) -> Figure:

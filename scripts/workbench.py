@@ -106,6 +106,12 @@ def fill(state: TrainState) -> None:
     support.update(vectors, rows, rows % state.classifier.out_features)
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done what it was given, so that a clock counts it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def machine() -> str:
     """Processor or GPU, cores, versions and the day, for the foot of a table."""
     names = ("torch", "torchvision", "lightly", "scikit-learn", "faiss-cpu", "faiss-gpu", "timm")

@@ -74,7 +74,7 @@ def _survives_closed_output() -> Iterator[None]:
 @_survives_closed_output()
 def train() -> None:
     """``python -m src.train``."""
-    _compose_and("train", pretrain)
+    _compose_and_run("train", pretrain)
 
 
 @_survives_closed_output()
@@ -86,7 +86,7 @@ def evaluate() -> None:
 
         return evaluate.main(composed)
 
-    _compose_and("evaluate", main)
+    _compose_and_run("evaluate", main)
 
 
 @_survives_closed_output()
@@ -98,13 +98,13 @@ def export() -> None:
 
         return export.main(composed)
 
-    _compose_and("export", main)
+    _compose_and_run("export", main)
 
 
 @_survives_closed_output()
 def embed() -> None:
     """``python -m src.embed``."""
-    _compose_and("embed", features)
+    _compose_and_run("embed", features)
 
 
 @_survives_closed_output()
@@ -155,7 +155,7 @@ def features(composed: DictConfig) -> Path:
     return embed.main(composed, maps.choose_images, maps.draw_map)
 
 
-def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
+def _compose_and_run(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     """Hand the composed config to ``main``, as ``hydra.main`` does, but explain mistakes to people.
 
     A user who sets ``HYDRA_FULL_ERROR=1`` gets the tracebacks.
@@ -163,38 +163,14 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     trains = config_name == "train"
     plugins.register()
     resolvers.register("options", _options)
-    if empty := {"", "run=", "checkpoint=", "run_id="}.intersection(sys.argv[1:]):
-        fail(f"{max(empty) or 'an argument'} is empty: a variable of the shell may have no value")
-    kinds = "".join("-" if argument[0] == "-" else "=" if "=" in argument else "." for argument in sys.argv[1:])
-    if re.search("=.*-.*=", kinds):  # which argparse takes for arguments that it does not know
-        fail("settings stand before and after an argument that begins with a hyphen: put that first")
-    if not trains:
-        _refuse_ranks(config_name)
+    _refuse_mistyped(config_name)
     if {"--multirun", "-m"} & set(sys.argv):
-        if is_rank():
-            fail("--multirun: a sweep starts its jobs itself; leave out torchrun, which is for one run")
         sys.argv[1:] = [_for_the_sweeper(argument) for argument in sys.argv[1:]]
     known = None if trains else keys_of(yaml.safe_load((CONF / f"{config_name}.yaml").read_text()))
     _log_to_stderr()
-    for argument in sys.argv[1:]:
-        # Hydra makes that folder before it hands the config over.
-        if re.match(r"\+*hydra\.run\.dir=", argument) and "hydra.job.chdir=true" not in sys.argv:
-            fail(f"{argument}: has no effect; a run's folder is output_dir")
-        if argument.endswith("=null") and os.path.isdir(CONF / argument.removesuffix("=null")):
-            fail(f"{argument}: choose an option (--help lists them), or leave it out")
 
     def task(composed: DictConfig) -> Any:
-        choices = HydraConfig.get().runtime.choices
-        if trains and "method" not in choices:
-            fail(f"--config-name={HydraConfig.get().job.config_name}: configures no training run; build on train.yaml")
-        if HydraConfig.get().mode == RunMode.MULTIRUN and trains:
-            refuse_foreign_sweeper(HydraConfig.get())
-        if "sweep" in choices and not composed.tracking.parent:
-            fail(f"+sweep={choices['sweep']}: a sweep is many runs; add --multirun")
-        if HydraConfig.get().mode == RunMode.RUN and trains and choices["hydra/launcher"] != "local":
-            fail(
-                f"hydra/launcher={choices['hydra/launcher']}: submits the jobs of a sweep; add --multirun, for one too"
-            )
+        _refuse_misplaced(composed, trains)
         with explained():  # here, because Hydra would print a line of its own first
             return main(composed)
 
@@ -208,6 +184,41 @@ def _compose_and(config_name: str, main: Callable[[DictConfig], Any]) -> None:
         if tracebacks or not _is_from_hydra(error):
             raise
         fail(explain_composition(error, known))
+
+
+def _refuse_mistyped(config_name: str) -> None:
+    """Refuse a command line that Hydra would misunderstand, or would refuse in words that help nobody."""
+    typed = sys.argv[1:]
+    if empty := {"", "run=", "checkpoint=", "run_id="}.intersection(typed):
+        fail(f"{max(empty) or 'an argument'} is empty: a variable of the shell may have no value")
+    settings = [place for place, argument in enumerate(typed) if "=" in argument and argument[0] != "-"]
+    between = typed[settings[0] : settings[-1]] if settings else []
+    if any(argument[0] == "-" for argument in between):  # argparse would not know the settings after it
+        fail("settings stand before and after an argument that begins with a hyphen: put that first")
+    if config_name != "train":
+        _refuse_ranks(config_name)
+    if is_rank() and {"--multirun", "-m"}.intersection(typed):
+        fail("--multirun: a sweep starts its jobs itself; leave out torchrun, which is for one run")
+    for argument in typed:
+        # Hydra makes that folder before it hands the config over.
+        if re.match(r"\+*hydra\.run\.dir=", argument) and "hydra.job.chdir=true" not in typed:
+            fail(f"{argument}: has no effect; a run's folder is output_dir")
+        if argument.endswith("=null") and os.path.isdir(CONF / argument.removesuffix("=null")):
+            fail(f"{argument}: choose an option (--help lists them), or leave it out")
+
+
+def _refuse_misplaced(composed: DictConfig, trains: bool) -> None:
+    """Refuse options that are not for this command, or for a sweep where there is none."""
+    chosen = HydraConfig.get()
+    choices, is_sweep = chosen.runtime.choices, chosen.mode == RunMode.MULTIRUN
+    if trains and "method" not in choices:
+        fail(f"--config-name={chosen.job.config_name}: configures no training run; build on train.yaml")
+    if trains and is_sweep:
+        refuse_foreign_sweeper(chosen)
+    if "sweep" in choices and not composed.tracking.parent:
+        fail(f"+sweep={choices['sweep']}: a sweep is many runs; add --multirun")
+    if trains and not is_sweep and choices["hydra/launcher"] != "local":
+        fail(f"hydra/launcher={choices['hydra/launcher']}: submits the jobs of a sweep; add --multirun, for one too")
 
 
 def _refuse_ranks(module: str) -> None:
@@ -276,11 +287,9 @@ def explained(known: Collection[str] | None = None) -> Iterator[None]:
     except Exception as error:
         if lacking := _lack_of_memory(error):
             fail(f"there is not enough memory ({one_line(lacking)}): lower what is largest, or give it more", 1)
-        if isinstance(error, UsageError):
-            fail(str(error))
         if isinstance(error, RunFailed):
             fail(str(error), error.status)
-        if isinstance(error, HydraException | OmegaConfBaseException):  # one of Hydra's is an OSError too
+        if isinstance(error, UsageError | HydraException | OmegaConfBaseException):  # one of Hydra's is an OSError too
             fail(explain_composition(error, known))
         if isinstance(error, RuntimeError) and "Symlink loop" in str(error):  # an OSError since Python 3.13
             fail(f"{error}: name another folder")

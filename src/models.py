@@ -64,14 +64,11 @@ class ResNetTiny(nn.Module):
         from torchvision.models.resnet import BasicBlock, conv1x1
 
         widths = (16, 16, 32, 64, 128)
-        first: list[nn.Module]
-        if stem == "large":
-            first = [nn.Conv2d(3, 16, kernel_size=7, stride=2, padding=3, bias=False)]
-        else:
-            first = [_small_stem(16, stem)]
-        first += [nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
-        if stem == "large":
-            first += [nn.MaxPool2d(kernel_size=3, stride=2, padding=1)]
+        is_large = stem == "large"
+        conv = nn.Conv2d(3, 16, kernel_size=7, stride=2, padding=3, bias=False) if is_large else _small_stem(16, stem)
+        first: list[nn.Module] = [conv, nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+        if is_large:
+            first.append(nn.MaxPool2d(kernel_size=3, stride=2, padding=1))
         blocks: list[nn.Module] = [BasicBlock(16, 16)]
         for before, width in itertools.pairwise(widths[1:]):
             shortcut = nn.Sequential(conv1x1(before, width, stride=2), nn.BatchNorm2d(width))

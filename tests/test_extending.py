@@ -213,7 +213,7 @@ STRIPES = "{defaults: [/shared/data@_here_], name: stripes, _target_: net.stripe
 NET = """
 import numpy, torch
 from PIL import Image
-from src.data.decoding import Contents, Part, Picture, Source
+from src.data.decoding import Contents, LazyImage, Part, Source
 
 class Net(torch.nn.Sequential):
     def __init__(self, width):
@@ -224,7 +224,7 @@ def stripes(images):
         noise = numpy.random.default_rng(seed).integers(0, 99, (images, 16, 16), dtype=numpy.uint8)
         noise[::2, ::2] += 100
         noise[1::2, :, ::2] += 100
-        pictures = [Picture(f"stripes {i}", lambda i=i: Image.fromarray(noise[i])) for i in range(images)]
+        pictures = [LazyImage(f"stripes {i}", lambda i=i: Image.fromarray(noise[i])) for i in range(images)]
         return Part([i % 2 for i in range(images)], pictures)
     return Source("1", lambda: Contents(["rows", "columns"], part(0), part(1)))
 """

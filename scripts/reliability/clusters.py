@@ -151,6 +151,14 @@ def worker_of(k: int) -> int:
     return parent
 
 
+def two_that_train(folder: Path, *engine: str) -> Sweep:
+    """A sweep of two long jobs, which both train."""
+    sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={LONG}", *engine)
+    sweep.until_steps(10)
+    sweep.until_steps(20)
+    return sweep
+
+
 def good(folder: Path, engine: list[str]) -> str:
     sweep = Sweep(folder, "method=kmclr", "k=10,20,30", "epochs=6", *engine)
     sweep.until("runs", 2)
@@ -162,9 +170,7 @@ def good(folder: Path, engine: list[str]) -> str:
 
 
 def killed_worker(folder: Path, engine: list[str]) -> str:
-    sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={LONG}", *engine)
-    sweep.until_steps(10)
-    sweep.until_steps(20)
+    sweep = two_that_train(folder, *engine)
     os.kill(worker_of(10), signal.SIGKILL)
     said = sweep.ends(1)
     expect(sweep.states()[20] == "FINISHED", sweep.states())
@@ -177,9 +183,7 @@ def killed_worker(folder: Path, engine: list[str]) -> str:
 
 
 def typed_again(folder: Path, engine: list[str], number: int) -> str:
-    sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={LONG}", *engine)
-    sweep.until_steps(10)
-    sweep.until_steps(20)
+    sweep = two_that_train(folder, *engine)
     sweep.process.send_signal(number)
     sweep.process.wait(60)
     sweep.begin()
@@ -230,9 +234,7 @@ def refused(folder: Path, engine: list[str]) -> str:
 
 
 def time_limit(folder: Path, engine: list[str]) -> str:
-    sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={LONG}", *engine, *LIMITS)
-    sweep.until_steps(10)
-    sweep.until_steps(20)
+    sweep = two_that_train(folder, *engine, *LIMITS)
     hold_until_the_limit(10, 20)
     sweep.ends(0, 600)
     expect(sweep.states() == {10: "FINISHED", 20: "FINISHED"}, sweep.states())

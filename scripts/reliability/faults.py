@@ -31,13 +31,15 @@ from scripts.reliability.runs import (
 )
 from scripts.reliability.servers import Server, histories
 
+DISK_MB = 32  # of a disk that fills up
+LOCKED_S, AWAY_S = 60, 120  # how long a store is locked, and a server away
 KMCLR = [*SMALL, *METHODS["kmclr"], "output_dir=run"]
 
 
 @contextmanager
-def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+def small_disk(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", folder], check=True)
     try:
         yield folder
     finally:
@@ -54,16 +56,17 @@ def fill(disk: Path, leave: int) -> Path:
 
 def run_on_a_full_disk(folder: Path, unbroken: Path, cache: str, leave: int) -> None:
     """The disk fills up after the first checkpoint; when there is room again, the same command continues."""
-    arguments = [*KMCLR, "epochs=8", cache]
-    with small_disk(folder, 32) as disk:
-        process = start(disk, arguments, MLFLOW_TRACKING_URI=f"sqlite:///{folder}.db")
+    arguments, store = [*KMCLR, "epochs=8", cache], folder.with_name(f"{folder.name}-store")
+    uri = f"sqlite:///{store}/mlflow.db"
+    with small_disk(folder) as disk:
+        process = start(disk, arguments, MLFLOW_TRACKING_URI=uri)
         assert wait_for(lambda: list(disk.glob("run/checkpoints/*.pt")), process)
         ballast = fill(disk, leave)
         status = process.wait(300)
         ballast.unlink()
-        (told,) = _statuses(Path(f"{folder}.db"))
+        (told,) = statuses(store)
         lines = [line for line in output(disk).splitlines() if line.startswith("error") or "Traceback" in line]
-        assert start(disk, arguments, MLFLOW_TRACKING_URI=f"sqlite:///{folder}.db").wait(300) == 0, output(disk)
+        assert start(disk, arguments, MLFLOW_TRACKING_URI=uri).wait(300) == 0, output(disk)
         missing, extra = lost_and_doubled(rows(unbroken / "run"), rows(disk / "run"))
         bits = differences(disk / "run", unbroken / "run")
     print(f"disk full but for {leave} bytes: status {status}, MLflow told {told}, said {lines}")
@@ -72,7 +75,7 @@ def run_on_a_full_disk(folder: Path, unbroken: Path, cache: str, leave: int) -> 
 
 def store_on_a_full_disk(folder: Path, unbroken: Path, cache: str) -> None:
     """The disk of the store fills up; the run goes on, and a command delivers it when there is room."""
-    with small_disk(folder / "disk", 32) as disk:
+    with small_disk(folder / "disk") as disk:
         uri = f"sqlite:///{disk}/mlflow.db"
         process = start(folder, [*KMCLR, "epochs=8", cache], MLFLOW_TRACKING_URI=uri)
         assert wait_for(lambda: list(folder.glob("run/checkpoints/*.pt")), process)
@@ -85,8 +88,8 @@ def store_on_a_full_disk(folder: Path, unbroken: Path, cache: str) -> None:
     print(f"store's disk full: status {status}, delivery {delivered}, {missing} rows lost, {extra} doubled", flush=True)
 
 
-def locked_store(folder: Path, unbroken: Path, cache: str, seconds: float, *, from_the_start: bool) -> None:
-    """Another process holds the store's lock for some seconds."""
+def locked_store(folder: Path, unbroken: Path, cache: str, *, from_the_start: bool) -> None:
+    """Another process holds the store's lock for a while."""
     arguments = [*KMCLR, "epochs=8", cache]
     database = folder / "mlflow.db"
     folder.mkdir(parents=True)
@@ -101,13 +104,10 @@ def locked_store(folder: Path, unbroken: Path, cache: str, seconds: float, *, fr
         assert wait_for(lambda: list(folder.glob("run/checkpoints/*.pt")), process)
     holder = sqlite3.connect(database, timeout=60)
     holder.execute("BEGIN EXCLUSIVE")
-    since = time.monotonic()
     if from_the_start:
         process = start(folder, arguments)
-    while process.poll() is None and time.monotonic() < since + seconds:
-        time.sleep(0.1)
+    time.sleep(LOCKED_S)
     ended_before = process.poll() is not None
-    time.sleep(max(0.0, since + seconds - time.monotonic()))
     holder.rollback()
     holder.close()
     status = process.wait(300)
@@ -116,23 +116,20 @@ def locked_store(folder: Path, unbroken: Path, cache: str, seconds: float, *, fr
     missing, extra = lost_and_doubled(rows(unbroken / "run"), history)
     when = "from the start" if from_the_start else "during the run"
     print(
-        f"store locked for {seconds:.0f} s {when}: status {status}, ended before: {ended_before}, "
+        f"store locked for {LOCKED_S} s {when}: status {status}, ended before: {ended_before}, "
         f"delivery {delivered}, {missing} rows lost, {extra} doubled",
         flush=True,
     )
 
 
-def server_away(folder: Path, cache: str, seconds: float, epochs: int) -> None:
+def server_away(folder: Path, cache: str, epochs: int) -> None:
     """A tracking server goes away during the run and comes back."""
     with Server(folder / "server") as server:
         process = start(folder, [*KMCLR, f"epochs={epochs}", cache], MLFLOW_TRACKING_URI=server.uri)
         assert wait_for(lambda: list(folder.glob("run/checkpoints/*.pt")), process)
         server.stop()
-        since = time.monotonic()
-        while process.poll() is None and time.monotonic() < since + seconds:
-            time.sleep(0.1)
+        time.sleep(AWAY_S)
         ended_before = process.poll() is not None
-        time.sleep(max(0.0, since + seconds - time.monotonic()))
         server.start()
         status = process.wait(600)
         command = ["run"] if ended_before else []
@@ -140,18 +137,10 @@ def server_away(folder: Path, cache: str, seconds: float, epochs: int) -> None:
         (history,) = histories(server.uri).values()
         missing, extra = lost_and_doubled(rows(folder / "run"), history)
     print(
-        f"server away for {seconds:.0f} s: status {status}, ended before: {ended_before}, delivery {delivered}, "
+        f"server away for {AWAY_S} s: status {status}, ended before: {ended_before}, delivery {delivered}, "
         f"{len(history)} rows, {missing} lost, {extra} doubled",
         flush=True,
     )
-
-
-def _statuses(database: Path) -> list[str]:
-    alias = database.parent / f"{database.stem}-store"
-    alias.mkdir(exist_ok=True)
-    (alias / "mlflow.db").unlink(missing_ok=True)
-    (alias / "mlflow.db").symlink_to(database)
-    return list(statuses(alias))
 
 
 def main(folder: Path) -> None:
@@ -167,10 +156,10 @@ def main(folder: Path) -> None:
         store_on_a_full_disk(folder / "full-store", unbroken, cache)
     except subprocess.CalledProcessError as error:
         print(f"no full disk: {error}")
-    locked_store(folder / "locked", unbroken, cache, 60, from_the_start=False)
-    locked_store(folder / "locked-first", unbroken, cache, 60, from_the_start=True)
-    server_away(folder / "away", cache, 120, epochs=8)
-    server_away(folder / "away-long", cache, 120, epochs=300)
+    locked_store(folder / "locked", unbroken, cache, from_the_start=False)
+    locked_store(folder / "locked-first", unbroken, cache, from_the_start=True)
+    server_away(folder / "away", cache, epochs=8)
+    server_away(folder / "away-long", cache, epochs=300)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from scripts.reliability import forks, mutations
 from scripts.reliability.runs import METHODS, SMALL, rows, stored
 from src import cli
 from src.evaluation.encoder import load_encoder
-from src.runs import tracker
 from src.runs.checkpoint import load
+from src.runs.record import Record
 
 SECONDS = 100  # that a command may take on a machine that does other things too
 STATUSES = {0, 1, 2, 65, 74}
@@ -168,7 +168,7 @@ def _as_killed(run: Path) -> None:
     before = max((run / "checkpoints").glob("step-*.pt"))
     kept = load(before)["rows"]
     text = (run / "metrics.jsonl").read_bytes()
-    record = tracker.Record.load(run)
+    record = Record.load(run)
     record.rows = kept
     (run / "metrics.jsonl").write_bytes(text[: text.index(b"\n", text.index(b"\n", kept[0]) + 1) + 1])
     record.status, record.end_time, record.artifacts, record.metrics = "RUNNING", None, [], {}
@@ -193,7 +193,7 @@ def variants(folder: Path, known: dict[str, Command], rng: random.Random) -> Ite
         for name in names.split(", "):
             command = known[name]
             path = find(folder / command.template, file)
-            changes = [*mutations.of_kind(private), *mutations.of_bytes(rng, 12)]
+            changes = [*mutations.of_kind(private), *mutations.of_bytes(rng)]
             if file.endswith((".json", ".jsonl")):
                 changes += mutations.of_json(path.read_bytes())
             for what, change in changes:

@@ -17,6 +17,7 @@ import torch
 
 Mutation = tuple[str, Callable[[Path], object]]  # a description, and the function that changes the file at a path
 
+PLACES = 12
 DEEP = 100_000  # levels of nesting, beyond every recursion limit
 VALUES: dict[str, Any] = {
     **{"null": None, "true": True, "a list": [], "a dict": {}, "lists in lists": [[["x"]]], "empty text": ""},
@@ -66,8 +67,8 @@ def of_kind(outside: Path) -> Iterator[Mutation]:
     yield "a link to a folder outside", replaced(lambda path: path.symlink_to(outside.parent))
 
 
-def of_bytes(rng: random.Random, count: int) -> Iterator[Mutation]:
-    """Cuts, changed bits and other contents; ``count`` of each kind that has a random place."""
+def of_bytes(rng: random.Random) -> Iterator[Mutation]:
+    """Cuts, changed bits and other contents; `PLACES` of each kind that has a random place."""
 
     def written(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
         return lambda path: path.write_bytes(change(path.read_bytes()))
@@ -101,7 +102,7 @@ def of_bytes(rng: random.Random, count: int) -> Iterator[Mutation]:
     }
     for what, change in whole.items():
         yield what, written(change)
-    for _ in range(count):
+    for _ in range(PLACES):
         place, bit = rng.random(), rng.randrange(8)
         yield f"cut at {place:.3f}", written(partial(cut, place))
         yield f"bit {bit} at {place:.3f}", written(partial(flipped, place, bit))

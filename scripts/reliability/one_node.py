@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 TOOLS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch", "sacctmgr")
+CORES, MEMORY_MB = 2, 4000  # of a node
 PORTS = {
     "database": 17306,
     "slurmdbd": 17819,
@@ -30,7 +31,7 @@ PORTS = {
 
 
 @contextmanager
-def slurm(folder: Path, cores: int = 2, memory_mb: int = 4000) -> Iterator[dict[str, str]]:
+def slurm(folder: Path) -> Iterator[dict[str, str]]:
     """Run SLURM; yields the environment variables by which its tools find it.
 
     Its partitions: ``main``, ``short``, which admits five minutes, ``closed``, which is down, and ``both``, of two
@@ -66,7 +67,7 @@ def slurm(folder: Path, cores: int = 2, memory_mb: int = 4000) -> Iterator[dict[
         f"AccountingStorageHost=127.0.0.1\nAccountingStoragePort={PORTS['slurmdbd']}\n"
         f"AccountingStoragePass={folder}/munge.socket\n"
         f"NodeName={','.join(nodes)} NodeHostname={host} NodeAddr=127.0.0.1 Port={','.join(map(str, nodes.values()))} "
-        f"CPUs={cores} RealMemory={memory_mb} State=UNKNOWN\n"
+        f"CPUs={CORES} RealMemory={MEMORY_MB} State=UNKNOWN\n"
         f"PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE\nPartitionName=both Nodes={','.join(nodes)}\n"
         f"PartitionName=short Nodes={host} MaxTime=5\nPartitionName=closed Nodes={host} State=DOWN\n",
     )
@@ -104,10 +105,10 @@ def slurm(folder: Path, cores: int = 2, memory_mb: int = 4000) -> Iterator[dict[
 
 
 @contextmanager
-def ray(cores: int = 2) -> Iterator[dict[str, str]]:
+def ray() -> Iterator[dict[str, str]]:
     """Run a cluster of Ray; yields the environment variables by which ``address=auto`` finds it."""
     tool = str(Path(sys.executable).with_name("ray"))
-    head = [tool, "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={cores}", "--num-gpus=0"]
+    head = [tool, "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={CORES}", "--num-gpus=0"]
     ports = [f"--port={PORTS['ray']}", f"--dashboard-port={PORTS['dashboard']}"]
     address = f"127.0.0.1:{PORTS['ray']}"
     with _daemon(Path("/dev/null"), [*head, *ports]):

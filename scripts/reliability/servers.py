@@ -22,6 +22,8 @@ from typing import Any
 
 from scripts.reliability.runs import PYTHON, SMALL, lost_and_doubled, output, rows, start, wait_for
 
+STOPS, AWAY = 2, 10  # how often a server is killed while jobs run, and for how many seconds
+
 
 class Server:
     """``mlflow server`` on loopback.
@@ -34,9 +36,7 @@ class Server:
     def __init__(self, folder: Path, backend: str | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.backend = folder, backend or f"sqlite:///{folder}/mlflow.db"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = _free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Server:
@@ -75,6 +75,12 @@ class Server:
         self.process.wait()
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def _get(url: str, data: dict[str, Any] | None = None, timeout: float = 60) -> bytes:
     request = urllib.request.Request(url, json.dumps(data).encode() if data else None)
     request.add_header("Content-Type", "application/json")
@@ -110,9 +116,7 @@ class Postgres:
     def __init__(self, folder: Path) -> None:
         self.programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
         self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = _free_port()
         self.uri = f"postgresql+psycopg2://tester:not-a-secret@127.0.0.1:{self.port}/postgres"
 
     def _run(self, program: str, *arguments: str) -> None:
@@ -137,12 +141,12 @@ class Postgres:
         self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", "fast", "-w", "stop")
 
 
-def four_jobs(folder: Path, name: str, backend: str | None, stops: int = 2, away: float = 10) -> None:
+def four_jobs(folder: Path, name: str, backend: str | None) -> None:
     """A sweep of four jobs at once on a server that is killed and started again while they run."""
     with Server(folder / "server", backend) as server:
         arguments = ["--multirun", *SMALL, "method=kmclr", "k=5,7,9,11", "epochs=20", "jobs=4"]
         sweep = start(folder, [*arguments, "data.cache_dir=cache"], MLFLOW_TRACKING_URI=server.uri)
-        for stop in range(stops):
+        for stop in range(STOPS):
             validations = 4 * (2 + 8 * stop)
 
             def far_enough(validations: int = validations) -> bool:
@@ -151,7 +155,7 @@ def four_jobs(folder: Path, name: str, backend: str | None, stops: int = 2, away
 
             assert wait_for(far_enough, sweep, 600), output(folder)
             server.stop()
-            time.sleep(away)
+            time.sleep(AWAY)
             server.start()
         status = sweep.wait(900)
         later = start(folder, [], module="src.tracking", MLFLOW_TRACKING_URI=server.uri).wait(120)
@@ -162,7 +166,7 @@ def four_jobs(folder: Path, name: str, backend: str | None, stops: int = 2, away
         for directory in directories:
             missing, extra = lost_and_doubled(rows(directory), on_server[str(directory)])
             lost, doubled = lost + missing, doubled + extra
-    print(f"{name}, server killed {stops} times for {away:.0f} s: sweep's status {status}, delivery {later}")
+    print(f"{name}, server killed {STOPS} times for {AWAY} s: sweep's status {status}, delivery {later}")
     print(f"  {len(directories)} jobs, {dict(told)}, rows: {lost} lost, {doubled} doubled or different", flush=True)
 
 

@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from src.config import schema
 from src.config.renamed import new_name
+from src.errors import UsageError
 
 OWNERS = {"k": "support=kmeans (method=kmclr)", "queue_size": "support=queue (method=nnclr)"}
 MEANT = {"model": "backbone", "arch": "backbone", "encoder": "backbone", "loss": "objective"}  # what others call groups
@@ -36,13 +37,15 @@ BOUNDS = {
 
 
 def explain_composition(error: Exception, known: Collection[str] | None = None) -> str:
-    """What Hydra says in several lines of a command line that it cannot compose.
+    """What is wrong with a command line that cannot be composed; of Hydra's several lines one.
 
     Args:
-        error: Hydra's.
+        error: Hydra's, or a `UsageError`, which says it already.
         known: every dotted key that the command can have; None: those of a training run.
     """
     message = str(error)
+    if isinstance(error, UsageError):
+        return message
     if isinstance(error, YAMLError | UnicodeDecodeError):
         return f"a config file is not YAML in UTF-8: {message}"
     if missing := re.search(r"Could not find '([\w./-]+)/([^']*)'", message):

@@ -188,6 +188,11 @@ def config_hash(cfg: Config) -> str:
 
 def run_name(cfg: Config) -> str:
     """For people: ``kmclr-k400-cifar100-resnet18-seed0``."""
-    size = f"k{cfg.k}" if cfg.k else f"queue{cfg.queue_size}" if cfg.queue_size else str(support_set_size(cfg) or "")
+    if cfg.k:
+        size = f"k{cfg.k}"
+    elif cfg.queue_size:
+        size = f"queue{cfg.queue_size}"
+    else:
+        size = str(support_set_size(cfg) or "")
     parts = (cfg.method.name, size, cfg.data.name, cfg.backbone.name, f"seed{cfg.seed}")
     return "-".join(filter(None, parts))

@@ -32,7 +32,7 @@ def settings_class(path: str, group: str, base: type) -> type:
     Raises:
         UsageError: there is no such thing, or what it takes cannot be found out.
     """
-    found = _target(path, group)
+    found = target(path, group)
     with blamed(path, group):
         _, *taken = inspect.signature(found).parameters.values()
         hints = get_type_hints(found.__init__ if inspect.isclass(found) else found, include_extras=True)
@@ -64,7 +64,7 @@ def make(path: str, group: str, kind: type[T], /, *arguments: Any, **options: An
     Raises:
         UsageError: it cannot be imported, it fails, or what it makes is no ``kind``.
     """
-    found = _target(path, group)
+    found = target(path, group)
     with blamed(path, group):
         made = found(*arguments, **options)
     if not isinstance(made, kind):
@@ -84,7 +84,7 @@ def code_digests(cfg: Config) -> dict[str, str]:
 
 @cache  # what has been imported stays as it is when its file is edited
 def _code(path: str, group: str) -> tuple[str, str]:
-    found = _target(path, group)
+    found = target(path, group)
     try:
         content = Path(inspect.getsourcefile(found) or "").read_bytes()
     except (OSError, TypeError):  # it has no file
@@ -106,7 +106,12 @@ def blamed(path: str, group: str) -> Iterator[None]:
         raise UsageError(f"{group}._target_={path}: {where}{type(error).__name__}: {error}") from error
 
 
-def _target(path: str, group: str) -> Any:
+def target(path: str, group: str) -> Any:
+    """What a ``_target_`` names.
+
+    Raises:
+        UsageError: it cannot be imported.
+    """
     module, _, name = str(path).rpartition(".")
     try:
         with blamed(path, group):

@@ -19,7 +19,7 @@ RENAMED = {
     "method.projector": "projector",
     "data_root": "data.root",  # of src.evaluate and src.embed
 }
-SUPPORTS = {"simclr": "none", "nnclr": "queue", "kmclr": "kmeans"}
+SUPPORT_OF_METHOD = {"simclr": "none", "nnclr": "queue", "kmclr": "kmeans"}
 
 
 def objective_name(support_weight: float, predictor_hidden: float) -> str:
@@ -43,13 +43,13 @@ def modern(flat: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: an old one is damaged.
     """
-    if "support.name" in flat or flat.get("method.name") not in SUPPORTS:
+    if "support.name" in flat or flat.get("method.name") not in SUPPORT_OF_METHOD:
         return dict(flat)
     settings = {new_name(key) or key: value for key, value in flat.items()}
     if flat["method.name"] != "simclr":  # before stored positives had a weight, they had all of it
         settings.setdefault("objective.support_weight", 1.0)
     weight, hidden = (_number(settings, f"objective.{key}") for key in ("support_weight", "predictor_hidden"))
-    settings["support.name"] = SUPPORTS[flat["method.name"]]
+    settings["support.name"] = SUPPORT_OF_METHOD[flat["method.name"]]
     settings["objective.name"] = objective_name(weight, hidden)
     if str(flat.get("queue_size")) == "0":
         settings |= {"support.name": "none", "method.name": "nothing_stored"}
@@ -66,7 +66,7 @@ def _number(settings: Mapping[str, Any], key: str) -> float:
 
 def modernised(composed: DictConfig) -> DictConfig:
     """The same of a nested config."""
-    if "support" in composed or str(OmegaConf.select(composed, "method.name")) not in SUPPORTS:
+    if "support" in composed or str(OmegaConf.select(composed, "method.name")) not in SUPPORT_OF_METHOD:
         return composed
     nested, settings = OmegaConf.create({}), cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     for key, value in modern(flatten(settings)).items():

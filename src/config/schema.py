@@ -68,7 +68,7 @@ def _not_blank(text: str) -> str:
 
 
 @dataclass(kw_only=True)
-class Part:
+class Named:
     """What every method and support set has. One from outside this project adds what its class takes."""
 
     name: str
@@ -78,7 +78,7 @@ class Part:
 
 
 @dataclass(kw_only=True)
-class Support(Part):
+class Support(Named):
     """A built-in method takes its label and colour from its support set."""
 
 
@@ -141,7 +141,7 @@ class ReSSL(MomentumTeacher):
 
 
 @dataclass(kw_only=True)
-class Method(Part):
+class Method(Named):
     """A built-in method takes its settings from the objective group.
 
     A method of another package adds its own settings here and ignores that group.

@@ -3,7 +3,7 @@
 Importing the package does not wait for torch: a sweep's own process wants nothing but the images' fingerprints::
 
     dataset = load(cfg.data)
-    for batch in epoch_batches(dataset.on(device).train, cfg.batch_size, cfg.seed, epoch, device):
+    for batch in epoch_batches(dataset.to_if_it_fits(device).train, cfg.batch_size, cfg.seed, epoch, device):
         ...
 """
 
@@ -13,9 +13,12 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import yaml
+
 from src.config.schema import Data
 from src.data.cache import Cache, cached, image_names
 from src.errors import UsageError
+from src.system.environment import CONF
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,8 +26,6 @@ if TYPE_CHECKING:
     import torch
 
     from src.data.splits import Split
-
-OF_THE_CUT = {"val_fraction": 0.1, "split_seed": 0}  # as conf/shared/data.yaml has what cuts off validation images
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Dataset:
     val: Split | None  # None with data.final
     skipped: int  # images that could not be read, with data.on_error=skip
     _cache: Cache = field(repr=False)
-    apart: Split | None = None  # labelled images, where those of ``train`` have no labels
+    probe_only: Split | None = None  # labelled images, where those of ``train`` have no labels
 
     @property
     def fingerprint(self) -> str:
@@ -55,12 +56,12 @@ class Dataset:
     @property
     def labelled(self) -> bool:
         """Whether the training images have labels."""
-        return bool(self.classes) and self.apart is None
+        return bool(self.classes) and self.probe_only is None
 
     @property
     def probe(self) -> Split:
         """What probes and neighbours learn from."""
-        return self.train if self.apart is None else self.apart
+        return self.train if self.probe_only is None else self.probe_only
 
     @property
     def test(self) -> Split:
@@ -71,18 +72,18 @@ class Dataset:
         """The split and the name of each image that the source has: `src.data.cache.image_names`."""
         return image_names(cfg, self._cache.skipped)
 
-    def on(self, device: torch.device) -> Dataset:
+    def to_if_it_fits(self, device: torch.device) -> Dataset:
         """The data set with its training and validation images on a GPU, if they take little of its free memory.
 
         Otherwise they stay where they are, and `epoch_batches` streams them.
         """
         from src.data.batches import room
 
-        others = [split for split in (self.val, self.apart) if split is not None]
+        others = [split for split in (self.val, self.probe_only) if split is not None]
         if device.type == "cpu" or sum(split.nbytes for split in (self.train, *others)) > room(device):
             return self
-        val, apart = (None if split is None else split.to(device) for split in (self.val, self.apart))
-        return replace(self, train=self.train.to(device), val=val, apart=apart)
+        val, probe_only = (None if split is None else split.to(device) for split in (self.val, self.probe_only))
+        return replace(self, train=self.train.to(device), val=val, probe_only=probe_only)
 
 
 def load(cfg: Data) -> Dataset:
@@ -112,8 +113,8 @@ def load(cfg: Data) -> Dataset:
     if cfg.limit is not None:
         _check_limit(cfg.limit, train.labels)
         train = train.take(class_balanced_subset(train.labels, cfg.limit, cfg.split_seed))
-    apart = probe if len(probe) else None
-    return Dataset(cfg.name, cache.classes, cache.mean, cache.std, train, val, len(cache.skipped), cache, apart)
+    probe_only = probe if len(probe) else None
+    return Dataset(cfg.name, cache.classes, cache.mean, cache.std, train, val, len(cache.skipped), cache, probe_only)
 
 
 def _cut_off_validation(split: Split, cfg: Data) -> tuple[Split, Split]:
@@ -127,7 +128,8 @@ def _cut_off_validation(split: Split, cfg: Data) -> tuple[Split, Split]:
 
 def _warn_of_no_cut(cfg: Data) -> None:
     """Say so where settings of the cut are changed, which only gives the same run another name."""
-    changed = [key for key, default in OF_THE_CUT.items() if getattr(cfg, key) != default]
+    usual = yaml.safe_load((CONF / "shared" / "data.yaml").read_text())
+    changed = [key for key in ("val_fraction", "split_seed") if getattr(cfg, key) != usual[key]]
     if cfg.limit is not None and "split_seed" in changed:  # which chooses the subset
         changed.remove("split_seed")
     if changed:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from src.config.schema import Data
 from src.data.cache_writer import PARTIAL, checksum, write
-from src.data.decoding import Picture, Source, state
+from src.data.decoding import LazyImage, Source, state
 from src.data.sources import find, root_of, shown
 from src.errors import UsageError
 from src.system.atomic_write import write_whole
@@ -142,12 +142,12 @@ def image_names(cfg: Data, skipped: list[str]) -> dict[str, Iterator[tuple[str, 
     # A line begins with the name, which may have a colon itself.
     left_out = {line[: colon.start()] for line in skipped for colon in re.finditer(": ", line)}
 
-    def named(split: str, pictures: Iterable[Picture]) -> Iterator[tuple[str, str]]:
-        for picture in pictures:
-            if picture.where not in left_out:
-                yield split, picture.where
+    def named(split: str, images: Iterable[LazyImage]) -> Iterator[tuple[str, str]]:
+        for image in images:
+            if image.where not in left_out:
+                yield split, image.where
 
-    splits = {name: named(name, part.pictures) for name, part in find(cfg).read().parts().items()}
+    splits = {name: named(name, part.images) for name, part in find(cfg).read().parts().items()}
     return {"train": chain(splits["train"], splits["val"]), "test": splits["test"], "probe": splits["probe"]}
 
 
@@ -174,8 +174,13 @@ def _identity(cfg: Data) -> Path:
     places = (cfg.name, root_of(cfg), cfg.repo, cfg.revision, cfg.config, cfg.train_split, cfg.test_split)
     decoding = (cfg.image_size, cfg.image_column, cfg.label_column, cfg.resize, cfg.background)
     # Neutral settings leave their names to the caches that there are.
-    newer = (*(("keep", cfg.keep) if cfg.keep else ()), *(("draft",) if cfg.draft else ()))
-    newer += (cfg._target_, json.dumps(cfg.options, sort_keys=True, default=str)) if cfg._target_ else ()
+    newer: list[object] = []
+    if cfg.keep:
+        newer += ["keep", cfg.keep]
+    if cfg.draft:
+        newer += ["draft"]
+    if cfg._target_:
+        newer += [cfg._target_, json.dumps(cfg.options, sort_keys=True, default=str)]
     return Path(cfg.cache_dir).expanduser().resolve() / f"{cfg.name}-{_digest(*places, *decoding, *newer)}"
 
 

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from src.config.schema import Data
 from src.data.cache_resume import BLOCK, BLOCKS_PER_CORE, SAVED, Block, Tally, histogram, resumed, save
-from src.data.decoding import Contents, Decoded, Part, Picture, Source, decode
+from src.data.decoding import Contents, Decoded, LazyImage, Part, Source, decode
 from src.data.sources import shown
 from src.errors import UsageError
 from src.system.threads import cores, in_threads
@@ -87,22 +87,22 @@ def checksum(path: Path, stated: str) -> str:
 
 
 def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
-    """What can be decoded, and a line on each picture that cannot: all of them are decoded once to find out."""
+    """What can be decoded, and a line on each image that cannot: all of them are decoded once to find out."""
     skipped: list[str] = []
 
-    def problem(picture: Picture) -> str:
+    def problem(image: LazyImage) -> str:
         try:
-            _decode(picture, cfg)
+            _decode(image, cfg)
         except UsageError as error:
             return str(error)
         return ""
 
     tried, again, parts = source.read(), source.read(), {}
     for name, part in again.parts().items():
-        problems = list(in_threads(problem, tried.parts()[name].pictures, BLOCKS_PER_CORE * cores()))
+        problems = list(in_threads(problem, tried.parts()[name].images, BLOCKS_PER_CORE * cores()))
         skipped += filter(None, problems)
         kept = [not each for each in problems]
-        parts[name] = Part(list(compress(part.labels, kept)), compress(part.pictures, kept))
+        parts[name] = Part(list(compress(part.labels, kept)), compress(part.images, kept))
     contents = Contents(again.classes, **parts, notes=again.notes)
     if lost := set(tried.train.labels) - set(contents.train.labels):
         names = " of " + ", ".join(contents.classes[label] for label in sorted(lost)) if tried.train.labelled else ""
@@ -194,19 +194,19 @@ def _counted(contents: Contents) -> list[int]:
     return [train, test, *([val, probe] if val or probe else [])]
 
 
-def _decode(picture: Picture, cfg: Data) -> Decoded:
-    return decode(picture, cfg.stored_size, "squash" if cfg.keep else cfg.resize, cfg.background, cfg.draft)
+def _decode(image: LazyImage, cfg: Data) -> Decoded:
+    return decode(image, cfg.stored_size, "squash" if cfg.keep else cfg.resize, cfg.background, cfg.draft)
 
 
 def _decoded(contents: Contents, cfg: Data, done: int) -> Iterator[Block]:
     """The images after the first ``done``."""
 
-    def decoded(pictures: list[Picture]) -> Block:
-        images = np.empty((len(pictures), 3, cfg.stored_size, cfg.stored_size), np.uint8)
-        aspects = np.empty(len(pictures), np.float32)
-        for row, picture in enumerate(pictures):
+    def decoded(lazy: list[LazyImage]) -> Block:
+        images = np.empty((len(lazy), 3, cfg.stored_size, cfg.stored_size), np.uint8)
+        aspects = np.empty(len(lazy), np.float32)
+        for row, image in enumerate(lazy):
             try:
-                images[row], aspects[row] = _decode(picture, cfg)
+                images[row], aspects[row] = _decode(image, cfg)
             except UsageError as error:
                 if cfg.on_error == "skip":  # it could be read a moment ago
                     raise
@@ -216,15 +216,15 @@ def _decoded(contents: Contents, cfg: Data, done: int) -> Iterator[Block]:
     for part in contents.parts().values():
         count = min(done, len(part.labels))
         done -= count
-        for block in in_threads(decoded, _blocks(islice(part.pictures, count, None)), BLOCKS_PER_CORE * cores()):
+        for block in in_threads(decoded, _blocks(islice(part.images, count, None)), BLOCKS_PER_CORE * cores()):
             yield block
             count += len(block.images)
         if count != len(part.labels):
             raise UsageError(f"{count} images for {len(part.labels)} labels: the source is damaged; fetch it again")
 
 
-def _blocks(pictures: Iterator[Picture]) -> Iterator[list[Picture]]:
-    while block := list(islice(pictures, BLOCK)):
+def _blocks(images: Iterator[LazyImage]) -> Iterator[list[LazyImage]]:
+    while block := list(islice(images, BLOCK)):
         yield block
 
 

@@ -1,4 +1,4 @@
-"""What a source hands over, and how one of its pictures becomes pixels.
+"""What a source hands over, and how one of its images becomes pixels.
 
 Shapes: S pixels a side.
 """
@@ -30,19 +30,21 @@ UNLABELLED = -1
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb: a quarter of a gigabyte of RGB
 
 
-class Picture(NamedTuple):
+class LazyImage(NamedTuple):
+    """An image that is read when it is opened."""
+
     where: str  # what an error message calls it
     open: Callable[[], Image.Image]
 
 
 class Decoded(NamedTuple):
     pixels: np.ndarray  # [3, S, S] uint8 RGB
-    aspect: float  # width / height of the picture, upright
+    aspect: float  # width / height of the image, upright
 
 
 class Part(NamedTuple):
     labels: Sequence[int]  # all `UNLABELLED`, or none of them
-    pictures: Iterable[Picture]  # as many, in the same order; may be a generator
+    images: Iterable[LazyImage]  # as many, in the same order; may be a generator
 
     @property
     def labelled(self) -> bool:
@@ -53,7 +55,7 @@ NOTHING = Part([], [])
 
 
 class Arrays:
-    """The pictures of [N, H, W] grey or [N, H, W, 3] colour images, uint8, each made when it is wanted.
+    """The images in arrays [N, H, W] of grey or [N, H, W, 3] of colours, uint8, each made when it is wanted.
 
     Args:
         name: of the data set, for error messages.
@@ -63,11 +65,11 @@ class Arrays:
     def __init__(self, name: str, images: np.ndarray) -> None:
         self.name, self.images = name, images
 
-    def __iter__(self) -> Iterator[Picture]:
+    def __iter__(self) -> Iterator[LazyImage]:
         from PIL import Image
 
         for i, image in enumerate(self.images):
-            yield Picture(f"{self.name} image {i}", partial(Image.fromarray, image))
+            yield LazyImage(f"{self.name} image {i}", partial(Image.fromarray, image))
 
 
 class Contents(NamedTuple):
@@ -120,12 +122,12 @@ def open_bytes(encoded: bytes) -> Image.Image:
 
 
 def decode(
-    picture: Picture, size: int, resize: str = "crop", background: str | None = None, draft: bool = False
+    lazy: LazyImage, size: int, resize: str = "crop", background: str | None = None, draft: bool = False
 ) -> Decoded:
-    """A picture upright, resized with antialiasing (bicubic). Grey, palette and CMYK become Pillow's RGB.
+    """An image upright, resized with antialiasing (bicubic). Grey, palette and CMYK become Pillow's RGB.
 
     Args:
-        picture: what to decode.
+        lazy: what to decode.
         size: S.
         resize: ``crop`` keeps the middle along the longer side, ``squash`` all of it without its aspect, ``pad`` all of
             it and its aspect, between bars.
@@ -133,14 +135,14 @@ def decode(
         draft: a JPEG is decoded at the smallest half, quarter or eighth whose sides are at least 2 S.
 
     Raises:
-        UsageError: the picture is damaged, animated, too large, or has more than 8 bits a channel.
+        UsageError: the image is damaged, animated, too large, or has more than 8 bits a channel.
     """
     from PIL import Image, ImageOps
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such an image is refused here
     try:
-        with picture.open() as image:
-            _check(picture.where, image)
+        with lazy.open() as image:
+            _check(lazy.where, image)
             if draft:
                 image.draft(None, (2 * size, 2 * size))  # nothing to other formats
             ImageOps.exif_transpose(image, in_place=True)
@@ -155,12 +157,10 @@ def decode(
     except UsageError:
         raise
     except Image.DecompressionBombError as error:
-        raise UsageError(f"{picture.where}: more than {MAX_PIXELS:,} pixels; make it smaller") from error
-    except OSError as error:
-        reason = error.strerror if error.errno else "truncated, or not an image"
-        raise UsageError(f"{picture.where}: {reason}; mend or remove it") from error
+        raise UsageError(f"{lazy.where}: more than {MAX_PIXELS:,} pixels; make it smaller") from error
     except Exception as error:  # what Pillow raises depends on what it is fed
-        raise UsageError(f"{picture.where}: truncated, or not an image; mend or remove it") from error
+        reason = error.strerror if isinstance(error, OSError) and error.errno else "truncated, or not an image"
+        raise UsageError(f"{lazy.where}: {reason}; mend or remove it") from error
     return Decoded(np.asarray(fitted).transpose(2, 0, 1), rgb.width / rgb.height)
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from src.data.decoding import SUFFIXES, UNLABELLED, Part, Picture, Source, open_file, stamp, state
+from src.data.decoding import SUFFIXES, UNLABELLED, LazyImage, Part, Source, open_file, stamp, state
 from src.data.roles import SPELLINGS, TRAIN, arrange, split_name, used_splits
 from src.errors import UsageError
 
@@ -21,14 +21,14 @@ MANY = 100_000  # files; of so many only the folders are looked at when a run st
 SETTLED = 2.0  # seconds, the coarsest clock of a usual file system
 
 
-class Pictures:
-    """The pictures of some files, each made when it is wanted: of a million they would take 0.3 GB."""
+class ImageFiles:
+    """The images in some files, each made when it is wanted: of a million they would take 0.3 GB."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
 
-    def __iter__(self) -> Iterator[Picture]:
-        return (Picture(path, partial(open_file, path)) for path in self.paths)
+    def __iter__(self) -> Iterator[LazyImage]:
+        return (LazyImage(path, partial(open_file, path)) for path in self.paths)
 
 
 class Files(NamedTuple):
@@ -165,15 +165,15 @@ def _is_image(path: str) -> bool:
 
 
 def _part(files: Files, classes: list[str]) -> Part:
-    """Pictures of a split, and labels if it tells two classes or more apart."""
-    pictures = Pictures(files.everything)
+    """The images of a split, and labels if it tells two classes or more apart."""
+    images = ImageFiles(files.everything)
     if len(files.by_class) < 2:
-        return Part([UNLABELLED] * len(files.everything), pictures)
+        return Part([UNLABELLED] * len(files.everything), images)
     if strangers := sorted(set(files.by_class) - set(classes)):
         where = files.folder / strangers[0]
         raise UsageError(f"{where}: a class without training images; add some, or remove the folder")
     label_of = {name: label for label, name in enumerate(classes)}
-    return Part([label_of[name] for name, paths in files.by_class.items() for _ in paths], pictures)
+    return Part([label_of[name] for name, paths in files.by_class.items() for _ in paths], images)
 
 
 def files_below(folder: Path, seen: set[str]) -> Iterator[str]:

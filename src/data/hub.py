@@ -32,7 +32,7 @@ def hub(cfg: Data) -> Source:
     if not cfg.repo:
         raise UsageError("data.repo is not set: data=hub needs data.repo=OWNER/NAME, as in the data set's address")
 
-    @cache  # skipping pictures reads twice
+    @cache  # leaving out images reads twice
     def shards() -> Path:
         return download(cfg)
 

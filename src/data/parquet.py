@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from src.data.decoding import UNLABELLED, Contents, Part, Picture, Source, open_bytes, stamp
+from src.data.decoding import UNLABELLED, Contents, LazyImage, Part, Source, open_bytes, stamp
 from src.data.folders import files_below
 from src.data.roles import SPELLINGS, arrange, split_name, used_splits
 from src.errors import UsageError
@@ -168,8 +168,6 @@ def find_columns(shards: Sequence[Path], image: str | None, label: str | None) -
     Raises:
         UsageError: several columns could be meant.
     """
-    if image is not None and label is not None:
-        return image, label, []
     if image is None:
         schema = _schema(shards[0])
         images = [each.name for each in schema if _holds_images(each.type)]
@@ -269,7 +267,8 @@ def _read(
             "labels one type, or set data.label_column to another"
         )
     names = _class_names(splits[first][0], columns[first]) if first else []
-    known = range(len(names)) if names else sorted(found[first]) if first else []
+    there = sorted(found[first]) if first else []
+    known = range(len(names)) if names else there
     index = {value: label for label, value in enumerate(known)}
 
     def labels(name: str) -> list[int]:
@@ -282,7 +281,7 @@ def _read(
                 raise UsageError(f"{shard} row {row}: {what}, while other rows have one; remove or mend the row")
         return [index[value] for each in values[name].values() for value in each]
 
-    parts = {name: Part(labels(name), _Pictures(shards, image_column)) for name, shards in splits.items()}
+    parts = {name: Part(labels(name), _ShardImages(shards, image_column)) for name, shards in splits.items()}
     return names or [str(value) for value in known], parts
 
 
@@ -324,13 +323,13 @@ def _class_names(shard: Path, label_column: str) -> list[str]:
     return names
 
 
-class _Pictures:
-    """The pictures of some shards, in order, read anew whenever they are asked for."""
+class _ShardImages:
+    """The images in some shards, in order, read anew whenever they are asked for."""
 
     def __init__(self, shards: list[Path], column: str) -> None:
         self.shards, self.column = shards, column
 
-    def __iter__(self) -> Iterator[Picture]:
+    def __iter__(self) -> Iterator[LazyImage]:
         import pyarrow.parquet as pq
 
         for shard in self.shards:
@@ -339,5 +338,5 @@ class _Pictures:
                 for batch in pq.ParquetFile(shard).iter_batches(ROWS_AT_ONCE, columns=[self.column]):
                     for cell in batch.column(0).to_pylist():
                         encoded = cell["bytes"] if isinstance(cell, dict) else cell
-                        yield Picture(f"{shard} row {row}", partial(open_bytes, encoded or b""))
+                        yield LazyImage(f"{shard} row {row}", partial(open_bytes, encoded or b""))
                         row += 1

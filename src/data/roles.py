@@ -7,7 +7,7 @@ from itertools import compress
 
 import numpy as np
 
-from src.data.decoding import NOTHING, UNLABELLED, Contents, Part, Picture
+from src.data.decoding import NOTHING, UNLABELLED, Contents, LazyImage, Part
 from src.errors import UsageError
 
 # Sources that ship without a test split get this one, which no option changes, so that results stay comparable.
@@ -29,13 +29,13 @@ def split_name(written: str) -> str:
 
 
 class Rows:
-    """Some of the pictures of an iterable that can be read more than once, without holding the others."""
+    """Some of the images of an iterable that can be read more than once, without holding the others."""
 
-    def __init__(self, pictures: Iterable[Picture], kept: np.ndarray) -> None:
-        self.pictures, self.kept = pictures, kept
+    def __init__(self, images: Iterable[LazyImage], kept: np.ndarray) -> None:
+        self.images, self.kept = images, kept
 
-    def __iter__(self) -> Iterator[Picture]:
-        return compress(self.pictures, self.kept)
+    def __iter__(self) -> Iterator[LazyImage]:
+        return compress(self.images, self.kept)
 
 
 def used_splits(names: Iterable[str], train: str | None, test: str | None) -> list[str]:
@@ -73,7 +73,7 @@ def arrange(classes: list[str], splits: Mapping[str, Part], train: str | None, t
 
     Args:
         classes: of the labelled splits.
-        splits: by name; their pictures can be read more than once.
+        splits: by name; their images can be read more than once.
         train: what ``data.train_split`` says; None: train, or else unlabeled.
         test: what ``data.test_split`` says.
 
@@ -126,5 +126,5 @@ def hold_out_test(part: Part) -> tuple[Part, Part]:
     assert UNLABELLED not in labels
     tested = np.zeros(len(labels), bool)
     tested[stratified_split(torch.from_numpy(labels), TEST_FRACTION, TEST_SEED)[1].numpy()] = True
-    rest, held_out = (Part(labels[kept].tolist(), Rows(part.pictures, kept)) for kept in (~tested, tested))
+    rest, held_out = (Part(labels[kept].tolist(), Rows(part.images, kept)) for kept in (~tested, tested))
     return rest, held_out

@@ -1,4 +1,4 @@
-"""Where images come from: each source states what it rests on and, when asked, yields labelled pictures in fixed order.
+"""Where images come from: each source states what it rests on and, when asked, yields labelled images in fixed order.
 
 A source is cheap to find: it looks at names, sizes and times of files, so that a cache can be recognised as up to date
 without reading a single image.

@@ -141,7 +141,7 @@ def _parts(data: Dataset, cfg: schema.Data, everything: bool) -> list[NamedSplit
         UsageError: there is no test image.
     """
     test = {"test": data.test}
-    splits = {"train": data.train, "val": data.val, **test, "probe": data.apart} if everything else test
+    splits = {"train": data.train, "val": data.val, **test, "probe": data.probe_only} if everything else test
     parts = []
     for name, split in splits.items():
         if split is not None and len(split):

@@ -54,7 +54,7 @@ def main(composed: DictConfig) -> dict[str, float]:
         before = parse(OmegaConf.create(saved["config"]))
         cfg = _merged(saved["config"], composed)
     device = build.device(cfg.device)
-    data = load(cfg.data).on(device)
+    data = load(cfg.data).to_if_it_fits(device)
     warn_of_few_neighbours(cfg.evaluation, data)
     if not data.classes:
         raise UsageError(f"data={cfg.data.name}: no image has a label to evaluate with; choose other images with data=")
@@ -72,18 +72,25 @@ def main(composed: DictConfig) -> dict[str, float]:
         metrics = {f"transfer/{cfg.data.name}-{data.fingerprint[:8]}/{key}": value for key, value in metrics.items()}
     _print(str(directory if record else path), metrics)
     if record:
-        with run_directory.exclusive(directory):
-            name = "mlflow" if record.entry.for_mlflow else "jsonl"
-            tracking = replace(cfg.tracking, name=name, experiment=record.experiment, parent=None)
-            chosen = " ".join([*_chosen(cfg, before), *([f"precision={arithmetic}"] if is_other else [])])
-            tracker = Tracker(directory, tracking, {}, {}, reopens=True)
-            tracker.record.tags |= _tags(tracker.record, metrics, chosen)  # saved with their figures, never before
-            tracker.log(metrics, saved["step"])
-            tracker.close("FINISHED")
-        entry = tracker.record.entry
-        taken = entry.for_mlflow and entry.has == tracker.record.state(record.experiment)
-        print(f"written to {directory / RECORD}{' and MLflow' if taken else ''}")
+        chosen = " ".join([*_chosen(cfg, before), *([f"precision={arithmetic}"] if is_other else [])])
+        _log(directory, record, cfg.tracking, metrics, chosen, saved["step"])
     return metrics
+
+
+def _log(
+    directory: Path, record: Record, tracking: schema.Tracking, metrics: dict[str, float], chosen: str, step: int
+) -> None:
+    """Add figures to a run, in all places where it is; ``chosen`` as of `_tags`."""
+    with run_directory.exclusive(directory):
+        name = "mlflow" if record.entry.for_mlflow else "jsonl"
+        tracking = replace(tracking, name=name, experiment=record.experiment, parent=None)
+        tracker = Tracker(directory, tracking, {}, {}, reopens=True)
+        tracker.record.tags |= _tags(tracker.record, metrics, chosen)  # saved with their figures, never before
+        tracker.log(metrics, step)
+        tracker.close("FINISHED")
+    entry = tracker.record.entry
+    taken = entry.for_mlflow and entry.has == tracker.record.state(record.experiment)
+    print(f"written to {directory / RECORD}{' and MLflow' if taken else ''}")
 
 
 def _tags(record: Record, metrics: Mapping[str, float], chosen: str) -> dict[str, str]:
@@ -126,9 +133,7 @@ def _frozen(
     """The encoder that is a part of a saved method."""
     encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
     with checkpoint.understood(path):
-        prefix = f"{part}."
-        weights = {key.removeprefix(prefix): v for key, v in saved["model"].items() if key.startswith(prefix)}
-        checkpoint.restore(encoder, weights, path)
+        checkpoint.restore(encoder, checkpoint.part_of(saved["model"], part), path)
         mean, std = ([float(each) for each in saved[key]] for key in ("mean", "std"))
         if not len(mean) == len(std) == 3:
             raise ValueError(f"mean and std of {len(mean)} and {len(std)} channels")

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from src.config.identity import LOG_SIZE
-from src.errors import UsageError
 from src.reporting.plots import PLOTTED, RANKING, caption
 from src.reporting.rows import AGREEMENT, TABLE_METRICS, TableRow
 from src.reporting.table import GAIN, GAIN_NOTE, markdown, table
 from src.runs.delivery import DELIVERY_TIMEOUT_S, deliver
 from src.runs.directory import exclusive
-from src.runs.mlflow_store import STORE_TIMEOUT_S, prepare
+from src.runs.mlflow_store import STORE_TIMEOUT_S, told
 from src.runs.record import TAG_CHARTS, TAG_NOTE, TAG_SWEEP_ID, Record, now_ms
 from src.runs.tracker import Tracker
 from src.system.deadline import within
@@ -182,12 +181,6 @@ def publish_again(directory: Path) -> None:
         record = Record.load(directory)
         if TAG_SWEEP_ID not in record.tags or not record.entry.run_id:
             return
-        try:
-            client = prepare()
-            record.tags[TAG_CHARTS] = within(DELIVERY_TIMEOUT_S, lambda: show_sweep(client, record))
-        except UsageError:
-            raise
-        except Exception as error:
-            raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
+        record.tags[TAG_CHARTS] = told(directory, DELIVERY_TIMEOUT_S, lambda client: show_sweep(client, record))
         record.save(directory)
     deliver(directory)  # the tag

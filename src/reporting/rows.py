@@ -93,7 +93,9 @@ class TableRow:
     def text(self, metric: str) -> str:
         """Mean and deviation for people: ``57.83 ± 0.33``, without a deviation for one run, and ``-`` for none."""
         mean, std = self.mean(metric), self.std(metric)
-        return "-" if math.isnan(mean) else f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}"
+        if math.isnan(mean):
+            return "-"
+        return f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}"
 
 
 def metrics_of(rows: Sequence[TableRow]) -> dict[str, str]:

@@ -233,6 +233,12 @@ def understood(path: Path) -> Iterator[None]:
         raise UsageError(f"{path} is not the checkpoint of a run ({one_line(error)}): choose another one") from None
 
 
+def part_of(weights: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Of a method's state dict that of one of its parts, ``encoder`` say."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
 def fits(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
     """Whether a state dict has exactly the module's keys and shapes."""
     return not any(_differences(module, state_dict).values())

@@ -57,7 +57,7 @@ def deliver(directory: Path, requested: Tracking | None = None, again: bool = Fa
         return _deliver_held(directory, requested, again)
 
 
-def _deliver_held(directory: Path, requested: Tracking | None = None, again: bool = False) -> Delivered:
+def _deliver_held(directory: Path, requested: Tracking | None, again: bool = False) -> Delivered:
     """`deliver`, for the process that holds the directory."""
     record = Record.load(directory)
     if record.status == "RUNNING":  # a SIGKILL, say, has ended its process
@@ -72,12 +72,9 @@ def _deliver_held(directory: Path, requested: Tracking | None = None, again: boo
         experiment = requested.experiment if requested else ""
         # Short where a run or a sweep waits for it.
         seconds = mlflow_store.STORE_TIMEOUT_S if requested else DELIVERY_TIMEOUT_S
-        client = mlflow_store.prepare()
-        return within(seconds, lambda: mlflow_store.deliver(client, record, experiment, again))
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
+        return mlflow_store.told(
+            directory, seconds, lambda client: mlflow_store.deliver(client, record, experiment, again)
+        )
     finally:
         record.save(directory)
 
@@ -126,18 +123,28 @@ def main(publish_again: Callable[[Path], None], arguments: Iterable[str] | None 
         description="Deliver to MLflow what it lacks of the runs in multirun/, or the whole of those that are named.",
     )
     parser.add_argument("run", nargs="*", help="a run's name in multirun/, its folder or its id; also of a deleted run")
-    named, deleted = [named_run(each) for each in parser.parse_args(arguments).run], []
+    named = [named_run(each) for each in parser.parse_args(arguments).run]
     for directory in named:
         print(f"{directory}: delivered as run {', '.join(deliver(directory, again=True).run_ids)}", flush=True)
         publish_again(directory)
-    found = [] if named else sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time)
-    refused, in_a_row, waited = list[UsageError](), 0, 0
-    for directory, record in found:
+    if not named:
+        _deliver_all(publish_again)
+
+
+def _deliver_all(publish_again: Callable[[Path], None]) -> None:
+    """What MLflow lacks of any run below ``multirun/``.
+
+    Raises:
+        UsageError: as `main`.
+    """
+    deleted, refused, in_a_row, waited = list[Path](), list[UsageError](), 0, 0
+    for directory, record in sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time):
         if run_directory.is_held(directory):
             continue
         try:
             run_ids, stays_deleted = deliver(directory)
-            deleted += [directory] if stays_deleted else []
+            if stays_deleted:
+                deleted.append(directory)
             waited += len(run_ids)
             if run_ids:
                 print(f"{directory}: delivered as run {', '.join(run_ids)}", flush=True)
@@ -151,7 +158,7 @@ def main(publish_again: Callable[[Path], None], arguments: Iterable[str] | None 
                 break
     if deleted:
         print(_deleted(deleted), flush=True)
-    if not (named or waited or deleted or refused):
+    if not (waited or deleted or refused):
         print("nothing waits to be delivered")
     for each in refused[1:]:
         logger.warning("%s", each)

@@ -91,14 +91,12 @@ def _warn_of_other_code(module: str) -> None:
     )
 
 
-def changed_protocol(cfg: schema.Config, directory: Path) -> dict[str, str]:
-    """The settings of the evaluation in which a config differs from the last session, each with how it differs.
+def changed_protocol(cfg: schema.Config, record: Record) -> dict[str, str]:
+    """The settings of the evaluation in which a config differs from a run's last session, each with how it differs.
 
     They are no part of a run's identity, so a change of them starts no new run. A record keeps the params of the first
     session, as MLflow does; a tag with the name of a param holds its present value.
     """
-    if (record := Record.find(directory)) is None:
-        return {}
     before, now = identity.with_neutral(modern(record.params)) | record.tags, identity.flat(cfg)
     besides = {"evaluation.teacher", "evaluation.bank"} & before.keys()
     asked = sorted({key for key in before | now if identity.is_protocol(key)} | besides)
@@ -106,9 +104,9 @@ def changed_protocol(cfg: schema.Config, directory: Path) -> dict[str, str]:
     return {key: f"{key} was {was} and is {now}" for key, (was, now) in found.items() if was != now}
 
 
-def warn_of_other_protocol(finished: Iterable[schema.Config]) -> None:
+def warn_of_other_protocol(finished: Iterable[tuple[schema.Config, Record]]) -> None:
     """Say once of all of these runs, which are finished, how the evaluation of some was another."""
-    changes = [found for cfg in finished if (found := changed_protocol(cfg, path_of(cfg)))]
+    changes = [found for cfg, record in finished if (found := changed_protocol(cfg, record))]
     if changes:
         logger.warning(
             "%d finished job%s evaluated otherwise (%s): reports pair runs of one evaluation only, so repeat the "
@@ -119,18 +117,17 @@ def warn_of_other_protocol(finished: Iterable[schema.Config]) -> None:
         )
 
 
-def refuse_hopeless(directory: Path, cfg: schema.Config) -> None:
+def refuse_hopeless(record: Record, cfg: schema.Config) -> None:
     """Refuse to continue a run that has diverged, or that has collapsed and is to stop for it.
 
     Raises:
         Diverged: as it was said then.
         Collapsed: it has, and ``on_collapse=stop``.
     """
-    tags = record.tags if (record := Record.find(directory)) else {}
-    if TAG_DIVERGED in tags:
-        raise Diverged(tags.get(TAG_ERROR, "diverged before; resume=never tries again"))
-    if TAG_COLLAPSED in tags and cfg.on_collapse == "stop":
-        raise Collapsed(f"collapsed {tags[TAG_COLLAPSED]}; on_collapse=warn trains on")
+    if TAG_DIVERGED in record.tags:
+        raise Diverged(record.tags.get(TAG_ERROR, "diverged before; resume=never tries again"))
+    if TAG_COLLAPSED in record.tags and cfg.on_collapse == "stop":
+        raise Collapsed(f"collapsed {record.tags[TAG_COLLAPSED]}; on_collapse=warn trains on")
 
 
 def refuse_foreign(directory: Path) -> None:

@@ -202,6 +202,21 @@ def answer(request: Callable[[], T]) -> T:
         raise UsageError(f"the MLflow store does not answer ({one_line(error)}): see MLFLOW_TRACKING_URI") from None
 
 
+def told(directory: Path, seconds: float, request: Callable[[Any], T]) -> T:
+    """What a request gives that tells the store of a run in a directory; it is handed the client.
+
+    Raises:
+        UsageError: as the request, or the store does not open, refuses, or does not answer in so many seconds.
+    """
+    try:
+        client = prepare()
+        return within(seconds, lambda: request(client))
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
+
+
 def known_run(client: Any, run_id: str) -> Any:
     """None where the store does not know the id, or where it is none."""
     from mlflow.exceptions import MlflowException

@@ -53,6 +53,7 @@ class SupportSet(Slots, ABC):
         shard: which of the N this process holds; only a support set that knows of shards gives any but all.
     """
 
+    filled_by = ""  # of one from outside, the setting that says how many embeddings fill it; empty: none does
     shared = False  # whether an entry stands for many images, so that rows with one id must not repel each other
     hits_N: Tensor  # [M], of the slots that this process holds
     label_hits: Tensor

@@ -53,6 +53,8 @@ class Evolving(KMeans):
         UsageError: ``start`` is more than ``size``.
     """
 
+    filled_by = "start"
+
     def __init__(self, space: Space, size: Several, start: Several, penalty: BelowOne, every: Count) -> None:
         if start > size:
             raise UsageError(f"support.start={start}: more than support.size={size}; lower it")

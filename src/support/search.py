@@ -234,9 +234,8 @@ class InvertedLists:
 
         index = faiss.index_factory(self.dim, self.factory, faiss.METRIC_INNER_PRODUCT)
         if isinstance(index, faiss.IndexIVF):
-            index.cp.min_points_per_centroid = (
-                1  # else FAISS prints a warning at every training on fewer than 39 a list
-            )
+            # Else FAISS prints a warning at every training on fewer than 39 a list.
+            index.cp.min_points_per_centroid = 1
         return index
 
 

@@ -136,7 +136,7 @@ class ClusterLauncher(JobLauncher):
 
     def _note(self, job: Job, job_id: str, what: str) -> None:
         write_whole(self._file(job, "id"), f"{self.engine} {job_id}".encode())
-        self.say(job, f"{what.format(self.engine, job_id)}: {self._description(job)}")
+        self.say(job, f"{what.format(self.engine, job_id)}: {self.describe(job)} ({self._file(job, 'log')})")
         self.submitted.append(Submitted(job, job_id))
 
     def _work(self, job: Job) -> Work:
@@ -151,9 +151,6 @@ class ClusterLauncher(JobLauncher):
 
     def _file(self, job: Job, kind: str) -> Path:
         return self.sweep.directory / "jobs" / f"{job.directory.name}.{kind}"
-
-    def _description(self, job: Job) -> str:
-        return f"{self.describe(job)} ({self._file(job, 'log')})"
 
     def _known(self, job: Job) -> str:
         path = self._file(job, "id")
@@ -204,7 +201,7 @@ class ClusterLauncher(JobLauncher):
             return True
         if state.phase != "is gone":
             if state not in (each.last_state, JobState("waits")):
-                self.say(each.job, f"({each.id}) {state.phase}{state.why and f': {state.why}'}")
+                self.say(each.job, f"({each.id}) {': '.join(filter(None, [state.phase, state.why]))}")
             each.last_state, each.gone_since = state, None
             return False
         if (status := self._status(each.job)) is not None:

@@ -23,7 +23,7 @@ def preview(cfgs: Sequence[Config], at_a_time: int, settings: Sequence[str] = ()
         at_a_time: how many jobs run at once.
         settings: of each job, what its line says beside its name.
     """
-    lines, lasts, done = [], list[float](), list[Config]()
+    lines, lasts, done = [], list[float](), list[tuple[Config, Record]]()
     finished = _seconds_an_epoch()
     for number, (cfg, beside) in enumerate(zip(cfgs, settings or [""] * len(cfgs), strict=True)):
         directory = run_directory.path_of(cfg) if cfg.data.fingerprint else Path(identity.run_name(cfg))
@@ -33,7 +33,7 @@ def preview(cfgs: Sequence[Config], at_a_time: int, settings: Sequence[str] = ()
         except UsageError:
             record, state, estimate = None, "damaged", ""
         if record and record.status == "FINISHED":
-            done.append(cfg)
+            done.append((cfg, record))
         else:
             alike = _alike(identity.flat(cfg))
             rate = finished.get((cfg.method.name, *alike)) or finished.get(("", *alike))
@@ -44,7 +44,7 @@ def preview(cfgs: Sequence[Config], at_a_time: int, settings: Sequence[str] = ()
         lines.append("  ".join(filter(None, [place, beside, estimate])))
     run_directory.warn_of_other_protocol(done)
     todo = len(cfgs) - len(done)
-    total = f"{len(cfgs)} job{'s' * (len(cfgs) != 1)}, {todo} to run"
+    total = f"{len(cfgs)} {'job' if len(cfgs) == 1 else 'jobs'}, {todo} to run"
     if lasts:  # no job is shared between processes: the longest is the least that all of them take
         total += f", about {_duration(max(sum(lasts) / at_a_time, *lasts))} with jobs={at_a_time}"
     if unknown := todo - len(lasts):
@@ -72,4 +72,6 @@ def _seconds_an_epoch() -> dict[tuple[str, ...], float]:
 
 def _duration(seconds: float) -> str:
     minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

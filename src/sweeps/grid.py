@@ -20,7 +20,6 @@ from rich.progress import track
 from src.config import identity
 from src.config.explain import explain_key
 from src.config.renamed import new_name
-from src.config.schema import Config
 from src.errors import UsageError
 from src.runs.directory import warn_of_other_protocol
 from src.sweeps.dry_run import preview
@@ -80,17 +79,14 @@ class GridSweeper(Sweeper):
             print(preview(legal, self.jobs_at_a_time(len(legal)), told_apart(possible)))
             sys.exit(2 if len(legal) < len(jobs) else 0)
         name = self.config.hydra.runtime.choices.get("sweep") or "grid"
-        hashes = sorted(identity.config_hash(job.cfg) for job in jobs if job.cfg)
+        hashes = sorted(map(identity.config_hash, legal))
         with Sweep(name, hashes, jobs, legal[0].tracking) as sweep:
-            done, pending = list[Config](), list[Job]()
-            for job in jobs:
-                if job.cfg and job.is_finished:
-                    done.append(job.cfg)
-                elif job.cfg:
-                    pending.append(job)
-            count = f"{len(jobs)} job{'s' * (len(jobs) != 1)}, {len(done)} finished already"
+            done, pending = list[Job](), list[Job]()
+            for job in possible:
+                (done if job.is_finished else pending).append(job)
+            count = f"{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}, {len(done)} finished already"
             print(f"{sweep.directory}: {count}", flush=True)
-            warn_of_other_protocol(done)
+            warn_of_other_protocol((job.cfg, record) for job in done if job.cfg and (record := job.record))
             times = Counter(each for job in pending for each in job.overrides)
             shown = ALWAYS_SHOWN | {each.split("=")[0] for each in times if times[each] < len(pending)}
             for _ in self.launch(sweep, pending, shown, self.launcher.at_a_time):

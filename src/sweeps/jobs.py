@@ -43,6 +43,11 @@ class Job:
     status: int = 0  # the exit status it ended with, where there is an error
     trial: int | None = None  # its number in a study
 
+    @classmethod
+    def impossible(cls, overrides: list[str], passed_over: Sequence[str], reason: str) -> Job:
+        """One whose configuration is not legal."""
+        return cls(overrides, None, Path(), passed_over, " ".join(reason.split()), status=2)
+
     @property
     def label(self) -> str:
         """What tells it from the others, for people."""
@@ -65,6 +70,11 @@ class Job:
         with suppress(UsageError):  # as `record`
             return self.cfg is not None and run_directory.is_finished(self.directory, self.cfg)
         return False
+
+    @property
+    def result(self) -> Record | None:
+        """Its record, where it is finished."""
+        return self.record if self.is_finished else None
 
 
 class Composer:
@@ -101,8 +111,7 @@ class Composer:
                     passed_over.append(each.split("=")[0])
             cfg = parse(composed)
         except (UsageError, HydraException, OmegaConfBaseException) as error:
-            reason = str(error) if isinstance(error, UsageError) else explain_composition(error)
-            return Job(kept, None, Path(), passed_over, " ".join(reason.split()), status=2)
+            return Job.impossible(kept, passed_over, explain_composition(error))
         return Job(kept, cfg, run_directory.path_of(cfg), passed_over)
 
     def identify(self, job: Job) -> Job:
@@ -119,14 +128,14 @@ class Composer:
                 found = (known_fingerprint if self.base.dry_run else fingerprint)(data)
                 self._images[source] = found or data.fingerprint, ""
             except UsageError as error:
-                self._images[source] = None, " ".join(str(error).split())
+                self._images[source] = None, str(error)
         data.fingerprint, reason = self._images[source]
         try:
             origin.identify(job.cfg)
         except UsageError as error:
             reason = str(error)
         if reason:
-            return Job(job.overrides, None, Path(), job.passed_over, reason, status=2)
+            return Job.impossible(job.overrides, job.passed_over, reason)
         return replace(job, directory=run_directory.path_of(job.cfg))
 
     def _is_choice(self, override: str) -> bool:

@@ -142,7 +142,7 @@ class JobLauncher(Launcher):
             log: where that is.
             after: how long it took, in words.
         """
-        how = "finished" if status == 0 else "was pruned" if status == PRUNED else f"ended with status {status}"
+        how = {0: "finished", PRUNED: "was pruned"}.get(status, f"ended with status {status}")
         self.say(job, f"{how}{after}")
         job.status = status
         if status < 0:

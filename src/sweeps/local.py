@@ -52,23 +52,25 @@ class LocalLauncher(JobLauncher):
             In a terminal, which shows bars, so does a single one.
     """
 
+    at_a_time: int
     pause = 0.05
 
     def __init__(self, jobs: int | None) -> None:
-        self.at_a_time = self.slots = jobs or 1
+        self.at_a_time = jobs or 1
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         self.max_minutes = config.max_minutes
         self.processes: list[Process] = []
         self.passed_on = 0
-        self.prints = self.slots == 1 and not in_terminal()  # whether a job's lines are for whoever reads the sweep's
+        # Whether a job's lines are for whoever reads the sweep's.
+        self.prints = self.at_a_time == 1 and not in_terminal()
 
     def start(self, jobs: Sequence[Job], stopper: Stopper) -> None:
         """Each in a free slot."""
         for job in jobs:
             taken = {each.slot for each in self.processes}
-            slot = next(each for each in range(self.slots) if each not in taken)
+            slot = next(each for each in range(self.at_a_time) if each not in taken)
             command = self.command(job)
             if self.max_minutes is not None:
                 left = max(stopper.deadline - time.monotonic(), 0.1) / 60
@@ -98,9 +100,9 @@ class LocalLauncher(JobLauncher):
 
     def _slot_environment(self, slot: int) -> dict[str, str]:
         """The variables that limit a job to its part of the threads, and to one of the GPUs."""
-        if self.slots == 1:
+        if self.at_a_time == 1:
             return {}
-        variables = {"OMP_NUM_THREADS": str(max(1, _threads() // self.slots))}
+        variables = {"OMP_NUM_THREADS": str(max(1, _threads() // self.at_a_time))}
         if gpus := _visible_gpus():
             variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         return variables

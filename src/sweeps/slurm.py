@@ -81,7 +81,7 @@ class SlurmLauncher(ClusterLauncher):
             with redirect_stderr(io.StringIO()):  # to which submitit prints what it raises as well
                 submitted = executor.submit_array(list(work.values()))
         except (FailedJobError, FailedSubmissionError, OSError) as error:
-            raise UsageError(f"hydra/launcher=slurm: {_one_line(str(error))}; {ASK_LESS}") from None
+            raise UsageError(f"hydra/launcher=slurm: {_complaint(str(error))}; {ASK_LESS}") from None
         except (RuntimeError, ValueError) as error:  # no srun here; a setting that submitit does not have
             raise UsageError(f"hydra/launcher=slurm: {' '.join(str(error).splitlines()[:1])}") from None
         return [each.job_id for each in submitted]
@@ -154,11 +154,11 @@ def _ask(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SchedulerSilent(f"{command[0]} does not answer ({error})") from None
     if done.returncode:
-        raise SchedulerSilent(f"{command[0]} does not answer ({_one_line(done.stderr)})")
+        raise SchedulerSilent(f"{command[0]} does not answer ({_complaint(done.stderr)})")
     return done.stdout
 
 
-def _one_line(said: str) -> str:
+def _complaint(said: str) -> str:
     """What a tool of SLURM complains of, without its own name before every line."""
     lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in said.splitlines()]
     return "; ".join(dict.fromkeys(line for line in lines if line)) or "no reason given"

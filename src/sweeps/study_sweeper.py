@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config import identity
@@ -61,10 +60,7 @@ class StudySweeper(GridSweeper):
         if self.config.dry_run:
             known = (sweep.directory / studies.FILE).exists()
             study = studies.Study(sweep.directory, space, self.pruner, self.seed) if known else None
-            there = [self._job(study, fixed, number) for number in study.points()] if study else []
-            possible = [job for job in there if job.cfg]
-            print(preview([job.cfg for job in possible if job.cfg], at_a_time, told_apart(possible)))
-            print(f"{max(self.trials - len(there), 0)} trials to propose")
+            self._preview([self._job(study, fixed, number) for number in study.points()] if study else [], at_a_time)
             return
         is_first = not (sweep.directory / RECORD).is_file()
         with sweep:
@@ -74,7 +70,7 @@ class StudySweeper(GridSweeper):
                 print(f"{sweep.directory / studies.FILE} {anew}", file=sys.stderr)
             sweep.jobs += [self._job(study, fixed, number) for number in study.points()]
             print(f"{sweep.directory}: {len(sweep.jobs)} of {self.trials} trials are there", flush=True)
-            warn_of_other_protocol([job.cfg for job in sweep.jobs if job.cfg and job.is_finished])
+            warn_of_other_protocol((job.cfg, done) for job in sweep.jobs if job.cfg and (done := job.result))
             trials = _Trials(study, sweep.jobs, self.trials, partial(self._job, study, fixed))
             for job in self.launch(sweep, trials, ALWAYS_SHOWN | space.keys(), at_a_time):
                 trials.conclude(job)
@@ -87,6 +83,12 @@ class StudySweeper(GridSweeper):
             if self.launcher.status and len(sweep.jobs) < self.trials:  # the last of its jobs may have ended by itself
                 sys.exit(self.launcher.status)
         sys.exit(sweep.status)
+
+    def _preview(self, trials: Sequence[Job], at_a_time: int) -> None:
+        """Print what there is, and how many trials are still to come."""
+        possible = [job for job in trials if job.cfg]
+        print(preview([job.cfg for job in possible if job.cfg], at_a_time, told_apart(possible)))
+        print(f"{max(self.trials - len(trials), 0)} trials to propose")
 
     def _space(self, arguments: list[str]) -> tuple[list[str], dict[str, Any], Config]:
         """The overrides that all trials share, the distributions of all others, and a config that stands for all.
@@ -127,7 +129,7 @@ class StudySweeper(GridSweeper):
         point = [f"{key}={value}" for key, value in study.points()[number].items()]
         job = self.composer.identify(self.composer([*fixed, *point]))
         if job.cfg and (reason := self._refused(job.cfg, job.overrides)):
-            job = Job(job.overrides, None, Path(), job.passed_over, reason, status=2)
+            job = Job.impossible(job.overrides, job.passed_over, reason)
         job.trial = number
         job.status = job.status or (PRUNED if study.state(number) == "PRUNED" else 0)
         return job
@@ -186,16 +188,18 @@ class _Trials:
     def conclude(self, job: Job) -> None:
         """End a trial that would end again as it did; any other stays open, and the next command takes it up."""
         assert job.trial is not None
-        value = job.record.metrics.get(self.study.objective, math.nan) if job.is_finished and job.record else math.nan
+        result = job.result
+        value = result.metrics.get(self.study.objective, math.nan) if result else math.nan
         if math.isfinite(value):
             self.study.conclude(job.trial, "COMPLETE", value)
         elif job.status == PRUNED:
             self.study.conclude(job.trial, "PRUNED")
-        elif job.cfg is None or job.is_finished or job.status == Diverged.status:
+        elif job.cfg is None or result or job.status == Diverged.status:
             self.study.conclude(job.trial, "FAIL")
         if self._is_unjudged(job):
             self.unjudged.append(job)
 
     def _is_unjudged(self, job: Job) -> bool:
         """Whether a job has finished without the metric that the search is for."""
-        return job.is_finished and job.record is not None and self.study.objective not in job.record.metrics
+        result = job.result
+        return result is not None and self.study.objective not in result.metrics

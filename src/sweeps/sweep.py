@@ -12,13 +12,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from src.config import schema
 from src.errors import UsageError
 from src.reporting import mlflow_charts, table
-from src.reporting.rows import summarise
+from src.reporting.rows import TableRow, summarise
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
 from src.runs.delivery import attach_children
@@ -96,15 +97,7 @@ class Sweep:
         notes = [f"no result: {f'{job.label}: ' if job.cfg else ''}{job.reason}" for job in lacking]
         notes += [f"pruned: {job.label}" for job in pruned]
         rows, more = summarise([Record.load(job.directory) for job in finished])
-        pictures = []
-        if rows:
-            paths = table.write(rows, [*notes, *more], f"{self.name} ({self.id})", self.directory)
-            pictures = [path for path in paths if path.suffix == ".png"]
-            for path in paths:
-                self.tracker.artifact(path)
-            table.show(rows, more, f"{self.name} ({self.id})")
-            note = mlflow_charts.describe_sweep(f"{self.name} ({self.id})", rows, self.best)
-            self.tracker.record.tags[TAG_NOTE] = note
+        paths = self._tabulate(rows, notes, more) if rows else []
         if self.best:
             print(f"best: {self.best}", flush=True)
         stopped = [job.status for job in lacking if is_stop(job.status)]
@@ -116,8 +109,9 @@ class Sweep:
 
         print(f"{self.directory}: {len(finished)} of {len(self.jobs)} jobs finished, {len(pruned)} pruned", flush=True)
         print(f"report: python -m src.report sweep={self.id} tracking={self.tracking.name}", flush=True)
-        for path in pictures:
-            print(f"plot: {path}", flush=True)
+        for path in paths:
+            if path.suffix == ".png":
+                print(f"plot: {path}", flush=True)
         if rows:
             print(f"page: {self.directory / 'results.html'}", flush=True)
         if charts_path := self.tracker.record.tags.get(TAG_CHARTS):
@@ -127,8 +121,21 @@ class Sweep:
         possible = [job.cfg for job in lacking if job.cfg]
         if possible and not any(cfg.resume == "never" for cfg in possible):
             print(f"run again just what is missing: {_command()}", file=sys.stderr)
-        self.status = (stopped[0] if stopped else 1) if lacking else 0
-        return "FINISHED" if not lacking else "KILLED" if stopped else "FAILED"
+        if not lacking:
+            self.status = 0
+            return "FINISHED"
+        self.status = stopped[0] if stopped else 1
+        return "KILLED" if stopped else "FAILED"
+
+    def _tabulate(self, rows: Sequence[TableRow], notes: Sequence[str], more: Sequence[str]) -> list[Path]:
+        """Show what has come out, here and in MLflow; the files. The notes on jobs are in these alone."""
+        title = f"{self.name} ({self.id})"
+        paths = table.write(rows, [*notes, *more], title, self.directory)
+        for path in paths:
+            self.tracker.artifact(path)
+        table.show(rows, more, title)
+        self.tracker.record.tags[TAG_NOTE] = mlflow_charts.describe_sweep(title, rows, self.best)
+        return paths
 
 
 def _exit(number: int, _: object) -> None:

@@ -9,7 +9,6 @@ import ctypes
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ class Work:
     """A job, as it is handed to a cluster. submitit calls it, and calls `checkpoint` ahead of a time limit.
 
     Of a job of several tasks each calls it, and starts a rank of the run. Ahead of a time limit only the first is told
-    to stop, and the ranks stop together (`src.training.distributed.Ranks.agree`).
+    to stop, and the ranks stop together (`src.training.distributed.Ranks.max_status`).
     """
 
     command: Sequence[str]
@@ -103,8 +102,7 @@ def as_rank() -> dict[str, str]:
 
 def end_with_parent() -> None:
     """Have the kernel stop this process, as SIGTERM would, when its parent is gone: no job outlives its sweep."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _behind_the_scheduler() -> None:

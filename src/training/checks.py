@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from src.config import schema
+from src.config.outside import target
 from src.config.schema import Config
 from src.data import Dataset
 from src.data.batches import check_batch_size, images_a_step
@@ -60,8 +61,9 @@ class Filling(NamedTuple):
         if isinstance(support, schema.KMeans) and support.forget == "reset" and support.forget_every < epochs:
             epochs, period = support.forget_every, "support.forget_every"
         name, size = ("k", cfg.k) if cfg.k is not None else ("queue_size", cfg.queue_size)
-        if support.name == "evolving":
-            name, size = "support.start", getattr(support, "start", None)
+        if support._target_ is not None:
+            setting = getattr(target(support._target_, "support"), "filled_by", "")  # a function has none
+            name, size = f"support.{setting}", getattr(support, setting, None)
         if size is None or (filled and period == "epochs"):
             return None
         batch_size = images_a_step(cfg.batch_size, images)

@@ -99,8 +99,8 @@ class Pretraining:
         with Progress(epochs, self.steps_per_epoch, state.batch_size) as self.progress:
             if state.step == 0:
                 self.tracker.log(self._validate(), step=0)
-            # A run that was stopped in a validation begins with that.
-            for epoch in range((state.step - (not state.validated)) // self.steps_per_epoch, epochs):
+            ended = state.step if state.validated else state.step - 1  # stopped in a validation, it begins with that
+            for epoch in range(ended // self.steps_per_epoch, epochs):
                 self._train_epoch(epoch)
                 self._finish_epoch(epoch)
 
@@ -193,10 +193,12 @@ class Pretraining:
             known = self.support.stats()
             metrics |= {key: known[key] for key in known if self.data.labelled or key not in NEED_LABELS}
         metrics |= validation
+        pictures: list[Path] = []
         # To draw is to look up, which one rank alone cannot do where the support set is in shards.
-        draws = evaluates and cfg.evaluation.pictures and ranks.first and not in_shards(state.method)
-        drawn = state.method, state.frozen_here, self.data, self.directory, epoch + 1, last
-        pictures = self.hooks.illustrate(*drawn) if draws else []
+        if evaluates and cfg.evaluation.pictures and ranks.first and not in_shards(state.method):
+            pictures = self.hooks.illustrate(
+                state.method, state.frozen_here, self.data, self.directory, epoch + 1, last
+            )
         if not last and ranks.first:
             self.stopper.pruned = self.hooks.should_prune(cfg.tracking.parent, cfg.tracking.trial, epoch + 1, metrics)
         tracker.log(metrics, state.step)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
+from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from src.system.output import in_terminal
@@ -83,7 +83,7 @@ class ImagesPerSecond(ProgressColumn):
         return Text(f"{task.speed * self.batch_size:.0f} images/s" if task.speed else "")
 
 
-class Bar(Bars):
+class Bar(RichProgress):
     """One line that is drawn again and again; what is printed meanwhile appears above it."""
 
     def __init__(self, total_steps: int, batch_size: int) -> None:

@@ -82,7 +82,7 @@ def run(cfg: Config, hooks: loop.Hooks, exact_batch: bool = True) -> float:
         Stopped: by a signal (128 + its number) or by ``max_minutes`` (75); the same command continues.
     """
     ranks = distributed.join(cfg.device)  # refuses a GPU that is not there before images are decoded
-    data = load(cfg.data).on(ranks.device)
+    data = load(cfg.data).to_if_it_fits(ranks.device)
     cfg.data.fingerprint = data.fingerprint  # a run is its settings and its images
     state, tags = start(cfg, data, ranks, exact_batch)
     directory = ranks.broadcast(run_directory.path_of(cfg))
@@ -125,7 +125,7 @@ def start(cfg: Config, data: Dataset, ranks: Ranks, exact_batch: bool) -> tuple[
 def deliver_again(directory: Path, cfg: Config) -> None:
     """Deliver what MLflow lacks of a finished run, and say in which settings it was evaluated otherwise."""
     catch_up(directory, cfg.tracking)
-    if changes := run_directory.changed_protocol(cfg, directory):
+    if changes := run_directory.changed_protocol(cfg, Record.load(directory)):
         add = f"python -m src.evaluate run={directory}, with these settings, adds other figures"
         logger.warning("%s was evaluated otherwise (%s): %s", directory, ", ".join(changes.values()), add)
 
@@ -135,8 +135,9 @@ def train(
 ) -> None:
     """Continue from the newest checkpoint, or begin, until the run is finished; its record says how it ended."""
     cfg, ranks = state.cfg, state.ranks
-    if ranks.first:
-        run_directory.refuse_hopeless(directory, cfg)
+    before = Record.find(directory) if ranks.first else None
+    if before:
+        run_directory.refuse_hopeless(before, cfg)
     resumed = state.resume(directory / CHECKPOINTS, directory / METRICS)
     if cfg.init is not None and TAG_INIT_TAKEN not in tags and not resumed:
         raise UsageError(f"init={cfg.init}: names no weights any more, and {directory} has no checkpoint to go on with")
@@ -146,10 +147,10 @@ def train(
     if "git_commit" in environment:
         code["git_commit"] = environment["git_commit"]
     now = conditions(str(state.device), dtype) | {"processes": str(ranks.world_size)} | code
-    if ranks.first:
-        tags |= note_changed_protocol(cfg, directory, state.step)
+    if before:
+        tags |= note_changed_protocol(cfg, before, directory, state.step)
         if resumed:
-            warn_of_other_conditions(directory, now, state.step)
+            warn_of_other_conditions(before, directory, now, state.step)
     ranks.check_same(state.method, images=data.fingerprint, step=state.step)
     config = identity.flat(cfg)
     own = {TAG_DTYPE: dtype, TAG_CONFIG_HASH: identity.config_hash(cfg), TAG_COLOUR: colour_of(config)}
@@ -195,13 +196,13 @@ def train(
             ranks.final_barrier()
 
 
-def note_changed_protocol(cfg: Config, directory: Path, step: int) -> dict[str, str]:
+def note_changed_protocol(cfg: Config, record: Record, directory: Path, step: int) -> dict[str, str]:
     """Warn where the evaluation has changed since the last session; the tags that record it, none where it has not."""
-    changes = run_directory.changed_protocol(cfg, directory)
+    changes = run_directory.changed_protocol(cfg, record)
     if not changes:
         return {}
     config, text = identity.flat(cfg), ", ".join(changes.values())
-    earlier = Record.load(directory).tags.get(TAG_EVALUATION_CHANGED)
+    earlier = record.tags.get(TAG_EVALUATION_CHANGED)
     logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, text)
     tags = {key: str(config.get(key, "null")) for key in changes}
     return tags | {TAG_EVALUATION_CHANGED: "; ".join(filter(None, [earlier, f"{text} at step {step}"]))}
@@ -223,15 +224,12 @@ def say_result(directory: Path) -> float:
     return metrics.get("val/knn_top1", math.nan)
 
 
-def warn_of_other_conditions(directory: Path, now: dict[str, str], step: int) -> None:
+def warn_of_other_conditions(record: Record, directory: Path, now: dict[str, str], step: int) -> None:
     """Warn where the run continues under conditions that may give other bits: another version of torch, other code.
 
     Raises:
         UsageError: the precision is another one, which is more than a rounding.
     """
-    record = Record.find(directory)
-    if record is None:
-        return
     if (before := record.tags.get(TAG_DTYPE, now["precision"])) != now["precision"]:
         raise UsageError(
             f"{directory}: was computed in {before} up to step {step}, and precision=auto means {now['precision']} on "

@@ -196,7 +196,7 @@ class TrainState:
             weights = own_rows(self.method, weights)
             remedy = f"init= takes an encoder of backbone={self.cfg.backbone.name}, with the keys of its state_dict"
             for name, part in self.method.named_children():
-                own = {key.removeprefix(f"{name}."): v for key, v in weights.items() if key.startswith(f"{name}.")}
+                own = checkpoint.part_of(weights, name)
                 if name == "encoder" or checkpoint.fits(part, own):
                     checkpoint.restore(part, own, path, remedy)
                     taken.append(name)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from src.data import Dataset
-from src.data.decoding import Picture, decode
+from src.data.decoding import LazyImage, decode
 
 SIZE = 8
 
@@ -70,7 +70,7 @@ def write_set(layout: str, root: Path, seed: int = 0, count: int = 24) -> Path:
     return root
 
 
-def decoded(picture: Picture, *options, **more) -> np.ndarray:
+def decoded(picture: LazyImage, *options, **more) -> np.ndarray:
     """[3, S, S] uint8."""
     return decode(picture, *options, **more).pixels
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from src.data import load
 from src.data.cache import cached
-from src.data.decoding import Picture, open_bytes
+from src.data.decoding import LazyImage, open_bytes
 from src.errors import UsageError
 from tests.data.layouts import SIZE, decoded, encoded, random_image, write_folder, write_shard
 
@@ -79,7 +79,7 @@ def test_a_mutated_image_is_what_pillow_makes_of_it_or_refused(data):
     content = data.draw(mutated(data.draw(st.sampled_from(IMAGES))))
     with at_most(200):
         try:
-            got = decoded(Picture("x.png", lambda: open_bytes(content)), SIZE)
+            got = decoded(LazyImage("x.png", lambda: open_bytes(content)), SIZE)
         except UsageError as error:
             one_line(error, "x.png: ")
             return
@@ -104,7 +104,7 @@ def test_a_mutated_shard_is_what_pyarrow_reads_in_it_or_refused(config, tmp_path
             return
     assert dataset.train.labels.tolist() == pq.read_table(path, columns=["label"])["label"].to_pylist()
     cells = pq.read_table(path, columns=["image"])["image"].to_pylist()
-    want = [decoded(Picture("", lambda cell=cell: open_bytes(cell["bytes"])), SIZE) for cell in cells]
+    want = [decoded(LazyImage("", lambda cell=cell: open_bytes(cell["bytes"])), SIZE) for cell in cells]
     assert np.array_equal(dataset.train.images, np.stack(want))
 
 

@@ -183,6 +183,6 @@ def test_two_spellings_of_a_split_are_refused(config, tmp_path):
 def test_the_fifth_that_tests_where_no_split_does_is_always_the_same():
     labels = [0, 1, 2, 3, 4] * 6
     rest, held_out = hold_out_test(Part(labels, range(30)))
-    assert list(held_out.pictures) == [0, 4, 7, 13, 21, 29]
-    assert held_out.labels == [labels[row] for row in held_out.pictures]
-    assert sorted([*rest.pictures, *held_out.pictures]) == list(range(30))
+    assert list(held_out.images) == [0, 4, 7, 13, 21, 29]
+    assert held_out.labels == [labels[row] for row in held_out.images]
+    assert sorted([*rest.images, *held_out.images]) == list(range(30))

@@ -145,7 +145,7 @@ def test_images_without_labels_are_drawn_without_names(tmp_path, monkeypatch, st
     made = data_of()
     unlabelled = replace(made.train, labels=torch.zeros_like(made.train.labels))
     if probed:
-        data = replace(made, train=unlabelled, apart=made.train)
+        data = replace(made, train=unlabelled, probe_only=made.train)
     else:
         data = replace(made, classes=[], train=unlabelled, val=unlabelled)
     method, frozen = method_with(copy.deepcopy(stored), data)
