@@ -176,7 +176,7 @@ def check_same(saved: Mapping[str, Any], cfg: Config, where: Path, saved_hash: s
 
 def same_images(saved: Mapping[str, Any], cfg: Config) -> bool:
     """Whether a run with the saved config (nested) trained on the same images, in the same rows."""
-    before, now, without = modern(flatten(saved)), flatten(without_neutral(cfg)), inert(cfg)
+    before, now, without = flatten(saved), flatten(without_neutral(cfg)), inert(cfg)
     keys = {f"data.{key}" for key in ("fingerprint", "limit", "val_fraction", "split_seed", "final")} - without
     return all(before.get(key) == now.get(key) for key in keys)
 

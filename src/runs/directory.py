@@ -14,7 +14,6 @@ from filelock import FileLock, Timeout
 
 from src.config import identity, schema
 from src.config.outside import code_digests
-from src.config.renamed import modern
 from src.errors import Collapsed, Diverged, UsageError
 from src.runs.record import (
     CHECKPOINTS,
@@ -97,7 +96,7 @@ def changed_protocol(cfg: schema.Config, record: Record) -> dict[str, str]:
     They are no part of a run's identity, so a change of them starts no new run. A record keeps the params of the first
     session, as MLflow does; a tag with the name of a param holds its present value.
     """
-    before, now = identity.with_neutral(modern(record.params)) | record.tags, identity.flat(cfg)
+    before, now = identity.with_neutral(record.params) | record.tags, identity.flat(cfg)
     besides = {"evaluation.teacher", "evaluation.bank"} & before.keys()
     asked = sorted({key for key in before | now if identity.is_protocol(key)} | besides)
     found = {key: (before.get(key, "null"), str(now.get(key, "null"))) for key in asked}
@@ -184,7 +183,11 @@ def exclusive(directory: Path, patience: float = 0.0) -> Iterator[None]:
         with suppress(OSError):  # a full disk: what matters more will say so
             (directory / HOLDER).write_text(_this_process())
     except Timeout as error:
-        raise UsageError(f"{directory}: {_holder(directory)} is using it; wait for it, or stop it") from error
+        holder = _holder(directory)
+        # A file system without locks keeps the file of a process that was killed elsewhere.
+        is_elsewhere = not holder.endswith((socket.gethostname(), "another process"))
+        gone = f"; if it is gone there, remove {directory / '.lock'}" if is_elsewhere else ""
+        raise UsageError(f"{directory}: {holder} is using it; wait for it, or stop it{gone}") from error
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"
         if (directory / RECORD).exists():

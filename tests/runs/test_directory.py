@@ -44,6 +44,18 @@ def test_a_directory_is_held_once_and_let_go(tmp_path):
         assert (tmp_path / "a" / "b").is_dir()
 
 
+def test_a_process_that_is_gone_elsewhere_is_told_by_what_it_has_left(tmp_path):
+    """On a file system without locks its file stays, and nobody here can ask whether it lives."""
+    with run_directory.exclusive(tmp_path):
+        (tmp_path / run_directory.HOLDER).write_text("process 7 on node12")
+        with (
+            pytest.raises(UsageError, match="if it is gone there, remove ") as error,
+            run_directory.exclusive(tmp_path),
+        ):
+            pass
+    assert str(error.value).endswith(str(tmp_path / ".lock"))
+
+
 def test_a_process_that_stops_is_waited_for(tmp_path):
     held = FileLock(tmp_path / ".lock", thread_local=False)
     held.acquire()
