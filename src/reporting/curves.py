@@ -119,7 +119,7 @@ def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]
     """Epoch, mean and sample standard deviation (0 for one run) of a metric, at epochs where every run has it.
 
     The untrained encoder's metric is a level over all epochs. Metrics of a support set that is reset are taken where it
-    is oldest, at the last epoch before each reset, and at the end.
+    is oldest: at the last epoch before each reset.
     """
     runs = [read(directory) for directory in course.directories]
     metric = f"{UNTRAINED}/{metric}" if course.is_untrained else metric
@@ -128,11 +128,10 @@ def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]
         last = max((step for steps, _ in run.values() for step in steps), default=0) or 1
         for step, value in zip(*run.get(metric, ([], [])), strict=True):
             found[course.epochs * step / last].append(value)
-    is_reset = metric.startswith("support/") and course.cycle > 1
     points = [
         (epoch, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
         for epoch, values in sorted(found.items())
-        if len(values) == len(runs) and not (is_reset and epoch < course.epochs and round(epoch) % course.cycle)
+        if len(values) == len(runs) and not (metric.startswith("support/") and round(epoch) % course.cycle)
     ]
     return [*points, *((course.epochs, mean, std) for _, mean, std in points)] if course.is_untrained else points
 

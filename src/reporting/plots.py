@@ -100,7 +100,7 @@ def by_size(rows: Sequence[TableRow]) -> Figure:
             if points:
                 handles[label] = _series(axes, points, places, metric, styles[label])
         _cap(axes)
-    figure.suptitle(caption(rows), fontsize=9)
+    figure.suptitle(fitting(caption(rows), figure), fontsize=9)
     if handles:
         names = [wrapped(label, MAX_LEGEND_CHARS) for label in handles]
         columns = min(4, len(names), max(1, 96 // (max(len(line) for name in names for line in name.split("\n")) + 8)))
@@ -148,7 +148,7 @@ def dots(rows: Sequence[TableRow]) -> Figure:
         axes.tick_params(axis="y", length=0)
     left_out = f"; the {MAX_DOTS} best of {len(measured)}" if len(measured) > MAX_DOTS else ""
     levels = "; grey lines: the same with nothing stored" if any(controls) else ""
-    figure.suptitle(f"{caption(rows)}{left_out}{levels}", fontsize=9)
+    figure.suptitle(fitting(f"{caption(rows)}{left_out}{levels}", figure), fontsize=9)
     return figure
 
 
@@ -192,6 +192,11 @@ def frame(axes: Axes, grid: str = "y") -> None:
 def wrapped(text: str, width: int) -> str:
     """Wrap a text to at most two lines of ``width`` characters; the rest is cut off."""
     return "\n".join(wrap(text, width, max_lines=2, placeholder="…"))
+
+
+def fitting(title: str, figure: Figure) -> str:
+    """The title of a figure, in two lines where it is wider than that."""
+    return wrapped(title, int(14 * figure.get_figwidth()))
 
 
 def _cut(text: str) -> str:

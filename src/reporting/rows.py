@@ -98,6 +98,13 @@ class TableRow:
         return f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}"
 
 
+def cycle_of(row: TableRow) -> int:
+    """Epochs from one reset of a row's support sets to the next; 1 where they are never reset."""
+    params = row.runs[0].params
+    cycle = int(params.get("support.forget_every", 1)) if params.get("support.forget") == "reset" else 1
+    return cycle if cycle < int(params["epochs"]) else 1
+
+
 def metrics_of(rows: Sequence[TableRow]) -> dict[str, str]:
     """The metrics of a table with their titles: `TABLE_METRICS`, and what any run has of the others that are known."""
     found = {key for row in rows for run in row.runs for key in run.metrics}
@@ -244,6 +251,10 @@ def _remarks(
         notes.append(f"the rows differ in their number of seeds: {seeds[0]} to {seeds[-1]}")
     elif len({frozenset(run.params["seed"] for run in row.runs) for row in rows}) > 1:
         notes.append("the rows differ in their seeds")
+    young = [row for row in rows if row.values(AGREEMENT) and int(row.runs[0].params["epochs"]) % cycle_of(row)]
+    if young:
+        titles = ", ".join(row.title for row in young)
+        notes.append(f"{AGREEMENT_TITLE} are counted soon after a reset of the prototypes: {titles}")
     for metric, title in metrics_of(rows).items():
         having = [(row, len(row.values(metric))) for row in rows if row.size or metric != AGREEMENT]
         lacking = [(row, n) for row, n in having if n < len(row.runs)]

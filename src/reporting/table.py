@@ -21,13 +21,14 @@ from rich.table import Table
 from src.config.names import UNTRAINED
 from src.errors import UsageError
 from src.reporting import curves, page
-from src.reporting.plots import caption, plot, to_svg, write_png
+from src.reporting.plots import caption, fitting, plot, to_svg, write_png
 from src.reporting.rows import (
     AGREEMENT_TITLE,
     NOTHING_STORED,
     TABLE_METRICS,
     TableRow,
     control_of,
+    cycle_of,
     difference,
     metrics_of,
 )
@@ -187,11 +188,8 @@ def courses(rows: Sequence[TableRow]) -> list[curves.Course]:
         if not here:
             continue
         title = f"{row.title} ({len(here)} of {len(row.runs)} seeds)" if len(here) < len(row.runs) else row.title
-        params = row.runs[0].params
-        epochs, is_untrained = int(params["epochs"]), row.method == UNTRAINED
-        cycle = int(params.get("support.forget_every", 1)) if params.get("support.forget") == "reset" else 1
-        cycle = cycle if cycle < epochs else 1  # as nothing is reset
-        found.append(curves.Course(title, row.name, row.size, row.colour, epochs, here, cycle, is_untrained))
+        epochs, is_untrained = int(row.runs[0].params["epochs"]), row.method == UNTRAINED
+        found.append(curves.Course(title, row.name, row.size, row.colour, epochs, here, cycle_of(row), is_untrained))
     return found
 
 
@@ -226,7 +224,7 @@ def write(rows: Sequence[TableRow], notes: Sequence[str], experiment: str, out: 
         pictures = {"Support-set size and accuracy": to_svg(figure)}
         write_whole(out / "plot.svg", pictures["Support-set size and accuracy"].encode())
         if drawn := curves.compare(courses(rows)):
-            drawn.suptitle(caption(rows), fontsize=9)
+            drawn.suptitle(fitting(caption(rows), drawn), fontsize=9)
             paths.append(out / "curves.png")
             write_png(drawn, paths[-1], dpi=200)
             pictures["Over the epochs"] = to_svg(drawn)

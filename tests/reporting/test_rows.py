@@ -60,6 +60,15 @@ def test_right_positives_are_a_column_of_runs_that_know_them_in_percent_and_no_g
     assert AGREEMENT not in metrics_of(summarise([run("kmclr", 400)])[0])
 
 
+@pytest.mark.parametrize(("epochs", "is_young"), [("99", False), ("100", True), ("500", True), ("2", False)])
+def test_right_positives_of_young_prototypes_are_told(epochs, is_young):
+    reset = {"support.forget": "reset", "support.forget_every": "3", "epochs": epochs}
+    runs = [run("kmclr", 50, **reset), run("kmclr", 400, **reset), run("nnclr", 400, epochs=epochs)]
+    _, notes = summarise([with_agreement(each, 0.1) for each in runs])
+    told = "right positives are counted soon after a reset of the prototypes: KMCLR 50, KMCLR 400"
+    assert (told in notes) is is_young
+
+
 def test_each_encoder_and_data_set_has_an_untrained_row_of_its_own():
     runs = [
         with_untrained(run("simclr", **{"backbone.name": name, "epochs": epochs}), test_linear_top1=top1)
