@@ -20,23 +20,18 @@ from src.runs import mlflow_store, tracker
 settings.register_profile("same", deadline=None, derandomize="CASES" not in os.environ)
 settings.load_profile("same")
 
-# Of a team's server, or a shell of torchrun's: no test may write to the one or be a rank of the other.
-for name in (
-    "MLFLOW_TRACKING_URI",
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "HYDRA_FULL_ERROR",
-):
-    os.environ.pop(name, None)
-
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup every process of a test would ignore it
 
 PROJECT = Path(__file__).parent.parent
 ELSEWHERE = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}  # of this project's commands in another folder
 CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", PROJECT.parent / "shared" / "data" / "cifar100"))
+
+
+def pytest_configure():
+    """Forget a team's server and a shell of torchrun's: no test may write to the one, or be a rank of the other."""
+    for name in ("MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
 def pytest_collection_modifyitems(items):
