@@ -141,7 +141,7 @@ def test_a_run_has_a_page_where_mlflow_has_it_and_none_where_it_is_deleted(clien
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
     tracker.close("FINISHED")
     (found,) = client.search_runs([client.get_experiment_by_name(MLFLOW.experiment).experiment_id])
-    page = f"#/experiments/{found.info.experiment_id}/runs/{found.info.run_id}"
+    page = f"#/experiments/{found.info.experiment_id}/runs/{found.info.run_id}?workflowType=machine_learning"
     assert links.page_of(Record.load(tmp_path / "run")) == page
 
     client.delete_run(found.info.run_id)
