@@ -49,6 +49,7 @@ TAG_DIVERGED = "diverged"  # the run is not worth continuing
 TAG_COLLAPSED = "collapsed"  # at which step, and how
 TAG_SUPPORT_UNUSED = "support_unused"  # the support set was never filled, so the positives were the other views
 TAG_CODE = "code/"  # TAG_CODE and a module's name: the digest of one's own code
+CODE = "code"  # among the conditions: the digest of this project's modules; older records have none
 TAG_CONDITIONS_CHANGED = "conditions_changed"  # that bits depend on, and from which step on
 TAG_EVALUATION_CHANGED = "evaluation_changed"  # settings of the evaluation, and at which step
 # By which settings, where they are not the run's: TAG_EVALUATED/test_linear or the like, and the whole name of a metric
@@ -198,10 +199,10 @@ class Record:
 
     def changes(self, now: Mapping[str, str]) -> str:
         """In which conditions the run was worked on last and is not now; empty where they are the same."""
-        before = self.conditions[-1] if self.conditions else {}
-        return ", ".join(
-            f"{key} was {before[key]} and is {now[key]}" for key in now if before.get(key, now[key]) != now[key]
-        )
+        if not self.conditions:
+            return ""
+        before = {**now, CODE: "another", **self.conditions[-1]}
+        return ", ".join(f"{key} was {before[key]} and is {now[key]}" for key in now if before[key] != now[key])
 
     def continue_under(self, now: Mapping[str, str], step: int) -> None:
         """Add conditions to the history, unless the run was worked on under the same."""

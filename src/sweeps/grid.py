@@ -199,9 +199,11 @@ def alternatives(union: Sequence[Grid], params: Grid, given: Grid, methods: Sequ
         given: the command line. A key that some alternatives sweep concerns only those.
         methods: of each alternative; none where it leaves that to the command line.
     """
+    there = {key for grid in (*union, params, given) for key in grid}
+    *union, params, given = (
+        {plain(key, there): each for key, each in grid.items()} for grid in (*union, params, given)
+    )
     theirs = {key for grid in union for key in grid} - {"method"}
-    there = theirs | params.keys() | given.keys()
-    given = {plain(key, there): each for key, each in given.items()}
     for grid, names in zip(union, methods, strict=True):
         chosen = [each for each in names if each in given.get("method", names)]
         if names and not chosen:

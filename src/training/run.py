@@ -29,6 +29,7 @@ from src.runs.delivery import catch_up
 from src.runs.links import how_to_open, page_of
 from src.runs.record import (
     CHECKPOINTS,
+    CODE,
     CONFIG,
     METRICS,
     TAG_CODE,
@@ -44,7 +45,7 @@ from src.runs.record import (
 )
 from src.runs.tracker import NoTracker, Status, Tracker
 from src.system.atomic_write import write_whole
-from src.system.environment import conditions, environment_tags
+from src.system.environment import conditions, environment_tags, project_digest
 from src.system.extras import require
 from src.system.redact import hide_in_settings, one_line
 from src.system.stopping import Stopped, Stopper
@@ -142,11 +143,8 @@ def train(
     if cfg.init is not None and TAG_INIT_TAKEN not in tags and not resumed:
         raise UsageError(f"init={cfg.init}: names no weights any more, and {directory} has no checkpoint to go on with")
     dtype = dtype_name(state.dtype)
-    environment = environment_tags(str(state.device))
     code = {f"{TAG_CODE}{module}": digest for module, digest in code_digests(cfg).items()}
-    if "git_commit" in environment:
-        code["git_commit"] = environment["git_commit"]
-    now = conditions(str(state.device), dtype) | {"processes": str(ranks.world_size)} | code
+    now = conditions(str(state.device), dtype) | {"processes": str(ranks.world_size), CODE: project_digest()} | code
     if before:
         tags |= note_changed_protocol(cfg, before, directory, state.step)
         if resumed:
@@ -158,7 +156,7 @@ def train(
         directory,
         cfg.tracking,
         params=config | state.sizes() | {"skipped_images": data.skipped},
-        tags=environment | code | own | tags,
+        tags=environment_tags(str(state.device)) | code | own | tags,
         is_stopping=lambda: stopper.status,
     )
     status: Status = "FAILED"

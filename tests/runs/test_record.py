@@ -231,6 +231,14 @@ def test_every_change_of_conditions_is_kept_with_its_step():
     )
 
 
+def test_a_run_of_before_the_code_was_noted_is_continued_by_another():
+    run = Record.new("a", "study")
+    run.continue_under({"torch": "1"}, 0)
+    assert run.changes({"torch": "1", "code": "ab"}) == "code was another and is ab"
+    run.continue_under({"torch": "1", "code": "ab"}, 5)
+    assert run.changes({"torch": "1", "code": "ab"}) == ""
+
+
 def test_a_figure_that_has_been_changed_since_is_not_read_without_a_word(tmp_path, caplog):
     tracker = Tracker(tmp_path, JSONL, {"k": 50}, {})
     tracker.log({"val/knn_top1": 51.5}, 0)

@@ -72,8 +72,10 @@ def test_a_key_by_its_former_name_replaces_the_values_of_the_present_one():
     kmclr, simclr = alternatives(union, {}, {"method.support_weight": ["1"]}, [["kmclr"], ["simclr"]])
     assert kmclr == {"objective.support_weight": ["1"], "method": ["kmclr"]}
     assert simclr == {"method": ["simclr"]}
-    given, params = {"method.temperature": ["0.5"]}, {"objective.temperature": ["0.2"]}
-    assert list(alternatives([{}], params, given, [[]])) == [{"objective.temperature": ["0.5"]}]
+    new, old = {"objective.temperature": ["0.5"]}, {"method.temperature": ["0.2"]}
+    assert list(alternatives([{}], new, old, [[]])) == [{"objective.temperature": ["0.2"]}]
+    assert list(alternatives([{}], old, new, [[]])) == [new]
+    assert list(alternatives([old], {}, new, [[]])) == [new]
 
 
 def test_an_experiment_keeps_its_method():

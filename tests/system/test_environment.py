@@ -24,6 +24,16 @@ def test_the_environment_names_code_versions_and_device(monkeypatch):
     assert not any(socket.gethostname() in value for value in tags.values())
 
 
+def test_the_digest_of_the_project_is_of_its_modules(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "PROJECT", tmp_path)
+    (tmp_path / "src/part").mkdir(parents=True)
+    found = set()
+    for name, text in (("src/a.py", "a"), ("src/part/a.py", "a"), ("src/a.py", "b"), ("docs.md", "b")):
+        (tmp_path / name).write_text(text)
+        found.add(environment.project_digest.__wrapped__())
+    assert len(found) == 3
+
+
 def test_the_commit_and_whether_the_code_differs_from_it(tmp_path, monkeypatch):
     if not shutil.which("git"):
         pytest.skip("no git")

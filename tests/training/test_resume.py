@@ -338,7 +338,7 @@ def test_other_conditions_on_resume_are_said_and_another_precision_is_refused(ru
             run(*overrides)
     before = Record.load(tmp_path / "run").conditions
     assert [(each["step"], each["precision"], each["threads"]) for each in before] == [("0", "float32", "1")]
-    commit = before[0].get("git_commit")
+    code = before[0]["code"]
 
     with monkeypatch.context() as patch:
         patch.setattr(build, "precision", lambda *_: torch.bfloat16)
@@ -347,10 +347,9 @@ def test_other_conditions_on_resume_are_said_and_another_precision_is_refused(ru
     assert Record.load(tmp_path / "run").conditions == before
 
     torch.set_num_threads(2)
-    monkeypatch.setattr(run_module, "environment_tags", lambda _: {"git_commit": "0" * 40})
+    monkeypatch.setattr(run_module, "project_digest", lambda: "0" * 16)
     run(*overrides)
-    other_code = f", git_commit was {commit} and is {'0' * 40}" if commit else ""  # an unpacked archive has none
-    changes = f"threads was 1 and is 2{other_code}"
+    changes = f"threads was 1 and is 2, code was {code} and is {'0' * 16}"
     assert f"run: {changes}, so the end may differ from that of an unbroken run" in caplog.text
     record = Record.load(tmp_path / "run")
     assert [(each["step"], each["threads"]) for each in record.conditions] == [("0", "1"), ("2", "2")]
