@@ -29,7 +29,6 @@ LOG_SIZE = "support_set_size_log10"  # a param in MLflow alone, whose charts hav
 NEED_STORED_VECTORS = tuple(
     f"objective.{key}" for key in ("same_prototype", "neighbours", "teacher_temperature", "student_temperature")
 )
-OWN_LOSSES = ("relation",)  # objectives that only their name tells from others where nothing is stored
 DERIVED = (  # computed from the settings
     "support_set_size",
     LOG_SIZE,
@@ -117,8 +116,7 @@ def inert(cfg: Config) -> set[str]:
         keys.add("objective.off_diagonal")
     if cfg.support.name == "none":
         keys |= {"search.name", "search.index", "search.nprobe", "search.refresh_every"}
-    if not (cfg.support.name == "none" and cfg.objective.name in OWN_LOSSES):
-        keys.add("objective.name")  # a preset of the settings beside it
+    keys.add("objective.name")  # a preset of the settings beside it
     if cfg.method._target_ is not None:  # which is not told them
         keys |= {f"objective.{each.name}" for each in fields(cfg.objective)}
     for number, view in (("1", cfg.augment.view1), ("2", cfg.augment.view2)):

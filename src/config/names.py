@@ -15,6 +15,7 @@ LABELS = {
     "byol": "BYOL",
     "mnn": "MNN",
     "mnn_prototypes": "MNN, prototypes",
+    "relation_nothing": "Relation, nothing stored",
     "relation_queue": "Relation, queue",
     "relation_prototypes": "Relation, prototypes",
 }
@@ -26,6 +27,7 @@ COLOURS = {
     "byol": "#000000",
     "mnn": "#e69f00",
     "mnn_prototypes": "#56b4e9",
+    "relation_nothing": "#666666",
     "relation_queue": "#cc79a7",
     "relation_prototypes": "#009e73",
     UNTRAINED: "#8c6d31",
@@ -42,7 +44,7 @@ def method_name(objective: str, support: str) -> str:
         "mixed": contrast,
         "published": contrast,
         "teacher": {"none": "byol", "queue": "mnn", "kmeans": "mnn_prototypes"},
-        "relation": {"none": "byol", "queue": "relation_queue", "kmeans": "relation_prototypes"},
+        "relation": {"none": "relation_nothing", "queue": "relation_queue", "kmeans": "relation_prototypes"},
     }
     return ours[objective].get(support, support)
 

@@ -42,6 +42,9 @@ class Decoded(NamedTuple):
     aspect: float  # width / height of the image, upright
 
 
+Picture = LazyImage  # its former name, in sources of other people's
+
+
 class Part(NamedTuple):
     labels: Sequence[int]  # all `UNLABELLED`, or none of them
     images: Iterable[LazyImage]  # as many, in the same order; may be a generator

@@ -125,16 +125,16 @@ def _split_and_folder(shard: PurePath) -> tuple[str, PurePath]:
     """The split of a shard, and the folder that holds all splits of its configuration."""
     stem, folder = NUMBERING.sub("", shard.stem), shard.parent
     above = folder.name.removeprefix("split=")  # as Spark and polars write partitions
-    if "=" in above:
-        raise UsageError(
-            f"{folder}: a partition by a column other than split, which only its folders' names hold; write the column "
-            "into the shards"
-        )
     if known := KNOWN_SPLIT.match(shard.stem):
         stem = known[1]
     elif in_folder := KNOWN_SPLIT.fullmatch(above):
         return split_name(in_folder[1]), folder.parent
     elif above and (not stem or above != folder.name):
+        if "=" in above:
+            raise UsageError(
+                f"{shard}: names no split, and its folder is a partition by another column; name the shards by their "
+                "splits, or write that column into them and leave its folders out"
+            )
         return split_name(above), folder.parent
     if KNOWN_SPLIT.fullmatch(above):  # train/train-0000.parquet
         folder = folder.parent

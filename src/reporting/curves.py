@@ -30,6 +30,7 @@ PANELS = {
     "validation accuracy (%)": {"val/knn_top1": "kNN", "val/online_top1": "online linear classifier"},
     "nearest entries (share)": {
         AGREEMENT: "of a validation image's class",
+        NEIGHBOUR: "of the anchor's class, if of another image",
         "support/self_hit": "of its own image",
     },
     "entries in use (number)": {"support/perplexity": "perplexity", "support/dead": "never the nearest"},
@@ -90,6 +91,8 @@ def plot(directory: Path) -> Path:
     from matplotlib.figure import Figure
 
     curves = read(directory)
+    if AGREEMENT in curves:
+        curves.pop(NEIGHBOUR, None)  # which flatters prototypes
     shown = {title: keys for title, keys in PANELS.items() if curves.keys() & keys.keys()}
     rows, columns = max(1, math.ceil(len(shown) / 2)), 2 if len(shown) > 1 else 1
     figure = Figure(figsize=(4.2 * columns, 3 * rows), layout="constrained")
@@ -97,11 +100,11 @@ def plot(directory: Path) -> Path:
     for axes in list(panels)[len(shown) :]:
         axes.remove()
     for axes, (title, keys) in zip(figure.axes, shown.items(), strict=True):
-        for (key, name), style in zip(keys.items(), ("-", "--"), strict=False):
-            if key in curves:
-                steps, values = curves[key]
-                marker = "o" if len(steps) < MIN_UNMARKED_POINTS else ""
-                axes.plot(steps, values, style, marker=marker, markersize=3, label=name)
+        measured = {key: name for key, name in keys.items() if key in curves}
+        for (key, name), style in zip(measured.items(), ("-", "--"), strict=False):
+            steps, values = curves[key]
+            marker = "o" if len(steps) < MIN_UNMARKED_POINTS else ""
+            axes.plot(steps, values, style, marker=marker, markersize=3, label=name)
         first = next(iter(keys))
         if level := curves.get(f"{UNTRAINED}/{first}"):
             axes.axhline(level[1][-1], color=COLOURS[UNTRAINED], label=f"{keys[first]}, untrained")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 PLOTTED = {"test/linear_top1": "Test linear top-1 accuracy (%)", "test/linear_top5": "Test linear top-5 accuracy (%)"}
-RIGHT = "Right positives of validation images (%)"
+RIGHT = "Right positives of\nvalidation images (%)"
 RANKING = "val/linear_top1"  # the test images choose nothing
 MIN_SPAN = 1.0  # percentage points of an axis: with fewer, an image more or less would fill a panel
 MARKERS = {"simclr": "D", "nothing_stored": "s", "nnclr": "o", "kmclr": "v"}

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from src.config.identity import NEED_STORED_VECTORS, OWN_LOSSES, is_protocol
+from src.config.identity import NEED_STORED_VECTORS, is_protocol
 from src.config.names import COLOURS, LABELS, UNTRAINED, colour_of, label_of
 from src.reporting.comparison import (
     IN_USE,
@@ -175,9 +175,8 @@ def control_of(row: TableRow, rows: Sequence[TableRow]) -> TableRow | None:
     free = {"k", "queue_size", "seed", "method.name", "objective.name", *NEED_STORED_VECTORS, *own}
 
     def agree(one: Mapping[str, str], two: Mapping[str, str]) -> bool:
-        names = {each.get("objective.name", "") for each in (one, two)}
-        if len(names) > 1 and names & set(OWN_LOSSES):
-            return False
+        if len({each.get("objective.name") == "relation" for each in (one, two)}) > 1:
+            return False  # only the name tells it from others where nothing is stored
         keys = {key for key in one.keys() | two.keys() if not key.startswith(parts) and key not in free}
         return all(one.get(key) == two.get(key) for key in keys)
 

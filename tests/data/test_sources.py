@@ -399,7 +399,12 @@ class TestParquet:
         for name in ("cat", "dog"):
             write_shard(tmp_path / f"animal={name}/0.parquet", [0, 1])
         message = refusal("parquet", tmp_path, train_split="animal=cat")
-        assert message.startswith("animal=cat: a partition by a column other than split")
+        assert message.startswith("animal=cat/0.parquet: names no split, and its folder is a partition by another")
+
+    def test_a_partition_whose_shards_name_their_splits_is_a_configuration(self, config, tmp_path):
+        for split in ("train", "test"):
+            write_shard(tmp_path / f"size=32/{split}-00000-of-00001.parquet", [0, 1])
+        assert len(load(config("parquet", tmp_path, final=True)).train) == 2
 
     def test_test_shards_come_before_validation_shards(self, config, tmp_path):
         write_shard(tmp_path / "train-0.parquet", [0, 1])

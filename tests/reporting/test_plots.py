@@ -63,7 +63,7 @@ def test_how_many_positives_are_right_stands_beside_the_accuracy_where_it_is_kno
         accuracy, right = method(rows).axes
         labels = {axes.get_ylabel() or axes.get_xlabel() for axes in (accuracy, right)} - {"Support-set size (vectors)"}
         assert {text for text in labels if "top-5" in text} == set()
-        assert "Right positives of validation images (%)" in (right.get_ylabel(), right.get_xlabel())
+        assert "Right positives of\nvalidation images (%)" in (right.get_ylabel(), right.get_xlabel())
     points = drawn(by_size(rows).axes[1])
     assert {title: mean for title, (_, mean, _) in points.items()} == pytest.approx(
         {"NNCLR 4,096": 12, "NNCLR 98,304": 30, "KMCLR 400": 7}

@@ -320,14 +320,18 @@ def test_beside_a_teacher_the_control_is_byol():
 
 
 def test_the_control_of_a_relation_is_the_relation_to_nothing():
-    nothing = {
-        name: run("byol", **{"objective.name": name, "support.name": "none"}) for name in ("relation", "teacher")
-    }
-    stored = run("relation_queue", 64, **{"objective.name": "relation", "support.name": "queue"})
-    rows, _ = summarise([*nothing.values(), stored])
-    controls = {row.label: getattr(control_of(row, rows), "label", None) for row in rows}
-    assert controls == {"BYOL, relation": None, "BYOL, teacher": None, "Relation, queue": "BYOL, relation"}
-    rows, _ = summarise([nothing["teacher"], stored])
+    def beside_a_teacher(method, loss, support):
+        return run(method, **{"objective.name": loss, "support.name": support})
+
+    byol, nothing = (
+        beside_a_teacher("byol", "teacher", "none"),
+        beside_a_teacher("relation_nothing", "relation", "none"),
+    )
+    stored = beside_a_teacher("relation_queue", "relation", "queue")
+    rows, _ = summarise([byol, nothing, stored])
+    controls = {row.name: getattr(control_of(row, rows), "name", None) for row in rows}
+    assert controls == {"BYOL": None, "Relation, nothing stored": None, "Relation, queue": "Relation, nothing stored"}
+    rows, _ = summarise([byol, stored])
     assert [control_of(row, rows) for row in rows] == [None, None]
 
 
