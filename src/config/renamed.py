@@ -12,6 +12,7 @@ from src.errors import UsageError
 # Until the support set and the objective had groups of their own, a method held everything.
 RENAMED = {
     **{f"method.{key}": f"objective.{key}" for key in ("temperature", "support_weight", "predictor_hidden")},
+    "method.prototype_weight": "objective.support_weight",
     "method.same_prototype": "objective.same_prototype",
     "method.queue_precision": "support.precision",
     **{f"method.{key}": f"support.{key}" for key in ("metric", "forget", "forget_every", "half_life", "revive_after")},

@@ -152,7 +152,7 @@ def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) 
             groups[prototype] = (len(members), purity, int(counts.argmax()), nearest.tolist())
     if not groups:
         return None
-    half = min(PROTOTYPES, -(-len(groups) // 2))  # so that none is both pure and mixed
+    half = min(PROTOTYPES, len(groups) // 2)  # so that none is both pure and mixed
     by_size = sorted(groups.values(), key=lambda each: -each[0])[:PROTOTYPES]
     by_purity = sorted(groups.values(), key=lambda each: -each[1])
     columns = {"largest": by_size}

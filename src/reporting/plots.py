@@ -58,7 +58,7 @@ def panels_of(rows: Sequence[TableRow]) -> dict[str, str]:
 
 
 def caption(rows: Sequence[TableRow]) -> str:
-    """What all runs have in common, how many seeds a row has, and what the bars mean."""
+    """What all runs have in common, how many seeds a row has, and what stands behind ±."""
     runs = [run for row in rows for run in row.runs]
     parts = []
     texts = {"data.name": "{}", "data.limit": "{} training images", "backbone.name": "{}", "epochs": "{} epochs"}
@@ -69,9 +69,13 @@ def caption(rows: Sequence[TableRow]) -> str:
             parts.append("1 epoch" if (key, value) == ("epochs", "1") else text.format(said))
     fewest, most = (pick(len(row.runs) for row in rows) for pick in (min, max))
     seeds = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
-    unknown = " (one has no bar)" if fewest == 1 else ""
-    parts.append(f"mean ± standard deviation over {seeds}{unknown}" if most > 1 else "one seed")
+    parts.append(f"mean ± standard deviation over {seeds}" if most > 1 else "one seed")
     return ", ".join(parts)
+
+
+def _without_bars(rows: Sequence[TableRow]) -> str:
+    seeds = {len(row.runs) for row in rows}
+    return " (no bar: one seed)" if 1 in seeds and len(seeds) > 1 else ""
 
 
 def by_size(rows: Sequence[TableRow]) -> Figure:
@@ -100,7 +104,7 @@ def by_size(rows: Sequence[TableRow]) -> Figure:
             if points:
                 handles[label] = _series(axes, points, places, metric, styles[label])
         _cap(axes)
-    figure.suptitle(fitting(caption(rows), figure), fontsize=9)
+    figure.suptitle(fitting(caption(rows) + _without_bars(rows), figure), fontsize=9)
     if handles:
         names = [wrapped(label, MAX_LEGEND_CHARS) for label in handles]
         columns = min(4, len(names), max(1, 96 // (max(len(line) for name in names for line in name.split("\n")) + 8)))
@@ -148,7 +152,7 @@ def dots(rows: Sequence[TableRow]) -> Figure:
         axes.tick_params(axis="y", length=0)
     left_out = f"; the {MAX_DOTS} best of {len(measured)}" if len(measured) > MAX_DOTS else ""
     levels = "; grey lines: the same with nothing stored" if any(controls) else ""
-    figure.suptitle(fitting(f"{caption(rows)}{left_out}{levels}", figure), fontsize=9)
+    figure.suptitle(fitting(f"{caption(rows)}{_without_bars(rows)}{left_out}{levels}", figure), fontsize=9)
     return figure
 
 

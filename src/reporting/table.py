@@ -39,7 +39,15 @@ from src.system.redact import one_line
 logger = logging.getLogger(__name__)
 
 GAIN_METRIC = "test/linear_top1"
-SPARE_COLUMNS = ("bytes", "of largest queue")  # shown where there is room for them; the files have them always
+# Left out of a terminal one after the other until the others have room; the files have them always.
+SPARE_COLUMNS = (
+    "bytes",
+    "of largest queue",
+    TABLE_METRICS["test/linear_top5"],
+    TABLE_METRICS["val/knn_top1"],
+    AGREEMENT_TITLE,
+)
+MAX_WHOLE_LABEL = 30  # letters; a longer one has several lines before a column is left out
 GAIN = f"beyond {NOTHING_STORED}"
 GAIN_NOTE = (
     f"{GAIN}: {TABLE_METRICS[GAIN_METRIC]} less that of the same settings with nothing stored, the mean over pairs of "
@@ -247,9 +255,13 @@ def show(rows: Sequence[TableRow], notes: Sequence[str], title: str) -> None:
             drawn.add_row(*(line[place] for place in columns))
         return drawn
 
-    whole = of(range(len(header)))
-    needed = console.measure(whole, options=console.options.update_width(1000)).maximum
-    narrower = [place for place, name in enumerate(header) if name not in SPARE_COLUMNS]
-    console.print(whole if needed <= console.width else of(narrower))
+    columns, longest = list(range(len(header))), max((len(line[0]) for line in body), default=0)
+    room = console.width + max(0, longest - MAX_WHOLE_LABEL)
+    for spare in (*SPARE_COLUMNS, ""):
+        drawn = of(columns)
+        if console.measure(drawn, options=console.options.update_width(1000)).maximum <= room:
+            break
+        columns = [place for place in columns if header[place] != spare]
+    console.print(drawn)
     for note in with_column_notes(header, notes):
         console.print(f"note: {note}", markup=False, highlight=False)

@@ -40,9 +40,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         os.replace(aside, path)
     except BaseException as error:
         if isinstance(error, OSError):
-            error.filename = str(
-                path
-            )  # which the system does not say of a disk that is full, and else is the one aside
+            error.filename = str(path)  # that of the one aside, or none where the disk is full
         aside.unlink(missing_ok=True)  # what there is of it may be the room that is lacking
         raise
     _sync_folder(path.parent)

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from src.config import identity
 from src.config.parse import parse
+from src.config.renamed import modern
 from src.config.schema import Contrast
 from src.errors import UsageError
 from tests.config.test_schema import parsed
@@ -155,6 +156,19 @@ def test_a_config_saved_when_the_method_held_everything_means_the_same():
     identity.check_same(old, parsed("method=kmclr", "k=50"), Path("here"))
     with pytest.raises(UsageError, match=r"support\.forget was reset and is none"):
         identity.check_same(old, parsed("method=kmclr", "k=50", "support.forget=none"), Path("here"))
+
+
+@pytest.mark.parametrize(
+    ("then", "name"),
+    [
+        ({"method.name": "kmclr", "method.prototype_weight": "0.0"}, "nt_xent"),
+        ({"method.name": "kmclr", "method.support_weight": "0.3"}, "mixed"),
+        ({"method.name": "nnclr"}, "published"),  # of before there was a weight: stored positives had all of the loss
+        ({"method.name": "simclr"}, "nt_xent"),
+    ],
+)
+def test_a_record_of_then_is_of_the_loss_of_then(then, name):
+    assert modern(then | {"method.predictor_hidden": "4096"})["objective.name"] == name
 
 
 def test_the_hash_is_of_what_matters():

@@ -350,19 +350,21 @@ def test_the_command_reports_on_the_runs_in_a_folder(command, tmp_path):
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["study"]  # a mistake writes nothing
 
 
-@pytest.mark.parametrize(("width", "is_whole"), [(80, False), (110, False), (150, True)])
-def test_a_narrow_terminal_loses_no_figure(monkeypatch, capsys, width, is_whole):
+@pytest.mark.parametrize(("width", "left_out"), [(80, 4), (92, 3), (110, 2), (140, 0)])
+def test_a_narrow_terminal_leaves_out_columns_and_cuts_no_figure(monkeypatch, capsys, width, left_out):
     monkeypatch.setattr(table_module, "Console", lambda **_: Console(width=width))
-    rows, notes = summarise([*STUDY, run("nnclr", 0), run("nnclr", 0, 1)])
+    rows, notes = summarise([*STUDY, *(run("nnclr", 0, seed) for seed in range(3))])
     table_module.show(rows, notes, "study")
     shown = capsys.readouterr().out
-    assert ("largest" in shown) is is_whole
-    for line in table(rows)[1:]:
-        if is_whole or width == 110:
-            assert f" {line[0]} " in shown, "a label in two lines, although there is room"
-        figures = [line[1], *line[2 if is_whole else 4 :]]
-        for number in " ".join(figures).split():
-            assert number in shown, "cut off"
+    header, *body = table(rows)
+    absent = table_module.SPARE_COLUMNS[:left_out]
+    assert ("largest" in shown) is (left_out < 2)
+    for line in body:
+        assert f" {line[0]} " in shown, "a label in two lines"
+        for name, cell in zip(header, line, strict=True):
+            assert cell in shown or name in absent, "cut off"
+    for cell in (body[0][header.index(name)] for name in absent if name.startswith("test")):
+        assert cell not in shown
 
 
 def test_no_name_of_a_run_is_read_as_markup_or_mathematics(tmp_path, capsys):
