@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-PLOTTED = {"test/linear_top1": "Test linear top-1 accuracy (%)", "test/linear_top5": "Test linear top-5 accuracy (%)"}
+ACCURACY = "test/linear_top1"
+PLOTTED = {ACCURACY: "Test linear top-1 accuracy (%)", "test/linear_top5": "Test linear top-5 accuracy (%)"}
 RIGHT = "Right positives of\nvalidation images (%)"
 RANKING = "val/linear_top1"  # the test images choose nothing
 MIN_SPAN = 1.0  # percentage points of an axis: with fewer, an image more or less would fill a panel
@@ -53,8 +54,7 @@ def panels_of(rows: Sequence[TableRow]) -> dict[str, str]:
     """The metrics of the two panels, with the titles of their axes; top-5 where no run knows how many are right."""
     if not any(row.values(AGREEMENT) for row in rows):
         return PLOTTED
-    accuracy = next(iter(PLOTTED))
-    return {accuracy: PLOTTED[accuracy], AGREEMENT: RIGHT}
+    return {ACCURACY: PLOTTED[ACCURACY], AGREEMENT: RIGHT}
 
 
 def caption(rows: Sequence[TableRow]) -> str:
@@ -86,10 +86,11 @@ def by_size(rows: Sequence[TableRow]) -> Figure:
     for row in rows:
         series[row.label].append(row)
     styles = _styles(series)
-    sizes = sorted({row.size for row in rows if any(row.values(metric) for metric in panels_of(rows))} - {0})
+    panels = panels_of(rows)
+    sizes = sorted({row.size for row in rows if any(map(row.values, panels))} - {0})
     figure = Figure(figsize=(7.2, 3.7), layout="constrained")
     handles: dict[str, Line2D] = {}
-    for axes, (metric, title) in zip(figure.subplots(1, 2), panels_of(rows).items(), strict=True):
+    for axes, (metric, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         zero, beside = _size_axis(axes, sizes)
         axes.set(ylabel=title, xlabel="Support-set size (vectors)")
         frame(axes)
@@ -119,9 +120,8 @@ def dots(rows: Sequence[TableRow]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    accuracy = next(iter(PLOTTED))
-    measured = [row for row in rows if row.values(accuracy)]
-    ranked_by = RANKING if all(row.values(RANKING) for row in measured) else accuracy
+    measured = [row for row in rows if row.values(ACCURACY)]
+    ranked_by = RANKING if all(row.values(RANKING) for row in measured) else ACCURACY
     measured.sort(key=lambda row: row.mean(ranked_by))
     found = measured[-MAX_DOTS:]
     figure = Figure(figsize=(7.2, 1.1 + 0.165 * len(found)), layout="constrained")

@@ -21,7 +21,7 @@ from rich.table import Table
 from src.config.names import UNTRAINED
 from src.errors import UsageError
 from src.reporting import curves, page
-from src.reporting.plots import caption, fitting, plot, to_svg, write_png
+from src.reporting.plots import ACCURACY, RANKING, caption, fitting, plot, to_svg, write_png
 from src.reporting.rows import (
     AGREEMENT_TITLE,
     NOTHING_STORED,
@@ -38,7 +38,6 @@ from src.system.redact import one_line
 
 logger = logging.getLogger(__name__)
 
-GAIN_METRIC = "test/linear_top1"
 # Left out of a terminal one after the other until the others have room; the files have them always.
 SPARE_COLUMNS = (
     "bytes",
@@ -50,7 +49,7 @@ SPARE_COLUMNS = (
 MAX_WHOLE_LABEL = 30  # letters; a longer one has several lines before a column is left out
 GAIN = f"beyond {NOTHING_STORED}"
 GAIN_NOTE = (
-    f"{GAIN}: {TABLE_METRICS[GAIN_METRIC]} less that of the same settings with nothing stored, the mean over pairs of "
+    f"{GAIN}: {TABLE_METRICS[ACCURACY]} less that of the same settings with nothing stored, the mean over pairs of "
     "runs with one seed ± the half-width of its 95% interval (Student's t)"
 )
 COLUMN_NOTES = {
@@ -86,7 +85,7 @@ def table(rows: Sequence[TableRow]) -> list[list[str]]:
 
 
 def _gain(row: TableRow, control: TableRow | None) -> str:
-    found = difference(row, control, GAIN_METRIC)
+    found = difference(row, control, ACCURACY)
     if not found.pairs:
         return "-"
     width = "" if math.isnan(found.half_width) else f" ± {found.half_width:.2f}"
@@ -142,13 +141,12 @@ def summary(rows: Sequence[TableRow]) -> dict[str, float]:
 
     Each is the mean over a row's seeds, in percent. Missing metrics are left out.
     """
-    chosen = "val/linear_top1"
     trained = [row for row in rows if row.method != UNTRAINED]
     controls = [row for row in trained if row.is_control]
     named = {"nothing_stored": controls[0]} if len(controls) == 1 else {}
     numbers: dict[str, float] = {}
-    if candidates := [row for row in trained if row.values(chosen)]:
-        named["best"] = max(candidates, key=lambda row: row.mean(chosen))
+    if candidates := [row for row in trained if row.values(RANKING)]:
+        named["best"] = max(candidates, key=lambda row: row.mean(RANKING))
         numbers["best/support_set_size"] = named["best"].size
     return numbers | {
         f"{name}/{metric}": row.mean(metric)
