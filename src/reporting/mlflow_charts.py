@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from src.config.identity import LOG_SIZE
-from src.reporting.plots import ACCURACY, PLOTTED, RANKING, caption
-from src.reporting.rows import AGREEMENT, TABLE_METRICS, TableRow
-from src.reporting.table import GAIN, GAIN_NOTE, markdown, table
+from src.reporting.plots import caption
+from src.reporting.rows import ACCURACY, AGREEMENT, GAIN, RANKING, TABLE_METRICS, TableRow
+from src.reporting.table import GAIN_NOTE, markdown, table
 from src.runs.delivery import DELIVERY_TIMEOUT_S, deliver
 from src.runs.directory import exclusive
 from src.runs.mlflow_store import STORE_TIMEOUT_S, told
@@ -83,7 +83,7 @@ def _charts() -> list[dict[str, Any]]:
     charts: list[dict[str, Any]] = [
         *({"type": "SCATTER", "xaxis": size, "yaxis": {"type": "METRIC", "key": metric}} for metric in CHARTED),
         # The last metric gives the lines their colour.
-        {"type": "PARALLEL", "selectedParams": [LOG_SIZE], "selectedMetrics": [COURSE, *reversed(PLOTTED)]},
+        {"type": "PARALLEL", "selectedParams": [LOG_SIZE], "selectedMetrics": [COURSE, "test/linear_top5", ACCURACY]},
         {"type": "LINE", "metricKey": COURSE, "selectedMetricKeys": [COURSE], "lineSmoothness": 0},
     ]
     return [chart | {"uuid": f"chart-{place}", "metricSectionId": "sweep"} for place, chart in enumerate(charts)]

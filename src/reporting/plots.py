@@ -1,4 +1,4 @@
-"""Plots of support-set size against accuracy and, beside it, how many of the positives found are of the right class.
+"""Plots of support-set size against accuracy, what storing is worth, and how many positives are of the right class.
 
 They have a line for each method or, with many variants, a dot for each row.
 """
@@ -9,14 +9,23 @@ import io
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from itertools import pairwise
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from src.config.names import UNTRAINED, title_of
-from src.reporting.rows import AGREEMENT, TableRow, control_of, metrics_of
+from src.config.names import COLOURS, UNTRAINED, title_of
+from src.reporting.rows import (
+    ACCURACY,
+    AGREEMENT,
+    GAIN,
+    RANKING,
+    TableRow,
+    control_of,
+    difference,
+    metrics_of,
+)
 from src.system.atomic_write import write_whole
 
 if TYPE_CHECKING:
@@ -25,10 +34,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-ACCURACY = "test/linear_top1"
-PLOTTED = {ACCURACY: "Test linear top-1 accuracy (%)", "test/linear_top5": "Test linear top-5 accuracy (%)"}
-RIGHT = "Right positives of\nvalidation images (%)"
-RANKING = "val/linear_top1"  # the test images choose nothing
+AXES = {
+    ACCURACY: "Test linear top-1 accuracy (%)",
+    GAIN: f"Points {GAIN}\n(paired by seed, 95% intervals)",
+    AGREEMENT: "Right positives of\nvalidation images (%)",
+}
 MIN_SPAN = 1.0  # percentage points of an axis: with fewer, an image more or less would fill a panel
 MARKERS = {"simclr": "D", "nothing_stored": "s", "nnclr": "o", "kmclr": "v"}
 SPARE_MARKERS = "^P*X"
@@ -37,7 +47,7 @@ FURTHER_MARKERS = "d>p"  # for the third and later variants of a method; no meth
 MAX_LINES = 2 * len(LINES)  # series; of more each row is drawn as a dot
 MAX_DOTS = 80  # the most accurate rows
 MAX_LABEL_CHARS = 60  # of a dot's label
-MAX_LEGEND_CHARS = 88  # of a line in the legend below the panels
+LEVEL_OF_CONTROLS: dict[str, Any] = {"color": COLOURS["nothing_stored"], "linewidth": 1, "zorder": 1}
 TOLD = "told: "  # prefix of the id of a mark that has a text of its own (`tell`)
 
 
@@ -50,11 +60,37 @@ def plot(rows: Sequence[TableRow]) -> Figure:
     return dots(rows) if len({row.label for row in rows}) > MAX_LINES else by_size(rows)
 
 
-def panels_of(rows: Sequence[TableRow]) -> dict[str, str]:
-    """The metrics of the two panels, with the titles of their axes; top-5 where no run knows how many are right."""
-    if not any(row.values(AGREEMENT) for row in rows):
-        return PLOTTED
-    return {ACCURACY: PLOTTED[ACCURACY], AGREEMENT: RIGHT}
+class Point(NamedTuple):
+    """What a panel shows of a row."""
+
+    value: float
+    bar: float  # half its length: a standard deviation, or half a 95% interval; NaN where it is unknown
+    seeds: int
+    text: str
+
+
+def panels_of(rows: Sequence[TableRow], controls: Sequence[TableRow | None]) -> dict[str, dict[int, Point]]:
+    """What each panel shows: the points of the rows that have one, by their places in ``rows``.
+
+    ``controls`` are the rows' own. There is a panel of what rows have beyond their controls if an interval of any is
+    known, and one of right positives if any run has counted them.
+    """
+    panels: dict[str, dict[int, Point]] = {
+        metric: {
+            place: Point(row.mean(metric), row.std(metric), len(row.values(metric)), row.text(metric))
+            for place, row in enumerate(rows)
+            if row.values(metric)
+        }
+        for metric in (ACCURACY, AGREEMENT)
+    }
+    gains = [difference(row, control, ACCURACY) for row, control in zip(rows, controls, strict=True)]
+    known = any(math.isfinite(gain.half_width) for gain in gains)
+    panels[GAIN] = {
+        place: Point(gain.mean, gain.half_width, gain.pairs, gain.text)
+        for place, gain in enumerate(gains)
+        if known and gain.pairs
+    }
+    return {metric: panels[metric] for metric in AXES if panels[metric] or metric == ACCURACY}
 
 
 def caption(rows: Sequence[TableRow]) -> str:
@@ -86,29 +122,33 @@ def by_size(rows: Sequence[TableRow]) -> Figure:
     for row in rows:
         series[row.label].append(row)
     styles = _styles(series)
-    panels = panels_of(rows)
-    sizes = sorted({row.size for row in rows if any(map(row.values, panels))} - {0})
-    figure = Figure(figsize=(7.2, 3.7), layout="constrained")
+    panels = panels_of(rows, [control_of(row, rows) for row in rows])
+    sizes = sorted({rows[place].size for points in panels.values() for place in points} - {0})
+    figure = Figure(figsize=(_width(panels), 3.7), layout="constrained")
     handles: dict[str, Line2D] = {}
-    for axes, (metric, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    for axes, (metric, points) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
         zero, beside = _size_axis(axes, sizes)
-        axes.set(ylabel=title, xlabel="Support-set size (vectors)")
+        axes.set(ylabel=AXES[metric], xlabel="Support-set size (vectors)")
         frame(axes)
+        if metric == GAIN:
+            axes.axhline(0, **LEVEL_OF_CONTROLS)
         met: Counter[int] = Counter()
-        for label, group in series.items():
-            points = [row for row in group if row.values(metric)]
-            places = []
-            for row in points:  # rows of one size stand beside each other
+        for label in series:
+            drawn = []
+            for row, point in ((rows[place], point) for place, point in points.items() if rows[place].label == label):
+                # Rows of one size stand beside each other.
                 alike = sum(any(other.size == row.size for other in each) for each in series.values())
-                places.append((row.size or zero) * beside ** (met[row.size] - (alike - 1) / 2))
+                drawn.append(((row.size or zero) * beside ** (met[row.size] - (alike - 1) / 2), row, point))
                 met[row.size] += 1
-            if points:
-                handles[label] = _series(axes, points, places, metric, styles[label])
+            if drawn:
+                handles.setdefault(label, _series(axes, drawn, metric, styles[label]))
         _cap(axes)
     figure.suptitle(fitting(caption(rows) + _without_bars(rows), figure), fontsize=9)
     if handles:
-        names = [wrapped(label, MAX_LEGEND_CHARS) for label in handles]
-        columns = min(4, len(names), max(1, 96 // (max(len(line) for name in names for line in name.split("\n")) + 8)))
+        letters = int(12.2 * figure.get_figwidth())  # of a line in the legend below the panels
+        names = [wrapped(label, letters) for label in handles]
+        longest = max(len(line) for name in names for line in name.split("\n"))
+        columns = min(4, len(names), max(1, (letters + 8) // (longest + 8)))
         figure.legend(list(handles.values()), names, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
@@ -124,24 +164,27 @@ def dots(rows: Sequence[TableRow]) -> Figure:
     ranked_by = RANKING if all(row.values(RANKING) for row in measured) else ACCURACY
     measured.sort(key=lambda row: row.mean(ranked_by))
     found = measured[-MAX_DOTS:]
-    figure = Figure(figsize=(7.2, 1.1 + 0.165 * len(found)), layout="constrained")
     controls = [control_of(row, rows) for row in found]
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, (metric, title) in zip(panels, panels_of(rows).items(), strict=True):
+    shown = panels_of(found, controls)
+    figure = Figure(figsize=(_width(shown), 1.1 + 0.165 * len(found)), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False).flat
+    for axes, (metric, points) in zip(panels, shown.items(), strict=True):
+        if metric == GAIN:
+            axes.axvline(0, **LEVEL_OF_CONTROLS)
         for place, row in enumerate(found):
-            if not row.values(metric):  # what stores nothing has no positives to count
+            if not (point := points.get(place)):
                 continue
-            std = row.std(metric)
             style: dict[str, Any] = {"color": row.colour, "marker": marker_of(row.method), "markersize": 4.5}
-            error = None if math.isnan(std) else std
+            error = None if math.isnan(point.bar) else point.bar
             style |= {"capsize": 2, "linewidth": 1, "linestyle": "none"}
-            drawn = axes.errorbar(row.mean(metric), place, xerr=error, **style)
+            drawn = axes.errorbar(point.value, place, xerr=error, **style)
             drawn[0].set_clip_on(False)
-            tell(drawn[0], _reading(row, metric))
-            if control := controls[place]:  # a piece as high as the row, so that rows of one control have one line
+            tell(drawn[0], _reading(row, metric, point))
+            if metric == ACCURACY and (control := controls[place]):
+                # A piece as high as the row, so that rows of one control have one line.
                 ends = [place - 0.5, place + 0.5]
                 axes.plot([control.mean(metric)] * 2, ends, color=control.colour, linewidth=1, zorder=0)
-        axes.set(xlabel=title, ylim=(-0.8, len(found) - 0.2))
+        axes.set(xlabel=AXES[metric], ylim=(-0.8, len(found) - 0.2))
         _cap(axes, "x")
         frame(axes, "x")
         axes.grid(axis="y", color="0.94", linewidth=0.6)
@@ -176,9 +219,14 @@ def to_svg(figure: Figure) -> str:
     return re.sub(rf'<g id=(["\']){TOLD}(.*?)\1>', r"<g><title>\2</title>", drawn.getvalue(), flags=re.DOTALL)
 
 
-def _reading(row: TableRow, metric: str) -> str:
-    seeds = f"{len(row.values(metric))} seeds" if len(row.values(metric)) > 1 else "one seed"
-    return f"{row.title}: {metrics_of([row])[metric]} {row.text(metric)}, {seeds}"
+def _reading(row: TableRow, metric: str, point: Point) -> str:
+    seeds = f"{point.seeds} seeds" if point.seeds > 1 else "one seed"
+    return f"{row.title}: {GAIN if metric == GAIN else metrics_of([row])[metric]} {point.text}, {seeds}"
+
+
+def _width(panels: Sized) -> float:
+    """A figure's width in inches."""
+    return max(7.2, 2.4 + 2.4 * len(panels))
 
 
 def marker_of(method: str) -> str:
@@ -251,25 +299,29 @@ def _size_axis(axes: Axes, sizes: Sequence[int]) -> tuple[float, float]:
 
 
 def _series(
-    axes: Axes, rows: Sequence[TableRow], places: Sequence[float], metric: str, style: Mapping[str, Any]
+    axes: Axes, points: Sequence[tuple[float, TableRow, Point]], metric: str, style: Mapping[str, Any]
 ) -> Line2D:
-    """Draw the rows of a series, joined by a line if they store something; return the legend's handle."""
+    """Draw the rows of a series, each at its place, joined by a line if they store something.
+
+    Returns:
+        The legend's handle.
+    """
     from matplotlib.lines import Line2D
 
-    stored = [(place, row.mean(metric)) for place, row in zip(places, rows, strict=True) if row.size]
-    levels = [row for row in rows if not row.size]
-    for place, row in zip(places, rows, strict=True):
-        error = None if math.isnan(row.std(metric)) else row.std(metric)
+    stored = [(place, point.value) for place, row, point in points if row.size]
+    levels = [point for _, row, point in points if not row.size and metric != GAIN]
+    for place, row, point in points:
+        error = None if math.isnan(point.bar) else point.bar
         single = dict(style) | {"linestyle": "none"}
-        drawn = axes.errorbar(place, row.mean(metric), error, capsize=3, elinewidth=1.2, label=row.title, **single)
+        drawn = axes.errorbar(place, point.value, error, capsize=3, elinewidth=1.2, label=row.title, **single)
         drawn[0].set_clip_on(False)  # a marker at 100% is a whole one
-        tell(drawn[0], _reading(row, metric))
+        tell(drawn[0], _reading(row, metric, point))
     if len(stored) > 1:
-        axes.plot(*zip(*stored, strict=True), **dict(style) | {"marker": "", "label": rows[0].label})
-    for row in levels:
-        axes.axhline(row.mean(metric), color=style["color"], linestyle=style["linestyle"], linewidth=1, zorder=1)
-        if not math.isnan(row.std(metric)):
-            low, high = (row.mean(metric) + side * row.std(metric) for side in (-1, 1))
+        axes.plot(*zip(*stored, strict=True), **dict(style) | {"marker": "", "label": points[0][1].label})
+    for point in levels:
+        axes.axhline(point.value, color=style["color"], linestyle=style["linestyle"], linewidth=1, zorder=1)
+        if not math.isnan(point.bar):
+            low, high = (point.value + side * point.bar for side in (-1, 1))
             axes.axhspan(low, high, color=style["color"], alpha=0.1, linewidth=0, zorder=0)
     has_line = len(stored) > 1 or levels
     return Line2D([], [], **dict(style) | ({} if has_line else {"linestyle": "none"}))

@@ -39,6 +39,8 @@ TABLE_METRICS = {
     "test/linear_top1": "test linear top-1",
     "test/linear_top5": "test linear top-5",
 }
+ACCURACY = "test/linear_top1"
+RANKING = "val/linear_top1"  # the test images choose nothing
 AGREEMENT = "support/val_agreement"  # logged as a share; a report has it in percent
 AGREEMENT_TITLE = "right positives"
 # Other probes' metrics. A suffix, as in `test_fewshot`, says that the run was evaluated so after its end.
@@ -48,6 +50,7 @@ FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
 OTHER_LINEAR = re.compile(r"(?:transfer/([^/]+)/)?((?:teacher\w*/)?test\w*)/linear_top1", re.ASCII)
 EVALUATED_LATER = ", evaluated later"
 NOTHING_STORED = LABELS["nothing_stored"]
+GAIN = f"beyond {NOTHING_STORED}"
 ROUNDING = 1e-6  # percentage points: a test image more or less is a thousand times that
 PEAK = "support/peak_size"  # the metric of a support set whose number of vectors changes
 COMPARED_TAGS = (TAG_DTYPE, "git_commit", "git_dirty", "device")  # tags in which runs that are compared should agree
@@ -135,6 +138,13 @@ class Difference(NamedTuple):
     @property
     def high(self) -> float:
         return self.mean + self.half_width
+
+    @property
+    def text(self) -> str:
+        """For people: ``+0.36 ± 2.13``, without an interval if it is unknown, and ``-`` without a pair."""
+        if not self.pairs:
+            return "-"
+        return f"{self.mean:+.2f}" + ("" if math.isnan(self.half_width) else f" ± {self.half_width:.2f}")
 
 
 def difference(row: TableRow, control: TableRow | None, metric: str) -> Difference:

@@ -21,10 +21,12 @@ from rich.table import Table
 from src.config.names import UNTRAINED
 from src.errors import UsageError
 from src.reporting import curves, page
-from src.reporting.plots import ACCURACY, RANKING, caption, fitting, plot, to_svg, write_png
+from src.reporting.plots import caption, fitting, plot, to_svg, write_png
 from src.reporting.rows import (
+    ACCURACY,
     AGREEMENT_TITLE,
-    NOTHING_STORED,
+    GAIN,
+    RANKING,
     TABLE_METRICS,
     TableRow,
     control_of,
@@ -47,7 +49,6 @@ SPARE_COLUMNS = (
     AGREEMENT_TITLE,
 )
 MAX_WHOLE_LABEL = 30  # letters; a longer one has several lines before a column is left out
-GAIN = f"beyond {NOTHING_STORED}"
 GAIN_NOTE = (
     f"{GAIN}: {TABLE_METRICS[ACCURACY]} less that of the same settings with nothing stored, the mean over pairs of "
     "runs with one seed ± the half-width of its 95% interval (Student's t)"
@@ -86,11 +87,8 @@ def table(rows: Sequence[TableRow]) -> list[list[str]]:
 
 def _gain(row: TableRow, control: TableRow | None) -> str:
     found = difference(row, control, ACCURACY)
-    if not found.pairs:
-        return "-"
-    width = "" if math.isnan(found.half_width) else f" ± {found.half_width:.2f}"
-    fewer = f" ({found.pairs} of {len(row.runs)} seeds)" if found.pairs < len(row.runs) else ""
-    return f"{found.mean:+.2f}{width}{fewer}"
+    fewer = f" ({found.pairs} of {len(row.runs)} seeds)" if 0 < found.pairs < len(row.runs) else ""
+    return found.text + fewer
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

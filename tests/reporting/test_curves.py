@@ -91,7 +91,7 @@ def test_a_legend_stays_in_its_panel_however_long_its_names_are(tmp_path, course
     some += [course(f"{methods[i]} {i}, {LONG}", i, folders[i], method=methods[i]) for i in range(1, courses)]
     with rc_context({"font.size": 9}):  # as a report has it
         figure = compare(some)
-        figure.canvas.draw()
+        figure.draw_without_rendering()
     for axes in figure.axes:
         panel, legend = axes.get_window_extent(), axes.get_legend().get_window_extent()
         assert panel.x0 <= legend.x0
@@ -101,7 +101,7 @@ def test_a_legend_stays_in_its_panel_however_long_its_names_are(tmp_path, course
 
 def over_curves(axes):
     """How many points of a panel's curves its legend covers."""
-    axes.figure.canvas.draw()
+    axes.figure.draw_without_rendering()
     box = axes.get_legend().get_window_extent()
     return sum(box.contains(*axes.transData.transform(point)) for line in axes.lines for point in line.get_xydata())
 

@@ -40,17 +40,53 @@ def test_the_caption_says_what_all_runs_share_in_words_for_people_and_how_many_s
 
 def test_every_row_is_where_its_size_and_mean_are_with_a_bar_as_long_as_its_deviation():
     rows, _ = summarise(STUDY)
-    for axes, metric in zip(plot(rows).axes, plots.PLOTTED, strict=True):
+    (axes,) = plot(rows).axes
+    points = drawn(axes)
+    assert list(points) == [row.title for row in rows]
+    ticks = dict(zip(axes.get_xticks(), (tick.get_text() for tick in axes.get_xticklabels()), strict=True))
+    (zero,) = (place for place, text in ticks.items() if text == "0")
+    low, high = axes.get_xlim()
+    assert low < zero < 50 < 98304 < high  # 0 has a place of its own, left of the smallest size
+    for row in rows:
+        mean, std = row.mean("test/linear_top1"), row.std("test/linear_top1")
+        assert points[row.title] == pytest.approx((row.size or zero, mean, std))
+    assert {text for text in ticks.values() if text} == {"0", "50", "400", "1,000", "4,096", "98,304"}
+    assert axes.get_ylabel() == "Test linear top-1 accuracy (%)"
+
+
+@pytest.mark.parametrize("draw", [by_size, dots])
+def test_what_storing_is_worth_has_a_panel_of_its_own_with_the_intervals_of_the_table(draw):
+    controls = [run("nnclr", 0, seed, 50 + seed) for seed in range(3)]
+    gains = {("kmclr", 400): (2.0, 2.5, 1.5), ("nnclr", 4096): (0.5, -0.5, 0.0)}
+    stored = [run(*each, seed, 50 + seed + gain) for each, some in gains.items() for seed, gain in enumerate(some)]
+    rows, _ = summarise([run("simclr", seed=0, top1=49), *controls, *stored])
+    figure = draw(rows)
+    _, axes = figure.axes
+    along = "y" if draw is by_size else "x"
+    assert getattr(axes, f"get_{along}label")() == "Points beyond nothing stored\n(paired by seed, 95% intervals)"
+    assert [0, 0] in [list(getattr(line, f"get_{along}data")()) for line in axes.lines]  # the controls' level
+    half = 4.302653 * 0.5 / 3**0.5  # t of two degrees of freedom, and a deviation of half a point
+    texts = {f"KMCLR 400: beyond nothing stored +2.00 ± {half:.2f}, 3 seeds"}
+    texts |= {f"NNCLR 4,096: beyond nothing stored +0.00 ± {half:.2f}, 3 seeds"}
+    texts |= {"SimCLR: beyond nothing stored -1.00, one seed"}
+    assert {text for text in texts if f"<title>{text}</title>" in to_svg(figure)} == texts
+    assert len(axes.containers) == 3  # not the control itself
+    if draw is by_size:
         points = drawn(axes)
-        assert list(points) == [row.title for row in rows]
-        ticks = dict(zip(axes.get_xticks(), (tick.get_text() for tick in axes.get_xticklabels()), strict=True))
-        (zero,) = (place for place, text in ticks.items() if text == "0")
-        low, high = axes.get_xlim()
-        assert low < zero < 50 < 98304 < high  # 0 has a place of its own, left of the smallest size
-        for row in rows:
-            assert points[row.title] == pytest.approx((row.size or zero, row.mean(metric), row.std(metric)))
-        assert {text for text in ticks.values() if text} == {"0", "50", "400", "1,000", "4,096", "98,304"}
-        assert "%" in axes.get_ylabel()
+        assert points["KMCLR 400"][1:] == pytest.approx((2.0, half))
+        assert not [patch for patch in axes.patches if patch.get_alpha()]  # SimCLR's bar is no band behind the others
+
+
+@pytest.mark.parametrize("draw", [by_size, dots])
+def test_one_seed_has_no_panel_of_what_storing_is_worth_and_its_label_is_whole(draw):
+    figure = draw(summarise([run("nnclr", 0), run("kmclr", 400, top1=52.0)])[0])
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    for label in (each for each in (axes.xaxis.label, axes.yaxis.label) if each.get_text()):
+        extent = label.get_window_extent()
+        assert extent.x0 >= 0
+        assert extent.x1 <= figure.bbox.x1
+        assert extent.y1 <= figure.bbox.y1
 
 
 def test_how_many_positives_are_right_stands_beside_the_accuracy_where_it_is_known():
@@ -149,7 +185,7 @@ def test_dots_end_at_100_percent_too():
 @pytest.mark.parametrize("sizes", [(50, 400, 1600, 4096, 4496, 16384, 300000), (1, 2, 3, 4), (50,), (98304, 100000)])
 def test_labels_of_sizes_do_not_run_into_each_other(sizes):
     figure = plot(summarise([run("simclr"), *(run("kmclr", size) for size in sizes)])[0])
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     for axes in figure.axes:
         shown = [tick for tick in axes.get_xticklabels() if tick.get_text()]
         assert len(shown) > 1
@@ -180,7 +216,7 @@ def test_as_many_variants_as_are_drawn_as_lines_have_a_marker_each_where_there_i
 def test_a_label_that_is_wider_than_the_picture_is_not_cut_by_its_edges():
     rows, _ = summarise([run("kmclr", 50), run("kmclr", 400)])
     figure = plot([replace(row, label=f"{row.name}, {'optimizer.lr=0.4, ' * 7}number={row.size}") for row in rows])
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     extent = figure.legends[0].get_window_extent()
     assert extent.x0 >= 0
     assert extent.x1 <= figure.bbox.x1
