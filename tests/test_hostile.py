@@ -11,7 +11,7 @@ from tests.conftest import PROJECT
 @pytest.mark.slow
 def test_hostile_files_end_well_or_in_a_line(python, tmp_path):
     done = subprocess.run(
-        [python, "-m", "scripts.reliability.hostile", tmp_path / "campaign", "20"],
+        [python, "-m", "scripts.reliability.hostile", tmp_path / "campaign", "10"],
         cwd=PROJECT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -20,4 +20,4 @@ def test_hostile_files_end_well_or_in_a_line(python, tmp_path):
     )
     assert done.stdout.endswith("faults: 0\n"), done.stdout + done.stderr
     assert done.returncode == 0
-    assert "20 variants: " in done.stdout
+    assert "10 variants: " in done.stdout

@@ -29,7 +29,7 @@ from src.runs.record import Record
 from src.runs.tracker import Tracker
 from tests.config.test_schema import composed
 from tests.conftest import PROJECT
-from tests.stores import JSONL, MLFLOW, RUN, break_store, history, rows, start, train, warnings
+from tests.stores import JSONL, MLFLOW, RUN, break_store, history, impatient, rows, start, train, warnings
 
 
 @pytest.mark.parametrize("name", ["mlflow", "jsonl"])
@@ -312,7 +312,8 @@ def test_runs_of_jsonl_are_delivered_by_command(client, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_locked_database_is_waited_for_or_passed_over(client, tmp_path, caplog):
+def test_a_locked_database_is_waited_for_or_passed_over(client, tmp_path, caplog, monkeypatch):
+    impatient(monkeypatch)
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
     other = sqlite3.connect(tmp_path / "mlflow.db")
     other.execute("BEGIN EXCLUSIVE")
@@ -593,8 +594,10 @@ def test_a_sweep_leaves_the_record_of_a_run_that_is_worked_on_alone(tmp_path):
 def test_a_store_that_is_locked_at_the_start_gets_the_run_later(client, tmp_path):
     other = sqlite3.connect(tmp_path / "mlflow.db")
     other.execute("BEGIN EXCLUSIVE")
-    code = RUN.replace("for step in range(50)", "for step in range(5)")
-    process = start(code, tmp_path, NAME="run")
+    code = f"import pytest, tests.stores\ntests.stores.impatient(pytest.MonkeyPatch())\n{RUN}".replace(
+        "for step in range(50)", "for step in range(5)"
+    )
+    process = start(code, tmp_path, NAME="run", MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db?timeout=0.2")
     assert process.communicate()[1].count("database is locked") == 1
     assert process.returncode == 0
     other.rollback()

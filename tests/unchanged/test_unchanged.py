@@ -20,8 +20,8 @@ from tests.conftest import PROJECT
 RECORDED = Path(__file__).parent / "losses.json"
 PARTS = 2  # which several processes can share
 STEPS = 40  # that were recorded: eight epochs of five
-# What the command line of a preset or of an experiment has; those of their options have more.
-OF_PRESETS = {"method", "k", "queue_size", "backbone", "method.projector.hidden", "method.projector.out", "experiment"}
+# What the command line of a preset has; those of experiments and of options have more.
+OF_PRESETS = {"method", "k", "queue_size", "backbone", "method.projector.hidden", "method.projector.out"}
 # Every library takes its plainest path, so that the bits depend on the processor as little as can be.
 PLAIN = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -56,14 +56,14 @@ def common(cache_dir):
 def compared(typed):
     """How many steps of a command line are compared.
 
-    All of a preset and of an experiment, and the figures at the end. A quarter of an option, which acts in the first
-    two epochs. Three of ResNet-18, whose step takes as long as twenty of the tiny network: a loss, one after a
+    All of a preset, and the figures at the end. A quarter of an experiment or an option, which act in the first two
+    epochs. Three of ResNet-18, whose step takes as long as twenty of the tiny network: a loss, one after a
     gradient, and one after momentum.
     """
     if "backbone=resnet18" in typed:
         return 3
     keys = {each.split("=", 1)[0] for each in typed}
-    return STEPS if keys <= OF_PRESETS or "experiment" in keys else STEPS // 4
+    return STEPS if keys <= OF_PRESETS else STEPS // 4
 
 
 @pytest.mark.slow
