@@ -31,8 +31,8 @@ PAGE = Template("""\
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto; padding: 0 1rem; }
 h1, li, p { overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
-th, td { padding: 0.3rem 0.7rem; text-align: right; border-bottom: 1px solid #8886; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.85rem; }
+th, td { padding: 0.3rem 0.4rem; text-align: right; border-bottom: 1px solid #8886; }
 td { white-space: nowrap; }
 th { vertical-align: bottom; }
 tr > :first-child { min-width: min(10rem, 35vw); text-align: left; white-space: normal; overflow-wrap: anywhere; }
