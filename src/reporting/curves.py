@@ -122,7 +122,7 @@ def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]
     """Epoch, mean and sample standard deviation (0 for one run) of a metric, at epochs where every run has it.
 
     The untrained encoder's metric is a level over all epochs. Metrics of a support set that is reset are taken where it
-    is oldest: at the last epoch before each reset.
+    is oldest, at the last epoch before each reset; if none was measured there, they are taken where they were.
     """
     runs = [read(directory) for directory in course.directories]
     metric = f"{UNTRAINED}/{metric}" if course.is_untrained else metric
@@ -134,8 +134,10 @@ def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]
     points = [
         (epoch, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
         for epoch, values in sorted(found.items())
-        if len(values) == len(runs) and not (metric.startswith("support/") and round(epoch) % course.cycle)
+        if len(values) == len(runs)
     ]
+    if metric.startswith("support/"):
+        points = [point for point in points if not round(point[0]) % course.cycle] or points
     return [*points, *((course.epochs, mean, std) for _, mean, std in points)] if course.is_untrained else points
 
 

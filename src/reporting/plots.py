@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 AXES = {
     ACCURACY: "Test linear top-1 accuracy (%)",
-    GAIN: f"Points {GAIN}\n(paired by seed, 95% intervals)",
+    GAIN: "Gain over the control (points;\npaired by seed, 95% intervals)",
     AGREEMENT: "Right positives of\nvalidation images (%)",
 }
 MIN_SPAN = 1.0  # percentage points of an axis: with fewer, an image more or less would fill a panel

@@ -49,8 +49,7 @@ FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
 # The linear probe of a teacher, by other settings, or on other images (src.evaluation.evaluate).
 OTHER_LINEAR = re.compile(r"(?:transfer/([^/]+)/)?((?:teacher\w*/)?test\w*)/linear_top1", re.ASCII)
 EVALUATED_LATER = ", evaluated later"
-NOTHING_STORED = LABELS["nothing_stored"]
-GAIN = f"beyond {NOTHING_STORED}"
+GAIN = "gain over control"  # which is the same with nothing stored
 ROUNDING = 1e-6  # percentage points: a test image more or less is a thousand times that
 PEAK = "support/peak_size"  # the metric of a support set whose number of vectors changes
 COMPARED_TAGS = (TAG_DTYPE, "git_commit", "git_dirty", "device")  # tags in which runs that are compared should agree

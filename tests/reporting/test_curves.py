@@ -42,6 +42,15 @@ def test_prototypes_that_are_reset_are_compared_where_they_are_oldest(tmp_path):
     assert [epoch for epoch, _, _ in over_epochs(reset._replace(cycle=1), "support/purity")] == [0, 2, 4, 6, 8]
 
 
+def test_prototypes_that_are_never_measured_where_they_are_oldest_are_drawn_all_the_same(tmp_path):
+    """As in 20 epochs with the defaults: a validation every ten, and a reset every three."""
+    (tmp_path / "run").mkdir()
+    rows = [{"step": step, "time": 0, "metrics": {AGREEMENT: step / 100}} for step in (10, 20)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = course("KMCLR 50", 50, (tmp_path / "run",), cycle=3)._replace(epochs=20)
+    assert over_epochs(short, AGREEMENT) == [(10, 0.1, 0), (20, 0.2, 0)]
+
+
 @pytest.mark.parametrize(
     ("agreement", "own", "expected"), [(0.8, 0.7, 1 / 3), (0.3, 0.0, 0.3), (0.3, None, None), (1.0, 1.0, None)]
 )

@@ -63,12 +63,12 @@ def test_what_storing_is_worth_has_a_panel_of_its_own_with_the_intervals_of_the_
     figure = draw(rows)
     _, axes = figure.axes
     along = "y" if draw is by_size else "x"
-    assert getattr(axes, f"get_{along}label")() == "Points beyond nothing stored\n(paired by seed, 95% intervals)"
+    assert getattr(axes, f"get_{along}label")() == "Gain over the control (points;\npaired by seed, 95% intervals)"
     assert [0, 0] in [list(getattr(line, f"get_{along}data")()) for line in axes.lines]  # the controls' level
     half = 4.302653 * 0.5 / 3**0.5  # t of two degrees of freedom, and a deviation of half a point
-    texts = {f"KMCLR 400: beyond nothing stored +2.00 ± {half:.2f}, 3 seeds"}
-    texts |= {f"NNCLR 4,096: beyond nothing stored +0.00 ± {half:.2f}, 3 seeds"}
-    texts |= {"SimCLR: beyond nothing stored -1.00, one seed"}
+    texts = {f"KMCLR 400: gain over control +2.00 ± {half:.2f}, 3 seeds"}
+    texts |= {f"NNCLR 4,096: gain over control +0.00 ± {half:.2f}, 3 seeds"}
+    texts |= {"SimCLR: gain over control -1.00, one seed"}
     assert {text for text in texts if f"<title>{text}</title>" in to_svg(figure)} == texts
     assert len(axes.containers) == 3  # not the control itself
     if draw is by_size:

@@ -165,7 +165,7 @@ def test_what_storing_is_worth_stands_beside_the_figures_where_there_is_a_contro
     stored = [run("kmclr", 50, seed, top1) for seed, top1 in enumerate((51, 52.5, 53))]
     rows, _ = summarise([*control, *stored, run("simclr", 0, 2, 51)])
     header, *body = table(rows)
-    assert header[-1] == "beyond nothing stored"
+    assert header[-1] == "gain over control"
     # gains of 1, 1.5 and 1: mean 1.1667, deviation 0.2887, and t of two degrees of freedom is 4.3027
     assert [line[-1] for line in body] == ["-1.00", "-", f"+1.17 ± {4.3027 * 0.28868 / 3**0.5:.2f}"]
     numbers = {one["method"]: one for one in records(rows)}
