@@ -31,6 +31,7 @@ CHARTED = (ACCURACY, AGREEMENT)  # against the support-set size
 COURSE = "val/knn_top1"  # what is drawn over the steps of training
 OPENING = "Support-set size against accuracy"  # of every description, which marks it as ours
 MAX_NOTE_CHARS = 7500  # of a description: MLflow cuts a run's after 8,000
+MIN_LINE_CHARS = 20  # of a line of a table
 MAX_LINKED_SWEEPS = 20  # older ones that an experiment's description links to
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def describe_sweep(name: str, rows: Sequence[TableRow], best: str = "") -> str:
     above = f"{OPENING} in the sweep {name}: {caption(rows)}.\n"
     above += f"\nBest: {best}.\n" if best else ""
     below = f"\n{GAIN_NOTE[0].upper()}{GAIN_NOTE[1:]}." if GAIN in header else ""
-    for fit in range(len(lines), -1, -1):
+    for fit in range(min(len(lines), MAX_NOTE_CHARS // MIN_LINE_CHARS), -1, -1):
         more = f"\n{len(lines) - fit} more rows are in the artifact table.md." if fit < len(lines) else ""
         text = "\n".join([above, *markdown(head, lines[:fit])]) + f"\n{more}{below}"
         if len(text) <= MAX_NOTE_CHARS:

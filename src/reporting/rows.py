@@ -8,6 +8,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from src.config.identity import NEED_STORED_VECTORS, is_protocol
@@ -73,6 +74,21 @@ class TableRow:
         """Whether the runs are trained as those of other rows and store nothing."""
         stores_nothing = self.runs[0].params.get("support.name") == "none"
         return stores_nothing and self.method not in (UNTRAINED, "simclr")
+
+    @cached_property
+    def shared_with_control(self) -> tuple[frozenset[tuple[str, str]], frozenset[tuple[str, str]]]:
+        """The settings that the row's control has, too: all but those of the support set; and those for SimCLR.
+
+        SimCLR's loss has neither a support weight nor a predictor, so that its control may have any.
+        """
+        settings = compared_settings(self.runs[0])
+        # A name stands for settings beside it; but only the name tells this objective from others with nothing stored.
+        relation = ("is_relation", str(settings.get("objective.name") == "relation"))
+        free = {"k", "queue_size", "seed", "method.name", "objective.name", *NEED_STORED_VECTORS}
+        kept = {(key, value) for key, value in settings.items() if key not in free}
+        kept = {each for each in kept if not each[0].startswith(("support.", "search."))} | {relation}
+        of_simclr = {each for each in kept if each[0] not in ("objective.support_weight", "objective.predictor_hidden")}
+        return frozenset(kept), frozenset(of_simclr)
 
     @property
     def title(self) -> str:
@@ -172,29 +188,17 @@ def difference(row: TableRow, control: TableRow | None, metric: str) -> Differen
 def control_of(row: TableRow, rows: Sequence[TableRow]) -> TableRow | None:
     """Find the row with the same settings that stores nothing; None if there is none, or more than one.
 
-    The two agree in every setting, including those that only one of them has, except those of the support set. SimCLR's
-    loss has neither a support weight nor a predictor, so that its control may have any.
+    The two agree in every setting, including those that only one of them has, except those of the support set.
     """
     is_simclr = row.method == "simclr"
     if row.method == UNTRAINED or row.is_control:
         return None
-    own = ("objective.support_weight", "objective.predictor_hidden") if is_simclr else ()
-    parts = ("support.", "search.")
-    # A name stands for settings beside it.
-    free = {"k", "queue_size", "seed", "method.name", "objective.name", *NEED_STORED_VECTORS, *own}
-
-    def agree(one: Mapping[str, str], two: Mapping[str, str]) -> bool:
-        if len({each.get("objective.name") == "relation" for each in (one, two)}) > 1:
-            return False  # only the name tells it from others where nothing is stored
-        keys = {key for key in one.keys() | two.keys() if not key.startswith(parts) and key not in free}
-        return all(one.get(key) == two.get(key) for key in keys)
-
     found = [
         other
         for other in rows
         if other.is_control
         and (other.method == "nothing_stored" or not is_simclr)
-        and agree(compared_settings(row.runs[0]), compared_settings(other.runs[0]))
+        and other.shared_with_control[is_simclr] == row.shared_with_control[is_simclr]
     ]
     return found[0] if len(found) == 1 else None
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from src.reporting.comparison import distinguishing, select
+from src.reporting.comparison import compared_settings, distinguishing, select
 from src.reporting.rows import AGREEMENT, control_of, difference, metrics_of, summarise
 from src.runs.record import TAG_CONDITIONS_CHANGED, Record
 from tests.made_up_runs import STUDY, run, with_agreement, with_untrained
@@ -333,6 +333,18 @@ def test_the_control_of_a_relation_is_the_relation_to_nothing():
     assert controls == {"BYOL": None, "Relation, nothing stored": None, "Relation, queue": "Relation, nothing stored"}
     rows, _ = summarise([byol, stored])
     assert [control_of(row, rows) for row in rows] == [None, None]
+
+
+def test_the_settings_of_a_row_are_gathered_once_however_many_rows_there_are(monkeypatch):
+    runs = [run(*each, **{"optimizer.lr": f"0.{n:02}"}) for n in range(20) for each in (("nnclr", 0), ("kmclr", 50))]
+    rows, _ = summarise([*runs, run("simclr")])
+    asked = []
+    monkeypatch.setattr(
+        "src.reporting.rows.compared_settings", lambda each: asked.append(each) or compared_settings(each)
+    )
+    found = [control_of(row, rows) for row in rows]
+    assert sum(control is not None for control in found) == 20
+    assert len(asked) == len(rows)
 
 
 def test_how_a_queue_is_searched_keeps_no_control_from_it():
