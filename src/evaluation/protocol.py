@@ -124,8 +124,9 @@ class Protocol:
         train, val = features = self._features(frozen)
         figures = self.final(frozen, features)
         if val is not None:
-            k = int(figures["test/knn_k"])  # which these images have chosen
             bank = self._bank(train, train.labels_N)
+            # Which these images have chosen already, if all training images vote.
+            k = int(figures["test/knn_k"]) if bank is train else self.best_k(bank, val)
             figures["val/knn_top1"] = self._knn_percent(bank, val, k)
         return {f"{UNTRAINED}/{key}": value for key, value in figures.items()}
 

@@ -128,9 +128,11 @@ def test_a_sample_of_the_training_images_votes_in_a_validation(finished):
     assert set(seen[-1].bincount().tolist()) == {4}
     assert figures[None] == figures[10**6] != figures[40]
     assert (figures[40]["val/knn_k"], figures[None]["val/effective_rank"]) == (4, figures[40]["val/effective_rank"])
-    beside = of(bank=40, knn_k=1).untrained(frozen)
-    one = of(bank=40, knn_k=1).validation(frozen, classifier, NOTHING_STORED)
-    assert beside["untrained/val/knn_top1"] == one["val/knn_top1"]
+    for asked in ({"knn_k": 1}, {}):  # the second's is another one for so few images than for all
+        beside = of(bank=40, **asked).untrained(frozen)
+        one = of(bank=40, **asked).validation(frozen, classifier, NOTHING_STORED)
+        assert beside["untrained/val/knn_top1"] == one["val/knn_top1"]
+    assert beside["untrained/test/knn_k"] != one["val/knn_k"]
 
 
 def test_the_figures_of_a_validation_by_hand(finished):
