@@ -145,7 +145,7 @@ def _parts(data: Dataset, cfg: schema.Data, everything: bool) -> list[NamedSplit
     parts = []
     for name, split in splits.items():
         if split is not None and len(split):
-            labelled = name != "train" or data.labelled
+            labelled = data.labelled if name == "train" else bool(data.classes)
             labels_N = split.labels if labelled else torch.full_like(split.labels, UNLABELLED)
             names = _validating(data, cfg) if name == "val" else data.names(cfg)[name]
             parts.append(NamedSplit(replace(split, labels=labels_N), _of_rows(names, split)))

@@ -17,7 +17,7 @@ from src.config.parse import chooses_data, chosen_data, parse
 from src.data import load
 from src.errors import UsageError
 from src.evaluation.probes import FrozenEncoder
-from src.evaluation.protocol import Protocol, refuse_too_few, warn_of_few_neighbours
+from src.evaluation.protocol import Protocol, check_neighbours, refuse_too_few
 from src.models import dtype_name
 from src.runs import checkpoint
 from src.runs import directory as run_directory
@@ -55,7 +55,7 @@ def main(composed: DictConfig) -> dict[str, float]:
         cfg = _merged(saved["config"], composed)
     device = build.device(cfg.device)
     data = load(cfg.data).to_if_it_fits(device)
-    warn_of_few_neighbours(cfg.evaluation, data)
+    check_neighbours(cfg.evaluation, data)
     if not data.classes:
         raise UsageError(f"data={cfg.data.name}: no image has a label to evaluate with; choose other images with data=")
     refuse_too_few(data)

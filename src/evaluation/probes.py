@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from src.models import autocast
 from src.support.search import Search
 from src.system.seeding import mix, seed_everything
 
+BLOCK = 4096  # images
 PROBE = 1  # keeps the probe's random numbers apart from those of the training steps
 CROP_AND_FLIP = View(
     crop_scale=[0.08, 1.0],
@@ -48,6 +49,10 @@ class Features(NamedTuple):
 
     def take(self, rows: Tensor) -> Features:
         return Features(self.x_NF[rows], self.labels_N[rows])
+
+    def blocks(self) -> Iterator[Features]:
+        """Of so few images that a score for each class of each takes little memory."""
+        return map(Features, self.x_NF.split(BLOCK), self.labels_N.split(BLOCK))
 
 
 class FrozenEncoder:
@@ -93,7 +98,7 @@ class FrozenEncoder:
             Diverged: some are not finite.
         """
         x_NF = self._encoded(split, batch_size)
-        if lost := len(x_NF) - int(x_NF.isfinite().all(1).sum()):
+        if lost := sum(int((~block.isfinite().all(1)).sum()) for block in x_NF.split(BLOCK)):
             raise Diverged(
                 f"the features of {lost} of {len(x_NF)} images are not finite: the encoder's weights are too large; "
                 "lower optimizer.lr or raise schedule.warmup_epochs"
@@ -108,27 +113,37 @@ class FrozenEncoder:
         return torch.cat(blocks)
 
 
+def topk_hits(scores_NC: Tensor, labels_N: Tensor, k: int) -> int:
+    """The number of rows whose label is among the k highest scores."""
+    top_NK = scores_NC.topk(min(k, scores_NC.shape[1]), dim=1).indices
+    return int((top_NK == labels_N[:, None]).any(1).sum())
+
+
 def topk_percent(scores_NC: Tensor, labels_N: Tensor, k: int) -> float:
     """Share of rows whose label is among the k highest scores, in percent, counted exactly over all rows."""
-    top_NK = scores_NC.topk(min(k, scores_NC.shape[1]), dim=1).indices
-    return 100 * int((top_NK == labels_N[:, None]).any(1).sum()) / len(labels_N)
+    return 100 * topk_hits(scores_NC, labels_N, k) / len(labels_N)
 
 
-def knn_scores(
-    bank: Features, queries_NF: Tensor, classes: int, ks: list[int], temperature: float, search: Search
-) -> list[Tensor]:
-    """Class votes [N, C] of the k nearest bank images, each weighing exp(cosine / temperature), for each k.
+def knn_percent(
+    bank: Features, queries: Features, classes: int, ks: Sequence[int], temperature: float, search: Search
+) -> list[float]:
+    """Top-1, in percent, by the votes of the k nearest bank images, for each k.
 
-    ``k`` larger than the bank means all of it.
+    A vote weighs exp(cosine / temperature). ``k`` larger than the bank means all of it.
 
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, sec. 3.4.
     """
     most = min(max(ks), len(bank.x_NF))
-    cosine_NK, ids_NK = search(F.normalize(queries_NF, dim=1), F.normalize(bank.x_NF, dim=1), most)
+    cosine_NK, ids_NK = search(F.normalize(queries.x_NF, dim=1), F.normalize(bank.x_NF, dim=1), most)
     # Relative to the nearest, so that no temperature overflows; the ranking of the classes stays.
     votes_NK = ((cosine_NK - cosine_NK[:, :1]) / temperature).exp()
-    labels_NK, nothing_NC = bank.labels_N[ids_NK], votes_NK.new_zeros(len(queries_NF), classes)
-    return [nothing_NC.scatter_add(1, labels_NK[:, :k], votes_NK[:, :k]) for k in ks]
+    hits = [0] * len(ks)
+    for rows in torch.arange(len(ids_NK), device=ids_NK.device).split(BLOCK):
+        labels_BK, nothing_BC = bank.labels_N[ids_NK[rows]], votes_NK.new_zeros(len(rows), classes)
+        for place, k in enumerate(ks):
+            scores_BC = nothing_BC.scatter_add(1, labels_BK[:, :k], votes_NK[rows, :k])
+            hits[place] += topk_hits(scores_BC, queries.labels_N[rows], 1)
+    return [100 * each / len(ids_NK) for each in hits]
 
 
 class LinearHeads:
@@ -176,13 +191,18 @@ class LinearHeads:
                 step += 1
 
     @torch.no_grad()
-    def scores(self, x_NF: Tensor, head: int) -> Tensor:
-        """Logits [N, C] of one head."""
-        return torch.cat([self(block)[head] for block in x_NF.split(4096)])
+    def topk_percent(self, features: Features, head: int, k: int) -> float:
+        """Share of images whose label is among the k highest logits of one head, in percent."""
+        weight_FC, bias_C = self.weight_LFC[head], self.bias_LC[head]
+        hits = (
+            topk_hits((block.x_NF - self.center_F) / self.scale_F @ weight_FC + bias_C, block.labels_N, k)
+            for block in features.blocks()
+        )
+        return 100 * sum(hits) / len(features.labels_N)
 
     def best(self, held_out: Features) -> int:
         """The head with the highest top-1 on held-out features; the first of equals."""
-        accuracy = [topk_percent(self.scores(held_out.x_NF, i), held_out.labels_N, 1) for i in range(len(self.lrs_L))]
+        accuracy = [self.topk_percent(held_out, head, 1) for head in range(len(self.lrs_L))]
         return accuracy.index(max(accuracy))
 
 
@@ -255,8 +275,7 @@ def few_shot(
         for draw in range(cfg.draws):
             few = train.take(class_balanced_subset(labels_N, count, draw).to(train.x_NF.device))
             heads = cached_heads(few, classes, probe.lr, probe.epochs, probe.batch_size, seed, train.x_NF)
-            logits = heads.scores(test.x_NF, heads.best(held_out))
-            top1.append(topk_percent(logits, test.labels_N, 1))
+            top1.append(heads.topk_percent(test, heads.best(held_out), 1))
         name = f"test/fewshot_{100 * fraction:g}pct_top1"
         metrics |= {name: statistics.fmean(top1), f"{name}_std": statistics.stdev(top1)}
     return metrics

@@ -24,7 +24,7 @@ from src.evaluation.probes import (
     augmented_heads,
     cached_heads,
     few_shot,
-    knn_scores,
+    knn_percent,
     topk_percent,
 )
 from src.methods.base import Method
@@ -92,7 +92,7 @@ class Protocol:
             fit, choose = train, val
             heads = self._probe(frozen, self.data.probe, train, self.cfg.lr)
             head, k = heads.best(val), self.best_k(train, val)
-            metrics["val/linear_top1"] = topk_percent(heads.scores(val.x_NF, head), val.labels_N, 1)
+            metrics["val/linear_top1"] = heads.topk_percent(val, head, 1)
         else:
             rows, held_out = held_out_tenth(self.data.probe.labels, self.seed)
             fit, choose = train.take(rows), train.take(held_out)
@@ -101,7 +101,6 @@ class Protocol:
             heads, head = self._probe(frozen, self.data.probe, train, [best_lr]), 0
 
         test = frozen.features(self.data.test)
-        logits = heads.scores(test.x_NF, head)
         if self.cfg.fewshot is not None:
             metrics |= few_shot(fit, choose, test, self.classes, self.cfg, self.cfg.fewshot, self.seed)
         if self.cfg.finetune is not None:
@@ -109,8 +108,8 @@ class Protocol:
         return metrics | {
             "test/knn_top1": self._knn_percent(train, test, k),
             "test/knn_k": k,
-            "test/linear_top1": topk_percent(logits, test.labels_N, 1),
-            "test/linear_top5": topk_percent(logits, test.labels_N, 5),
+            "test/linear_top1": heads.topk_percent(test, head, 1),
+            "test/linear_top5": heads.topk_percent(test, head, 5),
         }
 
     def of_teacher(self, frozen: FrozenEncoder) -> dict[str, float]:
@@ -135,8 +134,7 @@ class Protocol:
         ks = neighbours(self.cfg, len(bank.labels_N) // self.classes)
         if len(ks) == 1:
             return ks[0]
-        votes = knn_scores(bank, held_out.x_NF, self.classes, ks, self.cfg.knn_temperature, self.search)
-        accuracy = [topk_percent(each, held_out.labels_N, 1) for each in votes]
+        accuracy = knn_percent(bank, held_out, self.classes, ks, self.cfg.knn_temperature, self.search)
         return ks[accuracy.index(max(accuracy))]
 
     def _features(self, frozen: FrozenEncoder) -> tuple[Features, Features | None]:
@@ -150,8 +148,8 @@ class Protocol:
         return train.take(class_balanced_subset(labels.cpu(), self.cfg.bank, seed=0).to(labels.device))
 
     def _knn_percent(self, bank: Features, queries: Features, k: int) -> float:
-        (votes,) = knn_scores(bank, queries.x_NF, self.classes, [k], self.cfg.knn_temperature, self.search)
-        return topk_percent(votes, queries.labels_N, 1)
+        (percent,) = knn_percent(bank, queries, self.classes, [k], self.cfg.knn_temperature, self.search)
+        return percent
 
     def _probe(self, frozen: FrozenEncoder, split: Split, features: Features, lrs: list[float]) -> LinearHeads:
         if self.cfg.name == "original":
@@ -179,10 +177,22 @@ def neighbours(cfg: schema.Evaluation, images_a_class: int) -> list[int]:
     return sorted({max(1, min(k, images_a_class)) for k in asked})
 
 
-def warn_of_few_neighbours(cfg: schema.Evaluation, data: Dataset) -> None:
-    """Say so where a number of neighbours that is asked for is not the one that votes."""
-    if not (data.classes and isinstance(cfg.knn_k, int)):
+def check_neighbours(cfg: schema.Evaluation, data: Dataset) -> None:
+    """Say so where a number of neighbours that is asked for is not the one that votes.
+
+    Raises:
+        UsageError: fewer images vote in a validation than there are classes.
+    """
+    classes, images = len(data.classes), len(data.probe)
+    if not classes:
         return
-    images = len(data.probe) // len(data.classes)
-    if neighbours(cfg, images) != [cfg.knn_k]:
-        logger.warning("evaluation.knn_k=%d: a class has %d training images, so that many vote", cfg.knn_k, images)
+    if cfg.bank is not None and cfg.bank < min(classes, images):
+        raise UsageError(f"evaluation.bank={cfg.bank}: fewer than the {classes} classes; set it higher")
+    if not isinstance(cfg.knn_k, int):
+        return
+    for voting, name in ((images, "training images"), (cfg.bank or images, "images of evaluation.bank")):
+        if neighbours(cfg, voting // classes) != [cfg.knn_k]:
+            logger.warning(
+                "evaluation.knn_k=%d: a class has %d %s, so that many vote", cfg.knn_k, voting // classes, name
+            )
+            return

@@ -257,8 +257,10 @@ def _differences(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[st
     }
 
 
-def _shape(value: object) -> tuple[int, ...] | None:
-    """None for a module's extra state, which is no tensor."""
+def _shape(value: object) -> tuple[int, ...] | list[str] | None:
+    """What two values must have in common to stand for each other; of a module's extra state, its keys."""
+    if isinstance(value, dict):
+        return sorted(value)
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 

@@ -77,16 +77,8 @@ class Evolving(KMeans):
 
     @torch.no_grad()
     def nearest(self, embeddings_QD: Tensor, count: int) -> Neighbors:
-        """Find each embedding's nearest prototypes among those in use.
-
-        Raises:
-            UsageError: fewer are left than are asked for.
-        """
-        if self.ready and count > self.seeded:
-            raise UsageError(
-                f"objective.neighbours={count}: {self.seeded} prototypes are left; lower it, or support.penalty"
-            )
-        return super().nearest(embeddings_QD, count)
+        """Find each embedding's nearest prototypes among those in use; all of them, where fewer are left."""
+        return super().nearest(embeddings_QD, min(count, self.seeded) if self.ready else count)
 
     @torch.no_grad()
     def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:

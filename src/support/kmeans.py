@@ -148,7 +148,7 @@ class KMeans(SupportSet):
             self._place(self.shard.rows(slots)[0], points_BD[seeds], images_B[seeds], labels_B[seeds])
             self.seeded += fresh
         if fresh < len(points_BD):
-            self._move(points_BD[fresh:], labels_B[fresh:])
+            self._move(points_BD[fresh:], images_B[fresh:], labels_B[fresh:])
             if self.revive_after:
                 self._revive(points_BD, images_B, labels_B)
         self.step += 1
@@ -190,13 +190,14 @@ class KMeans(SupportSet):
 
     def labels_of(self, ids_Q: Tensor) -> Tensor:
         """The commonest class among the members."""
-        most_K, class_K = self.classes_KC.max(1)
-        return self.shard.fetch(torch.where(most_K > 0, class_K, -1), ids_Q)
+        rows_Q, is_mine_Q = self.shard.rows(ids_Q)
+        most_Q, class_Q = self.classes_KC[rows_Q].max(-1)
+        return self.shard.sum(torch.where(most_Q > 0, class_Q, -1) * is_mine_Q)
 
     def agreement_of(self, ids_Q: Tensor, labels_Q: Tensor) -> Tensor:
-        share_KC = self.classes_KC / self.classes_KC.sum(1, keepdim=True).clamp(min=1e-12)
         rows_Q, is_mine_Q = self.shard.rows(ids_Q)
-        return self.shard.sum(share_KC[rows_Q, labels_Q] * is_mine_Q)
+        members_Q = self.classes_KC.sum(1)[rows_Q].clamp(min=1e-12)
+        return self.shard.sum(self.classes_KC[rows_Q, labels_Q] / members_Q * is_mine_Q)
 
     def images_of(self, ids_Q: Tensor) -> Tensor:
         return self.shard.fetch(self.images_K, ids_Q)
@@ -229,7 +230,7 @@ class KMeans(SupportSet):
         self.images_K[rows_P] = images_P
         self.classes_KC[rows_P] = F.one_hot(labels_P, self.classes_KC.shape[1]).float()
 
-    def _move(self, points_BD: Tensor, labels_B: Tensor) -> None:
+    def _move(self, points_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
         ids_B = self._nearest(points_BD)[:, 0]
         # A product with the membership matrix, where a scatter would add in no fixed order on a GPU.
         member_KB = (ids_B == self.shard.own(0, self.size, ids_B.device)[:, None]).float()
@@ -240,7 +241,7 @@ class KMeans(SupportSet):
         hit_K = gained_K > 0
         self.idle_K.add_(len(points_BD)).masked_fill_(hit_K, 0)
         self.written_K.masked_fill_(hit_K, self.step)
-        self.images_K.masked_fill_(hit_K, -1)
+        self.images_K.masked_fill_((member_KB.bool() & (images_B != self.images_K[:, None])).any(1), -1)
         self._count(self.classes_KC.mul_(self.decay), ids_B, labels_B)
 
     def _revive(self, points_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
@@ -252,9 +253,10 @@ class KMeans(SupportSet):
         dead_K &= turn_K < batch
         shuffled_B = torch.randperm(batch).to(points_BD.device, non_blocking=True)
         rows_K = shuffled_B[turn_K.clamp(0, batch - 1)]
-        ones_KC = F.one_hot(labels_B, self.classes_KC.shape[1]).float()[rows_K]
         self.means_KD[:] = torch.where(dead_K[:, None], points_BD[rows_K], self.means_KD)
-        self.classes_KC[:] = torch.where(dead_K[:, None], ones_KC, self.classes_KC)
+        # In place, because K times C numbers may be most of a support set.
+        own_K1, dead_K1 = labels_B[rows_K][:, None], dead_K[:, None]
+        self.classes_KC.masked_fill_(dead_K1, 0).scatter_add_(1, own_K1, dead_K1.float())
         self.images_K[:] = torch.where(dead_K, images_B[rows_K], self.images_K)
         self.counts_K.masked_fill_(dead_K, 1)
         self.idle_K.masked_fill_(dead_K, 0)

@@ -96,6 +96,32 @@ def refuse_unfillable(cfg: Config, images: int, filled: bool = False) -> None:
     )
 
 
+def refuse_idle_refit(cfg: Config, images: int) -> None:
+    """Refuse to store a window for a re-clustering that never comes: online k-means of that size stores less.
+
+    Raises:
+        UsageError: the window is never full, or the run has fewer steps than there are from one re-clustering to the
+            next.
+    """
+    support = cfg.support
+    if not isinstance(support, schema.KMeans) or support.refit != "faiss":
+        return
+    batch_size = images_a_step(cfg.batch_size, images)
+    steps = images // batch_size  # an epoch
+    is_reset = support.forget == "reset" and support.forget_every < cfg.epochs
+    epochs, period = (support.forget_every, "support.forget_every") if is_reset else (cfg.epochs, "epochs")
+    if (seen := steps * epochs * batch_size) < support.refit_window:
+        raise UsageError(
+            f"support.refit_window={support.refit_window}: is never full, because only {seen} embeddings are seen in "
+            f"{period}={epochs}, so nothing is re-clustered; set it lower, {period} higher, or support.refit=online"
+        )
+    if support.refit_every > steps * cfg.epochs:
+        raise UsageError(
+            f"support.refit_every={support.refit_every}: the run has {steps * cfg.epochs} steps, so nothing is "
+            "re-clustered; set it lower, or support.refit=online"
+        )
+
+
 def warn_of_late_filling(cfg: Config, images: int, filled: bool) -> None:
     """Warn of a support set that is filled in less than half of the steps; arguments as of `refuse_unfillable`."""
     filling = Filling.of(cfg, images, filled)
@@ -161,14 +187,5 @@ def warn_of_doubtful_settings(cfg: Config, images: int) -> None:
             cfg.queue_size,
             images,
         )
-    if isinstance(cfg.support, schema.KMeans) and (cfg.support.refit, cfg.support.forget) == ("faiss", "reset"):
-        batch_size = images_a_step(cfg.batch_size, images)
-        between = images // batch_size * batch_size * cfg.support.forget_every
-        if between < cfg.support.refit_window:
-            logger.warning(
-                "support.refit_window=%d: %d embeddings between two resets never fill it, so nothing is re-clustered",
-                cfg.support.refit_window,
-                between,
-            )
     if cfg.k is not None and cfg.k > images:
         logger.warning("k=%d: more prototypes than the %d training images; most will be single images", cfg.k, images)

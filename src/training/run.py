@@ -21,7 +21,7 @@ from src.config.outside import code_digests
 from src.config.schema import Config
 from src.data import Dataset, load
 from src.errors import Diverged, UsageError
-from src.evaluation.protocol import refuse_too_few, warn_of_few_neighbours
+from src.evaluation.protocol import check_neighbours, refuse_too_few
 from src.models import dtype_name
 from src.runs import directory as run_directory
 from src.runs import mlflow_store, origin
@@ -52,6 +52,7 @@ from src.system.stopping import Stopped, Stopper
 from src.training import distributed, loop
 from src.training.checks import (
     check_batch_fits,
+    refuse_idle_refit,
     refuse_unfillable,
     refuse_unset_gradients,
     warn_of_doubtful_settings,
@@ -111,12 +112,13 @@ def start(cfg: Config, data: Dataset, ranks: Ranks, exact_batch: bool) -> tuple[
     state = TrainState(cfg, data, ranks)
     refuse_unset_gradients(state.method.encoder, cfg.data.image_size, state.device, state.dtype)
     warn_of_doubtful_settings(cfg, len(data.train))
-    warn_of_few_neighbours(cfg.evaluation, data)
+    check_neighbours(cfg.evaluation, data)
     source = origin.identify(cfg)
     tags = {TAG_INIT_TAKEN: state.start_from(source)} if source else {}
     filled = state.method.support is not None and state.method.support.ready
     filled = filled or (cfg.init is not None and not source)  # when it began
     refuse_unfillable(cfg, len(data.train), filled)
+    refuse_idle_refit(cfg, len(data.train))
     warn_of_late_filling(cfg, len(data.train), filled)
     if cfg.tracking.system_metrics:
         require("psutil", "system", "tracking.system_metrics=true")

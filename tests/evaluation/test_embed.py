@@ -276,6 +276,14 @@ def test_a_run_without_test_images_says_how_to_choose_some(cache_dir, tmp_path):
         write(folder)
 
 
+def test_a_runs_own_images_without_labels_have_none_in_any_split(drawn, cache_dir, tmp_path):
+    images = write_folder(tmp_path / "images", {"": 20})
+    folder = run_on(images, cache_dir, tmp_path)
+    rows = pq.read_table(write(folder, *of_folder(images, cache_dir))).to_pylist()
+    assert {(row["split"], row["label"]) for row in rows} == {("train", None), ("val", None)}
+    assert len({row["image"] for row in rows}) == 20
+
+
 @pytest.mark.parametrize("content", [None, "a: [", "- 1", "data: 3"])
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path, content):
     folder = write_run(tmp_path / "run", "backbone=resnet_tiny")

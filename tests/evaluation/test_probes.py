@@ -36,9 +36,15 @@ def test_top5_of_two_classes_is_everything():
 
 
 @pytest.mark.parametrize("k", [1, 10, 1000])
-def test_knn_is_wu_et_al_by_loops(k):
+def test_knn_is_wu_et_al_by_loops(k, monkeypatch):
+    monkeypatch.setattr(probes, "BLOCK", 7)  # of 20 queries
+    scored, hits = [], probes.topk_hits
+    monkeypatch.setattr(probes, "topk_hits", lambda scores, *rest: scored.append(scores) or hits(scores, *rest))
     bank, queries = blobs(60), blobs(20)
-    _, votes = probes.knn_scores(bank, queries.x_NF, 5, [2, k], 0.1, TorchSearch())
+    percent = probes.knn_percent(bank, queries, 5, [2, k], 0.1, TorchSearch())
+    assert max(map(len, scored)) == 7
+    votes = torch.cat(scored[1::2])
+    assert percent[1] == probes.topk_percent(votes, queries.labels_N, 1)
     for query, vote in zip(queries.x_NF.double(), votes, strict=True):
         cosine = F.cosine_similarity(query[None], bank.x_NF.double(), dim=1)
         expected = torch.zeros(5, dtype=torch.float64)
@@ -49,8 +55,21 @@ def test_knn_is_wu_et_al_by_loops(k):
 
 def test_knn_at_a_tiny_temperature_neither_overflows_nor_errs():
     bank = blobs(60)
-    (votes,) = probes.knn_scores(bank, bank.x_NF, 5, [60], 1e-4, TorchSearch())
-    assert probes.topk_percent(votes, bank.labels_N, 1) == 100
+    assert probes.knn_percent(bank, bank, 5, [60], 1e-4, TorchSearch()) == [100]
+
+
+def test_the_accuracy_of_a_head_is_counted_by_blocks_of_that_head_alone(monkeypatch):
+    monkeypatch.setattr(probes, "BLOCK", 7)
+    data = blobs(24)
+    heads = LinearHeads(5, [0.1, 0.2], torch.randn(8), torch.rand(8) + 0.5)
+    heads.weight_LFC, heads.bias_LC = torch.randn(2, 8, 5), torch.randn(2, 5)
+    scored, hits = [], probes.topk_hits
+    monkeypatch.setattr(probes, "topk_hits", lambda scores, *rest: scored.append(scores) or hits(scores, *rest))
+    for head, k in ((0, 1), (1, 3)):
+        expected = probes.topk_percent(heads(data.x_NF)[head], data.labels_N, k)
+        scored.clear()
+        assert heads.topk_percent(data, head, k) == expected
+        assert [scores.untyped_storage().size() // 4 for scores in scored] == [7 * 5, 7 * 5, 7 * 5, 3 * 5]
 
 
 def test_heads_train_as_torchs_sgd_would():
@@ -78,7 +97,7 @@ def test_heads_train_as_torchs_sgd_would():
 def test_the_probe_is_as_good_as_logistic_regression():
     train, test = blobs(500, spread=0.6), blobs(500, spread=0.6)
     heads = probes.cached_heads(train, 5, [0.03, 0.3], epochs=40, batch_size=64, seed=0)
-    ours = probes.topk_percent(heads.scores(test.x_NF, heads.best(test)), test.labels_N, 1)
+    ours = heads.topk_percent(test, heads.best(test), 1)
     oracle = LogisticRegression(C=1e3).fit(train.x_NF.numpy(), train.labels_N.numpy())
     assert ours >= 100 * oracle.score(test.x_NF.numpy(), test.labels_N.numpy()) - 2
 
@@ -129,7 +148,7 @@ def test_few_labels_are_enough_where_classes_lie_apart():
 def test_few_labels_tell_the_mean_and_the_sample_deviation_of_the_draws(monkeypatch):
     values = iter([10.0, 20.0, 60.0])
     monkeypatch.setattr(LinearHeads, "best", lambda *_: 0)
-    monkeypatch.setattr(probes, "topk_percent", lambda *_: next(values))
+    monkeypatch.setattr(LinearHeads, "topk_percent", lambda *_: next(values))
     data = blobs(50)
     metrics = probes.few_shot(data, data, data, 5, PROBE_SETTINGS, Fewshot([0.2], draws=3), seed=0)
     assert metrics == {
@@ -142,7 +161,7 @@ def test_all_of_the_labels_are_the_linear_probe():
     train, held_out, test = blobs(300, spread=0.6), blobs(300, spread=0.6), blobs(300, spread=0.6)
     metrics = probes.few_shot(train, held_out, test, 5, PROBE_SETTINGS, Fewshot([1.0], draws=2), seed=3)
     heads = probes.cached_heads(train, 5, PROBE_SETTINGS.lr, 20, 64, 3)
-    expected = probes.topk_percent(heads.scores(test.x_NF, heads.best(held_out)), test.labels_N, 1)
+    expected = heads.topk_percent(test, heads.best(held_out), 1)
     assert metrics["test/fewshot_100pct_top1"] == expected
     assert metrics["test/fewshot_100pct_top1_std"] == 0
 
@@ -163,7 +182,7 @@ def test_a_feature_that_is_constant_has_no_say():
     train, more = blobs(50), blobs(50)
     with_constant = Features(F.pad(train.x_NF, (0, 1)), train.labels_N)
     plain, padded = (probes.cached_heads(each, 5, [0.3], 3, 16, seed=0) for each in (train, with_constant))
-    torch.testing.assert_close(padded.scores(F.pad(more.x_NF, (0, 1)), 0), plain.scores(more.x_NF, 0))
+    torch.testing.assert_close(padded(F.pad(more.x_NF, (0, 1))), plain(more.x_NF))
 
 
 def order_of(heads_of, seed, monkeypatch):
@@ -262,7 +281,7 @@ def test_the_original_protocol_sees_new_crops_every_epoch_and_learns():
     assert len(steps) == 15
     assert not torch.equal(steps[0].sort(0).values, steps[3].sort(0).values)
     features = frozen.features(split)
-    assert probes.topk_percent(heads.scores(features.x_NF, 0), labels, 1) == 100
+    assert heads.topk_percent(features, 0, 1) == 100
 
 
 def test_crop_and_flip_is_a_complete_view():

@@ -8,9 +8,10 @@ from torch import nn
 from src.config.schema import Fewshot
 from src.data import load
 from src.data.splits import class_balanced_subset, held_out_tenth
+from src.errors import UsageError
 from src.evaluation import protocol
 from src.evaluation.diagnostics import effective_rank
-from src.evaluation.probes import Features, FrozenEncoder, cached_heads, few_shot, knn_scores, topk_percent
+from src.evaluation.probes import Features, FrozenEncoder, cached_heads, few_shot, knn_percent, topk_percent
 from src.evaluation.protocol import Protocol
 from src.runs.record import Record
 from src.support.search import TorchSearch
@@ -77,11 +78,10 @@ def test_the_final_figures_by_hand(finished, monkeypatch, final, drawn_from):
         return cached_heads(features, 6, lrs, cfg.epochs, cfg.batch_size, SEED)
 
     def knn(bank, queries, k):
-        (votes,) = knn_scores(bank, queries.x_NF, 6, [k], cfg.knn_temperature, TorchSearch())
-        return topk_percent(votes, queries.labels_N, 1)
+        return knn_percent(bank, queries, 6, [k], cfg.knn_temperature, TorchSearch())[0]
 
     def linear(heads, place, queries, k=1):
-        return topk_percent(heads.scores(queries.x_NF, place), queries.labels_N, k)
+        return topk_percent(heads(queries.x_NF)[place], queries.labels_N, k)
 
     heads = heads_of(fit, cfg.lr)
     place, *others = (max(range(3), key=lambda i, on=on: linear(heads, i, on)) for on in (choose, fit, test))
@@ -143,8 +143,7 @@ def test_the_figures_of_a_validation_by_hand(finished):
     data = SimpleNamespace(classes=list("abcdef"), probe=train, val=val, labelled=True)
     classifier = nn.Linear(6, 6)
     bank = train.take(class_balanced_subset(train.labels, 90, 0))
-    votes = {k: knn_scores(bank, val.x_NF, 6, [k], cfg.knn_temperature, TorchSearch())[0] for k in cfg.knn_k}
-    top1 = {k: topk_percent(each, val.labels_N, 1) for k, each in votes.items()}
+    top1 = {k: knn_percent(bank, val, 6, [k], cfg.knn_temperature, TorchSearch())[0] for k in cfg.knn_k}
     best = max(top1, key=top1.get)
     found = Protocol(data, cfg, TorchSearch(), SEED).validation(
         SimpleNamespace(features=lambda split: split), classifier, NOTHING_STORED
@@ -162,6 +161,27 @@ def test_of_equally_good_numbers_of_neighbours_the_smallest_is_chosen(finished):
     far_apart = Features(torch.eye(6).repeat(10, 1), torch.arange(6).repeat(10))
     assert Protocol(SimpleNamespace(classes=list("abcdef")), cfg, TorchSearch(), 0).best_k(far_apart, far_apart) == 1
     assert protocol.neighbours(cfg, 0) == [1], "one votes, however few images a class has"
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"knn_k": 12, "bank": None}, ""),
+        ({"knn_k": 21, "bank": None}, "evaluation.knn_k=21: a class has 20 training images, so that many vote"),
+        ({"knn_k": 12, "bank": 60}, "evaluation.knn_k=12: a class has 10 images of evaluation.bank, so that many vote"),
+        ({"knn_k": [12, 21], "bank": 60}, ""),
+    ],
+)
+def test_a_number_of_neighbours_that_cannot_vote_is_said(finished, caplog, asked, says):
+    cfg = replace(load_config(finished).evaluation, **asked)
+    protocol.check_neighbours(cfg, SimpleNamespace(classes=list("abcdef"), probe=range(120)))
+    assert caplog.messages == ([says] if says else [])
+
+
+def test_fewer_voters_than_classes_are_refused(finished):
+    data = SimpleNamespace(classes=list("abcdef"), probe=range(120))
+    with pytest.raises(UsageError, match=r"evaluation.bank=5: fewer than the 6 classes; set it higher"):
+        protocol.check_neighbours(replace(load_config(finished).evaluation, bank=5), data)
 
 
 def test_the_probe_of_crops_has_the_runs_seed(finished, monkeypatch):

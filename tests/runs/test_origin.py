@@ -101,6 +101,22 @@ def test_a_support_set_that_is_filled_by_another_run_need_not_be_filled_again(ru
         run("method=kmclr", "k=65", f"init={first}", "epochs=3", "support.forget_every=1")
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (
+            ["method=nnclr", "queue_size=64"],
+            ["method=nnclr", "queue_size=64", "search=ivf", "search.index='IVF4,Flat'"],
+        ),
+        (["method=kmclr", "k=50"], ["objective=mixed", "support=evolving", "support.size=50", "support.start=50"]),
+    ],
+)
+def test_what_is_stored_by_a_support_set_of_another_kind_is_not_taken_over(run, first, second):
+    """Though it has as many vectors: it knows other things of them."""
+    record = Record.load(run(*second, "epochs=2", f"init={run(*first, 'epochs=2')}"))
+    assert (record.status, record.tags["init.taken"]) == ("FINISHED", "encoder, projector")
+
+
 def test_a_foreign_encoder_is_a_start_too(run, tmp_path):
     first = run("method=simclr")
     save_file(load_file(first / "encoder.safetensors"), tmp_path / "theirs.safetensors")

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import normalized_mutual_info_score
+from torch.profiler import ProfilerActivity, profile
 
 from src.support.kmeans import KMeans
 from src.support.search import TorchSearch
@@ -281,6 +282,31 @@ def test_diagnostics_by_hand():
     assert stats["support/self_hit"] == 1 / 4
     assert stats["support/dead"] == 0
     assert stats["support/age_steps"] == 0.5
+
+
+def test_a_prototype_is_of_one_image_as_long_as_all_that_came_to_it_are():
+    kmeans = make(2)
+    for _ in range(3):
+        kmeans.update(torch.eye(DIM)[[0, 1]], torch.tensor([7, 8]), torch.tensor([0, 1]))
+    assert kmeans.images_of(torch.tensor([0, 1])).tolist() == [7, 8]
+    kmeans.update(torch.eye(DIM)[[0, 1, 1]], torch.tensor([7, 8, 9]), torch.tensor([0, 1, 1]))
+    kmeans.update(torch.eye(DIM)[[0, 1]], torch.tensor([7, 8]), torch.tensor([0, 1]))
+    assert kmeans.images_of(torch.tensor([0, 1])).tolist() == [7, -1]
+
+
+def test_a_step_makes_no_copy_of_the_classes_of_all_prototypes():
+    def peak(classes):
+        kmeans = KMeans(2000, DIM, classes, TorchSearch(), revive_after=1)
+        for _ in range(9):
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+                update(kmeans, torch.randn(256, DIM))
+                if kmeans.ready:
+                    nobody = torch.zeros(8, dtype=torch.int64)
+                    kmeans.record(kmeans.lookup(torch.randn(8, DIM)).ids, nobody, nobody)
+                    kmeans.agreement_of(nobody, nobody)
+        return max(event.cpu_memory_usage for event in profiled.events())
+
+    assert peak(classes=CLASSES) == peak(classes=1000) < 2000 * 1000 * 4
 
 
 def test_a_prototype_agrees_by_the_share_of_its_members():

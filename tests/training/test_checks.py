@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from src.models import ResNetTiny
 from src.runs.record import Record
 from src.training.checks import (
     check_batch_fits,
+    refuse_idle_refit,
     refuse_unset_gradients,
     warn_of_doubtful_settings,
     warn_of_late_filling,
@@ -23,14 +25,8 @@ def test_doubtful_settings_are_warned_of(run, caplog):
     assert "queue_size=201: more than the 200 training images" in caplog.text
     run("method=kmclr", "k=201", "epochs=2", directory="other")
     assert "k=201: more prototypes than the 200 training images" in caplog.text
-    kept = run("method=kmclr", "k=7", "epochs=1", "support.refit=faiss", directory="refit")
-    assert Record.load(kept).params["support_set_size"] == str(7 + 16384)
-    assert "support.refit_window=16384: 576 embeddings between two resets never fill it" in caplog.text
+    run("method=kmclr", "k=7", "epochs=1", directory="short")
     assert "schedule.warmup_epochs=2: not shorter than epochs=1" in caplog.text
-
-
-REFIT = ["method=kmclr", "k=7", "batch_size=64", "support.refit=faiss", "support.forget=reset"]
-REFIT += ["support.forget_every=2"]
 
 
 @pytest.mark.parametrize(
@@ -42,13 +38,41 @@ REFIT += ["support.forget_every=2"]
         (["method=kmclr", "k=200"], 200, False),
         (["method=simclr", "epochs=5", "schedule.warmup_epochs=5"], 200, True),
         (["method=simclr", "epochs=5", "schedule.warmup_epochs=4.9"], 200, False),
-        ([*REFIT, "support.refit_window=641"], 383, True),  # 2 epochs of 5 batches
-        ([*REFIT, "support.refit_window=640"], 320, False),
     ],
 )
 def test_settings_are_doubtful_from_an_exact_bound_on(caplog, overrides, images, warns):
     warn_of_doubtful_settings(parsed(*overrides), images)
     assert bool(caplog.text) == warns
+
+
+REFIT = ["method=kmclr", "k=7", "batch_size=64", "epochs=6", "support.refit=faiss", "support.forget_every=2"]
+REFIT += ["support.refit_every=1"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["support.refit_window=640"], ""),  # 2 epochs of 5 batches
+        (["support.refit_window=641"], "only 640 embeddings are seen in support.forget_every=2"),
+        (["support.refit_window=641", "support.forget=none"], ""),
+        (["support.refit_window=1921", "support.forget=none"], "only 1920 embeddings are seen in epochs=6"),
+        (["support.refit_window=1920", "support.forget_every=7"], ""),
+        (["support.refit_window=64", "support.refit_every=30"], ""),
+        (["support.refit_window=64", "support.refit_every=31"], "refit_every=31: the run has 30 steps"),
+        (["support.refit_window=16384", "support.refit=online"], ""),
+    ],
+)
+def test_a_window_of_which_nothing_is_ever_re_clustered_is_refused(overrides, says):
+    """Its vectors would count as stored, and none would be used."""
+    cfg = parsed(*REFIT, *overrides)
+    with pytest.raises(UsageError, match=says) if says else nullcontext():
+        refuse_idle_refit(cfg, 383)
+
+
+def test_an_idle_window_is_refused_before_anything_is_written(run, tmp_path):
+    with pytest.raises(UsageError, match=r"support.refit_window=16384: is never full, .* support.refit=online"):
+        run("method=kmclr", "k=7", "epochs=1", "support.refit=faiss", directory="refit")
+    assert not (tmp_path / "refit").exists()
 
 
 def test_a_batch_that_was_asked_for_or_has_parts_is_never_made_smaller(caplog):
