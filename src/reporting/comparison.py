@@ -17,6 +17,7 @@ from src.system.output import printable
 METHOD_PREFIXES = ("method.", "support.", "objective.")  # their settings are compared within a method only
 COLUMN_KEYS = ("method.name", "k", "queue_size", "support.size", "seed")
 INTEGER_PARAMS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
+MAX_NAMED = 20  # in a note
 IN_USE = "support/size"  # the metric of a support set whose number of vectors changes
 
 
@@ -30,13 +31,16 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
         else:
             usable = replace(run, params=comparable(run))
             repeats[frozenset(compared_settings(usable).items())].append(usable)
-    notes = [f"left out: {', '.join(unfinished)}"] if unfinished else []
-    notes += [
-        f"{group[-1].name} was run {len(group)} times: only the newest counts"
-        for group in repeats.values()
-        if len(group) > 1
-    ]
+    notes = [f"left out: {some_of(unfinished)}"] if unfinished else []
+    if again := [f"{group[-1].name} was run {len(group)} times" for group in repeats.values() if len(group) > 1]:
+        notes.append(f"{some_of(again)}: only the newest counts")
     return [group[-1] for group in repeats.values()], notes
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Names for a note, of many the first, and how many more there are."""
+    more = len(names) - MAX_NAMED
+    return ", ".join([*names[:MAX_NAMED], *([f"and {more:,} more"] if more > 0 else [])])
 
 
 def comparable(run: Record) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,6 +49,14 @@ MAX_LEGEND_CHARS = 36  # of a line in a legend
 LEGEND_MARGIN = 0.03  # between a legend and a curve, as a fraction of a panel's height
 MIN_SELF_HITS = 0.005  # a smaller fraction of lookups is drawn nowhere
 MIN_UNMARKED_POINTS = 12  # a curve of fewer points has markers
+
+
+class Point(NamedTuple):
+    """A metric at an epoch: the mean over runs, and the sample standard deviation (0 for one run)."""
+
+    epoch: float
+    mean: float
+    std: float
 
 
 class Course(NamedTuple):
@@ -118,27 +126,35 @@ def plot(directory: Path) -> Path:
     return path
 
 
-def over_epochs(course: Course, metric: str) -> list[tuple[float, float, float]]:
-    """Epoch, mean and sample standard deviation (0 for one run) of a metric, at epochs where every run has it.
+def over_epochs(course: Course, metrics: Iterable[str]) -> dict[str, list[Point]]:
+    """Points of metrics, at epochs where every run has the metric.
 
     The untrained encoder's metric is a level over all epochs. Metrics of a support set that is reset are taken where it
     is oldest, at the last epoch before each reset; if none was measured there, they are taken where they were.
     """
-    runs = [read(directory) for directory in course.directories]
-    metric = f"{UNTRAINED}/{metric}" if course.is_untrained else metric
-    found: dict[float, list[float]] = defaultdict(list)
-    for run in runs:
+    prefix = f"{UNTRAINED}/" if course.is_untrained else ""
+    found: dict[str, dict[float, list[float]]] = {metric: defaultdict(list) for metric in metrics}
+    for directory in course.directories:
+        run = read(directory)
         last = max((step for steps, _ in run.values() for step in steps), default=0) or 1
-        for step, value in zip(*run.get(metric, ([], [])), strict=True):
-            found[course.epochs * step / last].append(value)
+        for metric, values in found.items():
+            for step, value in zip(*run.get(prefix + metric, ([], [])), strict=True):
+                values[course.epochs * step / last].append(value)
+    return {metric: _points(course, metric, values) for metric, values in found.items()}
+
+
+def _points(course: Course, metric: str, found: Mapping[float, Sequence[float]]) -> list[Point]:
+    """The points of one metric, of which ``found`` has the runs' values at each epoch."""
     points = [
-        (epoch, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+        Point(epoch, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
         for epoch, values in sorted(found.items())
-        if len(values) == len(runs)
+        if len(values) == len(course.directories)
     ]
+    if course.is_untrained:
+        return [*points, *(point._replace(epoch=course.epochs) for point in points)]
     if metric.startswith("support/"):
-        points = [point for point in points if not round(point[0]) % course.cycle] or points
-    return [*points, *((course.epochs, mean, std) for _, mean, std in points)] if course.is_untrained else points
+        return [point for point in points if not round(point.epoch) % course.cycle] or points
+    return points
 
 
 def compare(courses: Sequence[Course]) -> Figure | None:
@@ -152,7 +168,8 @@ def compare(courses: Sequence[Course]) -> Figure | None:
     """
     from matplotlib.figure import Figure
 
-    drawn = {metric: {each: p for each in courses if (p := _points(each, metric))} for metric in COMPARED}
+    measured = {course: _worth_drawing(course) for course in courses}
+    drawn = {metric: {each: p for each in courses if (p := measured[each].get(metric))} for metric in COMPARED}
     if drawn[NEIGHBOUR].keys() <= drawn[AGREEMENT].keys():
         drawn[NEIGHBOUR] = {}  # which flatters prototypes, and all that older runs have
     metrics = [metric for metric, each in drawn.items() if each]
@@ -192,13 +209,13 @@ def compare(courses: Sequence[Course]) -> Figure | None:
     return figure
 
 
-def _points(course: Course, metric: str) -> list[tuple[float, float, float]]:
+def _worth_drawing(course: Course) -> dict[str, list[Point]]:
     """`over_epochs`, but nothing of a support set if nothing is stored, and no self-hits if they are rare."""
-    if metric.startswith("support/") and not course.size:
-        return []
-    points = over_epochs(course, metric)
-    is_rare = max((mean for _, mean, _ in points), default=0) < MIN_SELF_HITS
-    return [] if metric == "support/self_hit" and is_rare else points
+    found = over_epochs(course, [each for each in COMPARED if course.size or not each.startswith("support/")])
+    own = found.get("support/self_hit", [])
+    if all(point.mean < MIN_SELF_HITS for point in own):
+        found.pop("support/self_hit", None)
+    return found
 
 
 def _styles(courses: Sequence[Course], accuracy: Mapping[Course, float]) -> dict[Course, dict[str, Any]]:
@@ -232,7 +249,7 @@ def _styles(courses: Sequence[Course], accuracy: Mapping[Course, float]) -> dict
 def _panel(
     axes: Axes,
     courses: Sequence[Course],
-    points_of: Mapping[Course, Sequence[tuple[float, float, float]]],
+    points_of: Mapping[Course, Sequence[Point]],
     factor: float,
     styles: Mapping[Course, Mapping[str, Any]],
 ) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_IMAGES = 1000  # images on a map, at most
+MAX_NAME_CHARS = 24  # of a class in the legend
 COLOURED_CLASSES = 10  # classes with a colour of their own, where there are more than twice as many
 
 
@@ -64,7 +65,7 @@ def draw_map(x_ND: Tensor, labels_N: Tensor, classes: Sequence[str], prototypes_
                 s=14,
                 color=palette(label),
                 linewidth=0,
-                label=class_text(classes[label]),
+                label=class_text(classes[label], MAX_NAME_CHARS),
             )
     if len(marks):
         axes.scatter(marks[:, 0], marks[:, 1], s=18, marker="x", color="black", linewidth=0.8, label="prototypes")

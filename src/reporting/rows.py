@@ -22,6 +22,7 @@ from src.reporting.comparison import (
     row_label,
     select,
     setting_text,
+    some_of,
     usual,
     variant_of,
 )
@@ -265,14 +266,14 @@ def _remarks(
         notes.append("the rows differ in their seeds")
     young = [row for row in rows if row.values(AGREEMENT) and int(row.runs[0].params["epochs"]) % cycle_of(row)]
     if young:
-        titles = ", ".join(row.title for row in young)
+        titles = some_of([row.title for row in young])
         notes.append(f"{AGREEMENT_TITLE} are counted soon after a reset of the prototypes: {titles}")
     for metric, title in metrics_of(rows).items():
         having = [(row, len(row.values(metric))) for row in rows if row.size or metric != AGREEMENT]
         lacking = [(row, n) for row, n in having if n < len(row.runs)]
         where = [f"{row.title} ({len(row.runs) - n} of {len(row.runs)} runs)" for row, n in lacking]
         if where:
-            notes.append(f"no {title}: {', '.join(where)}")
+            notes.append(f"no {title}: {some_of(where)}")
     return notes
 
 
@@ -302,14 +303,18 @@ def _unlike_tags(rows: Sequence[TableRow], runs: Sequence[Record]) -> Iterator[s
         found = [{run.tags[tag] for run in row.runs if tag in run.tags} for row in rows]
         mixed = [row.title for row, values in zip(rows, found, strict=True) if len(values) > 1]
         if mixed:
-            yield f"the runs of a row differ in {tag}: {', '.join(mixed)}"
+            yield f"the runs of a row differ in {tag}: {some_of(mixed)}"
         elif len(set().union(*found)) > 1:
             yield f"rows differ in {tag}"
-    for run in runs:
-        if TAG_CONDITIONS_CHANGED in run.tags:
-            yield f"{run.name} was continued under other conditions: {run.tags[TAG_CONDITIONS_CHANGED]}"
-        if TAG_EVALUATION_CHANGED in run.tags:
-            yield f"{run.name} has its last evaluation's figures: {run.tags[TAG_EVALUATION_CHANGED]}"
+    for tag, what in (
+        (TAG_CONDITIONS_CHANGED, "continued under other conditions"),
+        (TAG_EVALUATION_CHANGED, "with the figures of the last evaluation"),
+    ):
+        changed: dict[str, list[str]] = defaultdict(list)
+        for run in runs:
+            if tag in run.tags:
+                changed[run.tags[tag]].append(run.name)
+        yield from (f"{what} ({text}): {some_of(names)}" for text, names in changed.items())
 
 
 def _unlike_evaluations(rows: Sequence[TableRow], runs: Sequence[Record]) -> Iterator[str]:

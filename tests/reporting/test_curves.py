@@ -15,6 +15,10 @@ def write(directory, values, metric="val/knn_top1"):
     return directory
 
 
+def points(course, metric):
+    return over_epochs(course, [metric])[metric]
+
+
 def course(title, size, directories, colour="blue", cycle=1, method=None):
     return Course(title, method or title.split()[0], size, colour, 8, directories, cycle)
 
@@ -22,24 +26,24 @@ def course(title, size, directories, colour="blue", cycle=1, method=None):
 def test_a_course_is_the_mean_over_seeds_where_all_of_them_have_a_value(tmp_path):
     folders = (write(tmp_path / "0", [10, 20, 30]), write(tmp_path / "1", [12, 26]))
     both = course("SimCLR", 0, folders)
-    assert over_epochs(both, "val/knn_top1") == [(0, 11, pytest.approx(2**0.5)), (2, 23, pytest.approx(18**0.5))]
-    assert over_epochs(both._replace(directories=folders[:1]), "val/knn_top1") == [(0, 10, 0), (2, 20, 0), (4, 30, 0)]
-    assert over_epochs(both, NEIGHBOUR) == []
+    assert points(both, "val/knn_top1") == [(0, 11, pytest.approx(2**0.5)), (2, 23, pytest.approx(18**0.5))]
+    assert points(both._replace(directories=folders[:1]), "val/knn_top1") == [(0, 10, 0), (2, 20, 0), (4, 30, 0)]
+    assert points(both, NEIGHBOUR) == []
 
 
 def test_the_untrained_encoder_is_a_level_over_all_epochs(tmp_path):
     folders = tuple(write(tmp_path / str(i), [value], "untrained/val/knn_top1") for i, value in enumerate((10, 12)))
     untrained = course("untrained", 0, folders)._replace(is_untrained=True)
     deviation = pytest.approx(2**0.5)
-    assert over_epochs(untrained, "val/knn_top1") == [(0, 11, deviation), (8, 11, deviation)]
-    assert over_epochs(untrained._replace(is_untrained=False), "val/knn_top1") == []
+    assert points(untrained, "val/knn_top1") == [(0, 11, deviation), (8, 11, deviation)]
+    assert points(untrained._replace(is_untrained=False), "val/knn_top1") == []
 
 
 def test_prototypes_that_are_reset_are_compared_where_they_are_oldest(tmp_path):
     folder = (write(tmp_path / "0", [0.1, 0.2, 0.3, 0.4, 0.5], "support/purity"),)  # every second epoch
     reset = course("KMCLR 50", 50, folder, cycle=4)
-    assert [epoch for epoch, _, _ in over_epochs(reset, "support/purity")] == [0, 4, 8]
-    assert [epoch for epoch, _, _ in over_epochs(reset._replace(cycle=1), "support/purity")] == [0, 2, 4, 6, 8]
+    assert [epoch for epoch, _, _ in points(reset, "support/purity")] == [0, 4, 8]
+    assert [epoch for epoch, _, _ in points(reset._replace(cycle=1), "support/purity")] == [0, 2, 4, 6, 8]
 
 
 def test_prototypes_that_are_never_measured_where_they_are_oldest_are_drawn_all_the_same(tmp_path):
@@ -48,7 +52,15 @@ def test_prototypes_that_are_never_measured_where_they_are_oldest_are_drawn_all_
     rows = [{"step": step, "time": 0, "metrics": {AGREEMENT: step / 100}} for step in (10, 20)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     short = course("KMCLR 50", 50, (tmp_path / "run",), cycle=3)._replace(epochs=20)
-    assert over_epochs(short, AGREEMENT) == [(10, 0.1, 0), (20, 0.2, 0)]
+    assert points(short, AGREEMENT) == [(10, 0.1, 0), (20, 0.2, 0)]
+
+
+def test_the_rows_of_a_run_are_read_once_for_all_panels(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(curves, "read", lambda directory, read=curves.read: asked.append(directory) or read(directory))
+    folders = tuple(write(tmp_path / str(seed), [0.1, 0.2], AGREEMENT) for seed in range(3))
+    assert compare([course("KMCLR 50", 50, folders)]).axes
+    assert asked == list(folders)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,11 @@ from src.reporting.map import COLOURED_CLASSES, MAX_IMAGES, choose_images, draw_
 def test_class_names_are_words():
     figure = draw_map(torch.randn(20, 4), torch.zeros(20, dtype=torch.long), ["aquarium_fish"])
     assert [each.get_label() for each in figure.axes[0].collections] == ["aquarium fish"]
+    names = ["great white shark, white shark, man-eater, man-eating shark, Carcharodon caharias"]  # ImageNet's
+    (label,) = (
+        each.get_label() for each in draw_map(torch.randn(20, 4), torch.zeros(20).long(), names).axes[0].collections
+    )
+    assert label == "great white shark, white"
 
 
 @pytest.mark.parametrize(("classes", "named"), [(3, 3), (100, 10)])

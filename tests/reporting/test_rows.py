@@ -190,7 +190,9 @@ def test_a_run_counts_under_the_evaluation_that_its_figures_are_of():
     told = {"evaluation.epochs": "1", "evaluation_changed": "evaluation.epochs was 20 and is 1 at step 9"}
     rows, notes = summarise([replace(one, tags=told), other])
     assert sorted(each.variant for each in rows) == ["evaluation.epochs=1", "evaluation.epochs=20"]
-    assert "simclr-0-seed0 has its last evaluation's figures: evaluation.epochs was 20 and is 1 at step 9" in notes
+    assert (
+        "with the figures of the last evaluation (evaluation.epochs was 20 and is 1 at step 9): simclr-0-seed0" in notes
+    )
     (row,), _ = summarise([replace(each, tags=told) for each in (one, other)])
     assert len(row.runs) == 2
 
@@ -345,6 +347,18 @@ def test_the_settings_of_a_row_are_gathered_once_however_many_rows_there_are(mon
     found = [control_of(row, rows) for row in rows]
     assert sum(control is not None for control in found) == 20
     assert len(asked) == len(rows)
+
+
+def test_a_note_names_few_of_many_runs():
+    moved = {TAG_CONDITIONS_CHANGED: "threads was 1 and is 2 from step 9 on"}
+    runs = [replace(run("kmclr", 50, seed), tags=moved) for seed in range(100)]
+    _, notes = summarise([*runs, *(run("nnclr", 64, seed, status="FAILED") for seed in range(100))])
+    assert len(notes) == 2
+    assert notes[0].endswith("nnclr-64-seed19 (failed), and 80 more")
+    assert notes[1].startswith(
+        "continued under other conditions (threads was 1 and is 2 from step 9 on): kmclr-50-seed0, "
+    )
+    assert notes[1].endswith("kmclr-50-seed19, and 80 more")
 
 
 def test_how_a_queue_is_searched_keeps_no_control_from_it():

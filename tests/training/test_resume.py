@@ -353,7 +353,7 @@ def test_other_conditions_on_resume_are_said_and_another_precision_is_refused(ru
     assert f"run: {changes}, so the end may differ from that of an unbroken run" in caplog.text
     record = Record.load(tmp_path / "run")
     assert [(each["step"], each["threads"]) for each in record.conditions] == [("0", "1"), ("2", "2")]
-    assert f"run was continued under other conditions: {changes} from step 2 on" in summarise([record])[1]
+    assert f"continued under other conditions ({changes} from step 2 on): run" in summarise([record])[1]
 
 
 @pytest.mark.slow
