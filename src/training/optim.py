@@ -62,4 +62,5 @@ def schedule(cfg: schema.Schedule, step: int, total_steps: int, warmup_steps: in
         case "constant":
             return 1.0
         case _:
-            return cfg.gamma ** sum(step >= share * total_steps for share in cfg.milestones)
+            # 0.55 of 100 steps is a little more than 55 in binary floats.
+            return cfg.gamma ** sum(step >= share * total_steps - 1e-6 for share in cfg.milestones)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,9 @@ def test_step_and_constant():
     step = schema.Schedule("step", warmup_epochs=0, milestones=[0.5, 0.75], gamma=0.1)
     factors = [optim.schedule(step, at, total_steps=100, warmup_steps=0) for at in (0, 49, 50, 74, 75, 99)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    twentieths = [replace(step, milestones=[share / 20]) for share in range(1, 20)]
+    first = [next(at for at in range(100) if optim.schedule(each, at, 100, 0) < 1) for each in twentieths]
+    assert first == list(range(5, 100, 5))
     constant = schema.Schedule("constant", warmup_epochs=0)
     assert {optim.schedule(constant, at, 100, 0) for at in range(100)} == {1.0}
 
