@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +84,18 @@ def test_a_sweep_is_one_array_of_which_all_run_at_once(slurm, look, capsys):
     assert "--array=0-1%2" in script
     assert "--partition=gpu" in script
     assert (a.status, b.status, a.error) == (0, 0, "")
+
+
+def test_a_look_opens_no_file_of_a_job_that_has_not_ended(slurm, look, monkeypatch):
+    jobs = jobs_of("k=a", "k=b", "k=0.5")
+    (slurm / "queue").write_text("".join(f"7_{i}|RUNNING|None|n1\n" for i in range(3)))
+    read, real = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: read.append(path.name) or real(path, **how))
+    at = {2: "k=b", 4: "k=a", 6: "k=0.5"}
+    look(lambda times: times in at and leave(slurm, at[times], 0))
+    assert [str(job.directory) for job in run(launcher(), jobs)] == list(at.values())
+    statuses = [name for name in read if name.endswith(".status")]
+    assert statuses == [f"{name}.status" for name in at.values()]
 
 
 def test_without_a_result_a_job_fails_and_the_others_do_not(slurm, look):
