@@ -336,6 +336,32 @@ class TestManyShards:
             assert len(set(opened)) == 3
 
 
+def test_more_damaged_images_than_a_header_has_room_for_are_refused_before_others_are_tried(
+    config, folder, decodings, monkeypatch
+):
+    monkeypatch.setattr(writer_module, "cores", lambda: 1)
+    monkeypatch.setattr(writer_module, "BLOCKS_PER_CORE", 1)
+    cfg = config("image_folder", folder, on_error="skip")
+    damaged = [folder / f"train/a/{i}{name}.png" for i in range(2) for name in ('"odd\\', "é")]
+    for path in damaged:
+        path.write_text("no image")
+    cached(cfg)
+    [path] = files(cfg)
+    length = int.from_bytes(path.read_bytes()[:8], "little")  # of the header
+    decodings.clear()
+
+    path.unlink()
+    monkeypatch.setattr(writer_module, "MAX_HEADER", length - 1, raising=False)
+    with pytest.raises(UsageError, match=r"data\.on_error=skip: 4 images .*; remove them, first .*/a/0") as caught:
+        cached(cfg)
+    assert "\n" not in str(caught.value)
+    assert len(decodings) == 6, "the last of the damaged images is the sixth of 16"
+    assert leftovers(cfg) == files(cfg) == []
+
+    monkeypatch.setattr(writer_module, "MAX_HEADER", length + 50)
+    assert len(cached(cfg).skipped) == 4
+
+
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 def test_a_truncated_cache_is_made_anew(config, folder, decodings, keep):
     cfg = config("image_folder", folder)
