@@ -35,6 +35,7 @@ from src.errors import UsageError
 from src.system.threads import cores, in_threads
 
 NO_CHECKSUM, NO_FINGERPRINT = "0" * 64, "0" * 16
+MAX_HEADER = 100_000_000  # bytes, beyond which safetensors opens no file
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "U8": 1}
 STATISTICS = 2 * 3 * 8  # bytes of mean and standard deviation
 PARTIAL = ".partial"
@@ -87,7 +88,11 @@ def checksum(path: Path, stated: str) -> str:
 
 
 def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
-    """What can be decoded, and a line on each image that cannot: all of them are decoded once to find out."""
+    """What can be decoded, and a line on each image that cannot: all of them are decoded once to find out.
+
+    Raises:
+        UsageError: the lines are more than a header has room for, or a class has no training image left.
+    """
     skipped: list[str] = []
 
     def problem(image: LazyImage) -> str:
@@ -98,10 +103,18 @@ def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
         return ""
 
     tried, again, parts = source.read(), source.read(), {}
+    room = MAX_HEADER - len(_header(again, [], cfg))
     for name, part in again.parts().items():
-        problems = list(in_threads(problem, tried.parts()[name].images, BLOCKS_PER_CORE * cores()))
-        skipped += filter(None, problems)
-        kept = [not each for each in problems]
+        kept = []
+        for line in in_threads(problem, tried.parts()[name].images, BLOCKS_PER_CORE * cores()):
+            kept.append(not line)
+            if not line:
+                continue
+            skipped.append(line)
+            room -= len(json.dumps(json.dumps(line)))  # as `_header` has it, with a comma and a blank
+            if room < 0:
+                many = f"{len(skipped):,} images that cannot be read are more than a cache can list"
+                raise UsageError(f"data.on_error=skip: {many}; remove them, first {skipped[0]}")
         parts[name] = Part(list(compress(part.labels, kept)), compress(part.images, kept))
     contents = Contents(again.classes, **parts, notes=again.notes)
     if lost := set(tried.train.labels) - set(contents.train.labels):

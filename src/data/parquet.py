@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +16,15 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from src.data.decoding import UNLABELLED, Contents, LazyImage, Part, Source, open_bytes, stamp
-from src.data.folders import files_below
+from src.data.decoding import UNLABELLED, Contents, LazyImage, Part, Source, open_bytes, state
+from src.data.folders import _settled, files_below
 from src.data.roles import SPELLINGS, arrange, split_name, used_splits
 from src.errors import UsageError
 
 if TYPE_CHECKING:
     import pyarrow
 
+MANY = 100  # shards; so many are opened only after a change, or starting would take minutes
 ROWS_AT_ONCE = 256  # bounds memory: a shard holds many thousand encoded images
 NO_LABELS = "none"  # data.label_column of images that have none
 USUAL_LABELS = ("label", "labels", "fine_label")
@@ -53,12 +55,15 @@ def parquet(
         UsageError: there are no shards, or those of several configurations, a split that is named does not exist, a
             shard cannot be read, or a column is absent or of another type.
     """
-    names = [path for path in files_below(root, set()) if path.endswith(".parquet")]
+    seen, began = set[str](), time.time()
+    names = [path for path in files_below(root, seen) if path.endswith(".parquet")]
     if not names:
         raise UsageError(f"data.root={root}: no parquet files (train-*.parquet, ...) in or below that folder")
     splits = shards_of_splits((PurePath(name).relative_to(root) for name in names), config)
     used = {name: [root / shard for shard in splits[name]] for name in used_splits(splits, train_split, test_split)}
     shards = [shard for each in used.values() for shard in each]
+    states = {str(shard): state(shard) for shard in shards}  # as they were before they are opened
+    folders = _settled(seen, began) if len(shards) >= MANY else {}
     image_column, label_column, notes = find_columns([each[0] for each in used.values()], image_column, label_column)
     schemas = {shard: _schema(shard) for shard in shards}
     if not any(_holds_labels(each.type) for schema in schemas.values() for each in schema if each.name != image_column):
@@ -76,7 +81,8 @@ def parquet(
         contents = arrange(classes, parts, train_split, test_split)
         return contents._replace(notes=[*notes, *contents.notes])
 
-    return Source(f"{image_column} {label_column}\n{stamp(shards)}", read)
+    stamp = "\n".join(map(" ".join, states.items()))
+    return Source(f"{image_column} {label_column}\n{stamp}", read, states | folders if folders else {})
 
 
 def shards_of_splits(shards: Iterable[PurePath], config: str | None) -> dict[str, list[PurePath]]:

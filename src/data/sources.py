@@ -1,7 +1,7 @@
 """Where images come from: each source states what it rests on and, when asked, yields labelled images in fixed order.
 
-A source is cheap to find: it looks at names, sizes and times of files, so that a cache can be recognised as up to date
-without reading a single image.
+A source is cheap to find: it looks at names, sizes and times of files, and at the columns of parquet files, so that a
+cache can be recognised as up to date without reading a single image.
 """
 
 from __future__ import annotations

@@ -161,7 +161,9 @@ class ClusterLauncher(JobLauncher):
         """Those that have noted that they are finished, and, now and then, what the scheduler says of the others."""
         if stopper.status:
             return self._leave(stopper.status)
-        over = [each for each in self.submitted if self._status(each.job) == 0]
+        # The folder is listed once, because on a shared disk a try to open a file of each job takes long.
+        noted = {path.stem for path in (self.sweep.directory / "jobs").glob("*.status")}
+        over = [each for each in self.submitted if each.job.directory.name in noted and self._status(each.job) == 0]
         for each in over:
             self._conclude(each, 0)
         if time.monotonic() > self.asked + self.ask_seconds:

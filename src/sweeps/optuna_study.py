@@ -109,14 +109,13 @@ class Study:
             if trial.state.name == "RUNNING" and trial.params.keys() != self.distributions.keys():
                 self.conclude(trial.number, "FAIL")  # cut off before it had its point
 
-    def points(self) -> dict[int, dict[str, Any]]:
-        """Every trial that has its point: its number, and the point."""
-        keys = self.distributions.keys()
-        return {trial.number: trial.params for trial in self.study.trials if trial.params.keys() == keys}
+    def trials(self) -> dict[int, Any]:
+        """Copies of all trials that have their point, by number: ``params``, and the name of ``state``.
 
-    def state(self, number: int) -> str:
-        """``RUNNING`` until `conclude`, then ``COMPLETE``, ``PRUNED`` or ``FAIL``."""
-        return self.study.trials[number].state.name
+        That is ``RUNNING`` until `conclude`, then ``COMPLETE``, ``PRUNED`` or ``FAIL``.
+        """
+        keys = self.distributions.keys()
+        return {trial.number: trial for trial in self.study.trials if trial.params.keys() == keys}
 
     def propose(self) -> int:
         """A new trial, at a point that no other has; returns its number.

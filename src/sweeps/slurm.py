@@ -1,4 +1,4 @@
-"""``hydra/launcher=slurm``: each job of a sweep is a job of SLURM, submitted by submitit, several as an array.
+"""``hydra/launcher=slurm``: each job of a sweep is a job of SLURM, submitted by submitit, several as arrays.
 
 A job of several tasks is one run on several devices: each task is a rank of it (`src.sweeps.worker.as_rank`).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ NEVER_STARTS = re.compile(
     "AccountNotAllowed|BadConstraints|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|PartitionConfig"
     "|PartitionTimeLimit|QOSNotAllowed|.*PerJob(Limit)?"
 )
+ARRAY = 1000  # jobs; a cluster's MaxArraySize is 1,001 unless it says otherwise
 ASK_LESS = "hydra.launcher.* asks for what this cluster does not give"
 
 
@@ -59,7 +60,7 @@ class SlurmLauncher(ClusterLauncher):
         self.sbatch = {key: value for key, value in sbatch.items() if value is not None}
 
     def submit(self, work: Mapping[str, Work]) -> Sequence[str]:
-        """One job, or an array of them."""
+        """One job, or arrays of them; where one is refused, those before it are taken out of the queue."""
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -70,6 +71,7 @@ class SlurmLauncher(ClusterLauncher):
         settings.setdefault("tasks_per_node", int(gpus[0]) if gpus else 1)
         if "cpus_per_task" in settings:  # which srun has not taken over from sbatch since SLURM 22.05
             settings["srun_args"] = [f"--cpus-per-task={settings['cpus_per_task']}"]
+        ids: list[str] = []
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # a job's environment lies there
             executor = SlurmExecutor(self._folder, self.max_num_timeout)
@@ -79,12 +81,16 @@ class SlurmLauncher(ClusterLauncher):
                 stderr_to_stdout=True,
             )
             with redirect_stderr(io.StringIO()):  # to which submitit prints what it raises as well
-                submitted = executor.submit_array(list(work.values()))
+                for first in range(0, len(work), ARRAY):
+                    part = executor.submit_array(list(work.values())[first : first + ARRAY])
+                    ids += [each.job_id for each in part]
         except (FailedJobError, FailedSubmissionError, OSError) as error:
+            for array in _arrays(ids):
+                self.cancel(array)
             raise UsageError(f"hydra/launcher=slurm: {_complaint(str(error))}; {ASK_LESS}") from None
         except (RuntimeError, ValueError) as error:  # no srun here; a setting that submitit does not have
             raise UsageError(f"hydra/launcher=slurm: {' '.join(str(error).splitlines()[:1])}") from None
-        return [each.job_id for each in submitted]
+        return ids
 
     @property
     def _folder(self) -> Path:
@@ -109,7 +115,7 @@ class SlurmLauncher(ClusterLauncher):
             job_id, state, reason, nodes = line.split("|", 3)
             if job_id in ids:
                 found[job_id] = _job_state(state, reason, nodes)
-        if forgotten := [each for each in ids if each not in found]:
+        if forgotten := set(ids) - found.keys():
             try:
                 listed = _ask(
                     "sacct",
@@ -117,7 +123,7 @@ class SlurmLauncher(ClusterLauncher):
                     "--noheader",
                     "--parsable2",
                     "--format=JobID,State",
-                    f"--jobs={','.join(forgotten)}",
+                    f"--jobs={','.join(_arrays(sorted(forgotten)))}",
                 )
             except SchedulerSilent:
                 listed = ""
@@ -134,7 +140,12 @@ class SlurmLauncher(ClusterLauncher):
 
     def how_to_stop(self, ids: Sequence[str]) -> str:
         """By scancel, on whose SIGTERM a job saves."""
-        return f"scancel {' '.join(dict.fromkeys(each.split('_')[0] for each in ids))}"
+        return f"scancel {' '.join(_arrays(ids))}"
+
+
+def _arrays(ids: Iterable[str]) -> list[str]:
+    """The ids of jobs' arrays, each once; a job that is in none has its own."""
+    return list(dict.fromkeys(each.split("_")[0] for each in ids))
 
 
 def _job_state(state: str, reason: str, nodes: str) -> JobState:

@@ -60,18 +60,19 @@ class StudySweeper(GridSweeper):
         if self.config.dry_run:
             known = (sweep.directory / studies.FILE).exists()
             study = studies.Study(sweep.directory, space, self.pruner, self.seed) if known else None
-            self._preview([self._job(study, fixed, number) for number in study.points()] if study else [], at_a_time)
+            self._preview([self._job(fixed, trial) for trial in study.trials().values()] if study else [], at_a_time)
             return
         is_first = not (sweep.directory / RECORD).is_file()
         with sweep:
             study = studies.Study(sweep.directory, space, self.pruner, self.seed)
-            if not (is_first or study.points()):
+            there = study.trials().values()
+            if not (is_first or there):
                 anew = "has no trials: the search begins anew; jobs that it proposes again and that are finished stay"
                 print(f"{sweep.directory / studies.FILE} {anew}", file=sys.stderr)
-            sweep.jobs += [self._job(study, fixed, number) for number in study.points()]
+            sweep.jobs += [self._job(fixed, trial) for trial in there]
             print(f"{sweep.directory}: {len(sweep.jobs)} of {self.trials} trials are there", flush=True)
             warn_of_other_protocol((job.cfg, done) for job in sweep.jobs if job.cfg and (done := job.result))
-            trials = _Trials(study, sweep.jobs, self.trials, partial(self._job, study, fixed))
+            trials = _Trials(study, sweep.jobs, self.trials, partial(self._job, fixed))
             for job in self.launch(sweep, trials, ALWAYS_SHOWN | space.keys(), at_a_time):
                 trials.conclude(job)
             sweep.best = study.best()
@@ -124,14 +125,14 @@ class StudySweeper(GridSweeper):
             raise UsageError(base.error)
         return fixed, space, base.cfg
 
-    def _job(self, study: Study, fixed: list[str], number: int) -> Job:
+    def _job(self, fixed: list[str], trial: Any) -> Job:
         """The job of a trial that has its point."""
-        point = [f"{key}={value}" for key, value in study.points()[number].items()]
+        point = [f"{key}={value}" for key, value in trial.params.items()]
         job = self.composer.identify(self.composer([*fixed, *point]))
         if job.cfg and (reason := self._refused(job.cfg, job.overrides)):
             job = Job.impossible(job.overrides, job.passed_over, reason)
-        job.trial = number
-        job.status = job.status or (PRUNED if study.state(number) == "PRUNED" else 0)
+        job.trial = trial.number
+        job.status = job.status or (PRUNED if trial.state.name == "PRUNED" else 0)
         return job
 
     def _refused(self, cfg: Config, overrides: Sequence[str]) -> str:
@@ -161,20 +162,22 @@ class _Trials:
         study: which proposes the new ones.
         jobs: of all trials so far; new ones are added.
         total: how many there are to be.
-        job_of: makes the job of a trial, from its number.
+        job_of: makes the job of a trial that has its point.
     """
 
-    def __init__(self, study: Study, jobs: list[Job], total: int, job_of: Callable[[int], Job]) -> None:
+    def __init__(self, study: Study, jobs: list[Job], total: int, job_of: Callable[[Any], Job]) -> None:
         self.study, self.jobs, self.total, self.job_of = study, jobs, total, job_of
         self.exhausted: UsageError | None = None  # why no other was proposed; raised when those that run have ended
         self.unjudged = [job for job in jobs if self._is_unjudged(job)]
 
     def __iter__(self) -> Iterator[Job]:
-        there = [job for job in self.jobs if self.study.state(job.trial or 0) == "RUNNING"]
+        cut_off = {number for number, trial in self.study.trials().items() if trial.state.name == "RUNNING"}
+        there = [job for job in self.jobs if job.trial in cut_off]
         while (there or len(self.jobs) < self.total) and not self.unjudged:
             if not there:
                 try:
-                    there = [self.job_of(self.study.propose())]
+                    number = self.study.propose()
+                    there = [self.job_of(self.study.trials()[number])]
                 except UsageError as error:
                     self.exhausted = error
                     return

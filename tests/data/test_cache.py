@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
@@ -279,6 +280,86 @@ class TestManyFiles:
         cfg = config("image_folder", folder)
         cached(cfg)
         assert not list(Path(cfg.cache_dir).glob("*.folders"))
+
+
+class TestManyShards:
+    """All of very many shards are looked at, and none is opened until there is a change; here, 3 are many."""
+
+    @pytest.fixture
+    def shards(self, tmp_path) -> Path:
+        for name, seed in (("train-0", 0), ("train-1", 1), ("data/test-0", 2)):
+            write_shard(tmp_path / "shards" / f"{name}.parquet", [0, 1] * 4, seed=seed)
+        for each in (tmp_path / "shards", *(tmp_path / "shards").rglob("*")):
+            os.utime(each, (1e9, 1e9))
+        return tmp_path / "shards"
+
+    @pytest.fixture(autouse=True)
+    def opened(self, monkeypatch) -> list[Path]:
+        monkeypatch.setattr("src.data.parquet.MANY", 3, raising=False)
+        opened: list[Path] = []
+        real = pq.read_schema
+        monkeypatch.setattr(pq, "read_schema", lambda path: opened.append(path) or real(path))
+        return opened
+
+    def test_unchanged_shards_are_not_opened_again(self, config, shards, opened):
+        cfg = config("parquet", shards)
+        first = cached(cfg).fingerprint
+        assert set(opened) == set(shards.rglob("*.parquet"))
+        opened.clear()
+        assert cached(cfg).fingerprint == known_fingerprint(cfg) == first
+        assert opened == []
+
+    @pytest.mark.parametrize("change", ["overwritten", "as before", "added", "removed", "renamed"])
+    def test_a_change_of_any_is_noticed(self, config, shards, change):
+        cfg = config("parquet", shards)
+        first = cached(cfg).fingerprint
+        shard = shards / "train-1.parquet"
+        before = shard.stat()
+        if change in ("overwritten", "as before"):
+            write_shard(shard, [1, 0] * 4, seed=9)
+        elif change == "added":
+            write_shard(shards / "data" / "train-2.parquet", [0, 1], seed=9)
+        elif change == "removed":
+            shard.unlink()
+        else:
+            shard.rename(shards / "test-1.parquet")
+        if change == "as before":
+            os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert known_fingerprint(cfg) is None
+        assert cached(cfg).fingerprint != first
+
+    def test_few_shards_are_each_opened(self, config, shards, opened, monkeypatch):
+        monkeypatch.setattr("src.data.parquet.MANY", 4)
+        for _ in range(2):
+            opened.clear()
+            cached(config("parquet", shards))
+            assert len(set(opened)) == 3
+
+
+def test_more_damaged_images_than_a_header_has_room_for_are_refused_before_others_are_tried(
+    config, folder, decodings, monkeypatch
+):
+    monkeypatch.setattr(writer_module, "cores", lambda: 1)
+    monkeypatch.setattr(writer_module, "BLOCKS_PER_CORE", 1)
+    cfg = config("image_folder", folder, on_error="skip")
+    damaged = [folder / f"train/a/{i}{name}.png" for i in range(2) for name in ('"odd\\', "é")]
+    for path in damaged:
+        path.write_text("no image")
+    cached(cfg)
+    [path] = files(cfg)
+    length = int.from_bytes(path.read_bytes()[:8], "little")  # of the header
+    decodings.clear()
+
+    path.unlink()
+    monkeypatch.setattr(writer_module, "MAX_HEADER", length - 1, raising=False)
+    with pytest.raises(UsageError, match=r"data\.on_error=skip: 4 images .*; remove them, first .*/a/0") as caught:
+        cached(cfg)
+    assert "\n" not in str(caught.value)
+    assert len(decodings) == 6, "the last of the damaged images is the sixth of 16"
+    assert leftovers(cfg) == files(cfg) == []
+
+    monkeypatch.setattr(writer_module, "MAX_HEADER", length + 50)
+    assert len(cached(cfg).skipped) == 4
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])

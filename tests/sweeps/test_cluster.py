@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,6 +84,18 @@ def test_a_sweep_is_one_array_of_which_all_run_at_once(slurm, look, capsys):
     assert "--array=0-1%2" in script
     assert "--partition=gpu" in script
     assert (a.status, b.status, a.error) == (0, 0, "")
+
+
+def test_a_look_opens_no_file_of_a_job_that_has_not_ended(slurm, look, monkeypatch):
+    jobs = jobs_of("k=a", "k=b", "k=0.5")
+    (slurm / "queue").write_text("".join(f"7_{i}|RUNNING|None|n1\n" for i in range(3)))
+    read, real = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: read.append(path.name) or real(path, **how))
+    at = {2: "k=b", 4: "k=a", 6: "k=0.5"}
+    look(lambda times: times in at and leave(slurm, at[times], 0))
+    assert [str(job.directory) for job in run(launcher(), jobs)] == list(at.values())
+    statuses = [name for name in read if name.endswith(".status")]
+    assert statuses == [f"{name}.status" for name in at.values()]
 
 
 def test_without_a_result_a_job_fails_and_the_others_do_not(slurm, look):
@@ -196,6 +210,59 @@ def test_a_command_killed_before_it_noted_the_ids_finds_its_jobs(slurm, look, mo
     assert "job 0 is with SLURM already, as 7_1: k=b" in capsys.readouterr().out
     assert not (slurm / "submitted").exists()
     assert (slurm / "sweep" / "jobs" / "k=a.id").read_text() == "SLURM 7_0"
+
+
+@pytest.fixture
+def arrays(slurm):
+    """sbatch as a default cluster has it: no index beyond 1,000, and each array has an id of its own."""
+    (slurm / "tools" / "sbatch").write_text(
+        "#!/bin/sh\nlast=$(sed -n 's/.*--array=0-\\([0-9]*\\)%.*/\\1/p' $1)\n"
+        f'cd {slurm}; touch count; echo "$last" >> count; times=$(wc -l < count)\n'
+        'if [ "${last:-0}" -gt 1000 ] || [ "$times" -gt "$(cat most 2> /dev/null || echo 99)" ]; then\n'
+        "echo 'sbatch: error: Invalid job array specification' >&2; exit 1; fi\n"
+        "echo Submitted batch job $((6 + times))\n"
+    )
+    return slurm
+
+
+def test_a_sweep_of_thousands_is_arrays_of_a_thousand(arrays):
+    many = launcher()
+    many.sweep = SimpleNamespace(directory=arrays / "sweep")
+    work = {str(i): Work([], arrays, arrays / str(i), arrays / "note", {}) for i in range(2001)}
+    ids = many.submit(work)
+    assert len(set(ids)) == 2001
+    assert [*ids[::1000], ids[1999]] == ["7_0", "8_0", "9", "8_999"]
+    assert many.unrecorded([each.log for each in work.values()]) == {
+        each.log: job_id for each, job_id in zip(work.values(), ids, strict=True)
+    }
+
+
+def test_the_jobs_of_several_arrays_are_found_again_and_stopped(arrays, look, capsys, monkeypatch):
+    monkeypatch.setattr(slurm_module, "ARRAY", 2)
+    (arrays / "tools" / "sacct").write_text(f"#!/bin/sh\necho $5 >> {arrays}/asked; cat {arrays}/accounting\n")
+    jobs = jobs_of("k=a", "k=b", "k=c", "k=d", "k=e")
+    (arrays / "queue").write_text("".join(f"{each}|RUNNING|None|n1\n" for each in ("7_0", "7_1", "8_0", "8_1", "9")))
+    look(lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert len(list(run(launcher(), jobs))) == 5
+    said = capsys.readouterr().out
+    assert "job 3 is submitted to SLURM as 8_1: k=d" in said
+    assert "to stop them: scancel 7 8 9\n" in said
+
+    (arrays / "queue").write_text("7_0|RUNNING|None|n1\n")
+    (arrays / "accounting").write_text("".join(f"{each}|RUNNING\n" for each in ("7_1", "8_0", "8_1", "9")))
+    look(lambda _: [leave(arrays, job.directory, 0) for job in jobs])
+    assert len(list(run(launcher(), jobs))) == 5
+    assert capsys.readouterr().out.count("is with SLURM already") == 5
+    assert (arrays / "count").read_text().split() == ["1", "1"]
+    assert "--jobs=7,8,9\n" in (arrays / "asked").read_text()
+
+
+def test_an_array_that_is_refused_leaves_none_in_the_queue(arrays, monkeypatch):
+    monkeypatch.setattr(slurm_module, "ARRAY", 2)
+    (arrays / "most").write_text("2")
+    with pytest.raises(UsageError, match="Invalid job array specification"):
+        list(run(launcher(), jobs_of("k=a", "k=b", "k=c", "k=d", "k=e")))
+    assert (arrays / "cancelled").read_text() == "7\n8\n"
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_the_best_is_of_the_trials_that_ended_whole_and_reads_as_it_is_typed(tmp
         optuna_study.should_prune(str(tmp_path), number, 1, {"val/knn_top1": 99.0})
         search.conclude(number, state, value)
         if value == 81.25:
-            point = search.points()[number]
+            point = search.trials()[number].params
     typed = f"val/knn_top1 81.25 with k={point['k']} 'projector.hidden={point['projector.hidden']}' "
     assert search.best() == f"{typed}optimizer.lr={point['optimizer.lr']}"
 
@@ -76,13 +76,13 @@ def opened(folder, seed=0, **distributions):
 def run(search, objective, count):
     for _ in range(count):
         number = search.propose()
-        search.conclude(number, "COMPLETE", objective(search.points()[number]))
+        search.conclude(number, "COMPLETE", objective(search.trials()[number].params))
 
 
 def test_points_are_distinct_until_there_are_none(tmp_path):
     search = opened(tmp_path, k=optuna_study.numbers(1, 4))
     run(search, lambda point: point["k"], 4)
-    assert sorted(point["k"] for point in search.points().values()) == [1, 2, 3, 4]
+    assert sorted(trial.params["k"] for trial in search.trials().values()) == [1, 2, 3, 4]
     with pytest.raises(UsageError, match="no other point"):
         search.propose()
     assert search.best() == "val/knn_top1 4.00 with k=4"
@@ -94,7 +94,7 @@ def test_a_search_has_proposals_of_its_seed_and_soon_of_the_better_points(tmp_pa
         (tmp_path / str(seed)).mkdir()
         search = opened(tmp_path / str(seed), seed, k=optuna_study.numbers(1, 1000))
         run(search, lambda point: point["k"], count)
-        drawn[seed] = [point["k"] for _, point in sorted(search.points().items())]
+        drawn[seed] = [trial.params["k"] for _, trial in sorted(search.trials().items())]
     assert drawn[0][:2] != drawn[1]
     assert sum(drawn[0][15:]) / 15 > 650  # a random one's mean would be 500
 
@@ -105,7 +105,10 @@ def test_a_continued_study_proposes_what_an_unbroken_one_does(tmp_path):
     run(opened(tmp_path / "whole"), lambda point: point["k"], 6)
     for _ in range(3):
         run(opened(tmp_path / "parts"), lambda point: point["k"], 2)
-    assert opened(tmp_path / "whole").points() == opened(tmp_path / "parts").points()
+    whole, parts = (opened(tmp_path / name).trials() for name in ("whole", "parts"))
+    assert {number: trial.params for number, trial in whole.items()} == {
+        number: trial.params for number, trial in parts.items()
+    }
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # Optuna 2 says that of enqueue_trial
@@ -115,11 +118,11 @@ def test_what_a_kill_leaves_behind(tmp_path):
     search.study.ask()  # killed before it had its point
     search.study.enqueue_trial({"k": 33})  # killed before it began
     again = opened(tmp_path)
-    assert again.state(open_trial) == "RUNNING"
-    assert list(again.points()) == [open_trial]
-    assert again.state(1) == "FAIL"
+    assert again.trials()[open_trial].state.name == "RUNNING"
+    assert list(again.trials()) == [open_trial]
+    assert again.study.trials[1].state.name == "FAIL"
     number = again.propose()
-    assert again.points()[number] == {"k": 33}
+    assert again.trials()[number].params == {"k": 33}
 
 
 def test_a_trial_far_behind_is_hopeless_and_a_good_one_is_not(tmp_path):
@@ -132,7 +135,7 @@ def test_a_trial_far_behind_is_hopeless_and_a_good_one_is_not(tmp_path):
     assert optuna_study.should_prune(str(tmp_path), bad, 1, {"val/knn_top1": 20.0})
     assert not optuna_study.should_prune(str(tmp_path), good, 1, {"val/knn_top1": 64.0})
     search.conclude(bad, "PRUNED")
-    assert search.state(bad) == "PRUNED"
+    assert search.trials()[bad].state.name == "PRUNED"
 
 
 def test_the_first_four_trials_are_compared_with_nothing(tmp_path):

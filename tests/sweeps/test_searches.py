@@ -4,6 +4,7 @@ import re
 from unittest.mock import Mock
 
 import pytest
+from optuna import Study
 
 from src.config import identity
 from src.config.explain import whole_numbers
@@ -83,6 +84,28 @@ def test_a_trial_whose_job_may_end_otherwise_is_taken_up_again_and_no_other(sear
     assert search(second, trials=4) == 1
     assert second.ran == [0, 1, 2]
     assert states(second) == ["COMPLETE"] * 3 + ["FAIL"]
+
+
+def test_a_search_that_is_taken_up_copies_its_trials_as_often_whatever_their_number(search, monkeypatch):
+    fetched, real = [], Study.get_trials
+
+    def get_trials(study, *args, **kwargs):
+        fetched.append(real(study, *args, **kwargs))
+        return fetched[-1]
+
+    times = []
+    for trials in (2, 6):
+        space = {"k": f"choice({','.join(map(str, range(10, 10 + trials)))})"}
+        search(Launcher(*[74] * trials), trials=trials, space=space)
+        with monkeypatch.context() as counting:
+            counting.setattr(Study, "get_trials", get_trials)
+            fetched.clear()
+            again = Launcher(74)
+            search(again, trials=trials, space=space)
+            times.append(len(fetched))
+        assert again.ran == [0]
+        assert states(again) == ["RUNNING"] * trials
+    assert times[0] == times[1]
 
 
 def test_a_search_has_as_many_trials_as_are_asked_for_with_those_of_earlier_commands(search):
