@@ -4,7 +4,7 @@ The file is named ``{data set}-{identity}-{state}``: the identity says which sou
 files were. A changed source therefore means a new file, and the old one of that identity is removed. Its header states
 a fingerprint: which images they are, wherever they lie. Two small files spare what takes time with large data sets:
 ``{identity}-{state}.verified`` says in which state the file had its checksum, and ``{identity}.folders`` in which state
-the folders of very many images were when all of them were looked at.
+the folders of very many images, or many parquet files, were when all images were looked at.
 
 Shapes: N images, S pixels a side.
 """

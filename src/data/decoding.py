@@ -93,7 +93,7 @@ class Contents(NamedTuple):
 class Source(NamedTuple):
     stamp: str  # changes whenever the images may have changed
     read: Callable[[], Contents]
-    folders: Mapping[str, str] = {}  # of too many files to look at each time: their folders, and the state of each
+    folders: Mapping[str, str] = {}  # of too many files to read each time: what is looked at, and its state
 
 
 def stamp(paths: Iterable[str | Path]) -> str:

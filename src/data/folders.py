@@ -61,11 +61,11 @@ def image_folder(root: str | Path, train_split: str | None = None, test_split: s
     classes = next((list(files.by_class) for files in splits.values() if len(files.by_class) > 1), [])
     parts = {name: _part(files, classes) for name, files in splits.items()}
     paths = [path for files in splits.values() for path in files.everything]
-    states = _settled(seen, began) if len(paths) >= MANY else {}
+    states = settled(seen, began) if len(paths) >= MANY else {}
     return Source(stamp(paths), lambda: arrange(classes, parts, train_split, test_split), states)
 
 
-def _settled(folders: set[str], began: float) -> dict[str, str]:
+def settled(folders: set[str], began: float) -> dict[str, str]:
     """The states of the folders; none where one was changed so lately that a file may have come after it was listed."""
     if any(os.stat(folder).st_mtime > began - SETTLED for folder in folders):
         return {}

@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from src.data.decoding import UNLABELLED, Contents, LazyImage, Part, Source, open_bytes, state
-from src.data.folders import _settled, files_below
+from src.data.folders import settled, files_below
 from src.data.roles import SPELLINGS, arrange, split_name, used_splits
 from src.errors import UsageError
 
@@ -63,7 +63,7 @@ def parquet(
     used = {name: [root / shard for shard in splits[name]] for name in used_splits(splits, train_split, test_split)}
     shards = [shard for each in used.values() for shard in each]
     states = {str(shard): state(shard) for shard in shards}  # as they were before they are opened
-    folders = _settled(seen, began) if len(shards) >= MANY else {}
+    folders = settled(seen, began) if len(shards) >= MANY else {}
     image_column, label_column, notes = find_columns([each[0] for each in used.values()], image_column, label_column)
     schemas = {shard: _schema(shard) for shard in shards}
     if not any(_holds_labels(each.type) for schema in schemas.values() for each in schema if each.name != image_column):
