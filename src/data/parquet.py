@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from src.data.decoding import UNLABELLED, Contents, LazyImage, Part, Source, open_bytes, state
-from src.data.folders import settled, files_below
+from src.data.folders import files_below, settled
 from src.data.roles import SPELLINGS, arrange, split_name, used_splits
 from src.errors import UsageError
 
