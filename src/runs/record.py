@@ -12,7 +12,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path, PurePath
@@ -84,6 +84,11 @@ class ExperimentEntry:
     tags: dict[str, str] = field(default_factory=dict)  # those of its sweeps there; MLflow has the run's as well
     for_mlflow: bool = False  # whether that was ever with tracking=mlflow
     experiment_id: str = ""  # MLflow's of where its pages show the run; empty where they do not
+    rows: tuple[Natural, str] | None = None  # that MLflow has: how many bytes, and their SHA-256; None: not known
+
+    def begin(self, run_id: str) -> None:
+        """Forget what MLflow has of the run, because it has another one now, or none."""
+        self.run_id, self.has, self.rows = run_id, "", None
 
 
 @dataclass
@@ -178,14 +183,15 @@ class Record:
         entry.for_mlflow |= tracking.name == "mlflow"
         return entry
 
-    def artifact_paths(self) -> dict[str, Path]:
-        """The artifacts that are there; a folder may have been tidied.
+    def artifact_paths(self, besides: Container[str] = ()) -> dict[str, Path]:
+        """The artifacts that are there, besides some; a folder may have been tidied.
 
         Raises:
             UsageError: one is no file of the run's own folder.
         """
         assert self.directory
-        paths = {name: self.directory / name for name in self.artifacts if os.path.lexists(self.directory / name)}
+        wanted = {name: self.directory / name for name in self.artifacts if name not in besides}
+        paths = {name: path for name, path in wanted.items() if os.path.lexists(path)}
         for name, path in paths.items():
             if not (path.resolve().is_relative_to(self.directory.resolve()) and path.is_file()):
                 raise UsageError(f"{path} is not a file of the run's own folder: remove {name!r} from {RECORD}")

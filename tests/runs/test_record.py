@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.errors import UsageError
-from src.runs import query, record
-from src.runs.metrics_file import begins_with
+from src.runs import metrics_file, query, record
+from src.runs.metrics_file import begins_with, digest_of, read_blocks, read_rows
 from src.runs.record import Record
 from src.runs.tracker import Tracker
 from tests.stores import JSONL, rows, train
@@ -32,7 +32,14 @@ def test_rows_and_record(tmp_path):
 
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["uuid"] == tracker.run_id
-    assert record["copies"]["exp"] == {"run_id": "", "has": "", "tags": {}, "for_mlflow": False, "experiment_id": ""}
+    assert record["copies"]["exp"] == {
+        "run_id": "",
+        "has": "",
+        "tags": {},
+        "for_mlflow": False,
+        "experiment_id": "",
+        "rows": None,
+    }
     assert (record["name"], record["experiment"], record["status"]) == (tmp_path.name, "exp", "FINISHED")
     assert record["params"] == {"k": "50", "projector.hidden": "[64, 64]"}
     assert record["tags"] == {"device": "cpu", "output_dir": str(tmp_path.resolve())}
@@ -219,6 +226,24 @@ def test_rows_that_lack_nothing_but_the_last_newline_are_those_that_were_there(t
     ):
         path.write_bytes(content)
         assert begins_with(path, len(whole), digest) == same
+
+
+@given(data=st.data())
+def test_rows_are_read_by_blocks_from_where_one_of_them_ends(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("blocks") / record.METRICS
+    line = '{"step": %d, "time": 1, "metrics": {"x": 1.5}}\n'
+    content = "".join(line % step for step in range(20)).encode()
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)), label="bytes written before the kill")])
+    whole, size = read_rows(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_file, "BLOCK_BYTES", data.draw(st.integers(1, 300), label="bytes of a block"))
+        blocks = list(read_blocks(path))
+        assert all(len(block) < metrics_file.BLOCK_BYTES + len(line) for _, block in blocks), "the last row is whole"
+        first = data.draw(st.integers(0, len(blocks)), label="blocks that have been read before")
+        assert list(read_blocks(path, sum(len(block) for _, block in blocks[:first]))) == blocks[first:]
+        assert digest_of(path, size).digest() == hashlib.sha256(content[:size]).digest()
+    assert [row for rows, _ in blocks for row in rows] == whole
+    assert [row["step"] for row in whole] == list(range(content[:size].count(b"\n")))
 
 
 def test_every_change_of_conditions_is_kept_with_its_step():
