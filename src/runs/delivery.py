@@ -59,7 +59,7 @@ def deliver(directory: Path, requested: Tracking | None = None, again: bool = Fa
 
 def _deliver_held(directory: Path, requested: Tracking | None, again: bool = False) -> Delivered:
     """`deliver`, for the process that holds the directory."""
-    record = Record.load(directory)
+    record = Record.load(directory, hash_rows=again)
     if record.status == "RUNNING":  # a SIGKILL, say, has ended its process
         record.close("KILLED", "its process is gone; the same command continues")
     if requested:
@@ -102,7 +102,7 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
     tags = parent_tags(str(parent.directory))
     for directory in children:
         with suppress(UsageError), run_directory.exclusive(directory):
-            record = Record.load(directory)
+            record = Record.load(directory, hash_rows=False)
             record.request(parent.tracking).tags |= tags
             record.save(directory)
     deleted = list[Path]()

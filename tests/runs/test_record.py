@@ -289,6 +289,22 @@ def test_rows_that_have_been_changed_or_cut_since_are_not_used_without_a_word(tm
         caplog.clear()
 
 
+def test_who_looks_through_many_runs_reads_no_rows_and_says_where_some_are_gone(tmp_path, caplog, monkeypatch):
+    for name in ("whole", "edited", "cut"):
+        tracker = Tracker(tmp_path / name, JSONL, {}, {})
+        train(tracker, range(20))
+        tracker.close("FINISHED")
+    path = tmp_path / "edited" / record.METRICS
+    path.write_bytes(path.read_bytes().replace(b"0.25", b"0.27"))
+    os.truncate(tmp_path / "cut" / record.METRICS, 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics_file, "open_regular", lambda path: pytest.fail(f"{path} is read"))
+        assert len(list(record.records_below(tmp_path))) == 3
+    assert [said.startswith(f"{tmp_path}/cut/metrics.jsonl has been changed") for said in caplog.messages] == [True]
+    Record.load(tmp_path / "edited")
+    assert caplog.messages[-1].startswith(f"{path} has been changed")
+
+
 def test_rows_that_a_kill_added_to_those_of_the_record_are_no_change(tmp_path, caplog):
     tracker = Tracker(tmp_path, JSONL, {}, {})
     train(tracker, range(3))
