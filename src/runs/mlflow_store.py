@@ -350,8 +350,9 @@ class Delivery:
         self.is_connected, self.tags = True, tags
         yield
         for rows, content in read_blocks(self.directory / METRICS, self.bytes):
-            values = [(key, value, row) for row in rows for key, value in row["metrics"].items()]
-            client.log_batch(entry.run_id, [Metric(key, value, row["time"], row["step"]) for key, value, row in values])
+            pairs = [(row, each) for row in rows for each in row["metrics"].items()]
+            values = [Metric(*each, row["time"], row["step"]) for row, each in pairs]
+            client.log_batch(entry.run_id, values, synchronous=True)  # whatever MLflow's variables say: it is noted
             self.bytes += len(content)
             self.digest.update(content)
             entry.rows = self.bytes, self.digest.hexdigest()

@@ -26,12 +26,12 @@ def counting(client, monkeypatch):
     """In the place of the client's `log_batch`; a block is about one row."""
     counting, log_batch = Counting(), type(client).log_batch
 
-    def count(self, run_id, metrics=(), params=(), tags=()):
+    def count(self, run_id, metrics=(), **more):
         if len(metrics) > counting.takes:
             raise TimeoutError("the store takes no more")
         counting.takes -= len(metrics)
         counting.sent += [(run_id, each.key, each.step) for each in metrics]
-        return log_batch(self, run_id, metrics, params, tags)
+        return log_batch(self, run_id, metrics, **more)
 
     monkeypatch.setattr(type(client), "log_batch", count)
     monkeypatch.setattr(metrics_file, "BLOCK_BYTES", 1, raising=False)
