@@ -24,7 +24,7 @@ from src.runs.tracker import Tracker, parent_tags
 from src.system.deadline import Overdue, within
 from src.system.redact import one_line
 
-DELIVERY_TIMEOUT_S = 600.0  # for the whole of a run, in the command that does nothing else
+DELIVERY_TIMEOUT_S = 600.0  # for each step of a delivery, in the command that does nothing else
 MAX_REFUSALS = 3  # in a row, after which the store is taken to refuse every run
 
 logger = logging.getLogger(__name__)
@@ -59,22 +59,26 @@ def deliver(directory: Path, requested: Tracking | None = None, again: bool = Fa
 
 def _deliver_held(directory: Path, requested: Tracking | None, again: bool = False) -> Delivered:
     """`deliver`, for the process that holds the directory."""
-    record = Record.load(directory)
+    record = Record.load(directory, hash_rows=again)
     if record.status == "RUNNING":  # a SIGKILL, say, has ended its process
         record.close("KILLED", "its process is gone; the same command continues")
     if requested:
         record.request(requested)
     record.entry.for_mlflow |= again
+    delivered = Delivered([], False)
     try:
         wanted = [requested.name == "mlflow"] if requested else [each.for_mlflow for each in record.copies.values()]
         if not any(wanted):
-            return Delivered([], False)
+            return delivered
         experiment = requested.experiment if requested else ""
         # Short where a run or a sweep waits for it.
         seconds = mlflow_store.STORE_TIMEOUT_S if requested else DELIVERY_TIMEOUT_S
-        return mlflow_store.told(
+        for so_far in mlflow_store.told_in_steps(
             directory, seconds, lambda client: mlflow_store.deliver(client, record, experiment, again)
-        )
+        ):
+            delivered = so_far
+            record.save(directory)  # so that the next delivery goes on from here, whatever ends this one
+        return delivered
     finally:
         record.save(directory)
 
@@ -98,16 +102,46 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
     tags = parent_tags(str(parent.directory))
     for directory in children:
         with suppress(UsageError), run_directory.exclusive(directory):
-            record = Record.load(directory)
+            record = Record.load(directory, hash_rows=False)
             record.request(parent.tracking).tags |= tags
             record.save(directory)
+    deleted = list[Path]()
+
+    def attach(directory: Path) -> None:
+        if deliver(directory, parent.tracking).stays_deleted:
+            deleted.append(directory)
+
+    refused: Sequence[Exception] = []
     try:
         if within(mlflow_store.STORE_TIMEOUT_S, parent.client):
-            free = [directory for directory in children if not run_directory.is_held(directory)]
-            if deleted := [each for each in free if deliver(each, parent.tracking).stays_deleted]:
-                logger.warning("%s", _deleted(deleted))
+            refused = _try_each(children, attach)
     except (UsageError, Overdue) as error:
-        logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, one_line(error))
+        refused = [error]
+    if deleted:
+        logger.warning("%s", _deleted(deleted))
+    for each in refused:
+        logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, one_line(each))
+
+
+def _try_each(directories: Iterable[Path], send: Callable[[Path], None]) -> list[UsageError]:
+    """Deliver runs that no process works on.
+
+    Returns:
+        Why the store does not take some of them. After `MAX_REFUSALS` in a row the others are not tried.
+    """
+    refused, in_a_row = list[UsageError](), 0
+    for directory in directories:
+        if run_directory.is_held(directory):
+            continue
+        try:
+            send(directory)
+            in_a_row = 0
+        except UsageError as error:
+            refused.append(error)
+            in_a_row += 1
+        if in_a_row == MAX_REFUSALS:
+            break
+    return refused
 
 
 def main(publish_again: Callable[[Path], None], arguments: Iterable[str] | None = None) -> None:
@@ -137,28 +171,23 @@ def _deliver_all(publish_again: Callable[[Path], None]) -> None:
     Raises:
         UsageError: as `main`.
     """
-    deleted, refused, in_a_row, waited = list[Path](), list[UsageError](), 0, 0
-    for directory, record in sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time):
-        if run_directory.is_held(directory):
-            continue
-        try:
-            run_ids, stays_deleted = deliver(directory)
-            if stays_deleted:
-                deleted.append(directory)
-            waited += len(run_ids)
-            if run_ids:
-                print(f"{directory}: delivered as run {', '.join(run_ids)}", flush=True)
-            if not stays_deleted and (run_ids or TAG_CHARTS not in record.tags):
-                publish_again(directory)
-            in_a_row = 0
-        except UsageError as error:
-            refused.append(error)
-            in_a_row += 1
-            if in_a_row == MAX_REFUSALS:
-                break
+    deleted, sent = list[Path](), list[Path]()
+    records = dict(sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time))
+
+    def send(directory: Path) -> None:
+        run_ids, stays_deleted = deliver(directory)
+        if stays_deleted:
+            deleted.append(directory)
+        if run_ids:
+            sent.append(directory)
+            print(f"{directory}: delivered as run {', '.join(run_ids)}", flush=True)
+        if not stays_deleted and (run_ids or TAG_CHARTS not in records[directory].tags):
+            publish_again(directory)
+
+    refused = _try_each(records, send)
     if deleted:
         print(_deleted(deleted), flush=True)
-    if not (waited or deleted or refused):
+    if not (sent or deleted or refused):
         print("nothing waits to be delivered")
     for each in refused[1:]:
         logger.warning("%s", each)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
@@ -14,6 +17,8 @@ from src.config.schema import Natural
 from src.errors import UsageError
 from src.system.redact import one_line
 from src.system.regular_file import open_regular
+
+BLOCK_BYTES = 200_000  # that are read at once: some 1,000 rows
 
 
 class LoggedStep(TypedDict):
@@ -38,32 +43,47 @@ def cut_and_read(path: Path) -> list[LoggedStep]:
     path.touch()
     rows, end = read_rows(path)
     with path.open("r+b") as file:
-        file.truncate(end)
-        file.seek(max(end - 1, 0))
-        if file.read() not in (b"", b"\n"):
+        if end:
+            file.seek(end - 1)
             file.write(b"\n")
+        file.truncate(end)
     return rows
 
 
-def read_rows(path: Path, start: int = 0) -> tuple[list[LoggedStep], int]:
-    """The complete rows from byte ``start``, their metrics as numbers, and the byte after the last of them.
+def read_rows(path: Path) -> tuple[list[LoggedStep], int]:
+    """The complete rows, and how many bytes they are."""
+    rows, size = list[LoggedStep](), 0
+    for block, content in read_blocks(path):
+        rows += block
+        size += len(content)
+    return rows, size
 
-    The last row may lack its newline.
+
+def read_blocks(path: Path, start: int = 0) -> Iterator[tuple[list[LoggedStep], bytes]]:
+    """The complete rows from byte ``start``, a block at a time, their metrics as numbers, and the bytes of the block.
+
+    The last row may lack its newline, which its bytes then have. What is written meanwhile is left for another time.
     """
+    with _opened(path) as file:
+        left = os.fstat(file.fileno()).st_size - start
+        file.seek(start)
+        while left > 0 and (lines := file.readlines(min(left, BLOCK_BYTES))):
+            left -= sum(map(len, lines))
+            if not lines[-1].endswith(b"\n"):
+                lines[-1:] = [lines[-1] + b"\n"] if _is_row(lines[-1]) else []
+            if lines:
+                yield [_ROW.validate_json(line) for line in lines], b"".join(lines)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with open_regular(path) as file:
-            file.seek(start)
-            data = file.read()
+            yield file
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}): put the run's rows back") from None
-    complete = data[: data.rfind(b"\n") + 1]
-    if _is_row(data[len(complete) :]):
-        complete = data
-    try:
-        rows = [_ROW.validate_json(line) for line in complete.removesuffix(b"\n").split(b"\n") if complete]
     except ValidationError as error:
         raise UsageError(f"{path} holds a damaged row ({reason(error)}): remove it and all rows after it") from None
-    return rows, start + len(complete)
 
 
 def _is_row(text: bytes) -> bool:
@@ -74,18 +94,29 @@ def _is_row(text: bytes) -> bool:
     return True
 
 
+def digest_of(path: Path, size: int) -> hashlib._Hash:
+    """The SHA-256 of rows' first ``size`` bytes, or of as many as there are; no file counts as an empty one.
+
+    Raises:
+        UsageError: the file is no regular one, or cannot be read.
+    """
+    digest, left = hashlib.sha256(), size
+    if os.path.lexists(path):
+        with _opened(path) as file:
+            while block := file.read(min(left, BLOCK_BYTES)):
+                digest.update(block)
+                left -= len(block)
+    if left == 1:  # the last row lacks nothing but its newline
+        digest.update(b"\n")
+    return digest
+
+
 def begins_with(path: Path, size: int, digest: str) -> bool:
-    """Whether rows' first ``size`` bytes have the SHA-256 ``digest``; no file counts as an empty one."""
-    if not path.exists():
-        return size == 0
+    """Whether rows' first ``size`` bytes have the SHA-256 ``digest``."""
     try:
-        with open_regular(path) as file:
-            rows = file.read(size)
-    except OSError:
+        return digest_of(path, size).hexdigest() == digest
+    except UsageError:
         return False
-    if len(rows) == size - 1:  # the last row lacks nothing but its newline
-        rows += b"\n"
-    return hashlib.sha256(rows).hexdigest() == digest
 
 
 def encode(metrics: Mapping[str, float]) -> dict[str, float | str]:

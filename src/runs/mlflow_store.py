@@ -6,6 +6,7 @@ This is the only file that imports mlflow, and it does so late: the import takes
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -13,9 +14,10 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +25,7 @@ from filelock import FileLock
 
 from src.config.identity import LOG_SIZE
 from src.errors import UsageError
-from src.runs.metrics_file import read_rows
+from src.runs.metrics_file import digest_of, read_blocks
 from src.runs.record import ENCODER, METRICS, TAG_ERROR, TAG_NOTE, TAG_PARENT, Record
 from src.system.deadline import Overdue, within
 from src.system.redact import one_line, redact
@@ -208,9 +210,23 @@ def told(directory: Path, seconds: float, request: Callable[[Any], T]) -> T:
     Raises:
         UsageError: as the request, or the store does not open, refuses, or does not answer in so many seconds.
     """
-    try:
+    with _telling(directory):
         client = prepare()
         return within(seconds, lambda: request(client))
+
+
+def told_in_steps(directory: Path, seconds: float, request: Callable[[Any], Iterator[T]]) -> Iterator[T]:
+    """The same for a request that goes a step at a time, each of which has so many seconds."""
+    with _telling(directory):
+        steps = request(prepare())
+        while (found := within(seconds, lambda: next(steps, None))) is not None:
+            yield found
+
+
+@contextmanager
+def _telling(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except UsageError:
         raise
     except Exception as error:
@@ -264,8 +280,9 @@ class Delivery:
         assert record.directory
         self.directory, self.entry = record.directory, record.copies[experiment]
         self.is_connected = False
-        # What was sent, so that no flush sends it again.
-        self.bytes, self.tags, self.artifacts = 0, dict[str, str](), set[str]()
+        # What was sent, so that no flush sends it again; of rows how many bytes, and their digest.
+        self.bytes, self.digest = 0, hashlib.sha256()
+        self.tags, self.artifacts = dict[str, str](), set[str]()
 
         named = client.get_experiment_by_name(experiment)
         there = named.experiment_id if named and named.lifecycle_stage == "active" else None
@@ -290,12 +307,12 @@ class Delivery:
                     home = client.get_experiment(run.info.experiment_id)
                     renamed = {home.name: replace(entry, tags=tags)}
                     self.record.copies = renamed | self.record.copies  # which a save may be reading
-                entry.run_id, entry.has = "", ""
+                entry.begin("")
             elif not is_deleted or client.get_experiment(run.info.experiment_id).lifecycle_stage != "deleted":
                 return run  # of a deleted run in a deleted experiment, to restore the run alone would not show it
         found = client.search_runs([there], f"tags.uuid = '{self.record.uuid}'", max_results=1) if there else []
         if found:
-            entry.run_id, entry.has = found[0].info.run_id, ""
+            entry.begin(found[0].info.run_id)
         return next(iter(found), None)
 
     @property
@@ -303,7 +320,14 @@ class Delivery:
         return self.entry.has == self.record.state(self.experiment)
 
     def push(self) -> None:
-        """Deliver what has come since. Harmless when repeated, also by another process: the store drops what it has.
+        """Take all `steps`."""
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[None]:
+        """Deliver what has come since, a step at a time, of which none is long.
+
+        Harmless when repeated, also by another process: the store drops what it has.
 
         Raises:
             UsageError: the experiment has been deleted, or an artifact is no file of the run's folder.
@@ -311,27 +335,34 @@ class Delivery:
         from mlflow.entities import Metric, Param, RunTag
 
         client, record, entry = self.client, self.record, self.entry
-        artifacts = record.artifact_paths()
+        artifacts = record.artifact_paths(besides=self.artifacts)
         params = {} if self.is_connected else record.params | log_size(record.params)
         if not self.is_connected:
             self._connect()
-        rows, end = read_rows(self.directory / METRICS, self.bytes)
         tags = record.tags | entry.tags
         client.log_batch(  # which cuts it into requests of at most 1,000
             entry.run_id,
-            [Metric(key, value, row["time"], row["step"]) for row in rows for key, value in row["metrics"].items()],
-            [Param(key, value) for key, value in params.items()],
-            [RunTag(key, value) for key, value in tags.items() if self.tags.get(key) != value],
+            params=[Param(key, value) for key, value in params.items()],
+            tags=[RunTag(key, value) for key, value in tags.items() if self.tags.get(key) != value],
         )
         if params:
             self._log_data(params)
-        self.is_connected, self.bytes, self.tags = True, end, tags
+        self.is_connected, self.tags = True, tags
+        yield
+        for rows, content in read_blocks(self.directory / METRICS, self.bytes):
+            pairs = [(row, each) for row in rows for each in row["metrics"].items()]
+            values = [Metric(*each, row["time"], row["step"]) for row, each in pairs]
+            client.log_batch(entry.run_id, values, synchronous=True)  # whatever MLflow's variables say: it is noted
+            self.bytes += len(content)
+            self.digest.update(content)
+            entry.rows = self.bytes, self.digest.hexdigest()
+            yield
         for name, path in artifacts.items():
-            if name not in self.artifacts:
-                client.log_artifact(entry.run_id, str(path), os.path.dirname(name) or None)
-                if name == ENCODER:
-                    self._log_model(path)
+            client.log_artifact(entry.run_id, str(path), os.path.dirname(name) or None)
+            if name == ENCODER:
+                self._log_model(path)
             self.artifacts.add(name)
+            yield
         if record.status != "RUNNING":
             self.terminate()
         entry.has = record.state(self.experiment)
@@ -379,16 +410,14 @@ class Delivery:
             described.save(f"{folder}/MLmodel")
             for path in (encoder, f"{folder}/MLmodel"):
                 client.log_model_artifact(model_id, str(path))
-        rows, _ = read_rows(self.directory / METRICS)
-        figures = [
-            Metric(key, value, row["time"], row["step"], model_id, *_data_set(params))
-            for row in rows
-            for key, value in row["metrics"].items()
-            if key.startswith("test")
-        ]
+        figures, step = list[Metric](), 0
+        for row in chain.from_iterable(rows for rows, _ in read_blocks(self.directory / METRICS)):
+            step = row["step"]
+            of_test = [(key, value) for key, value in row["metrics"].items() if key.startswith("test")]
+            figures += [Metric(*each, row["time"], step, model_id, *_data_set(params)) for each in of_test]
         client.log_batch(run_id, figures)
         if model_id not in {each.model_id for each in client.get_run(run_id).outputs.model_outputs}:
-            client.log_outputs(run_id, [LoggedModelOutput(model_id, rows[-1]["step"] if rows else 0)])
+            client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
         client.finalize_logged_model(model_id, "READY")
 
     def terminate(self) -> None:
@@ -402,9 +431,16 @@ class Delivery:
             home = _experiment_for(client, self.experiment, known_run(client, entry.tags.get(TAG_PARENT, "")))
             tags = {"uuid": record.uuid}
             self.run = client.create_run(home, start_time=record.start_time, tags=tags, run_name=record.name)
+            entry.begin(self.run.info.run_id)
         elif self.is_deleted:
             client.restore_run(self.run.info.run_id)
-        entry.run_id, entry.experiment_id, entry.has = self.run.info.run_id, self.run.info.experiment_id, ""
+            entry.begin(self.run.info.run_id)
+        self.is_deleted = False
+        entry.experiment_id, entry.has = self.run.info.experiment_id, ""
+        size, digest = entry.rows or (0, "")
+        there = digest_of(self.directory / METRICS, size)
+        if there.hexdigest() == digest:  # else they have been changed or cut since, and are sent again
+            self.bytes, self.digest = size, there
         if TAG_ERROR in self.run.data.tags and TAG_ERROR not in record.tags:  # of a session before
             client.delete_tag(entry.run_id, TAG_ERROR)
             del self.run.data.tags[TAG_ERROR]
@@ -474,8 +510,10 @@ class Delivered(NamedTuple):
     stays_deleted: bool  # an entry that was deleted in MLflow has been left alone
 
 
-def deliver(client: Any, record: Record, requested: str = "", again: bool = False) -> Delivered:
+def deliver(client: Any, record: Record, requested: str = "", again: bool = False) -> Iterator[Delivered]:
     """Deliver what MLflow lacks of a run that has ended, in each experiment in which it was requested.
+
+    This goes a step at a time, and gives what has come of it by then.
 
     Args:
         client: MLflow's.
@@ -485,10 +523,13 @@ def deliver(client: Any, record: Record, requested: str = "", again: bool = Fals
     """
     run_ids, stays_deleted = list[str](), False
     for experiment in [name for name, entry in record.copies.items() if entry.for_mlflow]:
+        if again:
+            record.copies[experiment].rows = None
         delivery = Delivery(client, record, experiment, experiment == requested)
         if delivery.is_deleted and not again:
             stays_deleted = True
         elif again or not delivery.is_whole:
-            delivery.push()
+            for _ in delivery.steps():
+                yield Delivered(run_ids, stays_deleted)
             run_ids.append(delivery.entry.run_id)
-    return Delivered(run_ids, stays_deleted)
+    yield Delivered(run_ids, stays_deleted)

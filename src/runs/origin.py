@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from src.config.schema import Config
@@ -38,11 +39,18 @@ def identify(cfg: Config) -> Path | None:
 
 def _recorded(cfg: Config) -> str | None:
     """Which weights this run began with, as its record says; None where it has not begun."""
-    for directory, record in records_below(Path(cfg.output_dir or ROOT)):
-        begun = replace(cfg, origin=record.params.get("origin"))
-        if record.params.get("init") == cfg.init and directory == path_of(begun):
+    for begun in (replace(cfg, origin=each) for each in _origins(Path(cfg.output_dir or ROOT).resolve(), cfg.init)):
+        record = Record.find(path_of(begun), hash_rows=False)
+        if record and (record.params.get("init"), record.params.get("origin")) == (cfg.init, begun.origin):
             return begun.origin
     return None
+
+
+@cache  # each job of a sweep asks, and none that needs its weights begins without them
+def _origins(root: Path, init: str | None) -> list[str]:
+    """Which weights runs below a folder began with that name the same ``init``."""
+    begun = [record.params for _, record in records_below(root) if record.params.get("init") == init]
+    return list(dict.fromkeys(params["origin"] for params in begun if "origin" in params))
 
 
 def locate(init: str) -> Path:
@@ -56,7 +64,7 @@ def locate(init: str) -> Path:
         return path
     if not path.is_dir():
         path = named_run(init, "init")
-    record = Record.find(path)
+    record = Record.find(path, hash_rows=False)
     if record and record.status != "FINISHED":
         raise UsageError(f"init={init}: the run is {record.status}, not FINISHED; name one of its checkpoints instead")
     if checkpoint := newest_checkpoint(path / CHECKPOINTS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from src.errors import UsageError
 from src.runs import mlflow_store
 from src.runs.directory import ROOT
 from src.runs.record import RECORD, TAG_OUTPUT_DIR, TAG_SWEEP_ID, ExperimentEntry, Record, records_below
+
+_found: dict[str, Path] = {}  # where the run of an id was, because each job of a sweep may ask for the same
 
 
 def read_runs(experiment: str, backend: str, root: Path = ROOT) -> list[Record]:
@@ -128,8 +131,26 @@ def find_run_directory(run_id: str) -> Path:
     Raises:
         UsageError: no run has the id, or its folder is gone.
     """
+    found = _found.get(run_id)
+    if found is None or not _is_there(run_id, found):
+        found = _found[run_id] = _search(run_id)
+    return found
+
+
+def _is_there(run_id: str, directory: Path) -> bool:
+    with suppress(UsageError):
+        record = Record.find(directory, hash_rows=False)
+        return record is not None and run_id in _ids(record)
+    return False
+
+
+def _ids(record: Record) -> set[str]:
+    return {record.uuid, *(entry.run_id for entry in record.copies.values())}
+
+
+def _search(run_id: str) -> Path:
     for directory, record in records_below(ROOT):
-        if run_id in (record.uuid, *(entry.run_id for entry in record.copies.values())):
+        if run_id in _ids(record):
             return directory
     client = mlflow_store.existing()
     run = mlflow_store.answer(lambda: mlflow_store.known_run(client, run_id))

@@ -12,7 +12,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path, PurePath
@@ -84,6 +84,11 @@ class ExperimentEntry:
     tags: dict[str, str] = field(default_factory=dict)  # those of its sweeps there; MLflow has the run's as well
     for_mlflow: bool = False  # whether that was ever with tracking=mlflow
     experiment_id: str = ""  # MLflow's of where its pages show the run; empty where they do not
+    rows: tuple[Natural, str] | None = None  # that MLflow has: how many bytes, and their SHA-256; None: not known
+
+    def begin(self, run_id: str) -> None:
+        """Forget what MLflow has of the run, because it has another one now, or none."""
+        self.run_id, self.has, self.rows = run_id, "", None
 
 
 @dataclass
@@ -114,8 +119,12 @@ class Record:
         return cls(uuid.uuid4().hex, name, experiment, now_ms(), copies={experiment: ExperimentEntry()})
 
     @classmethod
-    def load(cls, directory: Path) -> Record:
+    def load(cls, directory: Path, hash_rows: bool = True) -> Record:
         """Read a directory's record.
+
+        Args:
+            directory: the run's.
+            hash_rows: whether to see that the rows are as the run left them, or only that there are no fewer.
 
         Raises:
             UsageError: there is none, or it is damaged.
@@ -129,20 +138,22 @@ class Record:
                 record._take_over(_OLD.validate_json(content))
             if record.experiment not in record.copies:
                 raise ValueError(f"copies: lacks the experiment {record.experiment!r}")
-            record._compare(content)
+            record._compare(content, hash_rows)
         except (OSError, ValueError) as error:
             remedy = NAME_ANOTHER if isinstance(error, FileNotFoundError) else MOVE_AWAY
             raise UsageError(f"{path} is not the record of a run ({reason(error)}): {remedy}") from None
         return record
 
-    def _compare(self, content: bytes) -> None:
+    def _compare(self, content: bytes, hash_rows: bool) -> None:
         """Say so where the record or its rows are not as a run left them; they may have been edited on purpose."""
         assert self.directory
         values = json.loads(content)
         if values.pop("sha256", None) not in (None, _digest(values)):
             _warn_once(f"{self.directory / RECORD} has been changed since a run wrote it: its figures may be others")
         rows = self.directory / METRICS
-        if self.rows and rows.exists() and not begins_with(rows, *self.rows):
+        if not (self.rows and rows.exists()):
+            return
+        if self._rows_bytes() + 1 < self.rows[0] or (hash_rows and not begins_with(rows, *self.rows)):
             _warn_once(
                 f"{rows} has been changed since a run wrote it: values may be missing, others, or twice in MLflow"
             )
@@ -157,9 +168,9 @@ class Record:
             self.entry.has = self.state(self.experiment)
 
     @classmethod
-    def find(cls, directory: Path) -> Record | None:
-        """The directory's record; None before a run has begun there."""
-        return cls.load(directory) if os.path.lexists(directory / RECORD) else None
+    def find(cls, directory: Path, hash_rows: bool = True) -> Record | None:
+        """As `load`; None before a run has begun there."""
+        return cls.load(directory, hash_rows) if os.path.lexists(directory / RECORD) else None
 
     @property
     def entry(self) -> ExperimentEntry:
@@ -178,14 +189,15 @@ class Record:
         entry.for_mlflow |= tracking.name == "mlflow"
         return entry
 
-    def artifact_paths(self) -> dict[str, Path]:
-        """The artifacts that are there; a folder may have been tidied.
+    def artifact_paths(self, besides: Container[str] = ()) -> dict[str, Path]:
+        """The artifacts that are there, besides some; a folder may have been tidied.
 
         Raises:
             UsageError: one is no file of the run's own folder.
         """
         assert self.directory
-        paths = {name: self.directory / name for name in self.artifacts if os.path.lexists(self.directory / name)}
+        wanted = {name: self.directory / name for name in self.artifacts if name not in besides}
+        paths = {name: path for name, path in wanted.items() if os.path.lexists(path)}
         for name, path in paths.items():
             if not (path.resolve().is_relative_to(self.directory.resolve()) and path.is_file()):
                 raise UsageError(f"{path} is not a file of the run's own folder: remove {name!r} from {RECORD}")
@@ -274,7 +286,7 @@ def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
         if RECORD not in files + folders:
             continue
         try:
-            yield Path(parent), Record.load(Path(parent))
+            yield Path(parent), Record.load(Path(parent), hash_rows=False)
         except UsageError as error:
             logger.warning("passed over: %s", str(error).removesuffix(f": {MOVE_AWAY}"))
 

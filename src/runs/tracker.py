@@ -8,7 +8,6 @@ whatever a kill or an outage cut off is simply delivered again: at the next flus
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from typing import Any, Literal
 from src.config.schema import Tracking
 from src.errors import CannotWrite, UsageError
 from src.runs import mlflow_store
-from src.runs.metrics_file import cut_and_read, encode
+from src.runs.metrics_file import cut_and_read, digest_of, encode
 from src.runs.record import METRICS, TAG_ERROR, TAG_OUTPUT_DIR, TAG_PARENT, TAG_SWEEP_ID, Record, now_ms
 from src.system.deadline import Call, Overdue, within
 from src.system.redact import one_line
@@ -97,7 +96,7 @@ class Tracker:
         record.tags.pop(TAG_ERROR, None)  # of the session before
         record.save(directory)
         self._rows = (directory / METRICS).open("ab", buffering=0)
-        self._digest = hashlib.sha256((directory / METRICS).read_bytes())
+        self._digest = digest_of(directory / METRICS, self._rows.tell())
         self.flush()
 
     @property
@@ -254,7 +253,8 @@ class Tracker:
             self._delivery = mlflow_store.Delivery(client, record, record.experiment, requested=True)
         self._delivery.push()
         if record.status != "RUNNING":
-            mlflow_store.deliver(client, record)  # to the experiments that were requested before
+            for _ in mlflow_store.deliver(client, record):  # to the experiments that were requested before
+                pass
 
     def client(self) -> Any:
         """MLflow's client. None with ``tracking=jsonl``.

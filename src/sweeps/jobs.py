@@ -57,7 +57,7 @@ class Job:
     def record(self) -> Record | None:
         """The record in its folder; None before its start, or where it is damaged, which the job itself reports."""
         with suppress(UsageError):
-            return Record.find(self.directory) if self.cfg else None
+            return Record.find(self.directory, hash_rows=False) if self.cfg else None
         return None
 
     @property

@@ -1,5 +1,7 @@
 import hashlib
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from src import cli
 from src.config.identity import config_hash
 from src.errors import UsageError
 from src.reporting import curves
-from src.runs import checkpoint, origin
+from src.runs import checkpoint, directory, origin, query
 from src.runs.record import ENCODER, Record
 from tests.config.test_schema import composed, parsed
 
@@ -207,6 +209,41 @@ def test_a_start_is_named_as_any_run_is(tmp_path, monkeypatch):
     (folder / "checkpoints/step-00000001.pt").touch()
     for init in ("first", "multirun/first", record.uuid):
         assert origin.locate(init).samefile(folder / "checkpoints/step-00000001.pt")
+
+
+def test_the_jobs_of_a_sweep_look_for_their_start_once(tmp_path, monkeypatch):
+    """Whether it is there, by its id, or the runs that began with it go on without it."""
+    monkeypatch.chdir(tmp_path)
+    walks, below = [], query.records_below
+    for module in (query, origin):
+        monkeypatch.setattr(module, "records_below", lambda root: walks.append(root) or below(root))
+    first = Record.new("first", "exp")
+    first.close("FINISHED")
+    (tmp_path / "multirun/first/checkpoints").mkdir(parents=True)
+    first.save(tmp_path / "multirun/first")
+    (tmp_path / "multirun/first/checkpoints/step-00000001.pt").write_bytes(b"weights")
+    cfgs = [parsed(f"init={first.uuid}", f"seed={seed}") for seed in range(3)]
+    for cfg in cfgs:
+        origin.identify(cfg)
+        begun = Record.new("begun", "exp")
+        begun.params = {"init": cfg.init, "origin": cfg.origin}
+        folder = directory.path_of(cfg)
+        folder.mkdir()
+        begun.save(folder)
+    assert len(walks) == 1
+
+    shutil.move("multirun/first", "multirun/moved")
+    origin.identify(parsed(f"init={first.uuid}"))
+    assert len(walks) == 2, "it is found where it is now"
+
+    monkeypatch.setattr(origin, "named_run", lambda *_: Path("multirun/gone"))
+    shutil.rmtree("multirun/moved")
+    walks.clear()
+    for cfg in cfgs:
+        again = replace(cfg, origin=None)
+        assert origin.identify(again) is None
+        assert again.origin == cfg.origin
+    assert len(walks) == 1
 
 
 def test_a_run_that_has_not_finished_is_refused(tmp_path):

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.errors import UsageError
-from src.runs import query, record
-from src.runs.metrics_file import begins_with
+from src.runs import metrics_file, query, record
+from src.runs.metrics_file import begins_with, digest_of, read_blocks, read_rows
 from src.runs.record import Record
 from src.runs.tracker import Tracker
 from tests.stores import JSONL, rows, train
@@ -32,7 +32,14 @@ def test_rows_and_record(tmp_path):
 
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["uuid"] == tracker.run_id
-    assert record["copies"]["exp"] == {"run_id": "", "has": "", "tags": {}, "for_mlflow": False, "experiment_id": ""}
+    assert record["copies"]["exp"] == {
+        "run_id": "",
+        "has": "",
+        "tags": {},
+        "for_mlflow": False,
+        "experiment_id": "",
+        "rows": None,
+    }
     assert (record["name"], record["experiment"], record["status"]) == (tmp_path.name, "exp", "FINISHED")
     assert record["params"] == {"k": "50", "projector.hidden": "[64, 64]"}
     assert record["tags"] == {"device": "cpu", "output_dir": str(tmp_path.resolve())}
@@ -221,6 +228,24 @@ def test_rows_that_lack_nothing_but_the_last_newline_are_those_that_were_there(t
         assert begins_with(path, len(whole), digest) == same
 
 
+@given(data=st.data())
+def test_rows_are_read_by_blocks_from_where_one_of_them_ends(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("blocks") / record.METRICS
+    line = '{"step": %d, "time": 1, "metrics": {"x": 1.5}}\n'
+    content = "".join(line % step for step in range(20)).encode()
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)), label="bytes written before the kill")])
+    whole, size = read_rows(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_file, "BLOCK_BYTES", data.draw(st.integers(1, 300), label="bytes of a block"))
+        blocks = list(read_blocks(path))
+        assert all(len(block) < metrics_file.BLOCK_BYTES + len(line) for _, block in blocks), "the last row is whole"
+        first = data.draw(st.integers(0, len(blocks)), label="blocks that have been read before")
+        assert list(read_blocks(path, sum(len(block) for _, block in blocks[:first]))) == blocks[first:]
+        assert digest_of(path, size).digest() == hashlib.sha256(content[:size]).digest()
+    assert [row for rows, _ in blocks for row in rows] == whole
+    assert [row["step"] for row in whole] == list(range(content[:size].count(b"\n")))
+
+
 def test_every_change_of_conditions_is_kept_with_its_step():
     run = Record.new("a", "study")
     for step, torch in ((0, "1"), (5, "1"), (8, "2"), (12, "3")):
@@ -262,6 +287,22 @@ def test_rows_that_have_been_changed_or_cut_since_are_not_used_without_a_word(tm
         Record.load(tmp_path / name)
         assert [said.startswith(f"{path} has been changed") for said in caplog.messages] == [True]
         caplog.clear()
+
+
+def test_who_looks_through_many_runs_reads_no_rows_and_says_where_some_are_gone(tmp_path, caplog, monkeypatch):
+    for name in ("whole", "edited", "cut"):
+        tracker = Tracker(tmp_path / name, JSONL, {}, {})
+        train(tracker, range(20))
+        tracker.close("FINISHED")
+    path = tmp_path / "edited" / record.METRICS
+    path.write_bytes(path.read_bytes().replace(b"0.25", b"0.27"))
+    os.truncate(tmp_path / "cut" / record.METRICS, 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics_file, "open_regular", lambda path: pytest.fail(f"{path} is read"))
+        assert len(list(record.records_below(tmp_path))) == 3
+    assert [said.startswith(f"{tmp_path}/cut/metrics.jsonl has been changed") for said in caplog.messages] == [True]
+    Record.load(tmp_path / "edited")
+    assert caplog.messages[-1].startswith(f"{path} has been changed")
 
 
 def test_rows_that_a_kill_added_to_those_of_the_record_are_no_change(tmp_path, caplog):
