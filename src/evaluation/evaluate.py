@@ -55,7 +55,7 @@ def main(composed: DictConfig) -> dict[str, float]:
         cfg = _merged(saved["config"], composed)
     device = build.device(cfg.device)
     data = load(cfg.data).to_if_it_fits(device)
-    check_neighbours(cfg.evaluation, data)
+    check_neighbours(replace(cfg.evaluation, bank=None), data)  # all training images vote at the end
     if not data.classes:
         raise UsageError(f"data={cfg.data.name}: no image has a label to evaluate with; choose other images with data=")
     refuse_too_few(data)

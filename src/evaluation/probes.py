@@ -124,6 +124,12 @@ def topk_percent(scores_NC: Tensor, labels_N: Tensor, k: int) -> float:
     return 100 * topk_hits(scores_NC, labels_N, k) / len(labels_N)
 
 
+def topk_by_blocks(classifier: Callable[[Tensor], Tensor], features: Features, k: int) -> float:
+    """The same of a classifier's logits, of which there are never more than a block's."""
+    hits = sum(topk_hits(classifier(block.x_NF), block.labels_N, k) for block in features.blocks())
+    return 100 * hits / len(features.labels_N)
+
+
 def knn_percent(
     bank: Features, queries: Features, classes: int, ks: Sequence[int], temperature: float, search: Search
 ) -> list[float]:
@@ -194,11 +200,7 @@ class LinearHeads:
     def topk_percent(self, features: Features, head: int, k: int) -> float:
         """Share of images whose label is among the k highest logits of one head, in percent."""
         weight_FC, bias_C = self.weight_LFC[head], self.bias_LC[head]
-        hits = (
-            topk_hits((block.x_NF - self.center_F) / self.scale_F @ weight_FC + bias_C, block.labels_N, k)
-            for block in features.blocks()
-        )
-        return 100 * sum(hits) / len(features.labels_N)
+        return topk_by_blocks(lambda x_BF: (x_BF - self.center_F) / self.scale_F @ weight_FC + bias_C, features, k)
 
     def best(self, held_out: Features) -> int:
         """The head with the highest top-1 on held-out features; the first of equals."""

@@ -25,7 +25,7 @@ from src.evaluation.probes import (
     cached_heads,
     few_shot,
     knn_percent,
-    topk_percent,
+    topk_by_blocks,
 )
 from src.methods.base import Method
 from src.support.search import Search
@@ -66,8 +66,7 @@ class Protocol:
             metrics |= {"val/knn_top1": self._knn_percent(bank, val, k), "val/knn_k": k}
         if self.data.labelled:
             with torch.no_grad():
-                logits = classifier(val.x_NF)
-            metrics |= {f"val/online_top{k}": topk_percent(logits, val.labels_N, k) for k in (1, 5)}
+                metrics |= {f"val/online_top{k}": topk_by_blocks(classifier, val, k) for k in (1, 5)}
             if method.support is not None and method.support.ready:
                 encoder, _ = method.lookup_networks
                 asks = val if encoder is frozen.encoder else frozen.of(encoder).features(self.data.val)
@@ -186,11 +185,12 @@ def check_neighbours(cfg: schema.Evaluation, data: Dataset) -> None:
     classes, images = len(data.classes), len(data.probe)
     if not classes:
         return
-    if cfg.bank is not None and cfg.bank < min(classes, images):
-        raise UsageError(f"evaluation.bank={cfg.bank}: fewer than the {classes} classes; set it higher")
+    bank = None if data.val is None else cfg.bank
+    if bank is not None and bank < min(classes, images):
+        raise UsageError(f"evaluation.bank={bank}: fewer than the {classes} classes; set it higher")
     if not isinstance(cfg.knn_k, int):
         return
-    for voting, name in ((images, "training images"), (cfg.bank or images, "images of evaluation.bank")):
+    for voting, name in ((images, "training images"), (bank or images, "images of evaluation.bank in a validation")):
         if neighbours(cfg, voting // classes) != [cfg.knn_k]:
             logger.warning(
                 "evaluation.knn_k=%d: a class has %d %s, so that many vote", cfg.knn_k, voting // classes, name

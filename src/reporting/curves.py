@@ -152,8 +152,9 @@ def _points(course: Course, metric: str, found: Mapping[float, Sequence[float]])
     ]
     if course.is_untrained:
         return [*points, *(point._replace(epoch=course.epochs) for point in points)]
-    if metric.startswith("support/"):
-        return [point for point in points if not round(point.epoch) % course.cycle] or points
+    if metric.startswith("support/") and course.cycle > 1:
+        # Before the first epoch only a run from another's weights has prototypes, which are the other's.
+        return [point for point in points if point.epoch and not round(point.epoch) % course.cycle] or points
     return points
 
 

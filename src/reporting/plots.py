@@ -109,9 +109,9 @@ def caption(rows: Sequence[TableRow]) -> str:
     return ", ".join(parts)
 
 
-def _without_bars(rows: Sequence[TableRow]) -> str:
-    seeds = {len(row.runs) for row in rows}
-    return " (no bar: one seed)" if 1 in seeds and len(seeds) > 1 else ""
+def _without_bars(panels: Mapping[str, Mapping[int, Point]]) -> str:
+    bars = {math.isnan(point.bar) for points in panels.values() for point in points.values()}
+    return " (no bar: one seed)" if len(bars) > 1 else ""
 
 
 def by_size(rows: Sequence[TableRow]) -> Figure:
@@ -143,7 +143,7 @@ def by_size(rows: Sequence[TableRow]) -> Figure:
             if drawn:
                 handles.setdefault(label, _series(axes, drawn, metric, styles[label]))
         _cap(axes)
-    figure.suptitle(fitting(caption(rows) + _without_bars(rows), figure), fontsize=9)
+    figure.suptitle(fitting(caption(rows) + _without_bars(panels), figure), fontsize=9)
     if handles:
         letters = int(12.2 * figure.get_figwidth())  # of a line in the legend below the panels
         names = [wrapped(label, letters) for label in handles]
@@ -195,7 +195,7 @@ def dots(rows: Sequence[TableRow]) -> Figure:
         axes.tick_params(axis="y", length=0)
     left_out = f"; the {MAX_DOTS} best of {len(measured)}" if len(measured) > MAX_DOTS else ""
     levels = "; grey lines: the same with nothing stored" if any(controls) else ""
-    figure.suptitle(fitting(f"{caption(rows)}{_without_bars(rows)}{left_out}{levels}", figure), fontsize=9)
+    figure.suptitle(fitting(f"{caption(rows)}{_without_bars(shown)}{left_out}{levels}", figure), fontsize=9)
     return figure
 
 
@@ -279,11 +279,11 @@ def _size_axis(axes: Axes, sizes: Sequence[int]) -> tuple[float, float]:
     smallest, largest = (sizes[0], sizes[-1]) if sizes else (1, 1)
     zero = smallest / max(3.0, (largest / smallest) ** 0.2)
     width = largest / zero
-    is_crowded = any(right / left < width ** (0.018 * len(f"{left:,}{right:,}")) for left, right in pairwise(sizes))
+    is_crowded = any(right / left < width ** (0.02 * len(f"{left:,}{right:,}")) for left, right in pairwise(sizes))
     upright: dict[str, Any] = {"rotation": 90, "fontsize": 8} if is_crowded else {}
     labelled: list[int] = []
     for size in reversed(sizes):  # even upright labels need a line's height
-        if not labelled or size * width ** (0.043 if is_crowded else 0) <= labelled[-1]:
+        if not labelled or size * width ** (0.049 if is_crowded else 0) <= labelled[-1]:
             labelled.append(size)
     margin = width**0.07
     axes.set_xscale("log")

@@ -239,9 +239,12 @@ def part_of(weights: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
-def fits(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict has exactly the module's keys and shapes."""
-    return not any(_differences(module, state_dict).values())
+def fits(module: nn.Module, state_dict: Mapping[str, Any]) -> bool:
+    """Whether a state dict has exactly the module's keys and shapes, and in extra states what the module has there."""
+    known = {key: value for key, value in module.state_dict().items() if isinstance(value, dict)}
+    if any(_differences(module, state_dict).values()):
+        return False
+    return all(value.keys() <= state_dict[key].keys() for key, value in known.items())
 
 
 def _differences(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -257,10 +260,8 @@ def _differences(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[st
     }
 
 
-def _shape(value: object) -> tuple[int, ...] | list[str] | None:
-    """What two values must have in common to stand for each other; of a module's extra state, its keys."""
-    if isinstance(value, dict):
-        return sorted(value)
+def _shape(value: object) -> tuple[int, ...] | None:
+    """None for a module's extra state, which is no tensor."""
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 

@@ -127,7 +127,7 @@ class Evolving(KMeans):
             summed[kept_P] += summed[gone_P]
         self.idle_K[kept_P] = self.idle_K[kept_P].minimum(self.idle_K[gone_P])
         self.written_K[kept_P] = self.written_K[kept_P].maximum(self.written_K[gone_P])
-        self.images_K[kept_P] = -1
+        self.images_K[kept_P] = torch.where(self.images_K[kept_P] == self.images_K[gone_P], self.images_K[kept_P], -1)
         in_use_U = torch.ones(self.seeded, dtype=torch.bool, device=gone_P.device)
         in_use_U[gone_P] = False
         slots = in_use_U.nonzero()[:, 0]

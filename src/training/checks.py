@@ -73,15 +73,19 @@ class Filling(NamedTuple):
 def refuse_unfillable(cfg: Config, images: int, filled: bool = False) -> None:
     """Refuse a support set that is never filled, since such a run would be the control under another name.
 
+    A window of which nothing is ever re-clustered is refused, too.
+
     Args:
         cfg: the run's config.
         images: that it trains on.
         filled: whether it is full already, with another run's weights; then only a reset empties it.
 
     Raises:
-        UsageError: there are fewer embeddings before the last batch, or between two resets, than it holds.
+        UsageError: there are fewer embeddings before the last batch, or between two resets, than it holds; or the
+            window is full at no step at which a re-clustering is due.
     """
     if (filling := Filling.of(cfg, images, filled)) is None or filling.size <= filling.seen:
+        _refuse_idle_refit(cfg, images, filled)
         return
     epochs, seen = filling.epochs, filling.seen
     why = f"only {seen} embeddings are seen before the last batch of epochs={epochs}"
@@ -96,29 +100,27 @@ def refuse_unfillable(cfg: Config, images: int, filled: bool = False) -> None:
     )
 
 
-def refuse_idle_refit(cfg: Config, images: int) -> None:
-    """Refuse to store a window for a re-clustering that never comes: online k-means of that size stores less.
+def _refuse_idle_refit(cfg: Config, images: int, filled: bool) -> None:
+    """Refuse to store a window of which nothing is ever re-clustered: without it, the same run stores less.
 
     Raises:
-        UsageError: the window is never full, or the run has fewer steps than there are from one re-clustering to the
-            next.
+        UsageError: at no step at which a re-clustering is due is the window full.
     """
     support = cfg.support
     if not isinstance(support, schema.KMeans) or support.refit != "faiss":
         return
+    is_reset = support.forget == "reset" and support.forget_every < cfg.epochs
+    if filled and not is_reset:
+        return
     batch_size = images_a_step(cfg.batch_size, images)
     steps = images // batch_size  # an epoch
-    is_reset = support.forget == "reset" and support.forget_every < cfg.epochs
     epochs, period = (support.forget_every, "support.forget_every") if is_reset else (cfg.epochs, "epochs")
-    if (seen := steps * epochs * batch_size) < support.refit_window:
+    due = range(support.refit_every - 1, steps * cfg.epochs, support.refit_every)
+    if not any((step % (steps * epochs) + 1) * batch_size >= support.refit_window for step in due):
         raise UsageError(
-            f"support.refit_window={support.refit_window}: is never full, because only {seen} embeddings are seen in "
-            f"{period}={epochs}, so nothing is re-clustered; set it lower, {period} higher, or support.refit=online"
-        )
-    if support.refit_every > steps * cfg.epochs:
-        raise UsageError(
-            f"support.refit_every={support.refit_every}: the run has {steps * cfg.epochs} steps, so nothing is "
-            "re-clustered; set it lower, or support.refit=online"
+            f"support.refit_window={support.refit_window}: is not full at any step at which "
+            f"support.refit_every={support.refit_every} would re-cluster ({steps * epochs * batch_size} embeddings are "
+            f"seen in {period}={epochs}); set one of the two lower, {period} higher, or support.refit=online"
         )
 
 

@@ -52,7 +52,6 @@ from src.system.stopping import Stopped, Stopper
 from src.training import distributed, loop
 from src.training.checks import (
     check_batch_fits,
-    refuse_idle_refit,
     refuse_unfillable,
     refuse_unset_gradients,
     warn_of_doubtful_settings,
@@ -118,7 +117,6 @@ def start(cfg: Config, data: Dataset, ranks: Ranks, exact_batch: bool) -> tuple[
     filled = state.method.support is not None and state.method.support.ready
     filled = filled or (cfg.init is not None and not source)  # when it began
     refuse_unfillable(cfg, len(data.train), filled)
-    refuse_idle_refit(cfg, len(data.train))
     warn_of_late_filling(cfg, len(data.train), filled)
     if cfg.tracking.system_metrics:
         require("psutil", "system", "tracking.system_metrics=true")

@@ -168,18 +168,24 @@ def test_of_equally_good_numbers_of_neighbours_the_smallest_is_chosen(finished):
     [
         ({"knn_k": 12, "bank": None}, ""),
         ({"knn_k": 21, "bank": None}, "evaluation.knn_k=21: a class has 20 training images, so that many vote"),
-        ({"knn_k": 12, "bank": 60}, "evaluation.knn_k=12: a class has 10 images of evaluation.bank, so that many vote"),
+        (
+            {"knn_k": 12, "bank": 60},
+            "evaluation.knn_k=12: a class has 10 images of evaluation.bank in a validation, so that many vote",
+        ),
         ({"knn_k": [12, 21], "bank": 60}, ""),
     ],
 )
 def test_a_number_of_neighbours_that_cannot_vote_is_said(finished, caplog, asked, says):
     cfg = replace(load_config(finished).evaluation, **asked)
-    protocol.check_neighbours(cfg, SimpleNamespace(classes=list("abcdef"), probe=range(120)))
+    protocol.check_neighbours(cfg, SimpleNamespace(classes=list("abcdef"), probe=range(120), val=range(9)))
     assert caplog.messages == ([says] if says else [])
 
 
 def test_fewer_voters_than_classes_are_refused(finished):
-    data = SimpleNamespace(classes=list("abcdef"), probe=range(120))
+    data = SimpleNamespace(classes=list("abcdef"), probe=range(120), val=range(9))
+    protocol.check_neighbours(
+        replace(load_config(finished).evaluation, bank=5), SimpleNamespace(**vars(data) | {"val": None})
+    )
     with pytest.raises(UsageError, match=r"evaluation.bank=5: fewer than the 6 classes; set it higher"):
         protocol.check_neighbours(replace(load_config(finished).evaluation, bank=5), data)
 

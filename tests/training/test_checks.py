@@ -1,17 +1,23 @@
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hypothesis import given
+from hypothesis import strategies as st
 
 from src.config.parse import parse
 from src.errors import UsageError
 from src.models import ResNetTiny
 from src.runs.record import Record
+from src.support.kmeans import KMeans
+from src.support.search import TorchSearch
 from src.training.checks import (
+    _refuse_idle_refit,
     check_batch_fits,
-    refuse_idle_refit,
+    refuse_unfillable,
     refuse_unset_gradients,
     warn_of_doubtful_settings,
     warn_of_late_filling,
@@ -53,12 +59,14 @@ REFIT += ["support.refit_every=1"]
     ("overrides", "says"),
     [
         (["support.refit_window=640"], ""),  # 2 epochs of 5 batches
-        (["support.refit_window=641"], "only 640 embeddings are seen in support.forget_every=2"),
+        (["support.refit_window=641"], r"\(640 embeddings are seen in support.forget_every=2\)"),
         (["support.refit_window=641", "support.forget=none"], ""),
-        (["support.refit_window=1921", "support.forget=none"], "only 1920 embeddings are seen in epochs=6"),
+        (["support.refit_window=1921", "support.forget=none"], r"\(1920 embeddings are seen in epochs=6\)"),
         (["support.refit_window=1920", "support.forget_every=7"], ""),
         (["support.refit_window=64", "support.refit_every=30"], ""),
-        (["support.refit_window=64", "support.refit_every=31"], "refit_every=31: the run has 30 steps"),
+        (["support.refit_window=64", "support.refit_every=31"], "support.refit_every=31 would re-cluster"),
+        (["support.refit_window=1280", "support.forget=none", "support.refit_every=16"], "is not full at any step"),
+        (["support.refit_window=1280", "support.forget=none", "support.refit_every=15"], ""),  # full from step 20 on
         (["support.refit_window=16384", "support.refit=online"], ""),
     ],
 )
@@ -66,11 +74,40 @@ def test_a_window_of_which_nothing_is_ever_re_clustered_is_refused(overrides, sa
     """Its vectors would count as stored, and none would be used."""
     cfg = parsed(*REFIT, *overrides)
     with pytest.raises(UsageError, match=says) if says else nullcontext():
-        refuse_idle_refit(cfg, 383)
+        refuse_unfillable(cfg, 383)
+
+
+def test_a_window_that_came_with_the_weights_need_not_be_filled():
+    refuse_unfillable(parsed(*REFIT, "support.refit_window=1921", "support.forget=none"), 383, filled=True)
+    with pytest.raises(UsageError, match=r"support.refit_window=641"):  # but a reset empties it
+        refuse_unfillable(parsed(*REFIT, "support.refit_window=641"), 383, filled=True)
+
+
+WITH_WINDOW = parsed("method=kmclr", "k=2", "support.refit=faiss")
+
+
+@given(forget=st.sampled_from(["none", "reset"]), numbers=st.tuples(*[st.integers(1, 6)] * 6))
+def test_it_is_refused_if_and_only_if_prototypes_never_re_cluster(forget, numbers):
+    """Those of a run of a few steps, in the order of the training loop."""
+    epochs, steps, batch_size, window, every, cycle = numbers
+    batch_size, window = batch_size + 1, 3 * window
+    settings = {"refit_window": window, "refit_every": every, "forget": forget, "forget_every": cycle}
+    support = replace(WITH_WINDOW.support, **settings)
+    cfg = replace(WITH_WINDOW, support=support, epochs=epochs, batch_size=batch_size)
+    resets = {"reset_every": cycle if forget == "reset" else 0}
+    kmeans, done = KMeans(2, 2, 1, TorchSearch(), refit_window=window, refit_every=every, **resets), []
+    kmeans._refit = lambda *_: done.append(1)
+    rows = torch.arange(batch_size)
+    for epoch in range(epochs):
+        kmeans.start_epoch(epoch)
+        for _ in range(steps):
+            kmeans.update(torch.rand(batch_size, 2), rows, 0 * rows)
+    with nullcontext() if done else pytest.raises(UsageError, match=r"support.refit_window"):
+        _refuse_idle_refit(cfg, steps * batch_size, filled=False)
 
 
 def test_an_idle_window_is_refused_before_anything_is_written(run, tmp_path):
-    with pytest.raises(UsageError, match=r"support.refit_window=16384: is never full, .* support.refit=online"):
+    with pytest.raises(UsageError, match=r"support.refit_window=16384: is not full at any .* support.refit=online"):
         run("method=kmclr", "k=7", "epochs=1", "support.refit=faiss", directory="refit")
     assert not (tmp_path / "refit").exists()
 
