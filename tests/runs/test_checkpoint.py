@@ -308,6 +308,27 @@ def test_restore_names_the_keys_that_differ_and_changes_nothing():
     torch.testing.assert_close(dict(module.state_dict()), before, rtol=0, atol=0)
 
 
+class Noting(nn.Module):
+    def __init__(self, **noted):
+        super().__init__()
+        self.noted = noted
+
+    def get_extra_state(self):
+        return self.noted
+
+    def set_extra_state(self, state):
+        self.noted = state
+
+
+def test_an_extra_state_that_has_gained_keys_is_restored_and_of_one_that_lacks_some_a_start_knows():
+    old, new = Noting(step=0), Noting(step=9, epoch1=0.5)
+    saved = new.state_dict()
+    assert checkpoint.fits(old, saved)
+    assert not checkpoint.fits(new, old.state_dict())
+    checkpoint.restore(old, saved, Path("x.pt"))
+    assert old.noted == {"step": 9, "epoch1": 0.5}
+
+
 @pytest.mark.parametrize(
     "error", [KeyError("model"), TypeError("x\ny"), RuntimeError("shape"), IndexError(), AttributeError()]
 )

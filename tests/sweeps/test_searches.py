@@ -119,10 +119,12 @@ def test_a_search_has_as_many_trials_as_are_asked_for_with_those_of_earlier_comm
     [
         ("k=764", "k=764: is never filled, because only 512 embeddings are seen"),
         ("batch_size=400", "batch_size=400 is larger than the 300 training images"),
+        ("support.refit_window=9000", "support.refit_window=9000: is not full at any step"),
     ],
 )
 def test_a_trial_that_has_too_few_images_is_judged_once_and_never_run(search, capsys, setting, says):
     arguments = ["data.limit=300", "batch_size=256", "epochs=3"]
+    arguments += ["k=10", "support.refit=faiss", "support.refit_every=1"] if "refit" in setting else []
     key, value = setting.split("=")
     arguments = [each for each in arguments if not each.startswith(key)]
     space = {key: f"choice({value},20)", "optimizer.lr": "choice(1,2)"}
