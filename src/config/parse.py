@@ -229,7 +229,8 @@ def _check_objective(cfg: Config) -> None:
         )
     if isinstance(objective, schema.MNN) and is_ours and objective.neighbours > 1:
         few = f"objective.neighbours={objective.neighbours}: "
-        if (size := cfg.k or cfg.queue_size or getattr(support, "size", None)) and size < objective.neighbours:
+        size = cfg.k or cfg.queue_size or getattr(support, "size", None)  # somebody's own may be anything
+        if isinstance(size, int) and size < objective.neighbours:
             raise UsageError(f"{few}more than the {size} vectors that are stored; lower it")
         if cfg.search.name == "ivf":
             raise UsageError(f"{few}search=ivf finds one; choose search=auto, or objective.neighbours=1")

@@ -124,10 +124,14 @@ def topk_percent(scores_NC: Tensor, labels_N: Tensor, k: int) -> float:
     return 100 * topk_hits(scores_NC, labels_N, k) / len(labels_N)
 
 
-def topk_by_blocks(classifier: Callable[[Tensor], Tensor], features: Features, k: int) -> float:
-    """The same of a classifier's logits, of which there are never more than a block's."""
-    hits = sum(topk_hits(classifier(block.x_NF), block.labels_N, k) for block in features.blocks())
-    return 100 * hits / len(features.labels_N)
+def topk_by_blocks(classifier: Callable[[Tensor], Tensor], features: Features, ks: Sequence[int]) -> list[float]:
+    """The same of a classifier's logits, for each k; there are never more of them than a block's."""
+    hits = [0] * len(ks)
+    for block in features.blocks():
+        logits_BC = classifier(block.x_NF)
+        for place, k in enumerate(ks):
+            hits[place] += topk_hits(logits_BC, block.labels_N, k)
+    return [100 * each / len(features.labels_N) for each in hits]
 
 
 def knn_percent(
@@ -197,14 +201,14 @@ class LinearHeads:
                 step += 1
 
     @torch.no_grad()
-    def topk_percent(self, features: Features, head: int, k: int) -> float:
-        """Share of images whose label is among the k highest logits of one head, in percent."""
+    def topk_percent(self, features: Features, head: int, *ks: int) -> list[float]:
+        """Share of images whose label is among the k highest logits of one head, in percent, for each k."""
         weight_FC, bias_C = self.weight_LFC[head], self.bias_LC[head]
-        return topk_by_blocks(lambda x_BF: (x_BF - self.center_F) / self.scale_F @ weight_FC + bias_C, features, k)
+        return topk_by_blocks(lambda x_BF: (x_BF - self.center_F) / self.scale_F @ weight_FC + bias_C, features, ks)
 
     def best(self, held_out: Features) -> int:
         """The head with the highest top-1 on held-out features; the first of equals."""
-        accuracy = [self.topk_percent(held_out, head, 1) for head in range(len(self.lrs_L))]
+        accuracy = [self.topk_percent(held_out, head, 1)[0] for head in range(len(self.lrs_L))]
         return accuracy.index(max(accuracy))
 
 
@@ -277,7 +281,7 @@ def few_shot(
         for draw in range(cfg.draws):
             few = train.take(class_balanced_subset(labels_N, count, draw).to(train.x_NF.device))
             heads = cached_heads(few, classes, probe.lr, probe.epochs, probe.batch_size, seed, train.x_NF)
-            top1.append(heads.topk_percent(test, heads.best(held_out), 1))
+            top1 += heads.topk_percent(test, heads.best(held_out), 1)
         name = f"test/fewshot_{100 * fraction:g}pct_top1"
         metrics |= {name: statistics.fmean(top1), f"{name}_std": statistics.stdev(top1)}
     return metrics

@@ -66,7 +66,8 @@ class Protocol:
             metrics |= {"val/knn_top1": self._knn_percent(bank, val, k), "val/knn_k": k}
         if self.data.labelled:
             with torch.no_grad():
-                metrics |= {f"val/online_top{k}": topk_by_blocks(classifier, val, k) for k in (1, 5)}
+                top1, top5 = topk_by_blocks(classifier, val, (1, 5))
+            metrics |= {"val/online_top1": top1, "val/online_top5": top5}
             if method.support is not None and method.support.ready:
                 encoder, _ = method.lookup_networks
                 asks = val if encoder is frozen.encoder else frozen.of(encoder).features(self.data.val)
@@ -91,7 +92,7 @@ class Protocol:
             fit, choose = train, val
             heads = self._probe(frozen, self.data.probe, train, self.cfg.lr)
             head, k = heads.best(val), self.best_k(train, val)
-            metrics["val/linear_top1"] = heads.topk_percent(val, head, 1)
+            (metrics["val/linear_top1"],) = heads.topk_percent(val, head, 1)
         else:
             rows, held_out = held_out_tenth(self.data.probe.labels, self.seed)
             fit, choose = train.take(rows), train.take(held_out)
@@ -104,11 +105,12 @@ class Protocol:
             metrics |= few_shot(fit, choose, test, self.classes, self.cfg, self.cfg.fewshot, self.seed)
         if self.cfg.finetune is not None:
             metrics |= fine_tuning(frozen, self.data, self.cfg.finetune, self.seed)
+        top1, top5 = heads.topk_percent(test, head, 1, 5)
         return metrics | {
             "test/knn_top1": self._knn_percent(train, test, k),
             "test/knn_k": k,
-            "test/linear_top1": heads.topk_percent(test, head, 1),
-            "test/linear_top5": heads.topk_percent(test, head, 5),
+            "test/linear_top1": top1,
+            "test/linear_top5": top5,
         }
 
     def of_teacher(self, frozen: FrozenEncoder) -> dict[str, float]:

@@ -65,7 +65,7 @@ def _deliver_held(directory: Path, requested: Tracking | None, again: bool = Fal
     if requested:
         record.request(requested)
     record.entry.for_mlflow |= again
-    delivered = Delivered([], False)
+    delivered, noted = Delivered([], False), None
     try:
         wanted = [requested.name == "mlflow"] if requested else [each.for_mlflow for each in record.copies.values()]
         if not any(wanted):
@@ -77,7 +77,9 @@ def _deliver_held(directory: Path, requested: Tracking | None, again: bool = Fal
             directory, seconds, lambda client: mlflow_store.deliver(client, record, experiment, again)
         ):
             delivered = so_far
-            record.save(directory)  # so that the next delivery goes on from here, whatever ends this one
+            if (rows := [each.rows for each in record.copies.values()]) != noted:
+                noted = rows
+                record.save(directory)  # so that the next delivery goes on from here, whatever ends this one
         return delivered
     finally:
         record.save(directory)

@@ -241,7 +241,10 @@ class KMeans(SupportSet):
         hit_K = gained_K > 0
         self.idle_K.add_(len(points_BD)).masked_fill_(hit_K, 0)
         self.written_K.masked_fill_(hit_K, self.step)
-        self.images_K.masked_fill_((member_KB.bool() & (images_B != self.images_K[:, None])).any(1), -1)
+        rows_B, is_mine_B = self.shard.rows(ids_B)
+        known_B = self.images_K[rows_B]
+        left_B = torch.where(is_mine_B & (images_B != known_B), -1, known_B)
+        self.images_K.scatter_reduce_(0, rows_B, left_B, "amin")  # one other image is enough
         self._count(self.classes_KC.mul_(self.decay), ids_B, labels_B)
 
     def _revive(self, points_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:

@@ -57,9 +57,8 @@ class Filling(NamedTuple):
     @classmethod
     def of(cls, cfg: Config, images: int, filled: bool) -> Filling | None:
         """None where nothing is stored that has to be filled."""
-        support, epochs, period = cfg.support, cfg.epochs, "epochs"
-        if isinstance(support, schema.KMeans) and support.forget == "reset" and support.forget_every < epochs:
-            epochs, period = support.forget_every, "support.forget_every"
+        support = cfg.support
+        period, epochs = _period(cfg)
         name, size = ("k", cfg.k) if cfg.k is not None else ("queue_size", cfg.queue_size)
         if support._target_ is not None:
             setting = getattr(target(support._target_, "support"), "filled_by", "")  # a function has none
@@ -68,6 +67,14 @@ class Filling(NamedTuple):
             return None
         batch_size = images_a_step(cfg.batch_size, images)
         return cls(name, size, period, epochs, images // batch_size * epochs, batch_size)
+
+
+def _period(cfg: Config) -> tuple[str, int]:
+    """The setting that says in how many epochs prototypes are reset or, where they are not, the run ends; its value."""
+    support = cfg.support
+    if isinstance(support, schema.KMeans) and support.forget == "reset" and support.forget_every < cfg.epochs:
+        return "support.forget_every", support.forget_every
+    return "epochs", cfg.epochs
 
 
 def refuse_unfillable(cfg: Config, images: int, filled: bool = False) -> None:
@@ -109,12 +116,11 @@ def _refuse_idle_refit(cfg: Config, images: int, filled: bool) -> None:
     support = cfg.support
     if not isinstance(support, schema.KMeans) or support.refit != "faiss":
         return
-    is_reset = support.forget == "reset" and support.forget_every < cfg.epochs
-    if filled and not is_reset:
+    period, epochs = _period(cfg)
+    if filled and period == "epochs":
         return
     batch_size = images_a_step(cfg.batch_size, images)
     steps = images // batch_size  # an epoch
-    epochs, period = (support.forget_every, "support.forget_every") if is_reset else (cfg.epochs, "epochs")
     due = range(support.refit_every - 1, steps * cfg.epochs, support.refit_every)
     if not any((step % (steps * epochs) + 1) * batch_size >= support.refit_window for step in due):
         raise UsageError(

@@ -68,7 +68,7 @@ def test_the_accuracy_of_a_head_is_counted_by_blocks_of_that_head_alone(monkeypa
     for head, k in ((0, 1), (1, 3)):
         expected = probes.topk_percent(heads(data.x_NF)[head], data.labels_N, k)
         scored.clear()
-        assert heads.topk_percent(data, head, k) == expected
+        assert heads.topk_percent(data, head, k) == [expected]
         assert [scores.untyped_storage().size() // 4 for scores in scored] == [7 * 5, 7 * 5, 7 * 5, 3 * 5]
 
 
@@ -97,7 +97,7 @@ def test_heads_train_as_torchs_sgd_would():
 def test_the_probe_is_as_good_as_logistic_regression():
     train, test = blobs(500, spread=0.6), blobs(500, spread=0.6)
     heads = probes.cached_heads(train, 5, [0.03, 0.3], epochs=40, batch_size=64, seed=0)
-    ours = heads.topk_percent(test, heads.best(test), 1)
+    (ours,) = heads.topk_percent(test, heads.best(test), 1)
     oracle = LogisticRegression(C=1e3).fit(train.x_NF.numpy(), train.labels_N.numpy())
     assert ours >= 100 * oracle.score(test.x_NF.numpy(), test.labels_N.numpy()) - 2
 
@@ -148,7 +148,7 @@ def test_few_labels_are_enough_where_classes_lie_apart():
 def test_few_labels_tell_the_mean_and_the_sample_deviation_of_the_draws(monkeypatch):
     values = iter([10.0, 20.0, 60.0])
     monkeypatch.setattr(LinearHeads, "best", lambda *_: 0)
-    monkeypatch.setattr(LinearHeads, "topk_percent", lambda *_: next(values))
+    monkeypatch.setattr(LinearHeads, "topk_percent", lambda *_: [next(values)])
     data = blobs(50)
     metrics = probes.few_shot(data, data, data, 5, PROBE_SETTINGS, Fewshot([0.2], draws=3), seed=0)
     assert metrics == {
@@ -161,7 +161,7 @@ def test_all_of_the_labels_are_the_linear_probe():
     train, held_out, test = blobs(300, spread=0.6), blobs(300, spread=0.6), blobs(300, spread=0.6)
     metrics = probes.few_shot(train, held_out, test, 5, PROBE_SETTINGS, Fewshot([1.0], draws=2), seed=3)
     heads = probes.cached_heads(train, 5, PROBE_SETTINGS.lr, 20, 64, 3)
-    expected = heads.topk_percent(test, heads.best(held_out), 1)
+    (expected,) = heads.topk_percent(test, heads.best(held_out), 1)
     assert metrics["test/fewshot_100pct_top1"] == expected
     assert metrics["test/fewshot_100pct_top1_std"] == 0
 
@@ -281,7 +281,7 @@ def test_the_original_protocol_sees_new_crops_every_epoch_and_learns():
     assert len(steps) == 15
     assert not torch.equal(steps[0].sort(0).values, steps[3].sort(0).values)
     features = frozen.features(split)
-    assert heads.topk_percent(features, 0, 1) == 100
+    assert heads.topk_percent(features, 0, 1) == [100]
 
 
 def test_crop_and_flip_is_a_complete_view():
