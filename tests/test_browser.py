@@ -28,7 +28,7 @@ from src.config.names import COLOURS
 from src.config.schema import Tracking
 from src.reporting import mlflow_charts
 from src.reporting.mlflow_charts import CHARTED, COURSE, SavedView, sweep_view
-from src.reporting.rows import AGREEMENT, summarise
+from src.reporting.rows import AGREEMENT, RANKING, summarise
 from src.runs.mlflow_store import prepare
 from src.runs.record import TAG_COLOUR, TAG_NOTE, Record
 from src.runs.tracker import Tracker
@@ -66,6 +66,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Sweep:
+    experiment: str
     run_id: str
     name: str
     children: set[str]
@@ -102,14 +103,18 @@ def newest_sweep() -> Sweep:
     """What the store in the current folder holds, without the pages' help."""
     client = prepare()
     tagged = [
-        (json.loads(value)["createdAt"], key.removeprefix("mlflow.sharedViewState."), experiment.experiment_id)
+        (json.loads(value)["createdAt"], key.removeprefix("mlflow.sharedViewState."), experiment)
         for experiment in client.search_experiments()
         for key, value in experiment.tags.items()
         if key.startswith("mlflow.sharedViewState.")
     ]
-    created, run_id, experiment = max(tagged)
+    created, run_id, experiment = max(tagged, key=lambda found: found[:2])
     name = client.get_run(run_id).info.run_name
-    children = [run for run in client.search_runs([experiment]) if run.data.tags.get("mlflow.parentRunId") == run_id]
+    children = [
+        run
+        for run in client.search_runs([experiment.experiment_id])
+        if run.data.tags.get("mlflow.parentRunId") == run_id
+    ]
     jobs = {
         run.info.run_id: Job(
             run.info.run_name,
@@ -121,8 +126,8 @@ def newest_sweep() -> Sweep:
         for run in children
         if "test/linear_top1" in run.data.metrics
     }
-    view = sweep_view(experiment, run_id, name, created)
-    return Sweep(run_id, name, {run.info.run_id for run in children}, jobs, view)
+    view = sweep_view(experiment.experiment_id, run_id, name, created)
+    return Sweep(experiment.name, run_id, name, {run.info.run_id for run in children}, jobs, view)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +267,7 @@ def test_a_newcomer_comes_from_the_first_page_to_the_charts(browser, address, sw
     browser.get("about:blank")
     browser.get(address)
     wait_until(browser, lambda page: mlflow_charts.OPENING in page.find_element(By.TAG_NAME, "body").text, "no text")
-    visit(browser, "support-sets")
+    visit(browser, sweep.experiment)
     greeting = "//button[normalize-space()='Got it']"  # in the way on a first visit
     wait_until(browser, lambda page: page.find_elements(By.XPATH, greeting), "no greeting")[0].click()
     first, windows = browser.current_window_handle, set(browser.window_handles)
@@ -315,7 +320,7 @@ def test_the_other_charts_show_too(page, sweep):
     shown = charts(page)
     assert list(shown) == [f"{LOG_SIZE} vs. {figure}" for figure in CHARTED] + ["Parallel Coordinates", course]
     shortened = "suppor..._log10"  # which is all of the size's name that MLflow has room for
-    assert shown["Parallel Coordinates"]["axes"] == [shortened, COURSE, "test/linear_top5", "test/linear_top1"]
+    assert shown["Parallel Coordinates"]["axes"] == [shortened, COURSE, RANKING, "test/linear_top1"]
     assert shown[second]["drawn"] == len([job for job in sweep.jobs.values() if job.size])
     assert {trace["name"] for trace in shown[course]["traces"]} == {job.name for job in sweep.jobs.values()}
 
@@ -342,5 +347,6 @@ def test_the_jobs_nest_under_their_sweep(page, sweep):
 
     if PICTURE:
         wait_until(page, lambda page: charts(page)[COURSE]["drawn"], "no curves")
+        wait_until(page, lambda page: charts(page)["Parallel Coordinates"]["axes"], "no parallel coordinates")
         page.execute_script("document.activeElement.blur()")
         assert page.save_screenshot(PICTURE), f"{PICTURE} cannot be written"

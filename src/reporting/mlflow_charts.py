@@ -84,7 +84,7 @@ def _charts() -> list[dict[str, Any]]:
     charts: list[dict[str, Any]] = [
         *({"type": "SCATTER", "xaxis": size, "yaxis": {"type": "METRIC", "key": metric}} for metric in CHARTED),
         # The last metric gives the lines their colour.
-        {"type": "PARALLEL", "selectedParams": [LOG_SIZE], "selectedMetrics": [COURSE, "test/linear_top5", ACCURACY]},
+        {"type": "PARALLEL", "selectedParams": [LOG_SIZE], "selectedMetrics": [COURSE, RANKING, ACCURACY]},
         {"type": "LINE", "metricKey": COURSE, "selectedMetricKeys": [COURSE], "lineSmoothness": 0},
     ]
     return [chart | {"uuid": f"chart-{place}", "metricSectionId": "sweep"} for place, chart in enumerate(charts)]
