@@ -20,7 +20,7 @@ from src.reporting.rows import ACCURACY, AGREEMENT, GAIN, RANKING, TABLE_METRICS
 from src.reporting.table import GAIN_NOTE, markdown, table
 from src.runs.delivery import DELIVERY_TIMEOUT_S, deliver
 from src.runs.directory import exclusive
-from src.runs.mlflow_store import STORE_TIMEOUT_S, told
+from src.runs.mlflow_store import STORE_TIMEOUT_S, call_for_run
 from src.runs.record import TAG_CHARTS, TAG_NOTE, TAG_SWEEP_ID, Record, now_ms
 from src.runs.tracker import Tracker
 from src.system.deadline import within
@@ -182,6 +182,6 @@ def publish_again(directory: Path) -> None:
         record = Record.load(directory)
         if TAG_SWEEP_ID not in record.tags or not record.entry.run_id:
             return
-        record.tags[TAG_CHARTS] = told(directory, DELIVERY_TIMEOUT_S, lambda client: show_sweep(client, record))
+        record.tags[TAG_CHARTS] = call_for_run(directory, DELIVERY_TIMEOUT_S, lambda client: show_sweep(client, record))
         record.save(directory)
     deliver(directory)  # the tag

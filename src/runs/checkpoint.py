@@ -1,10 +1,10 @@
-"""Checkpoints that survive a kill at any moment, notice any damage, and execute nothing when they are read.
+"""Checkpoints that survive a kill at any moment, detect any damage, and execute no code when they are read.
 
-A checkpoint is what `torch.save` writes, followed by the SHA-256 of it: torch is built not to look at the CRCs in its
-own files. The file appears under its name only when it is complete and on the disk.
+A checkpoint is the output of `torch.save`, followed by its SHA-256, because torch is built without the check of the
+CRCs in its own files. The file appears under its name only when it is complete and on the disk.
 
-Tensors go straight to the file and come straight from it. A copy in memory would double what a large support set needs,
-and be made in one go, in which no other thread runs: the other ranks of a run would take this one for lost.
+Tensors are written to the file and read from it directly. A copy in memory would double the memory that a large support
+set needs, and no other thread can run while the copy is made, so the other ranks would take this rank for lost.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from src.system.atomic_write import whole
 from src.system.redact import one_line
 from src.system.regular_file import open_regular
 
-FORMAT = 3  # of the keys of the state: to be raised when they change their meaning
-BLOCK_BYTES = 2**20  # which are digested at once
+FORMAT = 3  # version of the state's keys; raise it when their meaning changes
+BLOCK_BYTES = 2**20  # read and hashed at once
 
 logger = logging.getLogger(__name__)
 
 
 class Head(TypedDict):
-    """What every checkpoint says of itself, and what is known of the rows where it was a run's."""
+    """The keys that `load` checks: the step and, in a run's checkpoint, the bytes of its rows and their SHA-256."""
 
     step: Annotated[int, Field(ge=0, lt=2**63)]
     rows: NotRequired[tuple[int, str]]
@@ -52,32 +52,32 @@ class DamagedCheckpointError(UsageError):
 
 
 def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write ``directory/step-<step>.pt`` and leave the newest ``keep`` checkpoints up to this step.
+    """Write ``directory/step-<step>.pt`` and keep only the newest ``keep`` checkpoints up to this step.
 
-    Those of later steps are set aside: a run that saves step 90 was not continued from step 100.
+    Checkpoints of later steps are set aside: a run that saves step 90 was not continued from its step 100.
 
     Args:
-        directory: written by one process at a time; created if absent.
+        directory: the folder of the checkpoints, to which one process writes at a time; created if absent.
         step: optimizer steps so far.
         state: tensors and plain values, in dicts, lists and tuples. ``format`` and ``step`` are added.
-        keep: at least 1.
+        keep: how many checkpoints to keep, at least 1.
 
     Raises:
-        TypeError: the state holds something that `load` would refuse; better to hear of it now.
+        TypeError: the state holds something that `load` would refuse; nothing has been written then.
     """
     state = {**state, "format": FORMAT, "step": step}
     _check_plain(state, "state")
 
-    directory.mkdir(exist_ok=True)  # not its parents: whoever moved the run away would find a part of it here
+    directory.mkdir(exist_ok=True)  # not its parents: where the run was moved away, no part of it may appear here again
     for left_by_a_killed_writer in directory.glob("step-*.tmp"):
         left_by_a_killed_writer.unlink()
     path = directory / f"step-{step:08d}.pt"
     with whole(path) as file:
         digested = _Digested(file)
         try:
-            torch.save(state, digested)  # type: ignore[arg-type]  # it writes and flushes, no more
+            torch.save(state, digested)  # type: ignore[arg-type]  # torch only writes to it and flushes it
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # a full disk, after which torch misses what was not written
+            if isinstance(error.__context__, OSError):  # on a full disk, torch then complains of its incomplete archive
                 raise error.__context__ from None
             raise
         file.write(digested.sha256.digest())
@@ -90,7 +90,7 @@ def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 2) ->
 
 
 class _Digested(io.RawIOBase):
-    """Passes on to a file what `torch.save` writes, and computes its SHA-256."""
+    """A writer that passes the output of `torch.save` on to a file, and computes its SHA-256."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
@@ -101,7 +101,10 @@ class _Digested(io.RawIOBase):
 
 
 def set_aside_after(directory: Path, step: int) -> None:
-    """Rename the checkpoints of later steps, which are damaged or of something else, so that none counts as good."""
+    """Rename the checkpoints of later steps, which are damaged or which the run did not continue from.
+
+    Under its new name, ending in ``.damaged``, a file no longer counts as a checkpoint.
+    """
     for path in (path for other, path in checkpoints_by_step(directory).items() if other > step):
         aside = path.with_name(f"{path.name}.damaged")
         logger.warning("%s is set aside as %s", path, aside.name)
@@ -109,7 +112,7 @@ def set_aside_after(directory: Path, step: int) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file is what `save` wrote, unaltered."""
+    """Whether a file is a checkpoint as `save` wrote it, complete and unaltered."""
     try:
         with open_regular(path) as file:
             return _ends_with_digest(file)
@@ -118,7 +121,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _ends_with_digest(file: BinaryIO) -> bool:
-    """Whether a file's last bytes are the SHA-256 of those before."""
+    """Whether a file's last 32 bytes are the SHA-256 of all the bytes before them."""
     left, sha256 = max(file.seek(0, os.SEEK_END) - DIGEST_BYTES, 0), hashlib.sha256()
     file.seek(0)
     while left and (block := file.read(min(left, BLOCK_BYTES))):
@@ -128,11 +131,11 @@ def _ends_with_digest(file: BinaryIO) -> bool:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, all tensors on the CPU.
+    """Read a checkpoint, with all tensors on the CPU.
 
     Raises:
-        DamagedCheckpointError: the file is not what `save` wrote.
-        UsageError: it is missing, of another format, or holds more than tensors and plain values.
+        DamagedCheckpointError: the file is not as `save` wrote it.
+        UsageError: the file is missing, has another format, or holds more than tensors and plain values.
     """
     try:
         with open_regular(path) as file:
@@ -154,7 +157,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _checked(file: BinaryIO, path: Path) -> Any:
-    """What a whole file holds, be it a run's state or not. It is read twice: for its digest, and into tensors."""
+    """Read the content of an undamaged file, which need not be a run's state.
+
+    The file is read twice: once for its digest, and once into tensors.
+    """
     if not _ends_with_digest(file):
         raise DamagedCheckpointError(f"{path} is damaged, or not a checkpoint of this project: choose another one")
     file.seek(0)
@@ -162,22 +168,26 @@ def _checked(file: BinaryIO, path: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception:  # what the restricted unpickler raises depends on what it is fed
+    except Exception:  # which exception the restricted unpickler raises depends on the file's content
         raise UsageError(
             f"{path} holds more than tensors and plain values, so it is not read: it may be hostile"
         ) from None
 
 
 def load_latest(directory: Path, rows: Path | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be used, and where it is, or None. Others are passed over, with a warning.
+    """Load the newest usable checkpoint; newer ones that are damaged or lack their rows are skipped with a warning.
 
     Args:
-        directory: with the checkpoints.
-        rows: the run's ``metrics.jsonl``. What it held when a checkpoint was saved must still be there, because a run
-            that goes on from the checkpoint does not compute it again.
+        directory: the folder of the checkpoints.
+        rows: the run's ``metrics.jsonl``. The rows that it held when a checkpoint was saved must still be there,
+            because a run that continues from the checkpoint does not compute them again.
+
+    Returns:
+        The checkpoint's path and its state; None if there is no usable checkpoint.
 
     Raises:
-        UsageError: the newest whole one cannot be used, say because it is of another format, or none has its rows.
+        UsageError: the newest undamaged checkpoint cannot be used, for instance because it has another format; or there
+            are undamaged checkpoints, but the rows of each are lost or changed.
     """
     without_rows = None
     for path in reversed(checkpoints_by_step(directory).values()):
@@ -207,13 +217,13 @@ def restore(
     """Load a state dict into a module that must have exactly its keys and shapes.
 
     Args:
-        module: changed only if all fits.
-        state_dict: of the module when it was saved.
-        path: where it was read, for the message.
+        module: left unchanged if a key or a shape differs.
+        state_dict: the state that was saved.
+        path: the file that it was read from, for the message.
         remedy: the end of the message.
 
     Raises:
-        UsageError: keys are missing, unexpected or of another shape.
+        UsageError: keys are missing or unexpected, or a tensor has another shape.
     """
     differences = _differences(module, state_dict)
     if any(differences.values()):
@@ -224,7 +234,7 @@ def restore(
 
 @contextmanager
 def understood(path: Path) -> Iterator[None]:
-    """Whatever a whole checkpoint lacks that a run's has, as a `UsageError` that names the file."""
+    """Inside this block, turn the errors that the content of an undamaged file causes into a `UsageError` naming it."""
     try:
         yield
     except (UsageError, torch.OutOfMemoryError):
@@ -234,13 +244,16 @@ def understood(path: Path) -> Iterator[None]:
 
 
 def part_of(weights: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Of a method's state dict that of one of its parts, ``encoder`` say."""
+    """Extract from a method's state dict the state dict of one of its parts, such as ``encoder``."""
     prefix = f"{name}."
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def fits(module: nn.Module, state_dict: Mapping[str, Any]) -> bool:
-    """Whether a state dict has exactly the module's keys and shapes, and in extra states what the module has there."""
+    """Whether a state dict has exactly the module's keys and shapes, and in each extra state all keys of the module's.
+
+    An extra state is what a module's ``get_extra_state`` returns; only those that are dicts are compared.
+    """
     known = {key: value for key, value in module.state_dict().items() if isinstance(value, dict)}
     if any(_differences(module, state_dict).values()):
         return False
@@ -261,7 +274,7 @@ def _differences(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[st
 
 
 def _shape(value: object) -> tuple[int, ...] | None:
-    """None for a module's extra state, which is no tensor."""
+    """A tensor's shape; None for a module's extra state, which is not a tensor."""
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
@@ -270,7 +283,11 @@ def _first(keys: list[str]) -> str:
 
 
 def _check_plain(value: object, where: str) -> None:
-    """Exact types: a subclass, such as NumPy's float64 or an enum, is pickled as a class and refused by `load`."""
+    """Raise a `TypeError` for anything but tensors and plain values, and name its place in the state.
+
+    Types are compared exactly: a subclass, such as NumPy's float64 or an enum, is pickled as a class, and `load`
+    refuses it.
+    """
     if type(value) in (dict, OrderedDict):
         for key, item in value.items():  # type: ignore[attr-defined]
             _check_plain(key, f"a key of {where}")

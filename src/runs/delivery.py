@@ -1,7 +1,7 @@
-"""Delivery to MLflow of runs that have ended: at the end of a sweep, when a command is typed again, and by hand.
+"""Delivery to MLflow of runs that have ended: at the end of a sweep, when a command is repeated, and by hand.
 
-A run delivers itself while it trains (`src.runs.tracker`). What an outage or a kill has left undone is done here, from
-the run's files, by a process that holds its folder.
+A run delivers its own metrics while it trains (`src.runs.tracker`). What MLflow lacks after an outage or a kill is
+delivered here from the run's files, by a process that holds the lock of the run's folder.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from src.runs.tracker import Tracker, parent_tags
 from src.system.deadline import Overdue, within
 from src.system.redact import one_line
 
-DELIVERY_TIMEOUT_S = 600.0  # for each step of a delivery, in the command that does nothing else
-MAX_REFUSALS = 3  # in a row, after which the store is taken to refuse every run
+DELIVERY_TIMEOUT_S = 600.0  # for each step of a delivery, if no run or sweep waits for it
+MAX_REFUSALS = 3  # after so many in a row, the store is assumed to refuse every run
 
 logger = logging.getLogger(__name__)
 
 
 def catch_up(directory: Path, tracking: Tracking) -> None:
-    """Deliver a run that has ended to the experiment in which it is requested; a failing store is only noted.
+    """Deliver a run that has ended to the requested experiment; if the store fails, only log a warning.
 
-    For the process that holds the directory.
+    The calling process must hold the lock of the directory.
     """
     try:
         if _deliver_held(directory, tracking).stays_deleted:
@@ -43,50 +43,50 @@ def catch_up(directory: Path, tracking: Tracking) -> None:
 
 
 def deliver(directory: Path, requested: Tracking | None = None, again: bool = False) -> Delivered:
-    """Deliver a run that has ended, and that no process works on, from its files.
+    """Deliver a run that has ended from its files, while no other process works on it.
 
     Args:
-        directory: the run's.
-        requested: the experiment that the user names now; None: all in which the run was requested before.
-        again: whether to deliver all of it, also what is deleted in MLflow.
+        directory: the run's folder.
+        requested: the experiment that the user requests now; None: all in which the run was requested before.
+        again: whether to deliver everything once more, and to restore the run where it was deleted in MLflow.
 
     Raises:
-        UsageError: the folder holds no run, a process works on it, or the store does not take it.
+        UsageError: the folder holds no run, another process works on the run, or the store refuses it.
     """
     with run_directory.exclusive(directory):
         return _deliver_held(directory, requested, again)
 
 
 def _deliver_held(directory: Path, requested: Tracking | None, again: bool = False) -> Delivered:
-    """`deliver`, for the process that holds the directory."""
+    """Do what `deliver` does, in a process that holds the lock of the directory."""
     record = Record.load(directory, hash_rows=again)
-    if record.status == "RUNNING":  # a SIGKILL, say, has ended its process
+    if record.status == "RUNNING":  # its process was ended without closing the run, for instance by SIGKILL
         record.close("KILLED", "its process is gone; the same command continues")
     if requested:
         record.request(requested)
     record.entry.for_mlflow |= again
-    delivered, noted = Delivered([], False), None
+    delivered, saved_rows = Delivered([], False), None
     try:
         wanted = [requested.name == "mlflow"] if requested else [each.for_mlflow for each in record.copies.values()]
         if not any(wanted):
             return delivered
         experiment = requested.experiment if requested else ""
-        # Short where a run or a sweep waits for it.
+        # The limit is short where a run or a sweep waits for the delivery.
         seconds = mlflow_store.STORE_TIMEOUT_S if requested else DELIVERY_TIMEOUT_S
-        for so_far in mlflow_store.told_in_steps(
+        for so_far in mlflow_store.iterate_for_run(
             directory, seconds, lambda client: mlflow_store.deliver(client, record, experiment, again)
         ):
             delivered = so_far
-            if (rows := [each.rows for each in record.copies.values()]) != noted:
-                noted = rows
-                record.save(directory)  # so that the next delivery goes on from here, whatever ends this one
+            if (rows := [each.rows for each in record.copies.values()]) != saved_rows:
+                saved_rows = rows
+                record.save(directory)  # so that the next delivery continues from here, whatever ends this one
         return delivered
     finally:
         record.save(directory)
 
 
 def _deleted(directories: Sequence[Path]) -> str:
-    """What brings back runs that are deleted in MLflow's pages, or that went with the store that had them."""
+    """Say which command restores runs that were deleted in MLflow, or whose store was replaced by another."""
     what = "this run" if len(directories) == 1 else f"{len(directories)} runs"
     folders = shlex.join(map(str, directories))
     return (
@@ -95,12 +95,12 @@ def _deleted(directories: Sequence[Path]) -> str:
 
 
 def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
-    """Put runs that have ended under a sweep's, and deliver what MLflow lacks of them; a failing store is only noted.
+    """Nest runs that have ended under a sweep's run in MLflow, and deliver what MLflow lacks of them.
 
-    A run of several sweeps in an experiment is shown under the last of them; its tags ``sweep.ID`` name all. One that
-    another process works on is left to that process.
+    If the store fails, only log a warning. A run that belongs to several sweeps of an experiment is shown under the
+    last one; its tags ``sweep.ID`` name all of them. A run that another process works on is skipped.
     """
-    parent.flush()  # which may be the first to reach MLflow
+    parent.flush()  # creates the sweep's run in MLflow if there is none so far
     tags = parent_tags(str(parent.directory))
     for directory in children:
         with suppress(UsageError), run_directory.exclusive(directory):
@@ -126,10 +126,10 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
 
 
 def _try_each(directories: Iterable[Path], send: Callable[[Path], None]) -> list[UsageError]:
-    """Deliver runs that no process works on.
+    """Send each run that no process works on; after `MAX_REFUSALS` refusals in a row, skip the others.
 
     Returns:
-        Why the store does not take some of them. After `MAX_REFUSALS` in a row the others are not tried.
+        The errors of those that the store refused.
     """
     refused, in_a_row = list[UsageError](), 0
     for directory in directories:
@@ -147,12 +147,17 @@ def _try_each(directories: Iterable[Path], send: Callable[[Path], None]) -> list
 
 
 def main(publish_again: Callable[[Path], None], arguments: Iterable[str] | None = None) -> None:
-    """Deliver the runs that are named, else what MLflow lacks of any below ``multirun/``.
+    """Deliver the runs that are named or, if none is, what MLflow lacks of any run below ``multirun/``.
 
-    Those that are deleted in MLflow are delivered again if they are named, and otherwise listed.
+    A run that was deleted in MLflow is delivered again if it is named, and otherwise only listed.
+
+    Args:
+        publish_again: called with the folders of runs that MLflow has; it shows sweeps in MLflow's pages again.
+        arguments: the command line; None: that of this process.
 
     Raises:
-        UsageError: MLflow does not take one of them. The others have been delivered, unless it is the store that fails.
+        UsageError: a name is not that of a run, or MLflow refuses a run. A named run that is refused ends the command;
+            without names the other runs have been delivered, unless the store itself fails.
     """
     parser = argparse.ArgumentParser(
         prog="python -m src.tracking",
@@ -168,10 +173,10 @@ def main(publish_again: Callable[[Path], None], arguments: Iterable[str] | None 
 
 
 def _deliver_all(publish_again: Callable[[Path], None]) -> None:
-    """What MLflow lacks of any run below ``multirun/``.
+    """Deliver what MLflow lacks of any run below ``multirun/``.
 
     Raises:
-        UsageError: as `main`.
+        UsageError: as in `main`.
     """
     deleted, sent = list[Path](), list[Path]()
     records = dict(sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time))

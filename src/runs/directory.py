@@ -1,4 +1,4 @@
-"""One run, one directory, one process at a time."""
+"""A run's directory: where it lies, whether its run is finished, and the lock that admits one process at a time."""
 
 from __future__ import annotations
 
@@ -32,14 +32,17 @@ from src.system.atomic_write import cannot_write
 logger = logging.getLogger(__name__)
 
 ROOT = Path("multirun")
-HOLDER = ".holder"  # a file beside the lock: which process it is
-LOCK_TIMEOUT_S = 10.0  # in which a process that was told to stop has saved, and let its directory go
+HOLDER = ".holder"  # a file beside the lock that names the process which holds it
+LOCK_TIMEOUT_S = 10.0  # enough for a process that was told to stop to save and release its directory
 
 
 def path_of(cfg: schema.Config) -> Path:
-    """Where the run lives: ``output_dir``, or ``multirun/NAME-HASH``, the same for the same configuration.
+    """Choose the run's directory: ``output_dir``, or ``multirun/NAME-HASH``, the same for the same configuration.
 
-    With ``resume=never`` and something there already, the next free of ``NAME-HASH.2``, ``.3``, ...
+    With ``resume=never``, if the directory exists already, it is the first free one of ``NAME-HASH.2``, ``.3``, ...
+
+    Raises:
+        UsageError: the name leads out of ``multirun/``, or ``output_dir`` is a file.
     """
     name = f"{identity.run_name(cfg)}-{identity.config_hash(cfg)}"
     directory = Path(cfg.output_dir) if cfg.output_dir else ROOT / name
@@ -57,17 +60,17 @@ def path_of(cfg: schema.Config) -> Path:
 
 
 def how_to_continue(cfg: schema.Config | None, directory: Path) -> str:
-    """What goes on with a run that has been stopped, in words."""
+    """Say in words how a run that has been stopped is continued."""
     if cfg is not None and cfg.resume == "never":
         return f"output_dir={directory} resume=auto continues"
     return "the same command continues"
 
 
 def is_finished(directory: Path, cfg: schema.Config) -> bool:
-    """Whether the directory holds this run's result.
+    """Whether the directory holds the finished run of this configuration.
 
     Raises:
-        UsageError: it holds a run of another configuration.
+        UsageError: the directory holds a run of another configuration, or a damaged record.
     """
     record = Record.find(directory)
     if record is None:
@@ -81,7 +84,7 @@ def is_finished(directory: Path, cfg: schema.Config) -> bool:
     return True
 
 
-@cache  # a sweep asks several times, and of many runs
+@cache  # a sweep asks several times and about many runs, but one warning is enough
 def _warn_of_other_code(module: str) -> None:
     logger.warning(
         "%s has changed since runs with it finished: resume=never trains them anew, and a setting that its class "
@@ -91,10 +94,10 @@ def _warn_of_other_code(module: str) -> None:
 
 
 def changed_protocol(cfg: schema.Config, record: Record) -> dict[str, str]:
-    """The settings of the evaluation in which a config differs from a run's last session, each with how it differs.
+    """The evaluation settings in which a config differs from a run's last session, each with a text that says how.
 
-    They are no part of a run's identity, so a change of them starts no new run. A record keeps the params of the first
-    session, as MLflow does; a tag with the name of a param holds its present value.
+    These settings are not part of a run's identity, so changing them does not start a new run. A record keeps the
+    params of the first session, as MLflow does; a tag with the name of a param holds its present value.
     """
     before, now = identity.with_neutral(record.params) | record.tags, identity.flat(cfg)
     besides = {"evaluation.teacher", "evaluation.bank"} & before.keys()
@@ -104,7 +107,7 @@ def changed_protocol(cfg: schema.Config, record: Record) -> dict[str, str]:
 
 
 def warn_of_other_protocol(finished: Iterable[tuple[schema.Config, Record]]) -> None:
-    """Say once of all of these runs, which are finished, how the evaluation of some was another."""
+    """Log one warning about those finished runs whose evaluation had other settings than their configs have now."""
     changes = [found for cfg, record in finished if (found := changed_protocol(cfg, record))]
     if changes:
         logger.warning(
@@ -117,11 +120,11 @@ def warn_of_other_protocol(finished: Iterable[tuple[schema.Config, Record]]) -> 
 
 
 def refuse_hopeless(record: Record, cfg: schema.Config) -> None:
-    """Refuse to continue a run that has diverged, or that has collapsed and is to stop for it.
+    """Refuse to continue a run that has diverged, or that has collapsed under ``on_collapse=stop``.
 
     Raises:
-        Diverged: as it was said then.
-        Collapsed: it has, and ``on_collapse=stop``.
+        Diverged: the run diverged; the message is that of the session in which it did.
+        Collapsed: the run collapsed, and the config has ``on_collapse=stop``.
     """
     if TAG_DIVERGED in record.tags:
         raise Diverged(record.tags.get(TAG_ERROR, "diverged before; resume=never tries again"))
@@ -132,14 +135,15 @@ def refuse_hopeless(record: Record, cfg: schema.Config) -> None:
 def refuse_foreign(directory: Path) -> None:
     """Refuse a folder in which a run would overwrite the files of another program.
 
-    A run's record is the first that it writes. One that has lost its record is known by a whole checkpoint.
+    A folder with a record is a run's, because a run writes the record before its results. A folder that has lost its
+    record is recognised by an undamaged checkpoint.
 
     Raises:
-        UsageError: the folder has files, and none is a record or a checkpoint.
+        UsageError: the folder has files that no run's start leaves, but neither a record nor an undamaged checkpoint.
     """
     if not directory.is_dir() or os.path.lexists(directory / RECORD):
         return
-    from src.runs import checkpoint  # torch takes seconds
+    from src.runs import checkpoint  # late, because it imports torch, which takes seconds
 
     if any(map(checkpoint.is_whole, checkpoints_by_step(directory / CHECKPOINTS).values())):
         return
@@ -150,41 +154,41 @@ def refuse_foreign(directory: Path) -> None:
 
 
 def _is_of_a_start(path: Path) -> bool:
-    """Whether a run that was killed before it had its record may have left the file."""
+    """Whether the file may come from a run that was killed before it had written its record."""
     return path.name in (".lock", HOLDER, f"{RECORD}.tmp") or (path.name == METRICS and not path.stat().st_size)
 
 
 def is_held(directory: Path) -> bool:
-    """Whether a process works on the run, or nobody may write to its folder."""
+    """Whether another process holds the run's lock, or this process may not write to the run's folder."""
     try:
         with FileLock(directory / ".lock", timeout=0):
             return False
-    except OSError:  # of which `Timeout` is one
+    except OSError:  # includes `Timeout`
         return True
 
 
 @contextmanager
 def exclusive(directory: Path, patience: float = 0.0) -> Iterator[None]:
-    """Make the directory and hold it against other processes; the lock goes with the process, however it ends.
+    """Create the directory and hold its lock, which the system releases when the process ends, however it ends.
 
     Args:
-        directory: a run's or a sweep's.
-        patience: seconds to wait for a process that is about to let it go.
+        directory: a run's or a sweep's folder.
+        patience: seconds to wait for a process that is about to release the lock.
 
     Raises:
-        UsageError: another process keeps it, it cannot be made, or it is another program's.
-        CannotWrite: what was done there met a disk that is full, read-only or broken.
+        UsageError: another process holds the lock, the directory cannot be created, or it is another program's.
+        CannotWrite: inside the block, the disk was full, read-only or broken.
     """
     refuse_foreign(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / ".lock")
         lock.acquire(timeout=patience)
-        with suppress(OSError):  # a full disk: what matters more will say so
+        with suppress(OSError):  # on a full disk, a write that matters more raises the error
             (directory / HOLDER).write_text(_this_process())
     except Timeout as error:
         holder = _holder(directory)
-        # A file system without locks keeps the file of a process that was killed elsewhere.
+        # On a file system without locks, the lock file of a process that was killed on another machine remains.
         is_elsewhere = not holder.endswith((socket.gethostname(), "another process"))
         gone = f"; if it is gone there, remove {directory / '.lock'}" if is_elsewhere else ""
         raise UsageError(f"{directory}: {holder} is using it; wait for it, or stop it{gone}") from error
@@ -199,7 +203,7 @@ def exclusive(directory: Path, patience: float = 0.0) -> Iterator[None]:
         raise cannot_write(directory, error) from error
     finally:
         with suppress(OSError):
-            if _holder(directory) == _this_process():  # not another's, whose folder has taken the place of this one
+            if _holder(directory) == _this_process():  # else another process's folder has replaced this one
                 (directory / HOLDER).unlink()
         lock.release()
 
@@ -211,5 +215,5 @@ def _this_process() -> str:
 def _holder(directory: Path) -> str:
     try:
         return (directory / HOLDER).read_text() or "another process"
-    except OSError:  # it has only just begun
+    except OSError:  # the process has the lock but has not written its name yet
         return "another process"

@@ -1,4 +1,4 @@
-"""Where MLflow's pages show runs and sweeps, and how they are opened."""
+"""Addresses of the pages on which MLflow shows runs and sweeps, and how to open them."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ MLFLOW_UI = "http://127.0.0.1:5000/"  # where `mlflow ui` serves its pages
 
 
 def newest_charts(root: Path = ROOT) -> str:
-    """Where MLflow's pages show the newest sweep; empty where no sweep below ``root`` has reached MLflow."""
+    """The address of the newest sweep's charts in MLflow; empty if MLflow has no charts of a sweep below ``root``."""
     sweeps = [record for _, record in records_below(root) if TAG_CHARTS in record.tags]
     newest = max(sweeps, key=lambda record: record.end_time or record.start_time, default=None)
     return link_to(newest.tags[TAG_CHARTS]) if newest else ""
 
 
 def page_of(record: Record) -> str:
-    """Where MLflow's pages show a run, after their address; empty where MLflow does not have it."""
+    """The path of a run's page in MLflow, without the server's address; empty if MLflow does not have the run."""
     entry = record.entry
-    # Without its last part the link opens among pages for language models.
+    # Without ``workflowType`` MLflow opens the page in its view for language models.
     path = f"#/experiments/{entry.experiment_id}/runs/{entry.run_id}?workflowType=machine_learning"
     return path if entry.experiment_id else ""
 
 
 def link_to(path: str) -> str:
-    """The address of one of MLflow's pages, on the server if there is one, else where ``mlflow ui`` serves it."""
+    """The address of one of MLflow's pages: on the tracking server if there is one, else on ``mlflow ui``."""
     return f"{_server() or MLFLOW_UI}{path}"
 
 
 def how_to_open(path: str) -> str:
-    """What opens one of MLflow's pages: its link on a server, else the command that serves it here and its link."""
+    """Say how to open one of MLflow's pages: by its link, which needs ``mlflow ui`` first if there is no server."""
     return link_to(path) if _server() else f"mlflow ui, then {link_to(path)}"
 
 
 def _server() -> str:
+    """The address of the tracking server, without credentials, ending in a slash; empty if there is no server."""
     address = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not address.startswith(("http://", "https://")):
         return ""
     scheme, _, rest = address.rstrip("/").partition("://")
     host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}/"  # without the password that may stand before the host
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}/"

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: a row for each logged step of a run, in JSON."""
+"""Reading and checking ``metrics.jsonl``, in which each line is one row: the metrics of a logged step in JSON."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from src.errors import UsageError
 from src.system.redact import one_line
 from src.system.regular_file import open_regular
 
-BLOCK_BYTES = 200_000  # that are read at once: some 1,000 rows
+BLOCK_BYTES = 200_000  # read at once: some 1,000 rows
 
 
 class LoggedStep(TypedDict):
-    """A line of ``metrics.jsonl``."""
+    """A row of ``metrics.jsonl``."""
 
     step: Natural
-    time: Natural
+    time: Natural  # in milliseconds since the epoch
     metrics: dict[str, float]
 
 
@@ -33,10 +33,12 @@ _ROW = TypeAdapter(LoggedStep)
 
 
 def cut_and_read(path: Path) -> list[LoggedStep]:
-    """Remove a last row that a kill cut short, end one that lacks nothing but its newline, and return the rows.
+    """Remove a last row that a kill cut short, complete one that lacks only its newline, and return the rows.
+
+    The file is created if it is absent.
 
     Raises:
-        UsageError: another row is damaged, or the file is no regular one of this folder.
+        UsageError: another row is damaged, or the file is a link or not a regular file.
     """
     if path.is_symlink():
         raise UsageError(f"{path} is a link, and what it names would be written to: put the rows themselves there")
@@ -51,7 +53,7 @@ def cut_and_read(path: Path) -> list[LoggedStep]:
 
 
 def read_rows(path: Path) -> tuple[list[LoggedStep], int]:
-    """The complete rows, and how many bytes they are."""
+    """Read the complete rows; return them and how many bytes they have, with a newline after the last."""
     rows, size = list[LoggedStep](), 0
     for block, content in read_blocks(path):
         rows += block
@@ -60,9 +62,9 @@ def read_rows(path: Path) -> tuple[list[LoggedStep], int]:
 
 
 def read_blocks(path: Path, start: int = 0) -> Iterator[tuple[list[LoggedStep], bytes]]:
-    """The complete rows from byte ``start``, a block at a time, their metrics as numbers, and the bytes of the block.
+    """Read the complete rows from byte ``start`` on, a block at a time; yield the rows of a block and its bytes.
 
-    The last row may lack its newline, which its bytes then have. What is written meanwhile is left for another time.
+    If the last row lacks only its newline, the bytes have it. What is appended while this reads is left out.
     """
     with _opened(path) as file:
         left = os.fstat(file.fileno()).st_size - start
@@ -95,10 +97,10 @@ def _is_row(text: bytes) -> bool:
 
 
 def digest_of(path: Path, size: int) -> hashlib._Hash:
-    """The SHA-256 of rows' first ``size`` bytes, or of as many as there are; no file counts as an empty one.
+    """The SHA-256 of a metrics file's first ``size`` bytes, or of all if there are fewer; a missing file is empty.
 
     Raises:
-        UsageError: the file is no regular one, or cannot be read.
+        UsageError: the file is not a regular file, or cannot be read.
     """
     digest, left = hashlib.sha256(), size
     if os.path.lexists(path):
@@ -106,13 +108,13 @@ def digest_of(path: Path, size: int) -> hashlib._Hash:
             while block := file.read(min(left, BLOCK_BYTES)):
                 digest.update(block)
                 left -= len(block)
-    if left == 1:  # the last row lacks nothing but its newline
+    if left == 1:  # the last row lacks only its newline
         digest.update(b"\n")
     return digest
 
 
 def begins_with(path: Path, size: int, digest: str) -> bool:
-    """Whether rows' first ``size`` bytes have the SHA-256 ``digest``."""
+    """Whether the first ``size`` bytes of a metrics file have the SHA-256 ``digest``, in hexadecimal."""
     try:
         return not size or digest_of(path, size).hexdigest() == digest
     except UsageError:
@@ -120,12 +122,12 @@ def begins_with(path: Path, size: int, digest: str) -> bool:
 
 
 def encode(metrics: Mapping[str, float]) -> dict[str, float | str]:
-    """JSON has no NaN and no infinity: they are written as text, which ``float`` reads back."""
+    """Replace NaN and infinity, which JSON does not have, by text that ``float`` reads back."""
     return {key: value if math.isfinite(value) else str(value) for key, value in metrics.items()}
 
 
 def reason(error: Exception) -> str:
-    """What is wrong in a file, and where in it."""
+    """Say in one line what is wrong in a file and, for a `ValidationError`, where in it."""
     if not isinstance(error, ValidationError):
         return one_line(error)
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]

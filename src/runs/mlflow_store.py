@@ -1,7 +1,7 @@
-"""MLflow's store: opening it, bringing a run in it up to the run's files, listing what it holds.
+"""MLflow's store: opening it, and bringing a run in it up to date with the run's files.
 
-This is the only file that imports mlflow, and it does so late: the import takes seconds, and a run with
-``tracking=jsonl`` does not need the package.
+Only this file imports mlflow, and it does so late, because the import takes seconds and a run with ``tracking=jsonl``
+does not need the package.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ from src.system.redact import one_line, redact
 
 T = TypeVar("T")
 OPEN_ATTEMPTS = 5  # to open a database whose tables another process may be creating
-STORE_TIMEOUT_S = 30.0  # that a run or a command waits for a store, whatever that does meanwhile
-MODEL = "encoder"  # the name of a run's model
-LOADER = "src.evaluation.encoder"  # the module that loads it for `mlflow.pyfunc`
+STORE_TIMEOUT_S = 30.0  # how long a run or a command waits for a store, whatever the store does meanwhile
+MODEL = "encoder"  # the name of a run's model in MLflow
+LOADER = "src.evaluation.encoder"  # the module that loads the model for `mlflow.pyfunc`
 _RACE = re.compile("UniqueViolation|DuplicateTable|duplicate key|already exists", re.IGNORECASE)
 _AWAY = re.compile("database is locked|connection to server|could not connect|can't connect", re.IGNORECASE)
 
 
 class Busy(UsageError):  # noqa: N818
-    """The store is there, or may be, but does not answer now."""
+    """The store exists, or may exist, but does not answer now."""
 
 
 def check(experiment: str) -> None:
-    """Refuse what is no store, before a run writes anything; one that is only busy gets the run later.
+    """Refuse an unusable store before a run writes anything; a store that is only busy gets the run later.
 
     Raises:
-        UsageError: as `prepare`.
+        UsageError: as in `open_store`, but not if the store is only busy.
     """
     with suppress(Busy):
         prepare(experiment)
 
 
 def prepare(experiment: str = "Default") -> Any:
-    """`open_store` with a deadline of `STORE_TIMEOUT_S`, because MLflow retries an unreachable database for minutes.
+    """Call `open_store` with a deadline of `STORE_TIMEOUT_S`, as MLflow retries an unreachable database for minutes.
 
     Raises:
         Busy: the store does not answer in time, or says that it is busy.
-        UsageError: as `open_store`.
+        UsageError: as in `open_store`.
     """
-    mlflow = import_mlflow()  # which may take long on a slow disk
+    mlflow = import_mlflow()  # outside the deadline, because the import may take long on a slow disk
     try:
         return within(STORE_TIMEOUT_S, lambda: open_store(experiment))
     except Overdue as error:
@@ -70,23 +70,24 @@ def prepare(experiment: str = "Default") -> Any:
 
 
 def open_store(experiment: str) -> Any:
-    """Open the MLflow store, create a local one that is not there yet, and return the client.
+    """Open the MLflow store, or create it if it is a local one that does not exist, and return the client.
 
-    The store is what MLFLOW_TRACKING_URI names, or ``mlflow.db`` in the current folder, which is what ``mlflow ui``
-    shows. MLflow creates a SQLite store in dozens of migrations, and two processes that do it at once, or one that is
-    killed meanwhile, leave a file that never opens again. So it is created under a lock, aside, and renamed.
+    The store is the one that MLFLOW_TRACKING_URI names, or else ``mlflow.db`` in the current folder, which ``mlflow
+    ui`` shows. MLflow creates a SQLite store in dozens of migrations, and two processes that do so at once, or one that
+    is killed meanwhile, leave a file that never opens again. So the store is created under a lock, with another name,
+    and renamed.
 
-    Only a database is opened here, and must open. A server that does not answer yet may do so later in the run.
+    Only a database must open here. A server is not asked anything, because it may begin to answer later in the run.
 
     Raises:
-        Busy: the database is locked or away.
+        Busy: the database is locked or cannot be reached.
         UsageError: MLflow is not installed, the store is a folder of files or does not open, or the experiment has been
             deleted in it.
     """
     mlflow = import_mlflow()
     uri = store_uri(mlflow)
     path = _sqlite_path(uri)
-    if path and path.exists() and not path.is_file():  # MLflow would try for minutes
+    if path and path.exists() and not path.is_file():  # which MLflow would try to open for minutes
         raise UsageError(f"the MLflow store {redact(uri)} is not a file: set MLFLOW_TRACKING_URI=sqlite:///mlflow.db")
     try:
         is_folder = path is None and mlflow.utils.uri.is_local_uri(uri)
@@ -114,20 +115,22 @@ def open_store(experiment: str) -> Any:
 
 
 def _create(path: Path, client: Callable[[str], Any]) -> None:
+    """Create a SQLite store, so that its file appears under its name only when all tables are there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.exists():  # another process may have been faster
             aside = path.with_name(f"{path.name}.new")
             aside.unlink(missing_ok=True)
-            aside.touch()  # with the rights that new files have here, where SQLite's own is for its owner to write
+            aside.touch()  # as the umask has it; a file that SQLite creates is writable for its owner only
             client(f"sqlite:///{aside}")
             os.replace(aside, path)
 
 
 def _opened(client: Callable[[str], Any], uri: str) -> Any:
-    """A client of a server or its database; where another process creates the tables now, once they are there.
+    """Open a client of a server or of a database other than SQLite; retry while another process creates the tables.
 
-    A database of its own creates tables in one transaction: whoever comes second is refused when the first is done.
+    Such a database creates its tables in one transaction: of two processes that create them at once, the second gets an
+    error when the first one has finished.
     """
     for _ in range(OPEN_ATTEMPTS - 1):
         try:
@@ -146,32 +149,36 @@ def _refuse_deleted(experiment: Any) -> None:
 
 
 def import_mlflow() -> Any:
-    """MLflow, told to print little and to fail soon, unless the user has told it otherwise."""
+    """Import MLflow, set to print little and to fail soon unless the user has set its variables otherwise.
+
+    Raises:
+        UsageError: MLflow cannot be imported.
+    """
     quiet = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # it logs a traceback of each failure that is handled here
+        "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # else it logs a traceback of each failure that is handled here
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the next flush is the retry: do not stop training for minutes
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the next flush tries again; training must not wait for minutes
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-        "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # it would wait as long as a server likes
+        "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # else it waits as long as a server asks
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # so does it, of each attempt
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # else it logs a warning of each attempt
     try:
         import mlflow
         import mlflow.utils.file_utils
         import mlflow.utils.uri
-    except (ImportError, RuntimeError) as error:  # the second where the user has no home
+    except (ImportError, RuntimeError) as error:  # RuntimeError if the user has no home folder
         remedy = "run `make setup`, or use tracking=jsonl"
         raise UsageError(f"tracking=mlflow cannot import MLflow ({one_line(error)}): {remedy}") from None
     return mlflow
 
 
 def store_uri(mlflow: Any) -> str:
-    """MLFLOW_TRACKING_URI, or ``mlflow.db`` in the current folder.
+    """The store's URI: MLFLOW_TRACKING_URI, or else ``mlflow.db`` in the current folder.
 
-    MLflow writes the folder's path with %20 for a space and the like, which SQLAlchemy takes for the folder's name.
+    MLflow would write %20 for a space in the folder's path, which SQLAlchemy takes literally.
     """
     uri: str = mlflow.get_tracking_uri()
     is_here = uri == mlflow.utils.file_utils.path_to_local_sqlite_uri("mlflow.db")
@@ -179,13 +186,18 @@ def store_uri(mlflow: Any) -> str:
 
 
 def _sqlite_path(uri: str) -> Path | None:
+    """The file of a SQLite store; None for any other store, also for one in memory."""
     if not uri.startswith("sqlite:///") or uri.endswith(":memory:"):
         return None
     return Path(uri.removeprefix("sqlite:///").partition("?")[0])
 
 
 def existing() -> Any:
-    """The client, unless that would create a store in a folder which has none."""
+    """Open the store and return the client, but do not create a store in a folder that has none.
+
+    Raises:
+        UsageError: there is no store, or as in `prepare`.
+    """
     path = _sqlite_path(store_uri(import_mlflow()))
     if path and not path.exists():
         raise UsageError(f"there is no MLflow store at {path}: change to the project root, or set MLFLOW_TRACKING_URI")
@@ -193,10 +205,10 @@ def existing() -> Any:
 
 
 def answer(request: Callable[[], T]) -> T:
-    """What the store answers to a request, for a command that needs the answer to go on.
+    """Return the store's answer to a request, for a command that cannot continue without it.
 
     Raises:
-        UsageError: it refuses, or does not answer in time.
+        UsageError: the store refuses the request, or does not answer within `STORE_TIMEOUT_S`.
     """
     try:
         return within(STORE_TIMEOUT_S, request)
@@ -204,27 +216,33 @@ def answer(request: Callable[[], T]) -> T:
         raise UsageError(f"the MLflow store does not answer ({one_line(error)}): see MLFLOW_TRACKING_URI") from None
 
 
-def told(directory: Path, seconds: float, request: Callable[[Any], T]) -> T:
-    """What a request gives that tells the store of a run in a directory; it is handed the client.
+def call_for_run(directory: Path, seconds: float, request: Callable[[Any], T]) -> T:
+    """Open the store, call ``request(client)``, which sends something of a run, and return the result.
+
+    Args:
+        directory: the run's folder, for the message.
+        seconds: how long to wait for the result.
+        request: a function of MLflow's client.
 
     Raises:
-        UsageError: as the request, or the store does not open, refuses, or does not answer in so many seconds.
+        UsageError: by the request itself, or the store does not open, refuses, or does not answer in time.
     """
-    with _telling(directory):
+    with _errors_of_run(directory):
         client = prepare()
         return within(seconds, lambda: request(client))
 
 
-def told_in_steps(directory: Path, seconds: float, request: Callable[[Any], Iterator[T]]) -> Iterator[T]:
-    """The same for a request that goes a step at a time, each of which has so many seconds."""
-    with _telling(directory):
+def iterate_for_run(directory: Path, seconds: float, request: Callable[[Any], Iterator[T]]) -> Iterator[T]:
+    """Do the same for a request that yields after each of its steps; each step may take ``seconds``."""
+    with _errors_of_run(directory):
         steps = request(prepare())
         while (found := within(seconds, lambda: next(steps, None))) is not None:
             yield found
 
 
 @contextmanager
-def _telling(directory: Path) -> Iterator[None]:
+def _errors_of_run(directory: Path) -> Iterator[None]:
+    """Inside this block, turn any other error into a `UsageError` that names the run's folder."""
     try:
         yield
     except UsageError:
@@ -234,7 +252,7 @@ def _telling(directory: Path) -> Iterator[None]:
 
 
 def known_run(client: Any, run_id: str) -> Any:
-    """None where the store does not know the id, or where it is none."""
+    """MLflow's run of an id; None if the store does not know the id, or if it is empty or malformed."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -246,7 +264,19 @@ def known_run(client: Any, run_id: str) -> Any:
 
 
 def _experiment_for(client: Any, name: str, parent: Any) -> str:
-    """The id of the experiment that a run is to be created in: of that name, else its sweep's, which was renamed."""
+    """The id of the experiment in which to create a run: the one of that name, which is created if necessary.
+
+    If no experiment has the name but the run's sweep is in MLflow, the sweep's experiment has been renamed, and the run
+    is created there.
+
+    Args:
+        client: MLflow's.
+        name: of the requested experiment.
+        parent: the sweep's run in MLflow; None: there is none.
+
+    Raises:
+        UsageError: the experiment has been deleted.
+    """
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -255,7 +285,7 @@ def _experiment_for(client: Any, name: str, parent: Any) -> str:
     if not found:
         try:
             return client.create_experiment(name)
-        except MlflowException:  # another process was faster, or the store is down
+        except MlflowException:  # another process has just created it, or the store is down
             found = client.get_experiment_by_name(name)
             if not found:
                 raise
@@ -264,15 +294,18 @@ def _experiment_for(client: Any, name: str, parent: Any) -> str:
 
 
 class Delivery:
-    """A run in one of the experiments in which it was requested: `push` brings MLflow up to the run's files.
+    """The delivery of a run to one of the experiments in which it was requested.
 
-    MLflow's run is found by the id that was written down, wherever its experiment has been renamed to, else by the uuid
-    that it is tagged with, as its creator may have been killed before it could write the id down.
+    `push` brings MLflow up to date with the run's files. MLflow's run is found by the id in the record, even if its
+    experiment has been renamed; or else by the tag with the run's uuid, because the process that created MLflow's run
+    may have been killed before it could save the id.
 
     Args:
+        client: MLflow's.
         record: of a run that has a directory.
-        requested: whether the user names the experiment now. Where another one has taken the name since, the run is
-            delivered to that, and the record remembers both.
+        experiment: the name of the experiment.
+        requested: whether the user requests the experiment now. If its name now belongs to another experiment, the run
+            is delivered to that one, and the record keeps both.
     """
 
     def __init__(self, client: Any, record: Record, experiment: str, requested: bool = False) -> None:
@@ -280,22 +313,22 @@ class Delivery:
         assert record.directory
         self.directory, self.entry = record.directory, record.copies[experiment]
         self.is_connected = False
-        # What was sent, so that no flush sends it again; of rows how many bytes, and their digest.
+        # What has been sent, so that no flush sends it again; of the rows, the number of bytes and their digest.
         self.bytes, self.digest = 0, hashlib.sha256()
         self.tags, self.artifacts = dict[str, str](), set[str]()
 
         named = client.get_experiment_by_name(experiment)
         there = named.experiment_id if named and named.lifecycle_stage == "active" else None
         self.run = run = self._find_run(there, requested)
-        # In MLflow's pages, or with all of the store that had it.
+        # Deleted in MLflow's pages, or lost together with the store that had the run.
         self.is_deleted = run.info.lifecycle_stage == "deleted" if run else self.is_whole or bool(named and not there)
         self.entry.experiment_id = run.info.experiment_id if run and not self.is_deleted else ""
 
     def _find_run(self, there: str | None, requested: bool) -> Any:
-        """MLflow's run by its id, else by its uuid in the experiment that has the name now; None: there is neither.
+        """Find MLflow's run by its id, or else by its uuid in the experiment that has the name now; None: not found.
 
         Args:
-            there: the id of that experiment; None: none has the name, or it has been deleted.
+            there: the id of the experiment that has the name; None: there is none, or it has been deleted.
             requested: as in the constructor.
         """
         client, entry = self.client, self.entry
@@ -306,10 +339,10 @@ class Delivery:
                     tags = {key: run.data.tags[key] for key in entry.tags if key in run.data.tags}
                     home = client.get_experiment(run.info.experiment_id)
                     renamed = {home.name: replace(entry, tags=tags)}
-                    self.record.copies = renamed | self.record.copies  # which a save may be reading
+                    self.record.copies = renamed | self.record.copies  # a new dict: a save may be reading the old one
                 entry.begin("")
             elif not is_deleted or client.get_experiment(run.info.experiment_id).lifecycle_stage != "deleted":
-                return run  # of a deleted run in a deleted experiment, to restore the run alone would not show it
+                return run  # but not a deleted run in a deleted experiment: restoring the run alone would not show it
         found = client.search_runs([there], f"tags.uuid = '{self.record.uuid}'", max_results=1) if there else []
         if found:
             entry.begin(found[0].info.run_id)
@@ -317,6 +350,7 @@ class Delivery:
 
     @property
     def is_whole(self) -> bool:
+        """Whether MLflow has everything of the run in this experiment."""
         return self.entry.has == self.record.state(self.experiment)
 
     def push(self) -> None:
@@ -325,12 +359,12 @@ class Delivery:
             pass
 
     def steps(self) -> Iterator[None]:
-        """Deliver what has come since, a step at a time, of which none is long.
+        """Deliver what has not been sent yet, and yield after each of many short steps.
 
-        Harmless when repeated, also by another process: the store drops what it has.
+        Repeating a step is harmless, also in another process: the store drops what it already has.
 
         Raises:
-            UsageError: the experiment has been deleted, or an artifact is no file of the run's folder.
+            UsageError: the experiment has been deleted, or an artifact is not a file of the run's folder.
         """
         from mlflow.entities import Metric, Param, RunTag
 
@@ -340,7 +374,7 @@ class Delivery:
         if not self.is_connected:
             self._connect()
         tags = record.tags | entry.tags
-        client.log_batch(  # which cuts it into requests of at most 1,000
+        client.log_batch(  # it splits them into requests of at most 1,000 items
             entry.run_id,
             params=[Param(key, value) for key, value in params.items()],
             tags=[RunTag(key, value) for key, value in tags.items() if self.tags.get(key) != value],
@@ -352,7 +386,7 @@ class Delivery:
         for rows, content in read_blocks(self.directory / METRICS, self.bytes):
             pairs = [(row, each) for row in rows for each in row["metrics"].items()]
             values = [Metric(*each, row["time"], row["step"]) for row, each in pairs]
-            client.log_batch(entry.run_id, values, synchronous=True)  # whatever MLflow's variables say: it is noted
+            client.log_batch(entry.run_id, values, synchronous=True)  # because the record notes them as delivered next
             self.bytes += len(content)
             self.digest.update(content)
             entry.rows = self.bytes, self.digest.hexdigest()
@@ -368,7 +402,7 @@ class Delivery:
         entry.has = record.state(self.experiment)
 
     def _log_data(self, params: Mapping[str, str]) -> None:
-        """Names the data set as an input of the run; MLflow drops what it has."""
+        """Log the data set as an input of the run, if it is known; MLflow drops an exact repeat."""
         from mlflow.data.meta_dataset import MetaDataset
         from mlflow.entities import Dataset, DatasetInput, InputTag
         from mlflow.exceptions import MlflowException
@@ -380,11 +414,11 @@ class Delivery:
         data = DatasetInput(Dataset(**described), [InputTag("mlflow.data.context", "training")])
         try:
             self.client.log_inputs(self.entry.run_id, [data])
-        except MlflowException:  # another job of a sweep was faster to create the data set, or the store is down
+        except MlflowException:  # another job of the sweep has just created the data set, or the store is down
             self.client.log_inputs(self.entry.run_id, [data])
 
     def _log_model(self, encoder: Path) -> None:
-        """Make the encoder a model of the run, with its signature and its figures; a second time completes it."""
+        """Log the encoder as a model of the run, with its signature and test metrics; repeating this completes it."""
         from mlflow.entities import LoggedModelOutput, Metric
         from mlflow.exceptions import MlflowException
         from mlflow.models import Model, ModelSignature
@@ -396,7 +430,7 @@ class Delivery:
         try:
             found = client.search_logged_models([home], f"source_run_id = '{run_id}'", max_results=1)
         except MlflowException as error:
-            if error.error_code != "ENDPOINT_NOT_FOUND":  # a server of MLflow 2 knows no models of runs
+            if error.error_code != "ENDPOINT_NOT_FOUND":  # a server of MLflow 2 has no logged models
                 raise
             return
         note = {TAG_NOTE: _describe_model(run_id, takes, gives)}
@@ -425,7 +459,7 @@ class Delivery:
         self.client.set_terminated(self.entry.run_id, self.record.status, self.record.end_time)
 
     def _connect(self) -> None:
-        """Create the run, or take up what there is of it."""
+        """Create the run in MLflow, or take up the one that is there, which is restored if it was deleted."""
         client, record, entry = self.client, self.record, self.entry
         if self.run is None:
             home = _experiment_for(client, self.experiment, known_run(client, entry.tags.get(TAG_PARENT, "")))
@@ -439,9 +473,9 @@ class Delivery:
         entry.experiment_id, entry.has = self.run.info.experiment_id, ""
         size, digest = entry.rows or (0, "")
         there = digest_of(self.directory / METRICS, size)
-        if there.hexdigest() == digest:  # else they have been changed or cut since, and are sent again
+        if there.hexdigest() == digest:  # else the rows have been changed or cut since, and all are sent again
             self.bytes, self.digest = size, there
-        if TAG_ERROR in self.run.data.tags and TAG_ERROR not in record.tags:  # of a session before
+        if TAG_ERROR in self.run.data.tags and TAG_ERROR not in record.tags:  # the error of an earlier session
             client.delete_tag(entry.run_id, TAG_ERROR)
             del self.run.data.tags[TAG_ERROR]
         if record.status == "RUNNING":
@@ -449,12 +483,12 @@ class Delivery:
 
 
 def _tensor(dtype: str, shape: Sequence[int]) -> str:
-    """One side of a signature, as MLflow writes it."""
+    """The inputs or the outputs of a model's signature, in MLflow's JSON."""
     return json.dumps([{"type": "tensor", "tensor-spec": {"dtype": dtype, "shape": shape}}])
 
 
 def _describe_model(run_id: str, takes: Sequence[int], gives: Sequence[int]) -> str:
-    """In Markdown."""
+    """The description of a run's model, in Markdown, with the shapes of its inputs and outputs."""
     return (
         f"It takes images, uint8 {takes}, normalises them itself, and gives features, float32 {gives}; -1 stands for "
         "any number. In the project's folder, this line gives the features of images: "
@@ -463,13 +497,13 @@ def _describe_model(run_id: str, takes: Sequence[int], gives: Sequence[int]) -> 
 
 
 def _data_set(params: Mapping[str, str]) -> tuple[str, ...]:
-    """The name and the digest of the images; nothing where they are not known."""
+    """The data set's name and digest (at most 36 characters); an empty tuple if they are not known."""
     name, digest = params.get("data.name"), params.get("data.fingerprint")
     return (name, digest[:36]) if name and digest else ()
 
 
 def _data_source(params: Mapping[str, str]) -> Any:
-    """Where the images come from: a repository of the hub, a folder, or else a package's code."""
+    """The source of the images for MLflow: a repository of the Hugging Face hub, a folder, or a package's code."""
     from mlflow.data import sources
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
@@ -483,7 +517,7 @@ def _data_source(params: Mapping[str, str]) -> Any:
 
 
 def watch_system(run_id: str) -> Callable[[], None]:
-    """Start MLflow's own thread, which measures the machine and logs to the run; return what ends it."""
+    """Start MLflow's own thread, which logs system metrics to the run; return the function that stops it."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=store_uri(import_mlflow()))
@@ -492,34 +526,35 @@ def watch_system(run_id: str) -> Callable[[], None]:
 
 
 def log_size(params: Mapping[str, str]) -> dict[str, str]:
-    """The decimal logarithm of the support-set size as a param, 0 for none stored; nothing where there is no size."""
+    """The decimal logarithm of the support-set size as a param, 0 if nothing is stored; empty without a size."""
     size = _number(params, "support_set_size")
     return {} if size is None else {LOG_SIZE: f"{math.log10(max(1, size)):.3f}"}
 
 
 def _number(params: Mapping[str, str], key: str) -> int | None:
-    """None where a record lacks it, or holds something else, as an edited one may."""
+    """A param as an integer; None if the record lacks it or, after an edit, holds something else."""
     text = params.get(key, "")
     return int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
 
 
 class Delivered(NamedTuple):
-    """What has come of a delivery."""
+    """The outcome of a delivery."""
 
-    run_ids: list[str]  # MLflow's, of what was sent
-    stays_deleted: bool  # an entry that was deleted in MLflow has been left alone
+    run_ids: list[str]  # MLflow's ids of the runs that were sent
+    stays_deleted: bool  # whether a run that was deleted in MLflow has been left deleted
 
 
 def deliver(client: Any, record: Record, requested: str = "", again: bool = False) -> Iterator[Delivered]:
     """Deliver what MLflow lacks of a run that has ended, in each experiment in which it was requested.
 
-    This goes a step at a time, and gives what has come of it by then.
-
     Args:
         client: MLflow's.
         record: of the run.
-        requested: the experiment that the user names now.
-        again: whether to deliver all of it, also what is deleted in MLflow, which else stays so.
+        requested: the experiment that the user requests now; empty: none.
+        again: whether to deliver everything once more, and to restore the run where it was deleted in MLflow.
+
+    Yields:
+        The outcome so far, after each step and at the end.
     """
     run_ids, stays_deleted = list[str](), False
     for experiment in [name for name, entry in record.copies.items() if entry.for_mlflow]:
