@@ -1,4 +1,4 @@
-"""Where a run's first weights come from: ``init=`` a run's name, its folder, a checkpoint, or an encoder's file."""
+"""Where a run's first weights come from: ``init=`` names a run, its folder, a checkpoint, or an encoder's file."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from src.runs.record import CHECKPOINTS, DIGEST_BYTES, ENCODER, Record, newest_c
 
 
 def identify(cfg: Config) -> Path | None:
-    """Fill in ``cfg.origin``, which weights ``cfg.init`` names, whatever the path: the config's hash contains it.
+    """Set ``cfg.origin`` to the digest of the weights that ``cfg.init`` names.
+
+    The config's hash contains this digest instead of the path, so the same weights in another place are the same run.
 
     Returns:
-        The file of the weights; None without ``cfg.init``, or where it is gone and the run, which has begun already,
-        needs it no more.
+        The file of the weights. None without ``cfg.init``, or if the file is gone but this run has begun already and
+        therefore does not need it.
 
     Raises:
-        UsageError: there are none, or their run has not finished.
+        UsageError: there are no such weights, or the run that they belong to has not finished.
     """
     if cfg.init is None:
         return None
@@ -38,7 +40,7 @@ def identify(cfg: Config) -> Path | None:
 
 
 def _recorded(cfg: Config) -> str | None:
-    """Which weights this run began with, as its record says; None where it has not begun."""
+    """The digest of the weights that this run began with, from its record; None if it has not begun."""
     for begun in (replace(cfg, origin=each) for each in _origins(Path(cfg.output_dir or ROOT).resolve(), cfg.init)):
         record = Record.find(path_of(begun), hash_rows=False)
         if record and (record.params.get("init"), record.params.get("origin")) == (cfg.init, begun.origin):
@@ -46,18 +48,18 @@ def _recorded(cfg: Config) -> str | None:
     return None
 
 
-@cache  # each job of a sweep asks, and none that needs its weights begins without them
+@cache  # each job of a sweep asks; meanwhile no run begins from weights that are gone, so the answer stays the same
 def _origins(root: Path, init: str | None) -> list[str]:
-    """Which weights runs below a folder began with that name the same ``init``."""
+    """The digests of the weights that runs below a folder with this ``init`` began with, each once."""
     begun = [record.params for _, record in records_below(root) if record.params.get("init") == init]
     return list(dict.fromkeys(params["origin"] for params in begun if "origin" in params))
 
 
 def locate(init: str) -> Path:
-    """The file that ``init`` names: a run's newest checkpoint, or the file itself.
+    """Find the file that ``init`` names: a run's newest checkpoint, or the file itself.
 
     Raises:
-        UsageError: as `identify`.
+        UsageError: as in `identify`.
     """
     path = Path(init).expanduser()
     if path.is_file():
@@ -75,7 +77,7 @@ def locate(init: str) -> Path:
 
 
 def _identity(path: Path) -> str:
-    """The first 16 hex digits of the SHA-256 of what the file holds; a checkpoint states it at its end."""
+    """The first 16 hex digits of the SHA-256 of the file's content; a checkpoint has it at its end."""
     with path.open("rb") as file:
         if path.suffix == ".pt" and path.stat().st_size > DIGEST_BYTES:
             file.seek(-DIGEST_BYTES, 2)

@@ -1,4 +1,4 @@
-"""Reading runs back, from their files or from MLflow, as records (src/runs/record.py)."""
+"""Reading runs as records (src/runs/record.py), from their files or from MLflow."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from src.runs import mlflow_store
 from src.runs.directory import ROOT
 from src.runs.record import RECORD, TAG_OUTPUT_DIR, TAG_SWEEP_ID, ExperimentEntry, Record, records_below
 
-_found: dict[str, Path] = {}  # where the run of an id was, because each job of a sweep may ask for the same
+_found: dict[str, Path] = {}  # the folder of each run id found so far: each job of a sweep may ask for the same run
 
 
 def read_runs(experiment: str, backend: str, root: Path = ROOT) -> list[Record]:
     """List an experiment's runs, oldest first, from MLflow or from the ``run.json`` files under ``root``.
 
     Raises:
-        UsageError: there is no such experiment; the message lists those that there are.
+        UsageError: there is no such experiment; the message lists the existing ones.
     """
     runs = _runs_in_store(experiment) if backend == "mlflow" else _runs_under(root, experiment)
     return sorted((run for run in runs if TAG_SWEEP_ID not in run.tags), key=lambda run: run.start_time)
@@ -31,13 +31,15 @@ def read_sweep(sweep: str, backend: str, root: Path = ROOT) -> tuple[str, list[R
     """List a sweep's jobs, oldest first.
 
     Args:
-        sweep: its eight hex digits, or the id of its run in MLflow.
+        sweep: the sweep's id of eight hex digits, or the id of its run in MLflow.
+        backend: ``mlflow``, or else the ``run.json`` files are read.
+        root: where these files are.
 
     Returns:
-        The sweep's name with its digits, and the runs.
+        The sweep's name and id, joined by a hyphen, and the records of its jobs.
 
     Raises:
-        UsageError: there is no such sweep; the message lists those that there are.
+        UsageError: there is no such sweep; the message lists the existing ones.
     """
     if backend == "mlflow":
         names = [each.name for each in mlflow_store.answer(mlflow_store.existing().search_experiments)]
@@ -48,7 +50,7 @@ def read_sweep(sweep: str, backend: str, root: Path = ROOT) -> tuple[str, list[R
     for identity, run in sweeps.items():
         if sweep in (identity, run.run_id):
             jobs = [each for each in runs if f"sweep.{identity}" in each.tags]
-            jobs.sort(key=lambda each: each.experiment == run.experiment)  # that of a run in several experiments counts
+            jobs.sort(key=lambda each: each.experiment == run.experiment)  # the copy in the sweep's experiment counts
             return f"{run.params.get('sweep', 'sweep')}-{identity}", sorted(
                 {each.uuid: each for each in jobs}.values(), key=lambda each: each.start_time
             )
@@ -65,7 +67,7 @@ def _runs_under(root: Path, experiment: str) -> list[Record]:
 
 
 def _in_each_experiment(record: Record) -> list[Record]:
-    """The run as each experiment has it in which it was requested, with its tags there."""
+    """Copies of a record, one for each experiment in which the run was requested, with the run's tags there."""
     return [replace(record, experiment=name, tags=record.tags | entry.tags) for name, entry in record.copies.items()]
 
 
@@ -78,7 +80,7 @@ def _runs_in_store(experiment: str) -> list[Record]:
     search = partial(client.search_runs, [found.experiment_id])
     pages = [mlflow_store.answer(search)]
     tokens = {""}
-    while (token := pages[-1].token or "") not in tokens:  # a server that repeats itself would never come to an end
+    while (token := pages[-1].token or "") not in tokens:  # a server that repeated a token would never end the loop
         tokens.add(token)
         pages.append(mlflow_store.answer(partial(search, page_token=token)))
     return [
@@ -105,14 +107,14 @@ def _unknown(experiment: str, where: str, known: Iterable[str]) -> UsageError:
 
 
 def named_run(run: str, key: str = "run") -> Path:
-    """The folder of a run, by its path, by its name in ``multirun``, or by the run's id.
+    """Find the folder of a run.
 
     Args:
-        run: what names it.
-        key: of the setting that does.
+        run: the folder's name in ``multirun``, its path, or the run's id.
+        key: the setting that names the run, for the message.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such run, or its folder is gone.
     """
     for folder in (ROOT / run, Path(run).expanduser()):
         if (folder / RECORD).is_file():
@@ -126,7 +128,10 @@ def named_run(run: str, key: str = "run") -> Path:
 
 
 def find_run_directory(run_id: str) -> Path:
-    """The output directory of a run, by its own id or one of MLflow's: from the files, else from its tag in MLflow.
+    """Find the output directory of a run, in the records below ``multirun`` or else by the run's tag in MLflow.
+
+    Args:
+        run_id: the run's own id, or one of its ids in MLflow.
 
     Raises:
         UsageError: no run has the id, or its folder is gone.
@@ -138,6 +143,7 @@ def find_run_directory(run_id: str) -> Path:
 
 
 def _is_there(run_id: str, directory: Path) -> bool:
+    """Whether the directory still holds the run."""
     with suppress(UsageError):
         record = Record.find(directory, hash_rows=False)
         return record is not None and run_id in _ids(record)
@@ -145,6 +151,7 @@ def _is_there(run_id: str, directory: Path) -> bool:
 
 
 def _ids(record: Record) -> set[str]:
+    """The run's own id, and its ids in MLflow."""
     return {record.uuid, *(entry.run_id for entry in record.copies.values())}
 
 

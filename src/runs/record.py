@@ -1,6 +1,6 @@
-"""``run.json``: what a run is and how it stands, and the names of the run's files and tags.
+"""A run's record in ``run.json``: its settings, tags, state and results; and the names of a run's files and tags.
 
-The files are the truth; MLflow is a place that they are delivered to (src/runs/tracker.py).
+The files hold the truth about a run, and are delivered to MLflow (src/runs/tracker.py).
 """
 
 from __future__ import annotations
@@ -32,38 +32,38 @@ from src.system.regular_file import read_regular
 METRICS = "metrics.jsonl"
 RECORD = "run.json"
 CONFIG = "config.yaml"  # the settings that differ from their neutral defaults
-ENCODER = "encoder.safetensors"  # the weights of a finished run's encoder, and what they are
+ENCODER = "encoder.safetensors"  # the weights of a finished run's encoder, and a description of them
 CURVES = "curves.png"
 CHECKPOINTS = "checkpoints"  # the folder of `CHECKPOINT_FILES`
 CHECKPOINT_FILES = re.compile(r"step-(\d+)\.pt")
-DIGEST_BYTES = 32  # a checkpoint ends with the SHA-256 of what comes before
+DIGEST_BYTES = 32  # a checkpoint ends with the SHA-256 of all bytes before it
 
 # The tags of a run.
 TAG_OUTPUT_DIR = "output_dir"  # the run's folder
 TAG_CONFIG_HASH = "config_hash"
-TAG_DTYPE = "dtype"  # that the forward pass computes in
+TAG_DTYPE = "dtype"  # the dtype of the forward pass
 TAG_INIT_TAKEN = "init.taken"  # the parts whose first weights come from ``init``
 TAG_ERROR = "error"  # why the run did not finish
-TAG_PRUNED = "pruned"  # a search stopped it early
+TAG_PRUNED = "pruned"  # a search stopped the run early
 TAG_DIVERGED = "diverged"  # the run is not worth continuing
-TAG_COLLAPSED = "collapsed"  # at which step, and how
+TAG_COLLAPSED = "collapsed"  # at which step the run collapsed, and how
 TAG_SUPPORT_UNUSED = "support_unused"  # the support set was never filled, so the positives were the other views
-TAG_CODE = "code/"  # TAG_CODE and a module's name: the digest of one's own code
-CODE = "code"  # among the conditions: the digest of this project's modules; older records have none
-TAG_CONDITIONS_CHANGED = "conditions_changed"  # that bits depend on, and from which step on
-TAG_EVALUATION_CHANGED = "evaluation_changed"  # settings of the evaluation, and at which step
-# By which settings, where they are not the run's: TAG_EVALUATED/test_linear or the like, and the whole name of a metric
-# of which that is not true.
+TAG_CODE = "code/"  # with the name of a module of the user's appended: the digest of its code
+CODE = "code"  # a key of the conditions: the digest of this project's modules; older records lack it
+TAG_CONDITIONS_CHANGED = "conditions_changed"  # which of the conditions that bits depend on changed, at which step
+TAG_EVALUATION_CHANGED = "evaluation_changed"  # which settings of the evaluation changed, and at which step
+# The settings by which metrics were evaluated, unless they have always been the run's own. "evaluated/test_linear", for
+# instance, is the tag of a family of metrics; a tag with a metric's whole name replaces it for that metric.
 TAG_EVALUATED = "evaluated"
-TAG_SWEEP_ID = "sweep_id"  # of a sweep's own run
-TAG_CHARTS = "charts"  # of a sweep's own run: where MLflow's pages show it, after their address
-# Tags that MLflow's pages give a meaning.
-TAG_PARENT = "mlflow.parentRunId"  # MLflow's id of the sweep's run, under which its pages show a job
+TAG_SWEEP_ID = "sweep_id"  # only a sweep's own run has it
+TAG_CHARTS = "charts"  # only of a sweep's own run: the path of its charts in MLflow, without the server's address
+# Tags that have a meaning in MLflow's pages.
+TAG_PARENT = "mlflow.parentRunId"  # MLflow's id of the sweep's run, under which MLflow nests a job
 TAG_NOTE = "mlflow.note.content"  # a description, in Markdown
 TAG_COLOUR = "mlflow.runColor"  # the run's colour in every chart, such as "#0072b2"
-TAGS_OF_FREE_TEXT = ("command", TAG_ERROR, TAG_EVALUATION_CHANGED)  # which may quote anything
+TAGS_OF_FREE_TEXT = ("command", TAG_ERROR, TAG_EVALUATION_CHANGED)  # these may quote anything, also a secret
 
-# What to do where there is no record, and where it is damaged.
+# The remedies in messages about a record that is absent or damaged.
 NAME_ANOTHER, MOVE_AWAY = "name another folder", "move it away, or name another folder"
 
 logger = logging.getLogger(__name__)
@@ -77,57 +77,58 @@ def _within(name: str) -> str:
 
 @dataclass
 class ExperimentEntry:
-    """The run's entry in one MLflow experiment. A run has one for each ``tracking.experiment`` it was started with."""
+    """A run's state in one MLflow experiment. A run has an entry for each ``tracking.experiment`` of its sessions."""
 
-    run_id: str = ""  # MLflow's; empty until MLflow has the run there
-    has: str = ""  # the `Record.state` of which MLflow has everything
-    tags: dict[str, str] = field(default_factory=dict)  # those of its sweeps there; MLflow has the run's as well
-    for_mlflow: bool = False  # whether that was ever with tracking=mlflow
-    experiment_id: str = ""  # MLflow's of where its pages show the run; empty where they do not
-    rows: tuple[Natural, str] | None = None  # that MLflow has: how many bytes, and their SHA-256; None: not known
+    run_id: str = ""  # MLflow's id of the run; empty until the experiment has the run
+    has: str = ""  # the `Record.state` that MLflow has completely
+    tags: dict[str, str] = field(default_factory=dict)  # of the run's sweeps there; MLflow also has the record's tags
+    for_mlflow: bool = False  # whether the experiment was ever requested with tracking=mlflow
+    experiment_id: str = ""  # MLflow's id of the experiment; empty if MLflow's pages do not show the run
+    rows: tuple[Natural, str] | None = None  # the rows that MLflow has: bytes and SHA-256; None: not known
 
     def begin(self, run_id: str) -> None:
-        """Forget what MLflow has of the run, because it has another one now, or none."""
+        """Take over the id of another run in MLflow, or none, and forget what the former run had."""
         self.run_id, self.has, self.rows = run_id, "", None
 
 
 @dataclass
 class Record:
-    """What ``run.json`` must hold. Times are in milliseconds since the epoch, as in MLflow.
+    """The content of ``run.json``. Times are in milliseconds since the epoch, as in MLflow.
 
-    A report's runs are records too: those that are read from MLflow hold what it has of them.
+    The runs of a report are records too; a record that is read from MLflow holds what MLflow has of the run.
     """
 
     uuid: str
     name: str
-    experiment: str  # the last that was requested
+    experiment: str  # the one that was requested last
     start_time: Natural
     end_time: Natural | None = None
-    seconds: NotNegative = 0.0  # worked on it, in all its sessions
+    seconds: NotNegative = 0.0  # of work on the run, in all sessions together
     status: Annotated[str, one_of("RUNNING", "FINISHED", "FAILED", "KILLED")] = "RUNNING"
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # the last value of each
     artifacts: list[Annotated[str, AfterValidator(_within)]] = field(default_factory=list)  # relative to the directory
-    conditions: list[dict[str, str]] = field(default_factory=list)  # that bits depend on, each from a step on
-    rows: tuple[Natural, str] | None = None  # how many bytes of them there were, and their SHA-256; None: an old record
-    copies: dict[str, ExperimentEntry] = field(default_factory=dict)  # by the requested experiment
-    directory: Path | None = None  # where it was read or written, which is not in the file; None: not known
+    conditions: list[dict[str, str]] = field(default_factory=list)  # what bits depend on, and from which step on
+    rows: tuple[Natural, str] | None = None  # bytes of the rows when this was saved, and SHA-256; None: an old record
+    copies: dict[str, ExperimentEntry] = field(default_factory=dict)  # by the name of the requested experiment
+    directory: Path | None = None  # where the record was read or written; not in the file; None: not known
 
     @classmethod
     def new(cls, name: str, experiment: str) -> Record:
+        """Make the record of a run that begins now."""
         return cls(uuid.uuid4().hex, name, experiment, now_ms(), copies={experiment: ExperimentEntry()})
 
     @classmethod
     def load(cls, directory: Path, hash_rows: bool = True) -> Record:
-        """Read a directory's record.
+        """Read the record in a directory, and warn if the record or the rows are not as a run left them.
 
         Args:
             directory: the run's.
-            hash_rows: whether to see that the rows are as the run left them, or only that there are no fewer.
+            hash_rows: whether to compare the content of the rows, or only to check that no bytes are missing.
 
         Raises:
-            UsageError: there is none, or it is damaged.
+            UsageError: there is no record, or it is damaged.
         """
         path = directory / RECORD
         try:
@@ -135,7 +136,7 @@ class Record:
             record = _RECORD.validate_json(content)
             record.directory = directory.resolve()
             if not record.copies:
-                record._take_over(_OLD.validate_json(content))
+                record._convert_old(_OLD.validate_json(content))
             if record.experiment not in record.copies:
                 raise ValueError(f"copies: lacks the experiment {record.experiment!r}")
             record._compare(content, hash_rows)
@@ -145,7 +146,7 @@ class Record:
         return record
 
     def _compare(self, content: bytes, hash_rows: bool) -> None:
-        """Say so where the record or its rows are not as a run left them; they may have been edited on purpose."""
+        """Warn if the record or its rows are not as a run left them; a user may have edited them on purpose."""
         assert self.directory
         values = json.loads(content)
         if values.pop("sha256", None) not in (None, _digest(values)):
@@ -158,8 +159,8 @@ class Record:
                 f"{rows} has been changed since a run wrote it: values may be missing, others, or twice in MLflow"
             )
 
-    def _take_over(self, old: Old) -> None:
-        """Convert what an old ``run.json`` says of MLflow, in which a run had a single experiment."""
+    def _convert_old(self, old: OldRecord) -> None:
+        """Make an entry from an old ``run.json``, in which a run had a single experiment."""
         sweeps = {key: self.tags.pop(key) for key in list(self.tags) if key == TAG_PARENT or key.startswith("sweep.")}
         run_id = old["run_id"] if old["run_id"] != self.uuid else ""
         self.copies = {self.experiment: ExperimentEntry(run_id, "", sweeps, old["for_mlflow"])}
@@ -169,31 +170,31 @@ class Record:
 
     @classmethod
     def find(cls, directory: Path, hash_rows: bool = True) -> Record | None:
-        """As `load`; None before a run has begun there."""
+        """Read the record as `load` does; None if there is none, because no run has begun there."""
         return cls.load(directory, hash_rows) if os.path.lexists(directory / RECORD) else None
 
     @property
     def entry(self) -> ExperimentEntry:
-        """In the experiment that was last requested."""
+        """The entry for the experiment that was requested last."""
         return self.copies[self.experiment]
 
     @property
     def run_id(self) -> str:
-        """MLflow's, in the experiment that was last requested; `uuid` where MLflow does not have the run."""
+        """MLflow's id of the run in the experiment that was requested last; `uuid` if MLflow does not have the run."""
         return self.entry.run_id or self.uuid
 
     def request(self, tracking: Tracking) -> ExperimentEntry:
-        """Note that the run is requested in an experiment."""
+        """Note that the run is requested in an experiment; return its entry there."""
         self.experiment = tracking.experiment
         entry = self.copies.setdefault(tracking.experiment, ExperimentEntry())
         entry.for_mlflow |= tracking.name == "mlflow"
         return entry
 
     def artifact_paths(self, besides: Container[str] = ()) -> dict[str, Path]:
-        """The artifacts that are there, besides some; a folder may have been tidied.
+        """The paths of the artifacts by name, without those in ``besides`` and those that a user has removed.
 
         Raises:
-            UsageError: one is no file of the run's own folder.
+            UsageError: an artifact is not a file inside the run's own folder.
         """
         assert self.directory
         wanted = {name: self.directory / name for name in self.artifacts if name not in besides}
@@ -210,14 +211,14 @@ class Record:
             self.tags[TAG_ERROR] = error
 
     def changes(self, now: Mapping[str, str]) -> str:
-        """In which conditions the run was worked on last and is not now; empty where they are the same."""
+        """Say which of the present conditions differ from those of the last session; empty if none does."""
         if not self.conditions:
             return ""
         before = {**now, CODE: "another", **self.conditions[-1]}
         return ", ".join(f"{key} was {before[key]} and is {now[key]}" for key in now if before[key] != now[key])
 
     def continue_under(self, now: Mapping[str, str], step: int) -> None:
-        """Add conditions to the history, unless the run was worked on under the same."""
+        """Add the present conditions to the history, unless they are those of the last session."""
         changes = self.changes(now)
         if changes:
             self.tags[TAG_CONDITIONS_CHANGED] = "; ".join(
@@ -227,7 +228,7 @@ class Record:
             self.conditions.append({"step": str(step), **now})
 
     def state(self, experiment: str) -> str:
-        """Twelve hex digits of all that MLflow is told of the run in an experiment."""
+        """A digest, twelve hex digits, of everything that is delivered to MLflow of the run in an experiment."""
         tags = self.tags | self.copies[experiment].tags
         told = [self.status, self.end_time, self.params, tags, self.artifacts, self._rows_bytes()]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
@@ -237,7 +238,7 @@ class Record:
         return path.stat().st_size if path.exists() else 0
 
     def save(self, directory: Path) -> None:
-        """Write ``run.json``, unless that is what it says; params and tags lose what is secret in them."""
+        """Write ``run.json`` if its content changes; secrets are removed from the params and the tags."""
         self.directory = directory.resolve()
         self.params, self.tags = hide_in_settings(self.params), hide_in_settings(self.tags)
         self.tags |= {key: redact(self.tags[key]) for key in TAGS_OF_FREE_TEXT if key in self.tags}
@@ -250,8 +251,8 @@ class Record:
             write_whole(directory / RECORD, content)
 
 
-class Old(TypedDict):
-    """What else a file holds that is from the time when a run was in one experiment."""
+class OldRecord(TypedDict):
+    """The further keys of a ``run.json`` from the time when a run had a single experiment."""
 
     run_id: str
     for_mlflow: bool
@@ -260,22 +261,22 @@ class Old(TypedDict):
     delivered_artifacts: int
 
 
-_RECORD, _OLD = TypeAdapter(Record), TypeAdapter(Old)
+_RECORD, _OLD = TypeAdapter(Record), TypeAdapter(OldRecord)
 
 
 def _digest(values: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-@cache  # a run reads its record several times
+@cache  # because a run reads its record several times
 def _warn_once(message: str) -> None:
     logger.warning("%s", message)
 
 
 def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
-    """Every run's directory below a folder, and its record. A damaged one is passed over, with a warning.
+    """Find the directory and the record of every run below a folder; skip damaged records with a warning.
 
-    Links to folders are followed; a folder that is reached in several ways counts once, so a link may also lead back.
+    Links to folders are followed. A folder that is reached in several ways counts once, so links may form a circle.
     """
     seen = set[str]()
     for parent, folders, files in os.walk(root, followlinks=True):
@@ -292,13 +293,13 @@ def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
 
 
 def checkpoints_by_step(folder: Path) -> dict[int, Path]:
-    """The checkpoints that a folder holds, whole or damaged, the earliest first."""
+    """The checkpoints in a folder, undamaged or damaged, by their steps, the earliest first."""
     found = {path: CHECKPOINT_FILES.fullmatch(path.name) for path in folder.glob("step-*.pt")}
     return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the latest step, whole or damaged; None without one."""
+    """The checkpoint of the latest step, undamaged or damaged; None if there is none."""
     return next(reversed(checkpoints_by_step(folder).values()), None)
 
 

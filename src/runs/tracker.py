@@ -1,7 +1,7 @@
-"""Where a run's numbers go: into its files first, and from there to MLflow.
+"""The log of a run's metrics, tags and artifacts: first to its files, and from there to MLflow.
 
-MLflow's SQL store drops an exact repeat of (key, time, step, value), so delivering a row twice changes nothing, and
-whatever a kill or an outage cut off is simply delivered again: at the next flush, on resume, or later
+MLflow's SQL store drops an exact repeat of (key, time, step, value), so delivering a row twice changes nothing. A
+delivery that a kill or an outage cut off is simply repeated: at the next flush, on resume, or later
 (`src.runs.delivery`).
 """
 
@@ -27,33 +27,34 @@ from src.system.redact import one_line
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]  # how a run may end
 STOPPING_TIMEOUT_S = 5.0  # for a delivery of a run that has been told to stop
-SLOW_DELIVERY_S = 1.0  # a delivery that takes longer is repeated so rarely that all take a tenth of the time
+SLOW_DELIVERY_S = 1.0  # after a longer delivery, the next one waits ten times as long as it took
 
 logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """The log of one run. A run whose output directory holds one already is continued.
+    """The log of one run. If the output directory already holds a run, that run is continued.
 
     Training is deterministic, so a resumed run computes again what it had logged after its last checkpoint. Those rows
     are kept as they are, and `log` skips a metric at a step that the file has: no gaps, no duplicates. A finished run
     that is opened again, to be evaluated, may log anything.
 
     A store that fails or hangs does not stop training: each delivery has a deadline, one line is logged, the rows stay
-    in the file, and a later flush tries again. What could not be delivered by the end is named by `close`, with the
-    command that delivers it.
+    in the file, and a later flush tries again. If something is still undelivered at the end, `close` logs the command
+    that delivers it.
 
     Args:
-        directory: the run's output directory, whose name MLflow shows. A continued run keeps its name.
+        directory: the run's output directory. MLflow shows its name; a continued run keeps the name that it has.
         tracking: the config group. A run that was requested in other experiments before belongs to all of them.
         params: the flattened config. A continued run keeps the values that it has.
-        tags: replaced where they exist.
-        is_stopping: whether the run has been told to stop, which no delivery delays by more than `STOPPING_TIMEOUT_S`.
-        reopens: a finished run gets further figures. Whatever ends this process, the run stays finished, and still
-            ended when it did, after as long.
+        tags: the run's tags, which replace those of the same name.
+        is_stopping: returns whether the run has been told to stop; then a delivery takes at most `STOPPING_TIMEOUT_S`.
+        reopens: whether a finished run is opened to get further metrics. However this process ends, such a run stays
+            finished, and keeps its end time and its duration.
 
     Raises:
-        UsageError: MLflow is not installed, or its local store does not open.
+        UsageError: MLflow is not installed, the store does not open, the record or a row is damaged, or
+            ``tracking.parent`` is not a sweep's folder.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Tracker:
         record.request(tracking).tags |= parent_tags(tracking.parent)
         rows = cut_and_read(directory / METRICS)
         self._last_step: dict[str, int] = {}
-        for row in rows:  # a kill may have come between a row and the record
+        for row in rows:  # the record lacks the last rows if a kill came before it was saved
             self._remember(row["metrics"], row["step"])
         self._opened = time.monotonic() - record.seconds
         finished = record.status == "FINISHED"
@@ -93,7 +94,7 @@ class Tracker:
             record.status, record.end_time = "RUNNING", None
         record.params = {key: str(value) for key, value in params.items()} | record.params
         record.tags |= dict(tags) | {TAG_OUTPUT_DIR: str(directory.resolve())}
-        record.tags.pop(TAG_ERROR, None)  # of the session before
+        record.tags.pop(TAG_ERROR, None)  # the error of an earlier session
         record.save(directory)
         self._rows = (directory / METRICS).open("ab", buffering=0)
         self._digest = digest_of(directory / METRICS, self._rows.tell())
@@ -101,66 +102,66 @@ class Tracker:
 
     @property
     def run_id(self) -> str:
-        """MLflow's id of the run where it was requested; a generated one where there is no MLflow, or none so far."""
+        """MLflow's id of the run in the requested experiment; the run's own id as long as MLflow does not have it."""
         return self.record.run_id
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Append a row to ``metrics.jsonl``; `flush` delivers it.
 
         Raises:
-            OSError: there is no room for it.
+            OSError: the disk has no room for the row.
         """
         new = {key: float(value) for key, value in metrics.items() if (key, step) not in self._logged}
         if not new:
             return
         row = json.dumps({"step": step, "time": now_ms(), "metrics": encode(new)}, allow_nan=False).encode() + b"\n"
-        if self._rows.write(row) < len(row):  # a disk that is full takes a part, and refuses the next
+        if self._rows.write(row) < len(row):  # a disk that becomes full takes only a part of the row
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory / METRICS))
         self._digest.update(row)
         self._remember(new, step)
 
     def _remember(self, metrics: Mapping[str, float], step: int) -> None:
-        """Update the record with the metrics whose step is not before the one it has."""
+        """Update the record's last values by those metrics that it does not have from a later step."""
         newest = {key: value for key, value in metrics.items() if step >= self._last_step.get(key, -1)}
         self.record.metrics |= newest
         self._last_step |= dict.fromkeys(newest, step)
 
     @property
     def next_step(self) -> int:
-        """The first after all that have been logged."""
+        """The step after the last one that has been logged."""
         return max(self._last_step.values(), default=-1) + 1
 
     @property
     def written(self) -> tuple[int, str]:
-        """How many bytes of rows there are, and their SHA-256."""
+        """The size of the rows in bytes, and their SHA-256."""
         return os.fstat(self._rows.fileno()).st_size, self._digest.hexdigest()
 
     def sync(self) -> None:
-        """Put all rows on the disk, so that not even a power cut loses one. To be called before each save.
+        """Put all rows on the disk, so that not even a power cut loses one; call this before saving a checkpoint.
 
         Raises:
-            CannotWrite: the run's directory is no longer the one that the run was started in.
+            CannotWrite: the run's directory has been removed or replaced since the run was opened.
         """
         os.fsync(self._rows.fileno())
         if not self._is_in_place():
             raise CannotWrite(f"{self.directory}: was removed or replaced while the run worked in it, so the run stops")
 
     def _is_in_place(self) -> bool:
-        """Whether the path still names the open file; a lock does not tell, because it goes with its folder."""
+        """Whether the path still names the open file; the lock does not tell, because it moves with its folder."""
         try:
             return os.path.samestat(os.fstat(self._rows.fileno()), (self.directory / METRICS).stat())
         except OSError:
             return False
 
     def flush(self) -> None:
-        """Deliver what has not been. A store that fails or is slow costs at most a tenth of the training time."""
-        self.sync()  # the store is never told of a row which the file could still lose
+        """Deliver what MLflow lacks. A store that fails or is slow costs at most a tenth of the training time."""
+        self.sync()  # so that the store never gets a row that the file could still lose
         if time.monotonic() >= self._retry_at:
             self._deliver()
         self._save()
 
     def artifact(self, path: Path) -> None:
-        """Upload a file of the output directory, in the place of what it was before."""
+        """Deliver a file of the output directory, which replaces its earlier version in MLflow."""
         name = os.path.relpath(path, self.directory)
         if name not in self.record.artifacts:
             self.record.artifacts.append(name)
@@ -169,7 +170,7 @@ class Tracker:
         self.flush()
 
     def watch_system(self) -> None:
-        """Has MLflow measure the machine until `close`, where that is asked for; the files have nothing of it."""
+        """Have MLflow log system metrics until `close`, if ``tracking.system_metrics`` is set; the files lack them."""
         if not self.tracking.system_metrics:
             return
         try:
@@ -184,14 +185,14 @@ class Tracker:
         """End the run, here and in MLflow; a run that was told to stop does not wait for a store that fails.
 
         Raises:
-            OSError: there is no room to write that the run is finished. Another status is then told to MLflow only.
+            OSError: the disk has no room for the record of a finished run. Any other status then reaches MLflow only.
         """
         with suppress(Exception):
             if self._end_watch:
                 Call(self._end_watch).result(self._patience)
         self.record.close(status)
         self.record.end_time = self._ended or self.record.end_time
-        if not self._is_in_place():  # what is there now belongs to another process; MLflow keeps what it has
+        if not self._is_in_place():  # the files there now belong to another process; MLflow keeps what it has
             with suppress(Exception):
                 if self._delivery:
                     self._delivery.terminate()
@@ -218,22 +219,23 @@ class Tracker:
         self.record.save(self.directory)
 
     def _deliver(self) -> bool:
-        """Whether MLflow has everything; never two deliveries of this process at once.
+        """Deliver within the deadline, and return whether MLflow now has everything.
 
-        One that was given up goes on in its thread, and is waited for before another begins. At the end of the process
-        it ends too, before the run's lock is free, so a later command never works beside it. What it had sent by then
-        is harmless: an exact repeat of a value is dropped, params do not change, and the record does not count it as
-        delivered, so that tags and status are sent again.
+        This process never makes two deliveries at once: a delivery that exceeded its deadline goes on in its thread,
+        and the next one first waits for it. It ends with the process at the latest, before the run's lock is free, so a
+        later command never works beside it. What it has sent by then is harmless: the store drops an exact repeat of a
+        value, params do not change, and the record does not count it as delivered, so that tags and status are sent
+        again.
         """
         if self.tracking.name != "mlflow":
             return True
         started = time.monotonic()
         try:
-            if self._call is not None and self._call.is_running:  # given up before, and still at work
+            if self._call is not None and self._call.is_running:  # a delivery that has exceeded its deadline
                 self._call.result(self._patience)
             self._call = Call(self._push)
             self._call.result(self._patience)
-        except Exception as error:  # whatever it is, training matters more
+        except Exception as error:  # whatever has failed, training goes on
             self._retry_at = time.monotonic() + 10 * (time.monotonic() - started)
             if not self._warned:
                 logger.warning("MLflow does not take rows, they are kept in %s: %s", METRICS, one_line(error))
@@ -245,6 +247,7 @@ class Tracker:
         return True
 
     def _patience(self) -> float:
+        """The deadline in seconds of a delivery, which shrinks when the run is told to stop."""
         return STOPPING_TIMEOUT_S if self.is_stopping() else mlflow_store.STORE_TIMEOUT_S
 
     def _push(self) -> None:
@@ -253,14 +256,14 @@ class Tracker:
             self._delivery = mlflow_store.Delivery(client, record, record.experiment, requested=True)
         self._delivery.push()
         if record.status != "RUNNING":
-            for _ in mlflow_store.deliver(client, record):  # to the experiments that were requested before
+            for _ in mlflow_store.deliver(client, record):  # to the experiments in which it was requested before
                 pass
 
     def client(self) -> Any:
-        """MLflow's client. None with ``tracking=jsonl``.
+        """MLflow's client, for which the store is opened once; None with ``tracking=jsonl``.
 
         Raises:
-            UsageError: the store does not open, or not now.
+            UsageError: the store does not open or, as `src.runs.mlflow_store.Busy`, does not open now.
         """
         if self._client is None and self.tracking.name == "mlflow":
             self._client = mlflow_store.open_store(self.tracking.experiment)
@@ -268,7 +271,7 @@ class Tracker:
 
 
 class NoTracker(Tracker):
-    """A tracker that records nothing, for every rank but the first."""
+    """A tracker that writes nothing, for every rank but the first."""
 
     def __init__(self, directory: Path, tracking: Tracking, *_: object, **__: object) -> None:
         self.record = Record.new(directory.name, tracking.experiment)
@@ -280,20 +283,24 @@ class NoTracker(Tracker):
 
 
 def parent_tags(parent: str | None) -> dict[str, str]:
-    """The tags that nest a run under a sweep's, whose folder is given; none without one."""
+    """The tags that nest a run under the sweep whose folder is ``parent``; none without a sweep.
+
+    Raises:
+        UsageError: the folder is not that of a sweep.
+    """
     if parent is None:
         return {}
     record = Record.load(Path(parent))
     if TAG_SWEEP_ID not in record.tags:
         raise UsageError(f"tracking.parent={parent}: is not the folder of a sweep; leave it out")
     tags = {f"sweep.{record.tags[TAG_SWEEP_ID]}": "true"}
-    if record.entry.run_id:  # else MLflow does not have the sweep so far, and `attach_children` does it in the end
+    if record.entry.run_id:  # else MLflow does not have the sweep yet, and `attach_children` adds the tag at its end
         tags[TAG_PARENT] = record.entry.run_id
     return tags
 
 
 def mark_failed(directory: Path, reason: str) -> None:
-    """Close a run, as failed, whose process ended without doing so."""
+    """Mark a run as failed whose process ended without closing it."""
     record = Record.load(directory)
     record.close("FAILED", reason)
     record.save(directory)
