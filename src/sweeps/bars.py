@@ -1,7 +1,7 @@
-"""What a person sees in a terminal while a sweep's jobs run: a bar of all jobs, and one of each that runs.
+"""Progress bars in a terminal while a sweep's jobs run: one for all jobs together, and one for each running job.
 
-What is known of a job is what it prints: a line an epoch, and in long epochs one every ten seconds. Elsewhere than in a
-terminal there is nothing to see.
+A job's progress is read from the lines that it prints: one after each epoch and, in long epochs, one every ten seconds.
+Outside a terminal no bars are drawn.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from src.system.output import in_terminal
 
-LOOK_EVERY_S = 1.0  # between two looks at the logs
-TAIL_BYTES = 4096  # of a log, which hold its last lines
+LOOK_EVERY_S = 1.0  # between two readings of the logs
+TAIL_BYTES = 4096  # read from the end of a log, for its last lines
 _LINE = re.compile(r"epoch (\d+)/(\d+)  (?:step (\d+)/(\d+)  )?(.*)")
 
 
 class Bars(Progress):
-    """The bars of a sweep, between the start and the end of a ``with`` block.
+    """The bars of a sweep, shown inside a ``with`` block.
 
     Args:
-        total: the number of jobs; None where it is not known.
+        total: the number of jobs; None: not known.
     """
 
     def __init__(self, total: int | None) -> None:
@@ -39,15 +39,15 @@ class Bars(Progress):
         self._looked = 0.0
 
     def count(self) -> None:
-        """Another job has ended."""
+        """Count a job that has ended."""
         self.ended += 1
         self.update(self.all, completed=self.ended, known=_of(self.ended, self.total))
 
     def look(self, logs: Mapping[str, Path]) -> None:
-        """Read how far the running jobs are, once a second.
+        """Read the progress of the running jobs from their logs, at most once every `LOOK_EVERY_S`.
 
         Args:
-            logs: where each of them prints, by what it is called.
+            logs: the log of each running job, by the job's name on its bar.
         """
         if self.disable or time.monotonic() - self._looked < LOOK_EVERY_S:
             return
@@ -58,21 +58,24 @@ class Bars(Progress):
         for name, path in logs.items():
             if name not in self.of_jobs:
                 self.of_jobs[name] = self.add_task(name, total=1, known="")
-            share, known = how_far(path)
+            share, known = training_progress(path)
             self.update(self.of_jobs[name], completed=share, known=known)
             done += share
         self.update(self.all, completed=done)
 
     def stop(self) -> None:
-        """Leave nothing but the bar of all jobs."""
+        """Stop drawing, and leave only the bar of all jobs."""
         for task in self.of_jobs.values():
             self.remove_task(task)
         self.of_jobs.clear()
         super().stop()
 
 
-def how_far(log: Path) -> tuple[float, str]:
-    """The share of a job's training that is done, from 0 to 1, and the last line that says so."""
+def training_progress(log: Path) -> tuple[float, str]:
+    """Read from a log the fraction of the job's training that is done, from 0 to 1, and its last epoch and values.
+
+    Without a line that reports progress, these are 0 and an empty text.
+    """
     try:
         with log.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))

@@ -1,9 +1,9 @@
-"""What the launchers for clusters have in common: jobs that outlive the command, and are found again by their ids.
+"""The base class of the launchers for clusters, whose jobs outlive the command and are found again by their ids.
 
 The sweep's folder ``jobs/`` has three files for each job: ``NAME.id``, the scheduler and its job id; ``NAME.log``, the
-output; and, once the job has ended, ``NAME.status``, its exit status. The command only waits; typed again, it waits
-for the jobs that are still there. A scheduler may take a job up again that has been stopped, so a status other than 0
-counts when the scheduler no longer has the job.
+output; and, once the job has ended, ``NAME.status``, its exit status. The command only waits for the jobs; if it is
+repeated, it waits for those that the scheduler still has. A scheduler may start a stopped job again, so an exit status
+other than 0 counts only when the scheduler no longer has the job.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from src.system.stopping import Stopper
 
 @dataclass
 class JobState:
-    """What a scheduler says of a job."""
+    """A scheduler's answer about a job: its phase, and the reason or the place."""
 
     phase: Literal["waits", "cannot start", "runs", "is gone"]
     why: str = ""
@@ -38,12 +38,12 @@ class JobState:
 
 @dataclass
 class Submitted:
-    """A job that a scheduler has."""
+    """A job that has been submitted to a scheduler."""
 
     job: Job
     id: str
-    last_state: JobState | None = None  # the last that was said of it
-    gone_since: float | None = None
+    last_state: JobState | None = None  # the scheduler's last answer about it
+    gone_since: float | None = None  # when the scheduler first no longer had it (time.monotonic)
 
 
 class SchedulerSilent(Exception):  # noqa: N818
@@ -51,14 +51,14 @@ class SchedulerSilent(Exception):  # noqa: N818
 
 
 class ClusterLauncher(JobLauncher):
-    """Submits the jobs, and waits for each of them."""
+    """Submits the jobs to a scheduler, and waits for each of them."""
 
-    engine: str  # for people
-    package: str  # the module that talks to it,
-    extra: str  # and what of this project's extras brings it
+    engine: str  # the scheduler's name in messages
+    package: str  # the module that talks to the scheduler
+    extra: str  # this project's extra that installs the module
     pause = 1.0
-    ask_seconds = 10.0  # between two questions to the scheduler
-    grace_seconds = 20.0  # a shared file system may show a job's status so late
+    ask_seconds = 10.0  # between two requests to the scheduler
+    grace_seconds = 20.0  # how late a shared file system may show a job's status
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         require(self.package, self.extra, f"hydra/launcher={self.extra}")
@@ -74,17 +74,17 @@ class ClusterLauncher(JobLauncher):
 
     @abstractmethod
     def submit(self, work: Mapping[str, Work]) -> Sequence[str]:
-        """Hand work to the scheduler, each under a name; returns the ids.
+        """Submit jobs, given by name, to the scheduler; return their ids in the same order.
 
         Raises:
-            UsageError: it refuses them.
+            UsageError: the scheduler refuses a job.
         """
 
     @abstractmethod
     def unrecorded(self, logs: Collection[Path]) -> Mapping[Path, str]:
-        """The ids of jobs that a killed command has submitted, and has not noted, by the files of their output.
+        """Find the ids of jobs that a killed command submitted but did not record, by the paths of their logs.
 
-        Some of them may have ended long ago.
+        The result may also have jobs that ended long ago or have other logs.
 
         Raises:
             SchedulerSilent: the scheduler does not answer.
@@ -92,22 +92,22 @@ class ClusterLauncher(JobLauncher):
 
     @abstractmethod
     def job_states(self, ids: Collection[str]) -> Mapping[str, JobState]:
-        """What the scheduler says of jobs; those that it does not know are left out.
+        """Ask the scheduler for the states of jobs; those that it does not know are left out.
 
         Raises:
-            SchedulerSilent: it does not answer.
+            SchedulerSilent: the scheduler does not answer.
         """
 
     @abstractmethod
     def cancel(self, job_id: str) -> None:
-        """Take a job that waits out of the queue."""
+        """Remove a waiting job from the scheduler's queue."""
 
     @abstractmethod
     def how_to_stop(self, ids: Sequence[str]) -> str:
-        """What a user types to stop jobs."""
+        """The command that a user types to stop jobs."""
 
     def start(self, jobs: Sequence[Job], stopper: Stopper) -> None:  # noqa: ARG002
-        """Find those that the scheduler has already, and submit the others."""
+        """Find the jobs that the scheduler already has, and submit the others."""
         self._file(jobs[0], "log").parent.mkdir(parents=True, exist_ok=True)
         before = {job: known for job in jobs if (known := self._known(job))}
         unknown = {self._file(job, "log").resolve(): job for job in jobs if job not in before}
@@ -158,10 +158,13 @@ class ClusterLauncher(JobLauncher):
         return job_id if engine == self.engine else ""
 
     def ended(self, stopper: Stopper) -> list[Job]:
-        """Those that have noted that they are finished, and, now and then, what the scheduler says of the others."""
+        """Collect the jobs whose status is 0 and, every `ask_seconds`, those that have failed or can never start.
+
+        If the command has been told to stop, leave all jobs to the scheduler, and return them.
+        """
         if stopper.status:
             return self._leave(stopper.status)
-        # The folder is listed once, because on a shared disk a try to open a file of each job takes long.
+        # The folder is listed once, because on a shared disk it takes long to try to open a file for each job.
         noted = {path.stem for path in (self.sweep.directory / "jobs").glob("*.status")}
         over = [each for each in self.submitted if each.job.directory.name in noted and self._status(each.job) == 0]
         for each in over:
@@ -196,7 +199,7 @@ class ClusterLauncher(JobLauncher):
         return [each for each in waiting if self._is_over(each, job_states.get(each.id, nothing))]
 
     def _is_over(self, each: Submitted, state: JobState) -> bool:
-        """Say what is new about a job; whether it has ended."""
+        """Print what is new about a job, and return whether it has ended."""
         if state.phase == "cannot start":
             self.cancel(each.id)
             self._fail(each, f"{self.engine} can never start it ({state.why}); it has been cancelled")

@@ -1,4 +1,4 @@
-"""``dry_run=true``: what would run, what of it is done, and how long the rest may take."""
+"""``dry_run=true``: which jobs there are, which of them are finished, and how long the others may take."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from src.runs.record import Record, records_below
 
 
 def preview(cfgs: Sequence[Config], at_a_time: int, settings: Sequence[str] = ()) -> str:
-    """The list of jobs, which of them are done, and how long the rest may take, judged by those that are finished.
+    """List the jobs, their states, and how long the unfinished ones may take, judged by finished runs like them.
 
-    A job whose images have not been decoded has no directory yet, and is listed by its name.
+    The directory of a job is not known before its images have been decoded; until then the job is listed by its name.
 
     Args:
-        cfgs: of the jobs.
+        cfgs: the configs of the jobs.
         at_a_time: how many jobs run at once.
-        settings: of each job, what its line says beside its name.
+        settings: for each job, the overrides that its line shows beside its name; empty: none.
     """
     lines, lasts, done = [], list[float](), list[tuple[Config, Record]]()
     finished = _seconds_an_epoch()
@@ -45,7 +45,7 @@ def preview(cfgs: Sequence[Config], at_a_time: int, settings: Sequence[str] = ()
     run_directory.warn_of_other_protocol(done)
     todo = len(cfgs) - len(done)
     total = f"{len(cfgs)} {'job' if len(cfgs) == 1 else 'jobs'}, {todo} to run"
-    if lasts:  # no job is shared between processes: the longest is the least that all of them take
+    if lasts:  # a single job is not run in parallel, so all jobs take at least as long as the longest
         total += f", about {_duration(max(sum(lasts) / at_a_time, *lasts))} with jobs={at_a_time}"
     if unknown := todo - len(lasts):
         total += f"; no time known for {unknown}: none like them has finished yet"
@@ -53,13 +53,13 @@ def preview(cfgs: Sequence[Config], at_a_time: int, settings: Sequence[str] = ()
 
 
 def _alike(params: Mapping[str, Any]) -> tuple[str, ...]:
-    """What an epoch's length depends on besides the method."""
+    """The settings, besides the method, on which the duration of an epoch depends."""
     keys = ("backbone.name", "data.name", "data.limit", "data.val_fraction", "batch_size", "compile", "device")
     return tuple(str(params.get(key)) for key in keys)
 
 
 def _seconds_an_epoch() -> dict[tuple[str, ...], float]:
-    """Mean wall time of finished runs an epoch, by method and `_alike`, and by `_alike` alone with method ''."""
+    """Mean wall time of an epoch of finished runs in seconds, by method and `_alike`; '' stands for all methods."""
     samples: dict[tuple[str, ...], list[float]] = {}
     for _, record in records_below(run_directory.ROOT):
         epochs = record.params.get("epochs", "")

@@ -23,24 +23,24 @@ from src.config.renamed import new_name
 from src.errors import UsageError
 from src.runs.directory import warn_of_other_protocol
 from src.sweeps.dry_run import preview
-from src.sweeps.jobs import MAX_GRID_JOBS, Composer, Job, told_apart, values
+from src.sweeps.jobs import MAX_GRID_JOBS, Composer, Job, distinguishing_overrides, values
 from src.sweeps.launcher import JobLauncher
 from src.sweeps.sweep import Sweep
 from src.system.output import in_terminal
 
-Grid = Mapping[str, Sequence[str]]  # key: its values, as on the command line
+Grid = Mapping[str, Sequence[str]]  # the values of each key, as on the command line
 # Keys that a job's line shows when it starts, besides those in which the jobs differ.
 ALWAYS_SHOWN = {"method", "support", "objective", "k", "queue_size", "seed"}
 
 
 class GridSweeper(Sweeper):
-    """``hydra/sweeper=grid``: every combination of values, of each of several alternatives, each configuration once.
+    """``hydra/sweeper=grid``: the union of several grids, the alternatives, with each distinct configuration once.
 
-    A key on the command line replaces the values that the sweep gives it; ``method`` chooses among the alternatives. A
-    key that the options of a combination do not have is passed over there.
+    A key on the command line replaces the values that the sweep gives it; ``method`` selects among the alternatives. If
+    the options of a combination do not have a key, the key is skipped there.
 
     Args:
-        params: what all alternatives sweep.
+        params: the values of each key that all alternatives sweep.
         union: the alternatives, each a line of overrides.
     """
 
@@ -59,11 +59,12 @@ class GridSweeper(Sweeper):
         self.composer = Composer(hydra_context.config_loader, config)
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run what is not finished, and summarise all of it.
+        """Run the jobs that are not finished, and summarise all jobs.
 
         Raises:
             UsageError: no job is legal, or another process runs the same sweep; nothing has been written then.
-            SystemExit: with status 1 if a job failed, or that of whatever stopped the jobs.
+            SystemExit: in any other case. The status is 0 if all jobs finished, 1 if one failed, or that of what
+                stopped the jobs; after a dry run it is 0, or 2 if a job is not legal.
         """
         if not self.config.dry_run:
             self.prepare()
@@ -76,7 +77,7 @@ class GridSweeper(Sweeper):
             if not job.cfg:
                 print(f"not possible: {job.error} ({' '.join(job.overrides)})", file=sys.stderr, flush=True)
         if self.config.dry_run:
-            print(preview(legal, self.jobs_at_a_time(len(legal)), told_apart(possible)))
+            print(preview(legal, self.jobs_at_a_time(len(legal)), distinguishing_overrides(possible)))
             sys.exit(2 if len(legal) < len(jobs) else 0)
         name = self.config.hydra.runtime.choices.get("sweep") or "grid"
         hashes = sorted(map(identity.config_hash, legal))
@@ -94,7 +95,11 @@ class GridSweeper(Sweeper):
         sys.exit(sweep.status)
 
     def jobs(self, arguments: list[str]) -> list[Job]:
-        """Compose and check every distinct configuration."""
+        """Compose and check every distinct configuration.
+
+        Raises:
+            UsageError: there are too many combinations, or a key or a value is not possible in a grid.
+        """
         given = self._grid(arguments)
         params = self._grid([f"{key}={value}" for key, value in self.params.items()])
         union = [self._grid(shlex.split(line)) for line in self.union]
@@ -102,7 +107,7 @@ class GridSweeper(Sweeper):
         if sum(math.prod(map(len, grid.values())) for grid in grids) > MAX_GRID_JOBS:
             raise UsageError(f"--multirun: more than {MAX_GRID_JOBS:,} combinations; give the keys fewer values")
         points = [
-            [typed(key, value) for key, value in zip(grid, point, strict=True)]
+            [to_override(key, value) for key, value in zip(grid, point, strict=True)]
             for grid in grids
             for point in product(*grid.values())
         ]
@@ -117,11 +122,11 @@ class GridSweeper(Sweeper):
             distinct.setdefault(key, job)
         if any(job.cfg and job.cfg.output_dir for job in distinct.values()) and len(distinct) > 1:
             raise UsageError("output_dir: each job of a sweep has a folder of its own under multirun/; leave it out")
-        # One seed after the other: whatever stops a sweep, the seeds that are done make whole curves.
+        # Sorted by seed: if something stops the sweep, the seeds that are done still make whole curves.
         return sorted(distinct.values(), key=lambda job: job.cfg.seed if job.cfg else 0)
 
     def _methods(self, grid: Grid) -> Sequence[str]:
-        """The methods of an alternative; none where it leaves that to the command line."""
+        """The names of an alternative's methods; none if it leaves the method to the command line."""
         if "experiment" not in grid or "method" in grid:
             return grid.get("method", [])
         bare = [self.composer([f"experiment={value}"]) for value in grid["experiment"]]
@@ -138,12 +143,12 @@ class GridSweeper(Sweeper):
         return grid
 
     def jobs_at_a_time(self, count: int) -> int:
-        """How many of so many jobs run at once: with ``jobs=null`` one on this machine, all of them on a cluster."""
+        """How many of ``count`` jobs run at once: with ``jobs=null`` one on this machine, and all on a cluster."""
         on_a_cluster = self.config.hydra.runtime.choices["hydra/launcher"] != "local"
         return self.config.jobs or (count if on_a_cluster else 1)
 
     def prepare(self) -> None:
-        """Make the launcher, which fails where its package is not installed, before anything is written."""
+        """Create the launcher before anything is written, because this fails if its package is not installed."""
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
         )
@@ -153,29 +158,29 @@ class GridSweeper(Sweeper):
         self.launcher = launcher
 
     def launch(self, sweep: Sweep, jobs: Iterable[Job], shown: set[str], at_a_time: int | None) -> Iterator[Job]:
-        """Have the launcher run jobs (`JobLauncher.run`); where it was stopped, those that did not start say so."""
+        """Have the launcher run jobs (`JobLauncher.run`); if it was stopped, mark the jobs that did not start."""
         yield from self.launcher.run(sweep, jobs, shown, at_a_time)
         for job in sweep.jobs if self.launcher.status else ():
             if job.cfg and not job.status and not job.is_finished:
                 job.error, job.status = "not started: the sweep was stopped", self.launcher.status
 
 
-def typed(key: str, value: str) -> str:
-    """The override for Hydra.
+def to_override(key: str, value: str) -> str:
+    """Write a key and its value as an override for Hydra.
 
-    ``~key=null`` becomes ``~key``, because Hydra 1.4 deletes a key only if its value is the one given.
+    ``~key=null`` becomes ``~key``, because Hydra 1.4 deletes a key only if its value is the given one.
     """
     return key if key[0] == "~" and value == "null" else f"{key}={value}"
 
 
-def plain(key: str, there: Container[str]) -> str:
-    """Drop the ``++`` of a key that exists already, and give it its new name if that does."""
+def known_key(key: str, there: Container[str]) -> str:
+    """Replace a key by its new name, or else drop its ``++``, if ``there`` has the result; else return it unchanged."""
     bare = key.removeprefix("++")
     return next((name for name in (new_name(bare), bare) if name and name in there), key)
 
 
 def refuse_equal_runs(override: Override) -> None:
-    """Raise a `UsageError` for several values of a key that makes no other run: all but one would be dropped."""
+    """Raise a `UsageError` if the key does not distinguish runs, because all but one of its values would be dropped."""
     key = override.key_or_group
     if not identity.is_setting(key) and key not in identity.BY_CONTENT:
         beside = "; src.evaluate adds the figures of others" if key.startswith("evaluation") else ""
@@ -183,25 +188,25 @@ def refuse_equal_runs(override: Override) -> None:
 
 
 def refuse_unused(jobs: Sequence[Job]) -> None:
-    """Raise a `UsageError` for a key that every job passed over, those among them that are not legal."""
-    nowhere = set.intersection(*(set(job.passed_over) for job in jobs)) if jobs else set()
+    """Raise a `UsageError` for a key that every job skipped, including the jobs that are not legal."""
+    nowhere = set.intersection(*(set(job.skipped_keys) for job in jobs)) if jobs else set()
     if nowhere and any(job.cfg for job in jobs):
         there = {key for job in jobs if job.cfg for key in identity.flat(job.cfg)}
         raise UsageError(explain_key(min(nowhere), sorted(there)))
 
 
 def alternatives(union: Sequence[Grid], params: Grid, given: Grid, methods: Sequence[Sequence[str]]) -> Iterator[Grid]:
-    """The grids of a union, with what the command line gives put in the place of what they have.
+    """Yield the grids of a union, in which the values of the command line replace those of the sweep.
 
     Args:
         union: the alternatives.
-        params: what all of them sweep.
-        given: the command line. A key that some alternatives sweep concerns only those.
-        methods: of each alternative; none where it leaves that to the command line.
+        params: the values that all alternatives sweep.
+        given: the values on the command line. A key that some alternatives sweep concerns only those.
+        methods: the methods of each alternative; none if it leaves the method to the command line.
     """
     there = {key for grid in (*union, params, given) for key in grid}
     *union, params, given = (
-        {plain(key, there): each for key, each in grid.items()} for grid in (*union, params, given)
+        {known_key(key, there): each for key, each in grid.items()} for grid in (*union, params, given)
     )
     theirs = {key for grid in union for key in grid} - {"method"}
     for grid, names in zip(union, methods, strict=True):
@@ -212,7 +217,7 @@ def alternatives(union: Sequence[Grid], params: Grid, given: Grid, methods: Sequ
         if "method" in grid:
             replaced |= {"method": chosen} if "method" in given else {}
         elif names:
-            replaced.pop("method", None)  # an experiment brings its own
+            replaced.pop("method", None)  # because an experiment sets the method itself
         merged = {**params, **grid, **replaced}
-        # The command line's own order, its groups first: a job's command then reads as the sweep's did.
+        # The keys of the command line come first, in its order, so that a job's command reads like the sweep's.
         yield {key: merged[key] for key in [*replaced, *(key for key in merged if key not in replaced)]}

@@ -1,4 +1,4 @@
-"""The jobs of a sweep: each one configuration, composed as the command line of a single run would compose it."""
+"""The jobs of a sweep: each is one configuration, composed as the command line of a single run composes it."""
 
 from __future__ import annotations
 
@@ -28,64 +28,65 @@ from src.runs import directory as run_directory
 from src.runs import origin
 from src.runs.record import TAG_ERROR, Record
 
-MAX_GRID_JOBS = 10_000  # to compose so many takes a quarter of an hour
+MAX_GRID_JOBS = 10_000  # composing so many takes a quarter of an hour
 
 
-@dataclass(eq=False)  # a job is itself, and a key of dicts
+@dataclass(eq=False)  # compared by identity, so that a job can be a key of a dict
 class Job:
     """One configuration of a sweep."""
 
     overrides: list[str]
-    cfg: Config | None  # None: not legal
+    cfg: Config | None  # None: the configuration is not legal
     directory: Path
-    passed_over: Sequence[str] = ()  # keys that the chosen options do not have
+    skipped_keys: Sequence[str] = ()  # keys that the chosen options do not have
     error: str = ""  # why there is no result
-    status: int = 0  # the exit status it ended with, where there is an error
-    trial: int | None = None  # its number in a study
+    status: int = 0  # the exit status that goes with the error
+    trial: int | None = None  # the number of its trial in a search
 
     @classmethod
-    def impossible(cls, overrides: list[str], passed_over: Sequence[str], reason: str) -> Job:
-        """One whose configuration is not legal."""
-        return cls(overrides, None, Path(), passed_over, " ".join(reason.split()), status=2)
+    def impossible(cls, overrides: list[str], skipped_keys: Sequence[str], reason: str) -> Job:
+        """Make a job whose configuration is not legal."""
+        return cls(overrides, None, Path(), skipped_keys, " ".join(reason.split()), status=2)
 
     @property
     def label(self) -> str:
-        """What tells it from the others, for people."""
+        """A name for messages: the folder's or, if the job is not legal, its last override."""
         return self.directory.name if self.cfg else self.overrides[-1]
 
     @property
     def record(self) -> Record | None:
-        """The record in its folder; None before its start, or where it is damaged, which the job itself reports."""
+        """The record in the job's folder; None before its start, or if it is damaged, which the job itself reports."""
         with suppress(UsageError):
             return Record.find(self.directory, hash_rows=False) if self.cfg else None
         return None
 
     @property
     def reason(self) -> str:
-        """Why it has no result."""
+        """Why the job has no result."""
         return self.error or (self.record.tags.get(TAG_ERROR, "not finished") if self.record else "not started")
 
     @property
     def is_finished(self) -> bool:
-        with suppress(UsageError):  # as `record`
+        """Whether the job's folder has the result of its configuration."""
+        with suppress(UsageError):  # a damaged record, or one of another configuration, which the job itself reports
             return self.cfg is not None and run_directory.is_finished(self.directory, self.cfg)
         return False
 
     @property
     def result(self) -> Record | None:
-        """Its record, where it is finished."""
+        """The job's record if it is finished, else None."""
         return self.record if self.is_finished else None
 
 
 class Composer:
-    """Makes jobs of overrides: Hydra composes each choice of options once, and a job's values are set on a copy.
+    """Makes jobs from overrides: Hydra composes each choice of options once, and a job's values are set in a copy.
 
-    A value is set where the chosen options have its key, under the key's present name, and passed over elsewhere: a
+    A value is set, under the key's present name, if the chosen options have the key; otherwise the key is skipped. So a
     grid over ``support=queue,kmeans`` may have both ``queue_size`` and ``k``.
 
     Args:
-        loader: Hydra's.
-        base: the sweep's own composed config.
+        loader: Hydra's config loader.
+        base: the composed config of the sweep's command.
     """
 
     def __init__(self, loader: Any, base: DictConfig) -> None:
@@ -94,12 +95,12 @@ class Composer:
         self.groups = set(loader.list_groups(""))
         self._chosen = cache(self._choose)
         self._parsed = cache(self.parser.parse_override)
-        self._images: dict[str, tuple[str | None, str]] = {}  # of a source its fingerprint, or what is wrong with it
+        self._images: dict[str, tuple[str | None, str]] = {}  # each data source's fingerprint, and why it has none
 
     def __call__(self, overrides: Sequence[str]) -> Job:
-        """A job with its config; one that is not legal with the reason."""
+        """Make a job with its config or, if the configuration is not legal, with the reason."""
         choices = tuple(each for each in overrides if self._is_choice(each))
-        kept, passed_over = list(choices), list[str]()
+        kept, skipped_keys = list(choices), list[str]()
         try:
             composed = self._chosen(choices).copy()
             for each in overrides:
@@ -108,16 +109,16 @@ class Composer:
                 if set_ := _set(composed, self._parsed(each)):
                     kept.append(set_)
                 else:
-                    passed_over.append(each.split("=")[0])
+                    skipped_keys.append(each.split("=")[0])
             cfg = parse(composed)
         except (UsageError, HydraException, OmegaConfBaseException) as error:
-            return Job.impossible(kept, passed_over, explain_composition(error))
-        return Job(kept, cfg, run_directory.path_of(cfg), passed_over)
+            return Job.impossible(kept, skipped_keys, explain_composition(error))
+        return Job(kept, cfg, run_directory.path_of(cfg), skipped_keys)
 
     def identify(self, job: Job) -> Job:
-        """Say which images and first weights the job has, and so where it lives; without them it is not legal.
+        """Find out which images and first weights the job has, and so its directory; without them it is not legal.
 
-        All jobs on the same images look for them once, and decode them if need be, except in a dry run.
+        The images of several jobs are looked for only once, and decoded if necessary, except in a dry run.
         """
         if job.cfg is None:
             return job
@@ -135,23 +136,24 @@ class Composer:
         except UsageError as error:
             reason = str(error)
         if reason:
-            return Job.impossible(job.overrides, job.passed_over, reason)
+            return Job.impossible(job.overrides, job.skipped_keys, reason)
         return replace(job, directory=run_directory.path_of(job.cfg))
 
     def _is_choice(self, override: str) -> bool:
-        """Whether it chooses an option, or adds or takes away a key, which is left to Hydra."""
+        """Whether an override chooses an option, or adds or removes a key, which is left to Hydra."""
         key = override.split("=")[0]
         return key in self.groups or key[0] in "+~" or "/" in key or "@" in key
 
     def _choose(self, choices: tuple[str, ...]) -> DictConfig:
+        """Compose the config with the chosen options, without Hydra's own part, so that values can be set in it."""
         composed = self.loader.load_sweep_config(self.base, list(choices))
         with flag_override(composed, ["struct", "readonly"], False):
             del composed["hydra"]
         return composed
 
 
-def told_apart(jobs: Sequence[Job]) -> list[str]:
-    """Of each job its overrides that not all jobs of its name have, which is none where no other has the name."""
+def distinguishing_overrides(jobs: Sequence[Job]) -> list[str]:
+    """For each job, its overrides that not all jobs of the same name have; empty if no other job has the name."""
     named = [(identity.run_name(job.cfg) if job.cfg else "", job.overrides) for job in jobs]
     jobs_of = Counter(name for name, _ in named)
     times = Counter((name, each) for name, overrides in named for each in overrides)
@@ -159,18 +161,21 @@ def told_apart(jobs: Sequence[Job]) -> list[str]:
 
 
 def values(override: Override) -> list[str] | None:
-    """What an override sets or sweeps, as on the command line, cut off beyond `MAX_GRID_JOBS`; None for an interval."""
+    """The values that an override sets or sweeps, as on the command line; None for an interval.
+
+    Of more than `MAX_GRID_JOBS` + 1 values, only so many are returned.
+    """
     if not override.is_sweep_override():
         return [override.get_value_element_as_str()]
     return list(islice(override.sweep_string_iterator(), MAX_GRID_JOBS + 1)) if override.is_discrete_sweep() else None
 
 
 def _set(composed: DictConfig, override: Override) -> str:
-    """Set a value in place; return the override under the key's present name, empty if there is no such key."""
+    """Set a value in place; return the override with the key's present name, or '' if there is no such key."""
     for key in (override.key_or_group, new_name(override.key_or_group)):
         parent, _, leaf = (key or "").rpartition(".")
         node = OmegaConf.select(composed, parent) if parent else composed
-        if key and isinstance(node, DictConfig) and leaf in node.keys():  # noqa: SIM118  # `in` passes over "???"
+        if key and isinstance(node, DictConfig) and leaf in node.keys():  # noqa: SIM118  # `in` ignores keys of "???"
             OmegaConf.update(composed, key, override.value(), merge=True)
             return f"{key}={override.get_value_element_as_str()}"
     return ""

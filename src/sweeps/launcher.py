@@ -1,4 +1,4 @@
-"""What the launchers have in common: each job is the command ``python -m src.train OVERRIDES``, collected by itself."""
+"""The base class of the launchers: each job is a command ``python -m src.train OVERRIDES`` with a result of its own."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from src.sweeps.sweep import Sweep
 from src.system.environment import CONF
 from src.system.stopping import PRUNED, Stopper, is_stop
 
-TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR", "0")  # what the user set, before cli.py overwrites it
+TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR", "0")  # the user's value, before cli.py overwrites it
 
 
 def refuse_foreign_sweeper(hydra: Any) -> None:
-    """Refuse sweepers of Hydra or of plugins: they wait for return values, and jobs in other processes give none.
+    """Refuse the sweepers of Hydra and of plugins: they wait for return values, which jobs do not give.
 
     Raises:
         UsageError: the sweeper is not one of this project's.
@@ -41,15 +41,15 @@ def refuse_foreign_sweeper(hydra: Any) -> None:
 
 
 class JobLauncher(Launcher):
-    """Starts jobs as there is room for them, and says how each of them ends; one that fails stops no other.
+    """Starts jobs as soon as there is room for them, and prints how each one ends; one that fails stops no other.
 
-    A subclass says how jobs are started and how it is known that they have ended. Hydra's own launchers run a function
-    for all jobs and return all results or none, so the sweepers here take only these.
+    A subclass defines how jobs are started and how their end is noticed. Hydra's own launchers run a function for all
+    jobs and return all results or none, so the sweepers of this project accept only subclasses of this class.
     """
 
-    at_a_time: int | None  # how many jobs; None: all of them
-    pause: float  # seconds between two looks at the jobs
-    max_minutes: float | None = None  # for all jobs together
+    at_a_time: int | None  # how many jobs run at once; None: all of them
+    pause: float  # seconds between two checks for jobs that have ended
+    max_minutes: float | None = None  # for all jobs together; None: no limit
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:  # noqa: ARG002
         refuse_foreign_sweeper(config.hydra)
@@ -57,28 +57,28 @@ class JobLauncher(Launcher):
         flags = {"main": "--config-path", "command-line": "--config-dir"}
         sources = [each for each in hydra.runtime.config_sources if each.path != str(CONF) and each.provider in flags]
         name = hydra.job.config_name
-        self.files = [  # of which jobs are composed
+        self.files = [  # options by which a job finds the config files of the sweep
             *(f"{flags[each.provider]}={each.path}" for each in sources),
             *([] if name == "train" else [f"--config-name={name}"]),
             *(each for each in hydra.overrides.hydra if each.startswith("hydra.searchpath=")),
         ]
-        self.status = 0  # that of whatever stopped the sweep
+        self.status = 0  # the exit status of what stopped the sweep; 0: nothing
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> NoReturn:
-        """What Hydra's own sweepers call, and `setup` refuses."""
+        """Raise an error: only Hydra's own sweepers call this, and `setup` refuses them."""
         raise NotImplementedError
 
     def run(self, sweep: Sweep, jobs: Iterable[Job], shown: set[str], at_a_time: int | None) -> Iterator[Job]:
-        """Start the jobs, and yield each when it has ended, its ``error`` and ``status`` filled in.
+        """Start the jobs, and yield each one when it has ended, with its ``error`` and ``status`` filled in.
 
-        A job is asked for when there is room for it: a search proposes it knowing how the others ended. When the sweep
-        is stopped, no other is asked for.
+        The next job is taken only when there is room for it, so that a search proposes it knowing how the others ended.
+        When the sweep is stopped, no further job is taken.
 
         Args:
-            sweep: whose jobs they are; files about them go to its folder.
-            jobs: those to start, in order.
-            shown: the keys that the line about a job's start shows.
-            at_a_time: how many; None: all of them.
+            sweep: the sweep of the jobs; files about them go to its folder.
+            jobs: the jobs to start, in order.
+            shown: the keys of the settings that are printed when a job starts.
+            at_a_time: how many jobs run at once; None: all of them.
         """
         self.sweep, self.shown = sweep, shown
         self.numbers: dict[Job, int] = {}
@@ -110,18 +110,18 @@ class JobLauncher(Launcher):
 
     @abstractmethod
     def ended(self, stopper: Stopper) -> list[Job]:
-        """Those of the jobs that have ended since the last call."""
+        """Return the jobs that have ended since the last call."""
 
     def logs(self) -> Mapping[str, Path]:
-        """Where running jobs print, by what a bar calls them; nothing where only their end is known."""
+        """The log of each running job, by the job's name on its bar; empty if running jobs have no bars."""
         return {}
 
     def command(self, job: Job) -> list[str]:
-        """What a user would type for the job alone, and what the sweep tells it."""
+        """The command that a user would type for the job alone, with what the sweep adds to it."""
         return [sys.executable, "-m", "src.train", *self.files, *job.overrides, *self.sweep.overrides(job)]
 
     def environment(self) -> dict[str, str]:
-        """The variables of a job."""
+        """The environment variables of a job."""
         return os.environ | {"HYDRA_FULL_ERROR": TRACEBACKS}
 
     def say(self, job: Job, what: str) -> None:
@@ -129,18 +129,18 @@ class JobLauncher(Launcher):
         print(f"job {self.numbers[job]} {what}", flush=True)
 
     def describe(self, job: Job) -> str:
-        """Its settings of those keys that are shown."""
+        """The job's overrides of the keys that are to be printed."""
         return " ".join(each for each in job.overrides if each.split("=")[0] in self.shown)
 
     def conclude(self, job: Job, status: int, output: str, log: Path, after: str = "") -> None:
-        """Say how a job ended, and note it.
+        """Print how a job ended, and fill in its ``status`` and ``error``.
 
         Args:
-            job: which.
-            status: its exit status; that of a process killed by a signal is the signal's number, negative.
-            output: what it printed, of which the last line may be the reason.
-            log: where that is.
-            after: how long it took, in words.
+            job: the job.
+            status: its exit status; if a signal killed the process, the negative number of the signal.
+            output: what the job printed; if it failed, the last line is taken for the reason.
+            log: the file of the output.
+            after: how long the job took, in words.
         """
         how = {0: "finished", PRUNED: "was pruned"}.get(status, f"ended with status {status}")
         self.say(job, f"{how}{after}")

@@ -1,8 +1,8 @@
 """``hydra/launcher=local``: each job of a sweep is a process of its own, ``jobs`` of them at a time.
 
-A process a job, rather than a pool that several share: a job that is killed or runs out of memory takes no other with
-it, memory goes back to the system, threads and GPU are set before anything loads, and what runs is the very command
-that a user would type.
+Jobs do not share a pool of processes, so that a job which is killed or runs out of memory does not end another one, the
+memory of a job goes back to the system, and threads and GPU are set before any library loads. A process runs the very
+command that a user would type.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from src.system.threads import cores
 
 @dataclass
 class Process:
-    """A job that runs."""
+    """A running job."""
 
     job: Job
     slot: int
@@ -43,13 +43,15 @@ class Process:
 class LocalLauncher(JobLauncher):
     """Starts a process for every job.
 
-    The first signal to stop is passed on to the jobs, which save and stop; no other is started. A second ends
-    everything at once. ``max_minutes`` counts for all jobs together.
+    The first signal to stop is passed on to the jobs, which save and stop, and no further job is started. A second
+    signal ends everything at once. ``max_minutes`` counts for all jobs together.
+
+    Each job has a log, ``N.log`` in the sweep's folder, or ``N.2.log`` if an earlier command has left that one. A job
+    that runs alone, outside a terminal, prints to the sweep's own output.
 
     Args:
-        jobs: how many at a time; None: one. With several, each gets its share of the threads, one GPU in turn, and a
-            file for its output, ``N.log`` in the sweep's folder, or ``N.2.log`` where an earlier command has left that.
-            In a terminal, which shows bars, so does a single one.
+        jobs: how many jobs run at once; None: one. If several do, each gets its share of the threads, and one of the
+            GPUs in turn.
     """
 
     at_a_time: int
@@ -63,11 +65,11 @@ class LocalLauncher(JobLauncher):
         self.max_minutes = config.max_minutes
         self.processes: list[Process] = []
         self.passed_on = 0
-        # Whether a job's lines are for whoever reads the sweep's.
+        # Whether a job prints to the sweep's own output: there are no bars, and no other job prints in between.
         self.prints = self.at_a_time == 1 and not in_terminal()
 
     def start(self, jobs: Sequence[Job], stopper: Stopper) -> None:
-        """Each in a free slot."""
+        """Start each job in a free slot."""
         for job in jobs:
             taken = {each.slot for each in self.processes}
             slot = next(each for each in range(self.at_a_time) if each not in taken)
@@ -81,7 +83,7 @@ class LocalLauncher(JobLauncher):
     def _start(self, job: Job, slot: int, command: list[str]) -> Process:
         number, session = self.numbers[job], 1
         path = self.sweep.directory / f"{number}.log"
-        while path.exists():  # from an earlier command, which may have numbered the jobs otherwise
+        while path.exists():  # left by an earlier command, which may have numbered the jobs differently
             session += 1
             path = self.sweep.directory / f"{number}.{session}.log"
         log = path.open("x+b")
@@ -92,14 +94,14 @@ class LocalLauncher(JobLauncher):
             stdout=None if self.prints else log,
             stderr=log,
             env=self.environment() | self._slot_environment(slot),
-            # Apart from the terminal's group: Ctrl-C reaches a job through the launcher, once.
+            # Outside the terminal's process group, so that Ctrl-C reaches a job only once, through the launcher.
             start_new_session=True,
             preexec_fn=end_with_parent,
         )
         return Process(job, slot, time.monotonic(), process, log)
 
     def _slot_environment(self, slot: int) -> dict[str, str]:
-        """The variables that limit a job to its part of the threads, and to one of the GPUs."""
+        """The variables that limit a job to its share of the threads and to one of the GPUs; none if it runs alone."""
         if self.at_a_time == 1:
             return {}
         variables = {"OMP_NUM_THREADS": str(max(1, _threads() // self.at_a_time))}
@@ -111,7 +113,7 @@ class LocalLauncher(JobLauncher):
         return {f"job {self.numbers[each.job]}": Path(each.log.name) for each in self.processes}
 
     def ended(self, stopper: Stopper) -> list[Job]:
-        """Pass a signal on, and collect the processes that are no more."""
+        """Pass the first signal to stop on to the jobs, and collect the processes that have ended."""
         if stopper.signal and not self.passed_on:
             self.passed_on = signal.SIGTERM if stopper.signal == signal.SIGPIPE else stopper.signal
             for each in self.processes:
@@ -124,7 +126,7 @@ class LocalLauncher(JobLauncher):
 
     def _collect(self, each: Process) -> None:
         status = each.process.returncode
-        if self.passed_on and status == -self.passed_on:  # told to stop while it was still loading
+        if self.passed_on and status == -self.passed_on:  # killed by the signal, because it was still loading
             status = 128 + self.passed_on
         each.log.seek(0)
         output = each.log.read().decode(errors="replace").strip()
@@ -136,13 +138,13 @@ class LocalLauncher(JobLauncher):
 
 
 def _threads() -> int:
-    """How many threads this process may have: what OpenMP is told, which may be a list, else one a core."""
+    """How many threads this process may use: the first number in OMP_NUM_THREADS, or else one per core."""
     told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(told) if re.fullmatch(r"[1-9]\d{0,8}", told, re.ASCII) else cores()
 
 
 def _visible_gpus() -> list[str]:
-    """The names by which CUDA knows the GPUs that this process may use; none where there is no driver."""
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes; none without a driver."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in named.split(",") if name.strip()]
     try:

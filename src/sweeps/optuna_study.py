@@ -1,7 +1,7 @@
 """A search over settings by Optuna, kept in ``study.db`` in its sweep's folder. The only file that imports optuna.
 
-What hydra-optuna-sweeper leaves open is closed here: the same command continues to the same total, a seeded sampler
-does not repeat itself, points are distinct, a trial that was cut off is taken up again, and hopeless ones are pruned.
+Unlike with hydra-optuna-sweeper, the same command continues to the same total of trials, a seeded sampler does not
+repeat itself, points are distinct, an interrupted trial is taken up again, and hopeless trials are pruned.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from src.errors import UsageError
 from src.system.redact import one_line, redact
 from src.system.seeding import mix
 
-OBJECTIVE = "val/knn_top1"  # which a search maximises; never a metric of the test images
+OBJECTIVE = "val/knn_top1"  # the metric that a search maximises; never one of the test images
 PRUNERS = ("median", "halving", "none")
 FILE = "study.db"
 DRAW_ATTEMPTS = 100  # to find a point that no trial has
@@ -32,16 +32,16 @@ logger = logging.getLogger(__name__)
 
 
 def space(overrides: Mapping[str, Override], whole: Container[str]) -> dict[str, Any]:
-    """The distribution of each key that is not fixed: choices, ``range``, ``interval``, ``tag(log, interval)``.
+    """Turn overrides that sweep (choices, ``range``, ``interval``, ``tag(log, interval)``) into Optuna's distributions.
 
-    As everywhere in Hydra a ``range`` excludes its end.
+    As everywhere in Hydra, a ``range`` excludes its end.
 
     Args:
-        overrides: those that sweep, by their keys.
-        whole: the keys that hold integers, and get them.
+        overrides: the overrides by their keys; those that do not sweep are left out of the result.
+        whole: the keys of integer settings, for which an interval gives integers.
 
     Raises:
-        UsageError: a choice or an interval that Optuna cannot draw from.
+        UsageError: Optuna cannot draw from one of the overrides.
     """
     drawn = {}
     for key, override in overrides.items():
@@ -61,17 +61,17 @@ def _distribution(override: Override, whole: bool) -> Any:
     if override.is_interval_sweep():
         kind = int if whole or isinstance(swept.start, int) else float
         return numbers(kind(swept.start), kind(swept.end), log="log" in swept.tags)
-    swept.shuffle = False  # a draw has no order, and a search's folder is named by its distributions
+    swept.shuffle = False  # a draw needs no order, and a search is found again by its distributions
     values: list[Any] = list(override.sweep_iterator(Transformer.encode))
     if not values:
         raise ValueError("it is empty")
-    if override.is_range_sweep() and not isinstance(values[0], str):  # str(range(3)), since Hydra 1.4
+    if override.is_range_sweep() and not isinstance(values[0], str):  # strings: str(range(3)), since Hydra 1.4
         return numbers(min(values), max(values), type(values[0])(abs(swept.step)) or 1)
     return CategoricalDistribution(values)
 
 
 def numbers(low: float, high: float, step: float | None = None, log: bool = False) -> Any:
-    """From low to high, both included; whole ones where low is whole."""
+    """A distribution of the numbers from low to high, both included; of integers if low is an integer."""
     import optuna
 
     known: Any = optuna.distributions
@@ -87,18 +87,18 @@ def numbers(low: float, high: float, step: float | None = None, log: bool = Fals
 
 
 def first(space: Mapping[str, Any]) -> list[str]:
-    """A point of the space: of each key the lowest number, or the first choice."""
+    """A point of the space as overrides: the lowest number or the first choice of each key."""
     return [f"{key}={each.low if hasattr(each, 'low') else each.choices[0]}" for key, each in space.items()]
 
 
 class Study:
-    """Trials, each a point of the space; one process at a time proposes and concludes.
+    """The trials of a search, each with a point in the space; one process at a time proposes and concludes them.
 
     Args:
-        folder: the sweep's.
-        distributions: from `space`.
+        folder: the sweep's folder.
+        distributions: the result of `space`.
         pruner: one of `PRUNERS`.
-        seed: proposals are a function of it and of the trials before.
+        seed: proposals are a function of the seed and of the earlier trials.
     """
 
     def __init__(self, folder: Path, distributions: Mapping[str, Any], pruner: str, seed: int) -> None:
@@ -107,21 +107,21 @@ class Study:
         self.study.set_user_attr("pruner", pruner)
         for trial in self.study.trials:
             if trial.state.name == "RUNNING" and trial.params.keys() != self.distributions.keys():
-                self.conclude(trial.number, "FAIL")  # cut off before it had its point
+                self.conclude(trial.number, "FAIL")  # interrupted before its point was drawn
 
     def trials(self) -> dict[int, Any]:
-        """Copies of all trials that have their point, by number: ``params``, and the name of ``state``.
+        """Copies of all trials that have a point, by number, with the point in ``params``.
 
-        That is ``RUNNING`` until `conclude`, then ``COMPLETE``, ``PRUNED`` or ``FAIL``.
+        The name of ``state`` is ``RUNNING`` until `conclude`, then ``COMPLETE``, ``PRUNED`` or ``FAIL``.
         """
         keys = self.distributions.keys()
         return {trial.number: trial for trial in self.study.trials if trial.params.keys() == keys}
 
     def propose(self) -> int:
-        """A new trial, at a point that no other has; returns its number.
+        """Begin a new trial at a point that no other trial has, and return its number.
 
-        The point is drawn in a copy of the study and enqueued before the trial is begun: whatever a kill leaves behind
-        is a trial with its point, or none.
+        The point is drawn in a copy of the study and enqueued before the trial begins, so that a kill leaves behind
+        either a trial with its point or no trial.
 
         Raises:
             UsageError: no other point was found.
@@ -148,13 +148,13 @@ class Study:
         raise UsageError(f"{len(taken)} trials: {DRAW_ATTEMPTS} draws found no other point; widen hydra.sweeper.params")
 
     def conclude(self, number: int, state: str, value: float | None = None) -> None:
-        """End a trial as ``COMPLETE`` with its value, ``PRUNED`` or ``FAIL``."""
+        """End a trial as ``COMPLETE``, with its value, or as ``PRUNED`` or ``FAIL``."""
         from optuna.trial import TrialState
 
         self.study.tell(number, value, state=TrialState[state])
 
     def best(self) -> str:
-        """The value of the best complete trial and its point, as it is typed in a shell; empty where there is none."""
+        """The value and the point of the best complete trial, as typed in a shell; empty if no trial is complete."""
         if not any(trial.state.name == "COMPLETE" for trial in self.study.trials):
             return ""
         best = self.study.best_trial
@@ -163,9 +163,15 @@ class Study:
 
 
 def should_prune(folder: str | None, number: int | None, epoch: int, metrics: Mapping[str, float]) -> bool:
-    """Tell a trial's study how the trial does after an epoch; return whether it lags so far behind as to stop it.
+    """Report a trial's metric after an epoch to its study; return whether it lags so far behind that it should stop.
 
-    A study that does not answer prunes nothing, and stops nothing.
+    The answer is no for a run outside a search, after an epoch without the metric, and if the study does not answer.
+
+    Args:
+        folder: the sweep's folder; None: the run belongs to no sweep.
+        number: the number of the trial; None: the run is not a trial.
+        epoch: how many epochs have been trained.
+        metrics: those that were logged after this epoch.
     """
     if folder is None or number is None or OBJECTIVE not in metrics:
         return False
@@ -181,7 +187,7 @@ def should_prune(folder: str | None, number: int | None, epoch: int, metrics: Ma
         study.pruner = pruners[study.user_attrs["pruner"]]
         trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
         with _quiet():
-            trial.report(metrics[OBJECTIVE], epoch)  # said twice, after a resume, it counts once
+            trial.report(metrics[OBJECTIVE], epoch)  # repeated after a resume, it counts only once
         return trial.should_prune()
     except Exception as error:
         logger.warning("the study in %s does not answer, so nothing is pruned: %s", folder, error)
@@ -189,28 +195,29 @@ def should_prune(folder: str | None, number: int | None, epoch: int, metrics: Ma
 
 
 def _open(folder: Path, check: bool = False) -> Any:
-    """The study in a folder; what there is of it is checked if that is asked for."""
+    """Open the study in a folder, or create it; with ``check``, look for damage in it."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path, url = folder / FILE, f"sqlite:///{folder / FILE}"
     try:
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
-            raise ValueError("it is a link, or not a regular file")  # where a link leads, a study would be written
-        if path.exists() and path.read_bytes()[:16] not in (b"", b"SQLite format 3\0"):  # a short one counts as empty
-            raise ValueError("it is not a database")
+            raise ValueError("it is a link, or not a regular file")  # a study would be written to where a link leads
+        if path.exists() and path.read_bytes()[:16] not in (b"", b"SQLite format 3\0"):
+            raise ValueError("it is not a database")  # SQLite itself would take a single byte for an empty one
         storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
         study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
         if check:
             _check(path, study)
-    except RuntimeError as error:  # the tables are another Optuna's; it names the command that upgrades them
+    except RuntimeError as error:  # the tables are of another Optuna; the message names the command that upgrades them
         raise UsageError(f"{path}: {one_line(error)}".replace("$STORAGE_URL", url)) from None
-    except Exception as error:  # whatever is in the file decides what is raised
+    except Exception as error:  # which exception is raised depends on the file's content
         raise UsageError(f"{path} is not the study of a sweep ({one_line(error)}): move it away") from None
     return study
 
 
 def _check(path: Path, study: Any) -> None:
+    """Raise an exception if the database or a trial in it is damaged."""
     with closing(sqlite3.connect(path)) as tables:
         (found,) = tables.execute("PRAGMA integrity_check(1)").fetchone()
     if found != "ok":
@@ -220,5 +227,5 @@ def _check(path: Path, study: Any) -> None:
 
 
 def _quiet() -> Any:
-    """Optuna 2 calls what is used here experimental, and says so each time."""
+    """Ignore warnings inside this block, because Optuna 2 warns each time that what is used here is experimental."""
     return warnings.catch_warnings(action="ignore")

@@ -1,4 +1,4 @@
-"""The sweepers and the launchers, made known to Hydra, which wants plugins to live in its namespace package."""
+"""Registration of the sweepers and launchers with Hydra, whose plugins must live in its namespace package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGE = "hydra_plugins.support_sets"
 
 
 def register() -> None:
-    """Hydra finds them under the names that conf/hydra gives as their ``_target_``."""
+    """Let Hydra find the sweepers and launchers under the names that conf/hydra gives as their ``_target_``."""
     sys.modules[PACKAGE] = sys.modules[__name__]
     for plugin in (GridSweeper, StudySweeper, LocalLauncher, SlurmLauncher, RayLauncher):
         plugin.__module__ = PACKAGE

@@ -1,6 +1,6 @@
-"""``hydra/launcher=ray``: each job of a sweep is held by a detached actor of Ray, which outlives the command.
+"""``hydra/launcher=ray``: each job of a sweep is run by a detached actor of Ray, which outlives the command.
 
-Ray's own jobs (``ray job submit``) would do as well, but one that finds no room within 15 minutes fails.
+Ray's own jobs (``ray job submit``) are not used, because such a job fails if it finds no room within 15 minutes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAMESPACE = "support-sets"
 
 
 class JobActor:
-    """The actor: it lives as long as the job's process, so that what the job had reserved is free when it ends."""
+    """The actor of a job, which ends together with the job's process and so frees what it has reserved."""
 
     def __init__(self, work: Work) -> None:
         import ray
@@ -44,11 +44,11 @@ class JobActor:
 
 
 class RayLauncher(ClusterLauncher):
-    """Hands jobs to a Ray cluster.
+    """Submits jobs to a Ray cluster.
 
     Args:
-        jobs: how many at a time; None: all of them, of which Ray starts as many as it has room for.
-        ray: ``init``, the arguments of ``ray.init``, and ``remote``, what each job reserves.
+        jobs: how many are submitted at a time; None: all of them, of which Ray starts as many as it has room for.
+        ray: ``init``, the arguments of ``ray.init``, and ``remote``, the resources that each job reserves.
     """
 
     engine, package, extra = "Ray", "ray", "ray"
@@ -79,7 +79,7 @@ class RayLauncher(ClusterLauncher):
         self._refuse_impossible()
 
     def submit(self, work: Mapping[str, Work]) -> Sequence[str]:
-        """An actor for each, under the path of the job's log."""
+        """Start an actor for each job, whose name is the path of the job's log."""
         import ray
 
         actor: Any = ray.remote(JobActor)
@@ -88,12 +88,12 @@ class RayLauncher(ClusterLauncher):
             options = {"name": str(each.log), "lifetime": "detached", "max_restarts": 0, **self.options["remote"]}
             try:
                 ids.append(actor.options(**options).remote(each)._actor_id.hex())
-            except ValueError as error:  # the name is taken
+            except ValueError as error:  # another actor has the name
                 raise UsageError(f"hydra/launcher=ray: {' '.join(str(error).split())}") from None
         return ids
 
     def _refuse_impossible(self) -> None:
-        """Keep jobs out of the queue of a cluster none of whose nodes has what they reserve."""
+        """Raise a `UsageError` if no node of the cluster has what a job reserves, because it would wait for ever."""
         import ray
 
         remote = self.options["remote"]
@@ -107,24 +107,29 @@ class RayLauncher(ClusterLauncher):
             )
 
     def unrecorded(self, logs: Collection[Path]) -> Mapping[Path, str]:
-        """By the names of the actors that live."""
+        """Find the ids by the names of the living actors."""
         actors = _actors() if logs else []
         return {Path(actor.name): actor.actor_id for actor in actors if actor.name and actor.state != "DEAD"}
 
     def job_states(self, ids: Collection[str]) -> Mapping[str, JobState]:
-        """What Ray says of the actors."""
+        """Ask Ray for the states of the actors."""
         return {actor.actor_id: _job_state(actor) for actor in _actors() if actor.actor_id in ids}
 
     def cancel(self, job_id: str) -> None:
-        """Nothing waits that cannot start: it has been refused."""
+        """Do nothing: jobs that can never start have been refused before."""
 
     def how_to_stop(self, ids: Sequence[str]) -> str:
-        """By the actor's method, on which the job saves."""
+        """The command that calls the actors' method ``stop``, on which a job saves."""
         logs = [str(self._file(each.job, "log")) for each in self.submitted if each.id in ids]
         return f"python -m src.sweeps.ray_jobs {' '.join(logs)}"
 
 
 def _actors() -> Sequence[Any]:
+    """The actors of this project in the cluster, dead or alive.
+
+    Raises:
+        SchedulerSilent: Ray does not answer.
+    """
     from ray.util.state import list_actors
 
     try:

@@ -1,6 +1,6 @@
-"""``hydra/launcher=slurm``: each job of a sweep is a job of SLURM, submitted by submitit, several as arrays.
+"""``hydra/launcher=slurm``: each job of a sweep is a job of SLURM; submitit submits several of them as an array.
 
-A job of several tasks is one run on several devices: each task is a rank of it (`src.sweeps.worker.as_rank`).
+A job of several tasks is one run on several devices: each task is a rank of the run (`src.sweeps.worker.as_rank`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from src.errors import UsageError
 from src.sweeps.cluster import ClusterLauncher, JobState, SchedulerSilent
 from src.sweeps.worker import Work
 
-# sbatch's man page and squeue's, "JOB STATE CODES" and "JOB REASON CODES".
+# Source: the man pages of sbatch and squeue, "JOB STATE CODES" and "JOB REASON CODES".
 ENDED_STATES = {
     "BOOT_FAIL",
     "CANCELLED",
@@ -36,7 +36,7 @@ NEVER_STARTS = re.compile(
     "AccountNotAllowed|BadConstraints|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|PartitionConfig"
     "|PartitionTimeLimit|QOSNotAllowed|.*PerJob(Limit)?"
 )
-ARRAY = 1000  # jobs; a cluster's MaxArraySize is 1,001 unless it says otherwise
+ARRAY = 1000  # jobs in an array at most; a cluster's MaxArraySize is 1,001 by default
 ASK_LESS = "hydra.launcher.* asks for what this cluster does not give"
 
 
@@ -48,39 +48,43 @@ class SlurmLauncher(ClusterLauncher):
     Args:
         jobs: how many of an array run at once; None: all of them.
         max_num_timeout: how often a job goes back to the queue at its time limit.
-        sbatch: the other settings of submitit's executor. One that is None is left to the cluster; without
-            ``tasks_per_node`` there is a task for each GPU of a node, or one.
+        sbatch: the other settings of submitit's executor. A setting that is None is left to the cluster; without
+            ``tasks_per_node``, a node has a task for each of its GPUs, or one.
     """
 
     engine, package, extra = "SLURM", "submitit", "slurm"
-    at_a_time = None  # an array limits itself, also when this command has ended
+    at_a_time = None  # SLURM limits the running jobs of an array, even after this command has ended
 
     def __init__(self, jobs: int | None, max_num_timeout: int, **sbatch: Any) -> None:
         self.jobs, self.max_num_timeout = jobs, max_num_timeout
         self.sbatch = {key: value for key, value in sbatch.items() if value is not None}
 
     def submit(self, work: Mapping[str, Work]) -> Sequence[str]:
-        """One job, or arrays of them; where one is refused, those before it are taken out of the queue."""
+        """Submit one job, or arrays of jobs; if an array is refused, cancel those before it.
+
+        Raises:
+            UsageError: SLURM refuses a job, there is no SLURM here, or submitit does not have a setting.
+        """
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         settings = {
             key: OmegaConf.to_object(each) if OmegaConf.is_config(each) else each for key, each in self.sbatch.items()
         }
-        gpus = re.search(r"\d+$", str(settings.get("gpus_per_node", "")))  # of "8", or of "a100:8"
+        gpus = re.search(r"\d+$", str(settings.get("gpus_per_node", "")))  # the number in "8" or "a100:8"
         settings.setdefault("tasks_per_node", int(gpus[0]) if gpus else 1)
-        if "cpus_per_task" in settings:  # which srun has not taken over from sbatch since SLURM 22.05
+        if "cpus_per_task" in settings:  # since SLURM 22.05, srun does not inherit it from sbatch
             settings["srun_args"] = [f"--cpus-per-task={settings['cpus_per_task']}"]
         ids: list[str] = []
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # a job's environment lies there
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # private: its files have the jobs' environment
             executor = SlurmExecutor(self._folder, self.max_num_timeout)
             executor.update_parameters(
                 **executor._convert_parameters(settings),
                 array_parallelism=self.jobs or len(work),
                 stderr_to_stdout=True,
             )
-            with redirect_stderr(io.StringIO()):  # to which submitit prints what it raises as well
+            with redirect_stderr(io.StringIO()):  # because submitit also prints the errors that it raises
                 for first in range(0, len(work), ARRAY):
                     part = executor.submit_array(list(work.values())[first : first + ARRAY])
                     ids += [each.job_id for each in part]
@@ -88,7 +92,7 @@ class SlurmLauncher(ClusterLauncher):
             for array in _arrays(ids):
                 self.cancel(array)
             raise UsageError(f"hydra/launcher=slurm: {_complaint(str(error))}; {ASK_LESS}") from None
-        except (RuntimeError, ValueError) as error:  # no srun here; a setting that submitit does not have
+        except (RuntimeError, ValueError) as error:  # there is no srun here, or submitit does not have a setting
             raise UsageError(f"hydra/launcher=slurm: {' '.join(str(error).splitlines()[:1])}") from None
         return ids
 
@@ -97,9 +101,9 @@ class SlurmLauncher(ClusterLauncher):
         return self.sweep.directory / "jobs" / "slurm"
 
     def unrecorded(self, logs: Collection[Path]) -> Mapping[Path, str]:
-        """From what submitit has written: of each job ``ID_submitted.pkl``, which holds its work.
+        """Find the ids in the names of submitit's files: ``ID_submitted.pkl`` holds the work of the job ``ID``.
 
-        A job without it was submitted as the command was killed, and ends without having started.
+        A job without this file was submitted just before the command was killed, and ends without having started.
         """
         from submitit.core.utils import DelayedSubmission
 
@@ -108,7 +112,7 @@ class SlurmLauncher(ClusterLauncher):
         return {DelayedSubmission.load(path).function.log: path.name.removesuffix(ending) for path in written}
 
     def job_states(self, ids: Collection[str]) -> Mapping[str, JobState]:
-        """What squeue says, and of those that it has forgotten sacct, where there is one."""
+        """Ask squeue and, about the jobs that it has forgotten, sacct if there is one."""
         listed = _ask("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T|%r|%N")
         found = {}
         for line in listed.splitlines():
@@ -134,17 +138,17 @@ class SlurmLauncher(ClusterLauncher):
         return found
 
     def cancel(self, job_id: str) -> None:
-        """By scancel."""
+        """Cancel a job or an array with scancel; a failure is ignored."""
         with suppress(SchedulerSilent):
             _ask("scancel", job_id)
 
     def how_to_stop(self, ids: Sequence[str]) -> str:
-        """By scancel, on whose SIGTERM a job saves."""
+        """The scancel command, which sends a SIGTERM, on which a job saves."""
         return f"scancel {' '.join(_arrays(ids))}"
 
 
 def _arrays(ids: Iterable[str]) -> list[str]:
-    """The ids of jobs' arrays, each once; a job that is in none has its own."""
+    """The ids of the jobs' arrays, each once; for a job outside an array, the job's own id."""
     return list(dict.fromkeys(each.split("_")[0] for each in ids))
 
 
@@ -160,6 +164,11 @@ def _job_state(state: str, reason: str, nodes: str) -> JobState:
 
 
 def _ask(*command: str) -> str:
+    """Run a tool of SLURM and return its output.
+
+    Raises:
+        SchedulerSilent: the tool fails, hangs, or does not exist.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -170,6 +179,6 @@ def _ask(*command: str) -> str:
 
 
 def _complaint(said: str) -> str:
-    """What a tool of SLURM complains of, without its own name before every line."""
+    """The error message of a SLURM tool on one line, without the tool's name before each of its lines."""
     lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in said.splitlines()]
     return "; ".join(dict.fromkeys(line for line in lines if line)) or "no reason given"

@@ -1,4 +1,4 @@
-"""``hydra/sweeper`` of ``+sweep=optuna``: a search, whose jobs are the trials of an Optuna study."""
+"""The sweeper of ``+sweep=optuna``: a search, whose jobs are the trials of an Optuna study."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from src.errors import Diverged, UsageError
 from src.runs.directory import warn_of_other_protocol
 from src.runs.record import RECORD
 from src.sweeps.dry_run import preview
-from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, plain, refuse_equal_runs, refuse_unused, typed
-from src.sweeps.jobs import Job, told_apart, values
+from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, known_key, refuse_equal_runs, refuse_unused, to_override
+from src.sweeps.jobs import Job, distinguishing_overrides, values
 from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED
 
@@ -30,20 +30,25 @@ class StudySweeper(GridSweeper):
     """A search by Optuna (src/sweeps/optuna_study.py): every job is a trial, its value the last ``val/knn_top1``.
 
     Args:
-        trials: how many in all, with those of earlier commands.
-        pruner: whether to stop hopeless trials early: ``median``, ``halving`` or ``none``.
-        seed: of the search.
-        params: the space. A key on the command line replaces its distribution, or fixes it.
+        trials: the total number of trials, including those of earlier commands.
+        pruner: how to stop hopeless trials early: ``median``, ``halving`` or ``none``.
+        seed: the seed of the search.
+        params: the search space. A key on the command line replaces the key's distribution, or fixes its value.
     """
 
     def __init__(self, trials: int, pruner: str, seed: int, params: Mapping[str, Any]) -> None:
         super().__init__(params=params)
         self.trials, self.pruner, self.seed = trials, pruner, seed
-        self.data: dict[str, Dataset] = {}  # by its settings
+        self.data: dict[str, Dataset] = {}  # the data sets that have been loaded, by their settings
 
     def sweep(self, arguments: list[str]) -> None:
-        """Take up the trials that were cut off, then propose another whenever one ends, until there are enough."""
-        from src.sweeps import optuna_study as studies  # optuna and torch take seconds
+        """Take up the interrupted trials, then propose another one whenever one ends, until there are ``trials``.
+
+        Raises:
+            UsageError: the search is not possible, no further point is found, or the trials cannot be judged.
+            SystemExit: as in `GridSweeper.sweep`, but not after a dry run.
+        """
+        from src.sweeps import optuna_study as studies  # late, because optuna and torch take seconds to import
 
         if self.pruner not in studies.PRUNERS:
             raise UsageError(f"hydra.sweeper.pruner={self.pruner}: choose one of {', '.join(studies.PRUNERS)}")
@@ -81,37 +86,42 @@ class StudySweeper(GridSweeper):
                 raise UsageError(f"data: {lacking}; choose images that have some")
             if trials.exhausted:
                 raise trials.exhausted
-            if self.launcher.status and len(sweep.jobs) < self.trials:  # the last of its jobs may have ended by itself
+            if self.launcher.status and len(sweep.jobs) < self.trials:  # stopped, though all its jobs may have finished
                 sys.exit(self.launcher.status)
         sys.exit(sweep.status)
 
     def _preview(self, trials: Sequence[Job], at_a_time: int) -> None:
-        """Print what there is, and how many trials are still to come."""
+        """Print the trials that there are, and how many are still to be proposed."""
         possible = [job for job in trials if job.cfg]
-        print(preview([job.cfg for job in possible if job.cfg], at_a_time, told_apart(possible)))
+        print(preview([job.cfg for job in possible if job.cfg], at_a_time, distinguishing_overrides(possible)))
         print(f"{max(self.trials - len(trials), 0)} trials to propose")
 
     def _space(self, arguments: list[str]) -> tuple[list[str], dict[str, Any], Config]:
-        """The overrides that all trials share, the distributions of all others, and a config that stands for all.
+        """Split the overrides into those that all trials share and those that a trial draws.
+
+        Returns:
+            The shared overrides, the distributions of the other keys, and a config that stands for all trials.
 
         Raises:
-            UsageError: the search cannot be made, or its trials not be judged.
+            UsageError: the search is not possible, or its trials could not be judged.
         """
         from src.sweeps import optuna_study as studies
 
         params = [f"{key}={value}" for key, value in self.params.items()]
         parsed = self.composer.parser.parse_overrides([*params, *arguments])
         keys = {each.get_key_element() for each in parsed}
-        overrides = {plain(each.get_key_element(), keys): each for each in parsed}
-        fixed = [typed(key, only[0]) for key, each in overrides.items() if (only := values(each)) and len(only) == 1]
+        overrides = {known_key(each.get_key_element(), keys): each for each in parsed}
+        fixed = [
+            to_override(key, only[0]) for key, each in overrides.items() if (only := values(each)) and len(only) == 1
+        ]
         drawn = {key: each for key, each in overrides.items() if len(values(each) or ()) != 1}
         for each in drawn.values():
             refuse_equal_runs(each)
         space = studies.space(drawn, whole_numbers())
         base = self.composer(fixed)
-        if not base.cfg:  # what is fixed may be at odds with the defaults of what is drawn
+        if not base.cfg:  # the fixed values may contradict the defaults of the keys that are drawn
             base = self.composer([*fixed, *studies.first(space)])
-        base.passed_over = [key for key in base.passed_over if key not in space]
+        base.skipped_keys = [key for key in base.skipped_keys if key not in space]
         refuse_unused([base])
         if not space:
             raise UsageError("hydra.sweeper.params: every setting is fixed; give one an interval or choices")
@@ -119,26 +129,27 @@ class StudySweeper(GridSweeper):
             raise UsageError("resume=never: a search goes on from its trials; leave it out")
         if base.cfg and base.cfg.data.final:
             raise UsageError("data.final=true: leaves no validation images, by which a search judges its trials")
-        if not space.keys() & {"experiment", "data", "data.root", "data.repo"}:  # which say where the images are
+        if not space.keys() & {"experiment", "data", "data.root", "data.repo"}:  # these choose the images
             base = self.composer.identify(base)
         if base.cfg is None:
             raise UsageError(base.error)
         return fixed, space, base.cfg
 
     def _job(self, fixed: list[str], trial: Any) -> Job:
-        """The job of a trial that has its point."""
+        """Make the job of a trial, whose settings have been drawn."""
         point = [f"{key}={value}" for key, value in trial.params.items()]
         job = self.composer.identify(self.composer([*fixed, *point]))
         if job.cfg and (reason := self._refused(job.cfg, job.overrides)):
-            job = Job.impossible(job.overrides, job.passed_over, reason)
+            job = Job.impossible(job.overrides, job.skipped_keys, reason)
         job.trial = trial.number
         job.status = job.status or (PRUNED if trial.state.name == "PRUNED" else 0)
         return job
 
     def _refused(self, cfg: Config, overrides: Sequence[str]) -> str:
-        """Why there are too few images for a trial's settings, empty where there are enough.
+        """Say why there are too few images for a trial's settings; empty if there are enough.
 
-        Of its job nobody could tell this from a mistake that is mended outside the search, as a full disk is.
+        If the job failed for this reason, the search could not tell that from a failure that a user can mend, such as a
+        full disk, and would leave the trial open.
         """
         from src.training.checks import check_batch_fits, refuse_unfillable
 
@@ -156,18 +167,18 @@ class StudySweeper(GridSweeper):
 
 
 class _Trials:
-    """The jobs of a search: the trials that were cut off, then new ones, until there are ``total``.
+    """The jobs of a search: those of interrupted trials, then new ones, until there are ``total``.
 
     Args:
-        study: which proposes the new ones.
-        jobs: of all trials so far; new ones are added.
-        total: how many there are to be.
-        job_of: makes the job of a trial that has its point.
+        study: proposes the new trials.
+        jobs: the jobs of all trials so far, to which new ones are added.
+        total: how many trials there should be.
+        job_of: makes the job of a trial whose settings have been drawn.
     """
 
     def __init__(self, study: Study, jobs: list[Job], total: int, job_of: Callable[[Any], Job]) -> None:
         self.study, self.jobs, self.total, self.job_of = study, jobs, total, job_of
-        self.exhausted: UsageError | None = None  # why no other was proposed; raised when those that run have ended
+        self.exhausted: UsageError | None = None  # why no other was proposed; raised after the last job
         self.unjudged = [job for job in jobs if self._is_unjudged(job)]
 
     def __iter__(self) -> Iterator[Job]:
@@ -189,7 +200,7 @@ class _Trials:
                 self.conclude(job)
 
     def conclude(self, job: Job) -> None:
-        """End a trial that would end again as it did; any other stays open, and the next command takes it up."""
+        """End a trial that would end the same way again; any other stays open, and the next command takes it up."""
         assert job.trial is not None
         result = job.result
         value = result.metrics.get(self.study.objective, math.nan) if result else math.nan
@@ -203,6 +214,6 @@ class _Trials:
             self.unjudged.append(job)
 
     def _is_unjudged(self, job: Job) -> bool:
-        """Whether a job has finished without the metric that the search is for."""
+        """Whether a job has finished without the metric that the search maximises."""
         result = job.result
         return result is not None and self.study.objective not in result.metrics

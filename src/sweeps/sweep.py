@@ -1,6 +1,6 @@
 """The folder of a sweep, ``multirun/sweep-NAME-HASH``, and its run in MLflow, under which the jobs are nested.
 
-However a sweep ends, one table and one plot show what has come out, and a line says how to get the rest.
+However a sweep ends, one table and one plot show its results so far, and a line says how to get the missing ones.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from src.system.stopping import PRUNED, ignored, is_stop
 
 
 class Sweep:
-    """A sweep that is going on: its folder, its run in MLflow, and what remains of both however it ends.
+    """A sweep in progress: its folder, its run in MLflow, and the summary of its jobs, however it ends.
+
+    A search sets ``best`` to the value and the point of its best trial, in words.
 
     Args:
-        name: for people.
-        identity: what makes it the same sweep when it is run again.
-        jobs: all of them, also those that are finished or not legal; a search adds to them.
+        name: a name for people, which is a part of the folder's name.
+        identity: texts that are equal whenever the same sweep is run again; its id is a hash of them.
+        jobs: all jobs, also those that are finished or not legal; a search adds to them.
         tracking: where to log.
-
-    A search sets ``best``: what its best trial has found, and where.
     """
 
     def __init__(self, name: str, identity: Sequence[str], jobs: list[Job], tracking: schema.Tracking) -> None:
@@ -51,21 +51,21 @@ class Sweep:
         self.status, self.best = 1, ""
 
     def overrides(self, job: Job) -> list[str]:
-        """What a job is told of the sweep."""
+        """The overrides by which a job learns of its sweep and, in a search, of its trial."""
         trial = [] if job.trial is None else [f"tracking.trial={job.trial}"]
         folder = str(self.directory)
-        if not re.fullmatch(r"[\w./-]+", folder, re.ASCII):  # all that Hydra takes without quotes
+        if not re.fullmatch(r"[\w./-]+", folder, re.ASCII):  # other characters need quotes in Hydra
             folder = QuotedString(folder, Quote.single).with_quotes()
         return [f"tracking.parent={folder}", *trial]
 
     def __enter__(self) -> Sweep:
         if self.tracking.name == "mlflow":
-            mlflow_store.check(self.tracking.experiment)  # once, ahead of the jobs
+            mlflow_store.check(self.tracking.experiment)  # once, before any job does it
         tags = {TAG_SWEEP_ID: self.id, "command": _command()}
         with ExitStack() as stack:
             stack.enter_context(run_directory.exclusive(self.directory, run_directory.LOCK_TIMEOUT_S))
             for number in {signal.SIGTERM, signal.SIGHUP} - ignored():
-                stack.callback(signal.signal, number, signal.signal(number, _exit))  # which closes what is open
+                stack.callback(signal.signal, number, signal.signal(number, _exit))  # so that the sweep is closed
             self.tracker = Tracker(self.directory, self.tracking, {"sweep": self.name}, tags)
             self.held = stack.pop_all()
         return self
@@ -75,25 +75,26 @@ class Sweep:
         status: Status = "KILLED" if stopped else "FAILED"
         try:
             refused = kind is not None and issubclass(kind, UsageError) and not any(job.record for job in self.jobs)
-            # A mistake in the command says all there is to say.
+            # If nothing has run because of a mistake in the command, the message about it is enough.
             outcome: Status = "FAILED" if refused else self._conclude()
             status = outcome if kind is None else status
         finally:
             self.tracker.close(status)
-            self.held.__exit__(*sys.exc_info())  # which says what a disk has refused
+            self.held.__exit__(*sys.exc_info())  # turns an error of the disk into a line for people
 
     def _conclude(self) -> Status:
+        """Summarise the sweep in the terminal, its folder and MLflow; set its exit status and return its state."""
         finished = [job for job in self.jobs if job.is_finished]
         pruned = [job for job in self.jobs if job.status == PRUNED and job not in finished]
         lacking = [job for job in self.jobs if job not in finished and job not in pruned]
         for job in self.jobs:
             if job.record and job.record.status == "RUNNING":
-                # Another process still works on it where a cluster's queue has taken it up again.
+                # The lock is held if a cluster's queue has started the job again.
                 with suppress(UsageError), run_directory.exclusive(job.directory):
                     mark_failed(job.directory, job.error or "its process is gone")
         attach_children(self.tracker, [job.directory for job in self.jobs if job.record])
 
-        # A mistake in a setting names the setting, so the job need not be named.
+        # The message about a job that is not legal names the setting, so the job need not be named.
         notes = [f"no result: {f'{job.label}: ' if job.cfg else ''}{job.reason}" for job in lacking]
         notes += [f"pruned: {job.label}" for job in pruned]
         rows, more = summarise([Record.load(job.directory) for job in finished])
@@ -103,7 +104,7 @@ class Sweep:
         stopped = [job.status for job in lacking if is_stop(job.status)]
         counts = {"sweep/finished": len(finished), "sweep/stopped": len(stopped)}
         counts |= {"sweep/failed": len(lacking) - len(stopped), "sweep/pruned": len(pruned)}
-        # What the sweep was before stays as it was logged.
+        # At a new step, so that the counts of earlier commands stay in the log.
         self.tracker.log(counts | (table.summary(rows) if rows else {}), max(len(finished), self.tracker.next_step))
         mlflow_charts.publish(self.tracker)
 
@@ -128,7 +129,13 @@ class Sweep:
         return "KILLED" if stopped else "FAILED"
 
     def _tabulate(self, rows: Sequence[TableRow], notes: Sequence[str], more: Sequence[str]) -> list[Path]:
-        """Show what has come out, here and in MLflow; the files. The notes on jobs are in these alone."""
+        """Show the results in the terminal and in MLflow, and write them to files, whose paths are returned.
+
+        Args:
+            rows: of the table.
+            notes: about single jobs, for the files only.
+            more: further notes, for the files and the terminal.
+        """
         title = f"{self.name} ({self.id})"
         paths = table.write(rows, [*notes, *more], title, self.directory)
         for path in paths:

@@ -1,6 +1,6 @@
-"""What runs on the machine that a cluster gave to a job: the job's command, its log, and a note of how it ended.
+"""Running a job on a machine of a cluster: its command, with a log of its output and a note of its exit status.
 
-Little is imported here, because a scheduler's process loads it beside every job.
+Few modules are imported here, because beside every job a process of the scheduler loads them too.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from src.system.stopping import TIME_IS_UP
 
 @dataclass
 class Work:
-    """A job, as it is handed to a cluster. submitit calls it, and calls `checkpoint` ahead of a time limit.
+    """A job, as it is submitted to a cluster. submitit calls it, and calls `checkpoint` before a time limit.
 
-    Of a job of several tasks each calls it, and starts a rank of the run. Ahead of a time limit only the first is told
-    to stop, and the ranks stop together (`src.training.distributed.Ranks.max_status`).
+    If a job has several tasks, each of them calls it and starts a rank of the run. Before a time limit only the first
+    is told to stop, and the ranks stop together (`src.training.distributed.Ranks.max_status`).
     """
 
     command: Sequence[str]
-    folder: Path  # to run it in
-    log: Path  # gets its output, after that of earlier attempts
-    note: Path  # gets its exit status; not there before the end
-    environment: Mapping[str, str]  # for what the machine does not set by itself
+    folder: Path  # the command's working folder
+    log: Path  # the command's output is appended to that of earlier attempts
+    note: Path  # gets the exit status; absent before the end
+    environment: Mapping[str, str]  # the variables that the machine does not set itself
 
     def __call__(self) -> int:
-        """Run it to its end, or until submitit's handler of signals puts it back into the queue and exits."""
+        """Run the job to its end, or until submitit's signal handler puts it back into the queue and exits."""
         self.start()
         try:
             return self.wait()
-        except Exception:  # submitit's, where it has been put back too often: the job has saved, and can continue
+        except Exception:  # submitit has put the job back too often; the job has saved, and can continue
             write_whole(self.note, str(TIME_IS_UP).encode())
             raise
 
     def checkpoint(self) -> Any:
-        """Stop the job, which saves; the same work, for submitit to queue again."""
+        """Stop the job, which saves, and return the same work, for submitit to queue again."""
         from submitit.helpers import DelayedSubmission
 
         self.stop(signal.SIGUSR1)
@@ -52,12 +52,12 @@ class Work:
     def start(self) -> None:
         """Start the process."""
         rank = as_rank()
-        self.first = rank.get("RANK", "0") == "0"  # all ranks of a run end alike, so one of them notes how
+        self.first = rank.get("RANK", "0") == "0"  # all ranks of a run end alike, so only one notes it
         if self.first:
             self.note.unlink(missing_ok=True)
         cores = os.environ.get("SLURM_CPUS_PER_TASK")
         environment = {**self.environment, **os.environ, **rank}
-        # The scheduler may have handed on the sweep's own, which cli.py sets.
+        # The scheduler may have passed on the variable of the sweep's command, which cli.py sets for itself.
         environment["HYDRA_FULL_ERROR"] = self.environment.get("HYDRA_FULL_ERROR", "0")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -67,7 +67,7 @@ class Work:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment | ({"OMP_NUM_THREADS": cores} if cores else {}),
-                preexec_fn=_behind_the_scheduler,
+                preexec_fn=_prepare_process,
             )
 
     def stop(self, number: int = signal.SIGTERM) -> None:
@@ -75,8 +75,8 @@ class Work:
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        """Wait for the process, and note its exit status, which is returned."""
-        # Popen.wait holds a lock that a signal's handler, which waits as well, would never get.
+        """Wait for the process, note its exit status, and return it."""
+        # Popen.wait holds a lock; a signal handler that interrupts it and waits as well would never get the lock.
         os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         status = self.process.wait()
         if self.first:
@@ -85,7 +85,7 @@ class Work:
 
 
 def as_rank() -> dict[str, str]:
-    """The variables of ``torchrun``, where SLURM has started this process as one of several tasks of a job."""
+    """The variables that ``torchrun`` sets, if SLURM has started this process as one of several tasks of a job."""
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or int(os.environ.get("SLURM_NTASKS", "1")) == 1:
         return {}
     from submitit.helpers import TorchDistributedEnvironment
@@ -101,11 +101,14 @@ def as_rank() -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """Have the kernel stop this process, as SIGTERM would, when its parent is gone: no job outlives its sweep."""
+    """Have the kernel send this process a SIGTERM when its parent, the launcher or a scheduler's process, ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _behind_the_scheduler() -> None:
-    """SLURM sends what is meant for submitit, ahead of a time limit, to all processes of a job."""
+def _prepare_process() -> None:
+    """Let a job's process end with its parent, and ignore the signal by which SLURM announces a time limit.
+
+    The signal is meant for submitit, but SLURM sends it to all processes of a job.
+    """
     end_with_parent()
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)

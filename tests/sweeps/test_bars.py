@@ -5,7 +5,7 @@ import rich
 from rich.console import Console
 
 from src.sweeps import bars
-from src.sweeps.bars import Bars, how_far
+from src.sweeps.bars import Bars, training_progress
 from src.training.progress import Progress
 
 
@@ -21,11 +21,11 @@ from src.training.progress import Progress
 )
 def test_a_jobs_log_says_how_far_it_is(tmp_path, text, share, known):
     (tmp_path / "0.log").write_text(text)
-    assert how_far(tmp_path / "0.log") == (share, known)
+    assert training_progress(tmp_path / "0.log") == (share, known)
 
 
 def test_a_job_without_a_log_has_not_begun(tmp_path):
-    assert how_far(tmp_path / "0.log") == (0, "")
+    assert training_progress(tmp_path / "0.log") == (0, "")
 
 
 def test_the_lines_of_a_run_are_understood(tmp_path, monkeypatch, capsys):
@@ -36,7 +36,7 @@ def test_the_lines_of_a_run_are_understood(tmp_path, monkeypatch, capsys):
         now[0] += 11
         action()
         (tmp_path / "0.log").write_text(capsys.readouterr().out)
-        assert how_far(tmp_path / "0.log")[0] == share
+        assert training_progress(tmp_path / "0.log")[0] == share
 
 
 def test_a_terminal_shows_all_jobs_and_those_that_run(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from src.data.cache import fingerprint
 from src.errors import UsageError
 from src.sweeps.dry_run import preview
 from src.sweeps.grid import GridSweeper
-from src.sweeps.jobs import Composer, told_apart
+from src.sweeps.jobs import Composer, distinguishing_overrides
 from tests.data.layouts import write_set
 
 
@@ -21,7 +21,7 @@ def sizes(jobs):
 def test_a_value_is_set_where_the_options_have_its_key(sweeper):
     job = sweeper.composer(["method=nnclr", "k=50", "queue_size=64", "objective.temperature=0.3"])
     assert (job.cfg.queue_size, job.cfg.k, job.cfg.objective.temperature) == (64, None, 0.3)
-    assert job.passed_over == ["k"]
+    assert job.skipped_keys == ["k"]
     assert job.overrides == ["method=nnclr", "queue_size=64", "objective.temperature=0.3"]
 
 
@@ -152,9 +152,9 @@ def test_a_dry_run_decodes_nothing_and_names_what_it_does_not_know(sweeper, on_i
 def test_jobs_of_one_name_are_told_apart_by_their_settings(sweeper):
     schedules = ["schedule=cosine,step", "schedule.gamma=0.2,0.3", "schedule.warmup_epochs=1"]
     differing = ["schedule=cosine", "schedule=step schedule.gamma=0.2", "schedule=step schedule.gamma=0.3"]
-    assert told_apart(sweeper.jobs([*schedules, "k=50"])) == differing
-    assert told_apart(sweeper.jobs([*schedules, "k=50", "seed=0,1"])) == 2 * differing
-    assert told_apart(sweeper.jobs(["k=50,100", "seed=0,1"])) == [""] * 4
+    assert distinguishing_overrides(sweeper.jobs([*schedules, "k=50"])) == differing
+    assert distinguishing_overrides(sweeper.jobs([*schedules, "k=50", "seed=0,1"])) == 2 * differing
+    assert distinguishing_overrides(sweeper.jobs(["k=50,100", "seed=0,1"])) == [""] * 4
 
 
 def test_an_experiment_is_asked_for_its_method_and_not_for_its_images(sweeper, monkeypatch):
