@@ -14,10 +14,10 @@ from src.errors import UsageError
 from src.runs.record import TAG_PRUNED, TAG_SUPPORT_UNUSED, Record
 from src.system.output import printable
 
-METHOD_PREFIXES = ("method.", "support.", "objective.")  # their settings are compared within a method only
+METHOD_PREFIXES = ("method.", "support.", "objective.")  # settings with these are compared only within a method
 COLUMN_KEYS = ("method.name", "k", "queue_size", "support.size", "seed")
 INTEGER_PARAMS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
-MAX_NAMED = 20  # in a note
+MAX_NAMED = 20  # names in a note
 IN_USE = "support/size"  # the metric of a support set whose number of vectors changes
 
 
@@ -38,21 +38,21 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
 
 
 def some_of(names: Sequence[str]) -> str:
-    """Names for a note, of many the first, and how many more there are."""
+    """List names for a note; if there are many, the first ones and how many more there are."""
     more = len(names) - MAX_NAMED
     return ", ".join([*names[:MAX_NAMED], *([f"and {more:,} more"] if more > 0 else [])])
 
 
 def comparable(run: Record) -> dict[str, str]:
-    """A run's params under today's names, with the defaults of settings that are newer, without those of no effect.
+    """A run's params by their present names, with the neutral defaults of newer settings, without those of no effect.
 
-    If a later session changed a setting of the evaluation, its value comes from a tag.
+    If a later session changed a setting of the evaluation, the value comes from the run's tag of that name.
     """
     changed = {key: value for key, value in run.tags.items() if key.startswith("evaluation.")}
     params = with_neutral(modern(run.params)) | changed
     method = params.get("method.name", "")
     idle = idle_beside(params.get("support.name", "")) if method in LABELS else ()
-    if method == "simclr":  # whose loss has no such term
+    if method == "simclr":  # its loss has no such term
         idle = (*idle, "objective.support_weight")
     return {key: value for key, value in params.items() if value != "null" and key not in idle}
 
@@ -80,7 +80,7 @@ def unusable(run: Record) -> str:
 
 
 def compared_settings(run: Record) -> dict[str, str]:
-    """The params on which a run's metrics depend: what makes it this experiment, and how it was evaluated."""
+    """The params on which a run's metrics depend: those of its identity, and those of the evaluation protocol."""
     return {key: value for key, value in run.params.items() if is_setting(key) or is_protocol(key)}
 
 
@@ -94,7 +94,7 @@ def differing(runs: Sequence[Record]) -> list[str]:
         by_method[run.params["method.name"]].append(compared_settings(run))
     everyone = [each for group in by_method.values() for each in group]
     keys = {key for each in everyone for key in each} - set(COLUMN_KEYS)
-    if any(IN_USE in run.metrics for run in runs):  # the row has the vectors in use, not those that there is room for
+    if any(IN_USE in run.metrics for run in runs):  # a row's size is then the vectors in use, not the room for them
         keys.add("support.size")
 
     def differs(key: str) -> bool:
@@ -144,6 +144,7 @@ def usual(runs: Sequence[Record], keys: Sequence[str]) -> dict[str, dict[str, st
 
 
 def variant_of(run: Record, keys: Sequence[str]) -> str:
+    """The run's values of these settings as text, such as ``support_weight=1, epochs=500``."""
     return ", ".join(setting_text(key, run.params[key]) for key in keys if key in run.params)
 
 
@@ -156,6 +157,13 @@ def setting_text(key: str, value: str) -> str:
 
 
 def row_label(run: Record, keys: Sequence[str], common: Mapping[str, str]) -> str:
+    """A row's label: the method, those of the settings ``keys`` that are unusual, and how many more settings are.
+
+    Args:
+        run: any of the row.
+        keys: the settings that tell the rows apart (`distinguishing`).
+        common: the usual values (`usual`) of the run's method.
+    """
     unusual = [key for key in keys if run.params.get(key) != common.get(key)]
     more = sum(run.params.get(key) != value for key, value in common.items() if key not in keys)
     text = re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", variant_of(run, unusual))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Curves = dict[str, tuple[list[int], list[float]]]  # each metric's steps and values
 
 NEIGHBOUR = "support/neighbour_agreement"
-# A panel's title, and what it shows: metrics and what they are called there.
+# The panels of a run's picture by title; for each, its metrics and their names in the legend.
 PANELS = {
     "loss": {"train/loss": "loss"},
     "validation accuracy (%)": {"val/knn_top1": "kNN", "val/online_top1": "online linear classifier"},
@@ -35,20 +35,20 @@ PANELS = {
     },
     "entries in use (number)": {"support/perplexity": "perplexity", "support/dead": "never the nearest"},
 }
-# Metrics that are compared over the epochs: title, and factor from the logged to the drawn value.
+# Metrics that are compared over the epochs: title, and the factor from the logged value to the drawn one.
 COMPARED = {
     "val/knn_top1": ("kNN accuracy on\nvalidation images (%)", 1),
     AGREEMENT: ("right positives of\nvalidation images (%)", 100),
     NEIGHBOUR: ("right, if of another image (%);\nof prototypes the commonest class", 100),
     "support/self_hit": ("nearest entry is of\nthe anchor's own image (%)", 100),
 }
-MAX_COURSES_IN_PANEL = 5  # of more, each method has a column of panels
-MAX_NAMED_COURSES = 6  # of a method; of more, all but the best are thin lines without a name
-MAX_NAME_CHARS = 24  # of the best one's name
-MAX_LEGEND_CHARS = 36  # of a line in a legend
+MAX_COURSES_IN_PANEL = 5  # with more, each method has a column of panels
+MAX_NAMED_COURSES = 6  # of a method; with more, all but the best are thin lines without a name
+MAX_NAME_CHARS = 24  # of the name of a method's best course
+MAX_LEGEND_CHARS = 36  # in a line of a legend
 LEGEND_MARGIN = 0.03  # between a legend and a curve, as a fraction of a panel's height
-MIN_SELF_HITS = 0.005  # a smaller fraction of lookups is drawn nowhere
-MIN_UNMARKED_POINTS = 12  # a curve of fewer points has markers
+MIN_SELF_HITS = 0.005  # of lookups; self-hits that never reach this fraction are not drawn
+MIN_UNMARKED_POINTS = 12  # a curve with fewer points has markers
 
 
 class Point(NamedTuple):
@@ -73,7 +73,7 @@ class Course(NamedTuple):
 
 
 def read(directory: Path) -> Curves:
-    """Each metric's steps and values, from the run's ``metrics.jsonl``, and the agreement of neighbours."""
+    """Read each metric's steps and values from the run's ``metrics.jsonl``, and add the `neighbour_agreement`."""
     curves: Curves = defaultdict(lambda: ([], []))
     for row in sorted(read_rows(directory / METRICS)[0], key=lambda row: row["step"]):
         for key, value in (row["metrics"] | neighbour_agreement(row["metrics"])).items():
@@ -83,10 +83,10 @@ def read(directory: Path) -> Curves:
 
 
 def neighbour_agreement(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The fraction of the nearest entries of other images that are of the anchor's class.
+    """Among nearest entries that are not of the anchor's own image, the fraction that are of the anchor's class.
 
-    An entry of the anchor's own image always is, and says nothing of how good neighbours are. A support set that does
-    not know whose its entries are has no such fraction.
+    An entry of the anchor's own image always has the anchor's class, and so says nothing about the quality of
+    neighbours. If the support set does not know which images its entries are of, the result is empty.
     """
     agreement, own = metrics.get("support/label_agreement"), metrics.get("support/self_hit")
     if agreement is None or own is None or not own < 1:
@@ -100,7 +100,7 @@ def plot(directory: Path) -> Path:
 
     curves = read(directory)
     if AGREEMENT in curves:
-        curves.pop(NEIGHBOUR, None)  # which flatters prototypes
+        curves.pop(NEIGHBOUR, None)  # because it flatters prototypes
     shown = {title: keys for title, keys in PANELS.items() if curves.keys() & keys.keys()}
     rows, columns = max(1, math.ceil(len(shown) / 2)), 2 if len(shown) > 1 else 1
     figure = Figure(figsize=(4.2 * columns, 3 * rows), layout="constrained")
@@ -153,7 +153,7 @@ def _points(course: Course, metric: str, found: Mapping[float, Sequence[float]])
     if course.is_untrained:
         return [*points, *(point._replace(epoch=course.epochs) for point in points)]
     if metric.startswith("support/") and course.cycle > 1:
-        # Before the first epoch only a run from another's weights has prototypes, which are the other's.
+        # At epoch 0 a run has prototypes only if it started from another run's weights, and they are of that run.
         return [point for point in points if point.epoch and not round(point.epoch) % course.cycle] or points
     return points
 
@@ -172,7 +172,7 @@ def compare(courses: Sequence[Course]) -> Figure | None:
     measured = {course: _worth_drawing(course) for course in courses}
     drawn = {metric: {each: p for each in courses if (p := measured[each].get(metric))} for metric in COMPARED}
     if drawn[NEIGHBOUR].keys() <= drawn[AGREEMENT].keys():
-        drawn[NEIGHBOUR] = {}  # which flatters prototypes, and all that older runs have
+        drawn[NEIGHBOUR] = {}  # it flatters prototypes, and serves only for older runs, which lack the other
     metrics = [metric for metric, each in drawn.items() if each]
     if not metrics:
         return None
@@ -222,7 +222,7 @@ def _worth_drawing(course: Course) -> dict[str, list[Point]]:
 def _styles(courses: Sequence[Course], accuracy: Mapping[Course, float]) -> dict[Course, dict[str, Any]]:
     """If a method has few courses, larger support sets have fuller colours; if many, all but the best are faint.
 
-    Variants of what stores nothing differ in their lines.
+    Variants that store nothing differ in their line style.
     """
     by_method: dict[str, list[Course]] = defaultdict(list)
     for course in sorted(courses, key=lambda each: each.size):
@@ -275,7 +275,7 @@ def _place_legends(panels: Sequence[Axes]) -> None:
     legends = {axes: legend for axes in panels if (legend := axes.get_legend())}
     lines = {axes: "\n".join(axes.get_legend_handles_labels()[1]).split("\n") for axes in legends}
     low, high = panels[0].get_ylim()
-    height = min(0.02 + 0.072 * max(map(len, lines.values()), default=0), 0.6)  # of a panel's
+    height = min(0.02 + 0.072 * max(map(len, lines.values()), default=0), 0.6)  # of a legend in panel heights
     taken = [
         (value - low) / (high - low)
         for axes in legends

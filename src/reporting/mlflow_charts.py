@@ -27,12 +27,12 @@ from src.system.deadline import within
 from src.system.redact import one_line
 
 OTHER_SECTIONS = ("test", "val", "support", "train", "time", "memory", "untrained", "teacher")
-CHARTED = (ACCURACY, AGREEMENT)  # against the support-set size
-COURSE = "val/knn_top1"  # what is drawn over the steps of training
-OPENING = "Support-set size against accuracy"  # of every description, which marks it as ours
+CHARTED = (ACCURACY, AGREEMENT)  # the metrics that are drawn against the support-set size
+COURSE = "val/knn_top1"  # the metric that is drawn over the steps of training
+OPENING = "Support-set size against accuracy"  # the first words of every description, by which ours are recognised
 MAX_NOTE_CHARS = 7500  # of a description: MLflow cuts a run's after 8,000
-MIN_LINE_CHARS = 20  # of a line of a table
-MAX_LINKED_SWEEPS = 20  # older ones that an experiment's description links to
+MIN_LINE_CHARS = 20  # in a line of a table
+MAX_LINKED_SWEEPS = 20  # older sweeps that an experiment's description links to
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +46,11 @@ class SavedView(NamedTuple):
 
 
 class SweepCharts(NamedTuple):
-    """A sweep in the description of its experiment."""
+    """A sweep that the description of its experiment mentions."""
 
     name: str
-    path: str  # of its charts, after the address of the server
-    note: str  # its own description; empty where it has no result
+    path: str  # of the sweep's charts, after the address of the server
+    note: str  # the sweep's own description; empty if it has no result
 
 
 def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -> SavedView:
@@ -98,12 +98,12 @@ def _sections() -> list[dict[str, Any]]:
 
 
 def describe_sweep(name: str, rows: Sequence[TableRow], best: str = "") -> str:
-    """The description of a sweep's run, in Markdown: its table, without what the narrow page has no room for.
+    """The description of a sweep's run, in Markdown: its table, without columns for which the page is too narrow.
 
     Args:
         name: the sweep's.
         rows: of the table.
-        best: what a search has found, in words.
+        best: what a search has found, in words; empty: this is no search.
     """
     header, *body = table(rows)
     kept = [place for place, title in enumerate(header) if title in ("method", "vectors", "seeds", GAIN)]
@@ -162,7 +162,7 @@ def show_sweep(client: Any, record: Record) -> str:
 
 
 def publish(sweep: Tracker) -> None:
-    """Show a sweep in MLflow's pages, and tag its run with the path; if the store fails, only warn."""
+    """Show a sweep in MLflow's pages, and tag its run with the path of the view; if the store fails, only warn."""
     sweep.record.tags.pop(TAG_CHARTS, None)  # a delivery calls `publish_again` if it is missing
 
     def published() -> str:

@@ -1,6 +1,6 @@
 """A report as one page for a browser, which needs no network and no script: table, plots, notes, and links to the runs.
 
-Marks in the plots show their values under the pointer.
+The plots show a mark's value while the pointer is on it.
 """
 
 from __future__ import annotations
@@ -71,10 +71,12 @@ def render(
     pictures: Mapping[str, str],
     notes: Sequence[str],
 ) -> str:
-    """The page.
+    """Render the page in HTML.
 
     Args:
-        table: its header, then a line for each of the rows.
+        title: the heading.
+        rows: the rows of the table.
+        table: the table as text: its header, then a line for each of the rows.
         pictures: SVG by caption.
         notes: lines below the plots.
     """

@@ -1,4 +1,4 @@
-"""Pictures of what a support set gives: anchors beside their positives, prototypes beside their members, a map.
+"""Pictures of a support set: anchors beside their positives, prototypes beside their members, and a map.
 
 Images pass without augmentation through the network in evaluation mode. Nothing here changes the run or its random
 numbers.
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ANCHORS = 16  # in a picture
-MAX_SAMPLE = 4096  # training images among which a prototype's members are looked for; a tenth of few images will do
+MAX_SAMPLE = 4096  # training images that are searched for members of prototypes: a tenth of all, from 1,000 to this
 MEMBERS = 8  # of a prototype
-PROTOTYPES = 24  # of each kind
+PROTOTYPES = 24  # of each kind in a picture
 TILE = 64  # pixels
 TILE_GAP = 6  # pixels between two tiles
 ANCHOR_GAP = 3 * TILE_GAP  # further pixels between an anchor and the members of its prototype
-FRAME = (213, 94, 0)  # RGB, around a queue's entry that is the anchor's own image
+FRAME = (213, 94, 0)  # RGB colour of the frame around a queue's entry that is the anchor's own image
 
 
 class Tile(NamedTuple):
@@ -95,20 +95,20 @@ def illustrate(
 
 
 def embed(method: Method, frozen: FrozenEncoder, split: Split) -> Tensor:
-    """Compute the embeddings [N, D] with which the support set is asked, of a split's images without augmentation."""
+    """Compute the embeddings [N, D] of a split's images, without augmentation, by which the support set is queried."""
     encoder, projector = method.lookup_networks
     return project(projector, frozen.of(encoder).features(split).x_NF)
 
 
 def positives(support: SupportSet, sample: Split, rows_N: Tensor, z_ND: Tensor, data: Dataset) -> Figure | None:
-    """A few anchors, each beside the images that its nearest entry stands for; None where these are not known.
+    """Draw a few anchors, each beside the images that its nearest entry stands for; None if these are not known.
 
     Args:
         support: filled.
         sample: images; the first are the anchors.
-        rows_N: which images of the training split these are.
-        z_ND: their embeddings.
-        data: the class names, and the images that a queue remembers.
+        rows_N: the rows of these images in the training split.
+        z_ND: the embeddings of these images.
+        data: has the class names, and the images that a queue's entries are of.
     """
     found = support.lookup(z_ND)
     blocks = []
@@ -136,7 +136,7 @@ def positives(support: SupportSet, sample: Split, rows_N: Tensor, z_ND: Tensor, 
 
 
 def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) -> Figure | None:
-    """The largest, the purest and the most mixed prototypes, each with its nearest members.
+    """Draw the largest, the purest and the most mixed prototypes, each with its nearest members.
 
     Without labels only the largest; None if no prototype has enough members.
     """
@@ -152,7 +152,7 @@ def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) 
             groups[prototype] = (len(members), purity, int(counts.argmax()), nearest.tolist())
     if not groups:
         return None
-    half = min(PROTOTYPES, len(groups) // 2)  # so that none is both pure and mixed
+    half = min(PROTOTYPES, len(groups) // 2)  # so that none is among both the purest and the most mixed
     by_size = sorted(groups.values(), key=lambda each: -each[0])[:PROTOTYPES]
     by_purity = sorted(groups.values(), key=lambda each: -each[1])
     columns = {"largest": by_size}
@@ -209,7 +209,7 @@ def sheet(blocks: Sequence[Sequence[Tile]], heads: Sequence[str], title: str, ap
 
 
 def _enlarged(tile: Tile) -> Tensor:
-    """[3, TILE, TILE] uint8."""
+    """A tile's image as [3, TILE, TILE] uint8, with its frame."""
     image = F.interpolate(tile.image.cpu()[None].float(), size=(TILE, TILE), mode="nearest")[0].to(torch.uint8)
     if tile.framed:
         frame = torch.tensor(FRAME, dtype=torch.uint8)[:, None, None].expand(3, TILE, TILE).clone()

@@ -1,6 +1,6 @@
-"""Plots of support-set size against accuracy, what storing is worth, and how many positives are of the right class.
+"""Plots of support-set size against accuracy, the gain over the control, and the fraction of right positives.
 
-They have a line for each method or, with many variants, a dot for each row.
+They have a line for each method and variant or, with many variants, a dot for each row.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ AXES = {
     GAIN: "Gain over the control (points;\npaired by seed, 95% intervals)",
     AGREEMENT: "Right positives of\nvalidation images (%)",
 }
-MIN_SPAN = 1.0  # percentage points of an axis: with fewer, an image more or less would fill a panel
+MIN_SPAN = 1.0  # percentage points; on a shorter axis, one image more or less would fill the panel
 MARKERS = {"simclr": "D", "nothing_stored": "s", "nnclr": "o", "kmclr": "v"}
 SPARE_MARKERS = "^P*X"
 LINES = ("-", "--", ":", "-.")  # for the variants of a method
 FURTHER_MARKERS = "d>p"  # for the third and later variants of a method; no method has them for its first
-MAX_LINES = 2 * len(LINES)  # series; of more each row is drawn as a dot
-MAX_DOTS = 80  # the most accurate rows
+MAX_LINES = 2 * len(LINES)  # series; with more, each row is drawn as a dot
+MAX_DOTS = 80  # rows, the most accurate ones
 MAX_LABEL_CHARS = 60  # of a dot's label
 LEVEL_OF_CONTROLS: dict[str, Any] = {"color": COLOURS["nothing_stored"], "linewidth": 1, "zorder": 1}
 TOLD = "told: "  # prefix of the id of a mark that has a text of its own (`tell`)
 
 
 def plot(rows: Sequence[TableRow]) -> Figure:
-    """Plot accuracy against support-set size if there are few variants, and else a dot for each row.
+    """Plot lines over the support-set size if there are few variants, or else a dot for each row.
 
-    The untrained encoder is left out: it is so far below that the others would look alike.
+    The untrained encoder is left out: its accuracy is so low that the others would look alike.
     """
     rows = [row for row in rows if row.method != UNTRAINED]
     return dots(rows) if len({row.label for row in rows}) > MAX_LINES else by_size(rows)
@@ -64,7 +64,7 @@ class Point(NamedTuple):
     """What a panel shows of a row."""
 
     value: float
-    bar: float  # half its length: a standard deviation, or half a 95% interval; NaN where it is unknown
+    bar: float  # half the length of the error bar: a standard deviation, or half a 95% interval; NaN: unknown
     seeds: int
     text: str
 
@@ -72,8 +72,12 @@ class Point(NamedTuple):
 def panels_of(rows: Sequence[TableRow], controls: Sequence[TableRow | None]) -> dict[str, dict[int, Point]]:
     """What each panel shows: the points of the rows that have one, by their places in ``rows``.
 
-    ``controls`` are the rows' own. There is a panel of what rows have beyond their controls if an interval of any is
-    known, and one of right positives if any run has counted them.
+    There is a panel of gains over the controls if the interval of any gain is known, and one of right positives if any
+    run has measured them.
+
+    Args:
+        rows: of the report.
+        controls: the control of each row; None: the row has none.
     """
     panels: dict[str, dict[int, Point]] = {
         metric: {
@@ -328,7 +332,7 @@ def _series(
 
 
 def _cap(axes: Axes, along: Literal["x", "y"] = "y") -> None:
-    """Let an axis of accuracies have `MIN_SPAN` or more, and end at 100%."""
+    """Make an axis of accuracies at least `MIN_SPAN` long, and let it end at 100% or before."""
     low, high = axes.get_ylim() if along == "y" else axes.get_xlim()
     if high - low < MIN_SPAN:
         high = min(high + (MIN_SPAN - high + low) / 2, 100.0)

@@ -34,7 +34,7 @@ class Arguments:
     out: str
     tracking: str
     root: str
-    settings: dict[str, str]  # of the runs to report on; empty: of all
+    settings: dict[str, str]  # only runs with these are reported on; empty: all runs
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
             print(f"the newest sweep's charts: {link}")
         return
     asked = parse(arguments)
-    root = Path(asked.root).expanduser()  # which a shell does not do after a `=`
+    root = Path(asked.root).expanduser()  # because a shell does not expand `~` after a `=`
     if asked.sweep:
         name, runs = read_sweep(asked.sweep, asked.tracking, root)
         name = printable(name)  # a server may have any name

@@ -43,16 +43,16 @@ TABLE_METRICS = {
 }
 ACCURACY = "test/linear_top1"
 RANKING = "val/linear_top1"  # the test images choose nothing
-AGREEMENT = "support/val_agreement"  # logged as a share; a report has it in percent
+AGREEMENT = "support/val_agreement"  # logged as a fraction; a report has it in percent
 AGREEMENT_TITLE = "right positives"
-# Other probes' metrics. A suffix, as in `test_fewshot`, says that the run was evaluated so after its end.
+# The metrics of other probes. A suffix, as in `test_fewshot`, says that they were measured after the run's end.
 FEWSHOT = re.compile(r"test(_fewshot)?/fewshot_(\d+(?:\.\d+)?(?:e-\d+)?)pct_top1", re.ASCII)
 FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
-# The linear probe of a teacher, by other settings, or on other images (src.evaluation.evaluate).
+# The linear probe of a teacher's encoder, by other settings, or on other images (src.evaluation.evaluate).
 OTHER_LINEAR = re.compile(r"(?:transfer/([^/]+)/)?((?:teacher\w*/)?test\w*)/linear_top1", re.ASCII)
 EVALUATED_LATER = ", evaluated later"
-GAIN = "gain over control"  # which is the same with nothing stored
-ROUNDING = 1e-6  # percentage points: a test image more or less is a thousand times that
+GAIN = "gain over control"  # a control has the same settings, but stores nothing
+ROUNDING = 1e-6  # percentage points; one test image more or less is at least a thousand times as much
 PEAK = "support/peak_size"  # the metric of a support set whose number of vectors changes
 COMPARED_TAGS = (TAG_DTYPE, "git_commit", "git_dirty", "device")  # tags in which runs that are compared should agree
 
@@ -62,28 +62,30 @@ class TableRow:
     """The runs that differ only in their seed."""
 
     method: str
-    name: str  # the method's, for people
+    name: str  # the method's name for people
     colour: str
-    size: int  # vectors that are stored; where their number changes, those at the end, the mean over the runs
+    size: int  # vectors that are stored; if their number changes, those at the end, averaged over the runs
     stored_bytes: int
     variant: str  # "key=value, ..." of the settings that, besides method and size, tell the report's rows apart
-    label: str  # the method, and of the variant what is unusual
+    label: str  # the method, and the unusual settings of the variant
     runs: tuple[Record, ...]
 
     @property
     def is_control(self) -> bool:
-        """Whether the runs are trained as those of other rows and store nothing."""
+        """Whether the row may be the control of others: it stores nothing, and is neither SimCLR nor untrained."""
         stores_nothing = self.runs[0].params.get("support.name") == "none"
         return stores_nothing and self.method not in (UNTRAINED, "simclr")
 
     @cached_property
     def shared_with_control(self) -> tuple[frozenset[tuple[str, str]], frozenset[tuple[str, str]]]:
-        """The settings that the row's control has, too: all but those of the support set; and those for SimCLR.
+        """The settings in which a row and its control agree, once for most methods and once for SimCLR.
 
-        SimCLR's loss has neither a support weight nor a predictor, so that its control may have any.
+        These are all settings but those of the support set. SimCLR's loss has neither a support weight nor a predictor,
+        so its control may have any value of these.
         """
         settings = compared_settings(self.runs[0])
-        # A name stands for settings beside it; but only the name tells this objective from others with nothing stored.
+        # An objective's name only stands for the settings beside it, and is left out. But if nothing is stored, only
+        # the name tells the relation objective from others.
         relation = ("is_relation", str(settings.get("objective.name") == "relation"))
         free = {"k", "queue_size", "seed", "method.name", "objective.name", *NEED_STORED_VECTORS}
         kept = {(key, value) for key, value in settings.items() if key not in free}
@@ -125,7 +127,7 @@ def cycle_of(row: TableRow) -> int:
 
 
 def metrics_of(rows: Sequence[TableRow]) -> dict[str, str]:
-    """The metrics of a table with their titles: `TABLE_METRICS`, and what any run has of the others that are known."""
+    """The metrics of a table with their titles: `TABLE_METRICS`, and the other known metrics that any run has."""
     found = {key for row in rows for run in row.runs for key in run.metrics}
     few = sorted(filter(None, map(FEWSHOT.fullmatch, found)), key=lambda each: (float(each[2]), each[0]))
     tuned = sorted(filter(None, map(FINETUNE.fullmatch, found)), key=lambda each: (each[2], each[0]))
@@ -168,10 +170,10 @@ def difference(row: TableRow, control: TableRow | None, metric: str) -> Differen
 
     Without a control there are no pairs.
 
-    A seed gives both runs the same initial weights, order of images and views. Where that makes them alike, it cancels;
-    where it does not, the interval is wider than it need be, since pairs have half the degrees of freedom. It assumes
-    that the differences are normal. Differences that are all equal, as those of a few test images may be, tell nothing
-    of the spread.
+    Two runs of one seed have the same initial weights, order of images and views. If this makes their metrics vary
+    together, the common part cancels in the difference; if not, the interval is wider than it need be, because pairs
+    have half the degrees of freedom. The interval assumes that the differences are normal. If all differences are
+    equal, as may happen with few test images, they say nothing about the spread, so the interval is unknown.
 
     Source: Student, "The Probable Error of a Mean", Biometrika 6, 1908.
     """
@@ -280,7 +282,7 @@ def _remarks(
 def _unsaid(
     rows: Sequence[TableRow], keys: Sequence[str], names: Sequence[str], common: Mapping[str, Mapping[str, str]]
 ) -> Iterator[str]:
-    """Settings in which the rows differ and which their labels leave out."""
+    """Note the settings in which the rows differ and which their labels leave out."""
     if names:
         yield f"the runs also differ in {', '.join(names)}: each combination has its own row"
     names_of = {row.method: row.name for row in rows}
@@ -297,7 +299,7 @@ def _unsaid(
 
 
 def _unlike_tags(rows: Sequence[TableRow], runs: Sequence[Record]) -> Iterator[str]:
-    """Runs of other code, devices and conditions."""
+    """Note where runs differ in code, device or conditions."""
     code = sorted({tag for run in runs for tag in run.tags if tag.startswith(TAG_CODE)})
     for tag in (*COMPARED_TAGS, *code):
         found = [{run.tags[tag] for run in row.runs if tag in run.tags} for row in rows]
@@ -318,7 +320,7 @@ def _unlike_tags(rows: Sequence[TableRow], runs: Sequence[Record]) -> Iterator[s
 
 
 def _unlike_evaluations(rows: Sequence[TableRow], runs: Sequence[Record]) -> Iterator[str]:
-    """Figures that were measured by other settings than those of their runs, or of each other."""
+    """Note the metrics that were measured by other settings than those of their runs, or by settings that differ."""
     if len({run.params.get("evaluation.bank") for run in runs} - {None}) > 1:
         yield "the runs differ in evaluation.bank: their val kNN cannot be compared"
     families: dict[str, set[str | None]] = defaultdict(set)

@@ -1,4 +1,4 @@
-"""A report's rows as a table, in the terminal and as files, beside the plots of them."""
+"""A report's rows as a table, in the terminal and in files, and the other files of a report."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from src.system.redact import one_line
 
 logger = logging.getLogger(__name__)
 
-# Left out of a terminal one after the other until the others have room; the files have them always.
+# The columns that a terminal leaves out, one after the other, until the rest has room; the files have all columns.
 SPARE_COLUMNS = (
     "bytes",
     "of largest queue",
@@ -48,7 +48,7 @@ SPARE_COLUMNS = (
     TABLE_METRICS["val/knn_top1"],
     AGREEMENT_TITLE,
 )
-MAX_WHOLE_LABEL = 30  # letters; a longer one has several lines before a column is left out
+MAX_WHOLE_LABEL = 30  # characters; a longer label is wrapped before a column is left out
 GAIN_NOTE = (
     f"{GAIN}: {TABLE_METRICS[ACCURACY]} less that of the same settings with nothing stored, the mean over pairs of "
     "runs with one seed ± the half-width of its 95% interval (Student's t)"
@@ -63,7 +63,7 @@ COLUMN_NOTES = {
 def table(rows: Sequence[TableRow]) -> list[list[str]]:
     """The table as text, its header first.
 
-    If a row has a control, there is a last column: `GAIN_NOTE`.
+    If any row has a control, the last column is the gain over the control (`GAIN_NOTE`).
     """
     metrics = metrics_of(rows)
     header = ["method", "vectors", "bytes", "of largest queue", "seeds", *metrics.values()]
@@ -98,25 +98,25 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 
 def with_column_notes(header: Sequence[str], notes: Sequence[str]) -> list[str]:
-    """Put `COLUMN_NOTES` ahead of the notes, of the columns that the table has."""
+    """Put the `COLUMN_NOTES` of the table's columns before the notes."""
     return [*(note for column, note in COLUMN_NOTES.items() if column in header), *notes]
 
 
 def document(rows: Sequence[TableRow], cells: Sequence[Sequence[str]], notes: Sequence[str], experiment: str) -> str:
-    """What table.md holds: the `table` of the rows, with its caption and notes."""
+    """The content of table.md: the `table` of the rows, with its caption and notes."""
     header, *body = cells
     lines = [f"# {experiment}", "", caption(rows), "", *markdown(header, body), "", *(f"- {note}" for note in notes)]
     return "\n".join([*lines, ""])
 
 
 def fractions_of_largest_queue(rows: Sequence[TableRow]) -> list[float | None]:
-    """Each row's support size over that of the largest queue; None where no run has a queue."""
+    """Each row's support size as a fraction of the largest queue's; None if no run has a queue."""
     largest = max((row.size for row in rows if "queue_size" in row.runs[0].params), default=None)
     return [row.size / largest if largest else None for row in rows]
 
 
 def records(rows: Sequence[TableRow]) -> list[dict[str, Any]]:
-    """The table as numbers; None for a metric that is missing."""
+    """The table as numbers, a dict for each row; None for a metric that is missing."""
     metrics = metrics_of(rows)
     return [
         {
@@ -159,7 +159,7 @@ def _known(value: float) -> float | None:
 
 
 def _differences(row: TableRow, rows: Sequence[TableRow], metrics: Iterable[str]) -> dict[str, float | None]:
-    """For each metric the gain over the control: mean over pairs, ends of its 95% interval, number of pairs."""
+    """For each metric, the gain over the control: mean over pairs, ends of its 95% interval, and number of pairs."""
     control = control_of(row, rows)
     numbers: dict[str, float | None] = {}
     for metric in metrics:
@@ -170,9 +170,9 @@ def _differences(row: TableRow, rows: Sequence[TableRow], metrics: Iterable[str]
 
 
 def _has_curves(run: Record) -> bool:
-    """Whether a run's metrics are on this machine and can be read; warn if they are and cannot."""
+    """Whether a run's metrics are on this machine and readable; warn if they are here but cannot be read."""
     directory = run.directory
-    # `Path.is_file` raises where a folder above is closed.
+    # `Path.is_file` would raise an error if this process may not enter a folder above.
     if directory is None or not os.path.isfile(directory / METRICS):
         return False
     try:
@@ -181,11 +181,11 @@ def _has_curves(run: Record) -> bool:
     except (UsageError, OSError) as error:
         logger.warning("%s: its curves are left out (%s)", directory, one_line(error))
         return False
-    return there is not None and there.uuid == run.uuid  # another run may have the folder by now
+    return there is not None and there.uuid == run.uuid  # else another run has the folder by now
 
 
 def courses(rows: Sequence[TableRow]) -> list[curves.Course]:
-    """The training curves of the rows, of those runs whose folders are on this machine."""
+    """The training curves of the rows, from those runs whose folders are on this machine."""
     found = []
     for row in rows:
         here = tuple(run.directory for run in row.runs if run.directory and _has_curves(run))
@@ -237,7 +237,7 @@ def write(rows: Sequence[TableRow], notes: Sequence[str], experiment: str, out: 
 
 
 def show(rows: Sequence[TableRow], notes: Sequence[str], title: str) -> None:
-    """Print the table."""
+    """Print the table and its notes."""
     console = Console(width=None if sys.stdout.isatty() else 120, markup=False)
     header, *body = table(rows)
 

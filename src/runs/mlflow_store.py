@@ -72,10 +72,10 @@ def prepare(experiment: str = "Default") -> Any:
 def open_store(experiment: str) -> Any:
     """Open the MLflow store, or create it if it is a local one that does not exist, and return the client.
 
-    The store is the one that MLFLOW_TRACKING_URI names, or else ``mlflow.db`` in the current folder, which ``mlflow
-    ui`` shows. MLflow creates a SQLite store in dozens of migrations, and two processes that do so at once, or one that
-    is killed meanwhile, leave a file that never opens again. So the store is created under a lock, with another name,
-    and renamed.
+    The store is the one that MLFLOW_TRACKING_URI names, or else ``mlflow.db`` in the current folder, which is what
+    ``mlflow ui`` shows. MLflow creates a SQLite store in dozens of migrations, and two processes that do so at once, or
+    one that is killed meanwhile, leave a file that never opens again. So the store is created under a lock and under
+    another name, and then renamed.
 
     Only a database must open here. A server is not asked anything, because it may begin to answer later in the run.
 
