@@ -60,11 +60,11 @@ class Point(NamedTuple):
 
 
 class Course(NamedTuple):
-    """Runs that differ only in their seed: names, how many vectors they store, a colour, epochs, directories."""
+    """Runs that differ only in their seed, which are drawn as one curve."""
 
     title: str
     method: str
-    size: int
+    size: int  # stored vectors
     colour: str
     epochs: int
     directories: tuple[Path, ...]
@@ -129,8 +129,8 @@ def plot(directory: Path) -> Path:
 def over_epochs(course: Course, metrics: Iterable[str]) -> dict[str, list[Point]]:
     """Points of metrics, at epochs where every run has the metric.
 
-    The untrained encoder's metric is a level over all epochs. Metrics of a support set that is reset are taken where it
-    is oldest, at the last epoch before each reset; if none was measured there, they are taken where they were.
+    A metric of the untrained encoder is a level over all epochs. Metrics of a support set that is reset are taken at
+    the last epoch before each reset, where the set is oldest; if none was measured there, all points are taken.
     """
     prefix = f"{UNTRAINED}/" if course.is_untrained else ""
     found: dict[str, dict[float, list[float]]] = {metric: defaultdict(list) for metric in metrics}
@@ -159,9 +159,9 @@ def _points(course: Course, metric: str, found: Mapping[float, Sequence[float]])
 
 
 def compare(courses: Sequence[Course]) -> Figure | None:
-    """Draw a panel for each metric; of more than a few courses a grid, with a column for each method that stores.
+    """Draw a panel for each metric; with more than a few courses, draw a grid of metrics and storing methods.
 
-    In a grid, courses that store nothing are in every column. Of a method with many courses only the best has a name:
+    In the grid, courses that store nothing are in every column. If a method has many courses, only the best has a name:
     the one with the highest last kNN accuracy on validation images.
 
     Returns:
@@ -211,7 +211,7 @@ def compare(courses: Sequence[Course]) -> Figure | None:
 
 
 def _worth_drawing(course: Course) -> dict[str, list[Point]]:
-    """`over_epochs`, but nothing of a support set if nothing is stored, and no self-hits if they are rare."""
+    """The points of `over_epochs` without metrics of a support set that stores nothing, and without rare self-hits."""
     found = over_epochs(course, [each for each in COMPARED if course.size or not each.startswith("support/")])
     own = found.get("support/self_hit", [])
     if all(point.mean < MIN_SELF_HITS for point in own):
@@ -220,9 +220,9 @@ def _worth_drawing(course: Course) -> dict[str, list[Point]]:
 
 
 def _styles(courses: Sequence[Course], accuracy: Mapping[Course, float]) -> dict[Course, dict[str, Any]]:
-    """If a method has few courses, larger support sets have fuller colours; if many, all but the best are faint.
+    """Choose the lines' styles: if a method has many courses, all but the best are faint.
 
-    Variants that store nothing differ in their line style.
+    Of a few courses, those with larger support sets have fuller colours, and those that store nothing differ in dashes.
     """
     by_method: dict[str, list[Course]] = defaultdict(list)
     for course in sorted(courses, key=lambda each: each.size):
@@ -271,7 +271,7 @@ def _panel(
 
 
 def _place_legends(panels: Sequence[Axes]) -> None:
-    """Put the legends of panels that share an axis at the right where no curve is, or in new room above."""
+    """Put the legends of panels that share an axis at the right, where no curve is, or extend the axis above them."""
     legends = {axes: legend for axes in panels if (legend := axes.get_legend())}
     lines = {axes: "\n".join(axes.get_legend_handles_labels()[1]).split("\n") for axes in legends}
     low, high = panels[0].get_ylim()

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 
 MAX_IMAGES = 1000  # images on a map, at most
 MAX_NAME_CHARS = 24  # of a class in the legend
-COLOURED_CLASSES = 10  # classes with a colour of their own, where there are more than twice as many
+COLOURED_CLASSES = 10  # classes with a colour of their own, if there are more than twice as many classes
 
 
 def choose_images(labels_N: Tensor, classes: int) -> Tensor:
-    """Choose images for a map at random: rows [M], up to half of them of the classes that have their own colours."""
+    """Choose images for a map at random: their rows [M].
+
+    If there are more than twenty classes, up to half of the images are of the classes that have their own colours.
+    """
     rows_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0)).to(labels_N.device)
     if classes <= 2 * COLOURED_CLASSES:
         return rows_N[:MAX_IMAGES]

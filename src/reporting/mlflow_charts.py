@@ -71,7 +71,7 @@ def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -
         "runsHiddenMode": "SHOW_ALL",  # the default draws ten runs
         "compareRunCharts": _charts(),
         "compareRunSections": _sections(),
-        "isAccordionReordered": True,  # or the sections are sorted by name
+        "isAccordionReordered": True,  # else the sections are sorted by name
     }
     value = json.dumps({"name": name, "createdAt": created, "updatedAt": created, "state": json.dumps(state)})
     query = f"viewStateShareKey={sweep_run_id}&compareRunsMode=CHART&workflowType=machine_learning"

@@ -98,7 +98,7 @@ def panels_of(rows: Sequence[TableRow], controls: Sequence[TableRow | None]) -> 
 
 
 def caption(rows: Sequence[TableRow]) -> str:
-    """What all runs have in common, how many seeds a row has, and what stands behind ±."""
+    """A line that says what all runs have in common, how many seeds a row has, and what the ± means."""
     runs = [run for row in rows for run in row.runs]
     parts = []
     texts = {"data.name": "{}", "data.limit": "{} training images", "backbone.name": "{}", "epochs": "{} epochs"}
@@ -251,7 +251,7 @@ def wrapped(text: str, width: int) -> str:
 
 
 def fitting(title: str, figure: Figure) -> str:
-    """The title of a figure, in two lines where it is wider than that."""
+    """Wrap the title of a figure to two lines if it is wider than the figure."""
     return wrapped(title, int(14 * figure.get_figwidth()))
 
 

@@ -42,7 +42,7 @@ TABLE_METRICS = {
     "test/linear_top5": "test linear top-5",
 }
 ACCURACY = "test/linear_top1"
-RANKING = "val/linear_top1"  # the test images choose nothing
+RANKING = "val/linear_top1"  # chooses the best row, because the test images must not
 AGREEMENT = "support/val_agreement"  # logged as a fraction; a report has it in percent
 AGREEMENT_TITLE = "right positives"
 # The metrics of other probes. A suffix, as in `test_fewshot`, says that they were measured after the run's end.

@@ -245,7 +245,7 @@ def show(rows: Sequence[TableRow], notes: Sequence[str], title: str) -> None:
         drawn = Table(title=title, caption=caption(rows), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         drawn.add_column(header[0], overflow="fold")
         for place in columns[1:]:
-            head, is_axis = "\n".join(header[place].split()), header[place] == "vectors"  # narrow: labels need room
+            head, is_axis = "\n".join(header[place].split()), header[place] == "vectors"  # narrow, as labels need room
             drawn.add_column(head, justify="right", overflow="fold", no_wrap=is_axis)
         for line in body:
             drawn.add_row(*(line[place] for place in columns))

@@ -22,7 +22,7 @@ from typing import Annotated, Any, BinaryIO, NotRequired
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
-from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
+from typing_extensions import TypedDict  # pydantic refuses typing's own before Python 3.12
 
 from src.errors import UsageError
 from src.runs.metrics_file import begins_with, reason
@@ -54,7 +54,7 @@ class DamagedCheckpointError(UsageError):
 def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
     """Write ``directory/step-<step>.pt`` and keep only the newest ``keep`` checkpoints up to this step.
 
-    Checkpoints of later steps are set aside: a run that saves step 90 was not continued from its step 100.
+    Checkpoints of later steps are set aside: a run that saves step 90 was not continued from step 100.
 
     Args:
         directory: the folder of the checkpoints, to which one process writes at a time; created if absent.

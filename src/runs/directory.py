@@ -120,7 +120,7 @@ def warn_of_other_protocol(finished: Iterable[tuple[schema.Config, Record]]) -> 
 
 
 def refuse_hopeless(record: Record, cfg: schema.Config) -> None:
-    """Refuse to continue a run that has diverged, or that has collapsed under ``on_collapse=stop``.
+    """Refuse to continue a run that has diverged or, with ``on_collapse=stop``, has collapsed.
 
     Raises:
         Diverged: the run diverged; the message is that of the session in which it did.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
+from typing_extensions import TypedDict  # pydantic refuses typing's own before Python 3.12
 
 from src.config.schema import Natural
 from src.errors import UsageError

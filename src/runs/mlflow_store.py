@@ -82,7 +82,7 @@ def open_store(experiment: str) -> Any:
     Raises:
         Busy: the database is locked or cannot be reached.
         UsageError: MLflow is not installed, the store is a folder of files or does not open, or the experiment has been
-            deleted in it.
+            deleted, which is looked up in a SQLite store only.
     """
     mlflow = import_mlflow()
     uri = store_uri(mlflow)
@@ -233,7 +233,7 @@ def call_for_run(directory: Path, seconds: float, request: Callable[[Any], T]) -
 
 
 def iterate_for_run(directory: Path, seconds: float, request: Callable[[Any], Iterator[T]]) -> Iterator[T]:
-    """Do the same for a request that yields after each of its steps; each step may take ``seconds``."""
+    """Do the same as `call_for_run` for a request that yields after each step; each step may take ``seconds``."""
     with _errors_of_run(directory):
         steps = request(prepare())
         while (found := within(seconds, lambda: next(steps, None))) is not None:
@@ -354,7 +354,7 @@ class Delivery:
         return self.entry.has == self.record.state(self.experiment)
 
     def push(self) -> None:
-        """Take all `steps`."""
+        """Deliver everything, by running all `steps`."""
         for _ in self.steps():
             pass
 

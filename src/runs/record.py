@@ -19,7 +19,7 @@ from pathlib import Path, PurePath
 from typing import Annotated
 
 from pydantic import AfterValidator, TypeAdapter
-from typing_extensions import TypedDict  # typing's own is refused by pydantic before Python 3.12
+from typing_extensions import TypedDict  # pydantic refuses typing's own before Python 3.12
 
 from src.config.schema import Natural, NotNegative, Tracking, one_of
 from src.errors import UsageError
@@ -289,7 +289,7 @@ def records_below(root: Path) -> Iterator[tuple[Path, Record]]:
         try:
             yield Path(parent), Record.load(Path(parent), hash_rows=False)
         except UsageError as error:
-            logger.warning("passed over: %s", str(error).removesuffix(f": {MOVE_AWAY}"))
+            logger.warning("skipped: %s", str(error).removesuffix(f": {MOVE_AWAY}"))
 
 
 def checkpoints_by_step(folder: Path) -> dict[int, Path]:
