@@ -294,7 +294,7 @@ def parent_tags(parent: str | None) -> dict[str, str]:
     if TAG_SWEEP_ID not in record.tags:
         raise UsageError(f"tracking.parent={parent}: is not the folder of a sweep; leave it out")
     tags = {f"sweep.{record.tags[TAG_SWEEP_ID]}": "true"}
-    if record.entry.run_id:  # else MLflow does not have the sweep yet, and `attach_children` adds the tag at its end
+    if record.entry.run_id:  # else MLflow lacks the sweep so far, and `attach_children` adds the tag when it ends
         tags[TAG_PARENT] = record.entry.run_id
     return tags
 

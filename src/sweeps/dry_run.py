@@ -45,7 +45,7 @@ def preview(cfgs: Sequence[Config], at_a_time: int, settings: Sequence[str] = ()
     run_directory.warn_of_other_protocol(done)
     todo = len(cfgs) - len(done)
     total = f"{len(cfgs)} {'job' if len(cfgs) == 1 else 'jobs'}, {todo} to run"
-    if lasts:  # a single job is not run in parallel, so all jobs take at least as long as the longest
+    if lasts:  # a job is not split, so all jobs together take at least as long as the longest
         total += f", about {_duration(max(sum(lasts) / at_a_time, *lasts))} with jobs={at_a_time}"
     if unknown := todo - len(lasts):
         total += f"; no time known for {unknown}: none like them has finished yet"

@@ -175,7 +175,7 @@ def _set(composed: DictConfig, override: Override) -> str:
     for key in (override.key_or_group, new_name(override.key_or_group)):
         parent, _, leaf = (key or "").rpartition(".")
         node = OmegaConf.select(composed, parent) if parent else composed
-        if key and isinstance(node, DictConfig) and leaf in node.keys():  # noqa: SIM118  # `in` ignores keys of "???"
+        if key and isinstance(node, DictConfig) and leaf in node.keys():  # noqa: SIM118  # `in` overlooks a "???"
             OmegaConf.update(composed, key, override.value(), merge=True)
             return f"{key}={override.get_value_element_as_str()}"
     return ""

@@ -178,7 +178,7 @@ class _Trials:
 
     def __init__(self, study: Study, jobs: list[Job], total: int, job_of: Callable[[Any], Job]) -> None:
         self.study, self.jobs, self.total, self.job_of = study, jobs, total, job_of
-        self.exhausted: UsageError | None = None  # why no other was proposed; raised after the last job
+        self.exhausted: UsageError | None = None  # why no other was proposed; raised when all jobs have ended
         self.unjudged = [job for job in jobs if self._is_unjudged(job)]
 
     def __iter__(self) -> Iterator[Job]:
