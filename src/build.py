@@ -1,4 +1,4 @@
-"""Where a config becomes objects; nothing else instantiates."""
+"""Builds the objects that a config describes: encoder, support set, method, views and search back end."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from src.support.queue import Queue
 from src.support.search import FaissSearch, InvertedLists, Search, TorchSearch, has_faiss_gpu, require_faiss
 from src.support.sharded import Shard
 
-# On a GPU with CUDA graphs (on a CPU there are none): a ResNet-18's kernels for a batch of 256 take a third of the time
-# in which a host launches them one by one. A graph's outputs last until the next step is marked.
+# This mode uses CUDA graphs on a GPU (a CPU has none): the kernels of a ResNet-18 for a batch of 256 take a third of
+# the time in which the host launches them one by one. A graph's outputs stay valid until the next step is marked.
 COMPILE_MODE = "reduce-overhead"
 
 
 def device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one.
+    """Return the device of a name; ``auto`` means the GPU if there is one, else the CPU.
 
     Raises:
-        UsageError: a GPU is asked for that is not there.
+        UsageError: the name is malformed, or that GPU does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,12 +44,12 @@ def device(name: str) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device={name}: torch sees {torch.cuda.device_count()} GPUs here; choose device=cpu or auto")
     if chosen.index is not None and chosen.type == "cuda":
-        torch.cuda.set_device(chosen)  # for what asks for no device: events, FAISS, compiled kernels
+        torch.cuda.set_device(chosen)  # for code that uses the current device: events, FAISS, compiled kernels
     return chosen
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the hardware multiplies in it, else float32."""
+    """Return the dtype of a name; ``auto`` means bfloat16 if the hardware multiplies in it, else float32."""
     if name != "auto":
         return torch.bfloat16 if name == "bfloat16" else torch.float32
     if device.type == "cuda":
@@ -60,17 +60,19 @@ def precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def search(cfg: schema.Search, device: torch.device) -> Search:
-    """The back end of exact search; ``auto`` (and what ``ivf`` leaves to it) is FAISS on a usable GPU, else torch.
+    """Build the back end of exact search.
+
+    ``auto``, and ``ivf`` for the searches that stay exact, means FAISS on a GPU that it can use, else torch.
 
     Raises:
-        UsageError: faiss is asked for and not installed.
+        UsageError: faiss is requested but not installed.
     """
     wants_faiss = cfg.name == "faiss" or (cfg.name != "torch" and device.type == "cuda" and has_faiss_gpu())
     return FaissSearch(device) if wants_faiss else TorchSearch()
 
 
 def views(cfg: Config, data: Dataset, part: tuple[int, int] = (0, 1)) -> tuple[ViewMaker, ViewMaker]:
-    """What makes view 1 and view 2 of each batch, or of one of its equal parts (`ViewMaker`)."""
+    """Build the makers of view 1 and view 2, for whole batches or for one of their equal parts (`ViewMaker`)."""
     mode = COMPILE_MODE if cfg.compile else None
     rest = cfg.augment.interpolation, cfg.data.image_size, data.mean, data.std
     view1 = ViewMaker(cfg.augment.view1, *rest, part=part, compile_mode=mode)
@@ -79,7 +81,7 @@ def views(cfg: Config, data: Dataset, part: tuple[int, int] = (0, 1)) -> tuple[V
 
 
 def encoder(cfg: schema.Backbone, image_size: int) -> tuple[nn.Module, int]:
-    """The backbone, and how many features it gives."""
+    """Build the backbone; returns it with its number of features."""
     if cfg._target_ is not None:
         model = make(cfg._target_, "backbone", nn.Module, **cfg.options)
     elif cfg.name in schema.RESNETS:
@@ -99,17 +101,17 @@ def method(
     parallelize: Callable[[nn.Module], nn.Module] = lambda encoder: encoder,
     shard: Shard | None = None,
 ) -> tuple[Method, int]:
-    """The method with its networks and its support set, on the device, and how many features its encoder gives.
+    """Build the method with its networks and support set; returns it with the number of its encoder's features.
 
     Args:
         cfg: the run's config.
-        classes: of the data set, for the support set's diagnostics.
-        search: the back end, which the evaluation uses too: on a GPU each one reserves memory.
-        device: where all of it goes.
+        classes: number of classes of the data set, for the support set's diagnostics.
+        search: the search back end, shared with the evaluation, because on a GPU each one reserves memory.
+        device: where the method is put.
         parallelize: makes an encoder work with those of other processes (`src.training.distributed.Ranks.parallelize`).
-        shard: this process's part of the slots, where ``support.shards=ranks``.
+        shard: the slots that this process holds if ``support.shards=ranks``.
     """
-    # First of all that is random, so that a seed stands for one untrained encoder, whatever the method.
+    # The encoder draws its weights before anything else, so that a seed gives the same encoder to every method.
     backbone, features = encoder(cfg.backbone, cfg.data.image_size)
     if cfg.backbone.bn_splits > 1:
         models.split_batch_norms(backbone, cfg.backbone.bn_splits)
@@ -128,19 +130,19 @@ def method(
     if model.support is not None:
         model.support.stopwatch.device = device
     if cfg.compile:
-        # It advises products in TF32, which would round what is searched and compared.
+        # torch.compile advises matrix products in TF32, which would round embeddings in lookups and losses.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         for network in model.networks:
             network.compile(mode=COMPILE_MODE)
-        torch.backends.cudnn.benchmark = True  # the graphs keep what is fastest; processes may differ by a rounding
+        torch.backends.cudnn.benchmark = True  # the graphs keep the fastest kernels; processes may differ by rounding
     return model, features
 
 
 def support(cfg: Config, space: Space, shard: Shard | None = None) -> SupportSet | None:
-    """The support set; None where nothing is stored.
+    """Build the support set; None if nothing is stored.
 
     Raises:
-        UsageError: it needs faiss, which is not installed or does not know the index.
+        UsageError: the support set needs faiss, which is not installed or does not know the index.
     """
     match cfg.support:
         case theirs if theirs._target_ is not None:
@@ -155,7 +157,7 @@ def support(cfg: Config, space: Space, shard: Shard | None = None) -> SupportSet
 
 
 def queue(settings: schema.Queue, cfg: schema.Search, size: int, space: Space, shard: Shard | None = None) -> Queue:
-    """A queue, searched exactly or by inverted lists."""
+    """Build a queue that is searched exactly or by inverted lists."""
     lists = None
     if cfg.name == "ivf":
         assert cfg.index is not None
@@ -174,7 +176,7 @@ def queue(settings: schema.Queue, cfg: schema.Search, size: int, space: Space, s
 
 
 def kmeans(settings: schema.KMeans, k: int, space: Space, shard: Shard | None = None) -> KMeans:
-    """Prototypes from online k-means."""
+    """Build prototypes from online k-means."""
     if settings.refit == "faiss":
         require_faiss("support.refit=faiss", "support.refit=online")
     return KMeans(

@@ -1,6 +1,6 @@
-"""The command line: Hydra composes, and a user's mistake ends in one line and status 2.
+"""The command line: Hydra composes the config, and a user's mistake ends with one line and exit status 2.
 
-What a command needs is imported when its config has been composed, so that ``--help`` does not wait for torch.
+The code of a command is imported only after its config is composed, so that ``--help`` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ from src.system.environment import CONF, PROJECT, is_rank
 from src.system.output import lost_output, outlive_output, printable
 from src.system.redact import one_line, redact, redact_output
 
-OF_THE_SWEEP = ("jobs", "dry_run", "max_minutes", "resume")  # keys that concern a sweep as a whole
-# Arguments for Hydra: 1.4 has no other version base, and warns of one that is given.
+SWEEP_KEYS = ("jobs", "dry_run", "max_minutes", "resume")  # keys that concern a sweep as a whole
+# An argument of `hydra.main`: Hydra 1.4 has a single version base, and warns if one is given.
 VERSION_BASE: dict[str, str] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
-MAX_MESSAGE_CHARS = 600  # of an error's line
+MAX_MESSAGE_CHARS = 600  # in the line of an error
 _LACKS_MEMORY = re.compile(
     "MemoryError|out of memory|(can't|cannot) allocate memory|size calculation overflowed|bad_alloc|"
     "failed to map segment|can't start new thread",
     re.I,
 )
-os.environ.pop("MPLBACKEND", None)  # all pictures are files, and matplotlib does not load with a name that it lacks
+os.environ.pop("MPLBACKEND", None)  # pictures go to files, and matplotlib fails to import with an unknown back end
 
 
 @contextmanager
 def _survives_closed_output() -> Iterator[None]:
-    """Exit with the status of SIGPIPE if the reader of standard output has gone, with 74 if the disk is full.
+    """Exit with the status of SIGPIPE if the reader of standard output has gone, and with 74 if the disk is full.
 
-    Ctrl-C ends the command with its status, without a traceback.
+    Ctrl-C ends the command with the status of SIGINT, without a traceback.
     """
     outlive_output()
     try:
         yield
-    except KeyboardInterrupt:  # outside a run, which takes it for a request to stop
+    except KeyboardInterrupt:  # outside a run; inside, Ctrl-C is a request to stop
         sys.exit(128 + signal.SIGINT)
     if sys.stdout is not None:
         sys.stdout.flush()
@@ -111,7 +111,7 @@ def embed() -> None:
 def report() -> None:
     """``python -m src.report``."""
     _refuse_ranks("report")
-    from src.reporting import report  # matplotlib takes a second
+    from src.reporting import report  # imported here, because matplotlib takes a second
 
     with explained():
         _log_to_stderr()
@@ -131,7 +131,7 @@ def deliver() -> None:
 
 
 def pretrain(composed: DictConfig) -> float:
-    """One run, from a composed config to its last ``val/knn_top1`` (`src.training.run.run`)."""
+    """Train the run of a composed config; returns its last ``val/knn_top1`` (`src.training.run.run`), NaN if dry."""
     cfg = parse(composed)
     if cfg.dry_run:
         cfg.data.fingerprint = known_fingerprint(cfg.data) or cfg.data.fingerprint
@@ -148,7 +148,7 @@ def pretrain(composed: DictConfig) -> float:
 
 
 def features(composed: DictConfig) -> Path:
-    """The features of images by a finished run's encoder, and a map of them (`src.evaluation.embed.main`)."""
+    """Write features of images from a finished run's encoder, and a map of them (`src.evaluation.embed.main`)."""
     from src.evaluation import embed
     from src.reporting import map as maps
 
@@ -156,9 +156,9 @@ def features(composed: DictConfig) -> Path:
 
 
 def _compose_and_run(config_name: str, main: Callable[[DictConfig], Any]) -> None:
-    """Hand the composed config to ``main``, as ``hydra.main`` does, but explain mistakes to people.
+    """Compose the config and pass it to ``main``, as ``hydra.main`` does, but report mistakes in one line.
 
-    A user who sets ``HYDRA_FULL_ERROR=1`` gets the tracebacks.
+    With ``HYDRA_FULL_ERROR=1`` in the environment, the user gets tracebacks instead.
     """
     trains = config_name == "train"
     plugins.register()
@@ -187,20 +187,20 @@ def _compose_and_run(config_name: str, main: Callable[[DictConfig], Any]) -> Non
 
 
 def _refuse_mistyped(config_name: str) -> None:
-    """Refuse a command line that Hydra would misunderstand, or would refuse in words that help nobody."""
+    """Refuse a command line that Hydra would misunderstand, or would refuse with an unhelpful message."""
     typed = sys.argv[1:]
     if empty := {"", "run=", "checkpoint=", "run_id="}.intersection(typed):
         fail(f"{max(empty) or 'an argument'} is empty: a variable of the shell may have no value")
     settings = [place for place, argument in enumerate(typed) if "=" in argument and argument[0] != "-"]
     between = typed[settings[0] : settings[-1]] if settings else []
-    if any(argument[0] == "-" for argument in between):  # argparse would not know the settings after it
+    if any(argument[0] == "-" for argument in between):  # argparse would not recognise the settings after it
         fail("settings stand before and after an argument that begins with a hyphen: put that first")
     if config_name != "train":
         _refuse_ranks(config_name)
     if is_rank() and {"--multirun", "-m"}.intersection(typed):
         fail("--multirun: a sweep starts its jobs itself; leave out torchrun, which is for one run")
     for argument in typed:
-        # Hydra makes that folder before it hands the config over.
+        # Refused here, because Hydra makes this folder before it passes the config on.
         if re.match(r"\+*hydra\.run\.dir=", argument) and "hydra.job.chdir=true" not in typed:
             fail(f"{argument}: has no effect; a run's folder is output_dir")
         if argument.endswith("=null") and os.path.isdir(CONF / argument.removesuffix("=null")):
@@ -208,7 +208,7 @@ def _refuse_mistyped(config_name: str) -> None:
 
 
 def _refuse_misplaced(composed: DictConfig, trains: bool) -> None:
-    """Refuse options that are not for this command, or for a sweep where there is none."""
+    """Refuse options that belong to another command, or to a sweep if this is a single run."""
     chosen = HydraConfig.get()
     choices, is_sweep = chosen.runtime.choices, chosen.mode == RunMode.MULTIRUN
     if trains and "method" not in choices:
@@ -227,14 +227,14 @@ def _refuse_ranks(module: str) -> None:
 
 
 def _options(*groups: str) -> str:
-    """For ``--help``: a line for each group with its options, those of ``--config-dir`` among them."""
+    """List each group's options in a line of its own for ``--help``, including those from ``--config-dir``."""
     options = GlobalHydra.instance().config_loader().get_group_options
     return "\n".join(f"{group}: {', '.join(sorted(options(group.lstrip('+'))))}" for group in groups)
 
 
 def _log_to_stderr() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("src").setLevel(logging.INFO)  # how far a download or a decoding is
+    logging.getLogger("src").setLevel(logging.INFO)  # shows the progress of downloads and decoding
     redact_output()
 
 
@@ -242,22 +242,23 @@ def _for_the_sweeper(argument: str) -> str:
     """Rewrite ``key=value`` as ``key=choice(value)``.
 
     Hydra sets a plain value in the sweep's own config, where the default method may lack the key; it leaves a choice to
-    the sweeper, which sets it for each job. Options of a group, deleted keys and null stay as typed.
+    the sweeper, which sets the key in each job. Options of groups, keys of the sweep, added and deleted keys, and null
+    stay as typed.
     """
     key, _, value = argument.partition("=")
-    is_group = "/" in key or os.path.isdir(CONF / key)  # which takes a name of any length
-    if argument[0] in "-+~" or is_group or key.split(".")[0] in ("hydra", *OF_THE_SWEEP) or not value:
+    is_group = "/" in key or os.path.isdir(CONF / key)  # unlike Path.is_dir, this accepts a name of any length
+    if argument[0] in "-+~" or is_group or key.split(".")[0] in ("hydra", *SWEEP_KEYS) or not value:
         return argument
     try:
         override = OverridesParser.create().parse_override(argument)
-    except HydraException:  # which Hydra will say better
+    except HydraException:  # Hydra reports this mistake itself, with a better message
         return argument
     is_choice_already = override.is_sweep_override() or override.value() is None  # there is no choice(null)
     return argument if is_choice_already else f"{key}=choice({value})"
 
 
 def _with_renamed_keys(hydra_main: Callable[[], None]) -> None:
-    """Compose and run. If the chosen options lack a key that has been renamed, try again with its new name."""
+    """Compose and run. If a given key does not exist because it has been renamed, try again with its new name."""
     while True:
         try:
             return hydra_main()
@@ -271,7 +272,10 @@ def _with_renamed_keys(hydra_main: Callable[[], None]) -> None:
 
 
 def _is_from_hydra(error: Exception) -> bool:
-    """Whether Hydra could not compose: it may raise anything, a TypeError for ``tracking=[1]``, YAML's for a file."""
+    """Whether an error means that Hydra could not compose the config.
+
+    Hydra may raise anything: a TypeError for ``tracking=[1]``, an error of YAML for a file.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     raised_in = Path(frames[-1].filename)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PROJECT / "src")]
@@ -281,25 +285,28 @@ def _is_from_hydra(error: Exception) -> bool:
 
 @contextmanager
 def explained(known: Collection[str] | None = None) -> Iterator[None]:
-    """Exit with one line and a status if the fault is not in the program; ``known`` as of `explain_composition`."""
+    """Exit with one line and a status on an error that is not a fault of the program.
+
+    ``known`` is passed on to `explain_composition`.
+    """
     try:
         yield
     except Exception as error:
         if lacking := _lack_of_memory(error):
-            fail(f"there is not enough memory ({one_line(lacking)}): lower what is largest, or give it more", 1)
+            fail(f"there is not enough memory ({one_line(lacking)}): lower the largest setting, or use more memory", 1)
         if isinstance(error, RunFailed):
             fail(str(error), error.status)
         if isinstance(error, UsageError | HydraException | OmegaConfBaseException):  # one of Hydra's is an OSError too
             fail(explain_composition(error, known))
         if isinstance(error, RuntimeError) and "Symlink loop" in str(error):  # an OSError since Python 3.13
             fail(f"{error}: name another folder")
-        if isinstance(error, OSError):  # before a run had its directory: nothing has been written
+        if isinstance(error, OSError):  # the run has no directory yet, so nothing has been written
             fail(f"{error.filename or 'a file'}: {error.strerror or error}")
         raise
 
 
 def _lack_of_memory(error: BaseException | None) -> BaseException | None:
-    """The error, or the one on which it was raised, that says so: any line of any library may meet the limit."""
+    """Find the error that reports a lack of memory, in an error or its context; any library may run into the limit."""
     kinds = MemoryError | RuntimeError | ImportError | OSError
     while error and not (isinstance(error, kinds) and _LACKS_MEMORY.search(repr(error))):
         error = error.__context__
@@ -307,7 +314,7 @@ def _lack_of_memory(error: BaseException | None) -> BaseException | None:
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
-    """Print one line, without secrets, and end with the status."""
+    """Print the message as one line without secrets, and exit with the status."""
     if _is_first_rank_to_report():
         print(f"error: {printable(redact(' '.join(message.split())))[:MAX_MESSAGE_CHARS]}", file=sys.stderr)
     sys.exit(status)

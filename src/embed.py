@@ -1,4 +1,4 @@
-"""Features of any images by a finished run's encoder, and a map of them: ``python -m src.embed run=NAME data=...``."""
+"""Compute features of any images with a finished run's encoder: ``python -m src.embed run=NAME data=...``."""
 
 from src import cli
 

@@ -1,4 +1,4 @@
-"""What goes wrong, said to people: one line, no traceback, and an exit status that says which kind it was."""
+"""Errors for users: one line without a traceback, and an exit status that tells the kind of error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class UsageError(ValueError):
 
 
 class RunFailed(Exception):  # noqa: N818
-    """A run that cannot go on, through no mistake in the command. Its last good checkpoint stays.
+    """A run or a command cannot continue, though the user made no mistake. A run's last good checkpoint stays.
 
     The command line prints the message, one line, and exits with `status`.
     """
@@ -20,24 +20,24 @@ class RunFailed(Exception):  # noqa: N818
 
 
 class Diverged(RunFailed):
-    """The loss, the gradient or the weights are not finite."""
+    """The loss, the gradient, the weights or the features are not finite."""
 
-    status = 65  # sysexits.h's EX_DATAERR: the same command ends the same way
+    status = 65  # sysexits.h's EX_DATAERR: the same command ends in the same way
 
 
 class Collapsed(RunFailed):
     """The features or embeddings of different images have become alike, and ``on_collapse=stop``."""
 
-    status = 65  # as of `Diverged`: the same command ends the same way
+    status = 65  # EX_DATAERR, as for `Diverged`
 
 
 class RankLost(RunFailed):
-    """Of a run on several devices, another process has ended."""
+    """Another process of a run on several devices has ended."""
 
-    status = 69  # sysexits.h's EX_UNAVAILABLE: the same command continues
+    status = 69  # sysexits.h's EX_UNAVAILABLE: the same command resumes the run
 
 
 class CannotWrite(RunFailed):
     """The disk is full, read-only or broken."""
 
-    status = 74  # sysexits.h's EX_IOERR: when there is room, the same command continues
+    status = 74  # sysexits.h's EX_IOERR: the same command resumes the run when the disk can be written again

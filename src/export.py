@@ -1,4 +1,4 @@
-"""A finished run's encoder in a format of others: ``python -m src.export run=NAME format=pt2|onnx|timm|hf``."""
+"""Export a finished run's encoder for other software: ``python -m src.export run=NAME format=pt2|onnx|timm|hf``."""
 
 from src import cli
 

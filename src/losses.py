@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Pair = tuple[Tensor, Tensor]  # of view 1 and of view 2
+Pair = tuple[Tensor, Tensor]  # one tensor for view 1, one for view 2
 
 
 def nt_xent(
@@ -23,12 +23,12 @@ def nt_xent(
 
     Args:
         z1_BD: projections of view 1.
-        z2_BD: of view 2 of the same images.
+        z2_BD: projections of view 2 of the same images.
         temperature: above 0.
-        positives: [B, D] of view 1 and of view 2: optional targets that replace the positive partner; the negatives
-            are unchanged.
-        mask_ids: [2B] of view 1, then view 2: a view m that has j's id is left out of i's sum, unless it is j itself.
-            So no view is pushed away from others that share the positive that it is pulled to.
+        positives: optional targets [B, D] for view 1 and for view 2: view i is pulled towards the target of j instead
+            of j itself. The negatives are unchanged.
+        mask_ids: [2B] ids of view 1, then of view 2. A view m with the same id as j is left out of i's sum, unless it
+            is j itself. So i is not pushed away from other views that share the target that it is pulled towards.
 
     Returns:
         The mean over all 2B ordered pairs, a scalar.
@@ -61,11 +61,11 @@ def info_nce(
         l(i) = -log( exp(q_i . p_i / temperature) / sum over k of exp(q_i . p_k / temperature) )
 
     Args:
-        positives_BD: what the support set returned for view 1, say.
-        predictions_BD: the predictor's output for view 2.
+        positives_BD: the vectors that the support set returned for one view.
+        predictions_BD: the predictor's output for the other view.
         temperature: above 0.
-        mask_ids_B: rows of one id are left out of each other's sums. Where q_i and q_k are the same vector, q_i would
-            otherwise be asked to be near p_i and far from p_k, and q_k the reverse.
+        mask_ids_B: ids of the positives; rows with the same id are left out of each other's sums. Otherwise, if q_i
+            and q_k are the same vector, row i would pull it towards p_i and away from p_k, and row k the reverse.
 
     Returns:
         The mean over the rows, a scalar.
@@ -90,27 +90,27 @@ def support_contrast(
     weight: float,
     mask_ids: Tensor | None = None,
 ) -> Tensor:
-    """NT-Xent of a batch's views, beside a term for what a support set returned for them.
+    """Weighted sum of NT-Xent between a batch's views and a term that uses positives from a support set.
 
     With z the projections of view 1 and 2, q their positives, p their predictions::
 
         (1 - weight) * nt_xent(z1, z2)  +  weight * term
 
-        term = nt_xent(z1, z2, positives=(q1, q2))                where there are no predictions
-        term = (info_nce(q1, p2) + info_nce(q2, p1)) / 2          where there are
+        term = nt_xent(z1, z2, positives=(q1, q2))                without predictions
+        term = (info_nce(q1, p2) + info_nce(q2, p1)) / 2          with predictions
 
     Args:
-        projections, predictions, positives: [B, D] each, of view 1 and of view 2.
-        temperature: of both terms, above 0.
-        weight: 0 to 1; a term of weight 0 is not computed.
-        mask_ids: [2B] the term's, of view 1, then view 2.
+        projections, predictions, positives: [B, D] each, for view 1 and for view 2.
+        temperature: of both summands, above 0.
+        weight: 0 to 1; a summand of weight 0 is not computed.
+        mask_ids: [2B] ids of view 1, then of view 2, for the term with the positives.
 
     Returns:
         A scalar.
 
     Source: weight 1 with predictions is NNCLR's loss in its symmetric form (Dwibedi et al., ICCV 2021, equations 3 and
-    4). To keep the views' own term beside it, and to do without predictions, are our deviations. Li et al.,
-    "Prototypical Contrastive Learning of Unsupervised Representations", ICLR 2021, equation 11, adds up two such terms.
+    4). Deviations: NT-Xent of the views may be added, and predictions are optional. Li et al., "Prototypical
+    Contrastive Learning of Unsupervised Representations", ICLR 2021, equation 11, also adds up two such terms.
     """
     if weight == 0:
         return nt_xent(*projections, temperature)
@@ -126,7 +126,7 @@ def support_contrast(
 
 
 def byol(predictions_BD: Tensor, targets_BD: Tensor) -> Tensor:
-    """2 - 2 cosine similarity, the mean over the rows: the squared distance of the unit vectors, 0 to 4.
+    """Mean over the rows of 2 - 2 * cosine similarity, the squared distance between the unit vectors: 0 to 4.
 
     Source: Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, equation 2.
     """
@@ -134,23 +134,23 @@ def byol(predictions_BD: Tensor, targets_BD: Tensor) -> Tensor:
 
 
 def mnn(predictions_BD: Tensor, targets_BD: Tensor, neighbours_BKD: Tensor, shares_B: Tensor) -> Tensor:
-    """Distance of predictions to a teacher's embeddings, and to the same mixed with what a support set returned.
+    """Squared distance of predictions to a teacher's embeddings, plus that to mixtures of these and their neighbours.
 
     With p = predictions, t = targets, n = the K neighbours of t, all normalised, and s = the row's share::
 
         l(i) = 2 - 2 p_i . t_i  +  mean over k of (2 - 2 p_i . (s_i n_ik + (1 - s_i) t_i))
 
     Args:
-        predictions_BD: of one view; rows may stack both directions.
+        predictions_BD: predictions of one view; the rows may stack both directions.
         targets_BD: the teacher's embeddings of the other view, row by row, without a gradient.
-        neighbours_BKD: stored vectors.
-        shares_B: 0 to 1, of the neighbours in the mixture.
+        neighbours_BKD: the stored vectors nearest to each target.
+        shares_B: weight of the neighbours in each row's mixture, 0 to 1.
 
     Returns:
         The mean over the rows, a scalar.
 
-    Source: Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, equation 2 (the first term); the second is that of
-    MNN as its authors' code has it (https://github.com/pc-cp/MNN), where a mixture is not normalised again.
+    Source: Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, equation 2 (the first term). The second term is
+    MNN's, as in its authors' code (https://github.com/pc-cp/MNN), which does not normalise the mixture again.
     """
     p, t = F.normalize(predictions_BD.float(), dim=1), F.normalize(targets_BD.float(), dim=1)
     n = F.normalize(neighbours_BKD.float(), dim=2).mean(1)
@@ -165,24 +165,24 @@ def ressl(
     student_temperature: float,
     teacher_temperature: float,
 ) -> Tensor:
-    """Cross entropy of how predictions relate to the stored vectors, against how a teacher's embeddings do.
+    """Cross entropy between the teacher's and the student's distributions of similarity to the stored vectors.
 
-    With p = predictions and t = targets, normalised, and v the stored vectors::
+    With p = predictions and t = targets, both normalised, and v the stored vectors::
 
         l(i) = -sum over n of softmax_n(t_i . v_n / teacher_temperature) log softmax_n(p_i . v_n / student_temperature)
 
     Args:
-        predictions_BD: of one view; rows may stack both directions.
+        predictions_BD: predictions of one view; the rows may stack both directions.
         targets_BD: the teacher's embeddings of the other view, row by row, without a gradient.
         stored_ND: unit vectors.
         student_temperature: above 0.
-        teacher_temperature: the smaller one, so that the teacher's relation is the sharper.
+        teacher_temperature: above 0; lower than the student's, so that the teacher's distribution is sharper.
 
     Returns:
         The mean over the rows, a scalar.
 
     Source: Zheng et al., "ReSSL: Relational Self-Supervised Learning with Weak Augmentation", NeurIPS 2021, equations
-    3 to 5. Deviation: the predictor's output stands for the student, where the original has no predictor.
+    3 to 5. Deviation: the student is represented by the predictor's output; the original has no predictor.
     """
     p, t = F.normalize(predictions_BD.float(), dim=1), F.normalize(targets_BD.float(), dim=1)
     wanted_BN = (_products(t, stored_ND) / teacher_temperature).softmax(1)
@@ -190,7 +190,7 @@ def ressl(
 
 
 def barlow_twins(z1_BD: Tensor, z2_BD: Tensor, off_diagonal: float) -> Tensor:
-    """How far the dimensions of two views' projections are from agreeing, each with itself and with no other.
+    """Distance from the identity of the correlations between the dimensions of two views' projections.
 
     With c the D x D matrix of correlations between dimensions of view 1 and of view 2 over the batch::
 
@@ -208,6 +208,6 @@ def barlow_twins(z1_BD: Tensor, z2_BD: Tensor, off_diagonal: float) -> Tensor:
 
 
 def _products(a_BD: Tensor, b_BD: Tensor) -> Tensor:
-    """Every row of one with every row of the other, in float32, which autocast would make bfloat16."""
+    """Products of every row of ``a`` with every row of ``b`` in float32, for which autocast would use bfloat16."""
     with torch.autocast(a_BD.device.type, enabled=False):
         return a_BD @ b_BD.T

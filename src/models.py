@@ -1,4 +1,4 @@
-"""Encoders and heads, and the precision that they compute in.
+"""Encoders and heads, batch norms, and the precision in which they compute.
 
 An encoder maps images [B, 3, S, S] to features [B, F].
 """
@@ -25,7 +25,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16``, as it is typed and recorded."""
+    """The name of a dtype as configs and records have it, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -34,12 +34,13 @@ def _small_stem(width: int, stem: Stem) -> nn.Conv2d:
 
 
 def resnet(name: Literal["resnet18", "resnet34", "resnet50"], stem: Stem) -> nn.Module:
-    """torchvision's ResNet without its classifier.
+    """Build torchvision's ResNet without its classifier.
 
     Args:
-        name: which.
-        stem: ``small`` for 32x32 images: 3x3, stride 1, no max-pool; ``small_padded``: the same with padding 2, as the
-            original study and solo-learn have it; ``large``: the ordinary 7x7, stride 2, and max-pool.
+        name: the ResNet to build.
+        stem: ``small``, for 32x32 images: a 3x3 convolution with stride 1 and no max-pool; ``small_padded``: the same
+            with padding 2, as in the original study and in solo-learn; ``large``: the usual 7x7 convolution with
+            stride 2, and a max-pool.
 
     Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; the small stem as in Chen et al.,
     "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, appendix B.9.
@@ -48,7 +49,7 @@ def resnet(name: Literal["resnet18", "resnet34", "resnet50"], stem: Stem) -> nn.
 
     model = getattr(torchvision.models, name)(weights=None)
     if stem != "large":
-        # torchvision initialises all convolutions in this way; ours comes later.
+        # torchvision initialises its own convolutions in this way; this one replaces one of them afterwards.
         model.conv1 = _small_stem(64, stem)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
@@ -57,7 +58,7 @@ def resnet(name: Literal["resnet18", "resnet34", "resnet50"], stem: Stem) -> nn.
 
 
 class ResNetTiny(nn.Module):
-    """A ResNet of torchvision's basic blocks, one a stage, 16 to 128 channels wide: 0.3 million weights."""
+    """A ResNet with one of torchvision's basic blocks in each stage, 16 to 128 channels wide: 0.3 million weights."""
 
     def __init__(self, stem: Stem) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class ResNetTiny(nn.Module):
 
 
 def timm_model(name: str, options: dict[str, Any]) -> nn.Module:
-    """Any model of timm, untrained, without its classifier.
+    """Build any timm model, untrained and without its classifier.
 
     Raises:
         UsageError: timm does not know the name, or the model refuses an option.
@@ -100,7 +101,7 @@ def timm_model(name: str, options: dict[str, Any]) -> nn.Module:
         )
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **options)
-    except Exception as error:  # of whatever kind: a tag or an option that the model does not know
+    except Exception as error:  # its type depends on the model, for a tag or an option that the model does not know
         what = (
             f"backbone.options={options}: {name} does not take them" if options else f"backbone.name={name}: timm fails"
         )
@@ -108,9 +109,9 @@ def timm_model(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def projector(in_dim: int, hidden: list[int], out: int, *, final_norm: bool = True) -> nn.Sequential:
-    """Linear layers, each followed by batch norm; ReLU between them, none after the last.
+    """Build linear layers, each followed by batch norm, with ReLU between them and none after the last.
 
-    Without ``final_norm`` the last layer has a bias in place of its batch norm, as in BYOL.
+    Without ``final_norm`` the last layer has a bias instead of batch norm, as in BYOL.
 
     Source: Dwibedi et al., ICCV 2021, section 4.1, where the last batch norm has no ReLU either.
     """
@@ -123,19 +124,19 @@ def projector(in_dim: int, hidden: list[int], out: int, *, final_norm: bool = Tr
 
 
 def convert_batch_norm(module: nn.modules.batchnorm._BatchNorm, kind: type[BatchNorm]) -> BatchNorm:
-    """A batch norm of another class, with the same settings, weights and statistics."""
+    """Make a batch norm of another class with the same settings, weights and running statistics."""
     made = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
     made.load_state_dict(module.state_dict())
     return made.train(module.training)
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """Batch norm of each of ``splits`` equal parts of the batch by itself, as several GPUs would have it.
+    """Batch norm that normalises each of ``splits`` equal parts of the batch by itself, as several GPUs would.
 
-    The running statistics are means over those of the parts.
+    The running statistics are the means of the parts' running statistics.
 
     Source: Hoffer et al., "Train longer, generalize better", NeurIPS 2017, section 4 ("ghost batch normalization");
-    He et al., "Momentum Contrast", CVPR 2020, and its code for CIFAR, for the name.
+    the name is from He et al., "Momentum Contrast", CVPR 2020, and its code for CIFAR.
     """
 
     running_mean: Tensor
@@ -145,13 +146,13 @@ class SplitBatchNorm(nn.BatchNorm2d):
     splits = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same shape; while it trains, B is a multiple of ``splits``."""
+        """Normalise [B, C, H, W]; in training mode B must be a multiple of ``splits``."""
         if not self.training or self.splits == 1:
             return super().forward(x)
-        return self._as_one(x) if torch.compiler.is_compiling() else self._by_parts(x)
+        return self._forward_fused(x) if torch.compiler.is_compiling() else self._forward_parts(x)
 
-    def _by_parts(self, x: Tensor) -> Tensor:
-        """By a call for each part, whose kernels need neither copies nor float32 in between."""
+    def _forward_parts(self, x: Tensor) -> Tensor:
+        """Normalise with one call for each part, whose kernels need neither copies nor float32 intermediates."""
         means, variances = (each.repeat(self.splits, 1) for each in (self.running_mean, self.running_var))
         normal = [
             F.batch_norm(part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
@@ -160,8 +161,11 @@ class SplitBatchNorm(nn.BatchNorm2d):
         self._set_running(means.mean(0), variances.mean(0))
         return torch.cat(normal)
 
-    def _as_one(self, x: Tensor) -> Tensor:
-        """The same up to rounding, in one expression: by parts, a ResNet's graph would be ``splits`` times as large."""
+    def _forward_fused(self, x: Tensor) -> Tensor:
+        """Compute the same up to rounding in one expression, for torch.compile.
+
+        With `_forward_parts` the graph of a ResNet would be ``splits`` times as large.
+        """
         parts = x.unflatten(0, (self.splits, -1)).float()
         variance, mean = torch.var_mean(parts, (1, 3, 4), correction=0, keepdim=True)
         normal = (parts - mean) * (variance + self.eps).rsqrt()
@@ -181,10 +185,11 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 
 def split_batch_norms(module: nn.Module, splits: int) -> None:
-    """Replace every batch norm by one over parts of the batch; the keys of the state dict stay.
+    """Replace every batch norm by a `SplitBatchNorm`; the keys of the state dict stay the same.
 
     Raises:
-        UsageError: there is none, or one that plain batch norm of images cannot stand for.
+        UsageError: the module has no batch norm, or one that is not a plain ``BatchNorm2d`` with momentum and running
+            statistics.
     """
     found = {name: each for name, each in module.named_modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)}
     other = [
@@ -202,7 +207,7 @@ def split_batch_norms(module: nn.Module, splits: int) -> None:
 
 
 def predictor(dim: int, hidden: int) -> nn.Sequential:
-    """Linear, batch norm, ReLU, linear; from and to ``dim``.
+    """Build linear, batch norm, ReLU and linear layers, from ``dim`` to ``dim`` dimensions.
 
     Source: Dwibedi et al., ICCV 2021, section 4.1.
     """
@@ -213,15 +218,15 @@ def predictor(dim: int, hidden: int) -> nn.Sequential:
 
 @torch.no_grad()
 def feature_dim(encoder: nn.Module, image_size: int) -> int:
-    """F, measured, since not every model of timm returns what it says.
+    """Measure F, the number of an encoder's features, since not every timm model returns as many as it declares.
 
     Raises:
-        UsageError: the encoder does not take images of this size, or makes no vectors of them.
+        UsageError: the encoder does not accept images of this size, or does not return one vector for each.
     """
     training = encoder.training
     try:
         shape = tuple(encoder.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
-    except Exception as error:  # what a model raises depends on the model
+    except Exception as error:  # its type depends on the model
         reason = one_line(error)
         raise UsageError(f"backbone: does not take images of data.image_size={image_size} ({reason})") from error
     finally:

@@ -1,4 +1,4 @@
-"""A table and a plot of support-set size against accuracy: ``python -m src.report experiment=NAME``."""
+"""Make a table and a plot of accuracy against support-set size: ``python -m src.report experiment=NAME``."""
 
 from src import cli
 

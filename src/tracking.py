@@ -1,4 +1,4 @@
-"""Deliver to MLflow what it lacks of the runs below ``multirun/``: ``python -m src.tracking``."""
+"""Deliver to MLflow whatever it still lacks of the runs in ``multirun/``: ``python -m src.tracking``."""
 
 from src import cli
 

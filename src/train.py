@@ -1,4 +1,4 @@
-"""Pre-train, evaluate the frozen features, log: ``python -m src.train method=kmclr k=400``."""
+"""Pre-train an encoder and evaluate its frozen features: ``python -m src.train method=kmclr k=400``."""
 
 from src import cli
 
