@@ -1,4 +1,4 @@
-"""What a method gives the loop, and what it is given to begin with."""
+"""The interface between a method, the parts that it is built from, and the training loop."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from src.support.base import SupportSet
 
 
 class Output(NamedTuple):
-    """What a method makes of a batch of B images: the loss, and what the loop does with the rest."""
+    """What a method returns for a batch of B images: the loss, and tensors that the loop passes on."""
 
     loss: Tensor  # scalar, float32
-    features: Tensor  # [2B, F] the encoder's, view 1 then view 2, detached: the online classifier learns from them
-    embeddings: Tensor  # [B, D] detached, of any norm: what the support set takes in
-    ids: Tensor | None  # [2B] the entries nearest to view 1, then view 2; None: none were looked up
+    features: Tensor  # [2B, F] the encoder's features of view 1, then view 2, detached, for the online classifier
+    embeddings: Tensor  # [B, D] detached, of any norm, with which the support set is updated
+    ids: Tensor | None  # [2B] the support set's entries nearest to view 1, then view 2; None: there was no lookup
 
     def check(self, images: int) -> None:
-        """Check the shapes, which a method from outside may have wrong.
+        """Check the shapes, which a method from another package may get wrong.
 
         Args:
             images: B.
 
         Raises:
-            UsageError: the loop would mistake one image or view for another.
+            UsageError: a shape is wrong, so the loop would mistake one image or view for another.
         """
         shapes = {
             "loss": (),
@@ -45,7 +45,7 @@ class Output(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What the config groups beside the method's own have made."""
+    """The parts of a method that the other config groups describe."""
 
     encoder: nn.Module  # images [B, 3, S, S] to features [B, F]
     projector: nn.Module  # features to embeddings [B, D]
@@ -57,11 +57,11 @@ class Parts(NamedTuple):
 class Method(nn.Module, ABC):
     """A module that turns two views into a loss.
 
-    One from outside this project (docs/extending.md) is made as ``TheClass(parts, **settings)``: the annotations of its
-    constructor are the types of the settings that its YAML file may have.
+    A class from another package (docs/extending.md) is created as ``TheClass(parts, **settings)``: the annotations of
+    its constructor are the types of the settings in its YAML file.
 
-    All that a resume needs is in ``state_dict()``. The optimizer skips parameters
-    without ``requires_grad``; the method updates those itself.
+    Everything that a resume needs must be in ``state_dict()``. The optimizer skips parameters without
+    ``requires_grad``; the method updates those itself.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -72,7 +72,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, view1: Tensor, view2: Tensor) -> Output:
-        """Two views [B, 3, S, S] of the same images, in the same order."""
+        """Compute the loss of two views [B, 3, S, S] of the same images, in the same order."""
 
     @property
     def lookup_networks(self) -> tuple[nn.Module, nn.Module]:
@@ -81,15 +81,15 @@ class Method(nn.Module, ABC):
 
     @property
     def networks(self) -> list[nn.Module]:
-        """What ``compile=true`` compiles, each as a whole."""
+        """The networks that ``compile=true`` compiles, each as a whole."""
         return [self.encoder, self.projector]
 
     def after_init(self, taken: Collection[str]) -> None:
-        """Called when ``init`` has given the children named in ``taken`` the weights of another run."""
+        """Hook that is called after ``init`` has loaded other weights into the children named in ``taken``."""
 
     def after_step(self, progress: float) -> None:
-        """Called after every step of the optimizer, before the support set takes in the batch.
+        """Hook that is called after every step of the optimizer, before the support set takes in the batch.
 
         Args:
-            progress: the fraction of all steps that are done: above 0, 1 with the last.
+            progress: the fraction of all steps that are done: above 0, and 1 after the last step.
         """

@@ -12,21 +12,22 @@ from src.models import predictor
 
 
 class Contrast(Method):
-    """Each view is pulled towards the other view of its image, and towards the stored vector nearest to that.
+    """Pull each view towards the other view of its image, and towards the stored vector nearest to that other view.
 
-    SimCLR stores nothing and has the first pull alone, NNCLR has a queue, KMCLR prototypes. Until a support set is
-    filled, and where nothing is stored, its positive is the other view, without a gradient. View 1 enters the support
-    set after the optimizer's step, when the loop says so.
+    SimCLR stores nothing and uses only the first pull; NNCLR stores a queue, and KMCLR prototypes. Until the support
+    set is filled, and if nothing is stored, the other view replaces the stored vector, without a gradient. The loop
+    adds the embeddings of view 1 to the support set after the optimizer's step.
 
     Source: SimCLR: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020,
     section 2. NNCLR: Dwibedi et al., "With a Little Help from My Friends", ICCV 2021, section 3.2, equations 3 and 4
     (symmetric form). KMCLR: https://github.com/mwritescode/nnclr-cifar100, which replaces NNCLR's queue by online
-    k-means. The last two are ``objective=published``. Deviations: those of `support_contrast` and `info_nce`; a support
-    set is not used before it is filled; batch norms see a view at a time, where SimCLR's code passes both as one batch.
+    k-means. The losses of the last two are ``objective=published``. Deviations: those of `support_contrast` and
+    `info_nce`; a support set is not used before it is filled; batch norms see one view at a time, while SimCLR's code
+    passes both as one batch.
 
     Args:
         parts: encoder, projector, support set.
-        objective: the loss's settings.
+        objective: settings of the loss.
     """
 
     def __init__(self, parts: Parts, objective: schema.Contrast) -> None:

@@ -1,4 +1,4 @@
-"""BYOL, MNN and ReSSL: no negatives; a slow copy of the networks gives the targets, a support set may add to them."""
+"""BYOL, MNN and ReSSL: no negatives; a momentum teacher gives the targets, to which a support set may add others."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from src.support.base import SupportSet
 
 
 class MomentumTeacher(Method):
-    """Each view's prediction is pulled towards a teacher's embedding of the other view, and to what is stored near it.
+    """Pull each view's prediction towards a teacher's embedding of the other view; subclasses add a support set.
 
-    The teacher is a running mean of encoder and projector: it has no gradient, and batch statistics of its own. Until a
-    support set is filled, and where nothing is stored, the loss is BYOL's. The teacher's embeddings are looked up in
-    the support set, which takes in those of view 2, the weak one. Features are the student's.
+    The teacher is an exponential moving average of encoder and projector; it has no gradient, and its own batch
+    statistics. Until the support set is filled, and if nothing is stored, the loss is BYOL's. The teacher's embeddings
+    are looked up in the support set, and those of view 2, the weak one, are added to it. The returned features are the
+    student's.
 
     Source: Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, section 3.1, with a constant momentum.
 
     Args:
         parts: encoder, projector, support set.
-        objective: the loss's settings.
+        objective: settings of the loss.
     """
 
     def __init__(self, parts: Parts, objective: schema.MomentumTeacher) -> None:
@@ -51,7 +52,7 @@ class MomentumTeacher(Method):
     def forward(self, view1: Tensor, view2: Tensor) -> Output:
         h1, h2 = self.encoder(view1), self.encoder(view2)
         z1, z2 = self.projector(h1), self.projector(h2)
-        predictions = torch.cat([self.predictor(z2), self.predictor(z1)])  # of the other view, beside its target
+        predictions = torch.cat([self.predictor(z2), self.predictor(z1)])  # each row predicts that row of the targets
         with torch.no_grad():
             targets = torch.cat([self._targets(view) for view in (view1, view2)])
 
@@ -64,7 +65,9 @@ class MomentumTeacher(Method):
         return Output(loss, torch.cat([h1, h2]).detach(), targets.chunk(2)[1], ids)
 
     def _targets(self, view: Tensor) -> Tensor:
-        """The teacher's embeddings; with split batch norm, its parts hold other images than the student's.
+        """The teacher's embeddings of a view.
+
+        With split batch norm the images are shuffled, so that the teacher's parts hold other images than the student's.
 
         Source: He et al., "Momentum Contrast", CVPR 2020, section 3.3 ("shuffling BN"), as in MNN's code.
         """
@@ -78,17 +81,17 @@ class MomentumTeacher(Method):
         """The loss with a support set, and the id [2B] of the stored vector nearest to each target.
 
         Args:
-            support: is ready.
-            predictions: [2B, D] of view 2, then of view 1.
+            support: a support set that is ready.
+            predictions: [2B, D] predictions from view 2, then from view 1.
             targets: [2B, D] the teacher's embeddings of view 1, then of view 2.
         """
 
     @abstractmethod
     def loss_without_support(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """The same loss where nothing is stored, or not enough so far."""
+        """The loss if nothing is stored, or if the support set is not filled yet."""
 
     def after_init(self, taken: Collection[str]) -> None:
-        """Start the teacher as a copy of what the student has been given, unless it has been given weights itself."""
+        """Copy the weights that the student has been given to the teacher, unless it has been given its own."""
         for name in ("encoder", "projector"):
             if name in taken and f"teacher_{name}" not in taken:
                 getattr(self, f"teacher_{name}").load_state_dict(getattr(self, name).state_dict())
@@ -102,10 +105,10 @@ class MomentumTeacher(Method):
 class MNN(MomentumTeacher):
     """MNN, and BYOL where nothing is stored.
 
-    Predictions are also pulled towards mixtures of the target and what is stored nearest to it. The weight of the
-    neighbours is drawn anew at every step, for either direction.
+    Predictions are also pulled towards mixtures of the target and its nearest stored vectors. At every step the weight
+    of these neighbours in the mixtures is drawn once for each direction.
 
-    Source: MNN, https://github.com/pc-cp/MNN. Deviation: a queue is not used until it is full, where the original
+    Source: MNN, https://github.com/pc-cp/MNN. Deviation: a queue is not used until it is full, while the original
     starts from random vectors.
     """
 
@@ -118,14 +121,14 @@ class MNN(MomentumTeacher):
         return mnn(predictions, targets, neighbours, weights), ids[:, 0]
 
     def loss_without_support(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        return 2 * byol(predictions, targets)  # each target in place of its neighbours
+        return 2 * byol(predictions, targets)  # `mnn` with each target in place of its neighbours
 
 
 class ReSSL(MomentumTeacher):
     """ReSSL: the prediction's similarities to all stored vectors are also trained to match the target's.
 
-    Source: ReSSL, see `src.losses.ressl`. Deviations: both directions, where its teacher sees the weak view alone;
-    BYOL's heads; the pull towards the target stays beside it.
+    Source: ReSSL, see `src.losses.ressl`. Deviations: both directions are trained, while the original's teacher sees
+    only the weak view; the heads are BYOL's; BYOL's pull towards the target is added.
     """
 
     objective: schema.ReSSL

@@ -1,6 +1,6 @@
-"""Support sets: where a view gets its positive from when it is not the other view.
+"""Support sets: stored vectors from which a view takes its positive, instead of the other view.
 
-Shapes: B batch, D dimensions, K neighbours, N stored vectors, Q queries (2B while it trains: both views of a batch).
+Shapes: B batch, D dimensions, K neighbours, N stored vectors, Q queries (2B in training: both views of a batch).
 """
 
 from __future__ import annotations
@@ -18,44 +18,44 @@ from src.support.search import Search
 from src.support.sharded import Shard, Slots
 from src.system.measure import Stopwatch
 
-NEED_LABELS = ("support/label_agreement", "support/purity", "support/nmi")  # figures that say nothing without them
+NEED_LABELS = ("support/label_agreement", "support/purity", "support/nmi")  # metrics that mean nothing without labels
 
 
 class Neighbors(NamedTuple):
-    """What a lookup found: one for each query, or the K nearest, nearest first."""
+    """The result of a lookup: one stored vector for each query, or the K nearest, nearest first."""
 
     embeddings: Tensor  # [Q, D] or [Q, K, D] float32, unit norm, detached
-    ids: Tensor  # [Q] or [Q, K] int64, queue slot or prototype
+    ids: Tensor  # [Q] or [Q, K] int64, numbers of queue slots or prototypes
 
     def first(self) -> Neighbors:
-        """Of the K nearest [Q, K, D] the nearest one [Q, D]."""
+        """Keep only the nearest of the K neighbours: [Q, K, D] becomes [Q, D]."""
         return Neighbors(self.embeddings[:, 0], self.ids[:, 0])
 
 
 class Space(NamedTuple):
-    """What a support set is made for; one from outside this project is given it besides its settings."""
+    """What a support set has to fit. A class from another package receives it before its own settings."""
 
     dim: int  # D, of the embeddings
-    classes: int  # of the images, for diagnostics
+    classes: int  # number of classes of the images, for diagnostics
     search: Search  # exact nearest neighbours, on the device's back end
 
 
 class SupportSet(Slots, ABC):
     """The interface of a support set, and the book-keeping that all of them share.
 
-    Everything a resume needs is a persistent buffer (or in the extra state), so ``state_dict()`` carries it.
+    Everything that a resume needs is in persistent buffers or in the extra state, so ``state_dict()`` contains it.
 
-    One from outside this project (docs/extending.md) is made as ``TheClass(space, **settings)``: the annotations of its
-    constructor are the types of the settings that its YAML file may have. A setting ``size`` is its number of vectors.
+    A class from another package (docs/extending.md) is created as ``TheClass(space, **settings)``: the annotations of
+    its constructor are the types of the settings in its YAML file. A setting ``size`` is its number of vectors.
 
     Args:
         size: N.
-        shard: which of the N this process holds; only a support set that knows of shards gives any but all.
+        shard: the slots that this process holds. None: all, as in every support set that does not support shards.
     """
 
-    filled_by = ""  # of one from outside, the setting that says how many embeddings fill it; empty: none does
-    shared = False  # whether an entry stands for many images, so that rows with one id must not repel each other
-    hits_N: Tensor  # [M], of the slots that this process holds
+    filled_by = ""  # for a class named by _target_: the setting that says how many embeddings fill it; empty: none
+    shared = False  # whether an entry stands for many images, so that rows with the same id must not repel each other
+    hits_N: Tensor  # [M], for the slots that this process holds
     label_hits: Tensor
     self_hits: Tensor
 
@@ -69,11 +69,11 @@ class SupportSet(Slots, ABC):
     @property
     @abstractmethod
     def ready(self) -> bool:
-        """Whether it has been filled. Until then the positive is the other view, never a random vector."""
+        """Whether the support set is filled. Until then the positive is the other view, never a random vector."""
 
     @property
     def stored_vectors(self) -> int:
-        """How many vectors are stored when it is full: the size by which runs are compared."""
+        """Number of vectors that are stored when it is full: the size by which runs are compared."""
         return self.size
 
     @property
@@ -103,16 +103,16 @@ class SupportSet(Slots, ABC):
         """All stored vectors, float32, of unit norm.
 
         Raises:
-            UsageError: this support set does not give them.
+            UsageError: this support set does not provide them.
         """
         raise UsageError(f"objective=relation: {type(self).__name__} has no vectors_ND; choose objective=teacher")
 
     @abstractmethod
     def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
-        """Take in a batch: embeddings, the images they come from, and (for diagnostics only) their classes."""
+        """Take in a batch: embeddings, the images that they come from, and (for diagnostics only) their classes."""
 
     def start_epoch(self, epoch: int) -> None:
-        """Called before each epoch, counted from 0."""
+        """Hook that the loop calls before each epoch, counted from 0."""
 
     def record(self, ids_Q: Tensor, images_Q: Tensor, labels_Q: Tensor) -> None:
         """Count which entries were nearest to which queries, for `stats`.
@@ -132,19 +132,20 @@ class SupportSet(Slots, ABC):
             self.self_hits += (found_Q == images_Q).sum()
 
     def labels_of(self, ids_Q: Tensor) -> Tensor | None:  # noqa: ARG002
-        """The class [Q] that each entry stands for, -1 where there is none; None: the support set does not know."""
+        """The class [Q] that each entry stands for, -1 if it has none; None: the support set does not know classes."""
         return None
 
     def agreement_of(self, ids_Q: Tensor, labels_Q: Tensor) -> Tensor | None:
-        """How much of what each entry stands for is of a class, from 0 to 1 [Q]; None: not known.
+        """Share [Q] of each entry that belongs to the given class, from 0 to 1; None: not known.
 
-        Of one embedding it is 0 or 1. Of a mean it is the share of its members, since the mean pulls as they would.
+        For an entry that is one embedding it is 0 or 1. For a mean it is the share of the members with that class,
+        since the mean pulls as its members would.
         """
         found_Q = self.labels_of(ids_Q)
         return None if found_Q is None else (found_Q == labels_Q).float()
 
     def images_of(self, ids_Q: Tensor) -> Tensor | None:  # noqa: ARG002
-        """The one image [Q] that each entry is an embedding of, -1 where it is of several; None: not known."""
+        """The image [Q] that each entry is an embedding of, -1 if it comes from several images; None: not known."""
         return None
 
     def age_steps(self) -> float:
@@ -152,12 +153,12 @@ class SupportSet(Slots, ABC):
         return math.nan
 
     def stats(self) -> dict[str, float]:
-        """Figures over the lookups since `clear_stats`.
+        """Metrics over the lookups since `clear_stats`.
 
-        ``label_agreement``: share of nearest entries of the anchor's class; ``self_hit``: share that are an old
-        embedding of the anchor's own image; ``perplexity``: exp of the entropy of which entries were nearest (their
-        effective number); ``dead``: entries that never were; ``age_steps``: see `age_steps`. Before the first lookup
-        only age is known; what the support set does not know is left out.
+        ``label_agreement``: share of the nearest entries that have the anchor's class; ``self_hit``: share that are an
+        old embedding of the anchor's own image; ``perplexity``: exp of the entropy of the hits over the entries, which
+        is the effective number of entries in use; ``dead``: number of entries that were never nearest; ``age_steps``:
+        see `age_steps`. Before the first lookup only the age is known; metrics that are not known are left out.
         """
         stats = {"support/age_steps": self.age_steps()}
         if total := float(self.shard.sum(self.hits_N.sum())):
@@ -171,7 +172,7 @@ class SupportSet(Slots, ABC):
         return {key: value for key, value in stats.items() if not math.isnan(value)}
 
     def clear_stats(self) -> None:
-        """Start the figures anew."""
+        """Reset the metrics of `stats`."""
         self.hits_N.zero_()
         self.label_hits.zero_()
         self.self_hits.zero_()

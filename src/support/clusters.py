@@ -1,6 +1,6 @@
-"""What prototypes have to do with classes: figures that explain an agreement.
+"""Metrics of how well prototypes, taken as clusters, match the classes.
 
-Where several processes hold the prototypes, each gives its own, and ``add`` sums over the processes.
+If several processes hold the prototypes, each passes the counts of its own, and ``add`` sums over the processes.
 
 Shapes: C classes, K prototypes. All arithmetic is float32 or better.
 """
@@ -15,12 +15,12 @@ Add = Callable[[Tensor], Tensor]
 
 
 def alone(value: Tensor) -> Tensor:
-    """The sum over one process."""
+    """Sum over a single process, which is the value itself."""
     return value
 
 
 def purity(counts_KC: Tensor, add: Add = alone) -> float:
-    """Share of the members whose class is the commonest of their prototype: 1 if no prototype mixes classes.
+    """Share of members that have the most common class of their prototype: 1 if no prototype mixes classes.
 
     Source: Manning, Raghavan and Schütze, "Introduction to Information Retrieval", 2008, section 16.3.
     """
@@ -28,7 +28,7 @@ def purity(counts_KC: Tensor, add: Add = alone) -> float:
 
 
 def normalised_mutual_information(counts_KC: Tensor, add: Add = alone) -> float:
-    """What prototype and class tell of each other: 0 (nothing) to 1 (everything), over the mean of their entropies.
+    """Mutual information of prototype and class, divided by the mean of their entropies: 0 (independent) to 1.
 
     Source: Manning, Raghavan and Schütze, 2008, section 16.3.
     """
@@ -38,6 +38,6 @@ def normalised_mutual_information(counts_KC: Tensor, add: Add = alone) -> float:
 
 
 def entropy(weights: Tensor, add: Add = alone) -> Tensor:
-    """In nats, of weights that need not sum to 1."""
+    """Entropy, in nats, of weights that need not sum to 1."""
     shares = weights[weights > 0].double() / add(weights.sum()).double()
     return -add((shares * shares.log()).sum())

@@ -16,14 +16,14 @@ from src.support.sharded import Shard
 
 
 class KMeans(SupportSet):
-    """Running means of the embeddings nearest to each of k centroids.
+    """Online k-means: k centroids, each the running mean of the embeddings nearest to it.
 
-    A centroid is the mean of its members; each mini-batch moves it by the members it got, with the weight 1 / count, so
-    that the order of batches does not matter to the mean itself. The first k embeddings seed the centroids, again after
-    every reset.
+    A centroid is the mean of its members. Each batch moves it towards its new members with the weight 1 / count, so the
+    mean itself does not depend on the order of the batches. The first k embeddings seed the centroids, at the start and
+    after every reset.
 
-    Shapes: B batch, C classes, D dimensions, K centroids, of which this process holds M, P points placed as centroids,
-    Q queries.
+    Shapes: B batch, C classes, D dimensions, K centroids, of which this process holds M, N embeddings in the window,
+    P points placed as centroids, Q queries.
 
     Source: Sculley, "Web-Scale K-Means Clustering", WWW 2010, algorithm 1 (the batch form of its per-sample step).
     Spherical: Dhillon and Modha, "Concept Decompositions for Large Sparse Text Data Using Clustering", 2001.
@@ -32,15 +32,16 @@ class KMeans(SupportSet):
         size: k.
         dim: D.
         classes: C, for the diagnostics.
-        search: how to find the nearest centroid.
-        spherical: unit vectors and cosine; otherwise the embeddings as they come and Euclidean distance.
-        reset_every: discard all centroids every so many epochs; 0: never.
-        half_life: a member's weight halves in so many steps; 0: members weigh the same for ever.
-        revive_after: a centroid that got none of the last ``revive_after * k`` embeddings is seeded anew from the
-            batch, with its count and mean; 0: never.
-        refit_every: steps between re-clusterings of a window with FAISS, from the current centroids; 0: never.
-        refit_window: embeddings in that window.
-        shard: which centroids this process holds; with ``refit_every`` all.
+        search: finds the nearest centroids.
+        spherical: use unit vectors and cosine similarity; otherwise the embeddings as they are and Euclidean distance.
+        reset_every: number of epochs after which all centroids are discarded; 0: never.
+        half_life: number of steps in which a member's weight halves; 0: members keep their weight for ever.
+        revive_after: a centroid that received none of the last ``revive_after * k`` embeddings is seeded again from
+            the batch, with a count of 1; 0: never.
+        refit_every: steps between re-clusterings of a window of recent embeddings with FAISS, which start from the
+            current centroids; 0: never.
+        refit_window: N, the number of embeddings in that window.
+        shard: the centroids that this process holds; has to be all of them with ``refit_every``.
     """
 
     shared = True
@@ -77,17 +78,17 @@ class KMeans(SupportSet):
         self.revive_after = revive_after
         self.refit_every = refit_every
         self.window = RingBuffer(refit_window, dim) if refit_every else None
-        self.seeds = size  # the first so many embeddings become centroids
-        self.seeded = 0  # centroids that hold an embedding; below k only at the start and after a reset
+        self.seeds = size  # number of first embeddings that become centroids
+        self.seeded = 0  # centroids that are seeded; below k only at the start and after a reset
         self.step = 0
         self.register_slots("means_KD", torch.zeros(self.held, dim))
         self.register_slots("counts_K", torch.zeros(self.held))
-        self.register_slots("idle_K", torch.zeros(self.held))  # embeddings since the last that came to this centroid
+        self.register_slots("idle_K", torch.zeros(self.held))  # embeddings since the last one that joined this centroid
         self.register_slots("written_K", torch.zeros(self.held, dtype=torch.int64))
-        self.register_slots("images_K", torch.full((self.held,), -1))  # whose embedding it is, while it is of one image
+        self.register_slots("images_K", torch.full((self.held,), -1))  # the one image of all members, else -1
         # The rest is for diagnostics only.
         self.register_slots("classes_KC", torch.zeros(self.held, classes))  # members by class
-        self.register_slots("served_KC", torch.zeros(self.held, classes))  # anchors by class, since `clear_stats`
+        self.register_slots("served_KC", torch.zeros(self.held, classes))  # queries by class, since `clear_stats`
         self.register_slots("before_KD", torch.zeros(self.held, dim))  # the means at the last `clear_stats`
         self.register_buffer("window_labels_N", torch.full((refit_window if refit_every else 0,), -1))
 
@@ -120,7 +121,7 @@ class KMeans(SupportSet):
 
     @torch.no_grad()
     def lookup(self, embeddings_QD: Tensor) -> Neighbors:
-        """Find the nearest prototype of each embedding, of any norm; it is normalised where the metric is spherical.
+        """Find the nearest prototype of each embedding, of any norm; a spherical metric normalises the embeddings.
 
         Raises:
             ValueError: not all prototypes have been seeded since the start or the last reset.
@@ -136,7 +137,7 @@ class KMeans(SupportSet):
 
     @torch.no_grad()
     def update(self, embeddings_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
-        """Seed what is not seeded yet, then let the rest of the batch move the centroids."""
+        """Seed the centroids that are not seeded yet, then let the rest of the batch move the centroids."""
         points_BD = self._points(embeddings_BD)
         if self.window is not None:
             rows, kept = self.window.write(points_BD)
@@ -156,7 +157,7 @@ class KMeans(SupportSet):
             self._refit(self.window.rows_ND)
 
     def start_epoch(self, epoch: int) -> None:
-        """Forget everything, where the epoch is one to forget at."""
+        """Discard all centroids and the window if a reset is due at this epoch."""
         if self.reset_every and epoch > 0 and epoch % self.reset_every == 0:
             self.seeded = 0
             if self.window is not None:
@@ -167,10 +168,10 @@ class KMeans(SupportSet):
         self._count(self.served_KC, ids_Q, labels_Q)
 
     def stats(self) -> dict[str, float]:
-        """Those of every support set, and some of the prototypes as clusters of the anchors that they served.
+        """Metrics of every support set, and some of the prototypes as clusters of the anchors that looked them up.
 
-        ``purity`` and ``nmi`` against the classes; ``drift``: mean cosine distance between where the prototypes are and
-        where they were at `clear_stats`; left out where they are not all seeded.
+        ``purity`` and ``nmi`` compare these clusters with the classes. ``drift`` is the mean cosine distance between
+        the prototypes of now and of `clear_stats`; it is left out if they are not all seeded.
         """
         stats = super().stats()
         add = self.shard.sum
@@ -189,7 +190,7 @@ class KMeans(SupportSet):
         self.before_KD.copy_(self.means_KD if self.ready else torch.zeros_like(self.means_KD))
 
     def labels_of(self, ids_Q: Tensor) -> Tensor:
-        """The commonest class among the members."""
+        """The most common class among each entry's members [Q]; -1 if its members have no weight."""
         rows_Q, is_mine_Q = self.shard.rows(ids_Q)
         most_Q, class_Q = self.classes_KC[rows_Q].max(-1)
         return self.shard.sum(torch.where(most_Q > 0, class_Q, -1) * is_mine_Q)
@@ -222,7 +223,7 @@ class KMeans(SupportSet):
         counts_KC.index_put_((rows_Q, labels_Q), is_mine_Q.to(counts_KC.dtype), accumulate=True)
 
     def _place(self, rows_P: Tensor, points_PD: Tensor, images_P: Tensor, labels_P: Tensor) -> None:
-        """Make each point a centroid of its own, in place of all that is known of the one that was there."""
+        """Make each point a new centroid, with the statistics of a single member, in place of the one in its row."""
         self.means_KD[rows_P] = points_PD
         self.counts_K[rows_P] = 1
         self.idle_K[rows_P] = 0
@@ -232,7 +233,7 @@ class KMeans(SupportSet):
 
     def _move(self, points_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
         ids_B = self._nearest(points_BD)[:, 0]
-        # A product with the membership matrix, where a scatter would add in no fixed order on a GPU.
+        # The sum is a product with the membership matrix, because a scatter adds in no fixed order on a GPU.
         member_KB = (ids_B == self.shard.own(0, self.size, ids_B.device)[:, None]).float()
         gained_K = member_KB.sum(1)
         self.counts_K.mul_(self.decay).add_(gained_K)
@@ -244,12 +245,12 @@ class KMeans(SupportSet):
         rows_B, is_mine_B = self.shard.rows(ids_B)
         known_B = self.images_K[rows_B]
         left_B = torch.where(is_mine_B & (images_B != known_B), -1, known_B)
-        self.images_K.scatter_reduce_(0, rows_B, left_B, "amin")  # one other image is enough
+        self.images_K.scatter_reduce_(0, rows_B, left_B, "amin")  # a single member of another image makes it -1
         self._count(self.classes_KC.mul_(self.decay), ids_B, labels_B)
 
     def _revive(self, points_BD: Tensor, images_B: Tensor, labels_B: Tensor) -> None:
-        # The j-th dead centroid takes the j-th of the shuffled points. Every slot is written, the living with what they
-        # hold: a GPU's host would have to wait to learn which are dead.
+        # The j-th dead centroid takes the j-th of the shuffled points. Every slot is written, a live one with its own
+        # values, because the host would have to wait for the GPU to learn which slots are dead.
         batch = len(points_BD)
         dead_K = self.idle_K >= self.revive_after * self.size
         turn_K = self.shard.local(self.shard.all_gather(dead_K.byte()).cumsum(0)) - 1
@@ -257,7 +258,7 @@ class KMeans(SupportSet):
         shuffled_B = torch.randperm(batch).to(points_BD.device, non_blocking=True)
         rows_K = shuffled_B[turn_K.clamp(0, batch - 1)]
         self.means_KD[:] = torch.where(dead_K[:, None], points_BD[rows_K], self.means_KD)
-        # In place, because K times C numbers may be most of a support set.
+        # In place, because these K times C numbers may be most of the support set's memory.
         own_K1, dead_K1 = labels_B[rows_K][:, None], dead_K[:, None]
         self.classes_KC.masked_fill_(dead_K1, 0).scatter_add_(1, own_K1, dead_K1.float())
         self.images_K[:] = torch.where(dead_K, images_B[rows_K], self.images_K)
@@ -272,5 +273,5 @@ class KMeans(SupportSet):
         self.counts_K[:] = torch.bincount(ids_N, minlength=self.size)
         self.classes_KC.zero_().index_put_((ids_N, self.window_labels_N), window_ND.new_ones(()), accumulate=True)
         self.idle_K.zero_()
-        self.written_K.fill_(self.step - 1)  # by the batch that has just been counted
+        self.written_K.fill_(self.step - 1)  # the step of this batch, which `step` has already counted
         self.images_K.fill_(-1)

@@ -22,11 +22,12 @@ class Queue(SupportSet):
     Args:
         size: N.
         dim: D.
-        search: exact, over the whole queue.
+        search: exact search over the whole queue.
         dtype: of the stored vectors.
-        lists: search by these instead, once the queue is full; a query whose lists hold nothing is searched exactly.
-        refresh_every: steps after which the lists are trained anew.
-        shard: which slots this process holds; with ``lists`` all.
+        lists: inverted lists that are searched instead once the queue is full; a query whose lists hold none of the
+            queue's vectors is searched exactly.
+        refresh_every: number of steps after which the lists are trained again.
+        shard: the slots that this process holds; has to be all of them with ``lists``.
 
     Source: Dwibedi et al., "With a Little Help from My Friends", ICCV 2021, section 3.2. Deviation: until it is full,
     NNCLR takes the other view as the positive, where the paper starts from random vectors.
@@ -52,7 +53,7 @@ class Queue(SupportSet):
         self.lists = lists
         self.refresh_every = refresh_every
         self.step = 0
-        self.refreshed = 0  # the step at which the lists were trained
+        self.refreshed = 0  # the step at which the lists were last trained; 0: never
         self.ring = RingBuffer(size, dim, dtype, shard)
         self.register_slots("images_N", torch.full((self.held,), -1))
         self.register_slots("labels_N", torch.full((self.held,), -1))
@@ -86,7 +87,7 @@ class Queue(SupportSet):
 
     @torch.no_grad()
     def lookup(self, embeddings_QD: Tensor) -> Neighbors:
-        """Search the filled part.
+        """Find each embedding's nearest vector in the filled part of the queue.
 
         Args:
             embeddings_QD: of any norm.
@@ -98,10 +99,10 @@ class Queue(SupportSet):
 
     @torch.no_grad()
     def nearest(self, embeddings_QD: Tensor, count: int) -> Neighbors:
-        """Search the filled part, exactly where it is for more than one.
+        """Find each embedding's ``count`` nearest vectors in the filled part, exactly if ``count`` is above 1.
 
         Raises:
-            ValueError: fewer have been stored yet.
+            ValueError: the queue holds fewer than ``count`` vectors.
         """
         bank_ND = self.ring.filled_ND
         if (held := len(bank_ND) * self.shard.world_size) < count:
@@ -136,10 +137,10 @@ class Queue(SupportSet):
         self.written_N.index_fill_(0, rows, self.step)  # on a GPU, assigning a number would wait for the device
         self.step += 1
         if self.lists is not None and self.ready:
-            self._list(len(rows))
+            self._update_lists(len(rows))
 
-    def _list(self, new: int) -> None:
-        """Let the newest vectors into the lists; train these first, at the first call and at every refresh."""
+    def _update_lists(self, new: int) -> None:
+        """Add the ``new`` newest vectors to the lists, or train and fill the lists if that is due."""
         assert self.lists is not None
         if self.refreshed == 0 or self.step >= self.refreshed + self.refresh_every:
             self.refreshed = self.step

@@ -11,9 +11,9 @@ from src.support.sharded import Shard, Slots
 
 
 class RingBuffer(Slots):
-    """Keeps the last N rows of everything written to it; writes of any length, larger than N included.
+    """Keeps the last N rows that were written to it. A write may have any number of rows, even more than N.
 
-    In shards, every write has a multiple of their number of rows.
+    If several processes hold the slots, the number of rows of every write must be a multiple of their number.
 
     Shapes: B rows of a write, D dimensions, N slots, of which this process holds M.
     """
@@ -33,7 +33,7 @@ class RingBuffer(Slots):
 
     @property
     def filled_ND(self) -> Tensor:
-        """Those of this process's rows that have been written, in slot order."""
+        """The rows of this process that have been written, in slot order."""
         return self.rows_ND[: min(self.total, self.size) // self.shard.world_size]
 
     @property
@@ -44,8 +44,8 @@ class RingBuffer(Slots):
         """Write rows over the oldest.
 
         Returns:
-            Where this process has written, rows of its own buffers, and which of the given rows these are: [W] int64
-            both, W at most M. Of a write that is larger than N, only the last N rows are kept.
+            The rows of this process's buffers that were written, and the indices of the given rows that went there:
+            both [W] int64, W at most M. Of a write that is larger than N, only the last N rows are kept.
         """
         batch, start = len(rows_BD), self.total
         assert batch % self.shard.world_size == 0

@@ -1,7 +1,8 @@
-"""Nearest neighbours: exact ones in one call with two back ends, and approximate ones of a queue.
+"""Nearest-neighbour search: exact search with two back ends, torch and FAISS, and approximate search of a queue.
 
-Shapes: Q queries, N bank vectors, D dimensions, K neighbours. Queries and scores are float32, under autocast too; a
-bank may be bfloat16, and is then searched in bfloat16. The only file that imports faiss.
+Shapes: Q queries, N bank vectors, D dimensions, K neighbours. Queries and scores are float32, under autocast too. A
+bank may be bfloat16; it is then searched in bfloat16, except by FAISS on a CPU, which searches a float32 copy. This is
+the only file that imports faiss.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from src.support.ring_buffer import RingBuffer
 from src.system.redact import one_line
 
 Metric = Literal["cosine", "euclidean"]
-# The torch back end makes Q x N scores in tiles, which on a CPU stay in its cache and on a GPU are 256 MiB at most.
+# The torch back end computes the Q x N scores in tiles, which fit a CPU's cache, and on a GPU are at most 256 MiB.
 TILE_QUERIES = 2**9
 TILE_VECTORS = {"cpu": 2**12, "cuda": 2**17}
-TRAINING_VECTORS = 256  # vectors a list to train on, the most that FAISS uses
-VECTORS_AT_ONCE = 2**16  # vectors listed at a time, so that a bfloat16 ring is never whole in float32
+TRAINING_VECTORS = 256  # vectors for each list to train on, the most that FAISS uses
+VECTORS_AT_ONCE = 2**16  # vectors listed at a time, so that a bfloat16 ring never becomes float32 as a whole
 
 
 def require_faiss(asked: str, instead: str) -> None:
     """Check for faiss before any work starts.
 
     Raises:
-        UsageError: it is not installed; the line repeats what was asked for and offers what works without.
+        UsageError: faiss is not installed; the message names the setting ``asked`` and the alternative ``instead``.
     """
     if importlib.util.find_spec("faiss") is None:
         raise UsageError(f"{asked}: faiss is not installed; run `make setup`, or choose {instead}")
 
 
 def has_faiss_gpu() -> bool:
-    """Whether a faiss is installed that searches on GPUs."""
+    """Whether faiss is installed and can search on GPUs."""
     if importlib.util.find_spec("faiss") is None:
         return False
     import faiss
@@ -44,7 +45,7 @@ def has_faiss_gpu() -> bool:
 
 
 class Search(Protocol):
-    """Finds neighbours. For ``cosine`` the caller gives unit vectors; the larger the score, the nearer."""
+    """Finds nearest neighbours. For ``cosine`` the caller passes unit vectors. A larger score means nearer."""
 
     def __call__(
         self, queries_QD: Tensor, bank_ND: Tensor, k: int = 1, metric: Metric = "cosine"
@@ -82,7 +83,7 @@ class TorchSearch:
 def _scores(queries_QD: Tensor, tile_ND: Tensor, metric: Metric) -> Tensor:
     if metric == "cosine":
         return queries_QD @ tile_ND.T
-    # -|q-b|^2 without the queries' own norms, which change no order and come after the selection.
+    # -|q - b|^2 without |q|^2, which does not change the order and is subtracted after the selection.
     return torch.addmm(tile_ND.square().sum(1), queries_QD, tile_ND.T, beta=-1, alpha=2)
 
 
@@ -91,17 +92,17 @@ def _top(scores_QN: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class FaissSearch:
-    """``faiss.knn`` on the CPU, ``faiss.knn_gpu`` on the GPU; the bank stays a torch tensor and is not copied.
+    """``faiss.knn`` on the CPU, ``faiss.knn_gpu`` on the GPU; only a bfloat16 bank on a CPU is copied.
 
     Raises:
-        UsageError: faiss is not installed, or its build has no GPU support and the vectors are on one.
+        UsageError: faiss is not installed, or its build has no GPU support and the device is a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
         require_faiss("search=faiss", "search=torch")
         import faiss
 
-        self._resources: Any = None  # one an object: it reserves scratch memory on the GPU
+        self._resources: Any = None  # made once, because it reserves scratch memory on the GPU
         if device.type == "cuda":
             if not has_faiss_gpu():
                 raise UsageError(
@@ -118,7 +119,7 @@ class FaissSearch:
         kind = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
         queries_QD, bank_ND = queries_QD.contiguous(), bank_ND.contiguous()
         if queries_QD.is_cuda:
-            import faiss.contrib.torch_utils  # lets faiss take torch tensors where they lie
+            import faiss.contrib.torch_utils  # lets faiss take torch tensors in place
 
             queries_QD = queries_QD.to(bank_ND.dtype)
             with torch.cuda.device(queries_QD.device):
@@ -130,24 +131,24 @@ class FaissSearch:
 
 
 class InvertedLists:
-    """Approximate nearest neighbours in a ring of unit vectors, by cosine.
+    """Approximate nearest neighbours, by cosine similarity, in a ring buffer of unit vectors.
 
-    Coarse centroids divide the space; each vector is listed under its nearest one, and a query searches the lists of
-    its ``nprobe`` nearest centroids. Vectors enter as they come, under running numbers; those that the ring has
-    overwritten since the last training stay listed and are passed over. ``trained`` is all that has to be saved: with
-    the ring's vectors it gives the same answers again.
+    Coarse centroids divide the space. Each vector is listed under its nearest centroid, and a query searches the lists
+    of its ``nprobe`` nearest centroids. Vectors are added as they arrive, under running numbers; vectors that the ring
+    has overwritten since the last training stay listed, but searches skip them. A checkpoint only needs ``trained``,
+    which together with the ring's vectors gives the same answers again.
 
     Source: Jegou et al., "Product Quantization for Nearest Neighbor Search", TPAMI 2011, section IV, as in FAISS.
 
     Args:
-        size: of the ring.
+        size: number of slots of the ring.
         dim: D.
-        factory: FAISS's string for the index, ``IVF1024,Flat`` say.
-        nprobe: lists searched for each query.
+        factory: FAISS's factory string of the index, such as ``IVF1024,Flat``.
+        nprobe: number of lists searched for each query.
 
     Raises:
-        UsageError: faiss is not installed, the string is not one of an inverted-file index, or the ring holds fewer
-            vectors than the index has lists.
+        UsageError: faiss is not installed, the string does not describe an inverted-file index, or the index has more
+            lists than the ring has slots.
     """
 
     def __init__(self, size: int, dim: int, factory: str, nprobe: int) -> None:
@@ -158,7 +159,7 @@ class InvertedLists:
         self.dim = dim
         self.factory = factory
         self.nprobe = nprobe
-        self.trained: Tensor | None = None  # centroids and quantizers, without vectors, as FAISS's bytes
+        self.trained: Tensor | None = None  # the trained index without vectors (centroids, quantizers), serialised
         try:
             self.index = self._untrained()
         except RuntimeError as error:
@@ -176,11 +177,15 @@ class InvertedLists:
 
     @property
     def stored_bytes(self) -> int:
-        """Of a ringful of listed vectors, their numbers, and the coarse centroids; overwritten ones are not counted."""
+        """Bytes of the coarse centroids and of ``size`` codes with their numbers; overwritten vectors do not count."""
         return self.size * (self.index.code_size + 8) + self.index.nlist * self.dim * 4
 
     def train(self, ring: RingBuffer) -> None:
-        """Find the centroids anew, from vectors evenly spaced over the ring, and list all that it holds."""
+        """Train the centroids on vectors that are evenly spaced over the ring, and list all vectors of the ring.
+
+        Raises:
+            UsageError: FAISS cannot train the index on these vectors.
+        """
         import faiss
 
         self.index = self._untrained()
@@ -197,14 +202,14 @@ class InvertedLists:
         self.fill(ring)
 
     def restore(self, trained: Tensor | None) -> None:
-        """Take over another's ``trained``; the vectors come with `fill`."""
+        """Restore a saved ``trained``; `fill` then adds the vectors."""
         import faiss
 
         self.trained = trained
         self.index = self._untrained() if trained is None else faiss.deserialize_index(trained.cpu().numpy())
 
     def fill(self, ring: RingBuffer) -> None:
-        """List all that the ring holds."""
+        """List all vectors of the ring."""
         self.add(ring, len(ring.filled_ND))
 
     def add(self, ring: RingBuffer, new: int) -> None:
@@ -215,15 +220,15 @@ class InvertedLists:
             self.index.add_with_ids(rows.float().cpu().numpy(), numbers.numpy())
 
     def nearest(self, queries_QD: Tensor, total: int) -> Tensor:
-        """The slot of each query's nearest listed vector [Q]; -1 where its lists hold none that is still in the ring.
+        """Find the slot of each query's nearest vector [Q]; -1 if its lists hold no vector that is still in the ring.
 
         Args:
             queries_QD: unit vectors.
-            total: vectors ever written to the ring.
+            total: number of vectors ever written to the ring.
         """
         import faiss
 
-        parameters: Any = faiss.SearchParametersIVF  # FAISS's own types do not know what it takes
+        parameters: Any = faiss.SearchParametersIVF  # FAISS's type stubs lack its arguments
         wanted = parameters(sel=faiss.IDSelectorRange(total - self.size, total), nprobe=self.nprobe)
         _, numbers = self.index.search(queries_QD.cpu().numpy(), 1, params=wanted)
         ids_Q = torch.as_tensor(numbers[:, 0])
@@ -234,7 +239,7 @@ class InvertedLists:
 
         index = faiss.index_factory(self.dim, self.factory, faiss.METRIC_INNER_PRODUCT)
         if isinstance(index, faiss.IndexIVF):
-            # Else FAISS prints a warning at every training on fewer than 39 a list.
+            # Otherwise FAISS prints a warning at every training on fewer than 39 vectors for each list.
             index.cp.min_points_per_centroid = 1
         return index
 
@@ -245,8 +250,8 @@ def cluster(
     """Re-cluster vectors with ``faiss.Kmeans``, from given centroids.
 
     Returns:
-        the means of the clusters' members [K, D], which are shorter than unit vectors where ``spherical``, and which
-        cluster each vector belongs to [N] (int64). A cluster without members keeps FAISS's centroid.
+        The mean of each cluster's members [K, D], shorter than a unit vector if ``spherical``, and the number of each
+        vector's cluster [N] (int64). A cluster without members keeps FAISS's centroid.
     """
     import faiss
 
@@ -258,14 +263,14 @@ def cluster(
         spherical=spherical,
         seed=seed,
         gpu=window_ND.is_cuda and faiss.get_num_gpus() > 0,
-        # faiss's own limits would drop vectors silently, or warn of few.
+        # FAISS's default limits would silently drop vectors, or warn of too few.
         min_points_per_centroid=1,
         max_points_per_centroid=window.shape[0],
     )
     kmeans.train(window, init_centroids=initial_KD.float().cpu().numpy())
     _, ids = kmeans.assign(window)
     means_KD, ids_N = torch.as_tensor(kmeans.centroids).clone(), torch.as_tensor(ids).long()
-    # On the host, where a sum has a fixed order.
+    # Summed on the host, where the order of additions is fixed.
     sums_KD = torch.zeros_like(means_KD).index_add_(0, ids_N, torch.as_tensor(window))
     members_K = torch.bincount(ids_N, minlength=k)
     means_KD[members_K > 0] = (sums_KD / members_K[:, None])[members_K > 0]

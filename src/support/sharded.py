@@ -1,8 +1,8 @@
 """Slots that are divided among the processes of a run, so that a support set may be larger than one device.
 
-Every process gives the same queries, searches its own slots, and receives what all processes have found. The answers
-are those of one process that holds all slots. Of slots that tie, the nearest one is the lowest; which of them are among
-several neighbours is open, also in one process.
+Every process passes the same queries, searches its own slots, and receives what all processes have found: the answers
+of one process that holds all slots. If slots tie for the nearest, the lowest slot wins; which of them are among several
+neighbours is undefined, in one process too.
 
 Shapes: Q queries, D dimensions, K neighbours, N slots, M = N / world_size slots of one process.
 """
@@ -21,17 +21,17 @@ from src.system.collectives import all_gather, all_reduce_sum_
 
 @dataclass(frozen=True)
 class Shard:
-    """The slots of one process: those whose number is ``rank`` modulo ``world_size``. One that is alone holds all.
+    """The slots of one process: those whose number is ``rank`` modulo ``world_size``. A single process holds all.
 
-    Consecutive slots belong to the processes in turn, so all hold equally many. Methods that return something of all
-    processes are collective: every process must call them.
+    Consecutive slots belong to the processes in turn, so all processes hold the same number. Methods that return a
+    result of all processes are collective: every process must call them.
     """
 
     rank: int = 0
     world_size: int = 1
 
     def own(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """Those of the numbers from ``start`` to ``stop`` that are this process's, ascending int64."""
+        """The numbers from ``start`` to before ``stop`` that belong to this process, ascending int64."""
         return torch.arange(start, stop, device=device)[(self.rank - start) % self.world_size :: self.world_size]
 
     def rows(self, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,11 +39,11 @@ class Shard:
         return slots // self.world_size, slots % self.world_size == self.rank
 
     def slots(self, rows: Tensor) -> Tensor:
-        """The slots that this process holds at these of its rows, of the same shape."""
+        """The slots that this process holds in its rows ``rows``, of the same shape."""
         return rows * self.world_size + self.rank
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes, in place of the process's own value."""
+        """The sum over all processes, which overwrites the process's own value."""
         return value if self.world_size == 1 else all_reduce_sum_(value)
 
     def mean(self, value: Tensor) -> Tensor:
@@ -51,19 +51,19 @@ class Shard:
         return self.sum(value) / self.world_size
 
     def all_gather(self, own: Tensor) -> Tensor:
-        """All slots [N, ...], in their order, from each process's own [M, ...]."""
+        """Gather the rows of all slots [N, ...], in slot order, from each process's own rows [M, ...]."""
         return own if self.world_size == 1 else torch.stack(all_gather(own), 1).flatten(0, 1)
 
     def local(self, whole: Tensor) -> Tensor:
-        """This process's own slots [M, ...] out of all slots [N, ...]."""
+        """Select this process's own rows [M, ...] from the rows of all slots [N, ...]."""
         return whole[self.rank :: self.world_size]
 
     def fetch(self, own: Tensor, slots: Tensor) -> Tensor:
-        """The rows of any slots [*slots.shape, ...], from whichever process holds them.
+        """Fetch the rows of any slots [*slots.shape, ...] from the processes that hold them.
 
         Args:
             own: this process's rows [M, ...].
-            slots: the same for all processes, int64 of any shape.
+            slots: the same on all processes, int64 of any shape.
         """
         if self.world_size == 1 or not slots.numel():
             return own[slots]
@@ -72,12 +72,12 @@ class Shard:
         return all_reduce_sum_(found.masked_fill_(~mine.view(*mine.shape, *[1] * (own.ndim - 1)), 0))
 
     def nearest(self, scores_QK: Tensor, rows_QK: Tensor, count: int) -> Tensor:
-        """The slots nearest to each query among all processes' finds, nearest first: [Q, count].
+        """Find the slots nearest to each query among what all processes have found, nearest first: [Q, count].
 
         Args:
-            scores_QK: of this process's own nearest; the larger, the nearer. All processes have equally many.
-            rows_QK: at which of its rows they are.
-            count: how many to keep.
+            scores_QK: scores of this process's nearest rows; larger means nearer. K is the same on all processes.
+            rows_QK: the rows of this process that have these scores.
+            count: number of slots to keep.
         """
         if self.world_size == 1:
             return rows_QK
@@ -88,11 +88,11 @@ class Shard:
 
 
 class Slots(nn.Module):
-    """A module whose buffers have a row for each slot, or for each of those that its shard has.
+    """A module whose buffers have a row for each slot that this process holds.
 
     Args:
         size: N.
-        shard: which of them this process holds.
+        shard: the slots that this process holds; None: all.
     """
 
     def __init__(self, size: int, shard: Shard | None = None) -> None:
@@ -110,7 +110,7 @@ class Slots(nn.Module):
 
 
 def in_shards(module: nn.Module) -> dict[str, Shard]:
-    """Those keys of a module's state dict whose rows are divided among several processes."""
+    """The keys of a module's state dict whose rows are divided among several processes, each with its shard."""
     return {
         f"{path}.{name}".removeprefix("."): each.shard
         for path, each in module.named_modules()
@@ -120,6 +120,6 @@ def in_shards(module: nn.Module) -> dict[str, Shard]:
 
 
 def own_rows(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a state dict with the rows of all slots, what this process's module holds."""
+    """Reduce a state dict with the rows of all slots to the rows that this process's module holds."""
     shards = in_shards(module)
     return {key: shards[key].local(value) if key in shards else value for key, value in state.items()}
