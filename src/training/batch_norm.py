@@ -1,4 +1,4 @@
-"""Batch norm over the rows of all ranks of a run, on CPUs; on GPUs it is torch's own."""
+"""Batch norm over the rows of all ranks of a run, for CPUs; on GPUs torch's own is used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from src.system.collectives import all_reduce_sum_
 
 
 class _Sum(Function):
-    """The sum over the ranks. Backwards it is a sum, too: what every rank made of it depends on this rank's part."""
+    """The sum over the ranks. The backward pass is a sum too: every rank's result depends on this rank's value."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> Tensor:  # noqa: ARG004
@@ -27,13 +27,13 @@ class _Sum(Function):
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """`torch.nn.SyncBatchNorm` for CPUs, which that one refuses: the statistics are those of all ranks' rows.
+    """Batch norm with the statistics of all ranks' rows, like `torch.nn.SyncBatchNorm`, which refuses CPUs.
 
-    All ranks must have as many rows. The arithmetic is float32.
+    All ranks must have the same number of rows. The arithmetic is float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, ...] of this rank to the same shape."""
+        """Normalise this rank's rows [B, C, ...]."""
         if not self.training:
             return super().forward(x)
         wide = x.float()
@@ -65,10 +65,10 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def replace_batch_norms(module: nn.Module) -> None:
-    """Put one over all ranks in the place of every batch norm inside a module; the keys of its state dict stay.
+    """Replace every batch norm inside a module by a `GlobalBatchNorm`; the keys of its state dict stay the same.
 
     Raises:
-        UsageError: there is one that plain batch norm cannot stand for.
+        UsageError: the module has a batch norm that is not one of torch's plain classes.
     """
     for name, child in module.named_children():
         if not isinstance(child, nn.modules.batchnorm._BatchNorm):

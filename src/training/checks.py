@@ -18,16 +18,17 @@ from src.errors import UsageError
 from src.models import feature_dim
 
 LARGEST_FOR_SMALL_STEM = 64  # pixels a side
-SMALLEST_BATCH = 2  # images; one alone has no negative
+SMALLEST_BATCH = 2  # images; a single one has no negative
 
 logger = logging.getLogger(__name__)
 
 
 def check_batch_fits(cfg: Config, data: Dataset, exact: bool) -> None:
-    """Refuse a batch of more images than there are, or, where the size need not be exact, say that it becomes smaller.
+    """Refuse a batch that is larger than the training split, or warn that it shrinks if it need not be ``exact``.
 
     Raises:
-        UsageError: there are fewer images, and the size was asked for, or must have equal parts.
+        UsageError: the batch is larger than the training split and may not shrink, because its size is exact, has to
+            divide into equal parts, or would be below 2.
     """
     if exact or cfg.backbone.bn_splits > 1 or len(data.train) < SMALLEST_BATCH:
         check_batch_size(cfg.batch_size, data.train)
@@ -40,23 +41,23 @@ def check_batch_fits(cfg: Config, data: Dataset, exact: bool) -> None:
 
 
 class Filling(NamedTuple):
-    """What it takes to fill a support set."""
+    """How many embeddings a support set needs to be filled, and how many steps there are to fill it."""
 
-    setting: str  # that says how many vectors
+    setting: str  # the name of the setting that gives `size`
     size: int
-    period: str  # the setting that says in how many epochs: after those it is emptied, or the run ends
+    period: str  # the name of the setting that gives `epochs`, after which the set is emptied or the run ends
     epochs: int
-    steps: int  # of these epochs
+    steps: int  # in these epochs
     batch_size: int
 
     @property
     def seen(self) -> int:
-        """Embeddings before the last batch."""
+        """Number of embeddings before the last batch of these steps."""
         return (self.steps - 1) * self.batch_size
 
     @classmethod
     def of(cls, cfg: Config, images: int, filled: bool) -> Filling | None:
-        """None where nothing is stored that has to be filled."""
+        """What the config's support set needs; None if there is nothing to be filled."""
         support = cfg.support
         period, epochs = _period(cfg)
         name, size = ("k", cfg.k) if cfg.k is not None else ("queue_size", cfg.queue_size)
@@ -70,7 +71,7 @@ class Filling(NamedTuple):
 
 
 def _period(cfg: Config) -> tuple[str, int]:
-    """The setting that says in how many epochs prototypes are reset or, where they are not, the run ends; its value."""
+    """Name and value of the setting that says after how many epochs prototypes are reset, or else the run ends."""
     support = cfg.support
     if isinstance(support, schema.KMeans) and support.forget == "reset" and support.forget_every < cfg.epochs:
         return "support.forget_every", support.forget_every
@@ -80,16 +81,16 @@ def _period(cfg: Config) -> tuple[str, int]:
 def refuse_unfillable(cfg: Config, images: int, filled: bool = False) -> None:
     """Refuse a support set that is never filled, since such a run would be the control under another name.
 
-    A window of which nothing is ever re-clustered is refused, too.
+    A window of embeddings that are never re-clustered is refused, too.
 
     Args:
         cfg: the run's config.
-        images: that it trains on.
-        filled: whether it is full already, with another run's weights; then only a reset empties it.
+        images: number of training images.
+        filled: whether another run's weights have already filled the support set; then only a reset empties it.
 
     Raises:
-        UsageError: there are fewer embeddings before the last batch, or between two resets, than it holds; or the
-            window is full at no step at which a re-clustering is due.
+        UsageError: the support set needs more embeddings than there are before the last batch or between two resets;
+            or the window is not full at any step at which a re-clustering is due.
     """
     if (filling := Filling.of(cfg, images, filled)) is None or filling.size <= filling.seen:
         _refuse_idle_refit(cfg, images, filled)
@@ -108,10 +109,10 @@ def refuse_unfillable(cfg: Config, images: int, filled: bool = False) -> None:
 
 
 def _refuse_idle_refit(cfg: Config, images: int, filled: bool) -> None:
-    """Refuse to store a window of which nothing is ever re-clustered: without it, the same run stores less.
+    """Refuse a window of embeddings that are never re-clustered: without it, the same run stores less.
 
     Raises:
-        UsageError: at no step at which a re-clustering is due is the window full.
+        UsageError: the window is not full at any step at which a re-clustering is due.
     """
     support = cfg.support
     if not isinstance(support, schema.KMeans) or support.refit != "faiss":
@@ -120,7 +121,7 @@ def _refuse_idle_refit(cfg: Config, images: int, filled: bool) -> None:
     if filled and period == "epochs":
         return
     batch_size = images_a_step(cfg.batch_size, images)
-    steps = images // batch_size  # an epoch
+    steps = images // batch_size  # in an epoch
     due = range(support.refit_every - 1, steps * cfg.epochs, support.refit_every)
     if not any((step % (steps * epochs) + 1) * batch_size >= support.refit_window for step in due):
         raise UsageError(
@@ -131,7 +132,7 @@ def _refuse_idle_refit(cfg: Config, images: int, filled: bool) -> None:
 
 
 def warn_of_late_filling(cfg: Config, images: int, filled: bool) -> None:
-    """Warn of a support set that is filled in less than half of the steps; arguments as of `refuse_unfillable`."""
+    """Warn of a support set that is full in less than half of the steps; the arguments are `refuse_unfillable`'s."""
     filling = Filling.of(cfg, images, filled)
     if filling is not None and (idle := math.ceil(filling.size / filling.batch_size)) > filling.steps / 2:
         logger.warning(
@@ -141,12 +142,12 @@ def warn_of_late_filling(cfg: Config, images: int, filled: bool) -> None:
 
 
 def refuse_unset_gradients(encoder: nn.Module, image_size: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse images of which a single pixel is left for a convolution with a stride, in bfloat16 on a CPU.
+    """Refuse images that leave a single pixel for a convolution with a stride, in bfloat16 on a CPU.
 
-    There torch (2.15) leaves the weights' gradient as the memory was, where it should be 0.
+    In this case torch (2.15) leaves the weights' gradient uninitialised where it should be 0.
 
     Raises:
-        UsageError: it is so.
+        UsageError: a convolution with a stride sees a single pixel.
     """
     if (device.type, dtype) != ("cpu", torch.bfloat16):
         return
@@ -162,7 +163,7 @@ def refuse_unset_gradients(encoder: nn.Module, image_size: int, device: torch.de
         if isinstance(each, nn.Conv2d) and max(each.stride) > 1 and max(each.kernel_size) > 1
     ]
     hooks = [each.register_forward_pre_hook(look) for each in strided]
-    with torch.compiler.set_stance("force_eager"):  # of one image, for which nothing is to be compiled
+    with torch.compiler.set_stance("force_eager"):  # so that nothing is compiled for the shape of this one image
         feature_dim(encoder, image_size)
     for hook in hooks:
         hook.remove()
@@ -174,7 +175,7 @@ def refuse_unset_gradients(encoder: nn.Module, image_size: int, device: torch.de
 
 
 def warn_of_doubtful_settings(cfg: Config, images: int) -> None:
-    """Warn of a legal setting that can hardly be meant, such as a queue that holds more than all images."""
+    """Warn of valid settings that are hardly intended, such as a queue that holds more than all images."""
     if cfg.schedule.warmup_epochs >= cfg.epochs:
         logger.warning(
             "schedule.warmup_epochs=%g: not shorter than epochs=%d, so the learning rate only ever warms up",

@@ -1,4 +1,4 @@
-"""Whether the features or embeddings of different images have become alike, which no loss tells."""
+"""Detects collapse: features or embeddings of different images become alike, which no loss shows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check(output: Output, step: int, tracker: Tracker, on_collapse: str) -> None
     """Warn once in a run's life, and tag the run, when the features or embeddings of a batch have collapsed.
 
     Raises:
-        Collapsed: they have, and ``on_collapse=stop``.
+        Collapsed: they have collapsed, and ``on_collapse=stop``.
     """
     if TAG_COLLAPSED in tracker.record.tags:
         return

@@ -1,11 +1,11 @@
-"""One run on several devices: a process, called a rank, for each of them, started by ``torchrun``.
+"""Training of one run on several devices, by one process (a rank) for each of them, started by ``torchrun``.
 
 The encoder works on the rank's own rows of the batch, and its features are gathered. From there on every rank does the
 same arithmetic on the whole batch: heads, lookup, loss, support set and online classifier are the same everywhere, and
 methods and support sets need not know that there are ranks. Since every rank computes the complete loss, the gradient
 of its own rows is exact, and the sum over the ranks is the encoder's gradient.
 
-With one process, which no launcher has started, nothing here does anything.
+In a single process that no launcher has started, the functions of this module do nothing.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from src.system.redact import one_line
 from src.training.batch_norm import replace_batch_norms
 
 T = TypeVar("T")
-_left = threading.Event()  # set when this rank has no more need of the others
+_left = threading.Event()  # set when this rank no longer needs the others
 
-# A collective waits as long as it takes, for one rank may decode images for an hour: `_Pulse` finds out who has died.
+# Collectives hardly ever time out, because one rank may decode images for an hour: `_Pulse` notices a rank that died.
 COLLECTIVE_TIMEOUT = timedelta(days=7)
 BEAT_SECONDS, SILENT_BEATS = 2.0, 10
 
@@ -54,35 +54,35 @@ class Ranks:
     device: torch.device
     rank: int = 0
     world_size: int = 1
-    group: dist.ProcessGroup | None = None  # of the hosts, beside the devices' own; None: one process
+    group: dist.ProcessGroup | None = None  # for tensors on the CPU and objects; None: there is one process
     _pending: list[tuple[Any, Tensor]] = field(default_factory=list)
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints, logs, holds the run's directory and saves."""
+        """Whether this is the rank that prints, logs, holds the run's directory and saves."""
         return self.rank == 0
 
     @property
     def part(self) -> tuple[int, int]:
-        """Which of how many equal parts of a batch is this rank's."""
+        """This rank's part of a batch: its index and the number of equal parts."""
         return self.rank, self.world_size
 
     @property
     def shard(self) -> Shard:
-        """Which slots of a support set in shards are this rank's."""
+        """This rank's slots of a support set in shards."""
         return Shard(self.rank, self.world_size)
 
     def rows(self, batch_size: int) -> slice:
-        """Which rows of a batch these are."""
+        """This rank's rows of a batch."""
         rows = batch_size // self.world_size
         return slice(rows * self.rank, rows * (self.rank + 1))
 
     def refuse_unsupported(self, cfg: Config) -> None:
-        """Refuse what several ranks cannot do.
+        """Refuse settings that several ranks do not support.
 
         Raises:
-            UsageError: the batch has no equal shares, batch norm is to be over parts of it, the networks are to be
-                compiled or fine-tuned, or something needs the whole of a support set that is in shards.
+            UsageError: the batch does not divide equally, batch norm is split, the networks are to be compiled or
+                fine-tuned, or a setting needs all vectors of a support set that is in shards.
         """
         if self.world_size == 1:
             return
@@ -115,12 +115,12 @@ class Ranks:
             raise UsageError(f"{asked[0]}: needs all stored vectors on every rank; choose support.shards=none")
 
     def parallelize(self, encoder: nn.Module) -> nn.Module:
-        """Make an encoder take this rank's rows, and return the features of the whole batch while it trains.
+        """Make an encoder take this rank's rows and, in training mode, return the features of the whole batch.
 
-        Its batch norm takes the statistics of the whole batch. The keys of its state dict stay.
+        Its batch norms use the statistics of the whole batch. The keys of its state dict stay the same.
 
         Raises:
-            UsageError: it has batch norms that cannot be taken over the whole batch.
+            UsageError: the encoder has a batch norm that cannot span several CPU processes.
         """
         if self.group is None:
             return encoder
@@ -130,11 +130,11 @@ class Ranks:
             encoder = convert_sync_batchnorm(encoder)
         else:
             replace_batch_norms(encoder)
-        encoder.register_forward_hook(_gather_features)  # a copy of the encoder, such as a teacher, has it too
+        encoder.register_forward_hook(_gather_features)  # copies of the encoder, such as a teacher, keep the hook
         return encoder
 
     def sum_gradients(self, encoder: nn.Module) -> None:
-        """Make each rank's gradient, of its own rows, that of the whole batch."""
+        """Sum the encoder's gradients, each of one rank's rows, so that every rank has that of the whole batch."""
         if self.group is None:
             return
         gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
@@ -146,9 +146,9 @@ class Ranks:
         """The highest status of all ranks, the same on each of them, so that they stop at the same step.
 
         Args:
-            status: of this rank.
-            wait: whether to wait for the other ranks. Otherwise the result is that of the previous call, so that no
-                step waits for it.
+            status: the status of this rank.
+            wait: whether to wait for the result of this call. Otherwise that of the previous call is returned, so that
+                no step waits for the other ranks.
         """
         if self.group is None:
             return status
@@ -172,14 +172,14 @@ class Ranks:
         return values[0]
 
     def full_state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """A module's state dict, on the first rank with the shards of all ranks. Every rank must call it."""
+        """A module's state dict, which on the first rank has the shards of all ranks. Every rank must call it."""
         state = module.state_dict()
         for key in in_shards(module):
             state[key] = self._gather_shards(state[key].cpu())
         return state
 
     def _gather_shards(self, own: Tensor) -> Tensor:
-        """All slots on the first rank; through the hosts, one part at a time: the whole may be larger than a device."""
+        """Gather the rows of all slots on the first rank, shard by shard in host memory: a device may be too small."""
         with raising_rank_lost():
             if not self.first:
                 dist.send(own, 0, self.group)
@@ -195,7 +195,7 @@ class Ranks:
 
     @contextmanager
     def one_at_a_time(self) -> Iterator[None]:
-        """Run the block on one rank after another, because all at once would need too much of the machine's memory."""
+        """Run the block on one rank after another, because all ranks at once would need too much of a host's memory."""
         for turn in range(self.world_size):
             if turn == self.rank:
                 yield
@@ -204,14 +204,14 @@ class Ranks:
                     dist.barrier(self.group)
 
     def check_same(self, *modules: nn.Module, **values: object) -> None:
-        """Refuse to go on where ranks would not do the same arithmetic.
+        """Refuse to go on if the ranks would not do the same arithmetic.
 
         Args:
-            modules: their weights, statistics and stored vectors have to be the same.
-            values: so have these; the line calls them by their keywords.
+            modules: modules whose weights, statistics and stored vectors have to be the same on all ranks.
+            values: other values that have to be the same; the message calls them by their keywords.
 
         Raises:
-            RunFailed: a rank has others than the first.
+            RunFailed: a rank differs from the first one.
         """
         if self.group is None:
             return
@@ -234,13 +234,13 @@ class Ranks:
             _left.set()
 
     def frozen(self, encoder: nn.Module, mean: list[float], std: list[float], dtype: torch.dtype) -> FrozenEncoder:
-        """The encoder for evaluation, to which every rank contributes."""
+        """Wrap the encoder for evaluation. Several ranks share the work, so all of them must ask for the features."""
         kind = FrozenEncoder if self.group is None else _SharedEncoder
         return kind(encoder, mean, std, self.device, dtype)
 
 
 class _SharedEncoder(FrozenEncoder):
-    """Each rank encodes every so many-th block of images, and has the features of all of them."""
+    """A frozen encoder of several ranks, which encode blocks of images in turn; each rank gets all features."""
 
     def _encoded(self, split: Split, batch_size: int) -> Tensor:
         blocks, world_size = list(split.blocks(batch_size)), dist.get_world_size()
@@ -257,7 +257,7 @@ class _SharedEncoder(FrozenEncoder):
 
 
 def checksum(*modules: nn.Module) -> int:
-    """Of all weights, statistics and stored vectors that are not in shards: what ranks must have in common."""
+    """CRC-32 of everything that ranks must have in common: weights, statistics, and stored vectors not in shards."""
     total = 0
     for module in modules:
         own = in_shards(module)
@@ -273,12 +273,13 @@ def checksum(*modules: nn.Module) -> int:
 
 
 def join(device: str) -> Ranks:
-    """Find the other ranks of this run, on the given kind of device; a process that no launcher started is alone.
+    """Join the other ranks of this run; a process that no launcher has started is the only rank.
 
-    With ``cuda`` or ``auto`` each takes the GPU of its number on its machine. All but the first fall silent.
+    With ``cuda`` or ``auto`` each rank takes the GPU that has its local rank as number. All ranks but the first stop
+    printing, and log errors only.
 
     Raises:
-        UsageError: a GPU is asked for that is not there, or the variables of ``torchrun`` make no sense.
+        UsageError: the requested GPU does not exist, or the variables of ``torchrun`` are invalid.
     """
     if not is_rank():
         return Ranks(build.device(device))
@@ -293,7 +294,7 @@ def join(device: str) -> Ranks:
         ) from None
     wanted = build.device(device)
     if wanted.type == "cuda":
-        # A task that its launcher has bound to one GPU sees it as the first, whatever its number on the machine.
+        # If a launcher has bound each process to one GPU, the process sees it as GPU 0, whatever its number.
         is_bound = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
         wanted = build.device(f"cuda:{0 if is_bound else os.environ.get('LOCAL_RANK', 0)}")
     if not dist.is_initialized():
@@ -306,7 +307,7 @@ def join(device: str) -> Ranks:
         atexit.register(dist.destroy_process_group)
     if rank:
         logging.disable(logging.WARNING)
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it stays open as long as the process lives
     with raising_rank_lost():
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
@@ -314,12 +315,12 @@ def join(device: str) -> Ranks:
 
 
 def is_first_to_say() -> bool:
-    """Whether no other rank has said why the run ends; from then on, this one has."""
+    """Whether no rank has said yet why the run ends; True for the first caller only, which then has to say it."""
     if not is_rank():
         return True
     try:
         return _store().add("said", 1) == 1
-    except (RuntimeError, ValueError):  # the store went with the rank that kept it, or never was
+    except (RuntimeError, ValueError):  # the store has ended with the rank that kept it, or has never existed
         return True
 
 
@@ -348,10 +349,10 @@ def _store() -> Any:
 
 
 class _Pulse(threading.Thread):
-    """Notices within 30 seconds that another rank is gone, also where a device's collective would wait for ever.
+    """Notices within 30 seconds that another rank is gone, even if a device's collective would wait for ever.
 
-    Every rank counts up a number of its own in the store that they share. The first rank looks at all of them, and says
-    when one stands still; the others look at the first.
+    Every rank increments its own counter in the store that they share. The first rank watches all counters, and the
+    others watch the first rank's. Whoever sees one stand still marks the run as lost, for all ranks to see.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -360,7 +361,7 @@ class _Pulse(threading.Thread):
         self.store = _store().clone()
 
     def run(self) -> None:
-        seen = dict.fromkeys(self.watched, (0, 0))  # a rank's number, and for how many beats it has been that
+        seen = dict.fromkeys(self.watched, (0, 0))  # a rank's counter, and for how many beats it has stood still
         while not _left.wait(BEAT_SECONDS):
             try:
                 self.store.add(f"pulse/{self.rank}", 1)
@@ -378,7 +379,7 @@ class _Pulse(threading.Thread):
 
 
 class _Gather(Function):
-    """The rows of all ranks, in their order. Backwards, a rank's own rows get their gradient."""
+    """The rows of all ranks, in the order of the ranks. The backward pass keeps the gradient of this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> Tensor:  # noqa: ARG004

@@ -1,4 +1,4 @@
-"""The loop: data, views, method, step, support set, log; validation in between, and the final evaluation."""
+"""The training loop: data, views, method, step, support set, log; validation in between; the final evaluation."""
 
 from __future__ import annotations
 
@@ -34,20 +34,21 @@ from src.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-SAVE = 1  # below every status with which a run stops
-EPOCH_START = 2  # keeps what is drawn between two epochs apart from the draws of the steps
+SAVE = 1  # requests a checkpoint without stopping; below every status with which a run stops
+EPOCH_START = 2  # keeps the random numbers drawn between two epochs apart from those of the steps
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a run asks of reports and searches, which are above it.
+    """Functions through which a run uses the packages above it, reports and sweeps, without importing them.
 
     Args:
-        draw_curves: makes the picture of a run's curves in its folder, and returns its path.
-        illustrate: draws what the support set gives, after each validation, from a method, its frozen encoder, the
-            data, the run's folder, the epochs done and whether these are all; returns the files to log.
-        should_prune: told the folder of the sweep, the number of the trial, the epoch and its metrics, after each epoch
-            but the last; whether the trial lags so far behind others as to stop it.
+        draw_curves: draws the curves of a run into its folder, which is the argument, and returns the picture's path.
+        illustrate: called after each validation, draws what the support set returns. The arguments are the method, its
+            frozen encoder, the data, the run's folder, the number of epochs done, and whether these are all; it
+            returns the files to log.
+        should_prune: called after each epoch but the last, with the sweep's folder, the trial's number, the epoch and
+            its metrics; returns whether the trial lags so far behind others that it should stop.
     """
 
     draw_curves: Callable[[Path], Path]
@@ -56,15 +57,15 @@ class Hooks:
 
 
 class Pretraining:
-    """The loop, and what its parts share.
+    """The training loop of a run.
 
     Args:
-        state: what is trained.
-        data: on what.
-        tracker: where its figures go.
+        state: the method and everything else that training changes.
+        data: the images to train on and to validate on.
+        tracker: logs the metrics.
         stopper: asked after each step whether to stop.
-        directory: the run's.
-        hooks: whether it is pruned, and its pictures.
+        directory: the run's folder.
+        hooks: decide on pruning, and draw pictures.
     """
 
     def __init__(
@@ -88,10 +89,10 @@ class Pretraining:
         state.frozen.before_block = self._stop_if_signalled
 
     def run(self) -> None:
-        """From the step where the state is to the last.
+        """Train from the state's current step to the last.
 
         Raises:
-            Stopped: before its end; there is a checkpoint of where it stopped, unless no step had been taken.
+            Stopped: the run was told to stop; there is a checkpoint of where it stopped, unless no step was taken.
             Diverged: the loss, the gradient, the weights or the features stopped being finite.
             Collapsed: the features of different images became alike, and ``on_collapse=stop``.
         """
@@ -99,17 +100,18 @@ class Pretraining:
         with Progress(epochs, self.steps_per_epoch, state.batch_size) as self.progress:
             if state.step == 0:
                 self.tracker.log(self._validate(), step=0)
-            ended = state.step if state.validated else state.step - 1  # stopped in a validation, it begins with that
+            # A run that was stopped in a validation begins with that: the epoch before counts as not finished.
+            ended = state.step if state.validated else state.step - 1
             for epoch in range(ended // self.steps_per_epoch, epochs):
                 self._train_epoch(epoch)
                 self._finish_epoch(epoch)
 
     def _train_epoch(self, epoch: int) -> None:
-        """The steps of an epoch that are still to be taken."""
+        """Take the steps of an epoch that are left."""
         state, cfg, ranks = self.state, self.cfg, self.ranks
         start, self.requested = state.step - epoch * self.steps_per_epoch, 0
         if self.support is not None and start == 0:
-            seed_everything(cfg.seed, state.step, EPOCH_START)  # a set of one's own may draw
+            seed_everything(cfg.seed, state.step, EPOCH_START)  # a support set may draw random numbers here
             self.support.start_epoch(epoch)
             self.support.clear_stats()
         clock = time.perf_counter()
@@ -124,7 +126,7 @@ class Pretraining:
                 if self.requested > SAVE:
                     raise Stopped(self.requested)
                 clock = time.perf_counter()
-        if state.device.type == "cuda":  # the clock stops when the work is done, not when it has been handed over
+        if state.device.type == "cuda":  # the clock stops when the work is done, not when it is queued
             torch.cuda.synchronize(state.device)
         state.seconds += time.perf_counter() - clock
         ranks.check_same(state.method, state.classifier)
@@ -133,15 +135,15 @@ class Pretraining:
         state, cfg, device, method, support = self.state, self.cfg, self.state.device, self.state.method, self.support
         images, labels, ids, aspects = batch
         view1, view2 = self.views
-        if cfg.compile:  # compiled parts may overwrite what they returned; the compiler takes seconds to import
+        if cfg.compile:  # lets compiled parts overwrite earlier outputs; only then, since the import takes seconds
             torch.compiler.cudagraph_mark_step_begin()
         seed_everything(cfg.seed, state.step)
         lr = state.set_lr(self.steps_per_epoch)
 
         with autocast(device, state.dtype):
             output = method(view1(images, aspects), view2(images, aspects))
-        output.check(len(labels))  # which are those of all ranks, as the features are
-        features = output.features.detach()  # a method of one's own may forget to, and no label may reach the encoder
+        output.check(len(labels))  # the labels are those of all ranks, as the features are
+        features = output.features.detach()  # in case the method does not: no label may reach the encoder
         self.output = output._replace(features=features)
         logits = state.classifier(features.float())
         online_loss = F.cross_entropy(logits, labels.repeat(2))
@@ -152,7 +154,8 @@ class Pretraining:
         self.ranks.sum_gradients(method.encoder)
         steps = cfg.epochs * self.steps_per_epoch
         log_now = state.step % cfg.tracking.log_every == 0 or state.step + 1 == steps
-        if log_now or device.type == "cpu":  # reading makes the host wait for a GPU; a save never keeps a bad step
+        # Not every step on a GPU, because reading makes the host wait; `_save` checks the weights in any case.
+        if log_now or device.type == "cpu":
             self.loss, self.grad_norm = torch.stack([output.loss.detach(), state.grad_norm()]).tolist()
             if not (math.isfinite(self.loss) and math.isfinite(self.grad_norm)):
                 raise state.diverged(self.loss, self.grad_norm)
@@ -176,7 +179,7 @@ class Pretraining:
         state.step += 1
 
     def _finish_epoch(self, epoch: int) -> None:
-        """After an epoch's last step: validation, pictures, log, checkpoint."""
+        """Do what follows an epoch's last step: validate, draw pictures, log and save a checkpoint."""
         state, cfg, ranks, tracker = self.state, self.cfg, self.ranks, self.tracker
         last = epoch + 1 == cfg.epochs
         evaluates = last or (epoch + 1) % cfg.evaluation.every == 0
@@ -194,7 +197,7 @@ class Pretraining:
             metrics |= {key: known[key] for key in known if self.data.labelled or key not in NEED_LABELS}
         metrics |= validation
         pictures: list[Path] = []
-        # To draw is to look up, which one rank alone cannot do where the support set is in shards.
+        # Drawing needs lookups, which one rank alone cannot do if the support set is in shards.
         if evaluates and cfg.evaluation.pictures and ranks.first and not in_shards(state.method):
             pictures = self.hooks.illustrate(
                 state.method, state.frozen_here, self.data, self.directory, epoch + 1, last
@@ -210,7 +213,8 @@ class Pretraining:
         self.requested = max(self.requested, ranks.max_status(self._requested_status(), wait=True))
         if last or self.requested or (epoch + 1) % cfg.checkpoint.every == 0:
             self._save()
-        if self.requested > SAVE and not (last and self.requested == TIME_IS_UP):  # a limit leaves time for the end
+        # After the last epoch a time limit does not stop the run, so that the final evaluation follows.
+        if self.requested > SAVE and not (last and self.requested == TIME_IS_UP):
             raise Stopped(self.requested)
         tracker.flush()
 
@@ -223,39 +227,39 @@ class Pretraining:
             raise self.state.diverged(self.loss, self.grad_norm)
 
     def _check_collapse(self) -> None:
-        if self.output is not None and self.ranks.first:  # None where a run stopped in a validation goes on with that
+        if self.output is not None and self.ranks.first:  # None if a resumed run has only repeated a validation
             collapse.check(self.output, self.state.step, self.tracker, self.cfg.on_collapse)
 
     def _save(self) -> None:
         self._check_weights()
-        model = self.ranks.full_state_dict(self.state.method)  # to which every rank may contribute
+        model = self.ranks.full_state_dict(self.state.method)  # every rank has to call this
         if self.ranks.first:
-            self.tracker.sync()  # no checkpoint is ahead of the rows
+            self.tracker.sync()  # so that no checkpoint is ahead of the rows
             self.state.save(self.directory / CHECKPOINTS, model, self.tracker.written)
         self.saved = time.monotonic()
 
     def _requested_status(self) -> int:
-        """The status to stop with, or `SAVE` where a checkpoint is due, by the clock of the first rank; else 0."""
+        """The status to stop with, or `SAVE` if a checkpoint is due by the first rank's clock, else 0."""
         due = self.ranks.first and time.monotonic() >= self.saved + 60 * self.cfg.checkpoint.minutes
-        if due:  # is requested once; all ranks save together, perhaps a step later
+        if due:  # requested only once; all ranks save together, perhaps a step later
             self.saved = time.monotonic()
         return self.stopper.status or (SAVE if due else 0)
 
     def _stop_if_signalled(self) -> None:
-        """A signal stops a validation at once; a time limit waits for its end, so that every session makes progress."""
+        """Stop a validation at once on a signal. A time limit waits for its end, so that every session progresses."""
         self.requested = max(self.requested, self.ranks.max_status(self.stopper.signal_status))
         if is_signal(self.requested):
             raise Stopped(self.requested)
 
 
 def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, hooks: Hooks) -> None:
-    """The final evaluation, and the files that stay."""
+    """Run the final evaluation, and write the encoder and the curves."""
     cfg = state.cfg
     if state.method.support is not None and not state.support_used:
         if cfg.method._target_ is None:
             tracker.record.tags[TAG_SUPPORT_UNUSED] = "true"
             logger.warning("%s: the support set was never filled, so reports leave the run out", directory)
-        else:  # it may use its support set without saying so
+        else:  # a method from another package may use its support set without returning ids
             logger.warning("%s: the method returned no ids: nothing tells whether it used its support set", directory)
     if data.classes:
         print("evaluating on the test images", flush=True)
@@ -263,7 +267,7 @@ def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, 
     tracker.log(protocol.final(state.frozen), state.step)
     if cfg.evaluation.teacher:
         tracker.log(protocol.of_teacher(state.teacher()), state.step)
-    if cfg.init is None:  # else a run starts from what another has learned
+    if cfg.init is None:  # otherwise the run has started from trained weights
         tracker.log(protocol.untrained(state.untrained()), step=0)
     if not state.ranks.first:
         return

@@ -12,9 +12,9 @@ from src.config import schema
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, *, decay_all: bool = False) -> list[dict]:
-    """Weight decay, and with LARS the adaptation, is for matrices and filters, not for biases and normalisation.
+    """Group parameters so that weight decay, and LARS's adaptation, spares biases and normalisation layers.
 
-    With ``decay_all`` it is for all parameters.
+    With ``decay_all`` it applies to all parameters.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if decay_all:
@@ -26,9 +26,9 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, decay_all: bool 
 
 
 def build(cfg: schema.Optimizer, module: nn.Module, batch_size: int) -> Optimizer:
-    """The optimizer over all of a module's parameters that have a gradient.
+    """Build the optimizer over all of a module's parameters that require a gradient.
 
-    LARS adapts where weight decay is not 0 (timm's rule), so a weight decay of 0 is a plain SGD with momentum.
+    LARS adapts only parameters with a weight decay above 0 (timm's rule), so without any it is SGD with momentum.
 
     Source: You et al., "Large Batch Training of Convolutional Networks", 2017 (LARS); the linear scaling of the
     learning rate: Goyal et al., "Accurate, Large Minibatch SGD", 2017.
@@ -51,8 +51,8 @@ def build(cfg: schema.Optimizer, module: nn.Module, batch_size: int) -> Optimize
 def schedule(cfg: schema.Schedule, step: int, total_steps: int, warmup_steps: int) -> float:
     """The factor on the learning rate at a step, counted from 0: a pure function, so that a resume needs no state.
 
-    Linear warm-up reaches 1 with step ``warmup_steps - 1``; what follows is a half cosine to 0 at ``total_steps``,
-    a constant, or a power of gamma for each milestone passed.
+    Linear warm-up reaches 1 at step ``warmup_steps - 1``. After it come a half cosine to 0 at ``total_steps``, a
+    constant 1, or a factor of ``gamma`` for each milestone passed.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

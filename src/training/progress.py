@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar in a terminal; elsewhere a line an epoch, or after ten seconds."""
+"""The progress that a run shows: a bar in a terminal; elsewhere a line each epoch, and after ten silent seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN = {
     "support/val_agreement": "right positives {:.0%}",
     "time/images_per_second": "{:.0f} images/s",
 }
-IN_BAR = ("val/knn_top1",)  # the bar itself counts images a second
+IN_BAR = ("val/knn_top1",)  # the bar has a column for the images per second
 EVERY_SECONDS = 10.0
 
 
@@ -26,9 +26,9 @@ class Progress:
     """Shows how far the run is, between the start and the end of a ``with`` block.
 
     Args:
-        epochs: of the whole run.
-        steps: an epoch.
-        batch_size: images a step.
+        epochs: number of epochs of the whole run.
+        steps: number of steps in an epoch.
+        batch_size: number of images in a step.
     """
 
     def __init__(self, epochs: int, steps: int, batch_size: int) -> None:
@@ -47,7 +47,7 @@ class Progress:
             self._bar.stop()
 
     def step(self, step: int, loss: float) -> None:
-        """Call after every step; prints a line only when nothing has been for ten seconds."""
+        """Show a step. Call it after every step: without a bar it prints only after ten seconds without a line."""
         if not self._bar and time.monotonic() - self._last < EVERY_SECONDS:
             return
         epoch, within = divmod(step - 1, self.steps)
@@ -58,13 +58,13 @@ class Progress:
             self._print(line)
 
     def epoch(self, epoch: int, loss: float, metrics: Mapping[str, float]) -> None:
-        """Call after every epoch, counted from 0, with what was measured."""
+        """Show the metrics of an epoch. Call it after every epoch; they are counted from 0."""
         if self._bar:
             known = [SHOWN[key].format(metrics[key]) for key in IN_BAR if key in metrics]
             self._bar.measured(known)
             return
         shown = [text.format(metrics[key]) for key, text in SHOWN.items() if key in metrics]
-        losses = [f"loss {loss:.3f}"] if math.isfinite(loss) else []  # none so far of a run that has just resumed
+        losses = [f"loss {loss:.3f}"] if math.isfinite(loss) else []  # NaN if a resumed run has taken no step yet
         self._print("  ".join([f"epoch {epoch + 1}/{self.epochs}", *losses, *shown]))
 
     def _print(self, line: str) -> None:
@@ -73,7 +73,7 @@ class Progress:
 
 
 class ImagesPerSecond(ProgressColumn):
-    """Over the last seconds, as rich measures the speed of steps."""
+    """A column with the images per second over the last seconds, computed from rich's speed in steps."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -84,7 +84,7 @@ class ImagesPerSecond(ProgressColumn):
 
 
 class Bar(RichProgress):
-    """One line that is drawn again and again; what is printed meanwhile appears above it."""
+    """A progress bar on a line that is redrawn in place; whatever is printed meanwhile appears above it."""
 
     def __init__(self, total_steps: int, batch_size: int) -> None:
         columns = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=None)]
@@ -94,13 +94,13 @@ class Bar(RichProgress):
         self.total_steps, self.known = total_steps, ""
 
     def move(self, step: int, line: str) -> None:
-        """To a step, with what is known of it."""
-        if not self.task_ids:  # a resumed run has steps behind it that this process did not take
+        """Move the bar to a step, and show ``line`` beside it."""
+        if not self.task_ids:  # made here, because a resumed run does not start at step 0
             self.add_task(line, total=self.total_steps, completed=step - 1, known=self.known)
         self.update(self.task_ids[0], completed=step, description=line)
 
     def measured(self, known: list[str]) -> None:
-        """What the last validation has found; nothing leaves what was."""
+        """Show the metrics of the last validation; an empty list leaves the former ones."""
         self.known = "  ".join(known) or self.known
         for task in self.task_ids:
             self.update(task, known=self.known)

@@ -1,8 +1,8 @@
 """A run from its command to its result: pre-train, evaluate the frozen features, log.
 
-One configuration has one directory, ``multirun/NAME-HASH``. The same command again continues there, or says that the
-run is finished. Everything random is a pure function of the seed and the step (src/system/seeding.py), so on a CPU a
-resumed run ends with the very numbers of an unbroken one.
+One configuration has one directory, ``multirun/NAME-HASH``. The same command, given again, resumes the run there or
+says that it is finished. Everything random is a pure function of the seed and the step (src/system/seeding.py), so on a
+CPU a resumed run ends with exactly the numbers of an unbroken one.
 """
 
 from __future__ import annotations
@@ -64,32 +64,32 @@ logger = logging.getLogger(__name__)
 
 
 def run(cfg: Config, hooks: loop.Hooks, exact_batch: bool = True) -> float:
-    """Take one configuration from its start, or from where it was stopped, to its result.
+    """Run one configuration from its start, or from where it was stopped, to its result.
 
     Args:
         cfg: what `src.config.parse.parse` returned.
-        hooks: whether the run is pruned, and its pictures.
-        exact_batch: whether ``batch_size`` was asked for; a default gives way to a data set of fewer images.
+        hooks: decide on pruning, and draw pictures.
+        exact_batch: whether the user has set ``batch_size``; the default shrinks to a data set with fewer images.
 
     Returns:
-        The last ``val/knn_top1`` in percent, what a sweep may optimise; NaN with ``data.final``, where there is no
-        validation, and on every rank but the first.
+        The last ``val/knn_top1`` in percent, which a sweep may optimise; NaN with ``data.final``, since there is no
+        validation then, and on every rank but the first.
 
     Raises:
-        UsageError: a mistake in the configuration or the data; nothing has been written then.
-        Diverged: the loss, the gradient or the weights stopped being finite, now or when it was last run.
+        UsageError: a mistake in the configuration or the data; most are found before anything is written.
+        Diverged: the loss, the gradient, the weights or the features stopped being finite, in this session or before.
         Collapsed: the features of different images became alike, and ``on_collapse=stop``.
         CannotWrite: the disk is full or broken; the last checkpoint is kept.
-        Stopped: by a signal (128 + its number) or by ``max_minutes`` (75); the same command continues.
+        Stopped: by a signal (128 + its number), ``max_minutes`` (75) or pruning (76); the same command continues.
     """
-    ranks = distributed.join(cfg.device)  # refuses a GPU that is not there before images are decoded
+    ranks = distributed.join(cfg.device)  # before images are decoded, because it refuses a GPU that does not exist
     data = load(cfg.data).to_if_it_fits(ranks.device)
-    cfg.data.fingerprint = data.fingerprint  # a run is its settings and its images
+    cfg.data.fingerprint = data.fingerprint  # the images are a part of the run's identity
     state, tags = start(cfg, data, ranks, exact_batch)
     directory = ranks.broadcast(run_directory.path_of(cfg))
     if cfg.tracking.name == "mlflow" and ranks.first:
-        mlflow_store.check(cfg.tracking.experiment)  # refuses what is no store before the directory is made
-    # The first rank alone looks into the folder: where machines share it, the others may see an older state.
+        mlflow_store.check(cfg.tracking.experiment)  # before the directory is made, because it may refuse the store
+    # Only the first rank looks into the folder: if machines share it, the others may see an older state.
     hold = run_directory.exclusive(directory, run_directory.LOCK_TIMEOUT_S) if ranks.first else nullcontext()
     with hold, Stopper(cfg.max_minutes) as stopper, distributed.announcing_rank_lost():
         if not ranks.broadcast(ranks.first and run_directory.is_finished(directory, cfg)):
@@ -100,10 +100,10 @@ def run(cfg: Config, hooks: loop.Hooks, exact_batch: bool = True) -> float:
 
 
 def start(cfg: Config, data: Dataset, ranks: Ranks, exact_batch: bool) -> tuple[TrainState, dict[str, str]]:
-    """What is trained, before its first step, and the tags that say where its weights are from.
+    """Build the state that is trained; returns it with the tags that say which weights it starts from.
 
     Raises:
-        UsageError: the configuration asks for what is impossible, by itself or with these images.
+        UsageError: the configuration is impossible, by itself or with these images.
     """
     ranks.refuse_unsupported(cfg)
     check_batch_fits(cfg, data, exact_batch or ranks.world_size > 1)
@@ -115,7 +115,7 @@ def start(cfg: Config, data: Dataset, ranks: Ranks, exact_batch: bool) -> tuple[
     source = origin.identify(cfg)
     tags = {TAG_INIT_TAKEN: state.start_from(source)} if source else {}
     filled = state.method.support is not None and state.method.support.ready
-    filled = filled or (cfg.init is not None and not source)  # when it began
+    filled = filled or (cfg.init is not None and not source)  # weights that are gone may have filled it
     refuse_unfillable(cfg, len(data.train), filled)
     warn_of_late_filling(cfg, len(data.train), filled)
     if cfg.tracking.system_metrics:
@@ -124,7 +124,7 @@ def start(cfg: Config, data: Dataset, ranks: Ranks, exact_batch: bool) -> tuple[
 
 
 def deliver_again(directory: Path, cfg: Config) -> None:
-    """Deliver what MLflow lacks of a finished run, and say in which settings it was evaluated otherwise."""
+    """Deliver to MLflow what it lacks of a finished run, and warn of evaluation settings that differ from the run's."""
     catch_up(directory, cfg.tracking)
     if changes := run_directory.changed_protocol(cfg, Record.load(directory)):
         add = f"python -m src.evaluate run={directory}, with these settings, adds other figures"
@@ -134,7 +134,7 @@ def deliver_again(directory: Path, cfg: Config) -> None:
 def train(
     state: TrainState, data: Dataset, tags: dict[str, str], stopper: Stopper, directory: Path, hooks: loop.Hooks
 ) -> None:
-    """Continue from the newest checkpoint, or begin, until the run is finished; its record says how it ended."""
+    """Train from the newest checkpoint, or from the start, to the end of the run; its record says how that ended."""
     cfg, ranks = state.cfg, state.ranks
     before = Record.find(directory) if ranks.first else None
     if before:
@@ -195,7 +195,7 @@ def train(
 
 
 def note_changed_protocol(cfg: Config, record: Record, directory: Path, step: int) -> dict[str, str]:
-    """Warn where the evaluation has changed since the last session; the tags that record it, none where it has not."""
+    """Warn if evaluation settings have changed since the last session; returns the tags that record the changes."""
     changes = run_directory.changed_protocol(cfg, record)
     if not changes:
         return {}
@@ -207,7 +207,7 @@ def note_changed_protocol(cfg: Config, record: Record, directory: Path, step: in
 
 
 def say_result(directory: Path) -> float:
-    """Print a finished run's figures, its pictures, and where MLflow shows it."""
+    """Print a finished run's metrics, its pictures and its MLflow page; returns ``val/knn_top1``, or NaN."""
     record = Record.load(directory)
     metrics = record.metrics
     of = ("val/", "test/", f"{TEACHER}/")
@@ -223,10 +223,10 @@ def say_result(directory: Path) -> float:
 
 
 def warn_of_other_conditions(record: Record, directory: Path, now: dict[str, str], step: int) -> None:
-    """Warn where the run continues under conditions that may give other bits: another version of torch, other code.
+    """Warn if the run continues under conditions that may change its bits: another version of torch, other code.
 
     Raises:
-        UsageError: the precision is another one, which is more than a rounding.
+        UsageError: the precision differs, which changes more than rounding.
     """
     if (before := record.tags.get(TAG_DTYPE, now["precision"])) != now["precision"]:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Everything that training changes, and how it is saved."""
+"""The state of a run: everything that training changes, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from src.training.distributed import Ranks
 
 
 class TrainState:
-    """A method, the online classifier beside it, their optimizers, and how many steps they have taken.
+    """A method, the online classifier beside it, their optimizers, and the number of steps that they have taken.
 
     Args:
         cfg: the run's config.
-        data: tells the number of classes and the normalisation.
-        ranks: the processes that train it together; None: this one alone.
+        data: gives the number of classes and the normalisation.
+        ranks: the processes that train together; None: this one alone.
     """
 
     def __init__(self, cfg: Config, data: Dataset, ranks: Ranks | None = None) -> None:
@@ -45,7 +45,7 @@ class TrainState:
         self.dtype = build.precision(cfg.precision, self.device)
         self.search = build.search(cfg.search, self.device)
         seed_everything(cfg.seed)
-        classes = len(data.classes) if data.labelled else 1  # images without labels are of one
+        classes = len(data.classes) if data.labelled else 1  # images without labels count as one class
         self.method, features = build.method(
             cfg,
             classes,
@@ -56,7 +56,7 @@ class TrainState:
         )
         self.classifier = nn.Linear(features, classes).to(self.device)
         self.optimizer = optim.build(cfg.optimizer, self.method, self.batch_size)
-        # Apart from the method's optimizer: no decay, no adaptation, a learning rate of its own.
+        # Separate from the method's optimizer: no weight decay, no adaptation, its own learning rate.
         self.classifier_optimizer = torch.optim.SGD(
             self.classifier.parameters(), lr=cfg.evaluation.online_lr, momentum=0.9
         )
@@ -64,16 +64,16 @@ class TrainState:
             each: [group["lr"] for group in each.param_groups] for each in (self.optimizer, self.classifier_optimizer)
         }
         self.frozen = self.ranks.frozen(self.method.encoder, data.mean, data.std, self.dtype)
-        # For what the first rank does by itself.
+        # For what the first rank does by itself, without the other ranks.
         self.frozen_here = FrozenEncoder(self.method.encoder, data.mean, data.std, self.device, self.dtype)
         self.step = 0
-        self.support_used = False  # whether the support set has given any positive
-        self.validated = True  # whether the validation after the last step, where there is to be one, has ended
-        self.seconds = 0.0  # spent in the current epoch
+        self.support_used = False  # whether the support set has returned any positives
+        self.validated = True  # False while a validation that is due after the last step has not ended
+        self.seconds = 0.0  # spent on the steps of the current epoch
         self.support_seconds = 0.0
 
     def set_lr(self, steps_per_epoch: int) -> float:
-        """Give every optimizer its learning rate for the current step; returns the method's."""
+        """Set every optimizer's learning rate for the current step; returns the method's."""
         factor = optim.schedule(
             self.cfg.schedule,
             self.step,
@@ -90,11 +90,11 @@ class TrainState:
         return torch.nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
 
     def weight_norm(self) -> float:
-        """Euclidean norm of all weights of the method, a teacher's too."""
+        """Euclidean norm of all weights of the method, including a teacher's."""
         return float(torch.nn.utils.get_total_norm([p.detach() for p in self.method.parameters()]))
 
     def diverged(self, loss: float, grad_norm: float) -> Diverged:
-        """What blew up at the current step, and what to do about it."""
+        """The error that says what is not finite at the current step, and what to do about it."""
         lr = self.optimizer.param_groups[0]["lr"]
         remedy = "lower optimizer.lr or raise schedule.warmup_epochs"
         if self.step == 0 and self.dtype != torch.float32:
@@ -106,7 +106,7 @@ class TrainState:
         )
 
     def pop_times(self, steps: int) -> dict[str, float]:
-        """What the epoch's steps took, evaluation and checkpoints not counted; starts the clocks anew."""
+        """Return the time metrics of the epoch's steps, without evaluation and checkpoints, and reset the clocks."""
         seconds, support_seconds = self.seconds, self._support_seconds()
         self.seconds = self.support_seconds = 0.0
         return {
@@ -121,11 +121,11 @@ class TrainState:
         return self.support_seconds
 
     def sizes(self) -> dict[str, int]:
-        """What the method stores and trains, and in which steps, for the tracker's params."""
+        """Sizes of the batch, the support set and the encoder, for the tracker's params."""
         support = self.method.support
         return {
             "batch_size": self.batch_size,
-            # A set of one's own may have another name for the setting.
+            # A support set from another package may have any name for this setting.
             "support_set_size": support.stored_vectors if support is not None else 0,
             "support_bytes": support.stored_bytes if support is not None else 0,
             "encoder_parameters": sum(p.numel() for p in self.method.encoder.parameters()),
@@ -133,13 +133,13 @@ class TrainState:
         }
 
     def untrained(self) -> FrozenEncoder:
-        """The encoder as it was before the first step, made again: the seed is all that it depends on."""
+        """Rebuild the encoder as it was before the first step; it depends on the seed alone."""
         seed_everything(self.cfg.seed)
         encoder, _ = build.encoder(self.cfg.backbone, self.cfg.data.image_size)
         return self.frozen.of(encoder.to(self.device).to(memory_format=torch.channels_last))
 
     def teacher(self) -> FrozenEncoder:
-        """The teacher's encoder, of a method that has one."""
+        """The encoder of the teacher; the method must have one."""
         return self.frozen.of(self.method.get_submodule("teacher_encoder"))
 
     def encoder_weights(self) -> dict[str, Tensor]:
@@ -147,12 +147,12 @@ class TrainState:
         return {key: value.cpu().contiguous() for key, value in self.method.encoder.state_dict().items()}
 
     def save(self, directory: Path, model: Mapping[str, Any], rows: tuple[int, str]) -> None:
-        """Write a checkpoint of all of it, and what an evaluation needs to know of the run.
+        """Write a checkpoint of the state, with what an evaluation needs to know of the run.
 
         Args:
-            directory: of the checkpoints.
-            model: the method's state (`src.training.distributed.Ranks.full_state_dict`).
-            rows: what ``metrics.jsonl`` holds now (`src.runs.tracker.Tracker.written`).
+            directory: the folder of the checkpoints.
+            model: the method's state dict (`src.training.distributed.Ranks.full_state_dict`).
+            rows: size and SHA-256 of what ``metrics.jsonl`` holds now (`src.runs.tracker.Tracker.written`).
         """
         state = {
             "config": identity.without_neutral(self.cfg),
@@ -170,10 +170,10 @@ class TrainState:
         checkpoint.save(directory, self.step, state)
 
     def start_from(self, path: Path) -> str:
-        """Take over what another run, or somebody's encoder, has learned; returns what has been taken.
+        """Load the weights of another run, or of an encoder's file; returns the names of the parts that were loaded.
 
-        The encoder has to fit. Of a checkpoint, projector and predictor are taken where they fit, and so is the support
-        set where its run had the same images, whose rows its entries remember.
+        The encoder has to fit. Other parts of a checkpoint, such as projector and predictor, are loaded if they fit,
+        and the support set only if that run had the same images, because its entries refer to their rows.
 
         Raises:
             UsageError: the file is damaged, or holds no encoder of this architecture.
@@ -204,18 +204,18 @@ class TrainState:
         return ", ".join(taken)
 
     def resume(self, directory: Path, rows: Path) -> bool:
-        """Continue from the newest good checkpoint, if there is one.
+        """Continue from the newest good checkpoint; returns whether there is one.
 
-        The first rank says which, and sets aside those that are damaged: on a file system that machines share, the
-        others may see an older state of the folder.
+        The first rank chooses it, and sets damaged ones aside: on a file system that machines share, the other ranks
+        may see an older state of the folder.
 
         Args:
-            directory: of the checkpoints.
+            directory: the folder of the checkpoints.
             rows: the run's ``metrics.jsonl``.
 
         Raises:
-            UsageError: it is of another configuration, of another method or shape, or of something else, or this rank
-                cannot read it.
+            UsageError: the checkpoint is of another configuration, method or shape, is not a run's, or cannot be read
+                by this rank.
         """
         path, state = None, None
         if self.ranks.first:
@@ -225,12 +225,12 @@ class TrainState:
         if path is None:
             return False
         with self.ranks.one_at_a_time() if in_shards(self.method) else nullcontext():
-            self._take(path, state or self._read_after_the_first(path))
-            del state  # before the next one reads it
+            self._take(path, state or self._read_chosen(path))
+            del state  # frees its memory before the next rank reads the file
         return True
 
-    def _read_after_the_first(self, path: Path) -> dict[str, Any]:
-        """What the first rank has found good, by another one, perhaps on another machine."""
+    def _read_chosen(self, path: Path) -> dict[str, Any]:
+        """Read the checkpoint that the first rank has chosen, on another rank and perhaps another machine."""
         try:
             return checkpoint.load(path)
         except UsageError as error:
