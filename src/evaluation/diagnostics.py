@@ -1,4 +1,4 @@
-"""Figures that explain an accuracy: how features are spread.
+"""Metrics that help to explain an accuracy: how features are spread.
 
 Shapes: B batch, F features, N images. All arithmetic is float32 or better.
 """
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from src.support.clusters import entropy
 
-# Features are constant whose distance from the mean is at most so much of their norm: bfloat16 rounds to 0.004.
+# Features count as constant if their distance from the mean is at most this fraction of their norm; bfloat16 rounds a
+# number by up to 0.004 of it.
 CONSTANT_TOLERANCE = 0.01
-COLLAPSED_RANK = 1.5  # an effective rank of collapsed features; two directions that are used alike make 2
-MIN_ROWS_FOR_RANK = 8  # rows and columns from which an effective rank tells anything
+COLLAPSED_RANK = 1.5  # features with a lower effective rank have collapsed; two equally used directions have 2
+MIN_ROWS_FOR_RANK = 8  # with fewer columns, or fewer rows beyond the first, an effective rank means nothing
 
 
 def alignment(x_BF: Tensor, y_BF: Tensor) -> float:
@@ -41,18 +42,18 @@ def uniformity(x_BF: Tensor) -> float:
 
 
 def effective_rank(x_NF: Tensor) -> float:
-    """Exponential of the entropy of the features' singular values: 1 (a line) to min(N, F) (all directions alike).
+    """Exponential of the entropy of the features' singular values: 1 (a line) to min(N, F) (all directions equal).
 
     Source: Roy and Vetterli, "The Effective Rank: A Measure of Effective Dimensionality", EUSIPCO 2007. Deviation: the
-    features' mean is taken off first, since a common offset tells no two images apart.
+    features' mean is subtracted first, since a common offset does not tell images apart.
     """
     return _rank((x_NF - x_NF.mean(0)).double())
 
 
 def collapsed_rank(x_NF: Tensor) -> float | None:
-    """The effective rank of features that have collapsed onto a line, 0 for those that are constant, else None.
+    """The effective rank of features that have collapsed onto a line, 0 if they are constant; None: not collapsed.
 
-    Few rows or columns have a low rank anyway, and are never said to have collapsed.
+    Features with few rows or columns always have a low rank, so they never count as collapsed.
     """
     images, width = x_NF.shape
     if min(images - 1, width) < MIN_ROWS_FOR_RANK:

@@ -1,4 +1,4 @@
-"""The features of any images in a parquet file, for viewers such as Embedding Atlas: ``python -m src.embed run=NAME``.
+"""Write features of images to a parquet file, for viewers such as Embedding Atlas: ``python -m src.embed run=NAME``.
 
 Shapes: F features, M images on the map, N images.
 """
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EMBEDDINGS = "embeddings.parquet"  # in a run's folder
-ROWS_AT_ONCE = 4096  # images in a row group, which is all that memory holds
-MIN_MAP_IMAGES = 3  # images of which t-SNE makes a map
+ROWS_AT_ONCE = 4096  # images in a row group, and the most that memory holds at a time
+MIN_MAP_IMAGES = 3  # fewest images of which t-SNE makes a map
 
 
 class NamedSplit(NamedTuple):
-    """Images to embed."""
+    """Images to embed, with their names."""
 
-    split: Split  # with the label `UNLABELLED` where there is none
-    names: Iterator[tuple[str, str]]  # of each image its split and its name
+    split: Split  # images without a label have the label `UNLABELLED`
+    names: Iterator[tuple[str, str]]  # for each image the name of its split and its own
 
 
 def main(
@@ -55,28 +55,28 @@ def main(
     choose: Callable[[Tensor, int], Tensor],
     draw: Callable[[Tensor, Tensor, Sequence[str]], Figure],
 ) -> Path:
-    """Write the features of images, and a map of some of them beside these; print where both are.
+    """Write the features of images to a file, and a map of some of them beside it; print where both are.
 
-    The features are those of `src.evaluation.encoder.load_encoder`, computed in float32. They pass through memory in
-    blocks.
+    The features are those of `src.evaluation.encoder.load_encoder`, computed in float32, one block of images after
+    another.
 
     Args:
-        composed: whose encoder, which images, where to write.
-        choose: labels [N] and the number of classes to the rows [M] of the images on the map.
-        draw: vectors [M, F], labels [M] and the classes' names to the map.
+        composed: the composed config, which names the run, the images and the file.
+        choose: returns the rows [M] of the images on the map, given labels [N] and the number of classes.
+        draw: returns the map, given vectors [M, F], labels [M] and the names of the classes.
 
     Raises:
         UsageError: there is no such run or folder, the run has no encoder, or the images cannot be read.
-        RunFailed: the images have become fewer meanwhile.
+        RunFailed: images have disappeared since they were counted.
         Diverged: a feature is not finite.
         CannotWrite: the disk is full, read-only or broken.
     """
     run = finished_run(composed.run)
-    path = run.directory / EMBEDDINGS if composed.out is None else _place(str(composed.out))
+    path = run.directory / EMBEDDINGS if composed.out is None else _output_path(str(composed.out))
     cfg = _data(composed, run)
     device = build.device(composed.device)
     data = load(cfg)
-    parts = _parts(data, cfg, everything=chooses_data(composed))
+    parts = _named_splits(data, cfg, everything=chooses_data(composed))
     labels_N = torch.cat([part.split.labels for part in parts])
     shown_N = torch.zeros(len(labels_N), dtype=torch.bool)
     shown_N[choose(labels_N, len(data.classes))] = True
@@ -84,7 +84,7 @@ def main(
     backbone = run.encoder.backbone.to(device).to(memory_format=torch.channels_last)
     frozen = FrozenEncoder(backbone, run.facts["mean"], run.facts["std"], device, torch.float32)
     said = {"run": run.record.name, "data": data.name, "fingerprint": data.fingerprint}
-    with run_directory.exclusive(run.directory) if composed.out is None else nullcontext(), _disk(path):
+    with run_directory.exclusive(run.directory) if composed.out is None else nullcontext(), _disk_errors(path):
         with whole(path) as file:
             shown_MF = _write(file, frozen, parts, data.classes, shown_N, said)
         print(path, f"{len(labels_N):,} images, {shown_MF.shape[1]} numbers each", sep="\n    ")
@@ -130,15 +130,15 @@ def _write(
 
 
 def _utf8(name: str) -> str:
-    """The name of a file or a folder, with a question mark for each byte that is no UTF-8, which Parquet refuses."""
+    """Replace each byte of a file's or folder's name that is not UTF-8 by a question mark, since Parquet refuses it."""
     return name.encode(errors="replace").decode()
 
 
-def _parts(data: Dataset, cfg: schema.Data, everything: bool) -> list[NamedSplit]:
-    """The test images, or all that there are.
+def _named_splits(data: Dataset, cfg: schema.Data, everything: bool) -> list[NamedSplit]:
+    """The test images or, with ``everything``, the images of all splits.
 
     Raises:
-        UsageError: there is no test image.
+        UsageError: there are no such images.
     """
     test = {"test": data.test}
     splits = {"train": data.train, "val": data.val, **test, "probe": data.probe_only} if everything else test
@@ -147,22 +147,22 @@ def _parts(data: Dataset, cfg: schema.Data, everything: bool) -> list[NamedSplit
         if split is not None and len(split):
             labelled = data.labelled if name == "train" else bool(data.classes)
             labels_N = split.labels if labelled else torch.full_like(split.labels, UNLABELLED)
-            names = _validating(data, cfg) if name == "val" else data.names(cfg)[name]
-            parts.append(NamedSplit(replace(split, labels=labels_N), _of_rows(names, split)))
+            names = _validation_names(data, cfg) if name == "val" else data.names(cfg)[name]
+            parts.append(NamedSplit(replace(split, labels=labels_N), _select_rows(names, split)))
     if not parts:
         raise UsageError("the run's data have no test images, because no image has a label: choose images with data=")
     return parts
 
 
-def _validating(data: Dataset, cfg: schema.Data) -> Iterator[tuple[str, str]]:
-    """The names of all images among which those are that validate."""
+def _validation_names(data: Dataset, cfg: schema.Data) -> Iterator[tuple[str, str]]:
+    """The names of all images in the store of the validation images, with ``val`` as the name of their split."""
     assert data.val is not None
     names = data.names(cfg)["train" if data.val.store is data.train.store else "probe"]
     return (("val", name) for _, name in names)
 
 
-def _of_rows(names: Iterator[Any], split: Split) -> Iterator[Any]:
-    """The names of a split's images, whose rows ascend."""
+def _select_rows(names: Iterator[Any], split: Split) -> Iterator[Any]:
+    """Select the names of a split's images out of those of its store; the rows of the split must ascend."""
     if split.rows is None:
         return names
     taken = torch.zeros(len(split.store), dtype=torch.bool)
@@ -171,9 +171,9 @@ def _of_rows(names: Iterator[Any], split: Split) -> Iterator[Any]:
 
 
 def _data(composed: DictConfig, run: Run) -> schema.Data:
-    """Which images, at the encoder's size; of the run's own, what its configuration says.
+    """The config of the images to embed, at the encoder's size: the run's own, or those that the command line chooses.
 
-    Images for validation are told apart where they are the run's own: k and the learning rate were chosen on them.
+    Only the run's own images keep their validation split, since k and the learning rate were chosen on it.
 
     Raises:
         UsageError: the run's configuration cannot be read, or the settings do not fit.
@@ -197,15 +197,15 @@ def _data(composed: DictConfig, run: Run) -> schema.Data:
 
 
 @contextmanager
-def _disk(path: Path) -> Iterator[None]:
+def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise cannot_write(path, error) from error
 
 
-def _place(out: str) -> Path:
-    """Where ``out=`` says.
+def _output_path(out: str) -> Path:
+    """The path that ``out=`` gives.
 
     Raises:
         UsageError: no file can be written there.

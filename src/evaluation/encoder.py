@@ -1,6 +1,6 @@
-"""The encoder to take away: one file of weights that says what they are, and a module that needs nothing else.
+"""The encoder that a run leaves: one file of weights that describes itself, and a module that needs nothing else.
 
-A few lines make features of images::
+A few lines compute features of images::
 
     from src.evaluation.encoder import load_encoder
 
@@ -35,7 +35,7 @@ from src.system.atomic_write import write_whole
 from src.system.redact import one_line
 from src.system.regular_file import open_regular
 
-OVERSHOOT = 0.5  # beyond 0 and 1, which sharp edges have after a bicubic resizing
+OVERSHOOT = 0.5  # how far pixels may lie beyond 0 and 1, as sharp edges do after a bicubic resizing
 
 
 class Encoder(nn.Module):
@@ -57,10 +57,10 @@ class Encoder(nn.Module):
         self.register_buffer("std_C11", torch.tensor(std)[:, None, None])
 
     def forward(self, images: Tensor | np.ndarray) -> Tensor:
-        """Features [B, F] float32 of images [B, 3, S, S], uint8 from 0 to 255 or floats from 0 to 1.
+        """Compute features [B, F] float32 of images [B, 3, S, S], uint8 from 0 to 255 or floats from 0 to 1.
 
         Raises:
-            ValueError: the images have another shape, or other floats.
+            ValueError: the images have another shape, or are floats far outside 0 to 1.
         """
         images = torch.as_tensor(images)
         if remedy := _remedy(images.shape, self.image_size):
@@ -79,12 +79,12 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def predict(self, images: np.ndarray) -> np.ndarray:
-        """The same of arrays: what MLflow calls."""
+        """`forward` for NumPy arrays, which MLflow calls."""
         return self(images).numpy()
 
 
 def _remedy(shape: Sequence[int], size: int) -> str:
-    """How images of another shape get to be [B, 3, S, S]; empty if they are."""
+    """How to turn images of a shape into [B, 3, S, S]; empty if they have that shape."""
     if len(shape) == 3:
         return "give a batch, images[None]"
     if len(shape) != 4:
@@ -111,9 +111,9 @@ def save_encoder(
     """Write the backbone's weights, and in the file's metadata, as JSON, what else a user has to know.
 
     Args:
-        classes: the names of those in the training images, in the order of their labels.
-        figures: what the encoder was found to be worth, in percent.
-        commit: of the code that trained it; empty where it is not known.
+        classes: names of the classes of the training images, in the order of their labels.
+        figures: the metrics of the encoder on validation and test images; accuracies are in percent.
+        commit: commit of the code that trained it; empty if it is not known.
     """
     options = {key: value for key, value in without_neutral(cfg.backbone).items() if key != "name"}
     facts = {
@@ -127,31 +127,31 @@ def save_encoder(
         "commit": commit,
     }
     said = {key: json.dumps(value) for key, value in facts.items()}
-    write_whole(path, _in_order(save(dict(weights), said | {"sha256": json.dumps(_digest(said, weights))})))
+    write_whole(path, _sorted_metadata(save(dict(weights), said | {"sha256": json.dumps(_digest(said, weights))})))
 
 
-def _in_order(content: bytes) -> bytes:
-    """The same file with its metadata sorted: safetensors shuffles it, and one run would give two different files."""
+def _sorted_metadata(content: bytes) -> bytes:
+    """Sort the metadata of a safetensors file, which the library shuffles, so that equal runs give equal files."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # as safetensors aligns what follows
+    text += b" " * (-len(text) % 8)  # aligns what follows, as safetensors does
     return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the weights of a safetensors file, which need not be a run's.
+    """Read the metadata and the weights of a safetensors file, which need not come from a run.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        SafetensorError: it is of another format, or a run's and damaged.
+        SafetensorError: the file has another format, or a run wrote it and it was altered since.
     """
-    with open_regular(path):  # a pipe would be waited for
+    with open_regular(path):  # refuses a pipe, for whose writer safetensors would wait
         pass
     with safe_open(path, "pt") as file:
         said = {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
     digest = said.pop("sha256", None)
     if digest is not None and digest != json.dumps(_digest(said, weights)):
         raise SafetensorError("it has been altered since a run wrote it")
@@ -159,7 +159,7 @@ def read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _digest(said: Mapping[str, str], weights: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of all that the file says; safetensors has no checksum of its own."""
+    """The SHA-256 of a file's metadata and weights; safetensors has no checksum of its own."""
     digest = hashlib.sha256(json.dumps(dict(said), sort_keys=True).encode())
     for key in sorted(weights):
         digest.update(key.encode())
@@ -169,7 +169,7 @@ def _digest(said: Mapping[str, str], weights: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished run has left: its folder, its record, its encoder, and what the encoder's file says."""
+    """What a finished run leaves: its folder, its record, its encoder, and the metadata of the encoder's file."""
 
     directory: Path
     record: Record
@@ -178,10 +178,10 @@ class Run:
 
 
 def finished_run(name: str | None) -> Run:
-    """The run that ``run=NAME`` means.
+    """Find the run that ``run=NAME`` names.
 
     Raises:
-        UsageError: there is none, or it has no encoder.
+        UsageError: there is no such run, or it has no encoder.
     """
     if name is None:
         raise UsageError("give run=NAME, which is the name of the run's folder in multirun/")
@@ -194,10 +194,10 @@ def finished_run(name: str | None) -> Run:
 
 
 def load_encoder(path: str | Path) -> Encoder:
-    """The encoder that a run has left, in evaluation mode on the CPU, with the normalisation it was trained with.
+    """Load the encoder of a run, in evaluation mode on the CPU, with the normalisation that it was trained with.
 
     Args:
-        path: of the run's folder, or of an ``encoder.safetensors``.
+        path: the run's folder, or an ``encoder.safetensors``.
 
     Raises:
         UsageError: there is no such file, or it is not one that `save_encoder` wrote.
@@ -206,20 +206,20 @@ def load_encoder(path: str | Path) -> Encoder:
 
 
 def _load_pyfunc(path: str) -> Encoder:
-    """What `mlflow.pyfunc.load_model` calls, which finds this module by its name in a logged model."""
+    """Entry point of `mlflow.pyfunc.load_model`, which finds this module by its name in a logged model."""
     return load_encoder(path)
 
 
 def is_of_timm(facts: Mapping[str, Any]) -> bool:
-    """Whether the architecture's name is timm's."""
+    """Whether the architecture is one of timm's."""
     return schema.Backbone(facts["architecture"], **facts["options"]).is_timm
 
 
 def read_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder as `load_encoder` gives it, and what its file says of it: what `save_encoder` was told.
+    """Load the encoder as `load_encoder` does; returns it with the metadata that `save_encoder` has written.
 
     Raises:
-        UsageError: as `load_encoder`.
+        UsageError: as in `load_encoder`.
     """
     path = Path(path).expanduser()
     path = path / ENCODER if path.is_dir() else path

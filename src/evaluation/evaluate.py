@@ -1,4 +1,4 @@
-"""The final evaluation of a finished run, once more: ``python -m src.evaluate run=NAME`` (or ``checkpoint=PATH``)."""
+"""Repeat the final evaluation of a finished run: ``python -m src.evaluate run=NAME`` (or ``checkpoint=PATH``)."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ logger = logging.getLogger(__name__)
 
 
 def main(composed: DictConfig) -> dict[str, float]:
-    """Evaluate the encoder of a finished run, on its own data or on another set, and log to the run.
+    """Evaluate the encoder of a finished run, on its own data or on another data set, and log to the run.
 
-    Protocol and precision are the run's own unless the command line says otherwise. Metrics keep their names if both
-    are. Otherwise the protocol is part of the name: ``test_original/...``, and for a teacher
+    Protocol and precision are the run's own unless the command line says otherwise. If both are, metrics keep their
+    names. Otherwise the protocol becomes part of the name: ``test_original/...``, and for a teacher
     ``teacher_original/test/...``. On another data set ``transfer/NAME-FINGERPRINT/`` comes first, with eight digits of
-    the fingerprint. A tag records the settings that differ from the run's. A checkpoint away from its run's directory
-    is evaluated too; its figures are only printed.
+    the fingerprint. A tag records the settings that differ from the run's. A checkpoint outside its run's directory
+    can be evaluated too; its metrics are only printed.
 
     Raises:
-        UsageError: there is no such checkpoint, its run is not finished, its own images have become others, or the
+        UsageError: there is no such checkpoint, its run is not finished, the run's own images have changed, or the
             settings do not fit.
     """
     path, saved = _checkpoint(composed)
     directory = path.parent.parent
     record = Record.find(directory)
     if record and record.status != "FINISHED":
-        # Test figures of a run in progress could guide its choices; and its status must stay what it is.
+        # Test metrics of a run in progress could guide its choices; and logging them here would change its status.
         raise UsageError(f"{directory}: the run is {record.status}, not FINISHED; run its training command again first")
 
     with checkpoint.understood(path):
@@ -55,7 +55,7 @@ def main(composed: DictConfig) -> dict[str, float]:
         cfg = _merged(saved["config"], composed)
     device = build.device(cfg.device)
     data = load(cfg.data).to_if_it_fits(device)
-    check_neighbours(replace(cfg.evaluation, bank=None), data)  # all training images vote at the end
+    check_neighbours(replace(cfg.evaluation, bank=None), data)  # all training images vote in the final evaluation
     if not data.classes:
         raise UsageError(f"data={cfg.data.name}: no image has a label to evaluate with; choose other images with data=")
     refuse_too_few(data)
@@ -80,12 +80,12 @@ def main(composed: DictConfig) -> dict[str, float]:
 def _log(
     directory: Path, record: Record, tracking: schema.Tracking, metrics: dict[str, float], chosen: str, step: int
 ) -> None:
-    """Add figures to a run, in all places where it is; ``chosen`` as of `_tags`."""
+    """Add metrics to a run, in its folder and in MLflow if it is there; ``chosen`` is explained at `_tags`."""
     with run_directory.exclusive(directory):
         name = "mlflow" if record.entry.for_mlflow else "jsonl"
         tracking = replace(tracking, name=name, experiment=record.experiment, parent=None)
         tracker = Tracker(directory, tracking, {}, {}, reopens=True)
-        tracker.record.tags |= _tags(tracker.record, metrics, chosen)  # saved with their figures, never before
+        tracker.record.tags |= _tags(tracker.record, metrics, chosen)  # saved together with the metrics, never before
         tracker.log(metrics, step)
         tracker.close("FINISHED")
     entry = tracker.record.entry
@@ -94,12 +94,14 @@ def _log(
 
 
 def _tags(record: Record, metrics: Mapping[str, float], chosen: str) -> dict[str, str]:
-    """By which settings the figures are: a tag for each family, and for each older figure that it is not true of.
+    """Tags that say with which settings metrics were measured.
+
+    There is a tag for each family of metrics, and one for each older metric that was measured with other settings.
 
     Args:
-        record: the run's, as it was before.
-        metrics: the figures of now.
-        chosen: the settings that differ from the run's; empty: none does.
+        record: the run's record before this evaluation.
+        metrics: the metrics of this evaluation.
+        chosen: the settings that differ from the run's; empty if none does.
     """
     now, tags = chosen or RUNS_OWN, dict[str, str]()
     for family in {key.rpartition("/")[0] for key in metrics}:
@@ -130,7 +132,7 @@ def _print(whose: str, metrics: dict[str, float]) -> None:
 def _frozen(
     part: str, path: Path, saved: dict[str, Any], cfg: schema.Config, device: torch.device, dtype: torch.dtype
 ) -> FrozenEncoder:
-    """The encoder that is a part of a saved method."""
+    """Restore an encoder, which is one part of a saved method."""
     encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
     with checkpoint.understood(path):
         checkpoint.restore(encoder, checkpoint.part_of(saved["model"], part), path)
@@ -142,20 +144,21 @@ def _frozen(
 
 
 def _chosen(cfg: schema.Config, before: schema.Config) -> list[str]:
-    """The settings by which an evaluation differs from the one at its run's end, as they are typed."""
+    """The settings in which this evaluation differs from the one at the end of its run, as they are typed."""
     then, now = identity.flat(before), identity.flat(cfg)
     of_images = {key for key in now | then if key.startswith("data.") and identity.is_setting(key)}
-    counted = of_images - {"data.fingerprint"} | set(filter(identity.is_protocol, now | then))  # it is in the name
+    # The fingerprint is left out, because it is in the metrics' names.
+    counted = of_images - {"data.fingerprint"} | set(filter(identity.is_protocol, now | then))
     return [f"{key}={now.get(key, 'null')}" for key in sorted(counted) if now.get(key) != then.get(key)]
 
 
 def _final_protocol(cfg: schema.Config) -> dict[str, Any]:
-    """How one encoder is evaluated, without what matters during training only."""
+    """The settings of the final evaluation, without those that matter only during training."""
     return {key: value for key, value in identity.flat(cfg).items() if identity.is_protocol(key)}
 
 
 def _merged(saved: dict[str, Any], composed: DictConfig) -> schema.Config:
-    """The run's config with what this command line chose."""
+    """The run's config with the settings that this command line has chosen."""
     cfg = OmegaConf.create(saved)
     for key in ("search", "device", "precision"):
         if composed.get(key):
@@ -176,7 +179,7 @@ def _checkpoint(composed: DictConfig) -> tuple[Path, dict[str, Any]]:
         return path, checkpoint.load(path)
     path = path if path.is_dir() else named_run(named, given[0])
     directory = path if path.name == CHECKPOINTS else path / CHECKPOINTS
-    newest = newest_checkpoint(directory)  # an earlier one would pass its figures off as the finished run's
+    newest = newest_checkpoint(directory)  # metrics of an earlier one would be taken for the finished run's
     if newest is None:
         raise UsageError(f"{directory}: there is no checkpoint; give a checkpoint's file or its run's folder")
     return newest, checkpoint.load(newest)

@@ -1,4 +1,4 @@
-"""The encoder in formats that need nothing of this project: ``python -m src.export run=NAME format=pt2``."""
+"""Export the encoder to formats that need no code of this project: ``python -m src.export run=NAME format=pt2``."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from src.system.atomic_write import write_whole
 from src.system.extras import require
 from src.system.redact import one_line
 
-ATOL = RTOL = 1e-4  # within which an exported program's features equal those of the encoder
+ATOL = RTOL = 1e-4  # tolerances for the features of an exported program, compared with those of the encoder
 
 
 def main(composed: DictConfig) -> Path:
-    """Write the encoder of a finished run beside ``encoder.safetensors``, and print where and how it is loaded.
+    """Write the encoder of a finished run beside ``encoder.safetensors``, and print the path and how to load it.
 
     Raises:
-        UsageError: there is no such run, format or package, or the run has no encoder.
-        RunFailed: torch cannot export the backbone, or the export computes something else.
+        UsageError: there is no such run or format, a package is not installed, or the run has no encoder.
+        RunFailed: torch cannot export the backbone, or the exported program computes other features.
     """
     write = FORMATS.get(composed.format)
     if write is None:
@@ -58,7 +58,7 @@ def _onnx(run: Run) -> tuple[Path, str]:
         exported.model.metadata_props.update({key: json.dumps(value) for key, value in run.facts.items()})
         content = exported.model_proto.SerializeToString()
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    except Exception as error:  # what the exporter, protobuf and the runtime raise depends on the backbone
+    except Exception as error:  # its type, from the exporter, protobuf or the runtime, depends on the backbone
         raise RunFailed(f"format=onnx: torch cannot export {run.facts['architecture']} ({one_line(error)})") from error
     _check(run.encoder, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
     path = run.directory / "encoder.onnx"
@@ -68,7 +68,7 @@ def _onnx(run: Run) -> tuple[Path, str]:
 
 
 def _timm(run: Run) -> tuple[Path, str]:
-    """The file of the encoder as it is: `src.build.encoder` makes a backbone of timm by the call that loads it."""
+    """Copy the encoder's file: timm can load it, because `src.build.encoder` builds timm backbones by the same call."""
     name, options = run.facts["architecture"], run.facts["options"].get("options", {})
     if not is_of_timm(run.facts):
         raise UsageError(f"format=timm: {name} is not a backbone of timm; choose format=pt2, onnx or hf")
@@ -100,9 +100,9 @@ _TAKES = "float32 from 0 to 1"
 
 
 class _TakesFloats(nn.Module):
-    """An encoder that takes float32 alone, because a program has one type of input.
+    """An encoder that takes only float32, because an exported program has a single type of input.
 
-    torch's program would take bytes for pixels from 0 to 1, and would say nothing.
+    Without this check torch's program would silently take uint8 values for pixels from 0 to 1.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -115,13 +115,13 @@ class _TakesFloats(nn.Module):
 
 
 def _program(encoder: Encoder) -> torch.export.ExportedProgram:
-    """The encoder as a program for batches of any size, without the paths of this machine's files."""
+    """Export the encoder as a program for batches of any size, without the paths of files on this machine."""
     try:
         with torch.no_grad():
             program = torch.export.export(
                 _TakesFloats(encoder).eval(), (_images(encoder),), dynamic_shapes=({0: torch.export.Dim("batch")},)
             )
-    except Exception as error:  # what torch raises depends on the backbone
+    except Exception as error:  # its type depends on the backbone
         raise RunFailed(f"torch cannot export the backbone for batches of any size ({one_line(error)})") from error
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
@@ -131,7 +131,7 @@ def _program(encoder: Encoder) -> torch.export.ExportedProgram:
 
 
 def _archive(encoder: Encoder, facts: dict[str, Any]) -> bytes:
-    """A file of torch.export, with what else is known of the encoder beside the program."""
+    """The content of a file of torch.export: the program, and the facts about the encoder in ``encoder.json``."""
     file = io.BytesIO()
     torch.export.save(_program(encoder), file, extra_files={"encoder.json": json.dumps(facts)})
     _check(encoder, torch.export.load(io.BytesIO(file.getvalue())).module())

@@ -1,4 +1,4 @@
-"""What an encoder is worth as a start: the whole network learns from the labels.
+"""Fine-tuning: the whole network, with the encoder as its start, learns from labels.
 
 Shapes: B batch, C classes, N images.
 """
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 def fine_tune(
     frozen: FrozenEncoder, train: Split, classes: int, lr: float, cfg: schema.Finetune, seed: int
 ) -> FrozenEncoder:
-    """A copy of the encoder with a linear classifier on it, both trained on labelled images.
+    """Train a copy of the encoder, with a linear classifier on top, on labelled images.
 
-    SGD with Nesterov momentum 0.9, no weight decay, a half cosine to 0, random crops and flips. The classifier starts
-    at 0.
+    The optimizer is SGD with Nesterov momentum 0.9 and no weight decay; the learning rate falls to 0 along a half
+    cosine. Images are cropped and flipped at random. The classifier starts at 0.
 
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, appendix B
-    (fine-tuning). Deviations: the learning rate falls with a cosine, without warm-up, and a number of epochs, not of
-    steps, is given.
+    (fine-tuning). Deviations: the learning rate falls along a cosine, without warm-up, and the length is given in
+    epochs, not in steps.
 
     Returns:
         A `FrozenEncoder` whose features are the logits [B, C]. The encoder passed in is unchanged.
@@ -45,10 +45,10 @@ def fine_tune(
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
     network = nn.Sequential(copy.deepcopy(frozen.encoder), classifier).train()
-    network.requires_grad_()  # which a teacher's does not require
+    network.requires_grad_()  # the weights of a teacher have no gradient so far
     for module in network.modules():
         if isinstance(module, SplitBatchNorm):
-            module.splits = 1  # parts belong to the pre-training
+            module.splits = 1  # only pre-training splits the batch
 
     batch_size = min(cfg.batch_size, len(train))
     batches = cropped_batches(frozen, train, batch_size, seed)
@@ -70,10 +70,11 @@ def fine_tune(
 
 
 def fine_tuning(frozen: FrozenEncoder, data: Dataset, cfg: schema.Finetune, seed: int) -> dict[str, float]:
-    """``test/finetune_top1`` and ``..._top5`` in percent; nothing where every learning rate diverges, which is said.
+    """Fine-tune with the best learning rate: ``test/finetune_top1`` and ``test/finetune_top5`` in percent.
 
-    The learning rate is the best on the validation images, whose ``val/finetune_top1`` is told too. With
-    ``data.final`` it is the best on a tenth of the training images, and the network then learns from all of them.
+    The learning rate is chosen on the validation images, and ``val/finetune_top1`` is returned too. With ``data.final``
+    it is chosen on a tenth of the training images, and the network then learns from all of them. If training diverges,
+    with every learning rate or at last, a warning is logged and the result is empty.
     """
     classes, fit, choose = len(data.classes), data.probe, data.val
     if choose is None:

@@ -1,4 +1,4 @@
-"""What the Hugging Face hub shows of an encoder, and what loads it from there: the model card, and ``config.json``."""
+"""The files with which the Hugging Face hub shows and loads an encoder: the model card, and ``config.json``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from src.evaluation.encoder import is_of_timm
 from src.runs.record import Record
 
-WEIGHTS = "model.safetensors"  # as timm and the hub name it
+WEIGHTS = "model.safetensors"  # the name that timm and the hub expect
 PROGRAM = "encoder.pt2"
 LICENCE = "mit"
 MEASURED = {
@@ -20,7 +20,7 @@ MEASURED = {
 
 
 def config(facts: dict[str, Any], features: int) -> dict[str, Any]:
-    """What the file of weights says of itself, and, where the backbone is timm's, what timm reads from a hub's folder.
+    """The content of ``config.json``: the facts about the encoder and, for a timm backbone, what timm reads from it.
 
     Source: timm/models/_hub.py, ``save_config_for_hf`` (timm 1.0).
     """
@@ -37,12 +37,12 @@ def config(facts: dict[str, Any], features: int) -> dict[str, Any]:
 
 
 def card(facts: dict[str, Any], features: int, record: Record) -> str:
-    """The card's text: what the encoder is, its figures, how it is loaded and how it was trained.
+    """The text of the model card: what the encoder is, its metrics, how to load it and how it was trained.
 
     Args:
-        facts: of `src.evaluation.encoder.read_encoder`.
-        features: how many the encoder gives of an image.
-        record: of the run.
+        facts: what `src.evaluation.encoder.read_encoder` returned.
+        features: number of features of an image.
+        record: the run's record.
     """
     data, size = record.params.get("data.name", "images"), facts["image_size"]
     measured = {key: value for key, value in facts["figures"].items() if key in MEASURED}
@@ -60,8 +60,8 @@ def card(facts: dict[str, Any], features: int, record: Record) -> str:
     )
     rows = [f"| {MEASURED[key]} | {value:.2f} |" for key, value in measured.items()]
     said = "The encoder was frozen, and a classifier was trained on its features of the training images."
-    measured_ = ["| test images | % |", "| --- | --- |", *rows, "", said]
-    figures = "\n".join(measured_) if rows else "It was not measured on labels."
+    table = ["| test images | % |", "| --- | --- |", *rows, "", said]
+    figures = "\n".join(table) if rows else "It was not measured on labels."
     commit = f" Its code is commit `{facts['commit']}`." if facts["commit"] else ""
     return f"""---
 {metadata.to_yaml()}

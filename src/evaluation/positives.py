@@ -1,7 +1,7 @@
-"""How good the positives are that a support set gives, by images that it has never held.
+"""The quality of a support set's positives, measured with images that it has never stored.
 
-While it trains, an image finds its own old embedding in a queue, and has a share in its prototype. A validation image
-has neither, so by these a queue and prototypes can be compared.
+A training image finds its own old embedding in a queue, and is a member of its own prototype. Neither is true of a
+validation image, so validation images allow a fair comparison of a queue and prototypes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from src.methods.base import Method
 
 @torch.no_grad()
 def project(projector: nn.Module, features_NF: Tensor) -> Tensor:
-    """The embeddings [N, D] float32 of features; the projector is in evaluation mode meanwhile, and not compiled."""
+    """Project features to embeddings [N, D] float32, with the projector in evaluation mode and not compiled."""
     training = projector.training
     projector.eval()
     with torch.compiler.set_stance("force_eager"):
@@ -24,15 +24,15 @@ def project(projector: nn.Module, features_NF: Tensor) -> Tensor:
 
 
 def agreement(method: Method, features_NF: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """``support/val_agreement``: of what the images find nearest in the support set, how much is of their class.
+    """``support/val_agreement``: how much of each image's nearest entry in the support set is of the image's class.
 
     Args:
-        method: with a support set that is ready.
-        features_NF: of its encoder for lookups (`src.methods.base.Method.lookup_networks`).
+        method: a method with a support set that is ready.
+        features_NF: features from the method's encoder for lookups (`src.methods.base.Method.lookup_networks`).
         labels_N: the images' classes.
 
     Returns:
-        The mean share; nothing where the classes of what is stored are not known.
+        The mean share; empty if the classes of the stored entries are not known.
     """
     support, (_, projector) = method.support, method.lookup_networks
     assert support is not None

@@ -1,4 +1,4 @@
-"""What frozen features are worth: nearest neighbours and linear probes, also on few labels.
+"""Evaluation of frozen features: nearest neighbours and linear probes, also with few labels.
 
 Shapes: B batch, C classes, F features, L learning rates, N images.
 """
@@ -24,7 +24,7 @@ from src.models import autocast
 from src.support.search import Search
 from src.system.seeding import mix, seed_everything
 
-BLOCK = 4096  # images
+BLOCK = 4096  # images that are scored at a time
 PROBE = 1  # keeps the probe's random numbers apart from those of the training steps
 CROP_AND_FLIP = View(
     crop_scale=[0.08, 1.0],
@@ -42,7 +42,7 @@ CROP_AND_FLIP = View(
 
 
 class Features(NamedTuple):
-    """An encoder's view of a split."""
+    """An encoder's features of a split, and the split's labels."""
 
     x_NF: Tensor  # float32
     labels_N: Tensor  # int64
@@ -51,7 +51,7 @@ class Features(NamedTuple):
         return Features(self.x_NF[rows], self.labels_N[rows])
 
     def blocks(self) -> Iterator[Features]:
-        """Of so few images that a score for each class of each takes little memory."""
+        """Divide the images into blocks so small that their scores for all classes take little memory."""
         return map(Features, self.x_NF.split(BLOCK), self.labels_N.split(BLOCK))
 
 
@@ -61,8 +61,8 @@ class FrozenEncoder:
     Args:
         encoder: images [B, 3, S, S] to features [B, F].
         mean, std: of each channel, for images between 0 and 1.
-        device: where the encoder is.
-        dtype: of its arithmetic; the features are float32.
+        device: the device that the encoder is on.
+        dtype: of the encoder's arithmetic; the features are float32.
     """
 
     def __init__(
@@ -71,20 +71,20 @@ class FrozenEncoder:
         self.encoder = encoder
         self.mean, self.std = mean, std
         self.device, self.dtype = device, dtype
-        self.before_block: Callable[[], object] = lambda: None  # of images; may raise, where the process is to stop
+        self.before_block: Callable[[], object] = lambda: None  # called before each block of images; may raise to stop
 
     def of(self, encoder: nn.Module) -> FrozenEncoder:
-        """Another encoder, used in the same way on the same device."""
+        """Wrap another encoder, which is used in the same way on the same device."""
         other = type(self)(encoder, self.mean, self.std, self.device, self.dtype)
         other.before_block = self.before_block
         return other
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Features [B, F] of normalised images [B, 3, S, S]."""
+        """Compute features [B, F] of normalised images [B, 3, S, S]."""
         training = self.encoder.training
         self.encoder.eval()
-        # Not compiled: the shapes are others than training's, and would cost more than they save.
+        # Not compiled: the shapes differ from training's, and compiling for them would cost more than it saves.
         eager = torch.compiler.set_stance("force_eager")
         with eager, autocast(self.device, self.dtype):
             features = self.encoder(images.to(self.device, memory_format=torch.channels_last))
@@ -92,10 +92,10 @@ class FrozenEncoder:
         return features.float()
 
     def features(self, split: Split, batch_size: int = 512) -> Features:
-        """Features of all images of a split, as they are, in order.
+        """Compute features of all images of a split, in order and without augmentation.
 
         Raises:
-            Diverged: some are not finite.
+            Diverged: some features are not finite.
         """
         x_NF = self._encoded(split, batch_size)
         if lost := sum(int((~block.isfinite().all(1)).sum()) for block in x_NF.split(BLOCK)):
@@ -125,7 +125,7 @@ def topk_percent(scores_NC: Tensor, labels_N: Tensor, k: int) -> float:
 
 
 def topk_by_blocks(classifier: Callable[[Tensor], Tensor], features: Features, ks: Sequence[int]) -> list[float]:
-    """The same of a classifier's logits, for each k; there are never more of them than a block's."""
+    """`topk_percent` of a classifier's logits, for each k; memory never holds more logits than those of a block."""
     hits = [0] * len(ks)
     for block in features.blocks():
         logits_BC = classifier(block.x_NF)
@@ -139,13 +139,13 @@ def knn_percent(
 ) -> list[float]:
     """Top-1, in percent, by the votes of the k nearest bank images, for each k.
 
-    A vote weighs exp(cosine / temperature). ``k`` larger than the bank means all of it.
+    A vote weighs exp(cosine / temperature). A k larger than the bank means the whole bank.
 
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, sec. 3.4.
     """
     most = min(max(ks), len(bank.x_NF))
     cosine_NK, ids_NK = search(F.normalize(queries.x_NF, dim=1), F.normalize(bank.x_NF, dim=1), most)
-    # Relative to the nearest, so that no temperature overflows; the ranking of the classes stays.
+    # Relative to the nearest image, so that no temperature overflows; the ranking of the classes stays the same.
     votes_NK = ((cosine_NK - cosine_NK[:, :1]) / temperature).exp()
     hits = [0] * len(ks)
     for rows in torch.arange(len(ids_NK), device=ids_NK.device).split(BLOCK):
@@ -161,7 +161,7 @@ class LinearHeads:
 
     Args:
         center_F: subtracted from the features before anything else.
-        scale_F: what they are divided by then.
+        scale_F: divides the centred features.
     """
 
     def __init__(self, classes: int, lrs: list[float], center_F: Tensor, scale_F: Tensor) -> None:
@@ -178,12 +178,12 @@ class LinearHeads:
 
     @torch.no_grad()
     def fit(self, batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]], epochs: int, steps: int) -> None:
-        """Minimise the cross entropy: SGD, momentum 0.9, no weight decay, a half cosine to 0.
+        """Minimise the cross entropy by SGD with momentum 0.9 and no weight decay; rates fall to 0 by a half cosine.
 
         Args:
-            batches: for an epoch, its batches of features [B, F] and labels [B].
-            epochs: how many.
-            steps: batches an epoch.
+            batches: returns the batches of features [B, F] and labels [B] of an epoch, given its number.
+            epochs: number of epochs.
+            steps: number of batches in an epoch.
         """
         velocity_LFC, velocity_LC = torch.zeros_like(self.weight_LFC), torch.zeros_like(self.bias_LC)
         step = 0
@@ -207,7 +207,7 @@ class LinearHeads:
         return topk_by_blocks(lambda x_BF: (x_BF - self.center_F) / self.scale_F @ weight_FC + bias_C, features, ks)
 
     def best(self, held_out: Features) -> int:
-        """The head with the highest top-1 on held-out features; the first of equals."""
+        """The head with the highest top-1 on held-out features; the first one if several tie."""
         accuracy = [self.topk_percent(held_out, head, 1)[0] for head in range(len(self.lrs_L))]
         return accuracy.index(max(accuracy))
 
@@ -221,13 +221,13 @@ def cached_heads(
     seed: int,
     standard_NF: Tensor | None = None,
 ) -> LinearHeads:
-    """Heads trained on features that were extracted once, standardised by the features' mean and deviation.
+    """Train heads on features that were extracted once, standardised by the features' mean and standard deviation.
 
     The standardisation is part of the (affine) classifier, so the probe stays linear; it makes one range of learning
     rates fit every encoder.
 
     Args:
-        standard_NF: the features whose mean and deviation these are; None: the training features.
+        standard_NF: the features that give mean and standard deviation; None: the training features.
     """
     scale_F, center_F = torch.std_mean(train.x_NF if standard_NF is None else standard_NF, dim=0)
     heads = LinearHeads(classes, lrs, center_F, scale_F.clamp(min=1e-6))
@@ -252,27 +252,27 @@ def few_shot(
     cfg: schema.Fewshot,
     seed: int,
 ) -> dict[str, float]:
-    """Top-1 on test of linear probes that learn from a share of the labels: mean and deviation over draws, in percent.
+    """Test top-1 of linear probes that learn from a fraction of the labels: mean and deviation over draws, in percent.
 
-    A draw has as many images of one class as of any other, and one at least. It depends on its number alone, so that
-    all encoders learn from the same images. Nothing but the labels is withheld: features are standardised by those of
-    all training images.
+    A draw is balanced over the classes, with at least one image of each. It depends on its number alone, so that all
+    encoders learn from the same images. Only labels are withheld: features are standardised by those of all training
+    images.
 
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, section 6
     (1% and 10% of the labels, balanced over the classes). Deviations: the encoder stays frozen, as in Assran et al.,
     "Masked Siamese Networks for Label-Efficient Learning", ECCV 2022; the learning rate is chosen on held-out images.
 
     Args:
-        train: all that labels are drawn from.
-        held_out: chooses the learning rate.
-        test: measured once a draw.
+        train: the features from which the labelled images are drawn.
+        held_out: the features on which the learning rate is chosen.
+        test: the features on which each draw is measured once.
         classes: C.
         probe: learning rates, epochs and batch size.
-        cfg: which shares, and how many draws.
-        seed: of the order in which a probe sees its images.
+        cfg: the fractions, and the number of draws of each.
+        seed: seed of the order in which a probe sees its images.
 
     Returns:
-        ``test/fewshot_1pct_top1`` and ``test/fewshot_1pct_top1_std``, the sample standard deviation, for 1%.
+        For 1%, ``test/fewshot_1pct_top1`` and, as the sample standard deviation, ``test/fewshot_1pct_top1_std``.
     """
     labels_N = train.labels_N.cpu()
     metrics: dict[str, float] = {}
@@ -290,7 +290,10 @@ def few_shot(
 def cropped_batches(
     frozen: FrozenEncoder, train: Split, batch_size: int, seed: int
 ) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
-    """For an epoch, its batches of crops (8% to 100% of the area) with flips [B, 3, S, S], and their labels [B]."""
+    """Return a function that gives an epoch's batches: crops (8% to 100% of the area) with flips, and their labels.
+
+    Shapes: crops [B, 3, S, S], labels [B].
+    """
     crop_and_flip = ViewMaker(CROP_AND_FLIP, "bilinear", train.size, frozen.mean, frozen.std)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -304,7 +307,7 @@ def cropped_batches(
 def augmented_heads(
     frozen: FrozenEncoder, train: Split, classes: int, lrs: list[float], epochs: int, batch_size: int, seed: int
 ) -> LinearHeads:
-    """Heads trained on the features of random crops (8% to 100% of the area) and flips, drawn anew every epoch.
+    """Train heads on the features of random crops (8% to 100% of the area) and flips, which change every epoch.
 
     Source: the original study's ``linear_eval.py`` (https://github.com/mwritescode/nnclr-cifar100).
     """

@@ -1,4 +1,4 @@
-"""What a frozen encoder is worth: during training on validation, at the end, once, on test."""
+"""Evaluation of a frozen encoder: on validation images during training, and once on test images at the end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Protocol:
-    """How encoders are evaluated on a data set: by which settings, searching how, with which seed."""
+    """How encoders are evaluated on a data set: with which settings, search back end and seed."""
 
     data: Dataset
     cfg: schema.Evaluation
@@ -49,12 +49,13 @@ class Protocol:
         return len(self.data.classes)
 
     def validation(self, frozen: FrozenEncoder, classifier: nn.Module, method: Method) -> dict[str, float]:
-        """kNN and the online classifier on the validation images, in percent; nothing where there are none.
+        """Evaluate kNN and the online classifier on the validation images, in percent; empty if there are none.
 
-        Beside them, how good the positives of these images are (`src.evaluation.positives.agreement`).
+        The result also has the agreement of these images' positives (`src.evaluation.positives.agreement`) and the
+        effective rank of their features.
 
-        What needs labels is left out where the images have none: kNN where no image has, the classifier, which learns
-        as the encoder does, where the training images have none.
+        Metrics that need labels are left out if there are none: kNN if no image has a label, classifier and agreement
+        if the training images have none, because the classifier learns from the same images as the encoder.
         """
         if self.data.val is None:
             return {}
@@ -77,12 +78,12 @@ class Protocol:
     def final(
         self, frozen: FrozenEncoder, features: tuple[Features, Features | None] | None = None
     ) -> dict[str, float]:
-        """kNN and a linear probe on the test images, which are read here and nowhere else; in percent.
+        """Evaluate kNN and a linear probe on the test images, in percent; only this method measures on test images.
 
         The number of neighbours and the probe's learning rate are chosen on the validation images. With ``data.final``
-        there are none: they are chosen on a tenth of the training images, and the probe is then trained on all of them.
-        Beside these, few labels and fine-tuning where the protocol asks for them. Nothing where no image has a label.
-        ``features`` are those of the training and the validation images, where they are known already.
+        there are none: both are chosen on a tenth of the training images, and the probe is then trained on all of them.
+        Probes with few labels and fine-tuning are added if the settings ask for them. The result is empty if no image
+        has a label. ``features`` are those of the training and the validation images, if they are known already.
         """
         if not self.data.classes:
             return {}
@@ -114,24 +115,24 @@ class Protocol:
         }
 
     def of_teacher(self, frozen: FrozenEncoder) -> dict[str, float]:
-        """The same of a teacher's encoder, with a probe and a number of neighbours of its own: ``teacher/test/...``."""
+        """`final` for a teacher's encoder, with its own probe and number of neighbours: ``teacher/test/...``."""
         return {f"{TEACHER}/{key}": value for key, value in self.final(frozen).items()}
 
     def untrained(self, frozen: FrozenEncoder) -> dict[str, float]:
-        """The figures of an encoder that has learned nothing, below which no other should be (``untrained/...``)."""
+        """Metrics of an untrained encoder, below which no trained one should be: ``untrained/...``."""
         if not self.data.classes:
             return {}
         train, val = features = self._features(frozen)
         figures = self.final(frozen, features)
         if val is not None:
             bank = self._bank(train, train.labels_N)
-            # Which these images have chosen already, if all training images vote.
+            # `final` has already chosen k on these images, if all training images vote here too.
             k = int(figures["test/knn_k"]) if bank is train else self.best_k(bank, val)
             figures["val/knn_top1"] = self._knn_percent(bank, val, k)
         return {f"{UNTRAINED}/{key}": value for key, value in figures.items()}
 
     def best_k(self, bank: Features, held_out: Features) -> int:
-        """The number of neighbours with the highest top-1 on held-out features; the smallest of equals."""
+        """The number of neighbours with the highest top-1 on held-out features; the smallest one if several tie."""
         ks = neighbours(self.cfg, len(bank.labels_N) // self.classes)
         if len(ks) == 1:
             return ks[0]
@@ -139,11 +140,11 @@ class Protocol:
         return ks[accuracy.index(max(accuracy))]
 
     def _features(self, frozen: FrozenEncoder) -> tuple[Features, Features | None]:
-        """Those from which probes and neighbours learn, and those on which they are chosen."""
+        """The features from which probes and kNN learn, and those on which they are chosen, if there are any."""
         return frozen.features(self.data.probe), None if self.data.val is None else frozen.features(self.data.val)
 
     def _bank(self, train: T, labels: torch.Tensor) -> T:
-        """The training images that vote in a validation: always the same, of which classes have equal parts."""
+        """The training images that vote in a validation: all, or always the same class-balanced subset."""
         if self.cfg.bank is None or self.cfg.bank >= len(labels):
             return train
         return train.take(class_balanced_subset(labels.cpu(), self.cfg.bank, seed=0).to(labels.device))
@@ -159,27 +160,27 @@ class Protocol:
 
 
 def refuse_too_few(data: Dataset) -> None:
-    """Keep a run from an end at which no image is left to choose a probe by.
+    """Refuse a run at whose end there would be no image on which to choose a probe.
 
     Raises:
-        UsageError: there is no validation split, and a tenth of the labelled images is none.
+        UsageError: there is no validation split, and a tenth of the labelled images is no image.
     """
     if data.classes and data.val is None and not len(held_out_tenth(data.probe.labels, 0)[1]):
         raise UsageError("data.final=true: too few images to hold out a tenth, by which probes are chosen; use more")
 
 
 def neighbours(cfg: schema.Evaluation, images_a_class: int) -> list[int]:
-    """The numbers of neighbours among which the validation images choose.
+    """The numbers of neighbours from which one is chosen on the validation images.
 
-    With more neighbours than a class has images, most of the votes would have to come from other classes: such a number
-    becomes that of the images.
+    With more neighbours than a class has images, the rest of the votes would have to come from other classes, so such a
+    number is lowered to the number of images of a class.
     """
     asked = cfg.knn_k if isinstance(cfg.knn_k, list) else [cfg.knn_k]
     return sorted({max(1, min(k, images_a_class)) for k in asked})
 
 
 def check_neighbours(cfg: schema.Evaluation, data: Dataset) -> None:
-    """Say so where a number of neighbours that is asked for is not the one that votes.
+    """Warn if ``evaluation.knn_k`` asks for more neighbours than vote.
 
     Raises:
         UsageError: fewer images vote in a validation than there are classes.
