@@ -190,7 +190,7 @@ def ressl(
 
 
 def barlow_twins(z1_BD: Tensor, z2_BD: Tensor, off_diagonal: float) -> Tensor:
-    """Distance from the identity of the correlations between the dimensions of two views' projections.
+    """Distance between the identity and the correlations of the dimensions of two views' projections.
 
     With c the D x D matrix of correlations between dimensions of view 1 and of view 2 over the batch::
 

@@ -101,7 +101,7 @@ def timm_model(name: str, options: dict[str, Any]) -> nn.Module:
         )
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **options)
-    except Exception as error:  # its type depends on the model, for a tag or an option that the model does not know
+    except Exception as error:  # of any type, if the model does not know a tag or an option
         what = (
             f"backbone.options={options}: {name} does not take them" if options else f"backbone.name={name}: timm fails"
         )

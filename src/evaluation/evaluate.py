@@ -96,7 +96,8 @@ def _log(
 def _tags(record: Record, metrics: Mapping[str, float], chosen: str) -> dict[str, str]:
     """Tags that say with which settings metrics were measured.
 
-    There is a tag for each family of metrics, and one for each older metric that was measured with other settings.
+    There is a tag for each family of metrics, such as ``test``, and one for each of the family's older metrics that was
+    measured with other settings.
 
     Args:
         record: the run's record before this evaluation.

@@ -73,8 +73,8 @@ def fine_tuning(frozen: FrozenEncoder, data: Dataset, cfg: schema.Finetune, seed
     """Fine-tune with the best learning rate: ``test/finetune_top1`` and ``test/finetune_top5`` in percent.
 
     The learning rate is chosen on the validation images, and ``val/finetune_top1`` is returned too. With ``data.final``
-    it is chosen on a tenth of the training images, and the network then learns from all of them. If training diverges,
-    with every learning rate or at last, a warning is logged and the result is empty.
+    it is chosen on a tenth of the training images, and the network then learns from all of them. If every learning rate
+    diverges, or that last training does, a warning is logged and the result is empty.
     """
     classes, fit, choose = len(data.classes), data.probe, data.val
     if choose is None:

@@ -1,8 +1,8 @@
 """Slots that are divided among the processes of a run, so that a support set may be larger than one device.
 
 Every process passes the same queries, searches its own slots, and receives what all processes have found: the answers
-of one process that holds all slots. If slots tie for the nearest, the lowest slot wins; which of them are among several
-neighbours is undefined, in one process too.
+of one process that holds all slots. If slots tie for the nearest, the lowest slot wins. With several neighbours it is
+undefined which of the tied slots are among them, in one process too.
 
 Shapes: Q queries, D dimensions, K neighbours, N slots, M = N / world_size slots of one process.
 """
