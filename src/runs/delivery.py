@@ -17,7 +17,7 @@ from src.config.schema import Tracking
 from src.errors import UsageError
 from src.runs import directory as run_directory
 from src.runs import mlflow_store
-from src.runs.mlflow_store import Delivered
+from src.runs.mlflow_store import Delivered, StoreError
 from src.runs.query import named_run
 from src.runs.record import TAG_CHARTS, Record, records_below
 from src.runs.tracker import Tracker, parent_tags
@@ -25,7 +25,7 @@ from src.system.deadline import Overdue, within
 from src.system.redact import one_line
 
 DELIVERY_TIMEOUT_S = 600.0  # for each step of a delivery, if no run or sweep waits for it
-MAX_REFUSALS = 3  # after so many in a row, the store is assumed to refuse every run
+MAX_FAILURES = 3  # after so many in a row, the store is assumed to fail for every run
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
     refused: Sequence[Exception] = []
     try:
         if within(mlflow_store.STORE_TIMEOUT_S, parent.client):
-            refused = _try_each(children, attach)
+            refused = _try_each((each for each in children if not run_directory.is_held(each)), attach)
     except (UsageError, Overdue) as error:
         refused = [error]
     if deleted:
@@ -126,22 +126,20 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
 
 
 def _try_each(directories: Iterable[Path], send: Callable[[Path], None]) -> list[UsageError]:
-    """Send each run that no process works on; after `MAX_REFUSALS` refusals in a row, skip the others.
+    """Send each run; when the store itself has failed for `MAX_FAILURES` runs in a row, skip the others.
 
     Returns:
-        The errors of those that the store refused.
+        The errors of the runs that have not been delivered.
     """
     refused, in_a_row = list[UsageError](), 0
     for directory in directories:
-        if run_directory.is_held(directory):
-            continue
         try:
             send(directory)
             in_a_row = 0
         except UsageError as error:
             refused.append(error)
-            in_a_row += 1
-        if in_a_row == MAX_REFUSALS:
+            in_a_row += isinstance(error, StoreError)
+        if in_a_row == MAX_FAILURES:
             break
     return refused
 
@@ -156,8 +154,8 @@ def main(publish_again: Callable[[Path], None], arguments: Iterable[str] | None 
         arguments: the command line; None: that of this process.
 
     Raises:
-        UsageError: a name is not that of a run, or MLflow refuses a run. A named run that is refused ends the command;
-            without names the other runs have been delivered, unless the store itself fails.
+        UsageError: a name is not that of a run, and nothing has been delivered; or a run is refused, and the others
+            have been delivered, unless the store itself fails.
     """
     parser = argparse.ArgumentParser(
         prog="python -m src.tracking",
@@ -165,19 +163,20 @@ def main(publish_again: Callable[[Path], None], arguments: Iterable[str] | None 
     )
     parser.add_argument("run", nargs="*", help="a run's name in multirun/, its folder or its id; also of a deleted run")
     named = [named_run(each) for each in parser.parse_args(arguments).run]
-    for directory in named:
+
+    def send(directory: Path) -> None:
         print(f"{directory}: delivered as run {', '.join(deliver(directory, again=True).run_ids)}", flush=True)
         publish_again(directory)
-    if not named:
-        _deliver_all(publish_again)
+
+    refused = _try_each(named, send) if named else _deliver_all(publish_again)
+    for each in refused[1:]:
+        logger.warning("%s", each)
+    if refused:
+        raise refused[0]
 
 
-def _deliver_all(publish_again: Callable[[Path], None]) -> None:
-    """Deliver what MLflow lacks of any run below ``multirun/``.
-
-    Raises:
-        UsageError: as in `main`.
-    """
+def _deliver_all(publish_again: Callable[[Path], None]) -> list[UsageError]:
+    """Deliver what MLflow lacks of any run below ``multirun/``; return the errors of those that are refused."""
     deleted, sent = list[Path](), list[Path]()
     records = dict(sorted(records_below(run_directory.ROOT), key=lambda each: each[1].start_time))
 
@@ -191,12 +190,9 @@ def _deliver_all(publish_again: Callable[[Path], None]) -> None:
         if not stays_deleted and (run_ids or TAG_CHARTS not in records[directory].tags):
             publish_again(directory)
 
-    refused = _try_each(records, send)
+    refused = _try_each((each for each in records if not run_directory.is_held(each)), send)
     if deleted:
         print(_deleted(deleted), flush=True)
     if not (sent or deleted or refused):
         print("nothing waits to be delivered")
-    for each in refused[1:]:
-        logger.warning("%s", each)
-    if refused:
-        raise refused[0]
+    return refused

@@ -26,7 +26,7 @@ from filelock import FileLock
 from src.config.identity import LOG_SIZE
 from src.errors import UsageError
 from src.runs.metrics_file import digest_of, read_blocks
-from src.runs.record import ENCODER, METRICS, TAG_ERROR, TAG_NOTE, TAG_PARENT, Record
+from src.runs.record import ENCODER, METRICS, TAG_NOTE, TAG_PARENT, TAGS_OF_SESSION_END, Record
 from src.system.deadline import Overdue, within
 from src.system.redact import one_line, redact
 
@@ -39,7 +39,11 @@ _RACE = re.compile("UniqueViolation|DuplicateTable|duplicate key|already exists"
 _AWAY = re.compile("database is locked|connection to server|could not connect|can't connect", re.IGNORECASE)
 
 
-class Busy(UsageError):  # noqa: N818
+class StoreError(UsageError):
+    """The store does not open, does not take a run, or does not answer in time."""
+
+
+class Busy(StoreError):  # noqa: N818
     """The store exists, or may exist, but does not answer now."""
 
 
@@ -81,20 +85,20 @@ def open_store(experiment: str) -> Any:
 
     Raises:
         Busy: the database is locked or cannot be reached.
-        UsageError: MLflow is not installed, the store is a folder of files or does not open, or the experiment has been
-            deleted, which is looked up in a SQLite store only.
+        StoreError: MLflow is not installed, or the store is a folder of files or does not open.
+        UsageError: the experiment has been deleted, which is looked up in a SQLite store only.
     """
     mlflow = import_mlflow()
     uri = store_uri(mlflow)
     path = _sqlite_path(uri)
     if path and path.exists() and not path.is_file():  # which MLflow would try to open for minutes
-        raise UsageError(f"the MLflow store {redact(uri)} is not a file: set MLFLOW_TRACKING_URI=sqlite:///mlflow.db")
+        raise StoreError(f"the MLflow store {redact(uri)} is not a file: set MLFLOW_TRACKING_URI=sqlite:///mlflow.db")
     try:
         is_folder = path is None and mlflow.utils.uri.is_local_uri(uri)
     except ValueError as error:
-        raise UsageError(f"MLFLOW_TRACKING_URI={redact(uri)}: is no address ({one_line(error)})") from None
+        raise StoreError(f"MLFLOW_TRACKING_URI={redact(uri)}: is no address ({one_line(error)})") from None
     if is_folder:
-        raise UsageError(
+        raise StoreError(
             f"the MLflow store {redact(uri)} is a folder of files, in which a value that is delivered twice counts "
             "twice: set MLFLOW_TRACKING_URI=sqlite:///mlflow.db, or use tracking=jsonl"
         )
@@ -109,7 +113,7 @@ def open_store(experiment: str) -> Any:
         if _AWAY.search(str(error)):
             raise Busy(f"the MLflow store {redact(uri)} does not open now ({one_line(error)}): try again") from None
         remedy = "move it away, set MLFLOW_TRACKING_URI, or use tracking=jsonl"
-        raise UsageError(f"the MLflow store {redact(uri)} does not open ({one_line(error)}): {remedy}") from None
+        raise StoreError(f"the MLflow store {redact(uri)} does not open ({one_line(error)}): {remedy}") from None
     _refuse_deleted(found)
     return client
 
@@ -152,7 +156,7 @@ def import_mlflow() -> Any:
     """Import MLflow, set to print little and to fail soon unless the user has set its variables otherwise.
 
     Raises:
-        UsageError: MLflow cannot be imported.
+        StoreError: MLflow cannot be imported.
     """
     quiet = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -171,7 +175,7 @@ def import_mlflow() -> Any:
         import mlflow.utils.uri
     except (ImportError, RuntimeError) as error:  # RuntimeError if the user has no home folder
         remedy = "run `make setup`, or use tracking=jsonl"
-        raise UsageError(f"tracking=mlflow cannot import MLflow ({one_line(error)}): {remedy}") from None
+        raise StoreError(f"tracking=mlflow cannot import MLflow ({one_line(error)}): {remedy}") from None
     return mlflow
 
 
@@ -208,12 +212,12 @@ def answer(request: Callable[[], T]) -> T:
     """Return the store's answer to a request, for a command that cannot continue without it.
 
     Raises:
-        UsageError: the store refuses the request, or does not answer within `STORE_TIMEOUT_S`.
+        StoreError: the store refuses the request, or does not answer within `STORE_TIMEOUT_S`.
     """
     try:
         return within(STORE_TIMEOUT_S, request)
     except Exception as error:
-        raise UsageError(f"the MLflow store does not answer ({one_line(error)}): see MLFLOW_TRACKING_URI") from None
+        raise StoreError(f"the MLflow store does not answer ({one_line(error)}): see MLFLOW_TRACKING_URI") from None
 
 
 def call_for_run(directory: Path, seconds: float, request: Callable[[Any], T]) -> T:
@@ -225,7 +229,8 @@ def call_for_run(directory: Path, seconds: float, request: Callable[[Any], T]) -
         request: a function of MLflow's client.
 
     Raises:
-        UsageError: by the request itself, or the store does not open, refuses, or does not answer in time.
+        StoreError: the store does not open, refuses, or does not answer in time.
+        UsageError: by the request itself.
     """
     with _errors_of_run(directory):
         client = prepare()
@@ -242,13 +247,13 @@ def iterate_for_run(directory: Path, seconds: float, request: Callable[[Any], It
 
 @contextmanager
 def _errors_of_run(directory: Path) -> Iterator[None]:
-    """Inside this block, turn any other error into a `UsageError` that names the run's folder."""
+    """Inside this block, turn every error but a `UsageError` into a `StoreError` that names the run's folder."""
     try:
         yield
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
+        raise StoreError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
 
 
 def known_run(client: Any, run_id: str) -> Any:
@@ -475,9 +480,10 @@ class Delivery:
         there = digest_of(self.directory / METRICS, size)
         if there.hexdigest() == digest:  # else the rows have been changed or cut since, and all are sent again
             self.bytes, self.digest = size, there
-        if TAG_ERROR in self.run.data.tags and TAG_ERROR not in record.tags:  # the error of an earlier session
-            client.delete_tag(entry.run_id, TAG_ERROR)
-            del self.run.data.tags[TAG_ERROR]
+        for tag in TAGS_OF_SESSION_END:
+            if tag in self.run.data.tags and tag not in record.tags:
+                client.delete_tag(entry.run_id, tag)
+                del self.run.data.tags[tag]
         if record.status == "RUNNING":
             client.update_run(entry.run_id, status="RUNNING")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from src.errors import UsageError
 from src.runs import mlflow_store
@@ -42,7 +43,7 @@ def read_sweep(sweep: str, backend: str, root: Path = ROOT) -> tuple[str, list[R
         UsageError: there is no such sweep; the message lists the existing ones.
     """
     if backend == "mlflow":
-        names = [each.name for each in mlflow_store.answer(mlflow_store.existing().search_experiments)]
+        names = [each.name for each in _all_pages(mlflow_store.existing().search_experiments)]
         runs = [run for name in names for run in _runs_in_store(name)]
     else:
         runs = [run for _, record in records_below(root) for run in _in_each_experiment(record)]
@@ -75,14 +76,7 @@ def _runs_in_store(experiment: str) -> list[Record]:
     client = mlflow_store.existing()
     found = mlflow_store.answer(lambda: client.get_experiment_by_name(experiment))
     if not found:
-        there = mlflow_store.answer(client.search_experiments)
-        raise _unknown(experiment, "MLflow", {other.name for other in there})
-    search = partial(client.search_runs, [found.experiment_id])
-    pages = [mlflow_store.answer(search)]
-    tokens = {""}
-    while (token := pages[-1].token or "") not in tokens:  # a server that repeated a token would never end the loop
-        tokens.add(token)
-        pages.append(mlflow_store.answer(partial(search, page_token=token)))
+        raise _unknown(experiment, "MLflow", {other.name for other in _all_pages(client.search_experiments)})
     return [
         Record(
             run.data.tags.get("uuid", run.info.run_id),
@@ -97,9 +91,19 @@ def _runs_in_store(experiment: str) -> list[Record]:
             copies={experiment: ExperimentEntry(run.info.run_id, experiment_id=found.experiment_id)},
             directory=Path(run.data.tags[TAG_OUTPUT_DIR]) if TAG_OUTPUT_DIR in run.data.tags else None,
         )
-        for page in pages
-        for run in page
+        for run in _all_pages(partial(client.search_runs, [found.experiment_id]))
     ]
+
+
+def _all_pages(search: Callable[..., Any]) -> Iterator[Any]:
+    """Everything that a search of MLflow's client finds, whose answers are pages."""
+    page = mlflow_store.answer(search)
+    yield from page
+    tokens = {""}
+    while (token := page.token or "") not in tokens:  # a server that repeats itself would never come to an end
+        tokens.add(token)
+        page = mlflow_store.answer(partial(search, page_token=token))
+        yield from page
 
 
 def _unknown(experiment: str, where: str, known: Iterable[str]) -> UsageError:

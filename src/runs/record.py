@@ -61,6 +61,7 @@ TAG_CHARTS = "charts"  # only of a sweep's own run: the path of its charts in ML
 TAG_PARENT = "mlflow.parentRunId"  # MLflow's id of the sweep's run, under which MLflow nests a job
 TAG_NOTE = "mlflow.note.content"  # a description, in Markdown
 TAG_COLOUR = "mlflow.runColor"  # the run's colour in every chart, such as "#0072b2"
+TAGS_OF_SESSION_END = (TAG_ERROR, TAG_PRUNED)  # a later session removes them
 TAGS_OF_FREE_TEXT = ("command", TAG_ERROR, TAG_EVALUATION_CHANGED)  # these may quote anything, also a secret
 
 # The remedies in messages about a record that is absent or damaged.

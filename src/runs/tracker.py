@@ -21,7 +21,7 @@ from src.config.schema import Tracking
 from src.errors import CannotWrite, UsageError
 from src.runs import mlflow_store
 from src.runs.metrics_file import cut_and_read, digest_of, encode
-from src.runs.record import METRICS, TAG_ERROR, TAG_OUTPUT_DIR, TAG_PARENT, TAG_SWEEP_ID, Record, now_ms
+from src.runs.record import METRICS, TAG_OUTPUT_DIR, TAG_PARENT, TAG_SWEEP_ID, TAGS_OF_SESSION_END, Record, now_ms
 from src.system.deadline import Call, Overdue, within
 from src.system.redact import one_line
 
@@ -92,9 +92,9 @@ class Tracker:
         self._ended = record.end_time if reopens else None
         if not reopens:
             record.status, record.end_time = "RUNNING", None
+            record.tags = {key: value for key, value in record.tags.items() if key not in TAGS_OF_SESSION_END}
         record.params = {key: str(value) for key, value in params.items()} | record.params
         record.tags |= dict(tags) | {TAG_OUTPUT_DIR: str(directory.resolve())}
-        record.tags.pop(TAG_ERROR, None)  # the error of an earlier session
         record.save(directory)
         self._rows = (directory / METRICS).open("ab", buffering=0)
         self._digest = digest_of(directory / METRICS, self._rows.tell())

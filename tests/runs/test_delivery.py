@@ -182,7 +182,7 @@ def test_a_store_that_takes_no_run_of_a_sweep_is_not_asked_for_each(client, tmp_
     break_store(client, monkeypatch, "log_batch")
     caplog.clear()
     delivery.attach_children(sweep, jobs)
-    assert len([each for each in warnings(caplog) if "which runs belong to" in each]) == delivery.MAX_REFUSALS
+    assert len([each for each in warnings(caplog) if "which runs belong to" in each]) == delivery.MAX_FAILURES
 
 
 def test_a_flush_looks_only_at_the_artifacts_that_are_not_there_yet(client, tmp_path, monkeypatch):

@@ -122,6 +122,18 @@ def test_pages_that_repeat_themselves_come_to_an_end(client, tmp_path, monkeypat
     assert pages == [{}, {"page_token": "again"}]
 
 
+def test_of_many_experiments_all_are_known(client, tmp_path, monkeypatch):
+    for place, name in enumerate(("first", "second", "third")):
+        Tracker(tmp_path / name, Tracking("mlflow", name, 10), {}, {"sweep_id": f"{place:08}"}).close("FINISHED")
+    search = type(client).search_experiments
+    small = lambda *args, **kw: search(*args, **({"max_results": 1} | kw))  # noqa: E731
+    monkeypatch.setattr(type(client), "search_experiments", small)
+    for place in range(3):
+        assert query.read_sweep(f"{place:08}", "mlflow") == (f"sweep-{place:08}", [])
+    with pytest.raises(UsageError, match=r"choose from .*first, second, third"):
+        query.read_runs("fourth", "mlflow")
+
+
 def test_how_a_page_is_opened(monkeypatch):
     for uri in ("", "sqlite:///mlflow.db"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)

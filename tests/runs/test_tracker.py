@@ -201,14 +201,16 @@ def test_a_run_killed_between_its_record_and_mlflow_is_told_when_it_is_looked_at
 
 def test_a_failed_run_that_is_continued_runs_again(client, tmp_path):
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
-    tracker.record.tags["error"] = "why"
+    ends = {"error": "why", "pruned": "true"}
+    tracker.record.tags |= ends
     tracker.close("FAILED")
     assert client.get_run(tracker.run_id).info.status == "FAILED"
-    assert client.get_run(tracker.run_id).data.tags["error"] == "why"
+    assert ends.items() <= client.get_run(tracker.run_id).data.tags.items()
     resumed = Tracker(tmp_path / "run", MLFLOW, {}, {})
     assert client.get_run(tracker.run_id).info.status == "RUNNING"
-    assert "error" not in client.get_run(tracker.run_id).data.tags
+    assert not ends.keys() & client.get_run(tracker.run_id).data.tags.keys()
     resumed.close("KILLED")
+    assert not ends.keys() & Record.load(tmp_path / "run").tags.keys()
     assert client.get_run(tracker.run_id).info.status == "KILLED"
 
 
@@ -532,31 +534,34 @@ def test_one_command_delivers_all_that_waits_and_no_dead_run_stays_running(clien
 def test_a_run_that_mlflow_refuses_keeps_no_other_back(client, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         break_store(client, patch, "search_runs", "create_run", "log_batch")
-        for name in ("a", "b", "c"):
+        for name in "abcdef":
             train(tracker := Tracker(tmp_path / "multirun" / name, MLFLOW, {}, {}), range(10))
             tracker.close("FINISHED")
-    (tmp_path / "multirun/a/link").symlink_to("/etc/hostname")
-    values = json.loads((tmp_path / "multirun/a/run.json").read_text())
-    (tmp_path / "multirun/a/run.json").write_text(json.dumps(values | {"artifacts": ["link"]}))
-    with pytest.raises(UsageError, match="folder"):
-        delivery.main(mlflow_charts.publish_again, [])
-    said = [line.split(": delivered as run ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert said == ["multirun/b", "multirun/c"]
+    for name in "abcd":
+        (tmp_path / f"multirun/{name}/link").symlink_to("/etc/hostname")
+        values = json.loads((tmp_path / f"multirun/{name}/run.json").read_text())
+        (tmp_path / f"multirun/{name}/run.json").write_text(json.dumps(values | {"artifacts": ["link"]}))
+    for named in ([], list("abcdef")):
+        with pytest.raises(UsageError, match="multirun/a/link is not a file of the run's own folder"):
+            delivery.main(mlflow_charts.publish_again, named)
+        said = [line.split(": delivered as run ")[0] for line in capsys.readouterr().out.splitlines()]
+        assert said == ["multirun/e", "multirun/f"]
 
 
 def test_where_the_store_takes_nothing_not_every_run_is_tried(client, tmp_path, monkeypatch):
     asked = []
 
-    def refuse(directory):
+    def refuse(directory, again=False):
         asked.append(directory)
-        raise UsageError("MLflow takes nothing")
+        raise mlflow_store.StoreError("MLflow takes nothing")
 
     for name in "abcde":
         Tracker(tmp_path / "multirun" / name, MLFLOW, {}, {}).close("FINISHED")
     monkeypatch.setattr(delivery, "deliver", refuse)
-    with pytest.raises(UsageError, match="takes nothing"):
-        delivery.main(mlflow_charts.publish_again, [])
-    assert len(asked) == 3
+    for named in ([], list("abcde")):
+        with pytest.raises(UsageError, match="takes nothing"):
+            delivery.main(mlflow_charts.publish_again, named)
+    assert len(asked) == 2 * delivery.MAX_FAILURES
 
 
 def test_the_next_step_is_after_all_that_were_logged(client, tmp_path):
