@@ -1,6 +1,7 @@
 """Images to train and evaluate on: sources, the cache of decoded uint8 images, splits and batches.
 
-Importing the package does not wait for torch: a sweep's own process wants nothing but the images' fingerprints::
+Importing this package does not import torch, because the main process of a sweep needs only the images' fingerprints.
+A training run uses the package like this::
 
     dataset = load(cfg.data)
     for batch in epoch_batches(dataset.to_if_it_fits(device).train, cfg.batch_size, cfg.seed, epoch, device):
@@ -34,23 +35,23 @@ logger = logging.getLogger(__name__)
 class Dataset:
     """A data set as a run sees it.
 
-    ``mean`` and ``std`` are those of each channel over all training images, validation included, for pixels in [0, 1].
-    The deviation of a channel that is constant counts as 1.
+    ``mean`` and ``std`` are per channel, for pixels in [0, 1], over the training images and, unless it is cut from the
+    probe images, the validation split. A constant channel has a std of 1.
     """
 
     name: str
-    classes: list[str]  # empty where no image has a label: there is nothing to evaluate
+    classes: list[str]  # empty if no image has a label; then nothing that needs labels is evaluated
     mean: list[float]
     std: list[float]
     train: Split
     val: Split | None  # None with data.final
-    skipped: int  # images that could not be read, with data.on_error=skip
+    skipped: int  # how many images were left out because they cannot be read (data.on_error=skip)
     _cache: Cache = field(repr=False)
-    probe_only: Split | None = None  # labelled images, where those of ``train`` have no labels
+    probe_only: Split | None = None  # labelled images for the probes, if those of ``train`` have no labels
 
     @property
     def fingerprint(self) -> str:
-        """Which images these are: `src.data.cache.fingerprint`."""
+        """The digest that identifies the images, as `src.data.cache.fingerprint` computes it."""
         return self._cache.fingerprint
 
     @property
@@ -60,22 +61,22 @@ class Dataset:
 
     @property
     def probe(self) -> Split:
-        """What probes and neighbours learn from."""
+        """The labelled images on which linear probes and nearest-neighbour classifiers are fitted."""
         return self.train if self.probe_only is None else self.probe_only
 
     @property
     def test(self) -> Split:
-        """The test split, for the final evaluation and nothing else. It is not read before it is asked for."""
+        """The test split, for the final evaluation only. It is opened when this property is first used, not before."""
         return self._cache.part("test")
 
     def names(self, cfg: Data) -> dict[str, Iterator[tuple[str, str]]]:
-        """The split and the name of each image that the source has: `src.data.cache.image_names`."""
+        """The split and the name of each image, listed for each part of the cache: `src.data.cache.image_names`."""
         return image_names(cfg, self._cache.skipped)
 
     def to_if_it_fits(self, device: torch.device) -> Dataset:
-        """The data set with its training and validation images on a GPU, if they take little of its free memory.
+        """Copy the training, validation and probe images to a GPU if they fit into a quarter of its free memory.
 
-        Otherwise they stay where they are, and `epoch_batches` streams them.
+        Otherwise return the data set as it is; `epoch_batches` then streams the images.
         """
         from src.data.batches import room
 
@@ -89,12 +90,12 @@ class Dataset:
 def load(cfg: Data) -> Dataset:
     """Decode the images unless the cache has them, then split them.
 
-    Where no split validates, a part of the labelled images is cut off for that, and ``limit`` applies to the rest, so
-    that every limit validates on the same images. No image is copied: all splits, and all processes that use the cache,
-    share its memory-mapped pages.
+    If the source has no validation split, a part of the labelled images is held out for validation. ``limit`` applies
+    to the training images that remain, so that runs with different limits validate on the same images. No image is
+    copied: all splits, and all processes that use the cache, share its memory-mapped pages.
 
     Raises:
-        UsageError: the source is missing or damaged, its images are others than ``cfg.fingerprint`` says, or the
+        UsageError: the source is missing or damaged, its images are not those that ``cfg.fingerprint`` names, or the
             splits cannot be made.
     """
     import torch
@@ -104,7 +105,7 @@ def load(cfg: Data) -> Dataset:
     cache = cached(cfg)
     train, probe, val = cache.part("train"), cache.part("probe"), None
     if not cfg.final and (held_out := cache.counts["val"]):
-        _warn_of_no_cut(cfg)
+        _warn_of_unused_cut_settings(cfg)
         train, val = train.take(torch.arange(len(train))[:-held_out]), train.take(torch.arange(len(train))[-held_out:])
     elif not cfg.final and len(probe):
         probe, val = _cut_off_validation(probe, cfg)
@@ -126,11 +127,11 @@ def _cut_off_validation(split: Split, cfg: Data) -> tuple[Split, Split]:
     return split.take(rest), split.take(held_out)
 
 
-def _warn_of_no_cut(cfg: Data) -> None:
-    """Say so where settings of the cut are changed, which only gives the same run another name."""
+def _warn_of_unused_cut_settings(cfg: Data) -> None:
+    """Warn if settings of the validation cut are changed that have no effect here except on the run's hash."""
     usual = yaml.safe_load((CONF / "shared" / "data.yaml").read_text())
     changed = [key for key in ("val_fraction", "split_seed") if getattr(cfg, key) != usual[key]]
-    if cfg.limit is not None and "split_seed" in changed:  # which chooses the subset
+    if cfg.limit is not None and "split_seed" in changed:  # the seed still chooses the subset of data.limit
         changed.remove("split_seed")
     if changed:
         typed = ", ".join(f"data.{key}={getattr(cfg, key)}" for key in changed)

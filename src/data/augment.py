@@ -1,11 +1,11 @@
-"""Augmented views, computed for a whole batch at once on its device, every image with its own draws.
+"""Augmented views, computed for a whole batch at once on its device; each image has its own random draws.
 
 Source: the operations of SimCLR (Chen et al. 2020, appendix A) and BYOL's solarization (Grill et al. 2020, appendix B),
-each as torchvision computes it on float images. Deviation from its 8-bit images: nothing is rounded between operations,
-and the crop is clamped to [0, 1], because a bicubic resize overshoots.
+each as torchvision computes it on float images. Deviation from torchvision on 8-bit images: nothing is rounded between
+operations. The crop is clamped to [0, 1], because a bicubic resize overshoots.
 
 Shape suffixes: B images, C = 3 channels, H and W an image's height and width, S the side of a view, N an image's pixels
-along one axis, T taps of the blur.
+along one axis, T taps of the blur, K the side of a whole image that is stored as a square.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ SOLARIZE_FROM = 0.5
 
 
 class Params(NamedTuple):
-    """All draws of one view of a batch, float32. An image that is spared an operation holds the neutral value."""
+    """All random draws for one view of a batch, float32. An image that skips an operation has its neutral value."""
 
     box: Tensor  # [B, 4] the crop: top, left, height, width, in whole pixels
     flip: Tensor  # [B, 1] 0 or 1
-    order: Tensor  # [B, 4] which operation of the colour jitter comes first, second, ...: a permutation of 0, 1, 2, 3
-    factors: Tensor  # [B, 4] brightness, contrast, saturation (neutral 1), and the hue's shift in turns (neutral 0)
+    order: Tensor  # [B, 4] a permutation of 0, 1, 2, 3: the order of the four colour-jitter operations
+    factors: Tensor  # [B, 4] of brightness, contrast and saturation (neutral 1), and the hue shift in turns (neutral 0)
     grey: Tensor  # [B, 1] 0 or 1
-    sigma: Tensor  # [B, 1] of the Gaussian blur, in pixels (neutral 0)
+    sigma: Tensor  # [B, 1] standard deviation of the Gaussian blur, in pixels (neutral 0)
     solarize: Tensor  # [B, 1] 0 or 1
 
 
@@ -41,13 +41,14 @@ class ViewMaker:
     """Makes one view of every image of a batch.
 
     Args:
-        view: probabilities and strengths. An operation of probability 0 costs nothing.
+        view: probabilities and strengths of the operations. An operation with probability 0 costs nothing.
         interpolation: ``bicubic`` or ``bilinear``, both antialiased.
         image_size: S, in pixels.
-        mean: of each channel of the data set, in [0, 1].
-        std: of each channel of the data set, in [0, 1].
-        part: which of how many equal parts of a batch the images are. The draws are those of the whole batch.
-        compile_mode: in which torch.compile fuses the arithmetic; None: it does not. The draws stay as they are.
+        mean: the mean of each channel over the data set, for pixels in [0, 1].
+        std: the standard deviation of each channel over the data set, for pixels in [0, 1].
+        part: (index, number of equal parts): which part of the whole batch the images are. Draws are always made for
+            the whole batch, so that a rank's images get the draws that they would get on a single device.
+        compile_mode: the mode in which torch.compile fuses the arithmetic; None: eager. The draws are not compiled.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class ViewMaker:
     def draw(
         self, images: int, height: int, width: int, device: torch.device | str, aspects: Tensor | None = None
     ) -> Params:
-        """Draw from torch's default generator, on the CPU, so that a run's views do not depend on its devices."""
+        """Draw one view's parameters from torch's default CPU generator, so that views do not depend on the device."""
         v, (number, parts) = self.view, self.part
         batch_size = parts * images
 
@@ -87,13 +88,13 @@ class ViewMaker:
             sigma=chosen(v.blur) * torch.empty(batch_size, 1).uniform_(*v.blur_sigma),
             solarize=chosen(v.solarize),
         )
-        # One copy for all of them, which the host does not wait for.
+        # All draws travel in one copy, for which the host does not wait.
         own = torch.cat([p.float() for p in params], 1).chunk(parts)[number]
         packed = own.to(device, non_blocking=True)
         return Params(*packed.split([p.shape[1] for p in params], 1))
 
     def apply(self, images_BCHW: Tensor, params: Params) -> Tensor:
-        """Compute the views that the draws describe; a pure function of uint8 images and draws on one device.
+        """Compute the views that the draws describe: a pure function of uint8 images and draws on the same device.
 
         Returns:
             [B, C, S, S] float32, normalised.
@@ -118,26 +119,27 @@ class ViewMaker:
             return _standardise(x, self.mean, self.std)
 
     def __call__(self, images_BCHW: Tensor, aspects: Tensor | None = None) -> Tensor:
-        """Draw and apply: [B, C, H, W] uint8 to [B, C, S, S] float32, normalised.
+        """Draw the parameters of a view and apply them: [B, C, H, W] uint8 to [B, C, S, S] float32, normalised.
 
         Args:
             images_BCHW: the images.
-            aspects: [batch size] on the CPU: width / height that whole images had before they were squeezed into
-                squares; None: images as they are.
+            aspects: [size of the whole batch] on the CPU: the width / height of each image before it was squeezed into
+                a square; None: the images have not been squeezed.
         """
         B, _, H, W = images_BCHW.shape
         return self._apply(images_BCHW, self.draw(B, H, W, images_BCHW.device, aspects))
 
 
 def center_crop(images_BCKK: Tensor, aspects: Tensor, size: int) -> Tensor:
-    """The middle of whole images that have been squeezed into squares, in the aspect that they had.
+    """Cut the central square out of images that have been squeezed into squares, with their original aspect restored.
 
-    It is what Resize and CenterCrop of the field's recipes show: K pixels along the shorter side, of which S stay.
+    The result is what torchvision's Resize(K) and CenterCrop(S) give: the shorter side has K pixels, of which the
+    middle S are kept.
 
     Args:
-        images_BCKK: uint8.
-        aspects: [B] width / height before.
-        size: S.
+        images_BCKK: uint8 squares.
+        aspects: [B] width / height of each image before it was squeezed.
+        size: S, in pixels.
 
     Returns:
         [B, C, S, S] uint8.
@@ -152,7 +154,7 @@ def center_crop(images_BCKK: Tensor, aspects: Tensor, size: int) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """For evaluation: uint8 [B, C, H, W] to float32, standardised by channel and not augmented."""
+    """Standardise uint8 images [B, C, H, W] by channel without augmentation, for evaluation; returns float32."""
     return _standardise(images / 255, mean, std)
 
 
@@ -164,18 +166,18 @@ def _standardise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
 def draw_boxes(
     batch_size: int, height: int, width: int, scale: Sequence[float], aspects: Tensor | None = None
 ) -> Tensor:
-    """Random resized crops as torchvision draws them.
+    """Draw random resized crops as torchvision does.
 
-    The area, relative to the image, is uniform in ``scale``, the aspect ratio log-uniform. The first of ten attempts
-    that fits is taken; failing all ten, the largest centred box of a legal ratio. A box of an image that was squeezed
-    from another aspect is squeezed alike: its area and its place are relative to the image, its ratio is divided by the
-    image's.
+    The area, relative to the image, is uniform in ``scale``, and the aspect ratio is log-uniform. The first of ten
+    attempts that fits into the image is taken; if none fits, the largest centred box with an allowed ratio is. A crop
+    of an image that was squeezed into a square is squeezed like it: the crop's aspect ratio is divided by the image's,
+    while its area and position, which are relative to the image, stay the same.
 
     Args:
         batch_size: B.
-        height, width: of the images.
-        scale: the least and the largest area.
-        aspects: [B] width / height that the images had before they were squeezed into squares; None: they were not.
+        height, width: of the images, in pixels.
+        scale: the smallest and the largest area, relative to the image.
+        aspects: [B] width / height of the images before they were squeezed into squares; None: they were not.
 
     Returns:
         [B, 4] float32: top, left, height, width, in whole pixels.
@@ -198,7 +200,7 @@ def draw_boxes(
 
 
 def _cubic(x: Tensor) -> Tensor:
-    """Keys' cubic convolution with a = -1/2, zero from 2 on."""
+    """Keys' cubic convolution kernel with a = -1/2, which is zero for distances of 2 and more."""
     x = x.abs().clamp(max=2)
     return torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
 
@@ -212,9 +214,10 @@ KERNELS: dict[str, Kernel] = {"bicubic": _cubic, "bilinear": _triangle}
 
 
 def resampling(start: Tensor, length: Tensor, flip: Tensor, N: int, S: int, kernel: Kernel) -> Tensor:
-    """Crop, antialiased resize and flip along one axis, as a matrix for every image.
+    """Build the matrix, one for each image, that crops, resizes with antialiasing and flips along one axis.
 
-    The kernel widens as the crop shrinks. Taps outside the crop are dropped, and the rest made to sum to 1.
+    When the crop has more pixels than the view, the kernel is widened by that factor. Taps outside the crop are
+    dropped, and the remaining ones are scaled to sum to 1.
 
     Args:
         start: [B, 1] the crop's first pixel.
@@ -222,7 +225,7 @@ def resampling(start: Tensor, length: Tensor, flip: Tensor, N: int, S: int, kern
         flip: [B, 1] 0 or 1.
         N: pixels of the image along this axis.
         S: pixels of the view along this axis.
-        kernel: interpolation kernel of unit spacing.
+        kernel: interpolation kernel, a function of the distance in pixels.
 
     Returns:
         [B, S, N] float32, rows that sum to 1.
@@ -238,7 +241,9 @@ def resampling(start: Tensor, length: Tensor, flip: Tensor, N: int, S: int, kern
 
 
 def blurring(sigma: Tensor, S: int, radius: int) -> Tensor:
-    """Gaussian blur along one axis, reflected at the borders, as a matrix for every image; the identity for sigma 0.
+    """Build the matrix, one for each image, of a Gaussian blur along one axis; for sigma 0 it is the identity.
+
+    The image is reflected at its borders.
 
     Args:
         sigma: [B, 1] in pixels.
@@ -251,29 +256,30 @@ def blurring(sigma: Tensor, S: int, radius: int) -> Tensor:
     radius = min(radius, S - 1)
     offset_T = torch.arange(-radius, radius + 1, device=sigma.device)
     kernel_BT = (-0.5 * (offset_T / sigma.clamp(min=0.01)) ** 2).softmax(1)
-    # A padded identity tells which input pixel j tap t of output pixel i reads.
+    # The unfolded, padded identity is 1 at [j, i, t] where tap t of output pixel i reads input pixel j.
     padded = F.pad(torch.eye(S, device=sigma.device)[None], (radius, radius), mode="reflect")[0]
     return torch.einsum("bt,jit->bij", kernel_BT, padded.unfold(1, 2 * radius + 1, 1))
 
 
 def along_both_axes(x: Tensor, rows_BSH: Tensor, columns_BSW: Tensor) -> Tensor:
-    """[B, C, H, W] to [B, C, S, S]: rows @ channel @ columns.T, every image with matrices of its own."""
-    for matrix in (columns_BSW, rows_BSH):  # each turn transposes the image, two turns restore it
+    """Map [B, C, H, W] to [B, C, S, S] by rows @ channel @ columns.T, with separate matrices for each image."""
+    for matrix in (columns_BSW, rows_BSH):  # each pass transposes the image, so two passes restore its orientation
         x = (x.flatten(1, 2) @ matrix.mT).unflatten(1, x.shape[1:3]).mT
     return x
 
 
 def luma(x: Tensor) -> Tensor:
-    """Grey of ITU-R BT.601: [B, 3, S, S] to [B, 1, S, S]."""
+    """Convert RGB to grey by ITU-R BT.601: [B, 3, S, S] to [B, 1, S, S]."""
     r, g, b = x.split(1, 1)
     return 0.2989 * r + 0.587 * g + 0.114 * b
 
 
 def jitter_colours(x: Tensor, order: Tensor, factors: Tensor, hue: bool) -> Tensor:
-    """Brightness, contrast, saturation and hue, in every image's own order.
+    """Adjust brightness, contrast, saturation and hue, in a separate order for each image.
 
-    The hue, by far the costliest, is shifted once for the whole batch: first come the operations that precede it in
-    their image's order, after it the others. An image with nothing to do at a turn is blended with factor 1.
+    The hue shift is by far the most expensive operation, so it runs once for the whole batch: before it the operations
+    that precede it in an image's order, and after it the others. A factor of 1 leaves an image unchanged in a round in
+    which it has no operation.
     """
     operations = order.long()
     factor_in_turn = factors.gather(1, operations)
@@ -288,25 +294,28 @@ def jitter_colours(x: Tensor, order: Tensor, factors: Tensor, hue: bool) -> Tens
 
 
 def _blend(x: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
-    """Extrapolate from black (brightness), the image's mean grey (contrast) or each pixel's grey (saturation)."""
+    """Interpolate between x and black (brightness), the mean grey (contrast) or each pixel's grey (saturation).
+
+    The factor is the weight of x; above 1 it extrapolates.
+    """
     operation, grey = _per_image(operation), luma(x)
     base = (operation == SATURATION) * grey + (operation == CONTRAST) * grey.mean((2, 3), keepdim=True)
     return torch.lerp(base, x, _per_image(factor)).clamp_(0, 1)
 
 
 def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Shift the hue of the HSV hexcone by ``turns`` [B]; images of shift 0 stay exactly as they are.
+    """Shift the hue in the HSV hexcone model by ``turns`` [B] full turns; an image with shift 0 stays exactly the same.
 
-    Source: Smith 1978, "Color gamut transform pairs". Deviation: the way back is one piecewise linear function a
-    channel, without the six cases.
+    Source: Smith 1978, "Color gamut transform pairs". Deviation: the conversion back to RGB is one piecewise linear
+    function for each channel instead of a distinction of six cases.
     """
     r, g, b = x.split(1, 1)
     value = r.maximum(g).maximum(b)
     chroma = value - r.minimum(g).minimum(b)
-    divisor = 6 * chroma.clamp(min=1e-12)  # grey has chroma 0, and its hue then makes no difference
+    divisor = 6 * chroma.clamp(min=1e-12)  # a grey pixel has chroma 0, so its hue makes no difference
     hue = torch.where(value == g, (b - r) / divisor + 1 / 3, (r - g) / divisor + 2 / 3)
     hue = torch.where(value == r, (g - b) / divisor, hue)
-    # A channel is full within a sextant of its own hue, and gone from two sextants on.
+    # A channel is at its maximum up to one sextant from its own hue, and at its minimum from two sextants on.
     own_C11 = torch.arange(3, device=x.device)[:, None, None] / 3
     distance = hue + _per_image(turns) - own_C11
     distance = (distance - distance.round()).abs()

@@ -1,6 +1,6 @@
-"""Batches of one epoch, whose order depends on nothing but the seed and the epoch, so that a resumed run sees the same.
+"""Batches of one epoch. Their order depends only on the seed and the epoch, so that a resumed run sees the same ones.
 
-Shapes: B images a batch, K pixels a side, N images in the split.
+Shapes: B images in a batch, K pixels a side, N images in the split.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from src.errors import UsageError
 from src.system.seeding import mix
 from src.system.threads import in_threads
 
-PREFETCHED_BATCHES = 3  # that wait for their step
-MEMORY_FRACTION = 0.25  # of a device's memory, for images
+PREFETCHED_BATCHES = 3  # batches that are read ahead of the step
+MEMORY_FRACTION = 0.25  # the share of a device's memory that images may take
 
 
 class Batch(NamedTuple):
-    images: Tensor  # [B, 3, K, K] uint8, or those of them that were asked for
+    images: Tensor  # [B, 3, K, K] uint8, or fewer if ``rows`` selects a part of the batch
     labels: Tensor  # [B] int64
-    ids: Tensor  # [B] int64, rows of the split
-    aspects: Tensor | None  # [B] float32 on the CPU, of whole images: `src.data.splits.Split`
+    ids: Tensor  # [B] int64, the images' rows in the split
+    aspects: Tensor | None  # [B] float32 on the CPU, as in `src.data.splits.Split`; None unless whole images are stored
 
 
 def images_a_step(batch_size: int, images: int) -> int:
-    """How many images a batch holds: all that there are, where a default asks for more."""
+    """The number of images in a batch: all images if there are fewer than a default batch size."""
     return min(batch_size, images)
 
 
 def check_batch_size(batch_size: int, split: Split) -> None:
-    """Refuse a batch that the split cannot fill, since an epoch would then hold no batch at all.
+    """Refuse a batch size that exceeds the split, because an epoch would then have no full batch.
 
     Raises:
         UsageError: ``batch_size`` exceeds the number of images.
@@ -49,14 +49,14 @@ def check_batch_size(batch_size: int, split: Split) -> None:
 
 
 def room(device: torch.device) -> float:
-    """Bytes of a device's memory that images may take; the rest is for networks and activations."""
+    """Bytes that images may take: a share of a GPU's free memory, or of a CPU's total; the rest is for the network."""
     if device.type == "cuda":
         return MEMORY_FRACTION * torch.cuda.mem_get_info(device)[0]
     return MEMORY_FRACTION * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """A permutation [count] of the rows, a pure function of its arguments."""
+    """A random permutation of the rows, [count] int64, that depends only on the arguments."""
     generator = torch.Generator().manual_seed(mix(seed, epoch))
     return torch.randperm(count, generator=generator)
 
@@ -70,19 +70,19 @@ def epoch_batches(
     start: int = 0,
     rows: slice = slice(None),
 ) -> Iterator[Batch]:
-    """All full batches of one epoch in random order; the images left over at its end are dropped.
+    """Yield all full batches of one epoch in random order; the images left over at the end are dropped.
 
-    Images are gathered where the split lives: on the device no batch crosses the bus. Those that have to be moved, and
-    those of which memory cannot hold all, are read ahead of the step that wants them.
+    Batches are gathered where the split is stored, so a split on the GPU needs no transfer. Batches that have to be
+    moved to the device, or that come from a split too large for memory, are read ahead of their step by a thread.
 
     Args:
         split: on the device, or in the host's memory.
         batch_size: B.
-        seed: of the run.
-        epoch: which epoch; each has its own order.
-        device: where the batches are wanted.
-        start: how many batches to leave out, when resuming inside an epoch.
-        rows: of each batch, the images that are wanted; all else is of the whole batch.
+        seed: the run's seed.
+        epoch: the number of the epoch; each has its own order.
+        device: the device on which to return the batches.
+        start: how many batches to leave out at the beginning, when a run resumes inside an epoch.
+        rows: which images of each batch to return; labels, ids and aspects are always those of the whole batch.
 
     Raises:
         UsageError: ``batch_size`` exceeds the number of images.

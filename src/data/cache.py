@@ -1,12 +1,13 @@
-"""Images decoded once into one memory-mapped safetensors file, which all processes on the machine share.
+"""The cache: images decoded once into a memory-mapped safetensors file, which all processes on the machine share.
 
-The file is named ``{data set}-{identity}-{state}``: the identity says which source at which size, the state how its
-files were. A changed source therefore means a new file, and the old one of that identity is removed. Its header states
-a fingerprint: which images they are, wherever they lie. Two small files spare what takes time with large data sets:
-``{identity}-{state}.verified`` says in which state the file had its checksum, and ``{identity}.folders`` in which state
-the folders of very many images, or many parquet files, were when all images were looked at.
+The file is named ``{data set}-{identity}-{state}.safetensors``. The identity is a digest of the source and of how it is
+decoded; the state is a digest of the sizes and times of the source's files. A changed source therefore gets a new file,
+and the old file of the same identity is removed. The header holds the fingerprint, which identifies the images wherever
+they are stored. Two small files beside it save time with large data sets: ``{data set}-{identity}-{state}.verified``
+records the size and times at which the cache file had the right checksum, and ``{data set}-{identity}.folders`` the
+state of the folders of very many images (or parquet files) when all of these were last looked at.
 
-Shapes: N images, S pixels a side.
+Shapes: N images, S pixels a side, K pixels a side of a whole image stored as a square.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4  # part of the state: raise it with any change of decoding or of the layout
+FORMAT = 4  # part of the state: raise it with any change to the decoding or to the layout of the file
 VERIFIED = ".verified"
 
 
 class Cache:
-    """An open cache file. Its tensors are views of the mapping; pages are read when they are touched.
+    """An open cache file. Its tensors are views of the memory mapping, whose pages are read when they are accessed.
 
     Raises:
-        SafetensorError: it is cut short, or not what was written.
+        SafetensorError: the file is truncated, or its checksum differs.
     """
 
     def __init__(self, path: Path):
@@ -53,19 +54,19 @@ class Cache:
         _verify(path, notes.get("sha256", ""))
         self.fingerprint = notes["fingerprint"]
         self.classes: list[str] = json.loads(notes["classes"])
-        self.skipped: list[str] = json.loads(notes["skipped"])  # why, for each image left out
-        self.notes: list[str] = json.loads(notes["notes"])  # what a user has to know of the splits
-        self.size: int | None = json.loads(notes.get("size", "null"))  # S, where whole images of K pixels are kept
+        self.skipped: list[str] = json.loads(notes["skipped"])  # for each image left out, its name and the reason
+        self.notes: list[str] = json.loads(notes["notes"])  # what a user has to know about the splits
+        self.size: int | None = json.loads(notes.get("size", "null"))  # S, if whole images are stored; else None
         self.counts: dict[str, int] = json.loads(notes["counts"])  # how many images each part has
         self.mean: list[float] = self._file.get_tensor("mean").tolist()
         self.std: list[float] = [std or 1.0 for std in self._file.get_tensor("std").tolist()]  # 0: a constant channel
 
     def part(self, name: str) -> Split:
-        """The part ``train``, whose last ``counts["val"]`` images validate, ``test`` or ``probe``.
+        """The part ``train``, ``test`` or ``probe``; the last ``counts["val"]`` images of ``train`` are for validation.
 
-        Images without labels count as one class, 0.
+        Images without labels all get the label 0.
         """
-        from src.data.splits import Split  # torch takes seconds, and fingerprints do without it
+        from src.data.splits import Split  # it imports torch, which takes seconds and which fingerprints do not need
 
         labels = self._file.get_tensor(f"{name}_labels")
         aspects = self._file.get_tensor(f"{name}_aspects") if self.size else None
@@ -74,13 +75,13 @@ class Cache:
 
 
 def cached(cfg: Data) -> Cache:
-    """Open the cache of the source that ``cfg`` names, after decoding it if there is none in its present state.
+    """Open the cache of the source that ``cfg`` names; if there is none for the source's present state, make it first.
 
-    Processes that start together decode once: the others wait.
+    Of several processes that start together, one decodes and the others wait.
 
     Raises:
-        UsageError: the source is missing, incomplete or damaged, its images are others than ``data.fingerprint``
-            says, or the cache has no room.
+        UsageError: the source is missing, incomplete or damaged, its images are not those that ``data.fingerprint``
+            names, or the disk has no room for the cache.
     """
     identity = _identity(cfg)
     path = _remembered(identity)
@@ -88,11 +89,11 @@ def cached(cfg: Data) -> Cache:
     if cache is None:
         source = find(cfg)
         path = _path(identity, source)
-        # The second attempt to open it, under the lock, logs a damaged file.
-        cache = _open(path, logging.DEBUG) or _made(identity, path, source, cfg)
+        # A damaged file is logged by the second attempt to open it, under the lock.
+        cache = _open(path, logging.DEBUG) or _make_under_lock(identity, path, source, cfg)
         if source.folders:
             _remember(identity, path, source)
-    _check_meant(cfg, cache.skipped, cache.fingerprint)
+    _check_usable(cfg, cache.skipped, cache.fingerprint)
     for note in cache.notes:
         logger.warning("%s: %s", shown(cfg), note)
     if cache.skipped:
@@ -100,16 +101,16 @@ def cached(cfg: Data) -> Cache:
     return cache
 
 
-def _made(identity: Path, path: Path, source: Source, cfg: Data) -> Cache:
-    """The cache that this process decodes, or for which it has waited."""
+def _make_under_lock(identity: Path, path: Path, source: Source, cfg: Data) -> Cache:
+    """Decode the images under the lock, unless another process has done so while this one waited."""
     with _locked(_beside(identity, ".lock")):
         cache = _open(path, logging.WARNING)
         if cache is None:
             for outdated in path.parent.glob(f"{identity.name}-*{PARTIAL}"):
-                if outdated != path.with_suffix(PARTIAL):  # which would take the room of this one meanwhile
+                if outdated != path.with_suffix(PARTIAL):  # it would take up room that this one needs
                     outdated.unlink()
             stated = write(path, source, cfg)
-            _note_verified(path, stated, state(path))  # what has just been read need not be read again
+            _note_verified(path, stated, state(path))  # the checksum has just been computed from the whole file
             cache = Cache(path)
             for outdated in set(path.parent.glob(f"{identity.name}-*")) - {path, path.with_suffix(VERIFIED)}:
                 outdated.unlink()
@@ -117,29 +118,29 @@ def _made(identity: Path, path: Path, source: Source, cfg: Data) -> Cache:
 
 
 def fingerprint(cfg: Data) -> str:
-    """Which images ``cfg`` names: 16 hex digits that depend on classes, labels and pixels, not on where they lie.
+    """Identify the images that ``cfg`` names by 16 hex digits, which depend on classes, labels and pixels, not paths.
 
-    Decodes them if there is no cache of their present state.
+    Decodes the images if there is no cache for their present state.
 
     Raises:
-        UsageError: as `cached` does.
+        UsageError: as in `cached`.
     """
     return known_fingerprint(cfg) or cached(cfg).fingerprint
 
 
 def image_names(cfg: Data, skipped: list[str]) -> dict[str, Iterator[tuple[str, str]]]:
-    """The split and the name of each image of the parts ``train``, ``test`` and ``probe``, in the cache's order.
+    """List the split and the name of each image of the parts ``train``, ``test`` and ``probe``, in the cache's order.
 
-    A name is what error messages call the image: the path of its file, or a shard and a row.
+    The name is the one that error messages use: the path of the image's file, or a shard and a row.
 
     Args:
-        cfg: of images that have been decoded.
-        skipped: what the cache says of those that are left out.
+        cfg: the settings of a data set that has been decoded.
+        skipped: `Cache.skipped`, the lines about images that were left out.
 
     Raises:
-        UsageError: as `cached` does.
+        UsageError: as in `cached`.
     """
-    # A line begins with the name, which may have a colon itself.
+    # A line begins with the image's name and a colon, but the name itself may contain colons too.
     left_out = {line[: colon.start()] for line in skipped for colon in re.finditer(": ", line)}
 
     def named(split: str, images: Iterable[LazyImage]) -> Iterator[tuple[str, str]]:
@@ -152,10 +153,10 @@ def image_names(cfg: Data, skipped: list[str]) -> dict[str, Iterator[tuple[str, 
 
 
 def known_fingerprint(cfg: Data) -> str | None:
-    """The same from the cache's header alone; None where there is no cache of the present state.
+    """Read the fingerprint from the cache's header alone; None if there is no cache for the source's present state.
 
     Raises:
-        UsageError: the source is missing, or its images are known not to be usable.
+        UsageError: the source is missing, or the header says that its images cannot be used with these settings.
     """
     identity = _identity(cfg)
     path = _remembered(identity) or _path(identity, find(cfg))
@@ -165,15 +166,15 @@ def known_fingerprint(cfg: Data) -> str | None:
         skipped, found = json.loads(notes["skipped"]), notes["fingerprint"]
     except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):  # no cache, or a damaged one
         return None
-    _check_meant(cfg, skipped, found)
+    _check_usable(cfg, skipped, found)
     return found
 
 
 def _identity(cfg: Data) -> Path:
-    """What the caches of all states of a source begin with."""
+    """The path with which the names of all files of a source's cache begin, whatever the state of the source."""
     places = (cfg.name, root_of(cfg), cfg.repo, cfg.revision, cfg.config, cfg.train_split, cfg.test_split)
     decoding = (cfg.image_size, cfg.image_column, cfg.label_column, cfg.resize, cfg.background)
-    # Neutral settings leave their names to the caches that there are.
+    # These settings are younger than the name; at their neutral values, existing caches keep their names.
     newer: list[object] = []
     if cfg.keep:
         newer += ["keep", cfg.keep]
@@ -185,17 +186,17 @@ def _identity(cfg: Data) -> Path:
 
 
 def _beside(identity: Path, ending: str) -> Path:
-    """A file beside an identity, whose name may have a dot, so `Path.with_suffix` would cut it."""
+    """Append an ending to an identity; `Path.with_suffix` would cut a name that contains a dot."""
     return identity.with_name(f"{identity.name}{ending}")
 
 
 def _path(identity: Path, source: Source) -> Path:
-    """The cache of a source in its present state."""
+    """The path of the cache file for the present state of a source."""
     return identity.with_name(f"{identity.name}-{_digest(FORMAT, source.stamp)}.safetensors")
 
 
 def _remembered(identity: Path) -> Path | None:
-    """The cache of a source of very many files, if its folders are as they were when all files were looked at."""
+    """The cache file of a source with very many files, if its folders have not changed since all files were listed."""
     try:
         remembered = json.loads(_beside(identity, ".folders").read_text())
         path, folders = identity.with_name(remembered["cache"]), remembered["folders"]
@@ -207,11 +208,12 @@ def _remembered(identity: Path) -> Path | None:
 
 def _remember(identity: Path, path: Path, source: Source) -> None:
     remembered = {"cache": path.name, "folders": dict(source.folders)}
-    with suppress(OSError):  # of a folder that may only be read
+    with suppress(OSError):  # the folder may be read-only
         write_whole(_beside(identity, ".folders"), json.dumps(remembered).encode())
 
 
-def _check_meant(cfg: Data, skipped: list[str], found: str) -> None:
+def _check_usable(cfg: Data, skipped: list[str], found: str) -> None:
+    """Refuse skipped images if ``data.on_error=raise``, and a fingerprint other than ``data.fingerprint``."""
     if skipped and cfg.on_error == "raise":
         raise UsageError(f"{skipped[0]} ({len(skipped)} such images; data.on_error=skip leaves them out)")
     if cfg.fingerprint not in (None, found):
@@ -232,7 +234,7 @@ def _open(path: Path, level: int) -> Cache | None:
 
 
 def _verify(path: Path, stated: str) -> None:
-    """Compare the checksum, unless that has been done since the file was last written to."""
+    """Compare the file's checksum with the stated one, unless that was done after the file was last changed."""
     now = state(path)
     with suppress(OSError, ValueError):
         if stated and path.with_suffix(VERIFIED).read_text() == f"{stated} {now}":
@@ -243,7 +245,7 @@ def _verify(path: Path, stated: str) -> None:
 
 
 def _note_verified(path: Path, checksum: str, when: str) -> None:
-    with suppress(OSError):  # of a folder that may only be read
+    with suppress(OSError):  # the folder may be read-only
         write_whole(path.with_suffix(VERIFIED), f"{checksum} {when}".encode())
 
 
@@ -252,7 +254,7 @@ def _digest(*parts: object) -> str:
 
 
 def _locked(path: Path) -> AcquireReturnProxy:
-    """Hold the lock inside a ``with`` block, and say so if that means waiting for another process."""
+    """Acquire the lock, to be held in a ``with`` block; log a line if another process has to be waited for."""
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

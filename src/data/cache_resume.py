@@ -1,7 +1,7 @@
-"""A cache that is being written: what is on the disk outlives the process, and the next one goes on after it.
+"""Resuming an interrupted cache: images that have reached the disk are kept, and the next process continues after them.
 
-The file holds the images from their final place on; what comes before them is written at the end. Beside it lies a line
-that says how many images are on the disk, and what their digest is.
+The unfinished file has the images at their final offset; the header and the labels before them are written at the end.
+A small file beside it records how many images are on the disk, and a digest of them.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from src.system.threads import cores, in_threads
 logger = logging.getLogger(__name__)
 
 SAVED = ".saved"
-BLOCK = 8  # images that a thread works on at a time, which spares the interpreter most of what each would cost
-BLOCKS_PER_CORE = 4  # that are decoded or wait to be written at a time, which bounds memory
-LEVELS = np.arange(256)  # what a pixel's channel can be
+BLOCK = 8  # images in a thread's unit of work; larger units save interpreter overhead for each image
+BLOCKS_PER_CORE = 4  # blocks that are being decoded or wait to be written; this bounds memory
+LEVELS = np.arange(256)  # the values that a channel of a pixel can have
 
 
 def histogram(images: np.ndarray) -> np.ndarray:
-    """How often each channel of images [B, 3, S, S] uint8 has each level, [3, 256] int64.
+    """Count how often each level occurs in each channel of images [B, 3, S, S] uint8: [3, 256] int64.
 
-    Pillow counts without the interpreter's lock and without a copy of 8 bytes a pixel, unlike ``np.bincount``.
+    Unlike ``np.bincount``, Pillow counts without holding the GIL and without a copy that takes 8 bytes a pixel.
     """
     from PIL import Image
 
@@ -38,21 +38,21 @@ def histogram(images: np.ndarray) -> np.ndarray:
 
 
 class Block(NamedTuple):
-    """Images of one part, one after the other."""
+    """Consecutive images of one part."""
 
     images: np.ndarray  # [B, 3, S, S] uint8
     levels: np.ndarray  # their `histogram`
-    aspects: np.ndarray  # [B] float32: width / height of each before it was made a square
+    aspects: np.ndarray  # [B] float32: width / height of each image before it was made a square
 
 
 class Tally:
-    """What is known of the images that have been written.
+    """Running totals over the images written so far: their number, digest, aspects and histogram.
 
     Args:
-        header: what the file will begin with, which says whose images these are.
-        about: what the fingerprint's digest begins with.
-        fitted: of how many of the first images mean and standard deviation are.
-        whole: whether the file has their aspects too.
+        header: the file's header without fingerprint and checksum, by which `line` tells data sets apart.
+        about: classes, sizes and labels, with which the data of the fingerprint's digest begins.
+        fitted: how many images at the beginning enter the mean and the standard deviation.
+        whole: whether whole images are stored, so that the file has their aspects too.
     """
 
     def __init__(self, header: bytes, about: bytes, fitted: int, whole: bool = False) -> None:
@@ -63,7 +63,7 @@ class Tally:
         self._counts = np.zeros((3, len(LEVELS)), np.int64)
 
     def add(self, block: Block) -> None:
-        """Count the next images; all of them are fitted, or none."""
+        """Add the next images. Either all images of a block enter the mean and standard deviation, or none does."""
         self.digest.update(block.images.data)
         if self.whole:
             self.aspects += block.aspects.tobytes()
@@ -72,29 +72,29 @@ class Tally:
         self.images += len(block.images)
 
     def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each channel of the fitted images, [3] float64 each, in [0, 255]."""
+        """Mean and standard deviation of each channel, [3] float64 each, for pixels in [0, 255]."""
         pixels = self._counts[0].sum()
         mean = self._counts @ LEVELS / pixels
         return mean, np.sqrt(self._counts @ LEVELS**2 / pixels - mean**2)
 
     @property
     def line(self) -> str:
-        """What is kept beside the file: how many images there are, and a digest of what they are and whose."""
+        """The content of the ``.saved`` file: the number of images, and a digest of them and of the header."""
         return f"{self.images} {hashlib.sha256(self._header + self.digest.digest() + self.aspects).hexdigest()}"
 
 
 def save(file: BinaryIO, path: Path, line: str, aspects: bytes, place: int) -> None:
-    """Bring the images to the disk, and then say so beside them.
+    """Sync the images to the disk, and then record beside the file that they are there.
 
     Args:
-        file: which has been flushed.
-        path: of the file.
-        line: of the `Tally` of then.
-        aspects: of the same.
-        place: of the aspects in the file.
+        file: the unfinished cache file, already flushed.
+        path: the path of that file.
+        line: `Tally.line` at the time of the flush.
+        aspects: the bytes of `Tally.aspects` at the same time.
+        place: the offset of the aspects in the file.
 
     Raises:
-        OSError: there is no room.
+        OSError: the disk has no room.
     """
     os.pwrite(file.fileno(), aspects, place)
     os.fsync(file.fileno())
@@ -102,14 +102,14 @@ def save(file: BinaryIO, path: Path, line: str, aspects: bytes, place: int) -> N
 
 
 def resumed(path: Path, place: int, start: int, size: int, empty: Callable[[], Tally]) -> Tally:
-    """The tally of the images that an earlier process saved; an empty one where there is nothing, or another thing.
+    """Rebuild the tally of the images that an earlier process saved; an empty tally if there are none that can be used.
 
     Args:
-        path: of the file.
-        place: of the aspects.
-        start: the place of the first image.
+        path: the path of the unfinished file.
+        place: the offset of the aspects in the file.
+        start: the offset of the first image.
         size: pixels a side.
-        empty: makes the tally of no images.
+        empty: makes a tally of no images.
     """
     tally, beside = empty(), path.with_suffix(SAVED)
     try:
@@ -127,7 +127,7 @@ def resumed(path: Path, place: int, start: int, size: int, empty: Callable[[], T
         usable = tally.line == saved
     except FileNotFoundError:
         return empty()
-    except (OSError, ValueError, IndexError):  # it is cut short, or no line that was saved
+    except (OSError, ValueError, IndexError):  # one of the files is truncated, or the ``.saved`` line is malformed
         usable = False
     if usable:
         return tally
@@ -137,7 +137,7 @@ def resumed(path: Path, place: int, start: int, size: int, empty: Callable[[], T
 
 
 def _blocks(file: BinaryIO, counts: Iterable[int], size: int) -> Iterator[np.ndarray]:
-    """The images of each part, which begins with a block of its own."""
+    """Read the images of each part in blocks, none of which spans two parts."""
     for count in counts:
         for start in range(0, count, BLOCK):
             images = min(BLOCK, count - start)

@@ -1,6 +1,7 @@
-"""How a cache file is written: images decoded by several threads, and a safetensors header that states what they are.
+"""Writing a cache file: images decoded by several threads, behind a safetensors header that describes them.
 
-While the file is written it ends in ``.partial``; an interrupted one is continued (`src.data.cache_resume`).
+While the file is being written its name ends in ``.partial``; an interrupted one is continued
+(`src.data.cache_resume`).
 
 Shapes: S pixels a side.
 """
@@ -35,22 +36,22 @@ from src.errors import UsageError
 from src.system.threads import cores, in_threads
 
 NO_CHECKSUM, NO_FINGERPRINT = "0" * 64, "0" * 16
-MAX_HEADER = 100_000_000  # bytes, beyond which safetensors opens no file
+MAX_HEADER = 100_000_000  # bytes; safetensors opens no file with a larger header
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "U8": 1}
 STATISTICS = 2 * 3 * 8  # bytes of mean and standard deviation
 PARTIAL = ".partial"
-SAVE_EVERY = 10.0  # seconds of decoding, which a kill costs at most
+SAVE_EVERY = 10.0  # seconds between two saves; about as much decoding is lost when the process is killed
 
 logger = logging.getLogger(__name__)
 
 
 def write(path: Path, source: Source, cfg: Data) -> str:
-    """Decode a source into a cache file; return its checksum.
+    """Decode a source into a cache file and return the file's checksum.
 
-    The file has another name until it is complete and on the disk.
+    The file gets its final name only when it is complete and synced to the disk.
 
     Raises:
-        UsageError: the source cannot be used, or there is no room.
+        UsageError: the source cannot be used, or the disk has no room.
     """
     unfinished = path.with_suffix(PARTIAL)
     saved = path.with_suffix(SAVED)
@@ -69,7 +70,7 @@ def write(path: Path, source: Source, cfg: Data) -> str:
         return stated
     except OSError as error:
         with suppress(OSError):
-            saved.unlink(missing_ok=True)  # what there is may be the room that is lacking
+            saved.unlink(missing_ok=True)  # so that the unfinished file is deleted too, and gives its room back
         raise UsageError(
             f"data.cache_dir={path.parent}: {error.strerror or error}; make room, or choose another folder"
         ) from error
@@ -79,7 +80,7 @@ def write(path: Path, source: Source, cfg: Data) -> str:
 
 
 def checksum(path: Path, stated: str) -> str:
-    """SHA-256 of the file, as it is when the checksum that its header states is zeros."""
+    """SHA-256 of the file, computed as if the checksum in its header (``stated``) were all zeros."""
     with path.open("rb") as file:
         start = file.read(8)
         header = file.read(int.from_bytes(start, "little"))
@@ -88,10 +89,10 @@ def checksum(path: Path, stated: str) -> str:
 
 
 def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
-    """What can be decoded, and a line on each image that cannot: all of them are decoded once to find out.
+    """Select the images that can be decoded, by decoding all of them once, and return a line on each that cannot.
 
     Raises:
-        UsageError: the lines are more than a header has room for, or a class has no training image left.
+        UsageError: the header has no room for all the lines, or a class has no training image left.
     """
     skipped: list[str] = []
 
@@ -111,7 +112,7 @@ def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
             if not line:
                 continue
             skipped.append(line)
-            room -= len(json.dumps(json.dumps(line)))  # as `_header` has it, with a comma and a blank
+            room -= len(json.dumps(json.dumps(line)))  # encoded twice, as in `_header`; the outer quotes cover ", "
             if room < 0:
                 many = f"{len(skipped):,} images that cannot be read are more than a cache can list"
                 raise UsageError(f"data.on_error=skip: {many}; remove them, first {skipped[0]}")
@@ -134,7 +135,7 @@ def _check(contents: Contents, cfg: Data) -> None:
 
 
 def _check_room(unfinished: Path, contents: Contents, cfg: Data) -> None:
-    """Say how much of the disk the images still take, and refuse to begin where there is less."""
+    """Log how much room the images still need on the disk, and refuse to begin if there is less."""
     begun = unfinished.stat().st_size if unfinished.exists() else 0
     needed = max(0, _images(contents) * 3 * cfg.stored_size**2 - begun)
     free = shutil.disk_usage(unfinished.parent).free
@@ -148,10 +149,10 @@ def _check_room(unfinished: Path, contents: Contents, cfg: Data) -> None:
 
 
 def _stream(path: Path, contents: Contents, skipped: list[str], cfg: Data) -> str:
-    """Write all but the checksum, the images first; return the fingerprint."""
+    """Write everything but the checksum, the images first; return the fingerprint."""
     header = _header(contents, skipped, cfg)
     labels = b"".join(np.asarray(part.labels, np.int64).tobytes() for part in contents.parts().values())
-    place = len(header) + STATISTICS + len(labels)  # of the aspects
+    place = len(header) + STATISTICS + len(labels)  # the offset of the aspects
     start, size = place + (4 * _images(contents) if cfg.keep else 0), 3 * cfg.stored_size**2
     about = json.dumps([contents.classes, _counted(contents)]).encode() + labels
     fitted = len(contents.train.labels) + len(contents.val.labels)
@@ -171,14 +172,14 @@ def _stream(path: Path, contents: Contents, skipped: list[str], cfg: Data) -> st
 
 
 def _append(file: BinaryIO, path: Path, place: int, contents: Contents, cfg: Data, tally: Tally) -> None:
-    """Decode the images that the tally lacks, with a bar in a terminal and a line now and then elsewhere."""
+    """Decode and append the images that follow those of the tally, with a progress bar, or log lines if no terminal."""
     before, total = tally.images, _images(contents)
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} images/s"), TimeRemainingColumn()
     bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
     with bar as progress, ThreadPoolExecutor(1, thread_name_prefix="saving") as disk:
         task = progress.add_task(f"decoding {cfg.name}", total=total, completed=before, rate=0.0)
         began = saved = time.monotonic()
-        saving = disk.submit(file.flush)  # another thread waits for the disk
+        saving = disk.submit(file.flush)  # a separate thread waits for the disk while decoding goes on
         for block in _decoded(contents, cfg, before):
             file.write(block.images.data)
             tally.add(block)
@@ -202,7 +203,7 @@ def _images(contents: Contents) -> int:
 
 
 def _counted(contents: Contents) -> list[int]:
-    """What a fingerprint says of the parts' sizes: validation and probe images only where there are some."""
+    """The parts' sizes as they enter the fingerprint: those of validation and probe only if one of them has images."""
     train, val, test, probe = (len(part.labels) for part in contents.parts().values())
     return [train, test, *([val, probe] if val or probe else [])]
 
@@ -212,7 +213,7 @@ def _decode(image: LazyImage, cfg: Data) -> Decoded:
 
 
 def _decoded(contents: Contents, cfg: Data, done: int) -> Iterator[Block]:
-    """The images after the first ``done``."""
+    """Decode all images after the first ``done``, in blocks."""
 
     def decoded(lazy: list[LazyImage]) -> Block:
         images = np.empty((len(lazy), 3, cfg.stored_size, cfg.stored_size), np.uint8)
@@ -221,7 +222,7 @@ def _decoded(contents: Contents, cfg: Data, done: int) -> Iterator[Block]:
             try:
                 images[row], aspects[row] = _decode(image, cfg)
             except UsageError as error:
-                if cfg.on_error == "skip":  # it could be read a moment ago
+                if cfg.on_error == "skip":  # `_readable` has just decoded it, so this is no image to skip
                     raise
                 raise UsageError(f"{error}, or set data.on_error=skip") from error
         return Block(images, histogram(images), aspects)
@@ -248,14 +249,13 @@ def _header(
     fingerprint: str = NO_FINGERPRINT,
     checksum: str = NO_CHECKSUM,
 ) -> bytes:
-    """The safetensors header, of one length whatever fingerprint and checksum.
+    """The safetensors header. Its length does not depend on the fingerprint and the checksum, which are filled in last.
 
-    The images that validate follow those that train, so that a run on both needs no copy.
+    Validation images follow the training images in one tensor, so that a run on both needs no copy. The widest types
+    come first, so that every tensor is aligned whatever the number of pixels.
 
-    The widest types come first, so that they are aligned whatever the number of pixels.
-
-    Source: the format's description, https://huggingface.co/docs/safetensors. The library itself writes only tensors
-    that are complete in memory.
+    Source: the description of the format, https://huggingface.co/docs/safetensors. The library itself can write only
+    tensors that are complete in memory.
     """
     counts = {name: len(part.labels) for name, part in contents.parts().items()}
     tensors = {"train": counts["train"] + counts["val"], "test": counts["test"], "probe": counts["probe"]}

@@ -1,7 +1,7 @@
 """Data sets that torchvision downloads into ``data.root``, unless they are there.
 
-torchvision checks the MD5 sum of each archive, so that the content is known. The sums therefore serve as stamps. They
-are written here too, because a sweep that looks for its images would wait seconds for torchvision.
+torchvision checks the MD5 sum of each archive, so the sum identifies the content and serves as the source's stamp. The
+sums are repeated here because importing torchvision would delay the start of a sweep by seconds.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ MD5 = {
     "imagenette2": "fe2fc210e6bb7c5664d602c3cd71e612",
 }
 STL10_SIZE = 96  # pixels a side
-IMAGENETTE_SIZES = {"imagenette2-160": ("160px", 160), "imagenette2-320": ("320px", 320)}  # of the shorter side
+IMAGENETTE_SIZES = {"imagenette2-160": ("160px", 160), "imagenette2-320": ("320px", 320)}  # pixels of the shorter side
 IMAGENETTE_IMAGES = 13_394
 
 
 def cifar(cfg: Data, root: Path) -> Source:
-    """CIFAR-10 or CIFAR-100, from Hugging Face shards in ``root`` (or ``root/name``), or as torchvision keeps it."""
+    """CIFAR-10 or CIFAR-100, from Hugging Face shards in ``root`` or ``root/<name>``, or else torchvision's files."""
     name = cfg.name
     for folder in (root, root / name):
         if any(folder.glob("train-*.parquet")):
@@ -58,7 +58,7 @@ def cifar(cfg: Data, root: Path) -> Source:
 def stl10(cfg: Data, root: Path) -> Source:
     """STL-10: 100,000 images without labels, 5,000 with labels to learn from, and 8,000 to test on.
 
-    The images are read from torchvision's files as they are decoded, because the class itself holds 2.8 GB of them.
+    The images are read from torchvision's files one by one, because its class would load all 2.8 GB into memory.
     """
 
     def read() -> Contents:
@@ -67,12 +67,12 @@ def stl10(cfg: Data, root: Path) -> Source:
         kind = datasets.STL10
         folder = root / kind.base_folder
         with _downloading("stl10", root, f"{kind.filename} ({kind.url})"):
-            kind(root, "train", download=True)  # which checks the files of all splits
+            kind(root, "train", download=True)  # this checks the files of all splits
             classes = (folder / kind.class_names_file).read_text().splitlines()
 
         def part(split: str) -> Part:
             values = np.memmap(folder / f"{split}_X.bin", np.uint8, "r")
-            images = values.reshape(-1, 3, STL10_SIZE, STL10_SIZE).transpose(0, 3, 2, 1)  # a file has column by column
+            images = values.reshape(-1, 3, STL10_SIZE, STL10_SIZE).transpose(0, 3, 2, 1)  # files are column-major
             if split == "unlabeled":
                 return Part([UNLABELLED] * len(images), Arrays("stl10", images))
             labels = np.fromfile(folder / f"{split}_y.bin", np.uint8) - 1
@@ -85,7 +85,7 @@ def stl10(cfg: Data, root: Path) -> Source:
 
 
 def imagenette(cfg: Data, root: Path) -> Source:
-    """Ten classes of ImageNet, from the smallest of the archives whose images have ``data.image_size`` pixels."""
+    """Ten classes of ImageNet, from the smallest archive whose images have at least ``data.image_size`` pixels."""
     fitting = (name for name, (_, pixels) in IMAGENETTE_SIZES.items() if cfg.image_size <= pixels)
     name = next(fitting, "imagenette2")
     folder = root / name
@@ -97,7 +97,7 @@ def imagenette(cfg: Data, root: Path) -> Source:
         with _downloading(name, root, f"{name}.tgz (github.com/fastai/imagenette)"):
             train = datasets.Imagenette(root, "train", size, download=not folder.exists())
         found = sum(1 for _ in folder.rglob("*.JPEG"))
-        if found != IMAGENETTE_IMAGES:  # an unpacking that was cut short is not noticed by torchvision
+        if found != IMAGENETTE_IMAGES:  # torchvision does not notice that unpacking was interrupted
             raise UsageError(
                 f"{folder}: holds {found:,} of {IMAGENETTE_IMAGES:,} images; remove it, and run this again"
             )
@@ -112,13 +112,13 @@ DOWNLOADED = {"cifar10": cifar, "cifar100": cifar, "stl10": stl10, "imagenette":
 
 @contextmanager
 def _downloading(name: str, root: Path, files: str) -> Iterator[None]:
-    """Turn whatever a download raises into one line that says which files to put into ``root``."""
+    """Turn any error of a download into one line that says which files to put into ``root``."""
     existed = root.exists()
     try:
         yield
     except (OSError, RuntimeError) as error:
         if not existed and root.is_dir() and not any(root.iterdir()):
-            root.rmdir()  # torchvision makes it before it tries
+            root.rmdir()  # torchvision creates it before the download
         reason = " ".join(str(error).split())
         raise UsageError(
             f"data.root={root}: {name} is not there and its download failed ({reason}); put {files} into that folder; "

@@ -1,4 +1,4 @@
-"""Image files in folders, with a folder for each class or without; nothing that cannot be read is lost in silence."""
+"""Image files in folders, with or without a folder for each class; no file is left out without a message."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from src.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
-MANY = 100_000  # files; of so many only the folders are looked at when a run starts, or starting would take minutes
-SETTLED = 2.0  # seconds, the coarsest clock of a usual file system
+MANY = 100_000  # files; from here on a run checks only their folders when it starts, as checking all takes minutes
+SETTLED = 2.0  # seconds: the coarsest resolution of file times on common file systems
 
 
 class ImageFiles:
-    """The images in some files, each made when it is wanted: of a million they would take 0.3 GB."""
+    """The images in some files, each made when it is iterated over: a million `LazyImage` objects would take 0.3 GB."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
@@ -35,29 +35,29 @@ class Files(NamedTuple):
     """The images of a split."""
 
     folder: Path
-    by_class: dict[str, list[str]]  # in order; empty where images lie in the split's folder itself
+    by_class: dict[str, list[str]]  # the images of each class, in order; empty if images lie in the split's own folder
     everything: list[str]
 
 
 def image_folder(root: str | Path, train_split: str | None = None, test_split: str | None = None) -> Source:
-    """Images in a folder for each split, or all of them in ``root``; each with a folder for each class, or without.
+    """The source of images in folders: one folder for each split or ``root`` for all, with or without class folders.
 
-    Fewer than two class folders in a split tell nothing apart: such images have no labels.
+    The images of a split with fewer than two class folders have no labels.
 
     Args:
-        root: holds ``train`` with or without ``val`` and ``test`` beside it, or the images.
-        train_split: which folder is trained on; None: `src.data.roles.arrange` finds it.
-        test_split: which folder is the test; None: the same.
+        root: holds ``train`` with or without ``val`` and ``test`` beside it, or the images themselves.
+        train_split: the folder to train on; None: `src.data.roles.arrange` chooses it.
+        test_split: the folder to test on; None: `src.data.roles.arrange` chooses it.
 
     Raises:
         UsageError: a folder cannot be read or holds no image, a class has no training image, a split is missing, or
-            splits lie deeper.
+            the folders of splits lie below another folder.
     """
     root = Path(root).expanduser().resolve()
     seen, began = {str(root)}, time.time()
     folders = _folders_of_splits(root, train_split, test_split)
     splits = {name: _files(folders[name], seen) for name in used_splits(folders, train_split, test_split)}
-    # Those of the first split that tells two or more apart.
+    # The classes are those of the first split that has two or more.
     classes = next((list(files.by_class) for files in splits.values() if len(files.by_class) > 1), [])
     parts = {name: _part(files, classes) for name, files in splits.items()}
     paths = [path for files in splits.values() for path in files.everything]
@@ -66,14 +66,19 @@ def image_folder(root: str | Path, train_split: str | None = None, test_split: s
 
 
 def settled(folders: set[str], began: float) -> dict[str, str]:
-    """The states of the folders; none where one was changed so lately that a file may have come after it was listed."""
+    """The states of the folders; empty if one changed so recently that a file may have been added after the listing.
+
+    Args:
+        folders: paths of the folders.
+        began: the time, in seconds since the epoch, at which the listing began.
+    """
     if any(os.stat(folder).st_mtime > began - SETTLED for folder in folders):
         return {}
     return {folder: state(folder) for folder in sorted(folders)}
 
 
 def _folders_of_splits(root: Path, *named: str | None) -> dict[str, Path]:
-    """The splits' folders; ``root`` itself as the training split where its folders are none."""
+    """The folders of the splits; if no folder in ``root`` is a split, ``root`` itself is the training split."""
     folders = {each.name: each for each in sorted(root.iterdir()) if each.is_dir() and not each.name.startswith(".")}
     known = {split_name(name) for name in folders}
     if not (any(named) or TRAIN in known or (known and known <= set(SPELLINGS.values()))):
@@ -86,12 +91,12 @@ def _folders_of_splits(root: Path, *named: str | None) -> dict[str, Path]:
     if not found:
         _refuse_splits_below(folders.values())
         return {}
-    _tell_what_is_no_split(root, found, is_sure=any(named) or len(found) > 1)
+    _check_images_beside_splits(root, found, is_sure=any(named) or len(found) > 1)
     return found
 
 
 def _refuse_splits_below(folders: Collection[Path]) -> None:
-    """Images of splits that lie deeper would all be trained on.
+    """Refuse folders of splits below ``folders``, because the images of all splits would be trained on.
 
     Raises:
         UsageError: a folder holds several splits, or the only folder holds one.
@@ -106,11 +111,11 @@ def _refuse_splits_below(folders: Collection[Path]) -> None:
             )
 
 
-def _tell_what_is_no_split(root: Path, splits: dict[str, Path], is_sure: bool) -> None:
-    """Warn of images beside the splits, or, where these may be no splits but classes, refuse to leave them out.
+def _check_images_beside_splits(root: Path, splits: dict[str, Path], is_sure: bool) -> None:
+    """Warn about images beside the splits, or refuse to leave them out if the "split" may in fact be a class.
 
     Raises:
-        UsageError: there is but one split, which nobody has named, and images beside it.
+        UsageError: there is only one split, no setting names it, and there are images beside it.
     """
     beside = [each for each in sorted(root.iterdir()) if each not in splits.values() and not each.name.startswith(".")]
     if not (left_out := [each for each in beside if _holds_image(each)]):
@@ -126,19 +131,19 @@ def _tell_what_is_no_split(root: Path, splits: dict[str, Path], is_sure: bool) -
 
 
 def _holds_image(path: Path) -> bool:
-    """Whether it is an image, or a folder with one anywhere below; what cannot be read holds none."""
+    """Whether the path is an image, or a folder with an image at any depth; an unreadable folder counts as empty."""
     return _is_image(path.name) or any(_is_image(name) for _, _, names in os.walk(path) for name in names)
 
 
 def _files(folder: Path, seen: set[str]) -> Files:
-    """The images of a split, by class folder unless some lie beside those. A folder without images is no class."""
+    """List the images of a split, by class folder if there are several. A folder without images is not a class."""
     seen.add(os.path.realpath(folder))
     try:
         names = [name for name in sorted(os.listdir(folder)) if (folder / name).is_dir() and not name.startswith(".")]
     except OSError as error:
         raise UsageError(f"{folder}: cannot be read ({error.strerror}); make it readable") from error
     spellings: dict[str, str] = {}
-    for name in names:  # "é" may be one character or two
+    for name in names:  # in Unicode "é" may be one character or two
         if (other := spellings.setdefault(unicodedata.normalize("NFC", name), name)) != name:
             raise UsageError(f"{folder / name}: looks the same as the class {other!r} beside it; rename one")
 
@@ -165,7 +170,7 @@ def _is_image(path: str) -> bool:
 
 
 def _part(files: Files, classes: list[str]) -> Part:
-    """The images of a split, and labels if it tells two classes or more apart."""
+    """The images of a split, with labels if it has two or more classes."""
     images = ImageFiles(files.everything)
     if len(files.by_class) < 2:
         return Part([UNLABELLED] * len(files.everything), images)
@@ -177,14 +182,16 @@ def _part(files: Files, classes: list[str]) -> Part:
 
 
 def files_below(folder: Path, seen: set[str]) -> Iterator[str]:
-    """Paths of all files, in an order that does not depend on the file system; hidden ones are left out.
+    """Yield the paths of all files below a folder, in an order that does not depend on the file system.
+
+    Hidden files and folders are left out.
 
     Args:
-        folder: links to folders are followed.
-        seen: the real paths of all folders read so far, to which those of this call are added.
+        folder: where to begin; links to folders are followed.
+        seen: the real paths of all folders read so far; this call adds its own.
 
     Raises:
-        UsageError: a folder cannot be read, or is met twice: a link leads round in a circle, or counts images double.
+        UsageError: a folder cannot be read, or is reached twice, since a link then forms a loop or duplicates images.
     """
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
         real = os.path.realpath(parent)

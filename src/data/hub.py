@@ -1,6 +1,6 @@
-"""Data sets of the Hugging Face hub, downloaded by its own library, which keeps them in its own cache.
+"""Data sets of the Hugging Face hub, downloaded by ``huggingface_hub``, which keeps them in its own cache.
 
-They are downloaded when they are decoded, so that a run whose images are decoded needs no network.
+A data set is downloaded when it is decoded, so a run whose images are already decoded needs no network.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from src.system.redact import one_line
 
 logger = logging.getLogger(__name__)
 
-CONVERTED = "refs/convert/parquet"  # where the hub keeps what it makes itself of data sets in other formats
+CONVERTED = "refs/convert/parquet"  # the revision in which the hub keeps its own conversion of a data set to parquet
 
 
 def hub(cfg: Data) -> Source:
-    """The parquet shards of ``data.repo`` at ``data.revision``, or else those that the hub has converted it to.
+    """The source of the parquet shards of ``data.repo`` at ``data.revision``, or else of the hub's conversion.
 
-    Nothing is asked of the network before the images are wanted: a branch that has moved since is not noticed.
+    The network is not used before the images are decoded. A branch that has moved since then is therefore not noticed.
 
     Raises:
         UsageError: ``data.repo`` is not set.
@@ -32,7 +32,7 @@ def hub(cfg: Data) -> Source:
     if not cfg.repo:
         raise UsageError("data.repo is not set: data=hub needs data.repo=OWNER/NAME, as in the data set's address")
 
-    @cache  # leaving out images reads twice
+    @cache  # with data.on_error=skip the source is read twice
     def shards() -> Path:
         return download(cfg)
 
@@ -44,11 +44,11 @@ def hub(cfg: Data) -> Source:
 
 
 def download(cfg: Data) -> Path:
-    """The folder with the shards of the splits that have a role, after downloading those that are not there.
+    """Download the shards of the splits that have a role, unless they are there, and return the folder that holds them.
 
     Raises:
-        UsageError: the hub cannot be reached and its cache lacks them, it refuses them, or there is no such data set,
-            revision, configuration or split.
+        UsageError: the hub cannot be reached and its cache lacks shards, access is refused, or there is no such data
+            set, revision, configuration or split.
     """
     from huggingface_hub import HfApi, errors
 
@@ -73,12 +73,12 @@ def download(cfg: Data) -> Path:
         raise UsageError(f"{where}: no such data set, or a private one without its HF_TOKEN") from error
     except errors.HFValidationError as error:
         raise UsageError(f"{where}: not of the form OWNER/NAME") from error
-    except Exception as error:  # what the library raises without a network depends on its release
+    except Exception as error:  # the exception that the library raises without a network depends on its release
         return _downloaded_before(repo, cfg, error)
 
 
 def _shards(repo: str, revision: str | None) -> tuple[str | None, list[PurePath]]:
-    """The revision that has parquet files, and these."""
+    """The first revision with parquet files (the wanted one, or the hub's conversion), and the paths of these files."""
     from huggingface_hub import HfApi, errors
 
     shards: list[PurePath] = []
@@ -95,10 +95,10 @@ def _shards(repo: str, revision: str | None) -> tuple[str | None, list[PurePath]
 
 
 def _downloaded_before(repo: str, cfg: Data, problem: Exception) -> Path:
-    """The folder with all shards that are asked for, if the library's cache has them.
+    """The folder with all wanted shards in the library's own cache, for use without a network.
 
     Raises:
-        UsageError: it does not.
+        UsageError: the cache lacks some of them.
     """
     from huggingface_hub import HfApi
 

@@ -1,7 +1,7 @@
-"""Image data sets in the Hugging Face hub's parquet layouts: the shards' names or folders tell the splits.
+"""Image data sets in the Hugging Face hub's parquet layouts, where a shard's name or folder names its split.
 
-An image is an encoded file, either a binary cell or a struct with a field ``bytes``. A label is an integer, a string, a
-truth value or a whole number written as a float; a cell without a value, and -1, is no label.
+An image is an encoded file in a binary cell, or in the field ``bytes`` of a struct. A label is an integer, a string, a
+boolean or a whole number stored as a float; an empty cell or -1 means that the image has no label.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from src.errors import UsageError
 if TYPE_CHECKING:
     import pyarrow
 
-MANY = 100  # shards; so many are opened only after a change, or starting would take minutes
-ROWS_AT_ONCE = 256  # bounds memory: a shard holds many thousand encoded images
-NO_LABELS = "none"  # data.label_column of images that have none
+MANY = 100  # shards; so many are opened only after they or their folders have changed, as opening them takes minutes
+ROWS_AT_ONCE = 256  # bounds memory: a shard holds many thousands of encoded images
+NO_LABELS = "none"  # the value of data.label_column for images without labels
 USUAL_LABELS = ("label", "labels", "fine_label")
 OF = re.compile(r"-of-(\d+)")
 NUMBERING = re.compile(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]+)?$")
@@ -41,19 +41,19 @@ def parquet(
     train_split: str | None = None,
     test_split: str | None = None,
 ) -> Source:
-    """The shards at any depth below ``root``.
+    """The source of all parquet shards at any depth below ``root``.
 
     Args:
         root: the folder.
-        image_column: the images' column; None: `find_columns` looks for it.
-        label_column: the labels' column, or ``none``; None: the same.
-        config: which of several configurations below the root.
-        train_split: which split is trained on; None: `src.data.roles.arrange` finds it.
-        test_split: which split is the test; None: the same.
+        image_column: the images' column; None: `find_columns` finds it.
+        label_column: the labels' column, or ``none``; None: `find_columns` finds it.
+        config: the configuration to use, if there are several below the root.
+        train_split: the split to train on; None: `src.data.roles.arrange` chooses it.
+        test_split: the split to test on; None: `src.data.roles.arrange` chooses it.
 
     Raises:
-        UsageError: there are no shards, or those of several configurations, a split that is named does not exist, a
-            shard cannot be read, or a column is absent or of another type.
+        UsageError: there are no shards, several configurations and none is chosen, a named split does not exist, a
+            shard cannot be read, or a column is missing or has the wrong type.
     """
     seen, began = set[str](), time.time()
     names = [path for path in files_below(root, seen) if path.endswith(".parquet")]
@@ -62,14 +62,14 @@ def parquet(
     splits = shards_of_splits((PurePath(name).relative_to(root) for name in names), config)
     used = {name: [root / shard for shard in splits[name]] for name in used_splits(splits, train_split, test_split)}
     shards = [shard for each in used.values() for shard in each]
-    states = {str(shard): state(shard) for shard in shards}  # as they were before they are opened
+    states = {str(shard): state(shard) for shard in shards}  # read before the shards are opened
     folders = settled(seen, began) if len(shards) >= MANY else {}
     image_column, label_column, notes = find_columns([each[0] for each in used.values()], image_column, label_column)
     schemas = {shard: _schema(shard) for shard in shards}
     if not any(_holds_labels(each.type) for schema in schemas.values() for each in schema if each.name != image_column):
         label_column = NO_LABELS
     labelled = [name for name, each in used.items() if any(label_column in schemas[shard].names for shard in each)]
-    # Where no split has the column, another may be meant: the check refuses it.
+    # If no split has the column, it is probably misspelt: `_check_columns` refuses it.
     columns = {name: label_column if name in labelled or not labelled else NO_LABELS for name in used}
     for name, each in used.items():
         for shard in each:
@@ -86,19 +86,19 @@ def parquet(
 
 
 def shards_of_splits(shards: Iterable[PurePath], config: str | None) -> dict[str, list[PurePath]]:
-    """The shards of each split, in order, as the hub lays them out.
+    """Group shards by split, in order, according to the hub's layouts.
 
-    A split is named by the shard (``data/train-00000-of-00002.parquet``, ``train.parquet``), or by its folder where the
-    shard has nothing but a number (``default/train/0000.parquet``, ``split=train/0.parquet``). What is above is the
-    configuration.
+    The split is in the shard's name (``data/train-00000-of-00002.parquet``, ``train.parquet``), or in its folder's name
+    if the shard's is only a number (``default/train/0000.parquet``, ``split=train/0.parquet``). The folders above name
+    the configuration.
 
     Args:
         shards: paths relative to the data set's root.
-        config: which configuration; None: the only one.
+        config: the configuration to use; None: the only one.
 
     Raises:
-        UsageError: there is no such configuration, or there are several and none is chosen, or shards are partitioned
-            by another column than split.
+        UsageError: there is no such configuration, there are several and none is chosen, or the folders partition the
+            shards by a column other than ``split``.
     """
     configs: dict[str, dict[str, list[PurePath]]] = defaultdict(lambda: defaultdict(list))
     for shard in sorted(shards):
@@ -118,7 +118,7 @@ def shards_of_splits(shards: Iterable[PurePath], config: str | None) -> dict[str
 
 
 def lacking(splits: Mapping[str, Sequence[PurePath]]) -> list[str]:
-    """The splits that have fewer shards than these say there are, in words; a download may have been cut short."""
+    """Describe each split with fewer shards than their names (``-of-N``) announce; a download may be incomplete."""
     found = []
     for name, shards in splits.items():
         said = {int(each[1]) for shard in shards if (each := OF.search(shard.stem))}
@@ -128,9 +128,9 @@ def lacking(splits: Mapping[str, Sequence[PurePath]]) -> list[str]:
 
 
 def _split_and_folder(shard: PurePath) -> tuple[str, PurePath]:
-    """The split of a shard, and the folder that holds all splits of its configuration."""
+    """The name of a shard's split, and the folder that holds all splits of its configuration."""
     stem, folder = NUMBERING.sub("", shard.stem), shard.parent
-    above = folder.name.removeprefix("split=")  # as Spark and polars write partitions
+    above = folder.name.removeprefix("split=")  # the name of a partition folder in Spark and polars
     if known := KNOWN_SPLIT.match(shard.stem):
         stem = known[1]
     elif in_folder := KNOWN_SPLIT.fullmatch(above):
@@ -142,16 +142,16 @@ def _split_and_folder(shard: PurePath) -> tuple[str, PurePath]:
                 "splits, or write that column into them and leave its folders out"
             )
         return split_name(above), folder.parent
-    if KNOWN_SPLIT.fullmatch(above):  # train/train-0000.parquet
+    if KNOWN_SPLIT.fullmatch(above):  # for example train/train-0000.parquet
         folder = folder.parent
     return split_name(stem), folder
 
 
 @contextmanager
 def _readable(shard: Path) -> Iterator[None]:
-    """Turn whatever pyarrow raises on a damaged file, which is many things, into one line."""
+    """Turn the many kinds of error that pyarrow raises for a damaged file into one line."""
     try:
-        if not shard.is_file():  # a pipe would be waited for
+        if not shard.is_file():  # opening a pipe would wait for a writer
             raise UsageError(f"{shard}: not a regular file; remove it")
         yield
     except UsageError:
@@ -163,16 +163,16 @@ def _readable(shard: Path) -> Iterator[None]:
 
 
 def find_columns(shards: Sequence[Path], image: str | None, label: str | None) -> tuple[str, str, list[str]]:
-    """The columns of images and labels, and a line on a choice that has to be known.
+    """Find the columns of images and labels, with a note for the user if other columns could be the labels too.
 
     Args:
-        shards: one of each split, the training split's first.
-        image: the images' column; None: the only one of the first shard that holds encoded images.
-        label: the labels' column; None: the only class label, or else the one of a usual name, in the first shard that
-            has either; ``none`` where none has.
+        shards: one shard of each split, beginning with the training split.
+        image: the images' column; None: the only column of the first shard that holds encoded images.
+        label: the labels' column; None: the only ``ClassLabel`` column, or else one with a usual name, in the first
+            shard that has either, or ``none`` if no shard has.
 
     Raises:
-        UsageError: several columns could be meant.
+        UsageError: no column or several columns hold images, or several are class labels and none has a usual name.
     """
     if image is None:
         schema = _schema(shards[0])
@@ -205,7 +205,7 @@ def find_columns(shards: Sequence[Path], image: str | None, label: str | None) -
 
 
 def _features(schema: pyarrow.Schema) -> dict[str, Any]:
-    """What the hub has noted of the columns; nothing of a shard that it has not written."""
+    """The hub's description of the columns in the schema's metadata; empty if the hub did not write the shard."""
     noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features: dict[str, Any] = (noted.get("info") or {}).get("features") or {}
     return features
@@ -244,7 +244,7 @@ def _holds_images(kind: pyarrow.DataType) -> bool:
 def _holds_labels(kind: pyarrow.DataType) -> bool:
     import pyarrow.types as types
 
-    if types.is_dictionary(kind):  # a pandas categorical
+    if types.is_dictionary(kind):  # for example a pandas categorical
         kind = kind.value_type
     tests = (types.is_integer, types.is_floating, types.is_boolean, types.is_null)
     return any(test(kind) for test in (*tests, types.is_string, types.is_large_string, types.is_string_view))
@@ -253,12 +253,14 @@ def _holds_labels(kind: pyarrow.DataType) -> bool:
 def _read(
     splits: dict[str, list[Path]], image_column: str, columns: dict[str, str]
 ) -> tuple[list[str], dict[str, Part]]:
-    """The classes, which are those of the first split that tells two or more apart, and the splits.
+    """Read the labels; return the names of the classes, and the images and labels of each split.
+
+    The classes are the ``ClassLabel`` names, or else the values, of the first split with two or more different labels.
 
     Args:
-        splits: the shards of each.
-        image_column: of all of them.
-        columns: of the labels of each split.
+        splits: the shards of each split.
+        image_column: the images' column in all shards.
+        columns: the labels' column of each split.
     """
     values = {
         name: {shard: _values(shard, columns[name]) for shard in shards if columns[name] != NO_LABELS}
@@ -292,7 +294,7 @@ def _read(
 
 
 def _values(shard: Path, column: str) -> list[Any]:
-    """The labels of a shard; None where there is none."""
+    """The labels of a shard, one for each row; None for a row without a label."""
     import pyarrow.parquet as pq
 
     with _readable(shard):
@@ -302,7 +304,7 @@ def _values(shard: Path, column: str) -> list[Any]:
 
 def _label(value: Any, where: str) -> Any:
     if isinstance(value, float):
-        if value != value:  # how pandas writes a missing number
+        if value != value:  # NaN, with which pandas marks a missing number
             return None
         if not value.is_integer():
             raise UsageError(f"{where}={value}: a class is no fraction; set data.label_column (none: no labels)")
@@ -318,7 +320,7 @@ def _count(shard: Path) -> int:
 
 
 def _class_names(shard: Path, label_column: str) -> list[str]:
-    """Names that the hub's ``ClassLabel`` feature keeps in the schema's metadata; empty without it."""
+    """The class names in the ``ClassLabel`` feature of the schema's metadata; empty if there is none."""
     schema = _schema(shard)
     with _readable(shard):
         names = (_features(schema).get(label_column) or {}).get("names") or []
@@ -330,7 +332,7 @@ def _class_names(shard: Path, label_column: str) -> list[str]:
 
 
 class _ShardImages:
-    """The images in some shards, in order, read anew whenever they are asked for."""
+    """The images in some shards, in order, read from the disk at each iteration."""
 
     def __init__(self, shards: list[Path], column: str) -> None:
         self.shards, self.column = shards, column

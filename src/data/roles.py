@@ -1,4 +1,4 @@
-"""Which split of a data set is trained on, which validates, which tests: the same rules for every source."""
+"""The roles of a data set's splits, training, validation and test, by rules that are the same for every source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from src.data.decoding import NOTHING, UNLABELLED, Contents, LazyImage, Part
 from src.errors import UsageError
 
-# Sources that ship without a test split get this one, which no option changes, so that results stay comparable.
+# The test split of sources that come without one. No option changes it, so that results stay comparable.
 TEST_FRACTION = 0.2
 TEST_SEED = 0
 
@@ -24,12 +24,17 @@ SPELLINGS = {
 
 
 def split_name(written: str) -> str:
-    """The name under which a split is known here; splits of other names keep theirs."""
+    """Map the usual spellings of a split's name to one name; other names stay as they are."""
     return SPELLINGS.get(written.lower(), written)
 
 
 class Rows:
-    """Some of the images of an iterable that can be read more than once, without holding the others."""
+    """A selection from an iterable of images, made anew at each iteration so that no image is held.
+
+    Args:
+        images: an iterable that can be iterated over more than once.
+        kept: [N] bool, which images to select.
+    """
 
     def __init__(self, images: Iterable[LazyImage], kept: np.ndarray) -> None:
         self.images, self.kept = images, kept
@@ -39,15 +44,15 @@ class Rows:
 
 
 def used_splits(names: Iterable[str], train: str | None, test: str | None) -> list[str]:
-    """The splits that have a role: first the one that is trained on, and then those whose classes would count.
+    """List the splits that can have a role: the training split, then the others in the order that decides the classes.
 
     Args:
-        names: of the splits that there are.
-        train: what ``data.train_split`` says.
-        test: what ``data.test_split`` says.
+        names: the names of all splits.
+        train: the value of ``data.train_split``.
+        test: the value of ``data.test_split``.
 
     Raises:
-        UsageError: there is no such split, the two are one, or none is the training split.
+        UsageError: a named split does not exist, both name the same split, or there is no training split.
     """
     there = list(names)
     for key, split in (("data.train_split", train), ("data.test_split", test)):
@@ -67,18 +72,18 @@ def used_splits(names: Iterable[str], train: str | None, test: str | None) -> li
 def arrange(classes: list[str], splits: Mapping[str, Part], train: str | None, test: str | None) -> Contents:
     """Give each split its role.
 
-    The test split is ``data.test_split``, or else the first that has labels of test and validation, or else a fixed,
-    stratified fifth of the labelled images. Labelled validation images that are not the test validate. Where the
-    training images have no labels, other labelled images stand in for them wherever labels are needed.
+    The test split is ``data.test_split``, or else the test or validation split, whichever has labels first, or else a
+    fixed, stratified fifth of the labelled images. A labelled validation split that is not the test is used for
+    validation. If the training images have no labels, another labelled split is used to fit the probes.
 
     Args:
-        classes: of the labelled splits.
-        splits: by name; their images can be read more than once.
-        train: what ``data.train_split`` says; None: train, or else unlabeled.
-        test: what ``data.test_split`` says.
+        classes: the names of the classes in the labelled splits.
+        splits: the splits by name; their images can be iterated over more than once.
+        train: the value of ``data.train_split``; None: train, or else unlabeled.
+        test: the value of ``data.test_split``.
 
     Raises:
-        UsageError: a split that is named does not exist, or cannot play its role.
+        UsageError: a named split does not exist, or cannot play its role.
     """
     training, testing = used_splits(splits, train, test)[0], split_name(test) if test else None
     if not splits[training].labels:
@@ -117,7 +122,7 @@ def arrange(classes: list[str], splits: Mapping[str, Part], train: str | None, t
 
 
 def hold_out_test(part: Part) -> tuple[Part, Part]:
-    """What remains, and a fixed, stratified fifth."""
+    """Hold out a fixed, stratified fifth as the test; return the remaining images and those held out."""
     import torch
 
     from src.data.splits import stratified_split

@@ -1,7 +1,7 @@
-"""Where images come from: each source states what it rests on and, when asked, yields labelled images in fixed order.
+"""The sources of images: each has a stamp that changes with its files, and yields labelled images in a fixed order.
 
-A source is cheap to find: it looks at names, sizes and times of files, and at the columns of parquet files, so that a
-cache can be recognised as up to date without reading a single image.
+Making a source is cheap: it looks only at names, sizes and times of files, and at the columns of parquet files. An
+up-to-date cache is therefore recognised without reading a single image.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def root_of(cfg: Data) -> Path | None:
 
 
 def shown(cfg: Data) -> str:
-    """The setting by which a message names the data set."""
+    """The setting (``key=value``) by which messages name the data set."""
     if cfg.root is not None:
         return f"data.root={root_of(cfg)}"
     return f"data.repo={cfg.repo}" if cfg.repo else f"data={cfg.name}"
@@ -41,7 +41,7 @@ def find(cfg: Data) -> Source:
     """The source that ``cfg`` names.
 
     Raises:
-        UsageError: it is unknown, or its files are not where ``data.root`` says.
+        UsageError: the name is unknown, a needed setting is missing, or the files are not where ``data.root`` says.
     """
     if cfg._target_ is not None:
         return outside(cfg._target_, cfg.options)
@@ -68,7 +68,7 @@ def find(cfg: Data) -> Source:
 
 
 def outside(path: str, options: dict[str, Any]) -> Source:
-    """What somebody's own function makes of the options; other options are other images, whatever its stamp says."""
+    """The source that a function from outside this project makes; its options are added to the source's stamp."""
     source = make(path, "data", Source, **options)
 
     def read() -> Contents:
@@ -79,7 +79,7 @@ def outside(path: str, options: dict[str, Any]) -> Source:
 
 
 def digits(_: Data) -> Source:
-    """scikit-learn's 1,797 handwritten digits, 8x8 pixels of 17 grey levels: real images that need no download."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels with 17 grey levels: real images that need no download."""
 
     def read() -> Contents:
         from sklearn.datasets import load_digits
@@ -93,10 +93,10 @@ def digits(_: Data) -> Source:
 
 
 def imagenet(cfg: Data, root: Path) -> Source:
-    """ImageNet as its users keep it: folders of synsets in ``train`` and ``val``, or the hub's parquet shards.
+    """ImageNet in either of its usual layouts: synset folders in ``train`` and ``val``, or the hub's parquet shards.
 
     Raises:
-        UsageError: neither is there, or the validation images lie in ``val`` itself, as their archive has them.
+        UsageError: ``root`` has neither layout, or the validation images lie in ``val`` itself, as in their archive.
     """
     train, val = root / "train", root / "val"
     if train.is_dir() and any(each.is_dir() for each in train.iterdir()):

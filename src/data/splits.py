@@ -1,6 +1,6 @@
-"""Which images go where: the validation split and class-balanced subsets, each a pure function of labels and seed.
+"""The `Split` type, and validation splits and class-balanced subsets as pure functions of labels and seed.
 
-Shapes: N images, C classes, K pixels a side in the store, S in what is evaluated.
+Shapes: M images in the store, N in the split, C classes, K pixels a side in the store, S pixels a side in evaluation.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from src.data.augment import center_crop
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images: rows of a store that other splits share, and with a memory-mapped store other processes too."""
+    """Labelled images: rows of a store, which other splits share, and other processes too if it is memory-mapped."""
 
     store: Tensor  # [M, 3, K, K] uint8
     labels: Tensor  # [N] int64
-    rows: Tensor | None = None  # [N] int64, where in the store the images are; None: all of it, in order
-    aspects: Tensor | None = None  # [N] float32 on the CPU: width / height of whole images, squeezed in the store
-    crop_size: int | None = None  # S, of whole images
+    rows: Tensor | None = None  # [N] int64, the images' rows in the store; None: all rows, in order
+    aspects: Tensor | None = None  # [N] float32 on the CPU: width / height of whole images, which the store squeezes
+    crop_size: int | None = None  # S, if whole images are stored
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def images(self) -> Tensor:
-        """[N, 3, K, K] uint8, gathered; the store itself where the split is all of it."""
+        """[N, 3, K, K] uint8, a gathered copy; the store itself if the split has all its rows."""
         return self.store if self.rows is None else self.store[self.rows]
 
     @property
     def size(self) -> int:
-        """S."""
+        """S, the pixels a side of an image in evaluation."""
         return self.crop_size or self.store.shape[-1]
 
     def squares(self, device: torch.device | str) -> Tensor:
-        """[N, 3, S, S] uint8, as evaluation and people see them: of whole images the middle."""
+        """[N, 3, S, S] uint8: the images as evaluation and figures use them; of whole images the central square."""
         images = self.images.to(device)
         return images if self.aspects is None else center_crop(images, self.aspects, self.size)
 
@@ -47,17 +47,17 @@ class Split:
         return len(self) * self.store[:1].nbytes
 
     def take(self, rows: Tensor) -> Split:
-        """A part of it, in the given order. Copies no image."""
+        """Select rows of this split, in the given order, without copying an image."""
         aspects = None if self.aspects is None else self.aspects[rows.cpu()]
         there = rows if self.rows is None else self.rows[rows]
         return replace(self, labels=self.labels[rows], rows=there, aspects=aspects)
 
     def blocks(self, size: int) -> Iterator[Split]:
-        """All of it, in order, ``size`` images at a time."""
+        """Divide the split into consecutive blocks of ``size`` images; the last may be smaller."""
         return (self.take(rows) for rows in torch.arange(len(self), device=self.labels.device).split(size))
 
     def to(self, device: torch.device | str) -> Split:
-        """The split with its images on a device; itself where they are there already."""
+        """Copy the split's images and labels to a device; return the split itself if they are there already."""
         device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         if self.store.device == device:
             return self
@@ -65,14 +65,15 @@ class Split:
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Hold out ``fraction`` of the rows, in the same proportion in every class.
+    """Hold out ``fraction`` of the rows, in the same proportion from every class.
 
-    Rows that do not divide go to the classes with the largest remainders. A class always keeps at least one row.
+    Where a class's share is not a whole number, the classes with the largest remainders give one row more. A class
+    always keeps at least one row.
 
     Args:
         labels: [N] int64.
-        fraction: of the rows to hold out, in [0, 1).
-        seed: chooses which rows of a class are held out, and which classes win ties.
+        fraction: the fraction of the rows to hold out, in [0, 1).
+        seed: decides which rows of a class are held out, and which classes win ties between remainders.
 
     Returns:
         The rows that remain and the rows held out, both ascending int64.
@@ -81,7 +82,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     counts_C = labels.bincount()
     exact_C = counts_C.double() * fraction
     quota_C = exact_C.long()
-    order_C = torch.randperm(len(counts_C), generator=generator)  # of ties
+    order_C = torch.randperm(len(counts_C), generator=generator)  # breaks ties
     by_remainder_C = order_C[(exact_C - quota_C)[order_C].argsort(descending=True, stable=True)]
     can_spare_C = quota_C < counts_C - 1
     left_over = round(len(labels) * fraction) - int(quota_C.sum())
@@ -93,20 +94,20 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 
 def held_out_tenth(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """`stratified_split` of a tenth, by which classifiers are chosen where all images train (``data.final``)."""
+    """Hold out a stratified tenth, on which classifiers are chosen if all images are trained on (``data.final``)."""
     return stratified_split(labels.cpu(), 0.1, seed)
 
 
 def class_balanced_subset(labels: Tensor, limit: int, seed: int) -> Tensor:
-    """Pick ``limit`` rows such that class counts differ by at most one.
+    """Pick ``limit`` rows such that the counts of the classes differ by at most one.
 
-    Classes with too few rows give all they have, and the others share what is missing as evenly. With one seed a
+    A class with too few rows gives all it has, and the other classes make up for it evenly. With the same seed, a
     smaller subset is contained in every larger one.
 
     Args:
         labels: [N] int64.
-        limit: how many rows, at most N.
-        seed: chooses the rows of a class, and the classes that get one more.
+        limit: how many rows to pick, at most N.
+        seed: decides which rows of a class are picked, and which classes give one row more.
 
     Returns:
         [limit] int64 rows, ascending.
@@ -115,7 +116,7 @@ def class_balanced_subset(labels: Tensor, limit: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     counts_C = labels.bincount()
     lowest, beyond = 0, int(counts_C.max()) + 1
-    # The highest level at which min(count, level) over all classes does not exceed the limit.
+    # Find the highest level at which the sum of min(count, level) over all classes does not exceed the limit.
     while beyond - lowest > 1:
         level = (lowest + beyond) // 2
         lowest, beyond = (level, beyond) if counts_C.clamp(max=level).sum() <= limit else (lowest, level)
@@ -126,7 +127,7 @@ def class_balanced_subset(labels: Tensor, limit: int, seed: int) -> Tensor:
 
 
 def _draw(labels: Tensor, quota_C: Tensor, generator: torch.Generator) -> Tensor:
-    """``quota_C[c]`` random rows of each class c, ascending."""
+    """Draw ``quota_C[c]`` random rows of each class c; return all of them, ascending."""
     order = torch.randperm(len(labels), generator=generator)
     by_class = order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
     return torch.cat([rows[:quota] for rows, quota in zip(by_class, quota_C.tolist(), strict=True)]).sort().values
