@@ -1,4 +1,4 @@
-"""A mistake in a command line or a config, in one line for people: what is wrong, where, and what to do."""
+"""One-line messages about mistakes in a command line or a config: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from src.config.renamed import new_name
 from src.errors import UsageError
 
 OWNERS = {"k": "support=kmeans (method=kmclr)", "queue_size": "support=queue (method=nnclr)"}
-MEANT = {"model": "backbone", "arch": "backbone", "encoder": "backbone", "loss": "objective"}  # what others call groups
-MAX_SUGGESTIONS = 4  # keys with the same last part; of more, none is named
-MAX_VALUE_CHARS = 100  # of a value in a message, whose end says what is wrong
+MEANT = {"model": "backbone", "arch": "backbone", "encoder": "backbone", "loss": "objective"}  # other projects' names
+MAX_SUGGESTIONS = 4  # if more keys end in the typed word, none of them is suggested
+MAX_VALUE_CHARS = 100  # a longer value is cut in a message, so that the reason after it stays in sight
 BOUNDS = {
     "greater_than": "must be above {gt:g}",
     "greater_than_equal": "must be {ge:g} or more",
@@ -37,10 +37,10 @@ BOUNDS = {
 
 
 def explain_composition(error: Exception, known: Collection[str] | None = None) -> str:
-    """What is wrong with a command line that cannot be composed; of Hydra's several lines one.
+    """Explain in one line why a command line cannot be composed, in place of Hydra's several lines.
 
     Args:
-        error: Hydra's, or a `UsageError`, which says it already.
+        error: Hydra's error, or a `UsageError`, whose message is returned unchanged.
         known: every dotted key that the command can have; None: those of a training run.
     """
     message = str(error)
@@ -65,7 +65,7 @@ def explain_composition(error: Exception, known: Collection[str] | None = None) 
 
 
 def _explain_override(override: str) -> str:
-    """An argument that is no override."""
+    """Explain an argument that Hydra cannot read as an override."""
     if override.endswith(","):
         return f"{override}: ends in a comma; write several values without blanks, as in k=10,20"
     if "=" not in override:
@@ -74,12 +74,12 @@ def _explain_override(override: str) -> str:
 
 
 def explain_key(key: str, there: Iterable[str] = (), known: Collection[str] | None = None) -> str:
-    """A key that the composed config does not have; of those that it has, the ones that may have been meant.
+    """Explain a key that the composed config does not have, and suggest keys that may have been meant.
 
     Args:
-        key: with dots.
-        there: the dotted keys beside it that the composed config has.
-        known: as of `explain_composition`.
+        key: the dotted key.
+        there: the dotted keys that the composed config has in the same node.
+        known: every dotted key that the command can have; None: those of a training run.
     """
     if key == "sweep" and known is None:
         return "sweep: write +sweep=NAME, and add --multirun (--help lists the sweeps)"
@@ -98,7 +98,7 @@ def explain_key(key: str, there: Iterable[str] = (), known: Collection[str] | No
 
 
 def _meant(key: str, keys: list[str]) -> list[str]:
-    """Of some keys, those that a misspelt one, or one without its group, may have meant."""
+    """Find those keys that a misspelt key, or a key without its group, may have meant."""
     if MEANT.get(key) in keys:
         return [MEANT[key]]
     ends = [each for each in keys if each.endswith(f".{key}")]
@@ -106,7 +106,7 @@ def _meant(key: str, keys: list[str]) -> list[str]:
 
 
 def _beside(key: str, error: BaseException | None) -> list[str]:
-    """The dotted keys beside one that OmegaConf did not find; the settings of a class of one's own are among them."""
+    """The dotted keys in the node in which OmegaConf did not find ``key``, including those of a class from outside."""
     found = getattr(error, "parent_node", None)
     prefix = "".join(key.rpartition(".")[:2])
     return [prefix + str(each) for each in found] if isinstance(found, DictConfig) else []
@@ -117,7 +117,7 @@ def _first_line(message: str) -> str:
 
 
 def explain_type(error: OmegaConfBaseException) -> str:
-    """A value that is missing, or of the wrong type."""
+    """Explain a value that is missing or has the wrong type."""
     key = str(error.full_key or error.key)
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         return explain_key(key, _beside(key, error))
@@ -130,11 +130,11 @@ def explain_type(error: OmegaConfBaseException) -> str:
 
 
 def explain_violation(prefix: str, error: ValidationError) -> str:
-    """A value of the right type that breaks its field's constraint.
+    """Explain a value of the right type that violates its field's constraint.
 
     Args:
-        prefix: the dotted key of the node, with its dot.
-        error: of the node's fields.
+        prefix: the dotted key of the node, with a dot at its end.
+        error: pydantic's error on the fields of that node.
     """
     first = error.errors(include_url=False)[0]
     bound = BOUNDS.get(first["type"])
@@ -145,10 +145,10 @@ def explain_violation(prefix: str, error: ValidationError) -> str:
 
 
 def keys_of(config: Mapping[str, Any]) -> list[str]:
-    """Every dotted key that a command can have which shares some of the training's groups.
+    """List every dotted key that a command other than training can have.
 
     Args:
-        config: its config file, parsed.
+        config: the command's config file, parsed; it shares some groups with the training's.
     """
     groups = [each for entry in config["defaults"] if isinstance(entry, Mapping) for each in entry]
     own = [key for key in config if key not in ("defaults", "hydra")]
@@ -156,17 +156,17 @@ def keys_of(config: Mapping[str, Any]) -> list[str]:
 
 
 def known_keys() -> list[str]:
-    """Every dotted key that some composition of a training run can have."""
+    """List every dotted key that a training run can have with some choice of options."""
     return list(dict.fromkeys(key for key, _ in _settings("", schema.Config) if not key.endswith("_target_")))
 
 
 def whole_numbers() -> set[str]:
-    """The dotted keys of every setting that holds an integer, in whichever option."""
+    """The dotted keys of all settings that hold an integer, over all options."""
     return {key for key, kind in _settings("", schema.Config) if kind in (int, int | None)}
 
 
 def _settings(prefix: str, node: type) -> Iterator[tuple[str, Any]]:
-    """Every dotted key that some composition can have, and of what type; of several options more than once."""
+    """Yield every dotted key that some composition can have, with its type; again for each option that has the key."""
     unions: dict[str, Iterable[Any]] = {
         "support": schema.SUPPORTS.values(),
         "objective": schema.OBJECTIVES.values(),

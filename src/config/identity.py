@@ -1,4 +1,4 @@
-"""When two runs are the same experiment: the settings that count, their hash, and the name of a run."""
+"""The identity of a run: which settings make two runs the same experiment, their hash, and the run's name."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from src.config.schema import OBJECTIVES, SUPPORTS, Config, KMeans
 from src.errors import UsageError
 from src.system.redact import hide_in_settings
 
-# What may differ between two runs that are the same experiment: where it is stored, tracked, resumed and computed, and
-# what is only measured of it.
-BY_CONTENT = ("init", "data.root", "data.background", "data.draft")  # `origin` or `data.fingerprint` tells them apart
+# Settings that may differ between two runs of the same experiment: where it is stored, tracked, resumed and computed,
+# and what is merely measured. Those of BY_CONTENT count through `origin` or `data.fingerprint` instead.
+BY_CONTENT = ("init", "data.root", "data.background", "data.draft")
 NOT_IN_HASH = (
     *BY_CONTENT,
     *("output_dir", "resume", "max_minutes", "jobs", "dry_run", "device", "tracking", "checkpoint", "evaluation"),
     *("on_collapse", "data.cache_dir", "data.on_error"),
     *("method.label", "method.colour", "support.label", "support.colour", "support.shards"),
 )
-LOG_SIZE = "support_set_size_log10"  # a param in MLflow alone, whose charts have no logarithm of a param
-# Settings of how stored vectors enter the loss, which have no effect where nothing is stored.
+LOG_SIZE = "support_set_size_log10"  # a param for MLflow only, whose charts cannot take the logarithm of a param
+# Settings of how stored vectors enter the loss; they have no effect if nothing is stored.
 NEED_STORED_VECTORS = tuple(
     f"objective.{key}" for key in ("same_prototype", "neighbours", "teacher_temperature", "student_temperature")
 )
-DERIVED = (  # computed from the settings
+DERIVED = (  # params that are not settings, but computed from them or from the data
     "support_set_size",
     LOG_SIZE,
     "support_bytes",
@@ -40,19 +40,19 @@ DERIVED = (  # computed from the settings
 
 
 def support_set_size(cfg: Config) -> int:
-    """How many vectors are stored: none, the queue's size, or k and what prototypes are re-clustered from."""
+    """The number of stored vectors: 0, the queue's size, or k plus the window that ``support.refit=faiss`` stores."""
     window = cfg.support.refit_window if isinstance(cfg.support, KMeans) and cfg.support.refit == "faiss" else 0
     stored: int = cfg.k or cfg.queue_size or getattr(cfg.support, "size", 0) or 0
     return stored + window
 
 
 def flat(cfg: Config) -> dict[str, Any]:
-    """The whole config as one level of dotted keys, without those that do not apply (None)."""
+    """Flatten the whole config to dotted keys, without those that are None."""
     return flatten(asdict(cfg))
 
 
 def without_neutral(node: Any) -> dict[str, Any]:
-    """A config, nested, without the fields that have their neutral default: what is saved, and what is hashed."""
+    """A config as a nested dict without the fields at their neutral default; this form is saved and hashed."""
     kept = {}
     for each in fields(node):
         value = getattr(node, each.name)
@@ -62,18 +62,18 @@ def without_neutral(node: Any) -> dict[str, Any]:
 
 
 def _default(each: Field) -> Any:
-    """A field's default; MISSING where it has none."""
+    """A field's default, or MISSING if it has none."""
     return each.default if each.default_factory is MISSING else each.default_factory()
 
 
 def with_neutral(params: Mapping[str, str]) -> dict[str, str]:
-    """A record's params, and the neutral defaults of the settings that did not exist when it was made."""
+    """Add to a record's params the neutral defaults of the settings that did not exist when the record was written."""
     return _neutral(params.get("support.name", ""), params.get("objective.name", "")) | dict(params)
 
 
 @cache
 def _neutral(support: str, objective: str) -> dict[str, str]:
-    """The neutral defaults of every setting, as text by dotted key; a part from outside this project has none."""
+    """The neutral default of every setting, as text by dotted key; parts from outside this project have no defaults."""
     chosen = {"support": SUPPORTS.get(support), "objective": OBJECTIVES.get(objective)}
 
     def defaults(node: type, prefix: str) -> Iterator[tuple[str, str]]:
@@ -90,17 +90,17 @@ def _neutral(support: str, objective: str) -> dict[str, str]:
 
 
 def idle_beside(support: str) -> tuple[str, ...]:
-    """The settings of the objective that have no effect beside one of our support sets."""
+    """The settings of the objective that have no effect with the built-in support set of that name."""
     return {"none": NEED_STORED_VECTORS, "queue": ("objective.same_prototype",)}.get(support, ())
 
 
 def inert(cfg: Config) -> set[str]:
-    """The settings that other settings keep from having any effect."""
+    """The dotted keys of settings that have no effect because of other settings."""
     keys: set[str] = set()
     optimizer = {"lars": ("momentum", "trust_coefficient", "clip_trust"), "sgd": ("momentum",), "adamw": ("betas",)}
     own = optimizer[cfg.optimizer.name]
     keys |= {f"optimizer.{key}" for each in optimizer.values() for key in each if key not in own}
-    if not cfg.optimizer.weight_decay:  # without which LARS does not adapt its rate either
+    if not cfg.optimizer.weight_decay:  # without weight decay LARS does not adapt its learning rate either
         keys |= {"optimizer.decay_all", "optimizer.trust_coefficient", "optimizer.clip_trust"}
     if cfg.data.final:
         keys |= {"data.val_fraction", *(() if cfg.data.limit else ("data.split_seed",))}
@@ -116,8 +116,8 @@ def inert(cfg: Config) -> set[str]:
         keys.add("objective.off_diagonal")
     if cfg.support.name == "none":
         keys |= {"search.name", "search.index", "search.nprobe", "search.refresh_every"}
-    keys.add("objective.name")  # a preset of the settings beside it
-    if cfg.method._target_ is not None:  # which is not told them
+    keys.add("objective.name")  # only a preset of the other settings of the objective
+    if cfg.method._target_ is not None:  # a method from outside does not receive the objective
         keys |= {f"objective.{each.name}" for each in fields(cfg.objective)}
     for number, view in (("1", cfg.augment.view1), ("2", cfg.augment.view2)):
         of = {"jitter": ("brightness", "contrast", "saturation", "hue"), "blur": ("blur_sigma",)}
@@ -126,34 +126,34 @@ def inert(cfg: Config) -> set[str]:
 
 
 def is_setting(key: str) -> bool:
-    """Whether a dotted key belongs to what makes two runs the same experiment."""
+    """Whether a dotted key is one of the settings that make two runs the same experiment."""
     return key not in DERIVED and not any(key == skip or key.startswith(f"{skip}.") for skip in NOT_IN_HASH)
 
 
 def is_protocol(key: str) -> bool:
-    """Whether a dotted key says how the final figures are measured, rather than what else is looked at."""
+    """Whether a dotted key affects how the final metrics are measured, and not only what is watched during training."""
     besides = ("every", "online_lr", "bank", "pictures", "teacher")
     return key.startswith("evaluation.") and key.removeprefix("evaluation.") not in besides
 
 
 def settings(cfg: Config) -> dict[str, Any]:
-    """The settings that are hashed: not neutral, with an effect, and not in `NOT_IN_HASH`; by dotted key."""
+    """The settings that are hashed, by dotted key: those not neutral, not without effect and not in `NOT_IN_HASH`."""
     counted, without = flatten(without_neutral(cfg)), inert(cfg)
     kept = {key: value for key, value in counted.items() if is_setting(key) and key not in without}
-    return kept | ({"search.name": "auto"} if cfg.support.name == "none" else {})  # as every hash so far has it
+    return kept | ({"search.name": "auto"} if cfg.support.name == "none" else {})  # keeps existing hashes valid
 
 
 def check_same(saved: Mapping[str, Any], cfg: Config, where: Path, saved_hash: str = "") -> None:
-    """Compare the config that a run was started with (nested, or flat and as text) with the present one.
+    """Check that the config with which a run was started describes the same experiment as the present one.
 
     Args:
-        saved: a record's has lost what is secret in it.
-        cfg: the present one.
-        where: what ``saved`` was read from.
-        saved_hash: `config_hash` of then, which was made before anything was hidden.
+        saved: the run's config, nested, or flat with values as text; in one from a record, secrets are hidden.
+        cfg: the present config.
+        where: the file that ``saved`` was read from.
+        saved_hash: the run's `config_hash`, which was computed before secrets were hidden.
 
     Raises:
-        UsageError: they are not the same experiment; the line names the keys that differ.
+        UsageError: they are not the same experiment; the message names the keys that differ.
     """
     if saved_hash == config_hash(cfg):
         return
@@ -173,19 +173,19 @@ def check_same(saved: Mapping[str, Any], cfg: Config, where: Path, saved_hash: s
 
 
 def same_images(saved: Mapping[str, Any], cfg: Config) -> bool:
-    """Whether a run with the saved config (nested) trained on the same images, in the same rows."""
+    """Whether a run with the saved config (nested) trained on the same images in the same rows as ``cfg`` does."""
     before, now, without = flatten(saved), flatten(without_neutral(cfg)), inert(cfg)
     keys = {f"data.{key}" for key in ("fingerprint", "limit", "val_fraction", "split_seed", "final")} - without
     return all(before.get(key) == now.get(key) for key in keys)
 
 
 def config_hash(cfg: Config) -> str:
-    """Eight hex digits that two runs share exactly when they are the same experiment."""
+    """Eight hex digits, equal for two runs if and only if they are the same experiment (up to collisions)."""
     return hashlib.sha256(json.dumps(settings(cfg), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def run_name(cfg: Config) -> str:
-    """For people: ``kmclr-k400-cifar100-resnet18-seed0``."""
+    """A readable name of a run, such as ``kmclr-k400-cifar100-resnet18-seed0``."""
     if cfg.k:
         size = f"k{cfg.k}"
     elif cfg.queue_size:

@@ -1,12 +1,12 @@
-"""What methods are called in tables and plots, and their colours: Okabe and Ito's, safe for the colour-blind."""
+"""The names and colours of methods in tables and plots, most of them from Okabe and Ito's colour-blind safe palette."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-UNTRAINED = "untrained"  # the encoder before the first step: a row's name, and what its metrics' names begin with
-TEACHER = "teacher"  # what the metrics' names of the teacher's encoder begin with
+UNTRAINED = "untrained"  # the encoder before the first step: the name of its row, and the prefix of its metrics
+TEACHER = "teacher"  # the prefix of the metrics of the teacher's encoder
 LABELS = {
     "simclr": "SimCLR",
     "nothing_stored": "nothing stored",
@@ -37,7 +37,7 @@ SPARE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def method_name(objective: str, support: str) -> str:
-    """What a loss with a support set is called; a support set from outside this project gives its own name."""
+    """The name of the method that an objective and a support set make; a support set from outside gives its own."""
     contrast = {"none": "nothing_stored", "queue": "nnclr", "kmeans": "kmclr"}
     ours = {
         "nt_xent": {"none": "simclr"},
@@ -50,13 +50,13 @@ def method_name(objective: str, support: str) -> str:
 
 
 def label_of(params: Mapping[str, object]) -> str:
-    """The label of a run's method, from its params: what its config says, else ours, else its name."""
+    """The label of a run's method: ``method.label`` of its params, else the built-in label, else the method's name."""
     name = str(params["method.name"])
     return str(params.get("method.label") or LABELS.get(name, name))
 
 
 def colour_of(params: Mapping[str, object]) -> str:
-    """Its colour, likewise; a method without one gets the same spare one every time."""
+    """The colour of a run's method, found like `label_of`; an unknown method gets a spare colour, always the same."""
     name = str(params["method.name"])
     spare = SPARE_COLOURS[sum(name.encode()) % len(SPARE_COLOURS)]
     own = str(params.get("method.colour", ""))
@@ -78,5 +78,5 @@ TITLES = {
 
 
 def title_of(name: str) -> str:
-    """A data set's or a backbone's name, for people."""
+    """The name of a data set or a backbone as titles show it."""
     return TITLES.get(name, name)

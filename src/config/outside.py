@@ -1,4 +1,4 @@
-"""Other people's parts: what a ``_target_`` in a config group names, and the types of its settings."""
+"""Parts from outside this project: the class or function that a ``_target_`` names, and the types of its settings."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from src.config.schema import Config
 from src.errors import UsageError
 
 T = TypeVar("T")
-# Where the frames of a traceback lie that tell nobody where the fault is: in src, and in what imports and inspects.
+# Files whose traceback frames do not show where the fault is: this project's src, and what imports and inspects.
 _OURS = (str(Path(__file__).parent.parent), importlib.__file__, inspect.__file__, typing.__file__, "<frozen ")
 
 
 @cache
 def settings_class(path: str, group: str, base: type) -> type:
-    """The dataclass ``base`` with the settings that a ``_target_`` takes after its first argument, typed as it says.
+    """Extend the dataclass ``base`` by all parameters of a ``_target_`` but the first, with their annotated types.
 
     Raises:
-        UsageError: there is no such thing, or what it takes cannot be found out.
+        UsageError: the target cannot be imported, or its signature cannot be read or has unsupported types.
     """
     found = target(path, group)
     with blamed(path, group):
@@ -54,15 +54,15 @@ def _field(default: Any) -> Any:
 
 
 def settings(node: Any) -> dict[str, Any]:
-    """The values of the settings that `settings_class` has added."""
+    """The values of the settings that `settings_class` has added to a node."""
     return {key: getattr(node, key) for key in type(node).__annotations__}
 
 
 def make(path: str, group: str, kind: type[T], /, *arguments: Any, **options: Any) -> T:
-    """What the class or the function that a ``_target_`` names makes of its arguments.
+    """Call the class or function that a ``_target_`` names, and check the type of the result.
 
     Raises:
-        UsageError: it cannot be imported, it fails, or what it makes is no ``kind``.
+        UsageError: the target cannot be imported, the call fails, or the result is not an instance of ``kind``.
     """
     found = target(path, group)
     with blamed(path, group):
@@ -73,16 +73,16 @@ def make(path: str, group: str, kind: type[T], /, *arguments: Any, **options: An
 
 
 def code_digests(cfg: Config) -> dict[str, str]:
-    """The modules that a config's targets are from: the first 16 hex digits of the SHA-256 of each one's file, by name.
+    """Digest the modules of a config's targets: the first 16 hex digits of each file's SHA-256, by module name.
 
-    They are no part of a run's identity, or every edited comment would begin all runs anew. A data set's are left out:
-    its fingerprint tells the images.
+    The digests are not part of a run's identity, because then every edited comment would restart all runs. The data
+    set's target is left out, because its fingerprint identifies the images.
     """
     parts = {"method": cfg.method, "support": cfg.support, "backbone": cfg.backbone}
     return dict(_code(part._target_, group) for group, part in parts.items() if part._target_ is not None)
 
 
-@cache  # what has been imported stays as it is when its file is edited
+@cache  # an imported module does not change when its file is edited later
 def _code(path: str, group: str) -> tuple[str, str]:
     found = target(path, group)
     try:
@@ -94,7 +94,7 @@ def _code(path: str, group: str) -> tuple[str, str]:
 
 @contextmanager
 def blamed(path: str, group: str) -> Iterator[None]:
-    """Whatever other people's code raises, as a `UsageError` that says where."""
+    """Turn any error of code from outside this project into a `UsageError` that says where it was raised."""
     try:
         yield
     except UsageError:
@@ -107,7 +107,7 @@ def blamed(path: str, group: str) -> Iterator[None]:
 
 
 def target(path: str, group: str) -> Any:
-    """What a ``_target_`` names.
+    """Import the class or function that a ``_target_`` names.
 
     Raises:
         UsageError: it cannot be imported.

@@ -1,7 +1,7 @@
-"""From a composed config to one that is typed, checked, and said in one way.
+"""Parsing: turns a composed config into a typed, checked one, with one form for equivalent settings.
 
-Hydra composes plain YAML from ``conf/`` in struct mode, so that a key which a group does not have is an error. `parse`
-turns the result into the dataclasses of `src.config.schema`, before any work starts.
+Hydra composes plain YAML from ``conf/`` in struct mode, so a key that a group does not have is an error. Before any
+work starts, `parse` turns the result into the dataclasses of `src.config.schema`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from src.errors import UsageError
 
 
 def parse(composed: DictConfig) -> Config:
-    """Turn a composed config, or one that was saved, into typed dataclasses, and check it.
+    """Turn a composed or a saved config into typed dataclasses, and check it.
 
     Raises:
-        UsageError: a value has the wrong type or is out of range; the line names the key and the remedy.
+        UsageError: a value has the wrong type or is out of range; the message names the key and the remedy.
     """
     composed = modernised(composed)
     try:
@@ -40,7 +40,7 @@ def parse(composed: DictConfig) -> Config:
                 )
         support = _schema("support", composed, SUPPORTS, schema.Support)
         objective = _schema("objective", composed, OBJECTIVES, schema.Objective)
-        # A built-in method is named after a support set from outside.
+        # A built-in method takes its name from a support set from outside, so that name is allowed too.
         own_name = str(OmegaConf.select(composed, "support.name"))
         method = _schema("method", composed, dict.fromkeys([*LABELS, own_name], schema.Method), schema.Method)
         typed = _structured(support, objective, method)
@@ -54,10 +54,10 @@ def parse(composed: DictConfig) -> Config:
 
 
 def parse_data(composed: DictConfig) -> schema.Data:
-    """Parse a config's data group alone; its other groups may name packages that are not installed.
+    """Parse only the data group of a config, because other groups may name packages that are not installed.
 
     Raises:
-        UsageError: as `parse`.
+        UsageError: as in `parse`.
     """
     typed = OmegaConf.create({"data": OmegaConf.structured(schema.Data)})
     try:
@@ -70,22 +70,22 @@ def parse_data(composed: DictConfig) -> schema.Data:
 
 
 def chooses_data(composed: DictConfig) -> bool:
-    """Whether a command about a finished run is on other images than the run's own."""
+    """Whether a command on a finished run chooses a data set other than the run's own."""
     return "name" in composed.data
 
 
 def chosen_data(composed: DictConfig, own: DictConfig) -> DictConfig:
-    """Which images a command about a finished run means: those of ``data=``, or else the run's own.
+    """The data group for a command on a finished run: the data set of ``data=``, or else the run's own.
 
-    Other images have the size at which the run's encoder was trained, unless one is typed. They are then kept whole, as
-    a run with ``data.keep`` has its own, where nothing else is to be done to those that are not square.
+    Another data set gets the image size of the run, unless the command gives one. If the run has ``data.keep``, the
+    other images are then stored whole too, unless ``data.resize`` asks for something other than a crop.
 
     Args:
-        composed: the command's.
-        own: the run's data group. Its images may have moved to ``data.root``.
+        composed: the config of the command.
+        own: the run's data group; the command's ``data.root`` replaces its root, in case the images have moved.
 
     Raises:
-        UsageError: another setting of the run's own images is to change.
+        UsageError: the command changes another setting of the run's own images.
     """
     if chooses_data(composed):
         other = composed.data
@@ -110,7 +110,7 @@ def _check_values(key: str, cfg: Any) -> None:
 
 @cache
 def _structured(support: type, objective: type, method: type) -> DictConfig:
-    """The typed schema of these parts. Making it takes longer than merging a config into a copy of it."""
+    """The typed schema of these parts, cached because making it takes longer than merging a config into a copy."""
     typed: DictConfig = OmegaConf.structured(Config)
     kinds = get_type_hints(Config) | {"support": support, "objective": objective, "method": method}
     for each in fields(Config):
@@ -125,20 +125,20 @@ def _adapter(kind: Any) -> TypeAdapter:
 
 
 def _schema(group: str, composed: DictConfig, own: dict[str, type], base: type) -> type:
-    """The dataclass of a group's node: by its name, or, of one from outside, by what its class takes."""
+    """The dataclass for a group's node: found by the node's name, or made from the signature of its ``_target_``."""
     node = composed.get(group)
     if not isinstance(node, DictConfig):
         raise UsageError(f"{group}={node}: choose one of {', '.join(map(str, own))}")
     if path := node.get("_target_"):
         return settings_class(path, group, base)
-    name = str(node.get("name"))  # which may be a list, too
+    name = str(node.get("name"))  # the user may have typed a list
     if name not in own:
         raise UsageError(f"{group}.name={name}: choose one of {', '.join(own)}")
     return own[name]
 
 
 def _nodes(key: str, node: Any) -> Iterator[tuple[str, Any]]:
-    """A config's dataclasses, each with its dotted key and a dot."""
+    """Yield a config's dataclasses, each with its dotted key, which ends in a dot."""
     yield key, node
     for each in fields(node):
         if is_dataclass(value := getattr(node, each.name)):
@@ -146,7 +146,7 @@ def _nodes(key: str, node: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _without_minus_zero(value: Any) -> Any:
-    """Replace -0.0 by 0.0: they are equal, but are written, and so hashed, differently."""
+    """Replace -0.0 by 0.0: the two are equal, but are written differently and would be hashed differently."""
     if isinstance(value, float):
         return value + 0.0
     if isinstance(value, list):
@@ -229,7 +229,7 @@ def _check_objective(cfg: Config) -> None:
         )
     if isinstance(objective, schema.MNN) and is_ours and objective.neighbours > 1:
         few = f"objective.neighbours={objective.neighbours}: "
-        size = cfg.k or cfg.queue_size or getattr(support, "size", None)  # somebody's own may be anything
+        size = cfg.k or cfg.queue_size or getattr(support, "size", None)  # of any type in a support set from outside
         if isinstance(size, int) and size < objective.neighbours:
             raise UsageError(f"{few}more than the {size} vectors that are stored; lower it")
         if cfg.search.name == "ivf":
@@ -249,7 +249,7 @@ def _check_search(cfg: Config) -> None:
 
 
 def _canonical(cfg: Config) -> Config:
-    """Give equivalent configs one form: a queue of size 0 is no queue; objective and support set name the method."""
+    """Give equivalent configs one form: ``queue_size=0`` becomes ``support=none``; a built-in method gets its name."""
     if isinstance(cfg.support, schema.Queue) and cfg.queue_size == 0:
         cfg.support, cfg.queue_size = schema.Support(name="none"), None
     if isinstance(cfg.objective, schema.Contrast):

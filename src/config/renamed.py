@@ -1,4 +1,4 @@
-"""Keys that had another name once: command lines, configs and records of then still mean what they meant."""
+"""Keys that once had another name: old command lines, configs and records keep their meaning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.errors import UsageError
 
-# Until the support set and the objective had groups of their own, a method held everything.
+# Before the support set and the objective had their own groups, all their settings belonged to the method.
 RENAMED = {
     **{f"method.{key}": f"objective.{key}" for key in ("temperature", "support_weight", "predictor_hidden")},
     "method.prototype_weight": "objective.support_weight",
@@ -18,20 +18,20 @@ RENAMED = {
     **{f"method.{key}": f"support.{key}" for key in ("metric", "forget", "forget_every", "half_life", "revive_after")},
     **{f"method.{key}": f"support.{key}" for key in ("refit", "refit_every", "refit_window")},
     "method.projector": "projector",
-    "data_root": "data.root",  # of src.evaluate and src.embed
+    "data_root": "data.root",  # a key of src.evaluate and src.embed
 }
 SUPPORT_OF_METHOD = {"simclr": "none", "nnclr": "queue", "kmclr": "kmeans"}
 
 
 def objective_name(support_weight: float, predictor_hidden: float) -> str:
-    """What a loss with these settings is called, whichever way they were typed."""
+    """The name of the contrastive objective with these settings, whichever preset they were typed with."""
     if support_weight == 0:
         return "nt_xent"
     return "published" if support_weight == 1 and predictor_hidden else "mixed"
 
 
 def new_name(key: str) -> str | None:
-    """What a dotted key is called now; None where it has always had its name."""
+    """The present name of a dotted key; None if the key has not been renamed."""
     for old, new in RENAMED.items():
         if key == old or key.startswith(f"{old}."):
             return new + key.removeprefix(old)
@@ -39,15 +39,15 @@ def new_name(key: str) -> str | None:
 
 
 def modern(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat record of settings under the names of now. One of today passes unchanged.
+    """Give the settings of an old flat record their present names; a present-day record is returned unchanged.
 
     Raises:
-        UsageError: an old one is damaged.
+        UsageError: the old record is damaged.
     """
     if "support.name" in flat or flat.get("method.name") not in SUPPORT_OF_METHOD:
         return dict(flat)
     settings = {new_name(key) or key: value for key, value in flat.items()}
-    if flat["method.name"] != "simclr":  # before stored positives had a weight, they had all of it
+    if flat["method.name"] != "simclr":  # before support_weight existed, stored vectors were the only positives
         settings.setdefault("objective.support_weight", 1.0)
     weight, hidden = (_number(settings, f"objective.{key}") for key in ("support_weight", "predictor_hidden"))
     settings["support.name"] = SUPPORT_OF_METHOD[flat["method.name"]]
@@ -66,7 +66,7 @@ def _number(settings: Mapping[str, Any], key: str) -> float:
 
 
 def modernised(composed: DictConfig) -> DictConfig:
-    """The same of a nested config."""
+    """Give the settings of an old nested config their present names; a present-day config is returned unchanged."""
     if "support" in composed or str(OmegaConf.select(composed, "method.name")) not in SUPPORT_OF_METHOD:
         return composed
     nested, settings = OmegaConf.create({}), cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
@@ -76,7 +76,7 @@ def modernised(composed: DictConfig) -> DictConfig:
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """One level of dotted keys, without those that do not apply (None)."""
+    """Flatten a nested mapping to one level of dotted keys, without those whose value is None."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):

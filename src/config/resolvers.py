@@ -1,4 +1,4 @@
-"""What ``${name:arguments}`` in a config stands for, registered alike with every version of OmegaConf."""
+"""Registration of OmegaConf resolvers, ``${name:arguments}`` in a config, in one way for every version of OmegaConf."""
 
 import warnings
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 
 def register(name: str, resolver: Callable[..., Any]) -> None:
-    """Let ``${name:...}`` be what the function returns, also where there is such a name already."""
-    with warnings.catch_warnings():  # OmegaConf 2.4 gives this a new name, under which 2.3 has something else
+    """Make ``${name:...}`` stand for what the function returns, replacing any resolver of that name."""
+    with warnings.catch_warnings():  # OmegaConf 2.4 deprecates this function for one that means something else in 2.3
         warnings.simplefilter("ignore")
         OmegaConf.register_new_resolver(name, resolver, replace=True)

@@ -1,7 +1,7 @@
 """The typed schema of every config group: each setting's type, its constraint beside it, and its neutral default.
 
-A default in this file is *neutral*: it says what the code did before the field existed, and never changes. So a config
-that was saved before still means what it meant, and keeps its hash (`src.config.identity`). Recipes live in ``conf/``.
+A default in this file is *neutral*: it gives the behaviour from before the field existed, and it never changes. A
+config saved before then keeps its meaning and its hash (`src.config.identity`). Recipes live in ``conf/``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 
 from src.config.names import COLOUR
 
-INT64_BOUND = 2**63  # the first integer that torch does not hold
+INT64_BOUND = 2**63  # the smallest positive integer that does not fit torch's int64
 
 Count = Annotated[int, Field(ge=1, lt=INT64_BOUND)]
 Several = Annotated[int, Field(ge=2, lt=INT64_BOUND)]
@@ -27,7 +27,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 def one_of(*choices: str) -> AfterValidator:
-    """The constraint of a setting that is one of a few words."""
+    """The constraint that a value is one of a few words."""
 
     def check(value: str) -> str:
         if value not in choices:
@@ -38,7 +38,7 @@ def one_of(*choices: str) -> AfterValidator:
 
 
 def interval(most: float) -> AfterValidator:
-    """The constraint of ``[low, high]`` with 0 < low <= high <= most, and finite."""
+    """The constraint that a value is a finite ``[low, high]`` with 0 < low <= high <= most."""
 
     def check(pair: list[float]) -> list[float]:
         if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most or pair[1] == float("inf"):
@@ -69,17 +69,17 @@ def _not_blank(text: str) -> str:
 
 @dataclass(kw_only=True)
 class Named:
-    """What every method and support set has. One from outside this project adds what its class takes."""
+    """The settings of every method and support set; one from outside adds the parameters of its class."""
 
     name: str
-    label: str | None = None  # its name in tables and plots
+    label: str | None = None  # the name in tables and plots
     colour: Annotated[str, Field(pattern=f"^{COLOUR}$")] | None = None
-    _target_: str | None = None  # the class, of one from outside
+    _target_: str | None = None  # the class of a method or support set from outside this project
 
 
 @dataclass(kw_only=True)
 class Support(Named):
-    """A built-in method takes its label and colour from its support set."""
+    """A support set, from which a built-in method takes its label and colour."""
 
 
 @dataclass(kw_only=True)
@@ -106,7 +106,7 @@ class KMeans(Stored):
 
 @dataclass
 class Objective:
-    """What all losses have."""
+    """The settings of every objective."""
 
     name: str
     decorrelation: NotNegative = field(default=0.0, kw_only=True)
@@ -115,7 +115,7 @@ class Objective:
 
 @dataclass
 class Contrast(Objective):
-    """``nt_xent`` sets the temperature alone: it is ``mixed`` with ``support_weight=0``."""
+    """The contrastive loss; ``nt_xent``, which sets only the temperature, is ``mixed`` with ``support_weight=0``."""
 
     temperature: Positive
     support_weight: Fraction = 0.0
@@ -142,9 +142,9 @@ class ReSSL(MomentumTeacher):
 
 @dataclass(kw_only=True)
 class Method(Named):
-    """A built-in method takes its settings from the objective group.
+    """A method. A built-in one takes its settings from the objective group.
 
-    A method of another package adds its own settings here and ignores that group.
+    A method from outside this project adds its own settings here and ignores the objective group.
     """
 
 
@@ -163,7 +163,7 @@ class Backbone:
     name: str
     stem: Annotated[str, one_of("small", "small_padded", "large")] | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    _target_: str | None = None  # what makes it of the options, of one from outside
+    _target_: str | None = None  # the function or class that makes a backbone from outside this project of the options
     bn_splits: Count = 1
 
     @property
@@ -207,17 +207,17 @@ class Data:
     label_column: str | None = None
     resize: Annotated[str, one_of("crop", "squash", "pad")] = "crop"
     background: Annotated[str, one_of("white", "grey", "black")] | None = None  # null: transparency is dropped
-    # Whole images are kept, squeezed into squares of so many pixels, with their aspect; null: squares of image_size.
+    # Store whole images, squeezed into squares with this many pixels a side; null: store squares of image_size.
     keep: Pixels | None = None
-    draft: bool = False  # JPEGs are decoded at a half, quarter or eighth that is at least twice image_size
-    repo: str | None = None  # on the Hugging Face hub
-    revision: str | None = None  # of the repo: a branch, tag or commit; null: main
-    config: str | None = None  # of a parquet data set with several
-    train_split: str | None = None  # null: the one that is called train
-    test_split: str | None = None  # null: test, or else validation, or else a part of the training images
+    draft: bool = False  # decode JPEGs at a half, quarter or eighth with at least twice the stored pixels a side
+    repo: str | None = None  # OWNER/NAME on the Hugging Face hub
+    revision: str | None = None  # a branch, tag or commit of the repo; null: main
+    config: str | None = None  # the configuration of a parquet data set that has several
+    train_split: str | None = None  # null: train, or else unlabeled
+    test_split: str | None = None  # null: test, or else validation, or else a fifth of the labelled images
     options: dict[str, Any] = field(default_factory=dict)
-    _target_: str | None = None  # what makes a source of the options, of a data set from outside
-    fingerprint: str | None = None  # which images these are; filled in when they are found
+    _target_: str | None = None  # the function that makes a source from outside this project of the options
+    fingerprint: str | None = None  # identifies the images; filled in when they are found
 
     @property
     def stored_size(self) -> int:
@@ -258,7 +258,7 @@ class Search:
 
 @dataclass
 class Finetune:
-    """How the whole network learns from labels; the validation images choose the learning rate."""
+    """Fine-tuning of the whole network on labels; the learning rate is chosen on the validation images."""
 
     epochs: Count
     batch_size: Several
@@ -267,7 +267,7 @@ class Finetune:
 
 @dataclass
 class Fewshot:
-    """Of which shares of the labels a linear probe learns, and from how many draws of each."""
+    """Linear probes on fractions of the labels, with several random draws of each fraction."""
 
     fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
     draws: Several
@@ -277,27 +277,27 @@ class Fewshot:
 class Evaluation:
     name: Annotated[str, one_of("linear", "original", "finetune", "fewshot")]
     every: Count
-    knn_k: Annotated[Any, AfterValidator(_counts)]  # one, or several of which the validation images choose
+    knn_k: Annotated[Any, AfterValidator(_counts)]  # a number, or a list from which the validation images choose
     knn_temperature: Positive
     online_lr: Positive
     epochs: Count
     batch_size: Count
     lr: Rates
-    bank: Count | None = None  # training images that vote in a validation; None: all, as in the final evaluation
+    bank: Count | None = None  # training images in the k-NN bank of a validation; None: all, as in the final evaluation
     pictures: bool = False
-    finetune: Finetune | None = None  # beside the linear probe
-    fewshot: Fewshot | None = None  # likewise
+    finetune: Finetune | None = None  # in addition to the linear probe
+    fewshot: Fewshot | None = None  # in addition to the linear probe
     teacher: bool = False
 
 
 @dataclass
 class Tracking:
     name: Annotated[str, one_of("mlflow", "jsonl")]
-    experiment: Annotated[str, Field(max_length=500), AfterValidator(_not_blank)]  # MLflow takes no longer name
+    experiment: Annotated[str, Field(max_length=500), AfterValidator(_not_blank)]  # MLflow's limit of a name
     log_every: Count
-    parent: str | None = None  # the folder of the sweep that the run is a job of
-    trial: int | None = None  # its number in the sweep's Optuna study
-    system_metrics: bool = False  # MLflow's own: processor, memory, disk, network, GPU
+    parent: str | None = None  # the folder of the sweep, if the run is a job of one
+    trial: int | None = None  # the run's trial number in the sweep's Optuna study
+    system_metrics: bool = False  # MLflow's system metrics: processor, memory, disk, network, GPU
 
 
 @dataclass
@@ -308,7 +308,7 @@ class Checkpoint:
 
 @dataclass
 class Config:
-    """Everything a run is told. ``k`` belongs to ``support=kmeans``, ``queue_size`` to ``support=queue``."""
+    """All settings of a run. ``k`` belongs to ``support=kmeans``, ``queue_size`` to ``support=queue``."""
 
     support: Any
     objective: Any
@@ -337,8 +337,8 @@ class Config:
     jobs: Count | None = None
     k: Count | None = None
     queue_size: Natural | None = None
-    init: str | None = None  # a run's folder, a checkpoint or an encoder's file, to start from
-    origin: str | None = None  # which weights those are; filled in when they are found
+    init: str | None = None  # the folder of a run, a checkpoint or an encoder file to start from
+    origin: str | None = None  # identifies the weights of ``init``; filled in when they are found
 
 
 SUPPORTS: dict[str, type[Support]] = {"none": Support, "queue": Queue, "kmeans": KMeans}

@@ -1,4 +1,4 @@
-"""No secret in a setting: settings become names, folders and files that others see."""
+"""Refusal of secrets in settings, because settings end up in names, folders and files that others can see."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from src.config.schema import Config
 from src.errors import UsageError
 from src.system.redact import named_secret_in, names_a_secret
 
-# Settings that are free text; all others choose among words, or are numbers.
+# Settings that are free text; all others are numbers or one of a few words.
 _TEXTS = (
     *("output_dir", "init", "tracking.experiment", "data.root", "data.repo", "data.cache_dir"),
     *("method.label", "support.label"),
@@ -22,10 +22,10 @@ _REMEDY = "it would be written to the run's files; leave it out (code that needs
 
 
 def refuse_secrets(cfg: Config) -> None:
-    """Refuse a name, a path or an option in which a secret of the environment stands, however it came there.
+    """Refuse a name, path or option that contains the value of a secret environment variable.
 
     Raises:
-        UsageError: the line names the setting and the variable, not the value.
+        UsageError: the message names the setting and the variable, not the value.
     """
     for key, value in flatten(asdict(cfg)).items():
         if (key in _TEXTS or ".options." in key) and (name := named_secret_in(str(value))):
@@ -33,7 +33,7 @@ def refuse_secrets(cfg: Config) -> None:
 
 
 def _environment(name: str, *default: Any) -> Any:
-    """``${oc.env:NAME}``, which OmegaConf offers for any variable."""
+    """Resolve ``${oc.env:NAME}`` as OmegaConf does, but refuse variables whose name looks secret."""
     if names_a_secret(name):
         raise UsageError(f"${{oc.env:{name}}} looks secret; {_REMEDY}")
     return oc.env(name, *default)

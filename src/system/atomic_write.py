@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever moment a kill or a power cut comes at."""
+"""Atomic writes: a file is complete or absent, at whatever moment a kill or a power cut comes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from src.errors import CannotWrite
 
 
 def write_whole(path: Path, *parts: bytes | memoryview) -> None:
-    """Write the file aside and rename it when it is complete and on the disk.
+    """Write a file under a temporary name, and rename it when it is complete and synced to the disk.
 
     Raises:
-        OSError: there is no room; what was there before is untouched.
+        OSError: writing failed, for example because the disk is full; an earlier file at ``path`` is untouched.
     """
     with whole(path) as file:
         for part in parts:
@@ -25,13 +25,13 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
-    """The same for a file that is written bit by bit: it takes its name at the end, and not after an exception.
+    """Open a temporary file for writing piece by piece; it is renamed to ``path`` if the block ends without exception.
 
     Raises:
-        OSError: as `write_whole`.
+        OSError: as in `write_whole`.
     """
     aside = path.with_name(f"{path.name}.tmp")
-    aside.unlink(missing_ok=True)  # it may be a link, and what that names would be overwritten
+    aside.unlink(missing_ok=True)  # if it is a link, writing to it would overwrite the file that it points to
     try:
         with aside.open("xb") as file:
             yield file
@@ -40,14 +40,14 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         os.replace(aside, path)
     except BaseException as error:
         if isinstance(error, OSError):
-            error.filename = str(path)  # that of the one aside, or none where the disk is full
-        aside.unlink(missing_ok=True)  # what there is of it may be the room that is lacking
+            error.filename = str(path)  # instead of the temporary file's name, or of none if the disk is full
+        aside.unlink(missing_ok=True)  # gives back its room on a full disk
         raise
     _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put a new name on the disk, which syncing the file alone does not; some network file systems have no way to."""
+    """Sync a folder, so that a new name in it is on the disk too; some network file systems do not support this."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,6 +59,6 @@ def _sync_folder(folder: Path) -> None:
 
 
 def cannot_write(folder: Path, error: OSError) -> CannotWrite:
-    """The line for an error that a disk gave while a run wrote to its folder."""
+    """Make the one-line error for a run that cannot write to its folder."""
     where = error.filename or folder
     return CannotWrite(f"{where}: {error.strerror or error}; mend that, and the same command continues")

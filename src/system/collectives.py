@@ -1,4 +1,4 @@
-"""Collectives of torch.distributed, on the device where the tensors are, which end the run when a rank is lost."""
+"""Collectives of torch.distributed, on the device of the tensors; they raise `RankLost` if another rank has ended."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LOST = (
 
 @contextmanager
 def raising_rank_lost() -> Iterator[None]:
-    """Inside this block, the error that torch raises for a closed connection becomes a `RankLost`.
+    """Inside this block, turn a RuntimeError, which torch raises for a closed connection, into a `RankLost`.
 
     Raises:
-        RankLost: another rank is gone.
+        RankLost: another rank has ended.
     """
     try:
         yield
@@ -30,7 +30,7 @@ def raising_rank_lost() -> Iterator[None]:
 
 
 def all_gather(own: Tensor) -> list[Tensor]:
-    """The tensors of all ranks, in the order of the ranks. All have the same shape."""
+    """Gather the tensors of all ranks, which must have the same shape; return them in the order of the ranks."""
     found = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
     with raising_rank_lost():
         dist.all_gather(found, own.contiguous())
@@ -38,7 +38,7 @@ def all_gather(own: Tensor) -> list[Tensor]:
 
 
 def all_reduce_sum_(own: Tensor) -> Tensor:
-    """The sum of the tensors of all ranks, written over this rank's."""
+    """Replace this rank's tensor by the sum of the tensors of all ranks, and return it."""
     with raising_rank_lost():
         dist.all_reduce(own)
     return own

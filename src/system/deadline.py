@@ -1,4 +1,4 @@
-"""A call that may hang, on which nobody waits for ever."""
+"""Calls with a deadline, for functions that may hang."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-POLL_S = 0.1  # between two looks whether to go on waiting
+POLL_S = 0.1  # seconds between two checks whether to go on waiting
 
 
 class Overdue(Exception):  # noqa: N818
-    """The call has not returned in time. It goes on by itself, and holds up no exit."""
+    """The call has not returned in time. It goes on in its thread, which does not keep the process from exiting."""
 
 
 class Call(Generic[T]):
-    """A function that runs in a thread of its own, because neither signal nor timeout ends every wait in a library.
+    """A function that runs in its own thread, because neither a signal nor a timeout ends every wait inside a library.
 
-    A server may send a byte a second for ever, which no timeout of a read notices; a resolver of names or a database's
-    driver waits where no Python code runs.
+    A server that sends a byte a second forever never triggers a read timeout; a DNS resolver or a database driver may
+    wait in C code, where no Python signal handler runs.
     """
 
     def __init__(self, function: Callable[[], T]) -> None:
@@ -39,13 +39,13 @@ class Call(Generic[T]):
         return self._thread.is_alive()
 
     def result(self, seconds: Callable[[], float]) -> T:
-        """What the function returns or raises.
+        """Wait for the function; return its result or raise its exception.
 
         Args:
-            seconds: how long to wait at most, asked anew all the time: a signal may shorten it.
+            seconds: returns the longest time to wait; called again at every check, because a signal may shorten it.
 
         Raises:
-            Overdue: it runs on.
+            Overdue: the function is still running.
         """
         started = time.monotonic()
         while self.is_running:
@@ -58,9 +58,9 @@ class Call(Generic[T]):
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
-    """What the function returns.
+    """Call the function and return its result if that takes no longer than ``seconds``.
 
     Raises:
-        Overdue: not in so many seconds.
+        Overdue: it takes longer.
     """
     return Call(function).result(lambda: seconds)

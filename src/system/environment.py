@@ -1,4 +1,4 @@
-"""Where the project is, and what a result depends on besides its config."""
+"""The project's location, and what a result depends on besides its config: code, versions, device and command."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from src.system.redact import redact
 
 PROJECT = Path(__file__).parents[2]
 CONF = PROJECT / "conf"
-TYPED = tuple(sys.argv[1:])  # before anything rewrites it
+TYPED = tuple(sys.argv[1:])  # the arguments as typed, before anything rewrites sys.argv
 
 
 def is_rank() -> bool:
-    """Whether ``torchrun``, or what sets the same variables, started this process as one of several of a run."""
+    """Whether this process is a rank of a run, started by ``torchrun`` or another program that sets its variables."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def environment_tags(device: str) -> dict[str, str]:
-    """What a result depends on besides its config: code, versions, device and command. No host, user or secret.
+    """Collect tags on what a result depends on besides its config, without the names of host and user, or secrets.
 
     Args:
-        device: what the run computes on, as torch names it (``cpu``, ``cuda:0``).
+        device: the device of the run, as torch names it (``cpu``, ``cuda:0``).
     """
     import torch
 
-    program = Path(sys.argv[0])  # python -m src.train has the whole path of train.py here, which is nobody's business
+    program = Path(sys.argv[0])  # python -m src.train has the full, private path of train.py here
     command = ["python", "-m", f"{program.parent.name}.{program.stem}", *map(redact, TYPED)]
     tags = {"python": platform.python_version(), "command": shlex.join(command)}
     processor = f"{device} ({torch.get_num_threads()} threads)"
@@ -41,8 +41,8 @@ def environment_tags(device: str) -> dict[str, str]:
     for package in ("torch", "torchvision", "mlflow", "faiss-cpu", "faiss-gpu"):
         with suppress(importlib.metadata.PackageNotFoundError):
             tags[package] = importlib.metadata.version(package)
-    tags |= {"mlflow.source.name": program.name, "mlflow.source.type": "LOCAL"}  # a column of MLflow's
-    # An archive that was unpacked inside another repository has not that one's commit.
+    tags |= {"mlflow.source.name": program.name, "mlflow.source.type": "LOCAL"}  # the Source column in MLflow
+    # If git does not track src, it is an unpacked archive inside another repository, whose commit says nothing.
     if _git("ls-files", "src") and (commit := _git("rev-parse", "HEAD")):
         tags["git_commit"] = tags["mlflow.source.git.commit"] = commit
         if (changes := _git("status", "--porcelain", "--", "src", "conf")) is not None:
@@ -51,11 +51,11 @@ def environment_tags(device: str) -> dict[str, str]:
 
 
 def conditions(device: str, dtype: str) -> dict[str, str]:
-    """What the bits of a result depend on besides the config and the code: by these, rounding differs.
+    """The conditions on which rounding depends, so that a result's bits depend on them besides config and code.
 
     Args:
-        device: what the run computes on, as torch names it.
-        dtype: what ``precision`` has come to.
+        device: the device of the run, as torch names it.
+        dtype: the precision in which the run computes (``precision`` after resolving ``auto``).
     """
     import torch
 
@@ -71,9 +71,9 @@ def conditions(device: str, dtype: str) -> dict[str, str]:
     return found
 
 
-@cache  # what has been imported stays as it is when its file is edited
+@cache  # imported modules do not change when their files are edited later
 def project_digest() -> str:
-    """The first 16 hex digits of the SHA-256 of this project's modules, which tells edits that no commit has."""
+    """The first 16 hex digits of the SHA-256 of this project's modules, which reveals uncommitted edits."""
     digest = hashlib.sha256()
     for path in sorted((PROJECT / "src").rglob("*.py")):
         digest.update(f"{path.relative_to(PROJECT)}\n".encode() + path.read_bytes())
@@ -81,7 +81,7 @@ def project_digest() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """The output of git in the project's folder; None where there is no git or no repository, or git fails."""
+    """The output of a git command in the project's folder; None if there is no git or no repository, or git fails."""
     try:
         done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):

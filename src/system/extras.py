@@ -1,4 +1,4 @@
-"""Packages that only some commands need, which are an extra of this project."""
+"""Optional packages, which only some commands need and which come with the project's extras."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from src.errors import UsageError
 
 
 def require(package: str, extra: str, setting: str) -> ModuleType:
-    """The package as a module.
+    """Import an optional package.
 
     Raises:
-        UsageError: it is not installed; the line names the setting that needs it, and the extra that brings it.
+        UsageError: it cannot be imported; the message names the setting that needs it and the extra that installs it.
     """
     try:
         return importlib.import_module(package)

@@ -1,4 +1,4 @@
-"""What a run costs: the time a part of the step takes, without making the host wait for the device, and memory."""
+"""Measuring what a run costs: the time of a part of the step, without making the host wait for it, and memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Stopwatch:
-    """Sums the seconds of its ``with`` blocks: wall time on a CPU, event time on the current CUDA stream."""
+    """Sums the seconds of its ``with`` blocks: wall time on a CPU, time between events on the current CUDA stream."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -33,7 +33,7 @@ class Stopwatch:
             self._seconds += time.perf_counter() - self._started
 
     def pop(self) -> float:
-        """Return the seconds since the last call, and start anew. Waits for the device."""
+        """Return the seconds summed since the last call and reset the sum; waits for the device."""
         if self._events:
             torch.cuda.synchronize(self.device)
             self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
@@ -43,12 +43,12 @@ class Stopwatch:
 
 
 def peak_gib(device: torch.device) -> float:
-    """The most so far, in GiB: what torch allocated on a GPU, else what the process had resident.
+    """Peak memory so far in GiB: what torch allocated on a GPU, or the process's resident memory on a CPU.
 
-    Resident counts pages of the image cache too, which processes share.
+    Resident memory includes mapped pages of the image cache, which processes share.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # Linux's ru_maxrss is at least that of the process that started this one: it survives exec.
+    # Linux's ru_maxrss survives exec, so it would be at least that of the process that started this one.
     (kilobytes,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     return int(kilobytes) / 2**20

@@ -1,6 +1,6 @@
-"""Standard output: whether it is a terminal, and what becomes of it when it takes no more.
+"""Standard output: whether it is a terminal, and how a process survives the loss of it.
 
-After ``command | head -1``, or on a disk that is full, what is printed further is dropped.
+After its reader has gone (``command | head -1``), or on a full disk, everything printed later is dropped.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ _lost = 0
 
 
 def lost_output() -> int:
-    """The exit status of a process whose output is lost: as of SIGPIPE where its reader has gone; 0 while none is."""
+    """The exit status after the loss of output: SIGPIPE's if the reader has gone, else `CannotWrite`'s; 0: no loss."""
     return _lost
 
 
 def printable(text: str) -> str:
-    """Text of others with each character that a terminal would obey, or that no file can hold, replaced."""
+    """Replace each character of a foreign text that a terminal would interpret or that cannot be encoded in a file."""
     return "".join("\N{REPLACEMENT CHARACTER}" if category(each) in ("Cc", "Cf", "Cs") else each for each in text)
 
 
 def in_terminal() -> bool:
-    """Whether a person watches standard output, in a terminal where a line can be drawn again."""
+    """Whether standard output is a terminal that can redraw a line, for example for a progress bar."""
     return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") not in (None, "dumb")
 
 
 def outlive_output() -> None:
-    """Let the process print on when its output takes no more, for instance because its reader has gone away.
+    """Keep the process alive when its output can no longer be written, for instance because the reader has gone.
+
+    In a C program SIGPIPE would end the process. Python ignores that signal, because a broken connection to a server
+    raises it too, and instead raises an exception wherever a library happens to print.
 
     A character that the output's encoding lacks is printed as ``?``.
-
-    Elsewhere SIGPIPE would end the process. Python ignores that signal, because a broken connection to a server raises
-    it too, and makes an exception of it wherever a library happens to print.
     """
     for name in ("stdout", "stderr"):
         stream: Any = getattr(sys, name)
-        if stream is not None:  # it is where the descriptor was closed from the start
+        if stream is not None:  # None if the descriptor was closed before the process started
             stream.flush()
             raw = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
             errors = "replace" if stream.errors == "strict" else stream.errors

@@ -1,7 +1,7 @@
-"""No secret in what is logged: params, tags, messages and files may be read by everybody who sees the results.
+"""Removal of secrets from what is logged, because everybody who sees the results can read params, tags and messages.
 
-Text for people loses every secret that is known (`redact`). Settings lose only what is a secret by its form
-(`hide_in_settings`): a password that happens to be ``cifar100`` must not rewrite the name of a data set.
+Messages lose every secret value that the environment holds (`redact`). Settings lose only what looks like a secret by
+its name or form (`hide_in_settings`): a password that happens to be ``cifar100`` must not rewrite a data set's name.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
 HIDDEN = "***"
-SHORTEST = 6  # characters of a secret that is looked for in any text: shorter ones, such as "true", occur everywhere
-LONGEST_USER_INFO = 300  # characters of a user and a password that may hold blanks
+SHORTEST = 6  # characters; shorter values, such as "true", occur everywhere and are not searched for in texts
+LONGEST_USER_INFO = 300  # characters up to which a URI's user and password may contain blanks
 
 _WORDS = {"password", "passwd", "passphrase", "pass", "pwd", "pw", "secret", "secrets", "token", "pat", "apikey"}
 _WORDS |= {"credential", "credentials", "auth", "dsn", "jwt"}
 _PAIRS = {("api", "key"), ("access", "key"), ("account", "key"), ("private", "key"), ("secret", "key")}
 _PAIRS |= {("shared", "key"), ("signing", "key"), ("encryption", "key"), ("connection", "string"), ("conn", "str")}
 _PAIRS |= {("database", "url"), ("database", "uri"), ("db", "url"), ("db", "uri"), ("webhook", "url")}
-_PLACES = {"file", "path", "dir", "folder", "home", "sock", "length", "timeout", "limit", "expiry"}  # of a secret
-_NOT_SECRET = {"PWD", "OLDPWD"}  # a shell's working folders
+# Last words of names that say where a secret is or describe it, and so do not name the secret itself.
+_PLACES = {"file", "path", "dir", "folder", "home", "sock", "length", "timeout", "limit", "expiry"}
+_NOT_SECRET = {"PWD", "OLDPWD"}  # the shell's present and previous working directory
 _PARAMETER = re.compile(
     r"""(?ix)
     (?P<key> password | passwd | passphrase | secret | token | api[_-]?key | access[_-]?key(?:[_-]?id)?
@@ -39,18 +40,18 @@ _PARAMETER = re.compile(
 )
 _SCHEME = re.compile(r"(?i)\b(bearer|authorization[\"']?\s?[:=]\s?[\"']?(?:basic|token|digest)) {1,4}[^\s,;\"']+")
 _NUMBER = re.compile(r"[-+]?[\d_.,]+(e[-+]?\d+)?", re.IGNORECASE)
-_WITH_NUMBERS = re.compile(r"(?i)(pass|pwd|pw|passw(or)?d|secret)$")  # whose value may well be a number
+_WITH_NUMBERS = re.compile(r"(?i)(pass|pwd|pw|passw(or)?d|secret)$")  # keys whose secret value may be a number
 
 
 def redact(text: str) -> str:
-    """Text for people without the secrets of the environment, and without what is a secret by its form."""
+    """Hide in a message the secrets of the environment, and whatever looks like a secret by its form."""
     for secret in _known():
         text = text.replace(secret, HIDDEN)
     return _hide(text)
 
 
 def hide_in_settings(settings: Any, key: str = "") -> Any:
-    """Settings, nested or flat, without what is a secret by its form or its name. Numbers stay as they are."""
+    """Hide in settings, nested or flat, what looks like a secret by its form or its key; numbers stay as they are."""
     if isinstance(settings, Mapping):
         return {name: hide_in_settings(value, str(name)) for name, value in settings.items()}
     if isinstance(settings, list):
@@ -69,7 +70,7 @@ def names_a_secret(name: str) -> bool:
 
 
 def named_secret_in(text: str) -> str | None:
-    """The name of the variable whose secret value a text contains; None where it contains none."""
+    """The name of an environment variable whose secret value the text contains; None if it contains none."""
     for name, value in _secret_variables():
         is_word = value.isalpha() or _NUMBER.fullmatch(value)
         if value in text and len(value) >= (2 * SHORTEST if is_word else SHORTEST):
@@ -78,14 +79,14 @@ def named_secret_in(text: str) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception of a library says, without secrets, in a line of reasonable length."""
+    """The first telling line of an exception's message, without secrets, cut to 300 characters."""
     lines = redact(str(error)).strip().splitlines()
-    said = [line for line in lines if not line.startswith("(raised as a result of")]  # SQLAlchemy's, before the reason
+    said = [line for line in lines if not line.startswith("(raised as a result of")]  # SQLAlchemy puts it first
     return (said or lines or [type(error).__name__])[0][:300]
 
 
 def redact_output() -> None:
-    """From now on what is logged, and the traceback of what nobody expected, lose their secrets last of all."""
+    """Redact, from now on, all log records after they are formatted, and the tracebacks of uncaught exceptions."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_Redacted(handler.formatter))
     sys.excepthook = lambda *error: print(redact("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
@@ -107,7 +108,7 @@ def _secret_variables() -> Iterator[tuple[str, str]]:
 
 
 def _known() -> list[str]:
-    """The secrets of the environment in every spelling in which a library may say them, the longest first."""
+    """The secrets of the environment in every spelling in which a library may print them, the longest first."""
     found: set[str] = set()
     for _, value in _secret_variables():
         found |= {value, " ".join(value.split()), *value.splitlines()}
@@ -125,15 +126,16 @@ def _known() -> list[str]:
 
 
 def _spellings(secret: str) -> set[str]:
-    """As it is, in a URI, in a shell's quotes, and in Python's and JSON's."""
+    """A secret as it is, quoted for a URI, and escaped for a shell, for Python and for JSON."""
     quoted = {unquote(secret), quote(secret), quote(secret, ""), quote_plus(secret)}
     return {secret, secret.replace("'", "'\"'\"'"), repr(secret)[1:-1], json.dumps(secret)[1:-1]} | quoted
 
 
 def _secrets_of_uri(uri: str) -> Iterator[str]:
-    """Password and secret parameters of a URI, which need not be quoted as it should be.
+    """Yield the password and the secret parameters of a URI, whose special characters need not be quoted.
 
-    Where the password holds an unquoted ``@``, ``/`` or ``:``, a library takes its end for the host, and says that.
+    If the password contains an unquoted ``@``, ``/`` or ``:``, a library takes the part after it for the host and may
+    print that part, so the parts are yielded too.
     """
     yield from (match["value"].strip("\"'") for match in _PARAMETER.finditer(uri))
     for parameter in uri.partition("?")[2].split("&"):
@@ -157,7 +159,7 @@ def _hide(text: str) -> str:
 
 
 def _without_user(after: str) -> str:
-    """What follows ``://`` without user and password; a password may hold quotes, blanks, slashes and ``@``."""
+    """Hide user and password in the text after a ``://``; a password may contain quotes, blanks, slashes and ``@``."""
     line = after[: after.index("\n")] if "\n" in after else after
     user = re.match(r"[^\s/@:'\"]*", line)
     assert user

@@ -1,4 +1,4 @@
-"""Reading files that may be anything: opening a pipe would wait for a writer, and a device may never end."""
+"""Reading only regular files: opening a pipe would wait for a writer, and reading a device may never end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import BinaryIO
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading.
+    """Open a regular file for reading.
 
     Raises:
-        OSError: there is none, or it is a folder, a pipe, a socket or a device.
+        OSError: the file cannot be opened, or is a folder, a pipe, a socket or a device.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -23,10 +23,10 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path) -> bytes:
-    """The whole content.
+    """Read the whole content of a regular file.
 
     Raises:
-        OSError: as `open_regular`, or the file is larger than the memory.
+        OSError: as in `open_regular`, or the file does not fit into memory.
     """
     with open_regular(path) as file:
         try:

@@ -1,4 +1,4 @@
-"""Randomness as a pure function of (seed, place): nothing to save, nothing to restore.
+"""Randomness as a pure function of seed and step, so that no generator state has to be saved or restored.
 
 Before each step the loop seeds every generator from the run's seed and the step's number. A run that resumes at a step
 therefore draws what the unbroken run drew there, whatever happened before.
@@ -15,7 +15,7 @@ MASK = 2**64 - 1
 
 
 def mix(*numbers: int) -> int:
-    """Hash whole numbers into 63 bits, so that near-by seeds and steps give unrelated streams.
+    """Hash integers into 63 bits, so that neighbouring seeds and steps give unrelated streams.
 
     Source: the finaliser of SplitMix64, Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014.
     """

@@ -1,4 +1,4 @@
-"""Stopping between two steps: on a signal, when the output takes no more, or when the time is up."""
+"""Stopping between two steps: on a signal, when the output is lost, or when the time is up."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from typing import Any
 
 from src.system.output import lost_output
 
-# SIGHUP is the end of the terminal. SIGUSR1 is what SLURM can be told to send ahead of its time limit. SIGXCPU
-# comes every second once the soft limit of processor time (`ulimit -t`) is reached; at the hard limit comes SIGKILL.
+# SIGHUP comes when the terminal is closed. SLURM can be told to send SIGUSR1 ahead of its time limit. SIGXCPU comes
+# every second once the soft limit of CPU time (`ulimit -t`) is reached; at the hard limit comes SIGKILL.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
-ECHO_SECONDS = 0.5  # `timeout` and some schedulers signal a process and then its group: that is one signal
-TIME_IS_UP = 75  # sysexits.h's EX_TEMPFAIL: the same command continues
-PRUNED = 76  # a trial of a study that others have left behind
+ECHO_SECONDS = 0.5  # `timeout` and some schedulers signal a process and then its group; both count as one signal
+TIME_IS_UP = 75  # exit status EX_TEMPFAIL of sysexits.h: the same command continues
+PRUNED = 76  # exit status of a study's trial that was pruned because it lagged behind others
 
 
 def is_signal(status: int) -> bool:
-    """Whether an exit status says that a signal ended the process: 128 and its number, as a shell has it."""
+    """Whether an exit status says that a signal ended the process: 128 plus its number, as in a shell."""
     return status > 128
 
 
 def is_stop(status: int) -> bool:
-    """Whether an exit status says that a job was told to stop, and can continue, rather than that it failed."""
+    """Whether an exit status says that a job was told to stop and can continue, as opposed to having failed."""
     return status == TIME_IS_UP or is_signal(status)
 
 
 def ignored() -> set[int]:
-    """SIGHUP where whoever started the process has asked that it outlive its terminal."""
+    """The signals to leave ignored: SIGHUP if the process was started to outlive its terminal, as by ``nohup``."""
     return {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
 
 
 class Stopped(SystemExit):
-    """A run was told to stop, has saved, and can continue. Its code is the exit status."""
+    """A run was told to stop and can continue from what it has saved. The exception's code is the exit status."""
 
 
 class Stopper:
-    """Notes the first signal, for the loop to look at; a second one ends the process at once.
+    """Notes the first signal, which the training loop checks between steps; a second one ends the process at once.
 
-    A SIGHUP that is ignored, as by ``nohup``, stays so.
+    A SIGHUP that is ignored, as under ``nohup``, stays ignored.
 
     Args:
-        max_minutes: also stop after so long; None: never.
+        max_minutes: also stop after this many minutes; None: no limit.
     """
 
     def __init__(self, max_minutes: float | None) -> None:
@@ -72,7 +72,7 @@ class Stopper:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside this block a signal stops the process immediately; a resume repeats the work. A time limit waits."""
+        """Inside this block a signal, but no time limit, stops the process immediately; a resume repeats the work."""
         self._at_once = True
         try:
             if status := self.signal_status:
@@ -83,12 +83,12 @@ class Stopper:
 
     @property
     def signal(self) -> int:
-        """The first signal, SIGPIPE where the output takes no more; 0: none so far."""
+        """The number of the first signal, or SIGPIPE if the output is lost; 0 if there has been neither."""
         return self._signal or (signal.SIGPIPE if lost_output() else 0)
 
     @property
     def signal_status(self) -> int:
-        """The exit status after a signal, or after the output has taken no more; 0: neither so far."""
+        """The exit status after a signal or the loss of the output; 0 if there has been neither."""
         return 128 + self._signal if self._signal else lost_output()
 
     @property

@@ -1,4 +1,4 @@
-"""A function of many items in threads, of which few are in memory at once."""
+"""Mapping a function over many items in threads, with only a few items in memory at once."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ R = TypeVar("R")
 
 
 def cores() -> int:
-    """How many of them the process may use."""
+    """The number of CPU cores that the process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def in_threads(
     function: Callable[[T], R], items: Iterable[T], window: int, threads: int | None = None, name: str = ""
 ) -> Iterator[R]:
-    """The results in the order of the items.
+    """Apply a function to items in threads, and yield the results in the order of the items.
 
-    The first error is raised in its place, and what has not begun by then is not begun.
+    An exception is raised at the place of its item; calls that have not begun by then are cancelled.
 
     Args:
-        function: has to release the GIL for threads to help.
-        items: taken one by one.
-        window: the most items that are submitted and whose results have not been taken yet.
-        threads: how many; None: as many as the process may use cores.
-        name: what the threads' names begin with.
+        function: the function to apply; it must release the GIL for threads to help.
+        items: the items, which are taken one by one.
+        window: the largest number of items whose results are pending or have not been taken.
+        threads: the number of threads; None: one for each core that the process may use.
+        name: the prefix of the threads' names.
     """
     waiting: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(threads or cores(), name)
