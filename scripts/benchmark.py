@@ -1,9 +1,9 @@
-"""Images a second, against rivals on the same machine, interleaved: ``make bench``.
+"""Compare training speed, in images a second, with rivals on the same machine in interleaved turns: ``make bench``.
 
     python -m scripts.benchmark [--rounds N] [--seconds S] [--out FILE] [SETTING ...]
 
-Each contender is one process for the whole benchmark. In every round each has a turn of about S seconds, at least one
-step, while the others and their workers are stopped (SIGSTOP), so that nobody prepares batches on another's time.
+Each contender is one process for the whole benchmark. In every round each has a turn of about S seconds and at least
+one step, while the others and their workers are stopped (SIGSTOP), so that none prepares batches in another's turn.
 Ratios are computed within a round; the table has their medians and ranges. Settings: resnet18-64, resnet18-256,
 resnet_tiny-256.
 """
@@ -22,7 +22,7 @@ from scripts.comparison import Contender, arguments, end_turn, in_rounds, next_t
 from src.system.threads import cores
 
 SETTINGS = {"resnet18-64": ("resnet18", 64), "resnet18-256": ("resnet18", 256), "resnet_tiny-256": ("resnet_tiny", 256)}
-# Label, module in scripts/rivals, method, stored vectors.
+# Label, module in scripts/rivals (or a variant of it), method, number of stored vectors.
 CONTENDERS = (
     ("this project, KMCLR 400", "ours", "kmclr", 400),
     ("this project, KMCLR 400, compile=true", "ours_compiled", "kmclr", 400),
@@ -41,7 +41,7 @@ class Turn(NamedTuple):
 
 
 def contend(number: int, setting: str) -> None:
-    """The contender's side: train for ever, and hand the turn back when its time is over."""
+    """In a contender's process: train forever, and end each turn when its time is over."""
     import torch
 
     from scripts.rivals import Images, Pace, Setting
@@ -68,7 +68,7 @@ def contend(number: int, setting: str) -> None:
 
 
 class Clock:
-    """Count the steps of a turn, and wait between turns."""
+    """Counts the steps of a turn, ends the turn when its time is over, and waits for the next."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -88,7 +88,7 @@ class Clock:
 
 
 def compare(setting: str, rounds: int, seconds: float) -> dict[str, list[Turn]]:
-    """Give every contender its turn, round after round."""
+    """Give every contender a turn in every round; return the turns by label."""
     command = ["-m", "scripts.benchmark", setting, "--contender"]
     contenders = [
         Contender(label, Turn, [*command, str(number)], pauses=True) for number, (label, *_) in enumerate(CONTENDERS)
@@ -97,7 +97,7 @@ def compare(setting: str, rounds: int, seconds: float) -> dict[str, list[Turn]]:
 
 
 def table(setting: str, turns: dict[str, list[Turn]]) -> list[str]:
-    """Markdown: images a second, and how many times as fast the first contender is."""
+    """A Markdown table of images a second, and of how many times as fast the first contender is."""
     backbone, batch_size = SETTINGS[setting]
     lines = [
         f"## `{backbone}`, batch {batch_size}",
@@ -118,7 +118,7 @@ def table(setting: str, turns: dict[str, list[Turn]]) -> list[str]:
 
 
 def main() -> None:
-    """Compare in every setting, print the table, write it."""
+    """Compare the contenders in every setting; print and write the tables."""
     args = arguments(__doc__, SETTINGS, OUT)
     if args.contender is not None:
         contend(int(args.contender), args.settings[0])
@@ -126,7 +126,7 @@ def main() -> None:
 
     from scripts.workbench import images, machine
 
-    source = images().source  # decodes once, before anybody is timed
+    source = images().source  # decodes the images before any contender is timed
     command = f"python -m scripts.benchmark --rounds {args.rounds} --seconds {args.seconds:g}"
     lines = ["# Images a second, interleaved", ""]
     for setting in args.settings or SETTINGS:

@@ -1,11 +1,11 @@
-"""The cost of training one run in two processes on a CPU: ``results/benchmarks/communication.md``.
+"""Measure the cost of training one run in two processes on a CPU: ``results/benchmarks/communication.md``.
 
     python -m scripts.communication [--rounds N] [--seconds S] [--out FILE] [SETTING ...]
 
-Four contenders take turns to train KMCLR with 400 prototypes at one global batch size: one process; one process as the
-only rank of a run, which calls the collectives but sends nothing; two ranks (gloo, loopback); and two independent
-processes with half of the batch each. Each process has one thread. Ratios are computed within a round. The ranks also
-repeat the messages of one step without computing between them. CPU time shows what a process computes, because it
+Four contenders take turns to train KMCLR with 400 prototypes at the same global batch size: one process; one process as
+the only rank of a run, which calls the collectives but sends nothing; two ranks (gloo, loopback); and two independent
+processes with half of the batch each. Each process has one thread. Ratios are computed within a round. The two ranks
+also send the messages of one step once more without any computation between them. CPU time is reported because it
 depends little on how busy the machine is. Settings: resnet18-64, resnet_tiny-256.
 """
 
@@ -33,7 +33,7 @@ SETTINGS = {"resnet18-64": ("resnet18", 64), "resnet_tiny-256": ("resnet_tiny", 
 OUT = Path("results/benchmarks/communication.md")
 IMAGES = 2048
 REPLAYS = 10
-LARGE = 2**16  # bytes; of the sums only the gradient's is larger
+LARGE = 2**16  # bytes; among the summed messages only the gradient is larger
 GATHERED, GRADIENT = "features, gathered", "the encoder's gradient, summed"
 NORMS, STOP = "batch-norm statistics, summed", "the reason to stop, not waited for"
 
@@ -53,7 +53,7 @@ LAYOUTS = {
 
 
 class Message(NamedTuple):
-    """What one collective sent, and how long this rank was in it."""
+    """What one collective sent, and how many seconds this rank spent in it."""
 
     kind: str
     tensor: Tensor
@@ -62,7 +62,7 @@ class Message(NamedTuple):
 
 
 class Messages:
-    """Record the collectives of this rank as they are called."""
+    """Records the collectives of this rank, by replacing those of torch.distributed."""
 
     def __init__(self) -> None:
         self.seen: list[Message] = []
@@ -89,7 +89,7 @@ class Messages:
         return found
 
     def replayed(self, sent: Sequence[Message]) -> list[Message]:
-        """Send the same messages without computing between them: the fastest of `REPLAYS` attempts."""
+        """Send the same messages without computation between them, `REPLAYS` times; return the fastest repetition."""
         tries = []
         for _ in range(REPLAYS):
             for each in sent:
@@ -103,7 +103,7 @@ class Messages:
 
 
 def by_kind(messages: Sequence[Message], steps: int) -> dict[str, list[float]]:
-    """For each kind the number of messages, bytes and seconds in one step."""
+    """For each kind of message: the mean number of messages, bytes and seconds in one step."""
     found: dict[str, list[float]] = {}
     for each in messages:
         before = found.get(each.kind, [0.0, 0.0, 0.0])
@@ -112,16 +112,16 @@ def by_kind(messages: Sequence[Message], steps: int) -> dict[str, list[float]]:
 
 
 class Turn(NamedTuple):
-    """What a contender reports of its turn."""
+    """What a contender reports after a turn."""
 
-    seconds: float  # of a step
-    cpu: float  # seconds of a step, of one process
-    messages: dict[str, list[float]]
-    alone: dict[str, list[float]]  # the messages with nothing between them
+    seconds: float  # wall time of a step
+    cpu: float  # CPU seconds of a step in one process
+    messages: dict[str, list[float]]  # `by_kind`
+    alone: dict[str, list[float]]  # `by_kind` of one step's messages, sent without computation between them
 
 
 class Side:
-    """The contender's side, called once a step: read how long each turn lasts, and print how it went."""
+    """In a contender's process, called after each step: reads the length of each turn, and prints its result."""
 
     def __init__(self, ranks: distributed.Ranks, output: IO[str]) -> None:
         self.ranks, self.output, self.messages = ranks, output, Messages()
@@ -138,7 +138,7 @@ class Side:
         sent = self.messages.pop()
         self.step += 1
         self.sent += sent
-        if self.step == WARM_UP and self.ranks.world_size > 1:  # the same step on all ranks
+        if self.step == WARM_UP and self.ranks.world_size > 1:  # all ranks reach this step together
             self.alone = by_kind(self.messages.replayed(sent), 1)
         took = time.perf_counter() - self.began
         if self.ranks.first and took >= self.seconds:
@@ -149,7 +149,7 @@ class Side:
 
 
 def contend(name: str, setting: str) -> None:
-    """Train until the process is ended."""
+    """In a contender's process: train until the process is killed."""
     backbone, batch_size = SETTINGS[setting]
     layout = LAYOUTS[name]
     torch.set_num_threads(1)
@@ -159,7 +159,7 @@ def contend(name: str, setting: str) -> None:
         *("checkpoint.every=1000000", "checkpoint.minutes=1000000", "epochs=1000000"),
         f"batch_size={batch_size if layout.ranks else batch_size // layout.processes}",
     )
-    output = sys.stdout  # all ranks but the first replace it when they join
+    output = sys.stdout  # joining replaces sys.stdout on all ranks but the first
     ranks, data = distributed.join("cpu"), dataset(noise(IMAGES))
     state = TrainState(cfg, data, ranks)
     fill(state)
@@ -167,7 +167,7 @@ def contend(name: str, setting: str) -> None:
 
 
 def processes(name: str, setting: str) -> comparison.Contender[Turn]:
-    """Start a contender's processes. Between turns they wait for a line or for each other."""
+    """Start the processes of a contender. Between turns they wait for an input line or for each other."""
     label, count, ranks = LAYOUTS[name]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -178,14 +178,14 @@ def processes(name: str, setting: str) -> comparison.Contender[Turn]:
 
 
 def compare(setting: str, rounds: int, seconds: float) -> dict[str, list[Turn]]:
-    """Give every contender its turns, round after round; the turns by name."""
+    """Give every contender a turn in every round; return the turns by the contenders' names."""
     contenders = [processes(name, setting) for name in LAYOUTS]
     turns = comparison.in_rounds(setting, contenders, rounds, seconds, lambda turn: f"{1000 * turn.seconds:.0f} ms")
     return dict(zip(LAYOUTS, turns.values(), strict=True))
 
 
 def table(setting: str, turns: dict[str, list[Turn]]) -> list[str]:
-    """Markdown: the time of a step, compared with one process, and what the ranks send in it."""
+    """Markdown tables of the time of a step, compared with one process, and of what the ranks send in a step."""
     backbone, batch_size = SETTINGS[setting]
     lines = [
         f"## `{backbone}`, batch {batch_size}",
@@ -216,7 +216,7 @@ def table(setting: str, turns: dict[str, list[Turn]]) -> list[str]:
 
 
 def main() -> None:
-    """Compare in every setting, print the tables, write them."""
+    """Compare the contenders in every setting; print and write the tables."""
     args = comparison.arguments(__doc__, SETTINGS, OUT)
     if args.contender:
         contend(args.contender, args.settings[0])

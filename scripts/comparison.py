@@ -1,7 +1,7 @@
-"""Contenders that take turns on one machine: their command line, processes and messages.
+"""Contenders that take turns on one machine: the command line, the processes and the messages between them.
 
-A contender trains for ever. It reads a line with the seconds of its next turn, and prints the turn's result as a line
-of JSON.
+A contender trains forever. For each turn it reads a line with the turn's length in seconds, and prints the turn's
+result as a line of JSON.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 
 T = TypeVar("T")
-WARM_UP = 2  # turns that do not count
+WARM_UP = 2  # turns of one step each, whose results are not used
 
 
 def arguments(description: str | None, settings: Collection[str], out: Path) -> argparse.Namespace:
-    """Parse the command line; only the script itself sets ``contender``, for the processes that it starts."""
+    """Parse the command line. The script itself passes ``--contender`` to the processes that it starts."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"of {', '.join(settings)}; default: all")
     parser.add_argument("--rounds", type=int, default=7)
@@ -35,24 +35,25 @@ def arguments(description: str | None, settings: Collection[str], out: Path) -> 
 
 
 def next_turn() -> float:
-    """The contender's side: wait for the seconds of its next turn."""
+    """In a contender's process: wait for the next turn, and return its length in seconds."""
     return float(sys.stdin.readline())
 
 
 def end_turn(turn: Any, output: IO[str] = sys.stdout) -> None:
-    """The contender's side: print a turn's result, which is a named tuple."""
+    """In a contender's process: print the result of a turn, a named tuple, as a line of JSON."""
     print(json.dumps(turn._asdict()), file=output, flush=True)
 
 
 class Contender(Generic[T]):
-    """A contender's processes, each in a process group of its own.
+    """The processes of a contender, each in its own process group.
 
     Args:
-        label: for people.
+        label: the contender's name in tables.
         turn: the class of the named tuple that `end_turn` prints.
-        command: what follows the interpreter.
-        places: further environment variables of each process; of ranks only the first exchanges lines.
-        pauses: whether to stop them and their workers between turns (SIGSTOP); else they wait by themselves.
+        command: the command line after the Python interpreter.
+        places: for each process, additional environment variables; if the processes are ranks, only the first one
+            exchanges lines with this process.
+        pauses: whether to stop the processes and their workers between turns (SIGSTOP); else they wait by themselves.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Contender(Generic[T]):
         self._pause(signal.SIGSTOP)
 
     def turn(self, seconds: float) -> T:
-        """Let it train for about ``seconds``; the greatest of its processes' turns, by a turn's first field."""
+        """Let the contender train for about ``seconds``; return its processes' turn with the largest first field."""
         self._pause(signal.SIGCONT)
         for each in self.speakers:
             assert each.stdin is not None
@@ -111,7 +112,7 @@ class Contender(Generic[T]):
 def in_rounds(
     setting: str, contenders: Sequence[Contender[T]], rounds: int, seconds: float, shown: Callable[[T], str]
 ) -> dict[str, list[T]]:
-    """Give every contender its turns, round after round, and end the processes; the turns by label."""
+    """Give every contender a turn in every round, and end the processes; return the turns by label."""
     turns: dict[str, list[T]] = {each.label: [] for each in contenders}
     try:
         for each in contenders:

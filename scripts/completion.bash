@@ -2,7 +2,7 @@
 #
 #     source scripts/completion.bash
 #
-# Hydra answers the queries; its own installer knows `python FILE.py` but not `python -m MODULE`.
+# Hydra computes the completions; the function that it can install handles `python FILE.py` but not `python -m MODULE`.
 _src_completion() {
     [[ $COMP_LINE =~ ^[[:space:]]*([^ ]*python[0-9.]*)[[:space:]]+-m[[:space:]]+(src\.(train|evaluate|embed|export))[[:space:]]+(.*)$ ]] || return
     local python=${BASH_REMATCH[1]} module=${BASH_REMATCH[2]} line="${BASH_REMATCH[2]} ${BASH_REMATCH[4]}" choices

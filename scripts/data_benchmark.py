@@ -1,11 +1,11 @@
-"""Decoding, start-up and loading beside torchvision's ImageFolder and DataLoader: ``results/benchmarks/data.md``.
+"""Compare decoding, start-up and loading with torchvision's ImageFolder and DataLoader: ``results/benchmarks/data.md``.
 
     python -m scripts.data_benchmark DIR [--images N] [--rounds R] [--out FILE]
 
-Makes N JPEGs of 500x375 pixels in DIR, which take 52 kB each, and removes DIR at the end. They are random crops of at
-least half of scikit-learn's two sample photographs, mirrored or not, at quality 90. Each number comes from a process of
-its own. Contenders take turns on the same images, round by round, so that other load on the machine affects all alike;
-ratios are computed within a round. The files are in the page cache.
+Makes N JPEGs of 500x375 pixels and 52 kB each in DIR, and removes DIR at the end. The images are random crops of at
+least half the area of scikit-learn's two sample photographs, some of them mirrored, at quality 90. To compare decoding,
+contenders take turns on the same images in each round, so that other load on the machine affects all alike; ratios are
+computed within a round. Start-up and loading are each measured in a separate process. The files are in the page cache.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from src.training.state import TrainState
 
 OUT = Path("results/benchmarks/data.md")
 IMAGENET = 1_281_167
-GROUPS = 10  # folders, of which each round takes one
+GROUPS = 10  # folders of images; each round uses another one
 CORES = cores()
 
 
 def make(root: Path, count: int) -> None:
-    """Write the images, in a folder for each group and in it one for each of two classes."""
+    """Write the images into a folder for each group, which has a folder for each of two classes."""
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
 
     def crop(i: int) -> None:
         photo, random = photos[i % 2], np.random.default_rng(i)
-        width = int(random.uniform(0.71, 1) * min(photo.width, photo.height * 4 / 3))  # of a side: half of the area
+        width = int(random.uniform(0.71, 1) * min(photo.width, photo.height * 4 / 3))  # 0.71 of a side: half the area
         height = width * 3 // 4
         left, top = (int(random.integers(room + 1)) for room in (photo.width - width, photo.height - height))
         image = photo.resize((500, 375), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
@@ -75,15 +75,15 @@ def config(folder: Path, images: str, size: int, draft: bool) -> Data:
 
 
 def first(cfg: Data) -> dict[str, float]:
-    """Seconds until the images are decoded."""
-    folders.MANY = 1  # so that these are treated as a million files are
+    """Measure the seconds until all images are decoded."""
+    folders.MANY = 1  # treats these files like a million: later starts look only at their folders
     began = time.perf_counter()
     cached(cfg)
     return {"seconds": time.perf_counter() - began}
 
 
 def second(cfg: Data) -> dict[str, float]:
-    """Seconds to load decoded images, seconds to look at each file besides, and an epoch's images a second."""
+    """Measure the seconds to load decoded images, the seconds to check every file, and images a second in an epoch."""
     began = time.perf_counter()
     dataset = load(cfg)
     seconds, began = time.perf_counter() - began, time.perf_counter()
@@ -96,7 +96,7 @@ def second(cfg: Data) -> dict[str, float]:
 
 
 def loader(cfg: Data, interpolation: str = "bilinear") -> Any:
-    """torchvision's images, decoded by as many processes as there are cores."""
+    """A DataLoader over torchvision's ImageFolder, with as many worker processes as there are cores."""
     from torchvision import datasets, transforms
 
     size = cfg.image_size
@@ -107,7 +107,7 @@ def loader(cfg: Data, interpolation: str = "bilinear") -> Any:
 
 
 def loader_start(cfg: Data) -> dict[str, float]:
-    """Seconds until the first batch, and the workers' share of memory in MiB."""
+    """Measure the seconds until the first batch, and the workers' memory in MiB (proportional set size)."""
     began = time.perf_counter()
     batches = iter(loader(cfg))
     next(batches)
@@ -117,7 +117,7 @@ def loader_start(cfg: Data) -> dict[str, float]:
 
 
 def waiting(cfg: Data) -> dict[str, float]:
-    """The share of resnet_tiny's steps that is spent on getting the batch, and its images a second."""
+    """Measure the fraction of a step of resnet_tiny that is spent waiting for the batch, and its images a second."""
     dataset, waited, ended = load(cfg), [0.0], [0.0]
 
     def timed(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -143,10 +143,10 @@ def waiting(cfg: Data) -> dict[str, float]:
 
 
 class Turn(NamedTuple):
-    """What one contender did with the images of one group."""
+    """One contender's speed on the images of one group."""
 
     rate: float  # images a second
-    cost: float  # milliseconds of all cores an image
+    cost: float  # CPU milliseconds an image, summed over all cores
 
 
 LOADERS = ("bilinear", "bicubic")
@@ -159,13 +159,13 @@ CONTENDERS = {
 
 
 def rounds(folder: Path, size: int, count: int) -> Iterator[dict[str, Turn]]:
-    """The contenders take turns on the images of one group after the other."""
+    """In each round, let all contenders decode the images of one group; yield their turns by name."""
     for i in range(count):
         whole, draft = (config(folder, f"images/group{i:02}", size, each) for each in (False, True))
         turns: dict[str, Callable[[], object]] = {
             name: partial(deque[Any], loader(whole, name), maxlen=0) for name in LOADERS
         }
-        for start in turns.values():  # which starts the workers
+        for start in turns.values():  # a first pass starts the workers
             start()
         turns |= {"ours": partial(cached, whole), "draft": partial(cached, draft)}
         images = len(list(Path(str(whole.root)).rglob("*.jpg")))
@@ -179,7 +179,7 @@ def rounds(folder: Path, size: int, count: int) -> Iterator[dict[str, Turn]]:
 
 
 def processor_seconds() -> float:
-    """CPU seconds of this process and its workers so far."""
+    """CPU seconds that this process and its workers have used so far."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     stats = [Path(f"/proc/{each.pid}/stat").read_text().rsplit(")", 1)[1] for each in multiprocessing.active_children()]
     ticks = sum(int(field) for text in stats for field in text.split()[11:13])
@@ -190,7 +190,7 @@ MEASURES = {each.__name__: each for each in (first, second, loader_start, waitin
 
 
 def measure(name: str, folder: Path, size: int, draft: bool = False) -> dict[str, float]:
-    """Run one of `MEASURES` in a process of its own; its numbers, and its peak memory in MiB."""
+    """Run one of `MEASURES` in a separate process; return its numbers, and its peak memory in MiB as ``peak``."""
     command = [sys.executable, "-m", "scripts.data_benchmark", str(folder), "--measure", name, str(size), str(draft)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     numbers: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -209,7 +209,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def report(folder: Path, images: int, count: int) -> Iterator[str]:
-    """The page, line by line."""
+    """Measure everything, and yield the results page in pieces."""
     files = [path.stat().st_size for path in (folder / "images").rglob("*.jpg")]
     yield f"""# Decoding, start-up and loading
 
@@ -280,7 +280,7 @@ where the cache is larger than what is free, an epoch reads the disk at random, 
 
 
 def main() -> None:
-    """Make, measure, write."""
+    """Make the images, measure, and write the results page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=20_000)

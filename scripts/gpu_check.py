@@ -1,10 +1,10 @@
-"""Check that a GPU can run the plans of `scripts.gpu_plan`, and how fast: timed steps, tests marked ``gpu``.
+"""Check that a GPU can run the plans of `scripts.gpu_plan`, and how fast, by timed steps and the tests marked ``gpu``.
 
     python -m scripts.gpu_check --out results/gpu -- data.root=DIR
 
-The steps are those of the training loop with a filled support set: compiled, plain, and as the only rank of a run, on
-the configured images or, if these are missing, on noise. OUT/check.md is rewritten after each part, and names the parts
-that were left out because the time was up. Status 1: a part failed; 75: a part was left out.
+The steps are those of the training loop with a filled support set: compiled, eager, and as the only rank of a run. The
+images are the configured ones or, if these are missing, noise. OUT/check.md is rewritten after each part, and names the
+parts that were left out for lack of time. Exit status 1: a part failed; 75: a part was left out.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from src.training import distributed
 from src.training.state import TrainState
 
 BATCHES = (512, 1024)
-WARM, STEPS = 10, 20  # steps in which graphs are recorded, and those that are timed
-START = 20.0  # seconds; with fewer left no part begins
-TESTS = 100.0  # seconds; with fewer left the tests do not begin, because they compile
+WARM, STEPS = 10, 20  # warm-up steps, in which CUDA graphs are recorded, and timed steps
+START = 20.0  # seconds; no part begins with less time left
+TESTS = 100.0  # seconds; the tests, which compile models, do not begin with less time left
 
 
 class Part(NamedTuple):
-    """Something to check."""
+    """A part of the check."""
 
-    run: Callable[[float], tuple[bool, list[str]]]  # seconds left to success and lines of Markdown
-    needs: float = START  # seconds
+    run: Callable[[float], tuple[bool, list[str]]]  # takes the seconds left; returns success and lines of Markdown
+    needs: float = START  # seconds that must be left for the part to begin
 
 
 def step_seconds(overrides: Sequence[str]) -> tuple[float, str]:
-    """Mean seconds of `STEPS` steps of the training loop, and the name of the images.
+    """Measure the mean seconds of `STEPS` steps of the training loop; return them and the name of the images.
 
     Raises:
-        UsageError: there are fewer images than a batch holds.
+        UsageError: there are fewer images than a batch has.
     """
     lasting = ("data.final=true", "checkpoint.every=1000000", "checkpoint.minutes=1000000", "epochs=1000000")
     cfg = compose(*overrides, *lasting)
@@ -83,7 +83,7 @@ def step_seconds(overrides: Sequence[str]) -> tuple[float, str]:
 
 
 def steps(overrides: Sequence[str], _: float) -> tuple[bool, list[str]]:
-    """A line on the speed of a configuration."""
+    """Time a configuration; return whether it ran, and a Markdown line on its speed."""
     cfg = compose(*overrides)
     way = "the only rank" if is_rank() else "compiled" if cfg.compile else "plain"
     what = f"{cfg.method.name}, batch {cfg.batch_size:,}, {way}"
@@ -96,11 +96,11 @@ def steps(overrides: Sequence[str], _: float) -> tuple[bool, list[str]]:
 
 
 def program(title: str, command: Sequence[str], last: int, seconds: float) -> tuple[bool, list[str]]:
-    """Run another program: whether it succeeded in time, and its last lines.
+    """Run another program; return whether it succeeded in time, and its last lines as Markdown.
 
-    When the time is up, the program and all that it has started are killed.
+    When the time is up, the program and all processes that it has started are killed.
     """
-    with tempfile.TemporaryFile("w+") as output:  # a pipe stays open as long as anything that the program leaves behind
+    with tempfile.TemporaryFile("w+") as output:  # no pipe: processes that the program leaves behind keep it open
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             child.wait(seconds)
@@ -117,7 +117,7 @@ def program(title: str, command: Sequence[str], last: int, seconds: float) -> tu
 
 
 def parts(overrides: Sequence[str]) -> dict[str, Part]:
-    """What is checked, in order."""
+    """The parts of the check by title, in order."""
     on_gpu = build.device(compose(*overrides).device).type == "cuda"
     chosen: dict[str, Part] = {}
     for compiled, batch in itertools.product(("true", "false") if on_gpu else ("false",), BATCHES):
@@ -133,12 +133,12 @@ def parts(overrides: Sequence[str]) -> dict[str, Part]:
 
 
 def tests_marked_gpu() -> list[str]:
-    """The files with tests marked ``gpu``. The others may import what a GPU machine lacks, and are not collected."""
+    """The files with tests marked ``gpu``; others are not collected, as they may import what the GPU machine lacks."""
     return [str(file) for file in sorted(Path("tests").rglob("test_*.py")) if "pytest.mark.gpu" in file.read_text()]
 
 
 def check(chosen: dict[str, Part], end: float, page: Path, head: Sequence[str]) -> int:
-    """Run the parts while there is time, and write the page after each; the exit status."""
+    """Run the parts while there is time, and write the page after each; return the exit status."""
     lines, status = list(head), 0
     for title, part in chosen.items():
         left = end - time.monotonic()
@@ -154,13 +154,13 @@ def check(chosen: dict[str, Part], end: float, page: Path, head: Sequence[str]) 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check; the exit status."""
+    """Run the check of the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m scripts.gpu_check", description="Does a GPU do what plans need?")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=6.0, help="begin nothing that does not fit")
     parser.add_argument("overrides", nargs="*", help="for the steps")
     asked = parser.parse_args(arguments)
-    if is_rank():  # started by a part of the check
+    if is_rank():  # the part "steps of a rank" has started this process
         went_well, lines = steps(asked.overrides, asked.minutes)
         print(*lines)
         return int(not went_well)

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Packs what a GPU machine with torch but without a network often lacks: Hydra and pydantic, in the versions of
-# constraints.txt. FAISS is not among them: without it the search is torch's.
+# Packs the packages that a GPU machine with torch but without a network often lacks: Hydra and pydantic, in the versions
+# of constraints.txt. FAISS is not included; without it the search uses torch.
 #
-#   scripts/gpu_packages.sh FILE.tar.xz        here
-#   tar -C DIR -xf FILE.tar.xz                 there, and PYTHONPATH=DIR in its environment
+#   scripts/gpu_packages.sh FILE.tar.xz        on this machine
+#   tar -C DIR -xf FILE.tar.xz                 on the GPU machine; then set PYTHONPATH=DIR there
 #
-# VERSION=3.12             of the Python there, on x86-64 Linux
-# PYTHON=.venv/bin/python
+# Environment variables:
+# VERSION=3.12             the Python version on the GPU machine, which must be x86-64 Linux
+# PYTHON=.venv/bin/python  the Python interpreter on this machine
 set -euo pipefail
 file=$(realpath "${1:?where to, say packages.tar.xz}")
 cd "$(dirname "$0")/.."
@@ -15,7 +16,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 pinned() { grep -iE "^($1)==" constraints.txt; }
-# shellcheck disable=SC2046  # each pin is a word
+# shellcheck disable=SC2046  # each pinned package is one word
 "$python" -m pip wheel --quiet --no-deps --wheel-dir "$work" $(pinned 'hydra-core|omegaconf|antlr4-python3-runtime')
 # shellcheck disable=SC2046
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --dest "$work" --python-version "${VERSION:-3.12}" \

@@ -1,15 +1,15 @@
-"""A question, and the runs that answer it on one GPU, one after another in one process, in the minutes that there are.
+"""Train the runs of a plan, which answer one question, in turn in one process on one GPU within a time limit.
 
     python -m scripts.gpu_plan --plan teacher --out results/gpu --minutes 9 -- data.root=DIR
 
-What comes after ``--`` goes to every run and wins over the plan's own settings. The same command continues: finished
-runs are passed over, and a run that was stopped goes on where its folder in multirun/ is still there. After each run
-OUT/PLAN holds the report of those that are finished, the record and the metrics of each, and log.md, an entry for
-results/LOG.md. Status 75: the time is up; otherwise that of the last run that failed.
+The arguments after ``--`` are passed to every run and override the plan's own settings. The same command continues: it
+skips finished runs, and resumes a stopped run if its folder in multirun/ still exists. After each run, OUT/PLAN holds
+the report, the record and metrics of each run, and log.md, an entry for results/LOG.md. Exit status 75: the time is up;
+otherwise the status of the last run that failed.
 
-The numbers of epochs fit an H100: 45,000 images at batch 512 take 1.85 s with a teacher (2.2 s with a queue beside it)
-and, by the figures of another GPU, 1.3 s without one; 40 s pass before the first step, and each run takes 16 s more for
-its start and its evaluation (results/gpu/teacher). ``epochs=N`` asks for more, in several slices.
+The numbers of epochs fit an H100: an epoch of 45,000 images at batch 512 takes 1.85 s with a teacher (2.2 s with a
+queue in addition) and, judging by another GPU, 1.3 s without one; 40 s pass before the first step, and each run takes
+another 16 s for its start and evaluation (results/gpu/teacher). ``epochs=N`` asks for longer runs, over several calls.
 """
 
 from __future__ import annotations
@@ -46,30 +46,31 @@ from src.system.stopping import TIME_IS_UP, Stopped, is_stop
 from src.training.loop import Hooks
 from src.training.run import run
 
-RESERVE = 30.0  # seconds for a last evaluation, which no deadline cuts short
+RESERVE = 30.0  # seconds kept for a last evaluation, which the time limit does not interrupt
 FAST = [
     *("batch_size=512", "evaluation.every=20", "evaluation.pictures=false", "tracking.log_every=50"),
-    *("checkpoint.every=1000", "checkpoint.minutes=3"),  # besides those at a run's stop and end
+    *("checkpoint.every=1000", "checkpoint.minutes=3"),  # a run also saves when it stops and at its end
 ]
-# The recipe is of batch 256. With half as many steps an epoch the teacher is to follow in half as many.
-# Source: Busbridge et al., "How to Scale Your EMA", NeurIPS 2023: momentum to the power of the batch's growth.
+# The recipe is for batch 256. An epoch here has half as many steps, so the teacher's average must move twice as fast.
+# Source: Busbridge et al., "How to Scale Your EMA", NeurIPS 2023: raise the momentum to the ratio of the batch sizes.
 TEACHER = ["experiment=teacher", *FAST, "objective.momentum=0.98"]
 NOTHING, PROTOTYPES, QUEUE = ["support=none"], ["support=kmeans"], ["support=queue"]
-OF_FIVE = ["objective.neighbours=5"]  # a teacher's mixed target
+OF_FIVE = ["objective.neighbours=5"]  # five stored vectors are mixed into the teacher's target
 CONTRAST = ["method=kmclr", *FAST]
 DECORRELATION = ["projector.hidden=[2048,2048]", "projector.out=256", "objective.decorrelation=0.02"]
-# What acts late: published recipes of 200 epochs and more have it, and runs of 25 to 80 cannot rank it.
+# Settings that help only in long training: published recipes of 200 and more epochs have them, and runs of 25 to 80
+# epochs cannot rank them.
 # Sources: solo-learn's scripts/pretrain/cifar (temperature, weight decay); pc-cp/MNN and its benchmark (crops).
 AT_LENGTH = [
     *("objective.temperature=0.2", "optimizer.weight_decay=1e-4"),
     *("augment.view1.crop_scale=[0.2,1]", "augment.view2.crop_scale=[0.2,1]"),
 ]
-# The product of rate and decay is the recipe's own; with a small rate the weights have not shrunk by then, and steps
-# stay small beside them.
+# For short runs: the product of learning rate and weight decay is the recipe's, but with its small learning rate the
+# weights would not shrink in so few epochs, and steps would stay small relative to them.
 QUICK_TEACHER = [*TEACHER, "optimizer.lr=0.3", "optimizer.weight_decay=1e-4"]
-# Of `long` and `curve`: to be edited when `screen` has said otherwise, by figures of validation images.
+# The settings of `long` and `curve`; edit them if the validation accuracies of `screen` favour others.
 BEST = [*CONTRAST, *DECORRELATION, *AT_LENGTH]
-# MNN by its own settings, but for the batch, whose parts stay of 32 images.
+# MNN with its authors' settings except for the batch size; batch norm still uses parts of 32 images.
 MNN = ["experiment=mnn", *FAST, "objective.momentum=0.98", "backbone.bn_splits=16"]
 
 Overrides = list[str]
@@ -77,7 +78,7 @@ Overrides = list[str]
 
 @dataclass(frozen=True)
 class Plan:
-    """A question, the minutes of a slice, and the runs, the most important first."""
+    """A question, the default time limit of one call in minutes, and the runs, the most important first."""
 
     question: str
     minutes: float
@@ -100,7 +101,7 @@ PLANS = {
             [*CONTRAST, *DECORRELATION, "k=400", "epochs=80"],
             [*CONTRAST, *DECORRELATION, *AT_LENGTH, "k=400", "epochs=80"],
             [*QUICK_TEACHER, *DECORRELATION, *PROTOTYPES, "k=400", "epochs=60"],
-            [*CONTRAST, *DECORRELATION, *NOTHING, "epochs=80"],  # this and what follows in the next slice
+            [*CONTRAST, *DECORRELATION, *NOTHING, "epochs=80"],  # this and the following runs need a second call
             [*QUICK_TEACHER, "objective=relation", *PROTOTYPES, "k=400", "epochs=60"],
             [*QUICK_TEACHER, "backbone.bn_splits=16", *PROTOTYPES, "k=400", "epochs=60"],
             [*CONTRAST, "support=evolving", "epochs=80"],
@@ -135,7 +136,7 @@ PLANS = {
         [
             [*CONTRAST, "k=400", "objective=published", "epochs=80"],
             ["method=nnclr", "queue_size=98304", *FAST, "objective=published", "epochs=80"],
-            # All its 500 epochs, as far as they come; its own probe would take minutes at the end.
+            # Its 500 epochs need several calls; the linear probe replaces the original one, which would take minutes.
             ["experiment=original_kmclr", "k=400", *FAST, "batch_size=64", "evaluation=linear"],
         ],
     ),
@@ -143,10 +144,10 @@ PLANS = {
 
 
 def configurations(plan: Plan, overrides: Overrides) -> list[Config]:
-    """The plan's distinct runs, all composed before the first starts, so that no mistake costs a slice.
+    """Compose all distinct runs of a plan before the first one starts, so that no mistake costs time on the GPU.
 
     Raises:
-        UsageError: a setting does not fit one of the runs, or the images are not there.
+        UsageError: a setting does not fit one of the runs, or the images are missing.
     """
     found: dict[str, Config] = {}
     for settings in plan.runs:
@@ -159,7 +160,7 @@ def configurations(plan: Plan, overrides: Overrides) -> list[Config]:
 
 
 def configuration(overrides: Overrides) -> Config:
-    """A run's config, complete: a run is its settings, its images and the weights that it starts from."""
+    """Compose a run's config and add what else identifies the run: its images and its initial weights."""
     cfg = compose(*overrides)
     cfg.data.fingerprint = fingerprint(cfg.data)
     origin.identify(cfg)
@@ -167,14 +168,14 @@ def configuration(overrides: Overrides) -> Config:
 
 
 def kept(out: Path, cfg: Config) -> Path:
-    """The folder that keeps a run's record and metrics."""
+    """The folder that keeps a copy of a run's record and metrics."""
     return out / "runs" / run_directory.path_of(cfg).name
 
 
 def train(cfg: Config, minutes: float) -> int:
-    """Train one run as ``python -m src.train`` does; its exit status.
+    """Train one run as ``python -m src.train`` does; return its exit status.
 
-    No failure ends this process, so that the plan's other runs can follow.
+    A failure does not end this process, so that the plan's other runs can follow.
     """
     cfg.max_minutes = minutes
     try:
@@ -188,7 +189,7 @@ def train(cfg: Config, minutes: float) -> int:
         traceback.print_exc()
         return 1
     finally:
-        if cfg.compile:  # else the next run counts as a recompilation of this one, of which there may be eight
+        if cfg.compile:  # without a reset, torch counts the next run as a recompilation, of which it allows eight
             torch.compiler.reset()
         if torch.cuda.is_available():
             gc.collect()
@@ -198,7 +199,7 @@ def train(cfg: Config, minutes: float) -> int:
 
 
 def follow(name: str, minutes: float, out: Path, overrides: Overrides, command: str) -> int:
-    """Train the plan's runs in order until the time is up; the exit status."""
+    """Train the plan's runs in order until the time is up; return the exit status."""
     end, status = time.monotonic() + 60 * minutes, 0
     for cfg in configurations(PLANS[name], overrides):
         if is_done(kept(out, cfg), cfg):
@@ -208,7 +209,7 @@ def follow(name: str, minutes: float, out: Path, overrides: Overrides, command: 
         keep(run_directory.path_of(cfg), kept(out, cfg))
         try:
             report(name, out, command)
-        except Exception:  # a table can be made again, and the minutes cannot
+        except Exception:  # training goes on, because a table can be made later and GPU time is lost
             traceback.print_exc()
         status = ended or status
         if is_stop(ended):
@@ -217,13 +218,13 @@ def follow(name: str, minutes: float, out: Path, overrides: Overrides, command: 
 
 
 def is_done(copy: Path, cfg: Config) -> bool:
-    """Whether what was kept of a run says that it has finished, or has diverged, as it would again."""
+    """Whether the copy of a run's record says that the run has finished or diverged, which it would do again."""
     record = Record.find(copy)
     return record is not None and (run_directory.is_finished(copy, cfg) or TAG_DIVERGED in record.tags)
 
 
 def keep(directory: Path, copy: Path) -> None:
-    """Copy a run's record and metrics, if it has begun."""
+    """Copy a run's record and metrics to the folder ``copy``, if they exist."""
     for file in (METRICS, RECORD):
         if (directory / file).is_file():
             copy.mkdir(parents=True, exist_ok=True)
@@ -231,7 +232,7 @@ def keep(directory: Path, copy: Path) -> None:
 
 
 def report(name: str, out: Path, command: str) -> None:
-    """Write the table and its plots, and the entry for the log."""
+    """Write the table with its plots, and the entry for results/LOG.md."""
     records = sorted((record for _, record in records_below(out / "runs")), key=lambda record: record.start_time)
     rows, notes = summarise(records)
     if rows:
@@ -249,7 +250,7 @@ def report(name: str, out: Path, command: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Follow a plan; the exit status."""
+    """Follow the plan of the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m scripts.gpu_plan", description="Runs for one GPU, by plan.")
     parser.add_argument("--plan", choices=list(PLANS), required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -1,13 +1,13 @@
-"""How near training comes to what a device can do: images a second, seconds an epoch, share of the matrix ceiling.
+"""Measure training speed on a device: images a second, seconds an epoch, and the fraction of the matrix ceiling.
 
     python -m scripts.gpu_speed --out results/gpu --batches 256 512 1024 --minutes 9 -- data.root=DIR
 
-The numbers come from real runs of ``src.train``, data included, which time their own epochs; what comes after ``--``
-goes to them. A finished run is not repeated. Writes speed.json and speed.md. Status 75: the time is up, and the same
-command continues.
+The numbers come from real runs of ``src.train``, including the loading of data, which time their own epochs. The
+arguments after ``--`` are passed to every run. A finished run is not repeated. Writes speed.json and speed.md. Exit
+status 75: the time is up, and the same command continues.
 
-The ceiling is the best rate of a large matrix product in the precision of the runs. A run's share of it counts the
-arithmetic of encoder and heads, forward and backward, as torch counts it; views, lookups and optimizer are overhead.
+The ceiling is the best rate of a large matrix product in the precision of the runs. A run's fraction of it counts only
+the FLOPs of encoder and heads, forward and backward, by torch's counter; views, lookups and optimizer are overhead.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from src.runs.record import Record
 from src.system.stopping import TIME_IS_UP
 
 METHODS = (["method=kmclr", "k=400"], ["method=nnclr", "queue_size=98304"], ["method=simclr"])
-# Long enough for a queue of 98,304 to fill; the last two epochs count. Evaluation is cut short: it is not timed.
+# Five epochs fill a queue of 98,304. Only the last two are timed; the evaluation is not timed, and so kept short.
 TIMED = ["epochs=5", "schedule.warmup_epochs=1", "evaluation.every=5", "evaluation.epochs=1", "checkpoint.every=5"]
 COUNTED = 2
-EPOCH = 50_000  # images, the whole of CIFAR's training split
+EPOCH = 50_000  # images in an epoch of the table: all of CIFAR's training split
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a square matrix product: the best of 20."""
+    """The TFLOP/s of a square matrix product, the best of 20."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     seconds = []
@@ -57,7 +57,7 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def flop_an_image(cfg: Config, classes: int) -> float:
-    """Floating-point operations of one image's two views, forward and backward."""
+    """The floating-point operations for the two views of one image, forward and backward."""
     cpu, batch = torch.device("cpu"), 8
     method, _ = build.method(cfg, classes, build.search(schema.Search("torch"), cpu), cpu)
     views = torch.randn(2, batch, 3, cfg.data.image_size, cfg.data.image_size)
@@ -67,8 +67,8 @@ def flop_an_image(cfg: Config, classes: int) -> float:
 
 
 def timed_run(cfg: Config, overrides: list[str], minutes: float) -> tuple[Path, int]:
-    """Train unless the run is finished; its folder, and the exit status."""
-    cfg.data.fingerprint = fingerprint(cfg.data)  # a run is its settings and its images
+    """Train a run unless it is finished; return its folder and the exit status."""
+    cfg.data.fingerprint = fingerprint(cfg.data)  # part of the run's hash
     directory = run_directory.ROOT / f"speed-{identity.run_name(cfg)}-b{cfg.batch_size}-{identity.config_hash(cfg)}"
     if run_directory.is_finished(directory, cfg):
         return directory, 0

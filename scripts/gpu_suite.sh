@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# A table of a GPU's speeds, then the long runs, as far as the time allows. The same command continues.
+# Measures a table of a GPU's speeds, then trains the long runs, as far as time allows. The same command continues.
 #
-#   MINUTES=9 scripts/gpu_suite.sh data.root=DIR         arguments go to every run
-#   scripts/gpu_suite.sh PLAN data.root=DIR              instead, in OUT: check (scripts/gpu_check.py), or the runs of
-#                                                        teacher, screen, long, curve, published (scripts/gpu_plan.py)
+#   MINUTES=9 scripts/gpu_suite.sh data.root=DIR         the arguments are passed to every run
+#   scripts/gpu_suite.sh PLAN data.root=DIR              runs a plan instead: check (scripts/gpu_check.py), or teacher,
+#                                                        screen, long, curve or published (scripts/gpu_plan.py)
 #
-# BATCHES="256 512 1024"   batch sizes of the table; "": no table
-# EPOCHS="200 500"         lengths of the long runs
-# OUT=results/gpu          where the table goes; the runs go to multirun/
-# PYTHON=.venv/bin/python
+# Environment variables:
+# MINUTES=60               time limit; with a PLAN, the default is the plan's own
+# BATCHES="256 512 1024"   batch sizes in the table; "": no table
+# EPOCHS="200 500"         numbers of epochs of the long runs
+# OUT=results/gpu          the folder for the table or the plan's results; the runs are in multirun/
+# PYTHON=.venv/bin/python  the Python interpreter
 #
-# Without mlflow it logs to metrics.jsonl. Status 75: the time is up.
+# If mlflow is not installed, runs log only to metrics.jsonl. Exit status 75: the time is up.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -40,7 +42,7 @@ left() { # minutes until the time is up; ends the suite when too few are left to
 batches=${BATCHES-256 512 1024}
 if [ -n "$batches" ]; then
     time_left=$(left)
-    # shellcheck disable=SC2086  # each batch size is a word
+    # shellcheck disable=SC2086  # each batch size is one word
     "$python" -m scripts.gpu_speed --out "$out" --batches $batches --minutes "$time_left" -- "$@" || exit $?
 fi
 

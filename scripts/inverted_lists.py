@@ -1,10 +1,10 @@
-"""Recall and cost of inverted lists in a large queue: ``search=ivf`` against exact search.
+"""Measure recall and cost of inverted lists in a large queue: ``search=ivf`` against exact search.
 
     python -m scripts.inverted_lists RUN [--data DIR] [--sizes N ...] [--out FILE]
 
 RUN is the folder of a finished run. The vectors are its encoder's features of augmented training images, so that
-neighbourhoods are real; sizes beyond 2^17 repeat them with noise. Recall is the fraction of 512 queries, features of
-further views, for which the lists give a neighbour as near as exact search does.
+neighbourhoods are realistic; beyond 2^17 vectors, the features repeat with added noise. Recall is the fraction of 512
+queries, which are features of other views, for which the lists find a neighbour as near as exact search does.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from src.evaluation.encoder import load_encoder
 from src.support.queue import Queue
 from src.support.search import FaissSearch, InvertedLists, TorchSearch
 
-REAL = 2**17  # vectors that are features; larger queues repeat them with noise
-NOISE = 0.33  # length of that noise
-TIE = 1e-3  # in cosine; 16 bits do not resolve less
+REAL = 2**17  # the largest number of different features; larger queues repeat them with noise
+NOISE = 0.33  # the Euclidean norm of that noise
+TIE = 1e-3  # smallest difference in cosine that counts as a loss; 16-bit numbers do not resolve less
 QUERIES = 512
 NPROBES = (1, 4, 16, 64)
 OUT = Path("results/benchmarks/inverted_lists.md")
 
 
 class Row(NamedTuple):
-    """One queue, one index, one number of probed lists."""
+    """The measurements of one queue with one index and one number of probed lists."""
 
     size: int
     lists: str
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 @torch.inference_mode()
 def features(run: Path, count: int, data: Path | None) -> Tensor:
-    """Unit features [count, F] of random views of a run's training images."""
+    """Unit-norm features [count, F], bfloat16, of random views of a run's training images."""
     cfg = config_of(run, data)
     images = load(cfg.data)
     encoder = load_encoder(run).backbone.to(memory_format=torch.channels_last)
@@ -66,7 +66,7 @@ def features(run: Path, count: int, data: Path | None) -> Tensor:
 
 
 def queue_of(size: int, real: Tensor) -> Queue:
-    """A full queue, in bfloat16."""
+    """Make a full queue that stores bfloat16."""
     queue = Queue(size, real.shape[1], TorchSearch(), dtype=torch.bfloat16)
     torch.manual_seed(1)
     for first in range(0, size, 2**16):
@@ -79,7 +79,7 @@ def queue_of(size: int, real: Tensor) -> Queue:
 
 
 def timed(action: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """An action's result, and the shortest of three times in milliseconds."""
+    """Run an action three times; return its result, and the shortest time in milliseconds."""
     taken = []
     for _ in range(3):
         started = time.perf_counter()
@@ -91,7 +91,7 @@ def timed(action: Callable[[], Tensor]) -> tuple[Tensor, float]:
 def measure(size: int, real: Tensor, queries: Tensor) -> list[Row]:
     """Measure one queue with several numbers of probed lists."""
     queue = queue_of(size, real)
-    exact = FaissSearch(torch.device("cpu"))(queries, queue.ring.rows_ND)[1][:, 0]  # in float32: bfloat16 has ties
+    exact = FaissSearch(torch.device("cpu"))(queries, queue.ring.rows_ND)[1][:, 0]  # float32, as bfloat16 has ties
     _, exact_ms = timed(lambda: queue.lookup(queries).ids)
     best = (queries * queue.ring.rows_ND[exact].float()).sum(1)
     factory = f"IVF{2 ** round(math.log2(size**0.5))},SQfp16"
@@ -111,7 +111,7 @@ def measure(size: int, real: Tensor, queries: Tensor) -> list[Row]:
 
 
 def main() -> None:
-    """Measure and tabulate."""
+    """Measure all sizes, and write and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--data", type=Path)
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def report(rows: list[Row], real: Tensor) -> str:
-    """The table, in Markdown."""
+    """The results page in Markdown."""
     sizes = " ".join(dict.fromkeys(str(r.size) for r in rows))
     heads = ["vectors", "index", "probed", "recall", "cosine lost", "lookup (ms)", "exact (ms)", "training (s)", "GiB"]
     lines = [

@@ -1,12 +1,12 @@
-"""How good could positives be? What a finished run's own embeddings offer, by how many vectors are stored.
+"""Measure how good the positives in a finished run's own embeddings are, by the number of stored vectors.
 
     python -m scripts.positives RUN [RUN ...] [--data DIR] [--out FILE]
 
-RUN is the folder of a finished run. Its training images are embedded twice, as views 1 and 2, with the batch statistics
-of training. Each view 1 is an anchor. The second views of the other images are stored: as they are, and the nearest is
-the positive (NNCLR); or as prototypes, and a random member of the nearest is the positive (KMCLR pulls towards all
-members at once). A positive is good if it is of the anchor's class. The most confident anchors are those nearest to
-their positives.
+RUN is the folder of a finished run. Its training images are embedded twice, as views 1 and 2, with batch norm using
+batch statistics as in training. Each view 1 is an anchor. The second views of the other images are stored, either as
+they are, with the nearest one as the positive (NNCLR), or as prototypes, with a random member of the nearest prototype
+as the positive (KMCLR pulls towards all members at once). A positive is good if it has the anchor's class. The most
+confident anchors are those nearest to their positives.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from src.training.state import TrainState
 
 SIZES = (400, 4096, 16384)
 KS = (50, 200, 400, 800)
-FRACTIONS = (1.0, 0.1, 0.01)  # of the anchors, the most confident first
+FRACTIONS = (1.0, 0.1, 0.01)  # fractions of the anchors, from the most confident on
 OUT = Path("results/ablations/positives.md")
 
 
 class Views(NamedTuple):
-    """Embeddings of N training images, in random order."""
+    """Embeddings of two views of N training images, in random order, and the images' labels."""
 
     first_ND: Tensor
     second_ND: Tensor
@@ -43,7 +43,7 @@ class Views(NamedTuple):
 
 
 def embed(state: TrainState, data: Dataset) -> dict[str, Views]:
-    """Unit vectors of two views of each image: the projector's embeddings and the encoder's features."""
+    """Embed two views of each image; return unit vectors from the projector ("embeddings") and encoder ("features")."""
     makers = build.views(state.cfg, data)
     torch.manual_seed(0)
     order = torch.randperm(len(data.train))
@@ -63,16 +63,24 @@ def embed(state: TrainState, data: Dataset) -> dict[str, Views]:
 
 
 def of_neighbours(views: Views, size: int) -> tuple[Tensor, Tensor]:
-    """For each anchor the similarity of the nearest of ``size`` other images, and whether it is of its class."""
+    """For each anchor, the similarity of the nearest of ``size`` stored images other than itself, and if classes agree.
+
+    Returns:
+        [N] float32 cosine similarities, and [N] float32 that is 1 where the classes agree and 0 elsewhere.
+    """
     scores_N2, ids_N2 = TorchSearch()(views.first_ND, views.second_ND[:size], k=2)
     itself_N = ids_N2[:, 0] == torch.arange(len(ids_N2))
-    pick_N1 = itself_N.long()[:, None]  # the second nearest where the nearest is the anchor's own other view
+    pick_N1 = itself_N.long()[:, None]  # take the second nearest if the nearest is the anchor's own second view
     ids_N, scores_N = ids_N2.gather(1, pick_N1)[:, 0], scores_N2.gather(1, pick_N1)[:, 0]
     return scores_N, (views.labels_N[ids_N] == views.labels_N).float()
 
 
 def of_prototypes(views: Views, k: int) -> tuple[Tensor, Tensor]:
-    """For each anchor the similarity of the nearest of k prototypes, and the fraction of its members of its class."""
+    """For each anchor, the similarity of the nearest of k prototypes, and the fraction of its members with its class.
+
+    Returns:
+        [N] float32 cosine similarities, and [N] float32 fractions, which exclude the anchor's own image.
+    """
     means_KD, members_N = cluster(
         views.second_ND, k, spherical=True, seed=0, initial_KD=views.second_ND[:k], iterations=20
     )
@@ -86,13 +94,13 @@ def of_prototypes(views: Views, k: int) -> tuple[Tensor, Tensor]:
 
 
 def percentages(scores_N: Tensor, good_N: Tensor) -> list[str]:
-    """The percentage of good positives, among all anchors and among the most confident."""
+    """The percentages of good positives among the most confident anchors, one for each of `FRACTIONS`."""
     good_N = good_N[scores_N.argsort(descending=True)]
     return [f"{100 * float(good_N[: round(fraction * len(good_N))].mean()):.1f}" for fraction in FRACTIONS]
 
 
 def tables(run: Path, data: Path | None) -> list[str]:
-    """A Markdown table for the embeddings, and one for the features."""
+    """Make a Markdown table for the embeddings of a run, and one for its features."""
     cfg = config_of(run, data)
     images = load(cfg.data)
     state = TrainState(cfg, images)
@@ -118,7 +126,7 @@ def tables(run: Path, data: Path | None) -> list[str]:
 
 
 def main() -> None:
-    """Measure and tabulate."""
+    """Measure all runs, and write and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--data", type=Path)

@@ -1,9 +1,9 @@
-"""Where a step's time goes: the real loop, its parts timed.
+"""Profile a step of the real training loop by part.
 
     python -m scripts.profile_step [--steps N] [OVERRIDE ...]        (batch_size=64 method=nnclr ...)
 
-Prints a Markdown table of medians over N steps. After each part the script waits for the GPU, so that the shares are
-right and their sum is above the real step. Support sets are filled before the first step.
+Prints a Markdown table of medians over N steps. The script waits for the GPU after each part, so that each part's share
+is right; the step as a whole is therefore slower than in training. Support sets are filled before the first step.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from src.data.augment import ViewMaker
 from src.methods.teacher import MomentumTeacher
 from src.training.state import TrainState
 
-SKIPPED = 2  # steps in which caches and allocators fill
+SKIPPED = 2  # warm-up steps, in which caches and allocators fill
 
 
 class Parts:
-    """Seconds of each part in the present step, and of the steps before."""
+    """The seconds of each part, in the present step and in all steps before."""
 
     def __init__(self, device: torch.device, steps: int) -> None:
         self.device, self.left = device, steps + SKIPPED
@@ -36,7 +36,7 @@ class Parts:
         self.started = time.perf_counter()
 
     def time(self, name: str, owner: Any, method: str) -> None:
-        """Replace a method by one that is timed."""
+        """Replace a method of ``owner`` by one that adds its time to the part ``name``."""
         call: Callable[..., Any] = getattr(owner, method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -52,7 +52,7 @@ class Parts:
         return time.perf_counter()
 
     def step(self) -> None:
-        """Call after each step."""
+        """End a step: store its times, and raise `EnoughError` after the last one."""
         ended = self.clock()
         self.now["the rest"] = ended - self.started - sum(self.now.values())
         self.now["step"] = ended - self.started
@@ -65,7 +65,7 @@ class Parts:
 
 
 def profile(overrides: list[str], steps: int) -> list[dict[str, float]]:
-    """Seconds by part, for each of the steps."""
+    """Train some steps; return the seconds of each part, for each step after the warm-up."""
     measured_on = images()
     state = TrainState(compose("data.final=true", *overrides), dataset(measured_on))
     fill(state)
@@ -90,7 +90,7 @@ def profile(overrides: list[str], steps: int) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    """Profile and print."""
+    """Profile the configuration of the command line, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10)
     args, overrides = parser.parse_known_args()

@@ -1,11 +1,10 @@
-"""What a support set costs by itself: a lookup, an update and memory, for queues and prototypes.
+"""Measure what a support set alone costs: a lookup, an update and memory, for queues and prototypes.
 
     python -m scripts.support_set [--batch B] [--repeats N] [--out DIR]
 
-A lookup is of both views of a batch (2B queries of 256 dimensions). Back ends take turns in every repeat; the numbers
-are minima. ``torch bfloat16`` searches a bank stored in bfloat16; the table says how often it finds another neighbour
-than float32.
-Writes support_set.{json,md,png}.
+A lookup has both views of a batch as queries (2B queries of 256 dimensions). The search backends take turns in every
+repeat; the numbers are minima. ``torch bfloat16`` searches vectors stored in bfloat16; the table says how often it
+finds another neighbour than float32 does. Writes support_set.{json,md,png}.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ OUT = Path("results/benchmarks")
 
 
 def vectors(count: int, device: torch.device) -> Tensor:
-    """Unit vectors [count, D] that cluster, as embeddings do: 1,000 directions, each with noise around it."""
+    """Unit vectors [count, DIM] in clusters, as embeddings form them: 1,000 random directions with added noise."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(1_000, DIM, generator=generator)
     rows = torch.randint(1_000, (count,), generator=generator)
@@ -55,7 +54,7 @@ def seconds(action: Callable[[], Any], device: torch.device) -> float:
 def measure(
     support: Queue | KMeans, searches: dict[str, Search], batch: int, repeats: int, device: torch.device
 ) -> dict[str, Any]:
-    """Milliseconds of a lookup by each back end and of an update, and the stored vectors' MiB."""
+    """Measure the milliseconds of a lookup with each backend and of an update, and the MiB of the stored vectors."""
     everything = vectors(support.size + 2 * batch, device)
     rows = torch.arange(support.size, device=device)
     support.update(everything[: support.size], rows, rows % 100)
@@ -92,7 +91,7 @@ def table(results: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
 
 
 def figure(results: dict[str, dict[int, dict[str, Any]]], batch: int) -> Figure:
-    """Lookup and update times over the number of stored vectors, both logarithmic."""
+    """Plot lookup and update times against the number of stored vectors, both on logarithmic axes."""
     picture = Figure(figsize=(10, 4), layout="constrained")
     for axes, (kind, rows) in zip(picture.subplots(1, 2, sharey=True), results.items(), strict=True):
         sizes = sorted(rows)
@@ -106,7 +105,7 @@ def figure(results: dict[str, dict[int, dict[str, Any]]], batch: int) -> Figure:
 
 
 def main() -> None:
-    """Measure, tabulate, draw."""
+    """Measure all support sets, and write the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,4 +1,4 @@
-"""What the measuring scripts share: a run's config, images, the loop step by step, and a line on the machine."""
+"""Helpers of the benchmark scripts: a run's config, images, the training loop step by step, a line on the machine."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from src.training import loop
 from src.training.state import TrainState
 
 CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", "../shared/data/cifar100"))
-MEAN, STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]  # CIFAR-100's
+MEAN, STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]  # of CIFAR-100, for pixels in [0, 1]
 
 
 def compose(*overrides: str) -> schema.Config:
-    """The config of ``python -m src.train OVERRIDES``."""
+    """Compose the config of ``python -m src.train OVERRIDES``."""
     with hydra.initialize_config_dir(str(CONF), **cli.VERSION_BASE):
         return parse(hydra.compose("train", overrides=list(overrides)))
 
 
 def config_of(run: Path, data: Path | None) -> schema.Config:
-    """The config of a run in a folder, for measuring on the CPU; its data lie in ``data`` if that is given."""
+    """Load the config of the run in a folder, for use on the CPU; ``data`` replaces its ``data.root`` if given."""
     composed = cast(DictConfig, OmegaConf.load(run / "config.yaml"))
     composed.compile = False
     composed.device = "cpu"
@@ -50,7 +50,7 @@ def config_of(run: Path, data: Path | None) -> schema.Config:
 
 
 def images() -> Images:
-    """CIFAR-100's training images where ``CIFAR100_ROOT`` has them, else uniform noise of the same shape."""
+    """CIFAR-100's training images if the folder ``CIFAR100_ROOT`` exists, else uniform noise of the same shape."""
     if CIFAR100.is_dir():
         split = load(compose("data.final=true", f"data.root={CIFAR100}").data).train
         return Images(split, 100, f"CIFAR-100, {len(split.labels):,} images")
@@ -58,13 +58,13 @@ def images() -> Images:
 
 
 def noise(count: int = 50_000) -> Images:
-    """Uniform noise in the shape of CIFAR-100."""
+    """Images of uniform noise in the shape of CIFAR-100's."""
     pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
     return Images(Split(pixels, torch.arange(count) % 100), 100, f"uniform noise, {count:,} images of 32 x 32")
 
 
 def dataset(measured_on: Images) -> Dataset:
-    """The images as a run sees them, without validation and test."""
+    """Wrap images as the data set of a run, without validation and test."""
     names = [str(label) for label in range(measured_on.classes)]
     return Dataset("benchmark", names, MEAN, STD, measured_on.split, None, 0, cast(Cache, None))
 
@@ -87,7 +87,7 @@ class Paced(Stopper):
 
 
 def train(state: TrainState, data: Dataset, pace: Callable[[], None]) -> None:
-    """Run the training loop without log and folder; call ``pace`` once a step, until it raises `EnoughError`."""
+    """Run the training loop without tracking or a folder; call ``pace`` once a step, until it raises `EnoughError`."""
     nowhere = Path(os.devnull)
     with suppress(EnoughError):
         loop.Pretraining(
@@ -96,7 +96,7 @@ def train(state: TrainState, data: Dataset, pace: Callable[[], None]) -> None:
 
 
 def fill(state: TrainState) -> None:
-    """Fill the support set, so that a search costs from the first step what it costs later in a run."""
+    """Fill the support set with random vectors, so that searches cost as much as late in a run."""
     support = state.method.support
     if support is None:
         return
@@ -107,13 +107,13 @@ def fill(state: TrainState) -> None:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until the device has done what it was given, so that a clock counts it."""
+    """Wait until the device has finished its queued work, so that timings include it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def machine() -> str:
-    """Processor or GPU, cores, versions and the day, for the foot of a table."""
+    """Describe processor or GPU, cores, versions and date in a line for the foot of a table."""
     names = ("torch", "torchvision", "lightly", "scikit-learn", "faiss-cpu", "faiss-gpu", "timm")
     versions = []
     for name in names:
@@ -127,13 +127,13 @@ def machine() -> str:
 
 
 def shown(module: str, arguments: Sequence[str]) -> str:
-    """The command for the foot of a table, without the path of the images."""
+    """The command line for the foot of a table, without the path of the images."""
     elsewhere = ["data.root=DIR" if each.startswith("data.root=") else each for each in arguments]
     return shlex.join(["python", "-m", module, *elsewhere])
 
 
 def processor() -> str:
-    """The processor's name, and whether it multiplies in bfloat16."""
+    """The processor's name, and whether it has bfloat16 instructions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     bfloat16 = any(feature in line for line in lines for feature in ("avx512_bf16", "amx_bf16"))

@@ -1,8 +1,8 @@
-"""Sweeps on a real SLURM and a real Ray (scripts/reliability/one_node.py): what goes well, and what goes wrong.
+"""Campaign of sweeps on a real SLURM and a real Ray (scripts/reliability/one_node.py), in normal use and with faults.
 
     python -m scripts.reliability.clusters FOLDER [SITUATION...]
 
-Prints a row of results/reliability.md for each situation, and ends with status 1 if one of them is not as it should be.
+Prints a row of results/reliability.md for each situation. Exit status 1: a situation did not end as expected.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from scripts.reliability.runs import ROOT, SMALL, differences, output, start
 
 SLURM = ["hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1.5"]
 RAY = ["hydra/launcher=ray_cpu", "hydra.launcher.ray.remote.num_cpus=1"]
-LONG = 24  # epochs: half a minute and more
-# SLURM may send its signal a minute early: a stay is of 90 to 150 seconds.
+LONG = 24  # epochs, which take more than half a minute
+# SLURM may send its signal up to a minute early, so a job stays on a node for 90 to 150 seconds.
 LIMITS = ["hydra.launcher.timeout_min=3", "hydra.launcher.signal_delay_s=30"]
 
 
 class Wrong(Exception):  # noqa: N818
-    """It is not as it should be."""
+    """A situation did not end as expected."""
 
 
 class Sweep:
-    """The command, in a folder of its own."""
+    """A running sweep command in its own folder."""
 
     begun: ClassVar[list[Sweep]] = []
 
@@ -54,24 +54,24 @@ class Sweep:
         self.begun.append(self)
 
     def begin(self) -> None:
-        """Start the command, for the first time or again."""
+        """Start the command, whether for the first time or again."""
         self.process = start(self.folder, self.overrides, **self.environment)
 
     def said(self) -> str:
         return output(self.folder)
 
     def until(self, pattern: str, count: int = 1, seconds: float = 240) -> list[str]:
-        """Wait until the output has ``count`` matches of a pattern; all of them."""
+        """Wait until the output has ``count`` matches of a pattern; return all matches."""
         return self.see(
             lambda: (found := re.findall(pattern, self.said())) and len(found) >= count and found, pattern, seconds
         )
 
     def until_steps(self, k: int, steps: int = 7) -> None:
-        """Wait until a job has logged so many steps."""
+        """Wait until the job with this k has logged ``steps`` steps."""
         self.see(lambda: self.steps(k) >= steps, f"k={k} to train", 240)
 
     def steps(self, k: int) -> int:
-        """How many steps a job has logged."""
+        """The number of steps that the job with this k has logged."""
         found = self.folder.glob(f"multirun/kmclr-k{k}-*/metrics.jsonl")
         return sum(each.read_bytes().count(b"train/loss") for each in found)
 
@@ -84,7 +84,7 @@ class Sweep:
         return found  # type: ignore[return-value]
 
     def ends(self, status: int, seconds: float = 300) -> str:
-        """Wait until the command ends with this status; its output."""
+        """Wait for the command to end, check its exit status, and return its output."""
         try:
             ended = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -108,7 +108,7 @@ class Sweep:
 
 
 class JobOfRay(Sweep):
-    """The command as a job of Ray's, and the process that submits it."""
+    """A sweep command that runs as a Ray job; ``process`` is the one that submits it."""
 
     def begin(self) -> None:
         self.folder.mkdir(parents=True)
@@ -127,8 +127,8 @@ def expect(condition: object, what: object) -> None:
 
 
 def processes_of(k: int) -> list[tuple[int, int]]:
-    """The ids of a job's processes, one for each rank, and of their parents, which are the scheduler's."""
-    sweep = Sweep.begun[-1]  # another sweep on this machine may have the same k
+    """The process ids of a job, one for each rank, with the ids of their parents, which belong to the scheduler."""
+    sweep = Sweep.begun[-1]  # its folder tells its jobs from those of another sweep with the same k
     listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     lines = [line.split(None, 2) for line in listed.splitlines()]
     return [
@@ -139,20 +139,20 @@ def processes_of(k: int) -> list[tuple[int, int]]:
 
 
 def hold_until_the_limit(*sizes: int) -> None:
-    """Suspend these jobs, so that none ends before its time limit; SLURM resumes them to signal them."""
+    """Suspend the jobs of these k, so that none ends before its time limit; SLURM resumes them to signal them."""
     for k in sizes:
         for pid, _ in processes_of(k):
             os.kill(pid, signal.SIGSTOP)
 
 
 def worker_of(k: int) -> int:
-    """The scheduler's process that runs a job's command."""
+    """The id of the scheduler's process that runs a job's command."""
     ((_, parent),) = processes_of(k)
     return parent
 
 
 def two_that_train(folder: Path, *engine: str) -> Sweep:
-    """A sweep of two long jobs, which both train."""
+    """Start a sweep of two long jobs, and wait until both train."""
     sweep = Sweep(folder, "method=kmclr", "k=10,20", f"epochs={LONG}", *engine)
     sweep.until_steps(10)
     sweep.until_steps(20)
@@ -244,7 +244,7 @@ def time_limit(folder: Path, engine: list[str]) -> str:
 
 
 def ranks(folder: Path, engine: list[str]) -> str:
-    """A run of two tasks, its ranks: one is killed, later the time limit comes; it ends as torchrun's unbroken run."""
+    """Kill a rank of a run of two tasks, later let it reach its time limit; it must equal torchrun's unbroken run."""
     run = ["method=kmclr", "k=10", f"epochs={LONG}"]
     sweep, said = killed_rank(folder, run, *engine, "hydra.launcher.tasks_per_node=2", *LIMITS)
     sweep.until_steps(10, sweep.steps(10) + 3)
@@ -261,7 +261,7 @@ def ranks(folder: Path, engine: list[str]) -> str:
 
 
 def nodes(folder: Path, engine: list[str]) -> str:
-    """A task on each of two nodes; one rank is killed. It ends as an unbroken run by two agents of torchrun."""
+    """Kill a rank of a run on two nodes; the run must end equal to an unbroken one by two agents of torchrun."""
     run = ["method=kmclr", "k=10", "epochs=9"]
     sweep, said = killed_rank(folder, run, *engine, "hydra.launcher.nodes=2", "hydra.launcher.partition=both")
     sweep.ends(0)
@@ -271,7 +271,7 @@ def nodes(folder: Path, engine: list[str]) -> str:
 
 
 def killed_rank(folder: Path, run: list[str], *engine: str) -> tuple[Sweep, str]:
-    """Kill one of a run's two ranks and start the command again; the sweep, and a sentence on what it printed."""
+    """Kill one of a run's two ranks, start the command again; return the sweep, and a sentence on what it printed."""
     sweep = Sweep(folder / "slurm", *run, *engine)
     sweep.until_steps(10)
     (other,) = [pid for pid, _ in processes_of(10) if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
@@ -285,7 +285,7 @@ def killed_rank(folder: Path, run: list[str], *engine: str) -> tuple[Sweep, str]
 
 
 def unlike_torchrun(sweep: Sweep, run: list[str], *agents: list[str]) -> list[str]:
-    """Where the only run of a sweep differs from an unbroken run by agents of torchrun."""
+    """List where the only run of a sweep differs from an unbroken run by agents of torchrun."""
     folder = sweep.folder.parent
     alone = [*SMALL, "tracking=jsonl", f"data.cache_dir={folder / 'cache'}", "output_dir=run", *run]
     processes = [
@@ -298,7 +298,7 @@ def unlike_torchrun(sweep: Sweep, run: list[str], *agents: list[str]) -> list[st
 
 
 def unnoted(folder: Path, engine: list[str]) -> str:
-    """Kill the command after sbatch has submitted; another time also remove the ids that it has noted."""
+    """Kill the command right after sbatch has submitted jobs, and later once more, with the noted job ids removed."""
     tools = folder / "tools"
     tools.mkdir(parents=True)
     (tools / "sbatch").write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@"; kill -9 $PPID\n')
@@ -347,7 +347,7 @@ def stopped_jobs(folder: Path, engine: list[str]) -> str:
     while sweep.states().get(10) != "KILLED":
         expect(time.monotonic() < ended, sweep.states())
         time.sleep(1)
-    time.sleep(10)  # Ray has the job until its actor has gone
+    time.sleep(10)  # Ray lists the job until its actor has ended
     sweep.begin()
     sweep.ends(0)
     expect(sweep.states() == {10: "FINISHED", 20: "FINISHED"}, sweep.states())
@@ -359,7 +359,7 @@ def stopped_jobs(folder: Path, engine: list[str]) -> str:
 
 
 def search(folder: Path, engine: list[str]) -> str:
-    rates = "optimizer.lr=tag(log,interval(0.0001,1))"  # of which the first draws hold two that are too low by far
+    rates = "optimizer.lr=tag(log,interval(0.0001,1))"  # two of the first draws are far too low, and so are pruned
     arguments = ["+sweep=optuna", "k=int(interval(5,60))", rates, "epochs=9", "hydra.sweeper.trials=8", "jobs=2"]
     began = time.monotonic()
     sweep = Sweep(folder, *arguments, *engine)
@@ -403,7 +403,7 @@ def job_submit(folder: Path, engine: list[str]) -> str:
 
 
 def page(folder: Path, engine: str) -> str:
-    """Type the lines of docs/clusters.md that are for this engine, as they stand, in a folder like the project's."""
+    """Run the commands of docs/clusters.md for this engine unchanged, in a folder that looks like the project's."""
     folder.mkdir(parents=True)
     for name in ("src", "conf"):
         (folder / name).symlink_to(ROOT / name)
@@ -414,7 +414,7 @@ def page(folder: Path, engine: str) -> str:
     lines = re.findall(rf"^    (.*experiment=demo.* hydra/launcher={engine}.*)$", text, re.MULTILINE)
     for line in lines:
         done = subprocess.run(
-            ["bash", "-c", line.replace("--no-wait ", "")],  # so that its end is seen
+            ["bash", "-c", line.replace("--no-wait ", "")],  # so that the command waits for its end
             cwd=folder,
             env=os.environ | {"PATH": tools, "RAY_API_SERVER_ADDRESS": address},
             capture_output=True,
@@ -459,7 +459,7 @@ SITUATIONS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
 
 @contextmanager
 def engine(name: str, folder: Path) -> Iterator[None]:
-    """Run the scheduler, with the environment variables by which its tools find it."""
+    """Run the scheduler, and set the environment variables by which its tools find it."""
     with one_node.slurm(folder / "slurm") if name == "SLURM" else one_node.ray() as found:
         before = dict(os.environ)
         os.environ.update(found, OMP_NUM_THREADS="1")
@@ -471,9 +471,9 @@ def engine(name: str, folder: Path) -> Iterator[None]:
 
 
 def main(folder: Path, chosen: list[str]) -> int:
-    """Run the situations; 1 if one is wrong."""
+    """Run the situations; return 1 if one did not end as expected, else 0."""
     wrong = 0
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which stops the daemons
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an orderly exit stops the daemons
     for each in ("SLURM", "Ray"):
         names = [name for name in SITUATIONS if SITUATIONS[name][0] == each and name in (chosen or SITUATIONS)]
         if not names:
@@ -484,7 +484,7 @@ def main(folder: Path, chosen: list[str]) -> int:
                 began = time.monotonic()
                 try:
                     came = run(folder / name)
-                except Exception as error:  # the other situations are tried all the same
+                except Exception as error:  # go on with the other situations
                     came, wrong = f"WRONG: {' '.join(str(error).split())}", 1
                 finally:
                     for sweep in Sweep.begun:

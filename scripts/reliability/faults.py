@@ -1,8 +1,8 @@
-"""Faults that a long run meets: a full disk, a store that is locked, a tracking server that is away.
+"""Campaign of faults that a long run meets: a full disk, a locked store, a tracking server that is away.
 
     python -m scripts.reliability.faults FOLDER
 
-A full disk is a small tmpfs, which takes the right to mount one; it is skipped without.
+The full disk is a small tmpfs; without the permission to mount one, its tests are skipped.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from scripts.reliability.runs import (
 )
 from scripts.reliability.servers import Server, histories
 
-DISK_MB = 32  # of a disk that fills up
-LOCKED_S, AWAY_S = 60, 120  # how long a store is locked, and a server away
+DISK_MB = 32  # the size of the disk that fills up
+LOCKED_S, AWAY_S = 60, 120  # seconds for which the store is locked, and the server is away
 KMCLR = [*SMALL, *METHODS["kmclr"], "output_dir=run"]
 
 
@@ -47,15 +47,15 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """Fill a disk up to so many free bytes."""
+    """Fill a disk until ``leave`` bytes are free; return the file that fills it."""
     ballast = disk / "ballast"
-    with suppress(OSError), ballast.open("wb", buffering=0) as file:  # the run may be taking the rest meanwhile
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:  # the run may take up room at the same time
         file.write(bytes(max(0, shutil.disk_usage(disk).free - leave)))
     return ballast
 
 
 def run_on_a_full_disk(folder: Path, unbroken: Path, cache: str, leave: int) -> None:
-    """The disk fills up after the first checkpoint; when there is room again, the same command continues."""
+    """Fill the disk after the first checkpoint, then make room again and let the same command continue."""
     arguments, store = [*KMCLR, "epochs=8", cache], folder.with_name(f"{folder.name}-store")
     uri = f"sqlite:///{store}/mlflow.db"
     with small_disk(folder) as disk:
@@ -74,7 +74,7 @@ def run_on_a_full_disk(folder: Path, unbroken: Path, cache: str, leave: int) -> 
 
 
 def store_on_a_full_disk(folder: Path, unbroken: Path, cache: str) -> None:
-    """The disk of the store fills up; the run goes on, and a command delivers it when there is room."""
+    """Fill the disk of the MLflow store; the run goes on, and src.tracking delivers it when there is room again."""
     with small_disk(folder / "disk") as disk:
         uri = f"sqlite:///{disk}/mlflow.db"
         process = start(folder, [*KMCLR, "epochs=8", cache], MLFLOW_TRACKING_URI=uri)
@@ -89,7 +89,7 @@ def store_on_a_full_disk(folder: Path, unbroken: Path, cache: str) -> None:
 
 
 def locked_store(folder: Path, unbroken: Path, cache: str, *, from_the_start: bool) -> None:
-    """Another process holds the store's lock for a while."""
+    """Hold the store's lock for `LOCKED_S` seconds, from the start of the run or from its first checkpoint on."""
     arguments = [*KMCLR, "epochs=8", cache]
     database = folder / "mlflow.db"
     folder.mkdir(parents=True)
@@ -123,7 +123,7 @@ def locked_store(folder: Path, unbroken: Path, cache: str, *, from_the_start: bo
 
 
 def server_away(folder: Path, cache: str, epochs: int) -> None:
-    """A tracking server goes away during the run and comes back."""
+    """Stop the tracking server during the run, and start it again after `AWAY_S` seconds."""
     with Server(folder / "server") as server:
         process = start(folder, [*KMCLR, f"epochs={epochs}", cache], MLFLOW_TRACKING_URI=server.uri)
         assert wait_for(lambda: list(folder.glob("run/checkpoints/*.pt")), process)
@@ -144,7 +144,7 @@ def server_away(folder: Path, cache: str, epochs: int) -> None:
 
 
 def main(folder: Path) -> None:
-    """Try all faults, one after the other."""
+    """Try all faults one after another, and print the outcomes."""
     cache = f"data.cache_dir={folder / 'cache'}"
     unbroken = folder / "unbroken"
     assert start(unbroken, [*KMCLR, "epochs=8", cache]).wait(300) == 0, output(unbroken)

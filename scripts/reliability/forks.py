@@ -1,7 +1,7 @@
-"""Commands in forks of a process that has imported everything already, which saves seconds of each start.
+"""Commands in forks of a process that has already imported everything, which saves seconds at each start.
 
-A fork calls `src.cli` as ``python -m src.COMMAND`` does, with a command line, a folder and an environment of its own.
-The process that forks must have no other thread.
+A fork calls `src.cli` as ``python -m src.COMMAND`` does, with its own command line, folder and environment. The process
+that forks must have only one thread.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from src.training import run
 IMPORTED = (
     *(faiss, matplotlib, optuna, scipy, sklearn, torch, torchvision),
     *(curves, evaluate, optuna_study, pictures, report, run, study_sweeper, tracker),
-)  # before the forks, so that no child has to
+)  # imported before the forks, so that no child has to import them
 
-Entry = Callable[[], object]  # a command of src.cli
+Entry = Callable[[], object]  # a function of src.cli that runs a command
 
 
 class Fork:
     """A child process that runs a command, with the methods of `subprocess.Popen` that the campaigns use.
 
     Args:
-        entry: what to call.
-        folder: the working directory, created if absent.
-        arguments: what follows ``python -m src.COMMAND``.
-        said: the file to which its output is appended.
-        more: environment variables besides this process's own.
+        entry: the function to call.
+        folder: the working directory, created if missing.
+        arguments: the command line after ``python -m src.COMMAND``.
+        said: the file to which the output is appended.
+        more: additional environment variables.
     """
 
     def __init__(self, entry: Entry, folder: Path, arguments: Sequence[str], said: Path, **more: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        said.touch()  # so that it can be read at once
+        said.touch()  # so that it can be read at any time
         self.args = arguments
         self._process = multiprocessing.get_context("fork").Process(
             target=_type, args=(entry, folder, arguments, said, more)
@@ -60,14 +60,14 @@ class Fork:
         self._process.start()
 
     def poll(self) -> int | None:
-        """The exit status, negative for a signal; None while it runs."""
+        """The exit status, negative for a signal; None while the command runs."""
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end, and return the exit status.
+        """Wait for the end of the command, and return the exit status.
 
         Raises:
-            subprocess.TimeoutExpired: it still runs after so many seconds.
+            subprocess.TimeoutExpired: the command still runs after ``timeout`` seconds.
         """
         self._process.join(timeout)
         if (status := self.poll()) is None:
@@ -80,15 +80,15 @@ class Fork:
 
 
 def prepare() -> None:
-    """Load the rest, and leave this process one thread; call it before the first fork."""
+    """Import MLflow and limit this process to one thread; call this before the first fork."""
     mlflow_store.import_mlflow()
     torch.set_num_threads(1)
     threadpoolctl.threadpool_limits(1)
-    gc.freeze()  # else each child's garbage collector writes to, and so copies, every page
+    gc.freeze()  # keeps each child's garbage collector from writing to, and so copying, every page
 
 
 def _type(entry: Entry, folder: Path, arguments: Sequence[str], said: Path, more: dict[str, str]) -> None:
-    os.setsid()  # a session of its own, as a command has that is typed in a terminal of its own
+    os.setsid()  # a new session, like that of a command in its own terminal
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(source, stream)

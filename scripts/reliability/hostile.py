@@ -1,10 +1,11 @@
-"""Hostile files and settings, fed to the commands that read them: each ends well, or says in a line what is wrong.
+"""Campaign of hostile files and settings: each command must end well, or say in one line what is wrong.
 
     python -m scripts.reliability.hostile FOLDER [VARIANTS] [FIRST]
 
-A small run is trained to its end, and a copy is set back to what a kill leaves. Every variant is a copy of one of them
-with one file changed. A command then runs in a fork (`scripts.reliability.forks`), so that a thousand take minutes.
-Faults are a traceback, a hang, a result that differs without a message, and a changed file outside the run's folder.
+A small run is trained to its end, and a copy of it is reset to the state that a kill leaves. Every variant is a copy of
+one of the two with one file or setting changed. A command then runs on it in a fork (`scripts.reliability.forks`), so
+that a thousand variants take minutes. Faults are a traceback, a hang, an exit status without a message, a result that
+differs without a message, a printed secret, and a changed file outside the run's folder.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from src.evaluation.encoder import load_encoder
 from src.runs.checkpoint import load
 from src.runs.record import Record
 
-SECONDS = 100  # that a command may take on a machine that does other things too
+SECONDS = 100  # the longest that a command may take, even on a busy machine
 STATUSES = {0, 1, 2, 65, 74}
 EPOCHS = 3
 STOPPED, FINISHED = "stopped", "finished"
@@ -40,18 +41,18 @@ STOPPED, FINISHED = "stopped", "finished"
 
 @dataclass(frozen=True)
 class Command:
-    """What a user types in a run's folder, and how its result is found."""
+    """A command that a user types in a run's folder, and how to find its result."""
 
     name: str
-    template: str  # the folder of which variants are copies
+    template: str  # the folder that variants are copies of: `FINISHED` or `STOPPED`
     entry: Callable[[], object]
     arguments: tuple[str, ...]
-    result: Callable[[Path, str], object]  # from the variant's folder and the output
+    result: Callable[[Path, str], object]  # takes the variant's folder and the command's output
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One hostile copy."""
+    """A copy of a run with one file or setting changed, and the command to run on it."""
 
     file: str
     what: str
@@ -59,7 +60,7 @@ class Variant:
     change: Callable[[Path], object]
     arguments: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
-    is_forged: bool = False  # every checksum fits, so that another result is no fault
+    is_forged: bool = False  # checksums are valid, so a different result is no fault
 
     @property
     def name(self) -> str:
@@ -101,7 +102,7 @@ def _load_encoder() -> None:
 
 
 def commands(cache: Path) -> dict[str, Command]:
-    """The commands that read what another has written."""
+    """The commands that read files which an earlier command has written, by name."""
     training = _training(cache)
     new = [each for each in training if not each.startswith(("output_dir", "epochs"))]
     tried = (*new, "epochs=1", "output_dir=new")
@@ -130,7 +131,7 @@ def commands(cache: Path) -> dict[str, Command]:
 
 
 def typed(folder: Path, command: Command, variant: Variant | None = None, seconds: float = SECONDS) -> tuple[int, str]:
-    """Run a command in a fork of this process; its status, -9 if it did not end, and its output."""
+    """Run a command in a fork of this process; return its status, -9 if it did not end in time, and its output."""
     said = folder / "output.txt"
     said.unlink(missing_ok=True)
     arguments = [*command.arguments, *(variant.arguments if variant else ())]
@@ -145,9 +146,9 @@ def typed(folder: Path, command: Command, variant: Variant | None = None, second
 
 
 def prepare(folder: Path) -> dict[str, Command]:
-    """Make a finished run, with its store, its search and a user's file beside it, and a killed one."""
+    """Make a finished run with a store, a search and a user's file beside it, and a killed run; return all commands."""
     known = commands(folder / "cache")
-    if (folder / STOPPED).exists():  # by an earlier campaign
+    if (folder / STOPPED).exists():  # an earlier campaign has made both
         return known
     finished, stopped = folder / FINISHED, folder / STOPPED
     for each in (finished, stopped):
@@ -162,7 +163,7 @@ def prepare(folder: Path) -> dict[str, Command]:
 
 
 def _as_killed(run: Path) -> None:
-    """Set a finished run back to what a kill between two checkpoints leaves."""
+    """Reset a finished run to the state that a kill between two checkpoints leaves."""
     newest = max((run / "checkpoints").glob("step-*.pt"))
     newest.unlink()
     before = max((run / "checkpoints").glob("step-*.pt"))
@@ -178,7 +179,7 @@ def _as_killed(run: Path) -> None:
 
 
 def variants(folder: Path, known: dict[str, Command], rng: random.Random) -> Iterator[Variant]:
-    """All variants, several thousand."""
+    """Yield all variants, which are several thousand."""
     readers = {
         "run/run.json": "resume, the finished run again, evaluate, report, deliver, start from a run",
         "run/metrics.jsonl": "resume, the finished run again, evaluate, report, deliver",
@@ -260,14 +261,14 @@ def _unchanged(_: Path) -> None:
 
 
 def find(folder: Path, file: str) -> Path:
-    """The path of a file in a folder; ``checkpoint`` is the newest, ``study.db`` the only one."""
+    """The path of a file in a folder; ``checkpoint`` stands for the newest one, ``study.db`` for the only one."""
     if file == "checkpoint":
         return max((folder / "run/checkpoints").glob("step-*.pt"))
     return next(folder.glob("multirun/*/study.db")) if file == "study.db" else folder / file
 
 
 def fault(folder: Path, variant: Variant, wanted: object) -> str:
-    """Run a variant's command; what is wrong with its end, empty if nothing is."""
+    """Run a variant's command; return what is wrong with the outcome, or an empty text."""
     copy = folder / "variant"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder / variant.command.template, copy)
@@ -296,14 +297,14 @@ def fault(folder: Path, variant: Variant, wanted: object) -> str:
 
 
 def _outside(folder: Path) -> dict[str, str]:
-    """The hashes of all files outside the run, except artifacts, whose place the store itself names."""
+    """The hashes of all files outside the run, except MLflow's artifacts, whose location the (hostile) store names."""
     paths = [*folder.glob("*"), *folder.glob("variant/outside/**/*"), *folder.glob(f"{FINISHED}/**/*")]
     files = [path for path in paths if path.is_file() and "mlruns" not in path.parts]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def in_turn(found: Iterable[Variant]) -> Iterator[Variant]:
-    """Shuffle the variants, and take one of each file and command in turn."""
+    """Shuffle the variants of each file and command, and yield one of each group in turn."""
     groups: dict[tuple[str, str], list[Variant]] = defaultdict(list)
     for variant in found:
         groups[variant.file, variant.command.name].append(variant)
@@ -314,7 +315,7 @@ def in_turn(found: Iterable[Variant]) -> Iterator[Variant]:
 
 
 def main(folder: Path, count: int, first: int = 0) -> int:
-    """Try ``count`` variants from ``first`` on, evenly over files and commands; the number of faults."""
+    """Try ``count`` variants from number ``first`` on, spread over files and commands; return the number of faults."""
     forks.prepare()
     folder.mkdir(parents=True, exist_ok=True)
     known = prepare(folder)

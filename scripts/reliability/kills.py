@@ -1,14 +1,14 @@
-"""SIGKILL at random moments, over and over; the same command continues, and ends with the unbroken run's bits.
+"""Campaign of SIGKILLs at random moments; the same command must continue and end with the unbroken run's bits.
 
     python -m scripts.reliability.kills FOLDER [KILLS] [FIRST]
 
 About half of the kills come at a random time after the run has started. The others come as soon as a temporary file
-appears, and so most likely during its write: the cache, the store, a checkpoint, the record. Runs of all support sets,
-back ends of the search and kinds of loss take turns.
+appears, most likely while it is being written: the cache, the store, a checkpoint or the record. The runs alternate
+between all support sets, search backends and kinds of loss.
 
-The unbroken runs, and one broken run in twenty, are the real command; the others are forks that call what it calls
-(`scripts.reliability.forks`), because most of what a kill costs is the start of the next process. FIRST is the number
-of the first run, for a further portion in the same folder.
+The unbroken runs, and one broken run in twenty, are the real command. The others are forks that call the same functions
+(`scripts.reliability.forks`), because starting the next process is most of the cost of a kill. FIRST is the number of
+the first run, for adding more runs in the same folder.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ RUNS = {
 }
 EPOCHS = 6
 STEPS_AN_EPOCH = 3
-REAL_EVERY = 20  # of so many runs one is the real command
-PICTURES_EVERY = 3  # of so many runs one draws pictures, which take longer than all else
+REAL_EVERY = 20  # one run in this many is the real command
+PICTURES_EVERY = 3  # one run in this many draws pictures, which take longer than everything else
 MOMENTS = {
     "while the cache is written": "cache/*.partial",
     "while the store is created": "mlflow.db.new",
@@ -75,19 +75,19 @@ ANY_TIME, AT_THE_END = "at any time", "in the final evaluation"
 
 @dataclass
 class Outcome:
-    """What came of one run that was killed again and again."""
+    """The outcome of one run that was killed again and again."""
 
     kills: Counter[str]
     wrong: list[str]
 
 
 def arguments(name: str) -> list[str]:
-    """The command line of a run."""
+    """The command-line arguments of a run."""
     return [*SMALL, *RUNS[name], f"epochs={EPOCHS}", "data.cache_dir=cache", "output_dir=run"]
 
 
 def broken_run(folder: Path, name: str, number: int) -> Outcome:
-    """Kill one run at each moment of a plan, let it finish, and compare it with the unbroken one."""
+    """Kill one run at each moment of a random plan, let it finish, and compare it with the unbroken one."""
     rng = random.Random(number)
     where = folder / f"{number}-{name}"
     line = [*arguments(name), f"evaluation.pictures={number % PICTURES_EVERY == 0}"]
@@ -110,7 +110,7 @@ def typed(where: Path, line: list[str], *, real: bool) -> Process:
 
 
 def killed(where: Path, line: list[str], moment: str, rng: random.Random, *, real: bool) -> bool:
-    """Start the run and kill it at a moment; whether that moment came."""
+    """Start the run and kill it at a moment; return whether that moment came before the run ended."""
     said = len(output(where)) if (where / "output.txt").exists() else 0
     enough = logged(where / "run") + rng.randrange(2 * STEPS_AN_EPOCH)
     conditions: dict[str, tuple[Callable[[], object], float]] = {
@@ -120,14 +120,14 @@ def killed(where: Path, line: list[str], moment: str, rng: random.Random, *, rea
     process = typed(where, line, real=real)
     condition, delay = conditions.get(moment, (lambda: any(where.glob(MOMENTS[moment])), rng.choice([0, 0.01])))
     if wait_for(condition, process, 600):
-        with suppress(subprocess.TimeoutExpired):  # it is still running, as it should be
+        with suppress(subprocess.TimeoutExpired):  # the run is usually still running after the delay
             process.wait(rng.uniform(0, delay))
         process.kill()
     return process.wait() == -9
 
 
 def main(folder: Path, kills: int = 500, first: int = 0) -> int:
-    """Run until there have been enough kills; how many things were wrong."""
+    """Break runs until there have been ``kills`` kills; return the number of faults."""
 
     def whole(name: str) -> None:
         where = folder / "unbroken" / name

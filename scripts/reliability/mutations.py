@@ -1,4 +1,4 @@
-"""A file made hostile: cut, altered bit by bit, of other types and sizes, or something that is no file at all."""
+"""Mutations that make a file hostile: truncated, with changed bits or values, or replaced by something not a file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 
 Mutation = tuple[str, Callable[[Path], object]]  # a description, and the function that changes the file at a path
 
-PLACES = 12
-DEEP = 100_000  # levels of nesting, beyond every recursion limit
+PLACES = 12  # random places for each kind of mutation that has one
+DEEP = 100_000  # levels of nesting, more than any recursion limit
 VALUES: dict[str, Any] = {
     **{"null": None, "true": True, "a list": [], "a dict": {}, "lists in lists": [[["x"]]], "empty text": ""},
     **{"a negative number": -1, "a huge number": 10**400, "an infinity": float("inf"), "not a number": float("nan")},
@@ -35,7 +35,7 @@ VALUES: dict[str, Any] = {
 
 
 def of_kind(outside: Path) -> Iterator[Mutation]:
-    """Something else where a file is expected. ``outside`` is a file that nothing may change."""
+    """Replace the file by something else, such as a folder, a FIFO or a link to ``outside``, which must not change."""
 
     def replaced(make: Callable[[Path], object]) -> Callable[[Path], None]:
         def change(path: Path) -> None:
@@ -47,7 +47,7 @@ def of_kind(outside: Path) -> Iterator[Mutation]:
     def bound(path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as one:
             here = Path.cwd()
-            os.chdir(path.parent)  # the name of a socket may have 108 bytes
+            os.chdir(path.parent)  # for a short name: the path of a socket may have only 108 bytes
             one.bind(path.name)
             os.chdir(here)
 
@@ -68,7 +68,7 @@ def of_kind(outside: Path) -> Iterator[Mutation]:
 
 
 def of_bytes(rng: random.Random) -> Iterator[Mutation]:
-    """Cuts, changed bits and other contents; `PLACES` of each kind that has a random place."""
+    """Truncate the file, change bits or replace the content; `PLACES` times for each kind with a random place."""
 
     def written(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
         return lambda path: path.write_bytes(change(path.read_bytes()))
@@ -115,7 +115,7 @@ def rng_bytes(rng: random.Random) -> Callable[[bytes], bytes]:
 
 
 def of_json(text: bytes) -> Iterator[Mutation]:
-    """Each entry of a JSON file left out, or replaced by each of `VALUES`; in a file of lines, in the last one."""
+    """Leave out each entry of a JSON file or replace it by each of `VALUES`; in a JSONL file only in the last line."""
     *_, last = text.splitlines() if text.count(b"\n{") else [text]
 
     def changed(place: tuple[Any, ...], change: Callable[[Any, Any], None]) -> Callable[[Path], None]:
@@ -137,7 +137,7 @@ def of_json(text: bytes) -> Iterator[Mutation]:
 
 
 def of_state() -> Iterator[Mutation]:
-    """Each entry of a checkpoint changed, under a SHA-256 that fits."""
+    """Leave out or replace each entry of a checkpoint, and make its SHA-256 valid again."""
 
     def signed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
         def apply(path: Path) -> None:
@@ -180,7 +180,7 @@ def _put(value: Any, inner: Any, key: Any) -> None:
 
 
 def _places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every entry; of params, tags and metrics, which are many and alike, of the first three."""
+    """Yield the path of every entry; in nested values, whose entries are many and alike, only of the first three."""
     if place:
         yield place
     if isinstance(value, dict | list):

@@ -1,7 +1,7 @@
-"""A real SLURM on this machine, with its accounting, and a real Ray, for as long as a ``with`` block lasts.
+"""A real SLURM with accounting and a real Ray, which run on this machine for the duration of a ``with`` block.
 
 SLURM's daemons come from Debian: ``apt-get install slurm-wlm slurmdbd mariadb-server munge``. They run as the caller,
-who is root, on loopback and on ports of their own, with all their files in a folder, and without systemd.
+who must be root, on loopback with ports different from the defaults, with all files in one folder, and without systemd.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 TOOLS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch", "sacctmgr")
-CORES, MEMORY_MB = 2, 4000  # of a node
+CORES, MEMORY_MB = 2, 4000  # of each node
 PORTS = {
     "database": 17306,
     "slurmdbd": 17819,
     "slurmctld": 17817,
-    "slurmd": 17820,  # and the next port for that of a second node
+    "slurmd": 17820,  # the second node's slurmd has the next port
     "ray": 7379,
     "dashboard": 8299,
     "agents": 17830,
@@ -34,8 +34,8 @@ PORTS = {
 def slurm(folder: Path) -> Iterator[dict[str, str]]:
     """Run SLURM; yields the environment variables by which its tools find it.
 
-    Its partitions: ``main``, ``short``, which admits five minutes, ``closed``, which is down, and ``both``, of two
-    nodes: this machine under two names, of which the first can be resolved.
+    It has the partitions ``main``, ``short`` (a limit of five minutes), ``closed`` (down) and ``both``, with two nodes
+    that are this machine under two names, of which only the first can be resolved.
     """
     if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
         sys.exit(f"{', '.join(missing)}: not here; apt-get install slurm-wlm slurmdbd mariadb-server munge, as root")
@@ -44,7 +44,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
         (folder / name).mkdir()
     host = socket.gethostname()
     nodes = {host: PORTS["slurmd"], f"{host}2": PORTS["slurmd"] + 1}
-    # A job that goes back to the queue waits there for as long as a credential may live.
+    # A requeued job waits until its credential has expired, so the credential's lifetime is short.
     auth = f"AuthType=auth/munge\nAuthInfo=socket={folder}/munge.socket,cred_expire=10"
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
@@ -106,7 +106,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def ray() -> Iterator[dict[str, str]]:
-    """Run a cluster of Ray; yields the environment variables by which ``address=auto`` finds it."""
+    """Run a Ray cluster; yields the environment variables by which ``address=auto`` finds it."""
     tool = str(Path(sys.executable).with_name("ray"))
     head = [tool, "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={CORES}", "--num-gpus=0"]
     ports = [f"--port={PORTS['ray']}", f"--dashboard-port={PORTS['dashboard']}"]
@@ -118,7 +118,7 @@ def ray() -> Iterator[dict[str, str]]:
 
 @contextmanager
 def _daemon(output: Path, command: list[str] | tuple[str, ...]) -> Iterator[None]:
-    """Run a process in the foreground, and stop it at the end with all that it started."""
+    """Run a process for the duration of the block; at the end terminate it, or if needed kill its whole session."""
     with output.open("ab") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
     try:

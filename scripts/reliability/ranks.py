@@ -1,9 +1,10 @@
-"""SIGKILL of one rank or of both in turn; the same command continues, and ends with the unbroken run's bits.
+"""Campaign of SIGKILLs of one rank or both ranks of a run; the same command must end with the unbroken run's bits.
 
     python -m scripts.reliability.ranks FOLDER [KILLS]
 
-Two runs have half of the kills each: prototypes that every rank holds, and a queue in shards. Each kill comes a random
-number of steps after the start. A rank that survives another has 30 seconds to say so in one line and end.
+Half of the kills hit a run with prototypes that every rank holds, and half a run with a queue in shards. Each kill
+comes a random number of steps after the start, and hits one rank or both in alternation. The surviving rank must report
+the loss in one line and end within 30 seconds.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from src.system.collectives import LOST
 
 RUNS = {"kmclr": METHODS["kmclr"], "nnclr in shards": [*METHODS["nnclr"], "support.shards=ranks"]}
 LONG = ["epochs=50", "evaluation.every=50", "tracking=jsonl", "data.cache_dir=cache", "output_dir=run"]
-STEPS = 12  # before a kill, at most
-SECONDS = 30  # for a surviving rank to end
+STEPS = 12  # the largest number of logged rows between a start and its kill
+SECONDS = 30  # in which a surviving rank must end
 
 
 def torchrun(folder: Path, name: str) -> subprocess.Popen[bytes]:
@@ -42,7 +43,7 @@ def torchrun(folder: Path, name: str) -> subprocess.Popen[bytes]:
 
 
 def broken_run(folder: Path, name: str, kills: int) -> tuple[Counter[str], list[str]]:
-    """Kill one run so many times and let it finish; what was killed, and what was wrong."""
+    """Kill one run ``kills`` times, then let it finish; return counts of what was killed, and what was wrong."""
     rng, killed = random.Random(name), Counter[str]()
     wrong: list[str] = []
     while True:
@@ -68,7 +69,7 @@ def broken_run(folder: Path, name: str, kills: int) -> tuple[Counter[str], list[
 
 
 def main(folder: Path, kills: int) -> None:
-    """Run both, and print what came out."""
+    """Run both campaigns, and print the outcome."""
     total: Counter[str] = Counter()
     lost = doubled = 0
     wrong: list[str] = []

@@ -1,4 +1,4 @@
-"""Short runs of the real command on scikit-learn's digits, and whether two of them came to the same end."""
+"""Short runs of the real command on scikit-learn's digits, and comparisons of two finished runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ U = TypeVar("U")
 
 
 class Process(Protocol):
-    """A running command, as the campaigns use it."""
+    """A running command, with the methods that the campaigns use."""
 
     def poll(self) -> int | None: ...
 
@@ -43,14 +43,14 @@ class Process(Protocol):
 
 
 def environment(**more: str) -> dict[str, str]:
-    """A command's environment: one thread, the store in its own folder, and the variables in ``more``."""
+    """The environment of a command: one thread, MLflow's default store in its folder, and the variables in ``more``."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "HYDRA_"))}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return clean | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"} | more
 
 
 def start(folder: Path, overrides: Sequence[str], module: str = "src.train", **more: str) -> subprocess.Popen[bytes]:
-    """Start the real command with one thread, its output appended to ``FOLDER/output.txt``."""
+    """Start the real command in a folder with one thread, and append its output to ``FOLDER/output.txt``."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output.txt").open("ab") as output:
         return subprocess.Popen(
@@ -68,7 +68,7 @@ def output(folder: Path) -> str:
 
 
 def wait_for(condition: Callable[[], object], process: Process, seconds: float = 300) -> bool:
-    """Wait until the condition holds, looking every millisecond; False if the process ends before."""
+    """Wait until the condition holds, checking every millisecond; return False if the process ends before that."""
     deadline = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None:
@@ -81,13 +81,13 @@ def wait_for(condition: Callable[[], object], process: Process, seconds: float =
 
 
 def logged(run: Path) -> int:
-    """How many rows a run has in ``metrics.jsonl``."""
+    """The number of rows in a run's ``metrics.jsonl``."""
     metrics = run / METRICS
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def rows(run: Path) -> list[tuple[str, int, float]]:
-    """Every value in ``metrics.jsonl`` but times and memory, which differ from run to run."""
+    """All values in ``metrics.jsonl`` except times and memory, which differ from run to run."""
     return [
         (key, row["step"], value)
         for row in read_rows(run / METRICS)[0]
@@ -97,7 +97,7 @@ def rows(run: Path) -> list[tuple[str, int, float]]:
 
 
 def stored(folder: Path) -> dict[str, list[tuple[str, int, float]]]:
-    """Every value that ``FOLDER/mlflow.db`` holds but times and memory, by the run's output directory."""
+    """All values in ``FOLDER/mlflow.db`` except times and memory, by the run's output directory."""
     with sqlite3.connect(f"file:{folder / 'mlflow.db'}?mode=ro", uri=True) as store:
         found: dict[str, list[tuple[str, int, float]]] = {}
         query = "SELECT t.value, m.key, m.step, m.value FROM metrics m JOIN tags t ON t.run_uuid = m.run_uuid"
@@ -108,19 +108,25 @@ def stored(folder: Path) -> dict[str, list[tuple[str, int, float]]]:
 
 
 def statuses(folder: Path) -> Counter[str]:
-    """How many runs of ``FOLDER/mlflow.db`` have which status."""
+    """Count the runs in ``FOLDER/mlflow.db`` by status."""
     with sqlite3.connect(f"file:{folder / 'mlflow.db'}?mode=ro", uri=True) as store:
         return Counter(status for (status,) in store.execute("SELECT status FROM runs"))
 
 
 def lost_and_doubled(expected: Iterable[T], found: Iterable[T]) -> tuple[int, int]:
-    """How many of the expected values are not there, and how many are there too often or are not expected."""
+    """Count the expected values that are missing, and the values found that are duplicates or not expected."""
     want, have = Counter(expected), Counter(found)
     return (want - have).total(), (have - want).total()
 
 
 def compared(broken: Path, unbroken: Path, run: str) -> list[str]:
-    """Where a run differs from the one in another folder: in its bits, or its rows in ``metrics.jsonl`` or MLflow."""
+    """List where a run differs from the same run in another folder: in bits, or rows in metrics.jsonl or MLflow.
+
+    Args:
+        broken: the folder of the interrupted command; its MLflow store is compared too.
+        unbroken: the folder of the uninterrupted command.
+        run: the run's folder, relative to both.
+    """
     wrong = [f"{run}: other bits: {each}" for each in differences(broken / run, unbroken / run)]
     histories = stored(broken)
     for place, found in (("metrics.jsonl", rows(broken / run)), ("MLflow", histories.get(str(broken / run), []))):
@@ -131,11 +137,11 @@ def compared(broken: Path, unbroken: Path, run: str) -> list[str]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Where two finished runs differ, compared bit for bit: weights, support set, optimizers, encoder file."""
+    """List where two finished runs differ, bit for bit, in weights, support set, optimizers or encoder file."""
     states = [_final_state(run) for run in (one, other)]
     found = [key for key in sorted(states[0].keys() | states[1].keys()) if not _same(states[0], states[1], key)]
     (said, weights), (other_said, other_weights) = (read_weights(run / ENCODER) for run in (one, other))
-    if said != other_said or weights.keys() != other_weights.keys():  # safetensors writes metadata in any order
+    if said != other_said or weights.keys() != other_weights.keys():  # not bytes: safetensors orders metadata freely
         return [*found, ENCODER]
     return found + [f"{ENCODER}/{key}" for key in weights if not torch.equal(weights[key], other_weights[key])]
 
@@ -165,6 +171,6 @@ def _same(one: dict[str, Any], other: dict[str, Any], key: str) -> bool:
 
 
 def two_at_a_time(function: Callable[[U], T], items: Iterable[U]) -> list[T]:
-    """Map a function in two threads, each of which waits for processes of its own."""
+    """Map a function over items in two threads, each of which waits for the processes that it starts."""
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(function, items))

@@ -1,9 +1,9 @@
-"""A real tracking server, on SQLite or PostgreSQL, under four jobs at once, stopped and started in between.
+"""Campaign on a real tracking server with SQLite or PostgreSQL, killed and restarted while four jobs log to it.
 
     python -m scripts.reliability.servers FOLDER [sqlite|postgresql]
 
-PostgreSQL is Debian's (package postgresql), run as the user ``nobody`` where this one is root; the server needs
-psycopg2 (``pip install psycopg2-binary``).
+PostgreSQL is Debian's (package postgresql); if the caller is root, it runs as the user ``nobody``. The tracking server
+needs psycopg2 (``pip install psycopg2-binary``).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from typing import Any
 
 from scripts.reliability.runs import PYTHON, SMALL, lost_and_doubled, output, rows, start, wait_for
 
-STOPS, AWAY = 2, 10  # how often a server is killed while jobs run, and for how many seconds
+STOPS, AWAY = 2, 10  # how many times the server is killed while jobs run, and for how many seconds it stays away
 
 
 class Server:
-    """``mlflow server`` on loopback.
+    """A process ``mlflow server`` on loopback.
 
     Args:
-        folder: for its log, its artifacts and, unless `backend` is given, its SQLite database.
-        backend: the URI of its database.
+        folder: the folder for the log, the artifacts and, unless ``backend`` is given, the SQLite database.
+        backend: the URI of the database.
     """
 
     def __init__(self, folder: Path, backend: str | None = None) -> None:
@@ -47,7 +47,7 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Start the server, and return when it answers."""
+        """Start the server, and wait until it answers."""
         arguments = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         arguments += ["--backend-store-uri", self.backend, "--artifacts-destination", str(self.folder / "artifacts")]
         clean = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
@@ -89,7 +89,7 @@ def _get(url: str, data: dict[str, Any] | None = None, timeout: float = 60) -> b
 
 
 def runs_on(uri: str) -> list[dict[str, Any]]:
-    """Every run of a server, as its REST interface describes them."""
+    """All runs on a server, as its REST interface returns them."""
     api = f"{uri}/api/2.0/mlflow"
     experiments = json.loads(_get(f"{api}/experiments/search", {"max_results": 100}))["experiments"]
     ids = [each["experiment_id"] for each in experiments]
@@ -97,7 +97,7 @@ def runs_on(uri: str) -> list[dict[str, Any]]:
 
 
 def histories(uri: str) -> dict[str, list[tuple[str, int, float]]]:
-    """Every value on a server but times, by the run's output directory."""
+    """All values on a server except times and memory, by the run's output directory."""
     found: dict[str, list[tuple[str, int, float]]] = {}
     for run in runs_on(uri):
         tags = {tag["key"]: tag["value"] for tag in run["data"]["tags"]}
@@ -111,7 +111,7 @@ def histories(uri: str) -> dict[str, list[tuple[str, int, float]]]:
 
 
 class Postgres:
-    """A PostgreSQL cluster of its own on loopback."""
+    """A PostgreSQL server with its own database cluster, on loopback."""
 
     def __init__(self, folder: Path) -> None:
         self.programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
@@ -142,7 +142,7 @@ class Postgres:
 
 
 def four_jobs(folder: Path, name: str, backend: str | None) -> None:
-    """A sweep of four jobs at once on a server that is killed and started again while they run."""
+    """Run a sweep of four jobs at once, while the server is killed and restarted, and print the outcome."""
     with Server(folder / "server", backend) as server:
         arguments = ["--multirun", *SMALL, "method=kmclr", "k=5,7,9,11", "epochs=20", "jobs=4"]
         sweep = start(folder, [*arguments, "data.cache_dir=cache"], MLFLOW_TRACKING_URI=server.uri)
@@ -171,7 +171,7 @@ def four_jobs(folder: Path, name: str, backend: str | None) -> None:
 
 
 def two_at_once(folder: Path, store: str) -> None:
-    """Two runs that start together on an empty database, without a server between."""
+    """Start two runs together on an empty database, without a tracking server, and print the outcome."""
     arguments = [*SMALL, "method=kmclr", "k=7", "epochs=1", "evaluation.pictures=false"]
     runs = [start(folder / name, [*arguments, "output_dir=run"], MLFLOW_TRACKING_URI=store) for name in ("one", "two")]
     statuses = [run.wait(600) for run in runs]
@@ -182,7 +182,7 @@ def two_at_once(folder: Path, store: str) -> None:
 
 
 def main(folder: Path, *names: str) -> None:
-    """Try SQLite, then PostgreSQL if it is installed; or those that are named."""
+    """Try SQLite, and PostgreSQL if it is installed; or only the named databases."""
     if not names or "sqlite" in names:
         four_jobs(folder / "sqlite", "SQLite", None)
     if names and "postgresql" not in names:

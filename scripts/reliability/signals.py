@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, at random steps and in a validation: how long a run takes to stop, and whether it can go on.
+"""SIGTERM and SIGINT at random steps and during a validation: how long a run takes to stop, and whether it can resume.
 
 python -m scripts.reliability.signals FOLDER [RUNS]
 """
@@ -27,7 +27,7 @@ from scripts.reliability.runs import (
 )
 
 ARGUMENTS = [*SMALL, "epochs=8", "output_dir=run"]
-STEPS = 24  # of 8 epochs
+STEPS = 24  # in 8 epochs
 # Larger images, so that a validation takes seconds.
 SLOW = [*(each for each in ARGUMENTS if not each.startswith("epochs=")), "epochs=2", "data.image_size=96"]
 
@@ -35,14 +35,17 @@ SLOW = [*(each for each in ARGUMENTS if not each.startswith("epochs=")), "epochs
 def stopped_run(
     folder: Path, arguments: list[str], number: int, step: int, validates: bool = False
 ) -> tuple[float, list[str]]:
-    """Signal one run after a step, and let it go on to its end; the seconds it took to stop, and what was wrong.
+    """Signal one run after a step, and then resume it to its end.
 
     Args:
-        folder: where it runs.
-        arguments: its command line.
-        number: the signal's.
-        step: the step after which it is sent.
-        validates: whether a validation follows that step, which the run must not wait for.
+        folder: the folder in which the command runs.
+        arguments: the command line.
+        number: the signal's number.
+        step: the step after which the signal is sent.
+        validates: whether a validation follows that step; the run must not wait for its end.
+
+    Returns:
+        The seconds that the run took to stop, and what was wrong.
     """
     process = start(folder, arguments)
     metrics = folder / "run" / "metrics.jsonl"
@@ -67,7 +70,7 @@ def stopped_run(
 
 
 def compare(name: str, results: dict[Path, tuple[float, list[str]]], unbroken: list[Path]) -> None:
-    """Compare the runs of one signal with the unbroken ones, and print what came out."""
+    """Compare the runs that got one kind of signal with the unbroken ones, and print the outcome."""
     wrong = [f"{where.name}: {each}" for where, (_, found) in results.items() for each in found]
     lost = doubled = 0
     for where, same in zip(results, unbroken, strict=True):
@@ -84,7 +87,7 @@ def compare(name: str, results: dict[Path, tuple[float, list[str]]], unbroken: l
 
 
 def main(folder: Path, runs: int) -> None:
-    """Signal runs of all methods in turn, and print what came out."""
+    """Signal runs of all methods in turn, and print the outcome."""
     cache = f"data.cache_dir={folder / 'cache'}"
     for method, own in METHODS.items():
         for name, arguments in ((method, ARGUMENTS), (f"{method}-slow", SLOW)):
@@ -100,7 +103,7 @@ def main(folder: Path, runs: int) -> None:
         results = two_at_a_time(lambda job: stopped_run(*job), jobs)
         found = dict(zip([job[0] for job in jobs], results, strict=True))
         compare(name, found, [folder / methods[i] for i in range(runs)])
-    # After the last step of the first epoch comes a validation, which no checkpoint precedes.
+    # A validation, with no checkpoint before it, follows the last step of the first epoch.
     slow = {method: (folder / f"validation-{method}", [*SLOW, *own, cache]) for method, own in METHODS.items()}
     found = {where: stopped_run(where, arguments, signal.SIGTERM, 3, True) for where, arguments in slow.values()}
     compare("SIGTERM in a validation", found, [folder / f"{method}-slow" for method in slow])

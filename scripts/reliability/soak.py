@@ -1,8 +1,8 @@
-"""A sweep of many short jobs: do memory and open files of the process that runs it level off, are all runs closed?
+"""A sweep of many short jobs: do the sweep process's memory and open files level off, and are all runs closed?
 
     python -m scripts.reliability.soak FOLDER [JOBS]
 
-Each job is a process of its own: what grows is what the sweep keeps of them.
+Each job is a separate process, so only what the sweep keeps about its jobs can grow.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from scripts.reliability.runs import SMALL, output, start, statuses
 
 
 def main(folder: Path, jobs: int) -> None:
-    """Run the sweep, look at its process once a second, and print what came out."""
+    """Run the sweep, measure its process once a second, and print the outcome."""
     arguments = [
         *("--multirun", *SMALL, "method=simclr", f"seed=range(0,{jobs})", "epochs=1", "data.limit=100", "jobs=2"),
         *("evaluation.epochs=1", f"data.cache_dir={folder / 'cache'}"),
     ]
     sweep = start(folder, arguments)
-    samples: list[tuple[int, float, int]] = []  # jobs finished, MB, open files
+    samples: list[tuple[int, float, int]] = []  # finished jobs, resident MiB, open files
     while sweep.poll() is None:
         try:
             status = Path(f"/proc/{sweep.pid}/status").read_text()

@@ -1,10 +1,10 @@
-"""Sweeps that are killed with SIGKILL, whole or in part; the same command then ends as an unbroken sweep does.
+"""Campaign of SIGKILLs of whole sweeps or parts of them; the same command must end as an unbroken sweep does.
 
     python -m scripts.reliability.sweeps FOLDER [KILLS] [FIRST]
 
-The real command runs two jobs at once. At a random time while a job trains, one of three things is killed: the sweep
-with all its jobs; the sweep alone, and its jobs save and stop; or one job, which the sweep reports. FIRST is the number
-of the first sweep, for a further portion in the same folder.
+The real command runs two jobs at once. At a random time while a job trains, one of three targets is killed: the sweep
+with all its jobs; the sweep process alone, whose jobs must then save and stop; or one job, which the sweep must report.
+FIRST is the number of the first sweep, for adding more sweeps in the same folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WHOLE, ALONE, JOB = "a sweep with its jobs", "a sweep alone", "a job alone"
 
 
 def arguments(name: str) -> list[str]:
-    """The command line of a sweep."""
+    """The command-line arguments of a sweep."""
     return ["--multirun", *COMMON, *SWEEPS[name]]
 
 
@@ -43,7 +43,7 @@ def jobs_of(where: Path) -> list[Path]:
 
 
 def broken_sweep(folder: Path, name: str, number: int) -> tuple[Counter[str], list[str]]:
-    """Kill one sweep again and again, let it finish, and compare it; what was killed how often, what was wrong."""
+    """Kill one sweep several times, let it finish, and compare it; return counts of what was killed, and faults."""
     rng = random.Random(number)
     where = folder / f"{number}-{name}"
     kills: Counter[str] = Counter()
@@ -65,7 +65,7 @@ def broken_sweep(folder: Path, name: str, number: int) -> tuple[Counter[str], li
 
 
 def killed(where: Path, name: str, which: str, rng: random.Random) -> tuple[int, int]:
-    """Start the sweep and kill the part that ``which`` names; how many processes that were, and the status."""
+    """Start the sweep and kill the target ``which``; return how many processes were killed, and the exit status."""
     further = rng.randrange(4 * STEPS_AN_EPOCH)
 
     def rows_of_all() -> int:
@@ -75,7 +75,7 @@ def killed(where: Path, name: str, which: str, rng: random.Random) -> tuple[int,
     sweep = start(where, arguments(name))
     if not wait_for(lambda: rows_of_all() > before + further, sweep, 900):
         return 0, sweep.wait()
-    sweep.send_signal(signal.SIGSTOP)  # so that it starts no other job meanwhile
+    sweep.send_signal(signal.SIGSTOP)  # so that the sweep starts no further job while its jobs are killed
     jobs = [int(each) for each in Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()]
     victims = {WHOLE: [*jobs, sweep.pid], ALONE: [sweep.pid], JOB: jobs[:1]}[which]
     for each in victims:
@@ -90,7 +90,7 @@ def killed(where: Path, name: str, which: str, rng: random.Random) -> tuple[int,
 
 
 def main(folder: Path, kills: int = 40, first: int = 0) -> int:
-    """Break sweeps until enough processes have been killed; how many things were wrong."""
+    """Break sweeps until ``kills`` processes have been killed; return the number of faults."""
     for name in SWEEPS:
         where = folder / "unbroken" / name
         if not list(where.glob("multirun/sweep-*/table.csv")):

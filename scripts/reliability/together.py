@@ -1,9 +1,9 @@
-"""Four processes at once in an empty folder, over and over: is the store whole, is the cache, is every run in it?
+"""Four processes at once in an empty folder, many times: are store and cache undamaged, and is every run in the store?
 
     python -m scripts.reliability.together FOLDER [TIMES]
 
-The processes are forks of one that has loaded the libraries, so that they meet within milliseconds. Each opens the
-data, makes or finds store and cache, and logs a run.
+The processes are forks of one that has imported the libraries, so that they start within milliseconds of each other.
+Each loads the data, creates or finds the store and the cache, and logs a run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROCESSES, STEPS = 4, 20
 
 
 def one_process(name: str) -> None:
-    """What a run does around its training."""
+    """Do what a run does around its training: load the data, and log metrics to the store."""
     data = Data(name="digits", image_size=16, cache_dir="cache", val_fraction=0.1, split_seed=0)
     images = load(data).train.images
     tracker = Tracker(
@@ -39,7 +39,7 @@ def one_process(name: str) -> None:
 
 
 def main(folder: Path, times: int) -> None:
-    """Repeat it, and print what came out."""
+    """Repeat the start of four processes, and print the outcome."""
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     mlflow_store.import_mlflow()

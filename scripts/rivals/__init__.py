@@ -1,7 +1,7 @@
-"""Contenders of the benchmark: this project and its rivals, written anew from how they work.
+"""The contenders of the benchmark: this project and its rivals, in new code that does what the rivals do.
 
-A contender is a module with ``run(setting, images, pace)``, which trains for ever and calls ``pace()`` after each step.
-The argument before these, where there is one, is the method.
+A contender is a module with ``run(setting, images, pace)``, which trains forever and calls ``pace()`` after each step.
+If a contender has several methods, the method is the first argument.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch.utils.data import DataLoader, Dataset
 from src.data.splits import Split
 
 Pace = Callable[[], None]
-Transform = Callable[[Image.Image], Sequence[Tensor]]  # an image to its two views
-TEMPERATURE, EMBEDDING, PROJECTOR, PREDICTOR = 0.2, 256, 2048, 4096  # as in NNCLR on small images
+Transform = Callable[[Image.Image], Sequence[Tensor]]  # maps an image to its two views
+TEMPERATURE, EMBEDDING, PROJECTOR, PREDICTOR = 0.2, 256, 2048, 4096  # usual for NNCLR on small images
 
 
 class Setting(NamedTuple):
-    """What all contenders of one comparison share."""
+    """The settings of a contender."""
 
     backbone: str  # resnet18 or resnet_tiny, with the stem for small images
     batch_size: int
-    support: int  # stored vectors: k, or the queue's size
-    workers: int  # of a DataLoader, where the contender has one
+    support: int  # number of stored vectors: k, or the queue's size
+    workers: int  # worker processes of the DataLoader, if the contender has one
 
 
 class Images(NamedTuple):
-    """Training images, and where they come from."""
+    """Training images, the number of their classes, and a description of their source."""
 
     split: Split
     classes: int
@@ -39,7 +39,7 @@ class Images(NamedTuple):
 
 
 class PerImage(Dataset):
-    """Pairs of views, which Pillow makes an image at a time on demand."""
+    """Pairs of views that Pillow makes on demand, one image at a time."""
 
     def __init__(self, images: Tensor, transform: Transform) -> None:
         self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -53,7 +53,7 @@ class PerImage(Dataset):
 
 
 def loader(images: Images, transform: Transform, setting: Setting) -> DataLoader:
-    """Batches of pairs of views, from as many processes as the setting has workers."""
+    """A DataLoader of batches of pairs of views, with the setting's number of worker processes."""
     return DataLoader(
         PerImage(images.split.images, transform),
         setting.batch_size,
@@ -65,7 +65,7 @@ def loader(images: Images, transform: Transform, setting: Setting) -> DataLoader
 
 
 def encoder(name: str) -> tuple[torch.nn.Module, int]:
-    """The network of all contenders, in the faster memory layout, and its number of features."""
+    """The network that all contenders use, in channels-last memory format, and its number of features."""
     from src import models
 
     model = models.ResNetTiny("small") if name == "resnet_tiny" else models.resnet("resnet18", "small")

@@ -1,4 +1,4 @@
-"""lightly's NNCLR, wired as its own example wires the parts, with this project's network and widths."""
+"""lightly's NNCLR, assembled from its modules as in its own example, with this project's network and layer widths."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from scripts.rivals import EMBEDDING, PREDICTOR, PROJECTOR, TEMPERATURE, Images,
 def run(setting: Setting, images: Images, pace: Pace) -> None:
     """Train NNCLR; ``setting.support`` is the size of its memory bank."""
     backbone, features = encoder(setting.backbone)
-    projector = SimCLRProjectionHead(features, PROJECTOR, EMBEDDING)  # two layers, as here; its NNCLR head has three
+    projector = SimCLRProjectionHead(features, PROJECTOR, EMBEDDING)  # two layers as in this project; NNCLR's has three
     predictor = NNCLRPredictionHead(EMBEDDING, PREDICTOR, EMBEDDING)
     bank = NNMemoryBankModule(size=(setting.support, EMBEDDING))
     criterion = NTXentLoss(temperature=TEMPERATURE)
     optimizer = torch.optim.SGD(nn.ModuleList([backbone, projector, predictor]).parameters(), lr=0.06)
-    # At the strength and without the blur that lightly advises for small images.
+    # lightly advises this colour strength, and no blur, for small images.
     batches = loader(images, SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0), setting)
     while True:
         for view1, view2 in batches:

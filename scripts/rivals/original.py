@@ -1,9 +1,9 @@
-"""The original study's algorithm, rebuilt from its description: KMCLR, and the NNCLR that it departs from.
+"""The original study's algorithm, rebuilt from its description: KMCLR, and the NNCLR on which it builds.
 
-Pillow transforms an image at a time in a DataLoader; float32; two forward passes; for KMCLR scikit-learn's
-MiniBatchKMeans in float64 on the host, for NNCLR a queue that is normalised anew at every lookup; LARS. Left out are
-the padding of 2 in its stem, which costs 27% more arithmetic, the third layer of its projector, and the classifier that
-it trains beside the encoder: without them the rival is faster.
+A DataLoader with Pillow transforms one image at a time. The network computes in float32, with a forward pass for each
+view, and LARS optimizes it. KMCLR uses scikit-learn's MiniBatchKMeans in float64 on the CPU; NNCLR's queue is
+normalised at every lookup. Left out, which makes the rival faster, are the padding of 2 in the study's stem (27% more
+arithmetic), the third layer of its projector, and the classifier that it trains beside the encoder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from src.losses import info_nce
 
 
 def view(solarize: float) -> transforms.Compose:
-    """The study's transforms (``conf/experiment/original.yaml``) without blur, as this project is timed."""
+    """The study's transforms (``conf/experiment/original.yaml``) without blur, as in this project's timed runs."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(32, scale=(0.08, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
@@ -37,7 +37,7 @@ def view(solarize: float) -> transforms.Compose:
 
 
 class TwoViews:
-    """An image's views, as in conf/augment/asymmetric.yaml."""
+    """Makes an image's two views, as in conf/augment/asymmetric.yaml."""
 
     def __init__(self) -> None:
         self.views = view(solarize=0.0), view(solarize=0.2)
@@ -47,7 +47,7 @@ class TwoViews:
 
 
 class Prototypes:
-    """The centres of a MiniBatchKMeans, on the host in float64; a lookup gives the nearest."""
+    """The centres of a MiniBatchKMeans, on the CPU in float64; a lookup returns the nearest ones."""
 
     def __init__(self, k: int) -> None:
         self.kmeans = MiniBatchKMeans(k, n_init=1, random_state=0)
@@ -62,7 +62,7 @@ class Prototypes:
 
 
 class Queue:
-    """The last embeddings, normalised at every lookup, which gives the nearest."""
+    """The last embeddings, normalised at every lookup; a lookup returns the nearest ones."""
 
     def __init__(self, size: int) -> None:
         self.rows_ND = torch.randn(size, EMBEDDING)

@@ -1,4 +1,4 @@
-"""This project: the training loop itself, with the settings that a user gets."""
+"""This project as a contender: the training loop itself, with the default settings."""
 
 from __future__ import annotations
 
