@@ -56,7 +56,7 @@ def explain_composition(error: Exception, known: Collection[str] | None = None) 
     if there := re.search(r"Could not append to config\. An item is already at '([\w.@/-]+)'", message):
         return f"{there.group(1)}: is there already; leave out the plus"
     if unknown := re.search(r"Could not (?:override|append to config)[^']*'([\w.@/-]+)'", message):
-        return explain_key(unknown.group(1), _beside(unknown.group(1), error.__cause__), known)
+        return explain_key(unknown.group(1), _siblings(unknown.group(1), error.__cause__), known)
     if several := re.search(r"Ambiguous value for argument '([^']+)'", message):
         return f"{several.group(1)}: several values; add --multirun to run each of them"
     if isinstance(error, OverrideParseException):
@@ -92,12 +92,12 @@ def explain_key(key: str, there: Iterable[str] = (), known: Collection[str] | No
     if setting and key in known:
         choose = f"another {group}=..." if f"{group}.name" in there else f"{group}=... first"
         return f"{key}: the chosen options do not have it; choose {choose} (--help lists them)"
-    meant = _meant(key, [each for each in dict.fromkeys((*there, *known)) if each != key])
+    meant = _suggestions(key, [each for each in dict.fromkeys((*there, *known)) if each != key])
     hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
     return f"{key}: unknown key, or one that the chosen options do not have{hint} (--help shows what can be set)"
 
 
-def _meant(key: str, keys: list[str]) -> list[str]:
+def _suggestions(key: str, keys: list[str]) -> list[str]:
     """Find those keys that a misspelt key, or a key without its group, may have meant."""
     if MEANT.get(key) in keys:
         return [MEANT[key]]
@@ -105,7 +105,7 @@ def _meant(key: str, keys: list[str]) -> list[str]:
     return ends if 0 < len(ends) <= MAX_SUGGESTIONS else difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
 
 
-def _beside(key: str, error: BaseException | None) -> list[str]:
+def _siblings(key: str, error: BaseException | None) -> list[str]:
     """The dotted keys in the node in which OmegaConf did not find ``key``, including those of a class from outside."""
     found = getattr(error, "parent_node", None)
     prefix = "".join(key.rpartition(".")[:2])
@@ -120,7 +120,7 @@ def explain_type(error: OmegaConfBaseException) -> str:
     """Explain a value that is missing or has the wrong type."""
     key = str(error.full_key or error.key)
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
-        return explain_key(key, _beside(key, error))
+        return explain_key(key, _siblings(key, error))
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: has no default; give it a value"
     reason = _first_line(str(error.msg or error))

@@ -103,14 +103,14 @@ def cached(cfg: Data) -> Cache:
 
 def _make_under_lock(identity: Path, path: Path, source: Source, cfg: Data) -> Cache:
     """Decode the images under the lock, unless another process has done so while this one waited."""
-    with _locked(_beside(identity, ".lock")):
+    with _locked(_sidecar(identity, ".lock")):
         cache = _open(path, logging.WARNING)
         if cache is None:
             for outdated in path.parent.glob(f"{identity.name}-*{PARTIAL}"):
                 if outdated != path.with_suffix(PARTIAL):  # it would take up room that this one needs
                     outdated.unlink()
             stated = write(path, source, cfg)
-            _note_verified(path, stated, state(path))  # the checksum has just been computed from the whole file
+            _record_verified(path, stated, state(path))  # the checksum has just been computed from the whole file
             cache = Cache(path)
             for outdated in set(path.parent.glob(f"{identity.name}-*")) - {path, path.with_suffix(VERIFIED)}:
                 outdated.unlink()
@@ -185,7 +185,7 @@ def _identity(cfg: Data) -> Path:
     return Path(cfg.cache_dir).expanduser().resolve() / f"{cfg.name}-{_digest(*places, *decoding, *newer)}"
 
 
-def _beside(identity: Path, ending: str) -> Path:
+def _sidecar(identity: Path, ending: str) -> Path:
     """Append an ending to an identity; `Path.with_suffix` would cut a name that contains a dot."""
     return identity.with_name(f"{identity.name}{ending}")
 
@@ -198,7 +198,7 @@ def _path(identity: Path, source: Source) -> Path:
 def _remembered(identity: Path) -> Path | None:
     """The cache file of a source with very many files, if its folders have not changed since all files were listed."""
     try:
-        remembered = json.loads(_beside(identity, ".folders").read_text())
+        remembered = json.loads(_sidecar(identity, ".folders").read_text())
         path, folders = identity.with_name(remembered["cache"]), remembered["folders"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -209,7 +209,7 @@ def _remembered(identity: Path) -> Path | None:
 def _remember(identity: Path, path: Path, source: Source) -> None:
     remembered = {"cache": path.name, "folders": dict(source.folders)}
     with suppress(OSError):  # the folder may be read-only
-        write_whole(_beside(identity, ".folders"), json.dumps(remembered).encode())
+        write_whole(_sidecar(identity, ".folders"), json.dumps(remembered).encode())
 
 
 def _check_usable(cfg: Data, skipped: list[str], found: str) -> None:
@@ -241,10 +241,10 @@ def _verify(path: Path, stated: str) -> None:
             return
     if not stated or stated != checksum(path, stated):
         raise SafetensorError("its checksum differs")
-    _note_verified(path, stated, now)
+    _record_verified(path, stated, now)
 
 
-def _note_verified(path: Path, checksum: str, when: str) -> None:
+def _record_verified(path: Path, checksum: str, when: str) -> None:
     with suppress(OSError):  # the folder may be read-only
         write_whole(path.with_suffix(VERIFIED), f"{checksum} {when}".encode())
 

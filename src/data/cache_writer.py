@@ -137,7 +137,7 @@ def _check(contents: Contents, cfg: Data) -> None:
 def _check_room(unfinished: Path, contents: Contents, cfg: Data) -> None:
     """Log how much room the images still need on the disk, and refuse to begin if there is less."""
     begun = unfinished.stat().st_size if unfinished.exists() else 0
-    needed = max(0, _images(contents) * 3 * cfg.stored_size**2 - begun)
+    needed = max(0, _image_count(contents) * 3 * cfg.stored_size**2 - begun)
     free = shutil.disk_usage(unfinished.parent).free
     room = f"{decimal(needed)} needed, {decimal(free)} free"
     if needed > free:
@@ -145,7 +145,7 @@ def _check_room(unfinished: Path, contents: Contents, cfg: Data) -> None:
         raise UsageError(
             f"data.cache_dir={unfinished.parent}: {room}; set data.cache_dir elsewhere, or a smaller {size}"
         )
-    logger.info("decoding %d images of %s into %s: %s", _images(contents), shown(cfg), unfinished.parent, room)
+    logger.info("decoding %d images of %s into %s: %s", _image_count(contents), shown(cfg), unfinished.parent, room)
 
 
 def _stream(path: Path, contents: Contents, skipped: list[str], cfg: Data) -> str:
@@ -153,8 +153,8 @@ def _stream(path: Path, contents: Contents, skipped: list[str], cfg: Data) -> st
     header = _header(contents, skipped, cfg)
     labels = b"".join(np.asarray(part.labels, np.int64).tobytes() for part in contents.parts().values())
     place = len(header) + STATISTICS + len(labels)  # the offset of the aspects
-    start, size = place + (4 * _images(contents) if cfg.keep else 0), 3 * cfg.stored_size**2
-    about = json.dumps([contents.classes, _counted(contents)]).encode() + labels
+    start, size = place + (4 * _image_count(contents) if cfg.keep else 0), 3 * cfg.stored_size**2
+    about = json.dumps([contents.classes, _part_sizes(contents)]).encode() + labels
     fitted = len(contents.train.labels) + len(contents.val.labels)
 
     tally = resumed(path, place, start, cfg.stored_size, partial(Tally, header, about, fitted, bool(cfg.keep)))
@@ -173,7 +173,7 @@ def _stream(path: Path, contents: Contents, skipped: list[str], cfg: Data) -> st
 
 def _append(file: BinaryIO, path: Path, place: int, contents: Contents, cfg: Data, tally: Tally) -> None:
     """Decode and append the images that follow those of the tally, with a progress bar, or log lines if no terminal."""
-    before, total = tally.images, _images(contents)
+    before, total = tally.images, _image_count(contents)
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} images/s"), TimeRemainingColumn()
     bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
     with bar as progress, ThreadPoolExecutor(1, thread_name_prefix="saving") as disk:
@@ -198,11 +198,11 @@ def _append(file: BinaryIO, path: Path, place: int, contents: Contents, cfg: Dat
         saving.result()
 
 
-def _images(contents: Contents) -> int:
+def _image_count(contents: Contents) -> int:
     return sum(len(part.labels) for part in contents.parts().values())
 
 
-def _counted(contents: Contents) -> list[int]:
+def _part_sizes(contents: Contents) -> list[int]:
     """The parts' sizes as they enter the fingerprint: those of validation and probe only if one of them has images."""
     train, val, test, probe = (len(part.labels) for part in contents.parts().values())
     return [train, test, *([val, probe] if val or probe else [])]

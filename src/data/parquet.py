@@ -281,7 +281,7 @@ def _read(
 
     def labels(name: str) -> list[int]:
         if name not in telling:
-            return [UNLABELLED] * sum(map(_count, splits[name]))
+            return [UNLABELLED] * sum(map(_row_count, splits[name]))
         for shard, each in values[name].items():
             if strange := [(row, value) for row, value in enumerate(each) if value not in index]:
                 row, value = strange[0]
@@ -312,7 +312,7 @@ def _label(value: Any, where: str) -> Any:
     return None if not isinstance(value, bool) and value == UNLABELLED else value
 
 
-def _count(shard: Path) -> int:
+def _row_count(shard: Path) -> int:
     import pyarrow.parquet as pq
 
     with _readable(shard):

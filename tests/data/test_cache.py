@@ -470,8 +470,8 @@ def test_options_of_a_source_from_outside_have_caches_of_their_own(config):
 def test_a_dot_in_a_name_keeps_sizes_apart():
     """The lock, and what is remembered of the folders, are an identity's own."""
     one, two = Path("web.mini-0001"), Path("web.mini-0002")
-    assert cache_module._beside(one, ".lock") != cache_module._beside(two, ".lock")
-    assert cache_module._beside(one, ".folders") == Path("web.mini-0001.folders")
+    assert cache_module._sidecar(one, ".lock") != cache_module._sidecar(two, ".lock")
+    assert cache_module._sidecar(one, ".folders") == Path("web.mini-0001.folders")
 
 
 def test_a_process_that_waited_finds_the_cache(config, folder, decodings, caplog):
