@@ -137,7 +137,7 @@ def resumed(path: Path, place: int, start: int, size: int, empty: Callable[[], T
 
 
 def _blocks(file: BinaryIO, counts: Iterable[int], size: int) -> Iterator[np.ndarray]:
-    """Read the images of each part in blocks, none of which spans two parts."""
+    """Read consecutive groups of images, as many as ``counts`` says, in blocks that never span two groups."""
     for count in counts:
         for start in range(0, count, BLOCK):
             images = min(BLOCK, count - start)
