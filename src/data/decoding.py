@@ -129,6 +129,8 @@ def decode(
 ) -> Decoded:
     """Decode an image, turn it upright by its EXIF tag, convert it to RGB and resize it (bicubic, antialiased).
 
+    Pillow converts grey, palette and CMYK images to RGB.
+
     Args:
         lazy: the image to decode.
         size: S, in pixels.
