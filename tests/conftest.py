@@ -1,4 +1,4 @@
-"""Fixtures that several tests share."""
+"""Settings and fixtures that all tests share."""
 
 import math
 import os
@@ -16,26 +16,29 @@ from hypothesis import settings
 
 from src.runs import mlflow_store, tracker
 
-# A busy machine fails no test, and neither does chance: every run draws the same examples, but for more CASES.
+# Hypothesis has no deadline, so that a busy machine fails no test, and draws the same examples in every run, so that
+# chance fails none either. With the variable CASES set, as by `make reliability`, the examples are random.
 settings.register_profile("same", deadline=None, derandomize="CASES" not in os.environ)
 settings.load_profile("same")
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup every process of a test would ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, the processes that tests start would inherit "ignored"
 
 PROJECT = Path(__file__).parent.parent
-ELSEWHERE = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}  # of this project's commands in another folder
+# The environment in which this project's commands run when the current folder is not the project.
+ELSEWHERE = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
 CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", PROJECT.parent / "shared" / "data" / "cifar100"))
 
 
 def pytest_configure():
-    """Forget a team's server and a shell of torchrun's: no test may write to the one, or be a rank of the other."""
+    """Unset variables that would let a test write to a team's MLflow server, or act as a rank of torchrun."""
     for name in ("MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # a long one begun last keeps one core alone
+    # Slow tests come first: one that begins last would keep a single worker busy while the others are idle.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         if item.get_closest_marker("cifar") and not CIFAR100.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"no CIFAR-100 at {CIFAR100}; set CIFAR100_ROOT"))
@@ -50,13 +53,13 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
-    """Decoded images, shared by all tests of a session."""
+    """The folder of decoded images that all tests of a session share."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
 def python():
-    """An interpreter for ``python -m MODULE``, whose imports have been done (`tests.warm`)."""
+    """Path of a program that runs ``python -m MODULE`` in a fork that has done its imports (`tests.warm`)."""
     with tempfile.TemporaryDirectory() as folder:
         executable, address = Path(folder) / "python", Path(folder) / "socket"
         executable.write_text(
@@ -79,7 +82,7 @@ def python():
 def command(python, cache_dir, tmp_path):
     """Run ``python -m MODULE ARGUMENTS`` as a user would, in the test's own folder; returns the finished process.
 
-    Imports are done ``anew`` where they read the variables that the test sets.
+    ``anew=True`` starts a new interpreter, for tests that set variables which are read during imports.
     """
 
     def run(module, *arguments, environment=None, anew=False):
@@ -98,7 +101,7 @@ def command(python, cache_dir, tmp_path):
 
 @pytest.fixture(scope="session")
 def small(cache_dir):
-    """Overrides that make a run take a second or two: digits at their own 8x8 pixels, the tiny ResNet, narrow heads."""
+    """Overrides for a run of a second or two: digits at their native 8x8 pixels, the tiny ResNet, narrow heads."""
     return [
         "experiment=demo",
         "data.image_size=8",
@@ -118,7 +121,7 @@ def small(cache_dir):
 
 @pytest.fixture(scope="session")
 def fresh_store(tmp_path_factory):
-    """A store as `mlflow_store.prepare` creates it. The migrations take seconds: tests copy the result."""
+    """An empty store, as `mlflow_store.prepare` creates it. The migrations take seconds, so tests copy this file."""
     pytest.importorskip("mlflow")
     directory = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
@@ -131,9 +134,9 @@ def fresh_store(tmp_path_factory):
 
 @pytest.fixture
 def client(fresh_store, tmp_path, monkeypatch):
-    """The current folder is an empty one with a store."""
+    """A client of a new MLflow store in the test's own folder, which becomes the current folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(tracker, "SLOW_DELIVERY_S", math.inf)  # what a busy machine takes long for is no slow store
+    monkeypatch.setattr(tracker, "SLOW_DELIVERY_S", math.inf)  # on a busy machine no delivery counts as slow
     shutil.copy(fresh_store, tmp_path / "mlflow.db")
     return mlflow_store.prepare()

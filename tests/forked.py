@@ -1,7 +1,8 @@
-"""Stands where ``python -m MODULE ARGUMENTS`` would be, which is a fork of the process that listens (`tests.warm`).
+"""Takes the place of ``python -m MODULE ARGUMENTS``; the command itself runs in a fork of the server in `tests.warm`.
 
-It is told the interpreter, the socket and the arguments, is stopped and killed as the command would be, and ends as the
-command has ended. It starts within milliseconds, and leaves whatever is no module to the interpreter.
+The arguments are the interpreter, the server's socket, and what the interpreter would be given. This process starts
+within milliseconds, passes signals on to the command, and ends with the command's exit status or signal. If it is
+killed, the server kills the command. Anything but ``-m MODULE`` is left to the interpreter.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ if arguments[:1] == ["-u"]:  # from torchrun
 if arguments[:1] != ["-m"]:
     os.execv(python, [python, *arguments])
 
-signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that comes now is passed on once there is a child
+signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a signal that comes now is passed on once there is a child
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(address)
 socket.send_fds(connection, [b"\0"], [0, 1, 2])
@@ -30,7 +31,7 @@ child = int(answers.readline())
 
 
 def pass_on(number, _):
-    with contextlib.suppress(ProcessLookupError):  # it has just ended
+    with contextlib.suppress(ProcessLookupError):  # the command has just ended
         os.kill(child, number)
 
 
@@ -39,7 +40,7 @@ for each in SIGNALS:
 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 status = int(answers.readline())
 if status < 0:
-    if -status != signal.SIGKILL:  # which has no handler
+    if -status != signal.SIGKILL:  # whose handler cannot be set
         signal.signal(-status, signal.SIG_DFL)
     os.kill(os.getpid(), -status)
 sys.exit(status)

@@ -1,4 +1,4 @@
-"""Runs that were never run, for tests of what is made of runs."""
+"""Made-up records of runs, for tests of tables, plots and pages."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def run(method, size=0, seed=0, top1=50.0, status="FINISHED", at=0.0, name=None,
 
 
 def with_untrained(one, **figures):
-    """The same run, as one that has measured its encoder before the first step."""
+    """A copy of the run that has measured its untrained encoder too; each ``SPLIT_METRIC`` becomes such a metric."""
     return replace(one, metrics=one.metrics | {f"untrained/{k.replace('_', '/', 1)}": v for k, v in figures.items()})
 
 

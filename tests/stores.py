@@ -1,4 +1,4 @@
-"""What the tests of logging share: a fresh MLflow store, ways to break it, and a run in another process."""
+"""What the tests of logging share: ways to read and to break an MLflow store, and a run in another process."""
 
 import json
 import os
@@ -23,17 +23,20 @@ def rows(directory: Path) -> list[dict]:
 
 
 def history(client, run_id: str, key: str) -> list[tuple[int, float]]:
-    """Every point that the store has, repeats included."""
+    """(step, value) of every point that the store has of a metric, repeats included."""
     return sorted((metric.step, metric.value) for metric in client.get_metric_history(run_id, key))
 
 
 def warnings(caplog) -> list[str]:
+    """The messages of this project's logging code, each of which must be one line."""
     messages = [each.getMessage() for each in caplog.records if each.name in LOGGERS]
     assert not any("\n" in message for message in messages)
     return messages
 
 
 def break_store(client, monkeypatch, *methods: str) -> None:
+    """Let these methods of the client fail, as if the store were down."""
+
     def fail(*args, **kwargs):
         raise ConnectionError("the store is down\nand this is its traceback")
 
@@ -42,13 +45,14 @@ def break_store(client, monkeypatch, *methods: str) -> None:
 
 
 def train(tracker: Tracker, steps: range) -> None:
-    """A deterministic run: every 3rd step, and one metric less often than the other."""
+    """Log a deterministic run: the loss at every 3rd step, kNN accuracy at every 6th."""
     for step in steps:
         if step % 3 == 0:
             tracker.log({"train/loss": 1 / (1 + step)} | ({"val/knn": step / 100} if step % 6 == 0 else {}), step)
 
 
 def start(code: str, directory: Path, **environment: str) -> subprocess.Popen:
+    """Start an interpreter that runs the code, without this process's MLflow variables."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
     env |= {"PYTHONPATH": str(PROJECT), **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -56,7 +60,7 @@ def start(code: str, directory: Path, **environment: str) -> subprocess.Popen:
 
 
 def impatient(patch: pytest.MonkeyPatch) -> None:
-    """Let SQLite wait a fifth of a second for a lock, where MLflow has it wait for twenty."""
+    """Let SQLite wait 0.2 seconds for a lock instead of the 20 seconds that MLflow sets."""
     from mlflow.store.db import utils
 
     text = utils.sql.text

@@ -14,10 +14,10 @@ composed_once = functools.cache(composed)
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, small):
-    """Train in this process; returns the run's directory.
+    """A function that trains in this process and returns the run's directory.
 
-    Composing and drawing take longer than so small a training: a line that is typed again is not composed again, and
-    the curves are drawn where they are asked for. With ``net=[]`` the network is the ResNet of `small`.
+    Composing a config and drawing curves take longer than so small a training. So the config of a repeated command line
+    is not composed again, and curves are drawn only with ``draw=True``. With ``net=[]`` the network is the tiny ResNet.
     """
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()

@@ -1,7 +1,7 @@
-"""What a process does that torchrun has started for a test: ``-m tests.training.in_ranks FOLDER``.
+"""What each of two ranks of torchrun does for a test: ``-m tests.training.in_ranks FOLDER``.
 
-It looks at what two ranks say to each other, then trains the runs of ``FOLDER/two.json``, a name and overrides each, to
-``FOLDER/two``, in float64. When they are done, the first does the same by itself with ``FOLDER/one.json``.
+The ranks check their messages, features and shards. Then they train the runs of ``FOLDER/two.json`` (name: overrides)
+together, in float64, into ``FOLDER/two``. Last, rank 0 trains those of ``FOLDER/one.json`` alone, into ``FOLDER/one``.
 """
 
 import json
@@ -32,13 +32,14 @@ from tests.config.test_schema import composed  # noqa: E402
 
 
 def check_words(ranks):
+    """Check what ranks tell each other: broadcasts, reasons to stop, and comparisons of their states."""
     assert ranks.broadcast(ranks.rank) == 0
-    # A reason to stop is known one call later, to both ranks at once.
+    # Both ranks learn of a reason to stop in the same call, which is the one after it was given.
     assert ranks.max_status(143 if ranks.rank == 1 else 0) == 0
     assert ranks.max_status(0) == 143
     assert ranks.max_status(0) == 0
     assert ranks.max_status(75 if ranks.first else 76, wait=True) == 76
-    ranks.check_same(nn.Linear(2, 2), step=3)  # which are alike only where both have the same seed
+    ranks.check_same(nn.Linear(2, 2), step=3)  # both ranks have the same seed, so the layers are equal
     with torch.no_grad():
         different = nn.Linear(2, 2)
         different.bias[0] += ranks.rank
@@ -48,7 +49,7 @@ def check_words(ranks):
 
 
 def check_features(ranks):
-    """Those of one process, in order, also where the blocks cannot be shared out equally."""
+    """Ranks encode the features that one process would, in the same order, even if blocks do not divide equally."""
     encoder = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten())
     split = Split(torch.randint(0, 256, (23, 3, 8, 8), dtype=torch.uint8), torch.arange(23))
     arguments = encoder, [0.5] * 3, [0.2] * 3, ranks.device, torch.float64
@@ -59,7 +60,7 @@ def check_features(ranks):
 
 DIM, CLASSES, BATCH = 5, 3, 8
 STORED = [
-    (partial(Queue, 20, DIM, TorchSearch()), (1, 3, 13)),  # of whose shards one holds ten
+    (partial(Queue, 20, DIM, TorchSearch()), (1, 3, 13)),  # 13 neighbours are more than the 10 rows of a shard
     (partial(Queue, 20, DIM, TorchSearch(), dtype=torch.bfloat16), (1,)),
     (partial(KMeans, 12, DIM, CLASSES, TorchSearch(), half_life=3, revive_after=1), (1, 3, 7)),
     (partial(KMeans, 12, DIM, CLASSES, TorchSearch(), spherical=False, reset_every=4), (1, 3, 7)),
@@ -76,7 +77,7 @@ def assert_same(one, other):
 
 
 def check_shards(ranks, make, counts, draw):
-    """A support set in shards finds, counts, forgets and saves what a whole one does, step by step."""
+    """A sharded support set finds, counts, forgets and saves what an unsharded one does, step by step."""
     whole, part = make(), make(shard=ranks.shard)
     assert part.stored_bytes == whole.stored_bytes
     assert part.hits_N.numel() * 2 == whole.hits_N.numel()
@@ -105,7 +106,7 @@ def check_shards(ranks, make, counts, draw):
     restored = make(shard=ranks.shard)
     restored.load_state_dict(own_rows(restored, whole.state_dict()))
     assert_same(part.state_dict(), restored.state_dict())
-    ranks.check_same(part)  # which is not compared where it differs
+    ranks.check_same(part)  # ignores the rows of the shards, which differ between the ranks
 
 
 def far(step):
@@ -113,7 +114,7 @@ def far(step):
 
 
 def equally_near(step):
-    """Of which many are the same, and every product is exact."""
+    """Rows of which many are equal and whose products are exact, so that many neighbours are equally near."""
     return torch.eye(DIM)[torch.randint(DIM, (BATCH,), generator=torch.Generator().manual_seed(step))]
 
 
@@ -124,7 +125,7 @@ def train(root, name):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    curves.plot = lambda folder: folder  # takes as long as a training
+    curves.plot = lambda folder: folder  # drawing takes as long as a training
     ranks = distributed.join("cpu")
     torch.manual_seed(0)
     check_words(ranks)

@@ -1,6 +1,6 @@
-"""A backbone of two layers, for tests of all that is not the network.
+"""A backbone of two convolutions, for tests in which the network does not matter.
 
-Two ranks exchange messages for each of its batch norms: `resnet_tiny` has 12, this has two.
+Two ranks exchange messages for every batch norm: `resnet_tiny` has 12 of them, this network has two.
 """
 
 import os
@@ -11,9 +11,11 @@ SMALL_NET = ["backbone.name=small_net", "+backbone._target_=tests.training.small
 
 
 class SmallNet(nn.Sequential):
-    """With ``ENDS="RANK SIGNAL CALL"`` that rank, ``-`` where there are none, signals itself at a call of training.
+    """A network that can send its own process a signal at a chosen moment.
 
-    A step has two calls. From outside, a signal may come after a run of seconds has ended.
+    With the environment variable ``ENDS="RANK SIGNAL CALL"``, that rank (``-``: the only process) signals itself when
+    the network is called for the CALLth time in training; a step calls it twice. A signal from another process might
+    come too late, after a run of a few seconds has ended.
     """
 
     def __init__(self):

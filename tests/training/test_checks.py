@@ -71,7 +71,7 @@ REFIT += ["support.refit_every=1"]
     ],
 )
 def test_a_window_of_which_nothing_is_ever_re_clustered_is_refused(overrides, says):
-    """Its vectors would count as stored, and none would be used."""
+    """Otherwise the vectors of the window would be reported as stored, though none is ever used."""
     cfg = parsed(*REFIT, *overrides)
     with pytest.raises(UsageError, match=says) if says else nullcontext():
         refuse_unfillable(cfg, 383)
@@ -150,7 +150,7 @@ def test_a_stem_that_keeps_every_pixel_of_a_large_image_is_warned_of(caplog, siz
     ],
 )
 def test_a_support_set_that_is_never_filled_is_refused(run, tmp_path, overrides, says):
-    """Two epochs of three batches of 64 of 200 images: the last batch comes after 320 embeddings."""
+    """200 images make three batches of 64, so in two epochs 320 embeddings are seen before the last batch."""
     with pytest.raises(UsageError, match=says):
         run(*overrides)
     assert not (tmp_path / "run").exists()
@@ -160,11 +160,11 @@ def test_a_support_set_that_is_never_filled_is_refused(run, tmp_path, overrides,
     "largest", [["method=nnclr", "queue_size=320"], ["method=kmclr", "k=128", "support.forget_every=1"]]
 )
 def test_a_support_set_that_is_filled_in_the_last_moment_is_used(run, largest):
-    assert 1 <= Record.load(run(*largest)).metrics["support/perplexity"] <= 64  # of the one batch that asked
+    assert 1 <= Record.load(run(*largest)).metrics["support/perplexity"] <= 64  # of the last batch's lookups
 
 
 def test_a_support_set_that_is_filled_in_less_than_half_of_the_steps_is_warned_of(caplog):
-    """Two epochs of three batches: of 192 embeddings it is full after three of six steps, of one more after four."""
+    """In two epochs of three batches of 64, 192 entries are filled after three of the six steps, 193 after four."""
     for overrides, warns in {
         ("method=nnclr", "queue_size=192"): False,
         ("method=nnclr", "queue_size=193"): True,
@@ -183,7 +183,7 @@ def test_a_support_set_that_is_filled_in_less_than_half_of_the_steps_is_warned_o
 
 
 def test_a_strided_convolution_of_one_pixel_is_refused_where_its_gradient_is_not_computed():
-    """Torch leaves it as the memory was: nan, or what is worse."""
+    """Torch returns uninitialised memory as that gradient: nan or, worse, arbitrary numbers."""
     encoder, cpu = ResNetTiny("large"), torch.device("cpu")
     with pytest.raises(UsageError, match=r"data.image_size=16: one pixel .*; set precision=float32"):
         refuse_unset_gradients(encoder, 16, cpu, torch.bfloat16)
@@ -195,6 +195,7 @@ def test_a_strided_convolution_of_one_pixel_is_refused_where_its_gradient_is_not
 
 
 def test_for_looking_at_one_image_nothing_is_compiled():
+    """`refuse_unset_gradients` passes one image through the encoder, which must not make torch compile it."""
     encoder, compiled = ResNetTiny("small"), []
     encoder.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
     refuse_unset_gradients(encoder, 8, torch.device("cpu"), torch.bfloat16)

@@ -27,7 +27,7 @@ def test_a_collapse_is_said_once_and_tagged_or_ends_the_run(run, tmp_path, monke
 
     with pytest.raises(Collapsed, match=said):
         run("method=simclr", "on_collapse=stop", directory="stopped", net=[])
-    with pytest.raises(Collapsed, match="on_collapse=warn trains on"):  # without another epoch
+    with pytest.raises(Collapsed, match="on_collapse=warn trains on"):  # again, without training another epoch
         run("method=simclr", "on_collapse=stop", directory="stopped", net=[])
     assert Record.load(tmp_path / "stopped").status == "FAILED"
     assert max(step for _, step in history(tmp_path / "stopped")) == 3

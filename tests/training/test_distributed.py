@@ -48,7 +48,7 @@ IN_SHARDS = {f"{name} in shards": [*SUPPORTS[name], "support.shards=ranks"] for 
 
 @pytest.fixture
 def tiny(cache_dir):
-    """Three epochs of five steps on digits of 8 pixels; no pictures, which take longer."""
+    """Overrides for three epochs of five steps on digits of 8x8 pixels, without pictures, which take longer."""
     return [
         *("experiment=demo", "epochs=3", "batch_size=32", "data.limit=160", "data.image_size=8"),
         *("projector.hidden=[32]", "projector.out=16", "evaluation.every=3", "evaluation.epochs=2"),
@@ -60,7 +60,7 @@ def tiny(cache_dir):
 
 @pytest.fixture
 def start(python, tmp_path):
-    """Starts a module's command line in the test's folder, on two ranks, of which one may end itself (`SmallNet`)."""
+    """Start a module on two ranks in the test's folder; with ``ends``, one of them signals itself (`SmallNet`)."""
 
     def run(*command, ends="- 0 0"):
         return subprocess.Popen(
@@ -82,7 +82,7 @@ def finish(process):
 
 
 def test_features_that_are_not_finite_are_so_for_every_rank(monkeypatch):
-    """Also where another has encoded them: all end alike, and none waits for one that has ended."""
+    """Every rank fails, whichever rank encoded the features, so that none waits for a rank that has ended."""
     blocks = Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4))
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(distributed.dist, "get_rank", lambda: 1)
@@ -94,11 +94,11 @@ def test_features_that_are_not_finite_are_so_for_every_rank(monkeypatch):
 
 @pytest.mark.slow
 def test_two_ranks_are_one_process(start, tmp_path, tiny):
-    """All support sets, and a teacher, after 15 steps of float64: weights, statistics, what is stored, every figure.
+    """In float64, two ranks end with the weights, statistics, stored vectors and metrics of one process.
 
-    Of a ResNet, which has more batch norms, after 5.
+    All support sets and a teacher are compared after 15 steps, a ResNet, which has more batch norms, after 5.
     """
-    drawn = {"kmclr": [*SUPPORTS["kmclr"], "evaluation.pictures=true"]}  # by the first rank alone
+    drawn = {"kmclr": [*SUPPORTS["kmclr"], "evaluation.pictures=true"]}  # rank 0 alone draws the pictures
     for folder, runs in (("one", SUPPORTS), ("two", SUPPORTS | IN_SHARDS | drawn)):
         shorter = {"simclr": ["epochs=1", "evaluation.every=1"]}
         cases = {name: [*tiny, *overrides, *shorter.get(name, SMALL_NET)] for name, overrides in runs.items()}
@@ -117,11 +117,12 @@ def test_two_ranks_are_one_process(start, tmp_path, tiny):
 
 @pytest.mark.slow
 def test_ranks_stopped_and_killed_are_the_unbroken_ones(start, tmp_path, tiny, monkeypatch, caplog):
-    """Bit for bit; by a signal to the rank that does not save, then by the death of one. One process could go on, too.
+    """A run that is stopped, killed and continued on two ranks equals the unbroken one bit for bit.
 
-    scripts/reliability/ranks.py has many kills, of all kinds.
+    First a signal stops rank 1, which does not save, then a random rank is killed. One process can continue the run,
+    too. scripts/reliability/ranks.py tries many kills of all kinds.
     """
-    steps = ["epochs=8", "evaluation.every=8", "data.limit=96"]  # 24
+    steps = ["epochs=8", "evaluation.every=8", "data.limit=96"]  # 24 steps
     settings = [*tiny, *IN_SHARDS["kmclr in shards"], *SMALL_NET, *steps]
     broken, command = tmp_path / "broken", ["src.train", *settings, "output_dir=broken"]
     finish(start(*command[:-1], "output_dir=unbroken"))
@@ -157,7 +158,7 @@ def test_ranks_stopped_and_killed_are_the_unbroken_ones(start, tmp_path, tiny, m
 
 @pytest.mark.slow
 def test_who_is_left_without_the_other_rank_says_so_and_ends_with_69(python, tiny, tmp_path):
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # which torchrun would keep
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun would keep it
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     environment = os.environ | ELSEWHERE | address | {"WORLD_SIZE": "2", "ENDS": f"1 {signal.SIGKILL:d} 3"}
     command = [python, "-m", "src.train", *tiny, *SMALL_NET, "method=simclr", "output_dir=run"]
@@ -175,7 +176,7 @@ def test_who_is_left_without_the_other_rank_says_so_and_ends_with_69(python, tin
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_only_rank_of_a_run_is_a_run_without_ranks(request, tiny, tmp_path, device):
-    """Up to rounding, which in float32 gives an embedding another prototype after a few steps."""
+    """The losses of three steps are equal up to rounding; later, rounding gives an embedding another prototype."""
     interpreter = request.getfixturevalue("python") if device == "cpu" else sys.executable
     environment = os.environ | ELSEWHERE
     for folder, launcher in (("alone", []), ("rank", ["-m", "torch.distributed.run", "--nproc-per-node=1"])):
@@ -187,8 +188,8 @@ def test_the_only_rank_of_a_run_is_a_run_without_ranks(request, tiny, tmp_path, 
     assert rank == pytest.approx(alone, rel=1e-4)
 
 
-def test_a_loss_is_said_while_the_launchers_signal_is_only_noted(tiny, tmp_path, monkeypatch, capsys):
-    """It comes within moments, and would end a rank that no longer notes signals."""
+def test_a_lost_rank_is_reported_before_the_launchers_signal_ends_this_one(tiny, tmp_path, monkeypatch, capsys):
+    """torchrun sends SIGTERM within moments; it must find the handler that only notes the signal still in place."""
     monkeypatch.chdir(tmp_path)
 
     def lose(*_):
@@ -206,7 +207,7 @@ def test_a_loss_is_said_while_the_launchers_signal_is_only_noted(tiny, tmp_path,
 
 
 def test_the_first_rank_alone_says_which_checkpoint_is_good_and_sets_others_aside(tiny, tmp_path, monkeypatch):
-    """On a file system that machines share another rank may see an older folder, as if nothing were good."""
+    """The other ranks take its answer: on a shared file system they may see an older state of the folder."""
     cfg = parsed(*tiny, "method=simclr")
     first, other = (TrainState(cfg, load(cfg.data)) for _ in range(2))
     first.step = 5
@@ -229,7 +230,7 @@ def test_the_first_rank_alone_says_which_checkpoint_is_good_and_sets_others_asid
 
 
 def test_the_first_rank_alone_looks_at_the_record_and_prints_the_result(tiny, tmp_path, monkeypatch, capsys):
-    """As with checkpoints: what another one sees may be half of what the first has written."""
+    """What another rank sees of the record may be half of what the first rank has written."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text('{"status": "FINI')
     monkeypatch.chdir(tmp_path)
@@ -243,11 +244,11 @@ def test_the_first_rank_alone_looks_at_the_record_and_prints_the_result(tiny, tm
 
 
 class State(dict):
-    """What a checkpoint holds, which may be asked whether it is still there."""
+    """A checkpoint's content; other than a plain dict it can have a weak reference, which tells when it is freed."""
 
 
 def test_the_state_that_was_read_is_gone_before_the_next_rank_reads_it(tiny, tmp_path, monkeypatch):
-    """With a support set in shards one of them has the memory that all can spare."""
+    """With a sharded support set, ranks read one at a time, because the machine may have memory for one copy only."""
     cfg = parsed(*tiny, "method=simclr")
     state = TrainState(cfg, load(cfg.data))
     state.save(tmp_path, state.method.state_dict(), (0, ""))
@@ -271,7 +272,7 @@ def test_the_state_that_was_read_is_gone_before_the_next_rank_reads_it(tiny, tmp
 
 
 class Store(dict):
-    """A store of torch's, of one process; the first rank's `_Pulse` counts in it, and nobody else does."""
+    """Stands in for torch's store. Only the `_Pulse` of rank 0 counts in it, so that rank 1 seems silent."""
 
     def add(self, key, number):
         self[key] = self.get(key, 0) + number
@@ -291,7 +292,7 @@ def test_a_rank_that_is_silent_for_ten_beats_is_lost(monkeypatch):
         return len(beats) > 20
 
     monkeypatch.setattr(distributed._left, "wait", wait)
-    monkeypatch.setattr(distributed._left, "is_set", lambda: True)  # so that the test does not end
+    monkeypatch.setattr(distributed._left, "is_set", lambda: True)  # else the pulse would end this process
     distributed._Pulse(0, 2).run()
     assert beats.index(1) == distributed.SILENT_BEATS
 
@@ -389,7 +390,7 @@ def group():
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (6, 4, 3, 3)])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_the_batch_norm_of_cpus_is_torchs(group, shape, momentum):
-    """Of one rank; what it is of several, the trainings show."""
+    """One rank is compared with torch here; `test_two_ranks_are_one_process` compares two ranks with one."""
     kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
     theirs = kinds[len(shape)](4, momentum=momentum)
     nn.init.normal_(theirs.weight)
@@ -433,7 +434,7 @@ class Done:
     ],
 )
 def test_a_step_sends_what_the_page_says(tiny, monkeypatch, overrides, rows, again):
-    """The other rank is a mirror image of this one."""
+    """The bytes sent in a step are those of the table in docs/scale.md; the other rank's are copies of this one's."""
     sent, steps = [], []
 
     def all_gather(found, own):
@@ -452,7 +453,7 @@ def test_a_step_sends_what_the_page_says(tiny, monkeypatch, overrides, rows, aga
         monkeypatch.setattr(dist, name, fake)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    cfg = parsed(*tiny, *overrides, "data.final=true")  # a validation asks whether to stop, too
+    cfg = parsed(*tiny, *overrides, "data.final=true")  # no validation, which would send messages too
     data = load(cfg.data)
     state = TrainState(cfg, data, Ranks(CPU, 0, 2, object()))
     fill(state)
@@ -476,7 +477,7 @@ def test_a_step_sends_what_the_page_says(tiny, monkeypatch, overrides, rows, aga
 
 
 class NormAndReLU(nn.BatchNorm2d):
-    """Which plain batch norm cannot stand for."""
+    """A batch norm that plain batch norm cannot replace."""
 
 
 def test_a_batch_norm_of_another_kind_is_refused(group):

@@ -27,7 +27,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(run, tmp_path):
     assert [step for key, step in history(tmp_path / "run") if key == "train/loss"] == [0]
 
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
-    with pytest.raises(Diverged) as second:  # the same command does not train to the same end
+    with pytest.raises(Diverged) as second:  # the same command reports the divergence without training again
         run(*DIVERGES, "optimizer.lr=1e25")
     assert str(second.value) == str(first.value)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
@@ -48,7 +48,7 @@ def test_no_learning_rate_is_blamed_for_what_comes_before_the_first_update(step,
 
 
 def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(run, tmp_path, monkeypatch):
-    """The loss alone would not show it before the next step, and the last step of an epoch is saved."""
+    """The loss would show it only at the next step, but the weights are saved after this one, the last of its epoch."""
     real, calls = run_module.TrainState.grad_norm, []
 
     def poisoned(state):
@@ -68,7 +68,7 @@ def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(ru
 @pytest.mark.parametrize(("at", "saving", "kept"), [(5, "checkpoint.every=1", 3), (1, "checkpoint.minutes=1e-9", 1)])
 def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch, at, saving, kept):
     real = run_module.TrainState.set_lr
-    rates = {at: 1e38}  # a finite gradient, and a step into nowhere
+    rates = {at: 1e38}  # the gradient is finite, and the step makes the weights infinite
 
     def rate(state, steps):
         lr = real(state, steps)

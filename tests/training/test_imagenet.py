@@ -1,4 +1,4 @@
-"""``experiment=imagenet_kmclr`` on a folder of pictures as ImageNet's are, a few of them."""
+"""``experiment=imagenet_kmclr`` on a folder of a few pictures, laid out as ImageNet is."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.data.layouts import random_image
 
 @pytest.mark.slow
 def test_imagenets_experiment_trains_and_is_evaluated(command, tmp_path):
-    """Its network, size of images, heads and views; the batch, k and the epochs are smaller."""
+    """The network, image size, heads and views are those of the experiment; the batch, k and the epochs are smaller."""
     for index in range(18):
         picture = tmp_path / "images" / ("train" if index < 12 else "val") / f"n0{index % 2}" / f"{index}.JPEG"
         picture.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,10 @@ from tests.training.training_runs import ALL, METHODS, StopAfter, assert_same_ru
 
 
 def test_the_untrained_encoder_is_that_of_step_0_and_a_seeds_whatever_the_method(run):
-    """Its kNN, measured when the run has ended, is the one that validation measured before the first step."""
+    """Its metrics depend on the seed and not on the method; its kNN accuracy is that of the validation at step 0.
+
+    A run that starts from another run's weights has no such metrics.
+    """
     figures = {}
     for method, overrides in METHODS.items():
         history_ = history(run(*overrides, directory=method))
@@ -48,9 +51,10 @@ def test_the_untrained_encoder_is_that_of_step_0_and_a_seeds_whatever_the_method
     [*itertools.product(METHODS, ["search", "layout", "precision"]), ("relation", "precision")],
 )
 def test_what_makes_a_step_fast_leaves_the_loss_curve(run, monkeypatch, method, plain):
-    """Against the run without it: search bit for bit, memory layout within 0.3%, bfloat16 within 5%.
+    """A run with the speed-up has the losses of the run without it.
 
-    At a small learning rate: on such small maps rounding grows up to tenfold a step at the usual one.
+    The search must agree bit for bit, the memory layout within 0.3%, bfloat16 within 5%. The learning rate is small,
+    because on such small feature maps rounding errors grow up to tenfold a step at the usual one.
     """
     rate, tolerance = {"search": (0.001, 0), "layout": (0.0003, 0.003), "precision": (0.001, 0.05)}[plain]
     overrides, net = [*ALL[method], f"optimizer.lr={rate}"], SMALL_NET if plain == "search" else []
@@ -79,11 +83,11 @@ def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(ru
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ALL)
 def test_cuda_graphs_leave_the_loss_curve(run, method, monkeypatch):
-    """Six steps: the first of a graph are recorded, the others replayed.
+    """Six steps are compared: the first ones are recorded as a graph, the others replay it.
 
-    Few, and in full float32: on a CPU, convolutions rounded to TF32 (PyTorch's default on a GPU) change KMCLR's loss by
-    1.2% at the sixth step and 2.6% at the tenth, since other prototypes become the nearest. Rounded to 21 bits of
-    float32's 23, they change no method's by more than 0.2% in six steps.
+    They are few, and in full float32. On a CPU, convolutions rounded to TF32 (PyTorch's default on a GPU) change
+    KMCLR's loss by 1.2% at the sixth step and 2.6% at the tenth, since other prototypes become the nearest; rounded to
+    21 of float32's 23 bits, they change no method's loss by more than 0.2% in six steps.
     """
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -111,13 +115,13 @@ def test_reviving_without_asking_the_device_leaves_the_loss_curve(run, monkeypat
 
 
 def test_positives_are_described_as_they_were_when_they_served(run):
-    """The queue holds exactly the batch before; within an epoch none of its images can be the anchor's own."""
+    """The queue holds the previous batch at a lookup, so within an epoch no entry is of the query's own image."""
     directory = run("method=nnclr", "queue_size=64", "epochs=1", "data.limit=640")
     assert curves.read(directory)["support/self_hit"][1] == [0.0]
 
 
 def test_a_view_that_finds_its_own_image_is_a_hit_and_of_its_label(run):
-    """The queue holds the one batch of all images, which look alike each time, to an encoder that does not learn."""
+    """The queue holds all images, and these look the same in every epoch to an encoder that does not learn."""
     plain = [f"augment.view{n}.{key}" for n in (1, 2) for key in ("crop_scale=[1,1]", "jitter=0")]
     directory = run("method=nnclr", "queue_size=64", "data.limit=64", "optimizer.lr=1e-12", *plain)
     metrics = Record.load(directory).metrics
@@ -125,6 +129,8 @@ def test_a_view_that_finds_its_own_image_is_a_hit_and_of_its_label(run):
 
 
 def test_the_labels_reach_no_encoder_whose_features_are_not_detached(run, monkeypatch):
+    """The loop detaches what a method returns, so the online classifier's loss gives the encoder no gradient."""
+
     def attached(self, view1, view2):
         h = torch.cat([self.encoder(view1), self.encoder(view2)])
         return Output(0 * h.sum(), h, self.projector(h).chunk(2)[0].detach(), None)
@@ -135,7 +141,7 @@ def test_the_labels_reach_no_encoder_whose_features_are_not_detached(run, monkey
 
 
 def test_the_last_step_is_logged_whatever_its_number(run):
-    """Else the loss of a run of a few steps is that of the untrained network."""
+    """Otherwise the last loss of a run of a few steps would be that of the untrained network."""
     directory = run(*METHODS["simclr"], "epochs=2", "tracking.log_every=4")
     steps, _ = curves.read(directory)["train/loss"]
     last = int(curves.read(directory)["val/knn_top1"][0][-1]) - 1
@@ -158,7 +164,7 @@ def test_the_online_classifier_learns(run):
     ],
 )
 def test_an_epoch_takes_its_steps_and_the_support_set_its_share(run, monkeypatch, objective, lookup, networks):
-    """By a clock that only a network, a lookup and an update move."""
+    """The epoch's time and the support set's fraction of it are right, by a clock that only these calls move."""
     now = [0.0]
 
     def taking(seconds, function):
@@ -178,7 +184,7 @@ def test_an_epoch_takes_its_steps_and_the_support_set_its_share(run, monkeypatch
 
 
 def test_every_step_has_the_learning_rates_of_its_place(run, monkeypatch):
-    """Six steps, of which half an epoch, two when rounded, warm up."""
+    """There are six steps; half an epoch of three, rounded to two steps, is warm-up."""
     used, norm = [], TrainState.grad_norm
 
     def noting(state):
@@ -229,6 +235,7 @@ def test_a_step_logs_how_its_features_lie_and_says_how_far_it_is(run, monkeypatc
 
 
 def test_order_and_draws_are_of_the_runs_seed(run, monkeypatch):
+    """The order of the images depends on seed and epoch, and every random draw on seed and step."""
     drawn, ordered, seed_everything, epoch_batches = [], [], loop.seed_everything, loop.epoch_batches
 
     def batches(split, batch_size, seed, epoch, *rest):
@@ -250,7 +257,7 @@ def test_the_norm_of_the_gradient_is_that_of_all_parameters_together():
 
 
 def test_a_trial_behind_the_median_stops_as_pruned(run, tmp_path, capsys):
-    """The others were better than can be, after their second epoch."""
+    """The other four trials report an impossible accuracy of 101% after their second epoch."""
     Tracker(Path("sweep"), Tracking("jsonl", "exp", 10), {}, {"sweep_id": "0a"})
     study = optuna_study.Study(Path("sweep"), {"k": optuna_study.numbers(1, 50)}, "median", seed=0)
     for _ in range(4):
@@ -272,9 +279,8 @@ def test_no_trial_is_judged_after_its_last_epoch(run, monkeypatch):
     assert asked == [1, 2]
 
 
-def test_after_so_many_epochs_and_at_the_end_there_are_validations_and_checkpoints_which_follow_their_rows(
-    run, monkeypatch
-):
+def test_validations_and_checkpoints_come_every_few_epochs_and_at_the_end(run, monkeypatch):
+    """The rows are synced to the disk before each checkpoint."""
     done, log, sync, save = [], Tracker.log, Tracker.sync, TrainState.save
     monkeypatch.setattr(Tracker, "log", lambda self, *rest, **more: done.append("log") or log(self, *rest, **more))
     monkeypatch.setattr(Tracker, "sync", lambda self: done.append("sync") or sync(self))
@@ -307,6 +313,7 @@ def test_a_checkpoint_is_due_after_its_minutes(seconds, status):
 
 
 def test_what_a_support_set_draws_between_epochs_is_of_seed_and_step(run, monkeypatch):
+    """A run that is stopped after any step and continued draws the same numbers at the start of an epoch."""
     drawn = []
     monkeypatch.setattr(Queue, "start_epoch", lambda *_: drawn.append(float(torch.rand(1))))
     run(*ALL["nnclr"], "epochs=2", directory="unbroken")

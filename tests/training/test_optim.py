@@ -15,7 +15,7 @@ COSINE = schema.Schedule("cosine", warmup_epochs=1)
 
 
 def lars_by_hand(weight, gradients, lr, decay, trust, clip, momentum=0.9):
-    """You et al. 2017, with the clipping of LARC: the step never exceeds the plain one."""
+    """LARS (You et al. 2017); with ``clip``, as in LARC, a step is never larger than one of plain SGD."""
     weight, velocity = weight.clone(), torch.zeros_like(weight)
     for gradient in gradients:
         ratio = trust * weight.norm() / (gradient.norm() + decay * weight.norm())

@@ -25,7 +25,7 @@ def test_a_line_an_epoch_and_one_every_ten_seconds(monkeypatch, capsys):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """What a terminal of 120 columns is sent."""
+    """Everything that is sent to a simulated terminal of 120 columns."""
     sent = io.StringIO()
     monkeypatch.setattr(rich, "_console", Console(file=sent, force_terminal=True, width=120))
     monkeypatch.setattr(module, "in_terminal", lambda: True)
@@ -34,7 +34,7 @@ def terminal(monkeypatch):
 
 def test_a_terminal_has_a_bar_and_no_lines(terminal, capsys):
     with Progress(epochs=3, steps=4, batch_size=2) as progress:
-        for step in range(5, 9):  # of a run that goes on after its first epoch
+        for step in range(5, 9):  # the run was resumed after its first epoch
             progress.step(step, loss=step / 4)
         progress.epoch(1, 2.0, {"val/knn_top1": 12.34})
         progress.step(9, loss=1.5)

@@ -30,6 +30,7 @@ from tests.training.training_runs import ALL, METHODS, StopAfter, assert_same_ru
 
 
 def test_a_run_that_goes_on_within_an_epoch_counts_what_it_took_before(run, monkeypatch):
+    """The epoch's time includes the steps before the stop."""
     now, forward = [0.0], SmallNet.forward
 
     def second(*args):
@@ -88,6 +89,7 @@ def test_stopped_anywhere_and_continued_it_is_the_unbroken_run(run, monkeypatch,
 
 
 def test_another_evaluation_starts_no_training_anew_and_is_said(run, monkeypatch, tmp_path, caplog):
+    """A run that continues with other evaluation settings is not trained again; warnings, tags and reports say so."""
     overrides = ["method=simclr", "epochs=2"]
     monkeypatch.setattr(run_module, "Stopper", lambda _: StopAfter(4))
     with pytest.raises(SystemExit):
@@ -105,7 +107,7 @@ def test_another_evaluation_starts_no_training_anew_and_is_said(run, monkeypatch
 
     caplog.clear()
     run(*overrides, "evaluation.knn_k=5")
-    assert "otherwise" not in caplog.text  # the last session's evaluation is the one that counts
+    assert "otherwise" not in caplog.text  # the settings are those of the last session
     run(*overrides, "evaluation.knn_k=9")
     assert "was evaluated otherwise (evaluation.knn_k was 5 and is 9)" in caplog.text
     assert f"python -m src.evaluate run={directory.relative_to(tmp_path)}" in caplog.text
@@ -132,6 +134,7 @@ def test_another_evaluation_is_said_of_a_run_that_lost_its_checkpoints_and_of_on
 
 
 def test_what_an_evaluation_no_longer_has_is_no_setting_of_the_run(run, monkeypatch, tmp_path):
+    """Evaluation settings that only an earlier session had are tagged null and left out of comparisons."""
     overrides, directory = ["method=simclr", "epochs=2"], tmp_path / "run"
     monkeypatch.setattr(run_module, "Stopper", lambda _: StopAfter(2))
     with pytest.raises(SystemExit):
@@ -146,7 +149,7 @@ def test_what_an_evaluation_no_longer_has_is_no_setting_of_the_run(run, monkeypa
 
 
 def test_a_crash_loses_at_most_the_steps_since_the_checkpoint(run, monkeypatch):
-    """The steps are computed again, and logged once."""
+    """The lost steps are computed again, and each step is logged once."""
     unbroken = run("method=kmclr", "k=7", "epochs=3", "checkpoint.every=1", directory="unbroken")
     real, calls = loop.seed_everything, []
 
@@ -173,7 +176,10 @@ DAMAGES = {
 
 
 def test_rows_that_a_checkpoint_rests_on_are_missed(run, tmp_path, monkeypatch, caplog, capsys):
-    """There are checkpoints of steps 3 and 4, and the last row is that of the fourth step."""
+    """Lost rows are noticed: the run continues from the checkpoint before them, or is refused if there is none.
+
+    There are checkpoints of steps 3 and 4, and the last row is that of the fourth step.
+    """
     overrides = ["method=kmclr", "k=7"]
     unbroken = run(*overrides, directory="unbroken")
     with monkeypatch.context() as patch:
@@ -197,6 +203,7 @@ def test_rows_that_a_checkpoint_rests_on_are_missed(run, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("by_another", [False, True])
 def test_a_folder_that_is_taken_away_is_missed_and_what_is_put_there_stays(run, tmp_path, monkeypatch, by_another):
+    """The run ends with an error, and writes nothing into a folder that somebody else has put in its place."""
     real = loop.seed_everything
 
     def remove_at_step_4(*numbers):
@@ -231,7 +238,7 @@ def test_a_full_disk_stops_the_run_and_when_there_is_room_it_is_the_unbroken_one
             patch.setattr(writes, write, failing(getattr(writes, write), full, after=2))
         with pytest.raises(CannotWrite, match=r"run(/metrics\.jsonl)?: No space left on device; mend that, and"):
             run(*overrides)
-    assert Record.load(tmp_path / "run").status in ("FAILED", "RUNNING")  # the latter where not even that could be said
+    assert Record.load(tmp_path / "run").status in ("FAILED", "RUNNING")  # RUNNING if the record cannot be written
     assert_same_run(unbroken, run(*overrides))
 
 
@@ -240,12 +247,12 @@ def test_a_disk_that_fills_up_before_the_first_step_leaves_no_run_that_seems_to_
     monkeypatch.setattr(run_module, "write_whole", failing(run_module.write_whole, full, after=0))
     with pytest.raises(CannotWrite, match="No space left on device") as error:
         run("method=simclr")
-    assert error.value.status == 74  # of the command
+    assert error.value.status == 74  # the command's exit status
     assert Record.load(tmp_path / "run").status == "FAILED"
 
 
 class FullAtStep5(Tracker):
-    """Takes a part of the row, as a disk does that is full."""
+    """Writes only a part of step 5's row, as a full disk does."""
 
     def log(self, metrics, step):
         if step == 5:
@@ -271,7 +278,7 @@ def test_a_signal_in_the_final_evaluation_is_not_kept_waiting(run, tmp_path, mon
 
 
 def test_a_signal_in_a_validation_is_looked_at_between_its_blocks(run, tmp_path, monkeypatch):
-    """Each command is told to stop in the second validation that it comes to; the end is that of a run that was not."""
+    """Each command gets the signal in its second validation; the continued run equals the unbroken one."""
     arguments = ["method=kmclr", "k=7", "evaluation.every=1", "epochs=2"]
     unbroken = run(*arguments, directory="unbroken")
     validate, encode, counts = loop.Protocol.validation, FrozenEncoder.encode, []
@@ -294,13 +301,14 @@ def test_a_signal_in_a_validation_is_looked_at_between_its_blocks(run, tmp_path,
             with pytest.raises(SystemExit) as end:
                 run(*arguments)
         assert end.value.code == 128 + signal.SIGTERM
-        assert counts == [2, 1]  # of the validation images, and of the bank
+        assert counts == [2, 1]  # blocks encoded: validation images and bank; then the validation images alone
         assert Record.load(tmp_path / "run").status == "KILLED"
         assert checkpoint.load_latest(tmp_path / "run/checkpoints")[1]["step"] == step
     assert_same_run(unbroken, run(*arguments))
 
 
 def test_a_whole_checkpoint_that_no_run_wrote_is_refused(run, tmp_path):
+    """Its digest is right, but its content is not that of a run."""
     run("method=simclr", "epochs=1")
     (tmp_path / "run/run.json").unlink()
     _, state = checkpoint.load_latest(tmp_path / "run/checkpoints")
@@ -319,7 +327,7 @@ def test_a_run_that_was_stopped_continues_on_its_own_images_only(run, tmp_path, 
         with pytest.raises(SystemExit):
             trained_on(run, layout, a, "output_dir=run")
     record = (tmp_path / "run/run.json").read_bytes()
-    for remove in (False, True):  # the checkpoint alone says it too
+    for remove in (False, True):  # without the record, the checkpoint tells the fingerprint
         if remove:
             (tmp_path / "run/run.json").unlink()
         with pytest.raises(UsageError, match=r"data\.fingerprint was [0-9a-f]{16} and is [0-9a-f]{16}"):
@@ -358,9 +366,9 @@ def test_other_conditions_on_resume_are_said_and_another_precision_is_refused(ru
 
 @pytest.mark.slow
 def test_sigkill_at_any_moment_changes_nothing(command, run, small, tmp_path):
-    """The real command line, killed twice and then left alone; `scripts/reliability/kills.py` does it at random.
+    """The real command is killed twice and then left alone; `scripts/reliability/kills.py` kills at random moments.
 
-    With the method that has most to save; `test_stopped_anywhere_and_continued_it_is_the_unbroken_run` has them all.
+    KMCLR has the most to save; `test_stopped_anywhere_and_continued_it_is_the_unbroken_run` tries all methods.
     """
     overrides = [*METHODS["kmclr"], "epochs=8", "checkpoint.every=1"]
     unbroken = run(*overrides, directory="unbroken")
@@ -373,7 +381,7 @@ def test_sigkill_at_any_moment_changes_nothing(command, run, small, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGXCPU])
 def test_a_signal_stops_the_run_cleanly(command, small, tmp_path, number):
-    """In its fifth step, which is the last; SIGXCPU is what comes at a limit of processor time (``ulimit -S -t``)."""
+    """The signal comes in the fifth step, which is completed. ``ulimit -S -t`` limits CPU time by sending SIGXCPU."""
     arguments = [*small, *SMALL_NET, "method=kmclr", "k=7", "tracking=jsonl", "output_dir=run"]
     stopped = command("src.train", *arguments, environment={"ENDS": f"- {number:d} 9"})
     assert stopped.returncode == 128 + number
@@ -403,5 +411,6 @@ def test_max_minutes_stops_resumably(command, small, tmp_path):
 
 
 def test_a_time_that_is_up_after_the_last_step_leaves_the_final_evaluation(run, tmp_path):
+    """When ``max_minutes`` is over after the last step, the final evaluation is still made."""
     run("method=simclr", "epochs=1", "batch_size=64", "data.limit=80", "max_minutes=0.00001")
     assert Record.load(tmp_path / "run").status == "FINISHED"

@@ -150,7 +150,7 @@ def test_system_metrics_without_psutil_are_refused_before_anything_is_written(ru
 
 
 def test_a_run_whose_support_set_was_never_filled_is_not_reported_as_what_it_is_not(run, monkeypatch, caplog):
-    """As of a support set from outside, of which nobody knows how it is filled."""
+    """Reports leave it out. It may have a user's support set, of which nobody knows beforehand how it is filled."""
     monkeypatch.setattr(KMeans, "ready", property(lambda _: False))
     record = Record.load(run("method=kmclr", "k=7", "epochs=1"))
     assert "the support set was never filled, so reports leave the run out" in caplog.text
@@ -160,7 +160,7 @@ def test_a_run_whose_support_set_was_never_filled_is_not_reported_as_what_it_is_
 
 
 class Silent(Method):
-    """A method of one's own that never asks its support set."""
+    """A user's method that never uses its support set."""
 
     def forward(self, view1, view2):
         h = self.encoder(torch.cat([view1, view2]))
@@ -177,7 +177,7 @@ def test_a_method_that_does_not_say_whether_it_uses_its_support_set_is_warned_of
 
 @pytest.mark.slow
 def test_neither_mlflow_nor_faiss_is_needed(command, small, tmp_path):
-    """As on a machine where importing either fails."""
+    """A run trains where importing either of them fails."""
     for name in ("mlflow", "faiss"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')")
     shadowed = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}"}
@@ -196,9 +196,9 @@ def test_without_mlflow_the_other_tracking_is_named_and_nothing_is_written(run, 
 
 @pytest.mark.slow
 @pytest.mark.cifar
-@pytest.mark.xdist_group("cifar")  # whoever runs all such tests decodes the images once
+@pytest.mark.xdist_group("cifar")  # one worker runs all tests of this group, and decodes the images once
 def test_real_images_and_mlflow(command, cache_dir, tmp_path, monkeypatch):
-    """On CIFAR-100, every metric is in MLflow, of the method that has most of them."""
+    """On CIFAR-100, every metric of KMCLR, which has the most, arrives in MLflow."""
     done = command(
         "src.train",
         *METHODS["kmclr"],

@@ -1,4 +1,4 @@
-"""Images without labels: they train, and what needs labels is left out, from the first line to the report."""
+"""Images without labels can be trained on; what needs labels is left out, from the first line to the report."""
 
 import json
 
@@ -17,7 +17,7 @@ LABELS = ("knn", "linear", "online", "agreement", "purity", "nmi")
 @pytest.mark.slow
 def test_a_flat_folder_is_trained_on_and_reported(command, small, tmp_path):
     root = write_flat(tmp_path / "photos", 100)
-    small = [each for each in small if not each.startswith("batch_size=")]  # whose default is larger
+    small = [each for each in small if not each.startswith("batch_size=")]  # the default is larger than the data set
     images = ["data=image_folder", f"data.root={root}", "data.limit=null", "tracking=jsonl", "output_dir=multirun/flat"]
     done = command("src.train", *small, *images, "method=nnclr", "queue_size=64", "evaluation.pictures=true")
     assert done.returncode == 0, done.stderr

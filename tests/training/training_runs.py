@@ -1,4 +1,4 @@
-"""Tiny runs: how the tests of this folder name them, stop them, and compare what they leave."""
+"""Tiny runs: the overrides of each method, what a run must log, and functions that stop and compare runs."""
 
 import torch
 from safetensors.torch import load_file
@@ -12,8 +12,8 @@ TEACHER = ["method=nnclr", "objective=teacher", "queue_size=100", "objective.nei
 METHODS = CONTRAST | {"mnn": TEACHER}
 RELATION = ["method=kmclr", "objective=relation", "k=7", "objective.decorrelation=0.02"]
 EVOLVING = ["support=evolving", "support.size=12", "support.start=6", "support.every=2"]
-ALL = METHODS | {"relation": RELATION, "evolving": EVOLVING}  # with each part of a loss that there is
-# DESIGN's names: what every run logs.
+ALL = METHODS | {"relation": RELATION, "evolving": EVOLVING}  # together they use every term of a loss
+# The metrics that every run logs.
 METRICS = {
     "train/loss",
     "train/grad_norm",
@@ -45,7 +45,7 @@ OF_METHOD["evolving"] = OF_METHOD["kmclr"] | {"support/size", "support/peak_size
 
 
 def history(directory):
-    """Everything logged except what it took: {(metric, step): value}."""
+    """Everything logged except time and memory: {(metric, step): value}."""
     return {
         (key, step): value
         for key, (steps, values) in curves.read(directory).items()
@@ -80,7 +80,7 @@ def losses(directory):
 
 
 class StopAfter(Stopper):
-    """Asks to stop, as a time limit does, once so many steps were looked at."""
+    """Asks to stop, as a time limit does, once the training loop has asked ``steps`` times."""
 
     def __init__(self, steps):
         super().__init__(None)
@@ -93,6 +93,7 @@ class StopAfter(Stopper):
 
 
 def failing(function, error, after):
+    """The function, which raises the error from its call number ``after + 1`` on."""
     calls = []
 
     def fail(*arguments):
@@ -105,7 +106,7 @@ def failing(function, error, after):
 
 
 def trained_on(run, layout, root, *overrides):
-    """Trains on the set in a folder, unless it has been done; returns how many runs there are beside the folder."""
+    """Train on the images of a folder, unless such a run has finished; returns how many runs there are by now."""
     own = ["output_dir=null", "method=simclr", "epochs=1", "data.limit=null", "batch_size=8", "evaluation.epochs=1"]
     run(*own, f"data={layout}", f"data.root={root}", *overrides)
     return len(list((root.parent / "multirun").glob("simclr-*")))

@@ -1,9 +1,8 @@
-"""Runs short trainings and prints their losses: ``python -m tests.unchanged.runner FOLDER < cases.json``.
+"""Runs short trainings and writes their losses: ``python -m tests.unchanged.runner FOLDER < cases.json``.
 
-The cases are command lines, each with how many steps of it are run.
-
-A process of its own, because environment variables that are read when torch is loaded choose arithmetic that depends
-on the processor as little as can be.
+``cases.json`` maps each command line (a JSON list of overrides, as a string) to the number of steps to run. The losses
+go to ``FOLDER/losses.json``. This is a process of its own because environment variables that torch reads when it is
+loaded choose the arithmetic that depends least on the processor.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from tests.config.test_schema import composed
 
 
 def losses(overrides: list[str], folder: Path) -> list[str]:
-    """The loss of every step, and the final figures, as hexadecimal floats."""
+    """Train, and return the loss of every step and the kNN and final accuracies, in the order logged, as hex floats."""
     split = [override.split("=", 1) for override in overrides]
     present = [f"{new_name(key) or key}={value}" for key, value in split]
-    with contextlib.suppress(SystemExit):  # of a run that is stopped
+    with contextlib.suppress(SystemExit):  # raised by a run that `stopped_at` stops
         cli.pretrain(composed(*present, f"output_dir={folder}"))
     rows = [json.loads(line)["metrics"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keys = ("train/loss", "val/knn_top1", "test/linear_top1")
@@ -43,7 +42,7 @@ def losses(overrides: list[str], folder: Path) -> list[str]:
 
 
 def stopped_at(step: int) -> Callable[..., Iterator[tuple[torch.Tensor, ...]]]:
-    """The batches of a run that a signal stops when it asks for the one after this step, if there is one."""
+    """A substitute for `epoch_batches` that sends SIGTERM when the run asks for batch ``step``, counted from 0."""
     asked = count()
 
     def batches(*arguments):
@@ -56,12 +55,12 @@ def stopped_at(step: int) -> Callable[..., Iterator[tuple[torch.Tensor, ...]]]:
 
 
 def arithmetic() -> str:
-    """What this machine makes of a forward and a backward pass in which this project has no part: their digest."""
+    """A digest of two forward and backward passes by torch alone, which tells machines that round differently apart."""
     torch.manual_seed(0)
     net = resnet18(num_classes=32).to(memory_format=torch.channels_last)
     images = torch.rand(32, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     digest = hashlib.sha256()
-    for _ in range(2):  # the second with running statistics that are not the first's
+    for _ in range(2):  # gradients accumulate, so the second pass also shows how sums are rounded
         z = F.normalize(net(images), dim=1)
         F.cross_entropy(z @ z.T / 0.1, torch.arange(32)).backward()
         for each in (z, *(p.grad for p in net.parameters())):
@@ -71,9 +70,9 @@ def arithmetic() -> str:
 
 if __name__ == "__main__":
     torch.backends.mkldnn.enabled = False
-    torch.backends.nnpack.set_flags(False)  # it divides sums by the size of the processor's caches
+    torch.backends.nnpack.set_flags(False)  # NNPACK splits sums according to the size of the processor's caches
     torch.set_num_threads(1)
-    protocol.Protocol.untrained = lambda *_: {}  # which nobody compares, nor the picture of the curves
+    protocol.Protocol.untrained = lambda *_: {}  # nobody compares the untrained encoder or the picture of the curves
     curves.plot = lambda directory: directory
     root = Path(sys.argv[1])
     found = {}

@@ -1,10 +1,10 @@
-"""The losses of every preset are, bit for bit, those that were recorded before the support set had a group of its own.
+"""The losses of every preset equal, bit for bit, those recorded before the support set became a config group.
 
-``losses.json`` was written by `runner` at the commit before the first change of shape, with the command lines of then.
-Since then, re-clustering has been mended (its means were unit vectors), and its one case was recorded anew. All of it
-was recorded anew at 3028c4a, whose losses were those of before, when a processor was met whose caches made other bits:
-now without NNPACK. A processor that rounds otherwise all the same is known by what torch alone makes of a network; on
-it the first losses are compared within roundings, because later ones drift apart.
+`runner` wrote ``losses.json`` at the commit before the first refactoring, with the command lines of that time. Later,
+re-clustering was corrected (its means had been unit vectors), and its one case was recorded again. All cases were
+recorded again, without NNPACK, at 3028c4a, whose losses had not changed: NNPACK gave other bits on a processor with
+other caches. A processor that rounds differently even so is recognised by the digest of a network that torch alone
+computes (`runner.arithmetic`); there, only the first losses are compared, with a tolerance, because later ones drift.
 """
 
 import json
@@ -18,20 +18,20 @@ import pytest
 from tests.conftest import PROJECT
 
 RECORDED = Path(__file__).parent / "losses.json"
-PARTS = 2  # which several processes can share
-STEPS = 40  # that were recorded: eight epochs of five
-# What the command line of a preset has; those of experiments and of options have more.
+PARTS = 2  # the cases are divided into two tests, which pytest-xdist can run in parallel
+STEPS = 40  # were recorded of each case: eight epochs of five
+# A command line with only these keys is that of a preset; experiments and options have other keys too.
 OF_PRESETS = {"method", "k", "queue_size", "backbone", "method.projector.hidden", "method.projector.out"}
 # Every library takes its plainest path, so that the bits depend on the processor as little as can be.
 PLAIN = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
-# The demo has another recipe since then; these are the settings in which it differs.
-DEMO_OF_THEN = [
+# The recipe of experiment=demo has changed since the recording; these overrides restore the recorded one.
+RECORDED_DEMO = [
     "data.val_fraction=0.1",
     *(f"augment.{view}.{key}=0.0" for view in ("view1", "view2") for key in ("jitter", "brightness", "contrast")),
 ]
-# The original study's blur was taken for ten times as wide.
-ORIGINAL_OF_THEN = [f"augment.{view}.blur_sigma=[0.1,2.0]" for view in ("view1", "view2")]
+# At the time of the recording, experiment=original* had a blur ten times as wide as that of the original study.
+RECORDED_ORIGINAL = [f"augment.{view}.blur_sigma=[0.1,2.0]" for view in ("view1", "view2")]
 
 
 def common(cache_dir):
@@ -56,9 +56,10 @@ def common(cache_dir):
 def compared(typed):
     """How many steps of a command line are compared.
 
-    All of a preset, and the figures at the end. Half of an experiment, whose prototypes are reset every three epochs. A
-    quarter of an option, which acts in the first two epochs. Three of ResNet-18, whose step takes as long as twenty of
-    the tiny network: a loss, one after a gradient, and one after momentum.
+    A preset is compared at all its steps and in its final accuracies. An experiment is compared at half of its steps,
+    because its prototypes are reset every three epochs. An option is compared at a quarter: it acts in the first two
+    epochs. ResNet-18, whose step takes as long as twenty of the tiny network, is compared at three: the first loss, one
+    after a gradient step, and one after a step with momentum.
     """
     if "backbone=resnet18" in typed:
         return 3
@@ -69,12 +70,13 @@ def compared(typed):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_loss_is_what_it_was(tmp_path, cache_dir, part):
+    """The losses and accuracies of each command line equal those in ``losses.json``."""
     record = json.loads(RECORDED.read_text())
     recorded, lines, steps = record["losses"], {}, {}
     for case in list(recorded)[part::PARTS]:
         typed = json.loads(case)
-        then = DEMO_OF_THEN if "experiment=demo" in typed else []
-        then += ORIGINAL_OF_THEN if typed[0].startswith("experiment=original") else []
+        then = RECORDED_DEMO if "experiment=demo" in typed else []
+        then += RECORDED_ORIGINAL if typed[0].startswith("experiment=original") else []
         lines[case] = json.dumps([*typed, *then, *common(cache_dir)])
         steps[lines[case]] = compared(typed)
     subprocess.run(
@@ -93,5 +95,5 @@ def test_every_loss_is_what_it_was(tmp_path, cache_dir, part):
         assert len(found[line]) >= enough
         if result["arithmetic"] == record["arithmetic"]:
             assert found[line] == recorded[case][: len(found[line])], case
-        else:  # the figure before it is a kNN's, of which a rounding may turn a vote
+        else:  # [0] is the kNN accuracy before the first step, in which a rounding may change a vote; [1] is a loss
             assert float.fromhex(found[line][1]) == pytest.approx(float.fromhex(recorded[case][1]), rel=1e-4), case
