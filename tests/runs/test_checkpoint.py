@@ -32,7 +32,7 @@ def message(error: pytest.ExceptionInfo[BaseException]) -> str:
 
 
 def write(path: Path, payload: bytes) -> Path:
-    """A file whose digest is right, whatever is in it."""
+    """Write a file with a correct digest, whatever its content is."""
     path.write_bytes(payload + hashlib.sha256(payload).digest())
     return path
 
@@ -66,9 +66,9 @@ def test_a_training_state_comes_back_bit_for_bit(tmp_path):
 
 
 def test_no_tensor_is_copied_as_a_whole(tmp_path):
-    """A copy holds the interpreter's lock: of 64 GiB so long that the other ranks would take this one for lost."""
+    """Copying 64 GiB would hold the interpreter's lock so long that other ranks would take this one for lost."""
     state, peaks = {"model": {"x": torch.zeros(2**24)}}, []
-    tracemalloc.start()  # sees Python's memory, of which torch's tensors are not
+    tracemalloc.start()  # traces Python's memory, which does not include torch's tensors
     try:
         path = checkpoint.save(tmp_path, 1, state)
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -82,7 +82,7 @@ def test_no_tensor_is_copied_as_a_whole(tmp_path):
 
 @pytest.mark.parametrize("room", [0, 1000, 30_000, 39_000, 2_000_000])
 def test_a_disk_that_is_full_at_any_point_is_an_error_of_the_system(tmp_path, room):
-    """Not one of torch's, which would end the run as a fault of the program; and the checkpoint before stays."""
+    """It is no error of torch's, which would look like a fault of the program, and the previous checkpoint stays."""
     before, (soft, hard) = checkpoint.save(tmp_path, 1, {}), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
@@ -96,7 +96,7 @@ def test_a_disk_that_is_full_at_any_point_is_an_error_of_the_system(tmp_path, ro
 
 
 def test_a_run_that_was_moved_away_gets_no_checkpoint_where_it_was(tmp_path):
-    """Who starts it anew there would find a checkpoint without its rows."""
+    """Otherwise a new run in the old place would find a checkpoint without its rows."""
     with pytest.raises(FileNotFoundError):
         checkpoint.save(tmp_path / "moved" / "checkpoints", 1, {})
     assert not (tmp_path / "moved").exists()
@@ -213,6 +213,7 @@ def test_the_newest_are_kept_and_nothing_else_is_touched(tmp_path):
 
 
 def test_later_steps_are_of_an_abandoned_run(tmp_path):
+    """Saving a step sets checkpoints of later steps aside: the run has gone back behind them."""
     checkpoint.save(tmp_path, 90, {})
     checkpoint.save(tmp_path, 100, {})
     checkpoint.save(tmp_path, 95, {})
@@ -235,6 +236,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, caplog):
 
 @pytest.mark.parametrize("kind", ["fifo", "folder"])
 def test_what_is_no_file_is_passed_over_and_not_waited_for(tmp_path, kind):
+    """A pipe or a folder with a checkpoint's name is skipped; opening a pipe would wait for ever."""
     good, bad = checkpoint.save(tmp_path, 1, {}), tmp_path / "step-00000002.pt"
     (os.mkfifo if kind == "fifo" else os.mkdir)(bad)
     with pytest.raises(UsageError, match="not a regular file"):
@@ -263,7 +265,7 @@ def test_a_checkpoint_has_its_name_only_when_it_is_on_the_disk(tmp_path, monkeyp
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
-    """Ten kills. Torn writes are likely, not certain; the test is about the files that are found afterwards."""
+    """Ten kills make torn writes likely but not certain; what is tested are the files found afterwards."""
     step = 0
     for _ in range(10):
         writer = os.fork()
@@ -320,7 +322,7 @@ class Noting(nn.Module):
         self.noted = state
 
 
-def test_an_extra_state_that_has_gained_keys_is_restored_and_of_one_that_lacks_some_a_start_knows():
+def test_an_extra_state_with_more_keys_is_restored_and_one_with_fewer_does_not_fit():
     old, new = Noting(step=0), Noting(step=9, epoch1=0.5)
     saved = new.state_dict()
     assert checkpoint.fits(old, saved)
@@ -333,6 +335,7 @@ def test_an_extra_state_that_has_gained_keys_is_restored_and_of_one_that_lacks_s
     "error", [KeyError("model"), TypeError("x\ny"), RuntimeError("shape"), IndexError(), AttributeError()]
 )
 def test_what_a_checkpoint_lacks_is_one_line(tmp_path, error):
+    """Whatever error missing or wrong parts of a checkpoint cause, the user reads one line."""
     with (
         pytest.raises(UsageError, match=f"{tmp_path} is not the checkpoint of a run") as caught,
         checkpoint.understood(tmp_path),

@@ -1,4 +1,4 @@
-"""Delivery of long runs: a block of rows at a time, each of them once, and on from where the last attempt ended."""
+"""Delivery of long runs: rows are sent in blocks, each row once, and an attempt goes on where the last one ended."""
 
 import json
 
@@ -15,7 +15,7 @@ OTHER = Tracking("mlflow", "other", 10)
 
 
 class Counting:
-    """What the store is sent, and how many values more it takes before it breaks down."""
+    """What the store has been sent, and how many more values it takes before it fails."""
 
     def __init__(self):
         self.sent, self.takes = [], 10_000
@@ -23,7 +23,7 @@ class Counting:
 
 @pytest.fixture
 def counting(client, monkeypatch):
-    """In the place of the client's `log_batch`; a block is about one row."""
+    """Counts what is given to the client's `log_batch`; a block is about one row."""
     counting, log_batch = Counting(), type(client).log_batch
 
     def count(self, run_id, metrics=(), **more):
@@ -39,7 +39,7 @@ def counting(client, monkeypatch):
 
 
 def waiting(client, monkeypatch, directory, steps=20, configs=(MLFLOW,)):
-    """A run of which MLflow has nothing yet."""
+    """Leave a run of which MLflow has nothing yet; returns the steps of its rows."""
     with monkeypatch.context() as patch:
         break_store(client, patch, "search_runs", "create_run", "log_batch")
         for config in configs:
@@ -52,7 +52,7 @@ def test_attempts_that_run_out_of_time_deliver_all_of_a_long_run_and_no_row_twic
     client, counting, tmp_path, monkeypatch
 ):
     steps = waiting(client, monkeypatch, tmp_path / "run", configs=(MLFLOW, OTHER))
-    for counting.takes in [4] * 6:  # a row has two values, the next one, and so on
+    for counting.takes in [4] * 6:  # rows have two values and one value in turn
         with pytest.raises(UsageError, match="the store takes no more"):
             delivery.deliver(tmp_path / "run")
     counting.takes = 4
@@ -64,6 +64,7 @@ def test_attempts_that_run_out_of_time_deliver_all_of_a_long_run_and_no_row_twic
 
 
 def test_a_deadline_is_for_a_block_and_what_is_there_by_then_is_written_down(client, counting, tmp_path, monkeypatch):
+    """The store's timeout holds for each block of rows; the record notes how far delivery came after each block."""
     steps = waiting(client, monkeypatch, tmp_path / "run")
     noted = []
 
@@ -89,7 +90,7 @@ def test_a_run_that_is_continued_sends_what_is_new(counting, tmp_path):
 
 
 def cut(path):
-    """Rows are lost, and the run that is continued makes more than there were."""
+    """Lose all rows but three; the continued run then logs more rows than there were."""
     content = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(content[:3]))
 
@@ -124,7 +125,7 @@ def test_a_row_whose_newline_a_kill_cut_off_is_sent_once(client, counting, tmp_p
 
 
 def forget(client, directory):
-    """As a version did that noted no progress."""
+    """Remove the progress of the delivery, which an earlier version did not note, from the record."""
     values = json.loads((directory / "run.json").read_text())
     for entry in values["copies"].values():
         del entry["rows"]

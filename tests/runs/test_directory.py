@@ -44,8 +44,8 @@ def test_a_directory_is_held_once_and_let_go(tmp_path):
         assert (tmp_path / "a" / "b").is_dir()
 
 
-def test_a_process_that_is_gone_elsewhere_is_told_by_what_it_has_left(tmp_path):
-    """On a file system without locks its file stays, and nobody here can ask whether it lives."""
+def test_a_folder_held_by_a_process_of_another_machine_names_the_file_to_remove(tmp_path):
+    """On a file system without locks the file outlives its process, and only the user can find out whether it has."""
     with run_directory.exclusive(tmp_path):
         (tmp_path / run_directory.HOLDER).write_text("process 7 on node12")
         with (
@@ -74,6 +74,8 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_a_folder_that_may_only_be_read_is_nobodys_to_work_on(tmp_path, monkeypatch):
+    """A folder in which no lock can be written counts as held."""
+
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied")
 
@@ -105,6 +107,7 @@ def test_a_folder_of_another_program_is_left_alone(tmp_path, name):
 
 
 def test_what_a_kill_at_the_start_leaves_is_ours(tmp_path):
+    """A folder with nothing but what a kill at the start leaves is not taken for another program's."""
     for name in (".lock", ".holder", "run.json.tmp", "metrics.jsonl"):
         (tmp_path / name).touch()
     with run_directory.exclusive(tmp_path):

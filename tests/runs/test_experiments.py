@@ -1,4 +1,4 @@
-"""A run in MLflow: found again where its experiment was renamed, in each experiment in which it was requested."""
+"""A run is delivered to each MLflow experiment that requests it, also after experiments were renamed or deleted."""
 
 import json
 import shutil
@@ -22,13 +22,14 @@ NAMED = "MLflow no longer has {} (deleted, or another store); deliver again with
 
 
 def ended(directory, config=MLFLOW, status="FINISHED", tags=None):
+    """Train, or continue, a run of ten steps and close it; returns its id."""
     train(tracker := Tracker(directory, config, {"k": 50}, tags or {}), range(10))
     tracker.close(status)
     return tracker.run_id
 
 
 def listed(client, experiment):
-    """Name, status and steps of every run that an experiment shows."""
+    """{name: (status, steps)} of every run that an experiment shows."""
     found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
     return {
         run.info.run_name: (run.info.status, [step for step, _ in history(client, run.info.run_id, "train/loss")])
@@ -95,7 +96,7 @@ def test_a_new_experiment_of_the_old_name_gets_the_run_too(client, tmp_path, sta
     directory = tmp_path / "run"
     first = ended(directory, status=status, tags={"device": "cpu"})
     rename(client, "exp", "renamed")
-    ended(tmp_path / "stranger")  # which makes the experiment again
+    ended(tmp_path / "stranger")  # creates a new experiment of the old name
     if status == "KILLED":
         assert ended(directory) != first
     else:
@@ -303,6 +304,7 @@ def test_a_record_from_when_a_run_had_one_experiment_is_read(client, tmp_path, m
 
 @pytest.mark.slow
 def test_finished_under_another_name_of_the_experiment_as_a_user_sees_it(client, command, small, tmp_path):
+    """A finished run is shown in another experiment when its command, or a sweep, names that experiment."""
     arguments = [*small, "k=7", "schedule.warmup_epochs=0"]
     assert command("src.train", *arguments).returncode == 0
     again = command("src.train", *arguments, "tracking.experiment=other")

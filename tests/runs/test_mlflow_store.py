@@ -1,4 +1,4 @@
-"""MLflow's store: made once, refused in one line, and what delivery rests on."""
+"""MLflow's store: created once, refused in one line if it cannot be used, with the properties that delivery needs."""
 
 import contextlib
 import math
@@ -24,7 +24,7 @@ from tests.stores import MLFLOW, RUN, break_store, history, start
 
 
 def test_the_store_drops_exact_repeats(client):
-    """What makes delivery idempotent is a property of MLflow's SQL store. A new version of it must keep this."""
+    """Delivery is idempotent because MLflow's SQL store has this property; a new version of MLflow must keep it."""
     from mlflow.entities import Metric
 
     run_id = client.create_run("0").info.run_id
@@ -40,7 +40,7 @@ def test_a_store_is_created_once_where_mlflow_ui_looks(fresh_store):
 
 
 def test_a_group_that_may_write_new_files_may_write_the_store(tmp_path):
-    """Of SQLite's own making only its owner may."""
+    """A file that SQLite itself creates can be written by its owner only."""
 
     def create(uri):
         with contextlib.closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
@@ -55,7 +55,7 @@ def test_a_group_that_may_write_new_files_may_write_the_store(tmp_path):
 
 
 def test_the_store_is_in_the_current_folder_whatever_that_is_called(fresh_store, tmp_path, monkeypatch):
-    """MLflow's own choice is beside it, in a folder with %20 for a space, which it makes."""
+    """Left to itself, MLflow creates another folder beside this one, with %20 for each space in its name."""
     strange = tmp_path / "me@uni.edu" / "My Projects (1), k=400 + 20% é"
     strange.mkdir(parents=True)
     monkeypatch.chdir(strange)
@@ -124,7 +124,7 @@ def test_the_longest_name_and_values_arrive(client, tmp_path):
 
 
 def test_two_that_create_the_tables_of_a_database_together_both_get_it(fresh_store, monkeypatch):
-    """As PostgreSQL refuses the second of them: a stub in the place of MLflow's client."""
+    """A stub of MLflow's client refuses the second process as PostgreSQL does."""
     calls = []
 
     def client(uri):
@@ -149,7 +149,7 @@ def encoder(tmp_path_factory):
 
 
 def log_encoder(directory, encoder):
-    """A run that is finished, with the figures and the encoder that it has left."""
+    """Deliver a finished run with metrics and an encoder; returns its id."""
     sizes = {"data.name": "digits", "data.fingerprint": "ab" * 20, "data.image_size": 32, "encoder_features": 128}
     tracker = Tracker(directory, MLFLOW, sizes, {})
     tracker.log({"train/loss": 2.0, "val/knn_top1": 50.0}, 7)
@@ -172,7 +172,7 @@ def test_the_encoder_is_a_model_of_the_run_with_its_signature_and_figures(client
         (each.dataset.name, each.dataset.digest) for each in run.inputs.dataset_inputs
     }
     assert "uint8 [-1, 3, 32, 32]" in model.tags["mlflow.note.content"]
-    assert [file.path for file in client.list_artifacts(run_id)] == [encoder.name]  # beside it, as a file of the run
+    assert [file.path for file in client.list_artifacts(run_id)] == [encoder.name]  # also kept as a file of the run
 
     loaded = mlflow.pyfunc.load_model(f"runs:/{run_id}/encoder")
     (takes,), (gives,) = loaded.metadata.signature.inputs, loaded.metadata.signature.outputs
@@ -198,7 +198,7 @@ def test_a_model_that_was_cut_off_is_completed_and_not_made_twice(client, tmp_pa
 
 
 def test_a_server_that_knows_no_models_gets_the_encoder_as_a_file(client, tmp_path, monkeypatch, encoder):
-    """As a server of MLflow 2 answers: a stub in the place of the client's method."""
+    """A stub of the client's method answers as a server of MLflow 2 does."""
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 
@@ -219,7 +219,7 @@ def test_a_deleted_experiment_is_one_line(client, tmp_path):
 
 @pytest.mark.slow
 def test_processes_may_start_together_in_an_empty_folder(tmp_path, monkeypatch):
-    """`scripts/reliability/together.py` does it over and over."""
+    """`scripts/reliability/together.py` repeats this many times."""
     pytest.importorskip("mlflow")
     processes = [start(RUN, tmp_path, NAME=f"run{i}") for i in range(3)]
     for process in processes:

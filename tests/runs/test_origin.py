@@ -22,7 +22,7 @@ KMCLR = ["method=kmclr", "k=7"]
 def run(tmp_path, monkeypatch, small):
     """Train for an epoch in this process; returns the run's directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(curves, "plot", lambda directory: directory)  # which takes longer than so small a training
+    monkeypatch.setattr(curves, "plot", lambda directory: directory)  # drawing takes longer than so small a training
     torch.set_num_threads(1)
 
     def train(*overrides):
@@ -85,7 +85,7 @@ def test_a_teacher_starts_as_the_student_that_was_given_weights(run):
 
 
 def test_what_is_stored_of_other_images_is_not_taken_over(run):
-    """Its entries remember rows, and images of the present run lie there."""
+    """The entries refer to images by their rows, and in other data these rows are other images."""
     first = run("method=nnclr", "queue_size=64")
     longer = run("method=nnclr", "queue_size=64", f"init={first}", "epochs=2")
     assert Record.load(longer).tags["init.taken"] == "encoder, projector, support"
@@ -114,7 +114,7 @@ def test_a_support_set_that_is_filled_by_another_run_need_not_be_filled_again(ru
     ],
 )
 def test_what_is_stored_by_a_support_set_of_another_kind_is_not_taken_over(run, first, second):
-    """Though it has as many vectors: it knows other things of them."""
+    """The number of vectors is the same, but what is stored about each of them differs."""
     record = Record.load(run(*second, "epochs=2", f"init={run(*first, 'epochs=2')}"))
     assert (record.status, record.tags["init.taken"]) == ("FINISHED", "encoder, projector")
 
@@ -150,7 +150,8 @@ def test_a_stopped_run_continues_from_its_checkpoint_and_not_from_its_start(run,
 
 @pytest.mark.parametrize("folder", [[], ["output_dir=named"]])
 def test_a_run_that_has_begun_needs_its_start_no_more(run, tmp_path, capsys, folder):
-    filled = ["method=nnclr", "queue_size=128"]  # which it would not be without its start
+    """The run that ``init`` names may be deleted once a run has started from it; no new run can start from it then."""
+    filled = ["method=nnclr", "queue_size=128"]  # one epoch alone would not fill this queue
     first = run(*filled, "epochs=3")
     again = [*filled, f"init={first}", *folder]
     run(*again)
@@ -200,6 +201,7 @@ def test_a_run_whose_checkpoints_are_gone_has_its_encoder(tmp_path):
 
 
 def test_a_start_is_named_as_any_run_is(tmp_path, monkeypatch):
+    """``init`` takes a run's name, folder or id."""
     monkeypatch.chdir(tmp_path)
     record = Record.new("first", "exp")
     record.close("FINISHED")
@@ -212,7 +214,7 @@ def test_a_start_is_named_as_any_run_is(tmp_path, monkeypatch):
 
 
 def test_the_jobs_of_a_sweep_look_for_their_start_once(tmp_path, monkeypatch):
-    """Whether it is there, by its id, or the runs that began with it go on without it."""
+    """All jobs share one walk through the records, to find the run by its id or, if it is lost, runs begun from it."""
     monkeypatch.chdir(tmp_path)
     walks, below = [], query.records_below
     for module in (query, origin):

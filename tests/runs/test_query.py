@@ -1,4 +1,4 @@
-"""Reading runs back."""
+"""Reading runs and sweeps back from MLflow and from their folders."""
 
 import shutil
 import threading
@@ -25,7 +25,7 @@ def test_both_back_ends_list_the_same_runs(client, tmp_path, monkeypatch):
         tracker.log({"val/knn_top1": 0.1 * i}, 7)
         tracker.close(status)
         time.sleep(0.002)  # they are listed by their start, in milliseconds
-    Tracker(tmp_path / "multirun/sweep", MLFLOW, {}, {"sweep_id": "0a"}).close("FINISHED")  # which is no run
+    Tracker(tmp_path / "multirun/sweep", MLFLOW, {}, {"sweep_id": "0a"}).close("FINISHED")  # not listed: no run
     Tracker(tmp_path / "multirun/other", Tracking("mlflow", "other", 10), {}, {}).close("FINISHED")
     search = type(client).search_runs
     monkeypatch.setattr(type(client), "search_runs", lambda *args, **kw: search(*args, **({"max_results": 2} | kw)))
@@ -55,7 +55,7 @@ def test_a_run_is_found_by_its_id(client, tmp_path, monkeypatch):
     directory = tmp_path / "multirun/a"
     tracker = Tracker(directory, MLFLOW, {}, {})
     tracker.close("FINISHED")
-    for root in (Path("multirun"), Path("elsewhere")):  # by its record, by its tag in MLflow
+    for root in (Path("multirun"), Path("elsewhere")):  # found by its record, then by its tag in MLflow
         monkeypatch.setattr(query, "ROOT", root)
         assert query.find_run_directory(tracker.run_id).resolve() == directory.resolve()
     shutil.rmtree(directory)
@@ -135,6 +135,7 @@ def test_of_many_experiments_all_are_known(client, tmp_path, monkeypatch):
 
 
 def test_how_a_page_is_opened(monkeypatch):
+    """A local store needs ``mlflow ui``, a server is named by its address, and no link shows a password."""
     for uri in ("", "sqlite:///mlflow.db"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         assert links.how_to_open("#/a") == "mlflow ui, then http://127.0.0.1:5000/#/a"
@@ -166,6 +167,7 @@ def test_a_run_has_a_page_where_mlflow_has_it_and_none_where_it_is_deleted(clien
 
 
 def test_the_newest_sweeps_charts(tmp_path, monkeypatch):
+    """`newest_charts` is the link to the charts of the newest sweep in a folder, or empty if there is none."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert newest_charts(tmp_path) == ""
     for name, at, tags in [("old", 1, {TAG_CHARTS: "#/old"}), ("new", 2, {TAG_CHARTS: "#/new"}), ("run", 3, {})]:

@@ -1,4 +1,4 @@
-"""The files of a run: kills, damage, and what comes back."""
+"""The files of a run, its record and its rows: what is read back after kills, damage and edits."""
 
 import hashlib
 import json
@@ -143,7 +143,7 @@ def test_a_record_with_something_else_in_a_place_is_read_or_named(tmp_path, stra
             read = Record.load(tmp_path)
         except UsageError as error:
             lines = str(error).splitlines()
-            assert len(lines) == 1  # the other outcome is as good
+            assert len(lines) == 1  # to read the record would be as good
             continue
         read.state(read.experiment)
         read.save(tmp_path)
@@ -151,6 +151,7 @@ def test_a_record_with_something_else_in_a_place_is_read_or_named(tmp_path, stra
 
 
 def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
+    """A pipe or a folder in the place of a run's file is refused; reading a pipe would wait for ever."""
     for name in ("run.json", "metrics.jsonl"):
         folder = finished(tmp_path / name)
         (folder / name).unlink()
@@ -215,6 +216,7 @@ def test_values_logged_just_before_a_kill_are_in_the_record_of_the_continued_run
 
 
 def test_rows_that_lack_nothing_but_the_last_newline_are_those_that_were_there(tmp_path):
+    """`begins_with` accepts a missing last newline and rows that were added later, but no lost character."""
     path, whole = tmp_path / "rows", b'{"a": 1}\n'
     digest = hashlib.sha256(whole).hexdigest()
     for content, same in (
@@ -290,6 +292,7 @@ def test_rows_that_have_been_changed_or_cut_since_are_not_used_without_a_word(tm
 
 
 def test_who_looks_through_many_runs_reads_no_rows_and_says_where_some_are_gone(tmp_path, caplog, monkeypatch):
+    """Listing runs compares the sizes of their rows only; an edit that keeps the size is found by loading the run."""
     for name in ("whole", "edited", "cut"):
         tracker = Tracker(tmp_path / name, JSONL, {}, {})
         train(tracker, range(20))
@@ -309,7 +312,7 @@ def test_rows_that_a_kill_added_to_those_of_the_record_are_no_change(tmp_path, c
     tracker = Tracker(tmp_path, JSONL, {}, {})
     train(tracker, range(3))
     tracker.flush()
-    tracker.log({"x": 1.0}, 3)  # and is killed
+    tracker.log({"x": 1.0}, 3)  # then it is killed, while writing the next row
     with (tmp_path / record.METRICS).open("a") as file:
         file.write('{"step": 4, "ti')
     Tracker(tmp_path, JSONL, {}, {}).close("FINISHED")

@@ -43,7 +43,7 @@ def test_system_metrics_are_measured_by_mlflow_until_the_end_where_they_are_aske
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
     processor = "system/cpu_utilization_percentage"
     steps = [0]
-    for _ in range(2):  # the second session goes on where the first one ended
+    for _ in range(2):  # the second session continues the steps of the first
         tracker = Tracker(tmp_path / "run", replace(MLFLOW, system_metrics=True), {}, {})
         tracker.watch_system()
         tracker.log({"train/loss": 1.0}, 0)
@@ -171,6 +171,8 @@ def test_a_killed_run_is_continued_in_mlflow_without_gaps_or_repeats(client, tmp
 def test_a_run_killed_between_its_record_and_mlflow_is_told_when_it_is_looked_at_again(
     client, tmp_path, monkeypatch, caplog
 ):
+    """When its command is typed again, MLflow learns of the end that only the run's record knew."""
+
     class Killed(BaseException):
         pass
 
@@ -315,6 +317,7 @@ def test_runs_of_jsonl_are_delivered_by_command(client, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_locked_database_is_waited_for_or_passed_over(client, tmp_path, caplog, monkeypatch):
+    """The tracker warns of the lock, goes on, and delivers the row once the lock is gone."""
     impatient(monkeypatch)
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
     other = sqlite3.connect(tmp_path / "mlflow.db")
@@ -338,7 +341,7 @@ server.serve_forever()
 
 @pytest.fixture
 def server(client, tmp_path, monkeypatch):
-    """MLflow's tracking server on the store of `client`, by itself."""
+    """MLflow's tracking server on the store of `client`, in a process of its own."""
     from mlflow.server import constants
 
     variables = {constants.BACKEND_STORE_URI_ENV_VAR: f"sqlite:///{tmp_path}/mlflow.db"}
@@ -385,7 +388,7 @@ def test_a_server_that_is_not_there_does_not_stop_training(fresh_store, tmp_path
 
 
 class Slow(BaseHTTPRequestHandler):
-    """Answers so that no timeout of a read ends it: for ever a byte at a time, or to be asked again much later."""
+    """Answers that no read timeout ends: a byte at a time for ever, or a request to try again much later."""
 
     drips = True
 
@@ -484,7 +487,7 @@ def test_mlflow_ui_without_options_shows_the_runs(client, tmp_path, monkeypatch)
     local.close("FINISHED")
 
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PYTEST_"))}
-    env |= {"MLFLOW_WORKERS": "1", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # of 16 processes, which take longer
+    env |= {"MLFLOW_WORKERS": "1", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # 16 processes would take longer
     ui = subprocess.Popen([sys.executable, "-m", "mlflow", "ui"], env=env, start_new_session=True)
     try:
         deadline = time.monotonic() + 600
@@ -499,7 +502,7 @@ def test_mlflow_ui_without_options_shows_the_runs(client, tmp_path, monkeypatch)
         assert [run.run_id for run in query.read_runs("exp", "mlflow")] == [local.run_id]
     finally:
         if ui.poll() is None:
-            os.killpg(ui.pid, signal.SIGTERM)  # it has workers
+            os.killpg(ui.pid, signal.SIGTERM)  # its workers too
         ui.wait()
 
 

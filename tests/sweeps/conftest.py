@@ -10,7 +10,7 @@ from tests.config.test_schema import CONF
 
 @pytest.fixture
 def as_hydra_does():
-    """Gives a sweeper what Hydra gives it for ``python -m src.train --multirun OVERRIDES``."""
+    """A function that gives a sweeper what Hydra gives it for ``python -m src.train --multirun OVERRIDES``."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
 
@@ -27,7 +27,7 @@ def as_hydra_does():
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """Jobs are a program of ours in the place of src.train: it writes down its environment and ends as it is told."""
+    """A stand-in for src.train in the test's folder: it writes its environment to the file ``k`` and ends as told."""
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "train.py").write_text(
         "import os, signal, sys, time\n"

@@ -15,7 +15,7 @@ def jobs_of(*lines):
 
 
 def run(launcher, jobs, at_a_time=None, max_minutes=None, swept=("k",), **settings):
-    """Yields the jobs in the order in which they end."""
+    """Run jobs with a launcher; yields them in the order in which they end."""
     hydra = {"job": {"config_name": "train"}, "runtime": {"config_sources": []}, "overrides": {"hydra": []}}
     config = {"max_minutes": max_minutes, **settings, "hydra": {**hydra, "sweeper": {"_target_": OURS}}}
     launcher.setup(hydra_context=None, task_function=None, config=OmegaConf.create(config))

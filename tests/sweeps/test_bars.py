@@ -29,6 +29,7 @@ def test_a_job_without_a_log_has_not_begun(tmp_path):
 
 
 def test_the_lines_of_a_run_are_understood(tmp_path, monkeypatch, capsys):
+    """`how_far` reads the lines that `Progress` prints."""
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     lines = Progress(epochs=4, steps=10, batch_size=1)
@@ -64,6 +65,7 @@ def test_a_terminal_shows_all_jobs_and_those_that_run(tmp_path, monkeypatch):
 
 
 def test_elsewhere_there_is_nothing_to_see(tmp_path, capsys):
+    """Without a terminal no bars are shown."""
     with Bars(None) as shown:
         shown.look({"job 0": tmp_path / "0.log"})
         shown.count()

@@ -1,4 +1,4 @@
-"""The launchers for clusters: SLURM's commands are programs of ours on the PATH, Ray is an object of ours."""
+"""The launcher for SLURM, whose commands are replaced by small scripts on the PATH, and the work of one job."""
 
 import os
 import re
@@ -23,9 +23,10 @@ pytest.importorskip("submitit")
 
 @pytest.fixture
 def slurm(program, monkeypatch):
-    """sbatch notes each submission, squeue and sacct print what a file holds, scancel notes whom; returns the folder.
+    """Replaces SLURM's commands; returns the folder of the files that they read and write.
 
-    What sbatch accepts does not run: a test writes the status that a job would leave.
+    sbatch copies the script that it is given, squeue and sacct print a file, scancel notes the ids. Nothing that is
+    submitted runs: a test writes the status that a job would leave.
     """
     tools = program / "tools"
     tools.mkdir()
@@ -51,12 +52,13 @@ def launcher(**settings):
 
 
 def leave(folder, name, status):
+    """Write the exit status of a job, as the job does when it ends."""
     (folder / "sweep" / "jobs" / f"{name}.status").write_text(str(status))
 
 
 @pytest.fixture
 def look(monkeypatch):
-    """Does something each time before the scheduler is asked: a function of how often it has been asked before."""
+    """A function that sets what to do before each query of the scheduler, given the number of earlier queries."""
 
     def use(what):
         asked = []
@@ -214,7 +216,10 @@ def test_a_command_killed_before_it_noted_the_ids_finds_its_jobs(slurm, look, mo
 
 @pytest.fixture
 def arrays(slurm):
-    """sbatch as a default cluster has it: no index beyond 1,000, and each array has an id of its own."""
+    """sbatch of a cluster with default settings: array indices up to 1,000, and an id of its own for each array.
+
+    It refuses whatever follows the first N submissions, if the file ``most`` holds N.
+    """
     (slurm / "tools" / "sbatch").write_text(
         "#!/bin/sh\nlast=$(sed -n 's/.*--array=0-\\([0-9]*\\)%.*/\\1/p' $1)\n"
         f'cd {slurm}; touch count; echo "$last" >> count; times=$(wc -l < count)\n'
@@ -298,7 +303,7 @@ def test_each_task_of_a_job_is_a_rank_and_the_first_notes_the_end(program, monke
     }
     for key, value in given.items():
         monkeypatch.setenv(f"SLURM_{key}", value)
-    assert as_rank() == {}  # without srun's submitit, such as with Ray in a job of SLURM
+    assert as_rank() == {}  # not started by submitit's srun but, for example, by Ray inside a SLURM job
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     note.write_text("69")
     assert work() == 0
@@ -323,6 +328,7 @@ def test_work_notes_its_status_and_keeps_the_output_of_all_attempts(program, mon
 
 
 def test_a_job_has_tracebacks_as_the_sweep_says_and_not_as_the_scheduler_hands_on(program, monkeypatch):
+    """A job ignores the HYDRA_FULL_ERROR that a scheduler passes on from the environment of the command."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     log = program / "log"
     for said in ({"HYDRA_FULL_ERROR": "1"}, {}):
@@ -331,7 +337,10 @@ def test_a_job_has_tracebacks_as_the_sweep_says_and_not_as_the_scheduler_hands_o
 
 
 def test_ahead_of_a_time_limit_work_saves_and_can_be_queued_again(program):
-    """What submitit does on SIGUSR2, which SLURM sends to all processes of a job: checkpoint, queue again, exit."""
+    """The script handles SIGUSR2, which SLURM sends to all processes of a job, as submitit does.
+
+    It asks the work for a checkpoint, which stops the run by SIGUSR1, and exits; submitit would queue the job again.
+    """
     script = (
         "import signal, sys\nfrom pathlib import Path\nfrom src.sweeps.worker import Work\n"
         "saves = 'import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(138)); "
@@ -351,7 +360,7 @@ def test_ahead_of_a_time_limit_work_saves_and_can_be_queued_again(program):
         assert process.poll() is None
         time.sleep(0.05)
     (child,) = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
-    os.kill(int(child), signal.SIGUSR2)  # is not meant for it
+    os.kill(int(child), signal.SIGUSR2)  # must not end the child
     time.sleep(0.2)
     process.send_signal(signal.SIGUSR2)
     assert process.communicate(timeout=600)[0] == "True 138\n"

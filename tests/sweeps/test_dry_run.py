@@ -15,7 +15,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 
 def ran(cfg, seconds, status="FINISHED"):
-    """Leave the record of a run behind, as if it had been worked on for so long."""
+    """Leave the record of a run that was worked on for so many seconds."""
     directory = run_directory.path_of(cfg)
     directory.mkdir(parents=True)
     record = Record.new(directory.name, "support-sets")
@@ -25,7 +25,7 @@ def ran(cfg, seconds, status="FINISHED"):
 
 
 def estimates(shown):
-    """Of each job, and of all: what is said after "about", by its place in the list."""
+    """The time after "about" in each line, or an empty string: one for each job, the last for all of them."""
     return [found[1] if (found := re.search(r"about ([\d.]+ \w+)", line)) else "" for line in shown.splitlines()]
 
 

@@ -10,7 +10,7 @@ from tests.data.layouts import write_set
 
 @pytest.fixture
 def sweeper(as_hydra_does):
-    """Of a dry run."""
+    """The sweeper of a dry run."""
     return as_hydra_does(GridSweeper(params={}), "dry_run=true")
 
 
@@ -70,7 +70,7 @@ def test_a_key_that_no_option_of_the_grid_has_is_an_error(sweeper, arguments, sa
         sweeper.jobs(arguments)
 
 
-def test_a_key_of_the_one_job_that_is_not_legal_is_not_what_is_wrong(sweeper):
+def test_where_the_only_job_with_a_key_is_illegal_that_key_is_not_blamed(sweeper):
     nnclr, kmclr = sweeper.jobs(["method=nnclr,kmclr", "search=ivf", "k=64"])
     assert (bool(nnclr.cfg), kmclr.error.split(":")[0]) == (True, "search=ivf")
 
@@ -95,7 +95,7 @@ def on_images(sweeper, tmp_path, monkeypatch):
 
 
 def sets(folder, *seeds):
-    """Makes a set of images for each seed; the argument that sweeps over them."""
+    """Write a data set for each seed; returns the argument that sweeps over them."""
     roots = [write_set("image_folder", folder / f"set{place}", seed) for place, seed in enumerate(seeds)]
     return f"data.root={','.join(map(str, roots))}"
 
@@ -116,7 +116,7 @@ def test_a_set_is_looked_for_once_also_where_it_is_missing(sweeper, on_images, t
 
 
 def test_a_sweep_without_its_images_is_one_line_and_writes_nothing(sweeper, on_images, tmp_path):
-    sweeper.prepare = lambda: None  # which Hydra has to do with
+    sweeper.prepare = lambda: None  # makes the launcher, which is not needed here
     with pytest.raises(UsageError, match="nowhere: no such folder") as error:
         sweeper.sweep([*on_images, f"data.root={tmp_path}/nowhere", "seed=0,1"])
     assert "\n" not in str(error.value)
@@ -171,7 +171,7 @@ def test_a_damaged_record_stops_no_other_job(sweeper, on_images, tmp_path):
 
 
 def test_of_equal_configurations_one_is_run_and_a_seeds_jobs_come_together(as_hydra_does, cache_dir):
-    """A key that a method does not have is passed over, so that its jobs differ in nothing."""
+    """A key that a method does not have is left out, so jobs that differ in that key only are equal."""
     sweeper = as_hydra_does(GridSweeper({}))
     fixed = ["data=digits", f"data.cache_dir={cache_dir}"]
     jobs = sweeper.jobs([*fixed, "method=simclr,kmclr", "k=10,20", "seed=0,1"])

@@ -28,6 +28,7 @@ def test_each_job_ends_in_its_own_way(program, jobs):
 
 
 def test_what_jobs_of_an_earlier_command_have_said_stays(program, capsys):
+    """A log is never overwritten: the next command's log of job 0 is 0.2.log."""
     for line in ("k=a status=2", "k=b status=0", "k=c status=2"):
         (job,) = run(LocalLauncher(2), jobs_of(line))
     assert job.error == "no such thing"
@@ -75,7 +76,7 @@ def test_the_threads_to_share_are_what_openmp_would_use(monkeypatch, told, threa
 
 
 def test_a_job_has_tracebacks_only_where_the_user_asks_for_them(program, monkeypatch):
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as cli.py does
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # cli.py sets it for its own process
     (program / "src" / "train.py").write_text("import os; open('said', 'w').write(os.environ['HYDRA_FULL_ERROR'])")
     list(run(LocalLauncher(1), jobs_of("k=a")))
     assert (program / "said").read_text() == "0"

@@ -96,7 +96,7 @@ def test_a_search_has_proposals_of_its_seed_and_soon_of_the_better_points(tmp_pa
         run(search, lambda point: point["k"], count)
         drawn[seed] = [trial.params["k"] for _, trial in sorted(search.trials().items())]
     assert drawn[0][:2] != drawn[1]
-    assert sum(drawn[0][15:]) / 15 > 650  # a random one's mean would be 500
+    assert sum(drawn[0][15:]) / 15 > 650  # the mean of random proposals would be 500
 
 
 def test_a_continued_study_proposes_what_an_unbroken_one_does(tmp_path):
@@ -111,8 +111,9 @@ def test_a_continued_study_proposes_what_an_unbroken_one_does(tmp_path):
     }
 
 
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # Optuna 2 says that of enqueue_trial
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # of Optuna 2, for enqueue_trial
 def test_what_a_kill_leaves_behind(tmp_path):
+    """A trial that a kill left without a point fails, one that was running goes on, and a queued point is proposed."""
     search = opened(tmp_path)
     open_trial = search.propose()
     search.study.ask()  # killed before it had its point
@@ -125,7 +126,7 @@ def test_what_a_kill_leaves_behind(tmp_path):
     assert again.trials()[number].params == {"k": 33}
 
 
-def test_a_trial_far_behind_is_hopeless_and_a_good_one_is_not(tmp_path):
+def test_a_trial_far_behind_is_pruned_and_a_good_one_is_not(tmp_path):
     search = opened(tmp_path)
     for value in (50.0, 51.0, 52.0, 53.0, 54.0):
         number = search.propose()
@@ -191,7 +192,7 @@ def test_a_damaged_study_is_one_line(tmp_path, damage):
     assert not optuna_study.should_prune(str(tmp_path), 0, 1, {"val/knn_top1": 0.0})
 
 
-def test_without_a_study_nothing_is_hopeless(tmp_path, caplog):
+def test_without_a_study_nothing_is_pruned(tmp_path, caplog):
     assert not optuna_study.should_prune(None, None, 1, {"val/knn_top1": 0.0})
     assert not optuna_study.should_prune(str(tmp_path), 0, 1, {})
     assert not optuna_study.should_prune(str(tmp_path / "nowhere"), 0, 1, {"val/knn_top1": 0.0})

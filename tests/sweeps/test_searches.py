@@ -1,4 +1,4 @@
-"""A search without its jobs' processes: what stands in for the launcher ends each job as the test says."""
+"""Searches whose jobs do not run: a stand-in for the launcher ends each job as the test says."""
 
 import re
 from unittest.mock import Mock
@@ -18,12 +18,12 @@ FIXED = ["data=digits", "backbone=resnet_tiny", "tracking=jsonl"]
 
 
 class Launcher:
-    """Ends jobs, in the order in which they are asked for, with the statuses; 0 leaves the result of a run.
+    """Stands in for a launcher: ends the jobs with the given statuses, in the order in which they are proposed.
 
     Args:
-        statuses: of jobs; when there are no more, no other is asked for.
-        status: that of whatever stopped the sweep.
-        figures: of every run; None: its k.
+        statuses: Exit statuses of the jobs; 0 leaves the record of a finished run. After the last, no job is taken.
+        status: The launcher's own exit status: 0, or that of whatever stopped the sweep.
+        figures: The metrics of every run; None: its kNN accuracy is its k.
     """
 
     def __init__(self, *statuses, status=0, figures=None):
@@ -42,7 +42,7 @@ class Launcher:
 
 
 def finish(directory, figures, params):
-    """Leaves what a search reads of a finished run."""
+    """Leave the parts of a finished run's record that a search reads."""
     record = Record.new(directory.name, "study")
     record.status, record.metrics = "FINISHED", figures
     record.params = {key: str(value) for key, value in params.items()}
@@ -53,7 +53,7 @@ def finish(directory, figures, params):
 
 @pytest.fixture
 def search(as_hydra_does, cache_dir, tmp_path, monkeypatch):
-    """Types a search; its exit status, and what has stood in for the launcher."""
+    """A function that runs the command of a search with a `Launcher` and returns the exit status."""
     monkeypatch.chdir(tmp_path)
 
     def run(launcher, *arguments, trials=3, space=SPACE):
@@ -73,11 +73,12 @@ def states(launcher):
 
 @pytest.fixture(autouse=True)
 def _without_a_table(monkeypatch):
-    """Its rows are of runs that these jobs do not leave."""
+    """Leave out the table at the end of a sweep: these jobs leave too little for its rows."""
     monkeypatch.setattr("src.sweeps.sweep.summarise", lambda records: ([], []))
 
 
 def test_a_trial_whose_job_may_end_otherwise_is_taken_up_again_and_no_other(search):
+    """A job may succeed the next time after a full disk (74), a kill (-9) or a mistake (2), but not if it diverged."""
     first, second = Launcher(74, -9, 2, 65), Launcher(0, 0, 0)
     assert search(first, trials=4) == 1
     assert states(first) == ["RUNNING"] * 3 + ["FAIL"]
@@ -87,6 +88,7 @@ def test_a_trial_whose_job_may_end_otherwise_is_taken_up_again_and_no_other(sear
 
 
 def test_a_search_that_is_taken_up_copies_its_trials_as_often_whatever_their_number(search, monkeypatch):
+    """To copy all trials is slow, so a search that is continued does it as often with six trials as with two."""
     fetched, real = [], Study.get_trials
 
     def get_trials(study, *args, **kwargs):

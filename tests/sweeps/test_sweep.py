@@ -86,6 +86,7 @@ def test_an_experiment_keeps_its_method():
 
 @pytest.mark.parametrize(("status", "stop"), [(0, False), (1, False), (2, False), (75, True), (76, False), (143, True)])
 def test_which_statuses_continue(status, stop):
+    """A job that was told to stop ends the sweep; one that failed or was pruned does not."""
     assert is_stop(status) == stop
 
 
@@ -122,12 +123,13 @@ def test_a_sweep_says_once_that_finished_jobs_were_evaluated_otherwise(
 
 @pytest.fixture
 def a_sweep(tmp_path, monkeypatch):
-    """Without jobs, in the test's own folder."""
+    """A sweep without jobs, in the test's own folder."""
     monkeypatch.chdir(tmp_path)
     return Sweep("grid", ["identity"], [], parsed("tracking=jsonl").tracking)
 
 
 def test_what_a_disk_refuses_a_sweep_is_said_and_continues(a_sweep):
+    """A sweep that cannot write ends with one line, marks itself failed, and lets its folder and signals go."""
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(CannotWrite, match="Is a directory; mend that, and the same command continues"), a_sweep:
         a_sweep.directory.open("w")
@@ -254,7 +256,7 @@ def wait_for(condition):
 
 
 def jobs_of(small):
-    """The processes of jobs that share this test's cache, which no other test does at the same time."""
+    """Process ids of the jobs that use this test's cache, which no other test uses at the same time."""
     (cache,) = [each for each in small if each.startswith("data.cache_dir=")]
     return subprocess.run(["pgrep", "-f", f"{cache}.*tracking.parent"], capture_output=True).stdout
 
@@ -273,7 +275,7 @@ def test_killed_with_its_jobs_and_run_again_it_ends_as_an_unbroken_one(python, c
     process.kill()
     process.wait()
     assert unbroken.wait(600) == 0
-    # The kernel tells the jobs, which save and stop: none goes on without its sweep.
+    # The kernel signals the jobs when their sweep dies, so they save and stop.
     wait_for(lambda: not jobs_of(small))
     done = command("src.train", "--multirun", *arguments)
     assert done.returncode == 0, done.stderr
@@ -302,6 +304,7 @@ def test_a_lost_terminal_stops_the_jobs_and_no_other_starts(python, small, tmp_p
 
 @pytest.mark.slow
 def test_time_for_all_jobs_together(command, small, tmp_path):
+    """``max_minutes`` of a sweep limits the time of all its jobs together."""
     done = command("src.train", "--multirun", *small, *PROTOTYPES, "epochs=200", "tracking=jsonl", "max_minutes=0.02")
     assert done.returncode == 75
     assert "2 of 2" not in done.stdout
@@ -310,7 +313,7 @@ def test_time_for_all_jobs_together(command, small, tmp_path):
 
 @pytest.mark.slow
 def test_a_search_of_a_space_with_fewer_points_than_trials_tries_them_all_and_says_so(command, small, tmp_path):
-    """The two are proposed beside a third, which there is not."""
+    """The two points run side by side while a third one is asked for, which does not exist."""
     fixed = ["objective.temperature=0.2", "support.forget_every=3", "optimizer.lr=1", "epochs=1", "tracking=jsonl"]
     arguments = ["+sweep=optuna", "k=5,6", "hydra.sweeper.trials=9", "jobs=3"]
     done = command("src.train", "--multirun", *small, *arguments, *fixed)
@@ -346,7 +349,7 @@ def test_a_search_killed_and_run_again(python, command, small, tmp_path):
     assert len({frozenset(point) for point in by_trial.values()}) == 2
     assert len(folders(tmp_path, "kmclr")) == 2
 
-    (folder / "study.db").write_bytes(b"")  # as is one that is not there
+    (folder / "study.db").write_bytes(b"")  # counts as a missing one
     anew = command("src.train", "--multirun", *arguments)
     assert anew.returncode == 0, anew.stderr
     assert "study.db has no trials: the search begins anew" in anew.stderr
@@ -354,7 +357,7 @@ def test_a_search_killed_and_run_again(python, command, small, tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_learns(command, cache_dir, tmp_path):
-    """Two of its rows, at a fifth of its epochs: each is far above the untrained encoder."""
+    """Two rows of the demo, trained for a fifth of its epochs, are each far above the untrained encoder."""
     line = [
         "--multirun",
         "+sweep=demo",
