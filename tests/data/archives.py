@@ -1,6 +1,6 @@
-"""Archives that torchvision would download, of a few made-up images whose checksums replace the published ones.
+"""Small substitutes for the archives that torchvision downloads; their checksums replace the published ones.
 
-They lie where somebody without a network puts them.
+They hold a few made-up images and lie where a user without a network would put the real ones.
 """
 
 import tarfile
@@ -16,7 +16,7 @@ from tests.data.layouts import write_folder
 
 
 def pack(folder: Path, archive: Path) -> str:
-    """Replaces a folder by its archive; returns the checksum."""
+    """Replace a folder by an archive of it; returns the archive's MD5 checksum."""
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, folder.name)
     for path in sorted(folder.rglob("*"), reverse=True):
@@ -26,7 +26,7 @@ def pack(folder: Path, archive: Path) -> str:
 
 
 def write_stl10(root: Path, patch: pytest.MonkeyPatch) -> Path:
-    """30 images without labels, 20 and 10 of two classes to train and to test on."""
+    """STL-10 with 30 images without labels, and 20 training and 10 test images of two classes."""
     kind = datasets.STL10
     folder = root / kind.base_folder
     folder.mkdir(parents=True)
@@ -43,7 +43,7 @@ def write_stl10(root: Path, patch: pytest.MonkeyPatch) -> Path:
 
 
 def write_imagenette(root: Path, patch: pytest.MonkeyPatch) -> Path:
-    """The smallest archive, with 16 training and 3 validation images of two of the classes."""
+    """Imagenette's smallest archive (160 pixels), with 16 training and 3 validation images of two of its classes."""
     kind, folder = datasets.Imagenette, root / "imagenette2-160"
     counts = {"train/n01440764": 8, "train/n03888257": 8, "val/n01440764": 2, "val/n03888257": 1}
     write_folder(folder, counts, ".JPEG")

@@ -13,7 +13,7 @@ from tests.data.layouts import SIZE
 
 @pytest.fixture(autouse=True)
 def _nothing_is_saved_meanwhile(monkeypatch):
-    """Of what takes long on a busy machine only."""
+    """Never save a cache while it is being decoded, which otherwise happens when a busy machine takes long."""
     monkeypatch.setattr(writer_module, "SAVE_EVERY", math.inf)
 
 
@@ -37,7 +37,7 @@ def config(tmp_path) -> Callable[..., Data]:
 
 @pytest.fixture
 def decodings(monkeypatch) -> list[str]:
-    """What has been decoded so far."""
+    """Where each image that has been decoded so far came from."""
     seen: list[str] = []
     decode = writer_module.decode
 
@@ -51,7 +51,7 @@ def decodings(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def refusal(config) -> Callable[..., str]:
-    """Loads and returns the message of the UsageError that must follow, which must be one line."""
+    """A function that loads a data set and returns the message of the UsageError, one line, that it must raise."""
 
     def load_and_fail(*args, **kwargs) -> str:
         with pytest.raises(UsageError) as caught:

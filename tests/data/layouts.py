@@ -81,7 +81,7 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
 
 
 def write_flat(folder: Path, count: int, seed: int = 0) -> Path:
-    """Images that lie in the folder itself."""
+    """Images without labels: they lie in the folder itself."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         random_image(1000 * seed + i).save(folder / f"{i:03}.png")

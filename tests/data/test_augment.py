@@ -1,4 +1,4 @@
-"""Every operation and the whole chain against torchvision, one image at a time; the draws against its `get_params`."""
+"""Views equal torchvision's, applied image by image: each operation, the whole chain, and the distribution of draws."""
 
 from dataclasses import replace
 from itertools import permutations
@@ -65,7 +65,7 @@ def test_the_parts_of_a_batch_have_the_views_of_the_whole():
     def view(number, parts):
         torch.manual_seed(5)
         made = ViewMaker(EVERYTHING, "bicubic", 32, MEAN, STD, part=(number, parts))(images(6).chunk(parts)[number])
-        return made, torch.rand(1)  # what the next view draws is the same, too
+        return made, torch.rand(1)  # the next view's draws must be the same too
 
     whole, then = view(0, 1)
     parts, thens = zip(*(view(number, 3) for number in range(3)), strict=True)
@@ -74,7 +74,7 @@ def test_the_parts_of_a_batch_have_the_views_of_the_whole():
 
 
 def by_torchvision(image, params, row, size, mode, radius):
-    """What torchvision makes of one uint8 image, given the draws of that row."""
+    """The view that torchvision makes of one uint8 image [3, H, W] with the draws of that row."""
     top, left, height, width = params.box[row].int().tolist()
     x = TF.resized_crop(image / 255, top, left, height, width, [size, size], InterpolationMode(mode), antialias=True)
     x = x.clamp(0, 1)
@@ -99,10 +99,10 @@ def test_the_chain_equals_torchvision(mode, height, width, size):
     torch.manual_seed(0)
     make, batch = maker(size=size, interpolation=mode), images(48, height, width)
     params = make.draw(len(batch), height, width, "cpu")
-    # Solarization jumps at its threshold, where the last bit decides: such pixels are left to the test of its own.
+    # At solarization's threshold the last bit decides, so it is left out here and has a test of its own.
     params = params._replace(solarize=torch.zeros_like(params.solarize))
     expected = [by_torchvision(x, params, row, size, mode, min(6, size - 1)) for row, x in enumerate(batch)]
-    # torchvision's hue works on a 24-bit hexcone of its own: 1e-4 is 1/40 of an 8-bit level over the smallest std.
+    # torchvision computes hue in another way; 1e-4 (before the division by the std) is 1/40 of an 8-bit level.
     assert_close(make.apply(batch, params), torch.stack(expected), atol=1e-4 / min(STD), rtol=0)
 
 
@@ -265,7 +265,7 @@ def test_a_crop_that_never_fits_falls_back_to_torchvisions_centre(height, width)
 
 def test_colour_factors_are_distributed_as_torchvisions():
     torch.manual_seed(0)
-    view = replace(EVERYTHING, jitter=1.0, brightness=1.5)  # 1.5: the lower end is cut off at 0
+    view = replace(EVERYTHING, jitter=1.0, brightness=1.5)  # factors from max(0, 1 - 1.5) to 2.5
     params = maker(view).draw(4000, 32, 32, "cpu")
     reference = ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     ranges = reference.brightness, reference.contrast, reference.saturation, reference.hue
@@ -360,5 +360,5 @@ def test_views_are_the_same_on_a_gpu_which_the_host_never_waits_for():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     differs = (got.cpu() - expected).abs() > 1e-4 / min(STD)
-    assert differs.float().mean() < 1e-3  # where the last bit decides which side of solarization's threshold
+    assert differs.float().mean() < 1e-3  # at solarization's threshold the last bit decides
     assert isinstance(make.draw(2, 32, 32, "cuda"), Params)

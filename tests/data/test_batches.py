@@ -66,6 +66,7 @@ def test_start_resumes_inside_an_epoch(start):
 
 
 def test_of_each_batch_only_the_wanted_images_are_read():
+    """``rows`` selects the images that a rank reads; labels and ids are those of the whole batch."""
     whole = list(epoch_batches(split_of(50), 8, 3, 5, "cpu"))
     rest = list(epoch_batches(split_of(50), 8, 3, 5, "cpu", rows=slice(2, 5)))
     for part, batch in zip(rest, whole, strict=True):
@@ -75,6 +76,7 @@ def test_of_each_batch_only_the_wanted_images_are_read():
 
 
 def test_streamed_batches_are_the_same(monkeypatch):
+    """Batches are streamed when the device has no room for the split; they equal those that are not streamed."""
     split = split_of(50)
     direct = list(epoch_batches(split, 8, 3, 5, "cpu", start=1))
     monkeypatch.setattr(batches, "room", lambda device: 0)

@@ -62,7 +62,7 @@ def test_the_file_is_what_safetensors_itself_would_read_and_write(config, folder
 
 
 def test_a_file_keeps_its_name_when_settings_are_added(config):
-    """The name of today: a cache that took an hour is still found by the next version."""
+    """The name must stay, so that later versions still find a cache that took an hour to decode."""
     cfg = config("digits")
     cached(cfg)
     [path] = files(cfg)
@@ -99,7 +99,7 @@ def test_mean_and_std_are_those_of_exact_integer_sums(config, tmp_path):
 
 
 def test_few_pictures_are_in_memory_at_once(config, tmp_path, monkeypatch):
-    """However many there are: an image is read when few of those before it wait to be written."""
+    """However large the data set is, decoding is only a few blocks ahead of writing."""
     folder = write_folder(tmp_path / "images", {"a": 100, "b": 100})
     monkeypatch.setattr(writer_module, "cores", lambda: 1)
     begun: list[str] = []
@@ -222,7 +222,7 @@ def test_the_second_start_reads_neither_the_whole_cache_nor_trusts_another(confi
     content[-300] ^= 1
     path.unlink()
     path.write_bytes(content)
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))  # which leaves size and time as they were
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))  # size and time are those of the undamaged file
     decodings.clear()
     assert torch.equal(cached(cfg).part("train").images, whole)
     assert len(decodings) == 12
@@ -230,11 +230,11 @@ def test_the_second_start_reads_neither_the_whole_cache_nor_trusts_another(confi
 
 
 class TestManyFiles:
-    """Of very many files only the folders are looked at; here, 12 are many."""
+    """For very many files, only the times of their folders are checked; in these tests, 12 files are many."""
 
     @pytest.fixture
     def looked_at(self, folder, monkeypatch) -> list[str]:
-        """The folders that are listed, whose images came long ago."""
+        """Roots that are listed again, in order; the files and folders are made old first."""
         monkeypatch.setattr("src.data.folders.MANY", 12)
         self.age(folder)
         listed: list[str] = []
@@ -283,7 +283,7 @@ class TestManyFiles:
 
 
 class TestManyShards:
-    """All of very many shards are looked at, and none is opened until there is a change; here, 3 are many."""
+    """Very many shards are checked but not opened until one has changed; in these tests, 3 shards are many."""
 
     @pytest.fixture
     def shards(self, tmp_path) -> Path:
@@ -347,7 +347,7 @@ def test_more_damaged_images_than_a_header_has_room_for_are_refused_before_other
         path.write_text("no image")
     cached(cfg)
     [path] = files(cfg)
-    length = int.from_bytes(path.read_bytes()[:8], "little")  # of the header
+    length = int.from_bytes(path.read_bytes()[:8], "little")  # bytes of the header
     decodings.clear()
 
     path.unlink()
@@ -427,7 +427,7 @@ def test_no_room_is_said_before_decoding(config, folder, decodings, monkeypatch)
 
 
 def _load_counting(cfg, tally: Path, ready, results) -> None:
-    """Loads in its own process once all are ready, and adds a byte to ``tally`` for each picture it decodes."""
+    """Load once all processes are ready; add a byte to the file ``tally`` for each picture that this one decodes."""
     decode = writer_module.decode
 
     def counting(picture, *options):
@@ -445,7 +445,7 @@ def test_processes_that_start_together_decode_once(config, tmp_path):
     folder = write_folder(tmp_path / "images", {"a": 60, "b": 60})
     cfg, tally = config("image_folder", folder), tmp_path / "tally"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["src.data", "torch", "torchvision", "pytest"])  # which take seconds to import
+    context.set_forkserver_preload(["src.data", "torch", "torchvision", "pytest"])  # imports of seconds
     ready, results = context.Barrier(4), context.Queue()
     processes = [context.Process(target=_load_counting, args=(cfg, tally, ready, results)) for _ in range(4)]
     for process in processes:
@@ -461,21 +461,21 @@ def test_processes_that_start_together_decode_once(config, tmp_path):
 
 
 def test_options_of_a_source_from_outside_have_caches_of_their_own(config):
-    """One of them would take the other away, whenever a sweep has both."""
+    """Otherwise each would delete the other's cache whenever a sweep has both."""
     made = [config("mine", _target_="mine.Images", options={"scale": scale}) for scale in (1, 2)]
     one, two = (cache_module._identity(cfg) for cfg in made)
     assert one != two
 
 
 def test_a_dot_in_a_name_keeps_sizes_apart():
-    """The lock, and what is remembered of the folders, are an identity's own."""
+    """Each identity has its own lock file and its own note of the folders' times."""
     one, two = Path("web.mini-0001"), Path("web.mini-0002")
     assert cache_module._sidecar(one, ".lock") != cache_module._sidecar(two, ".lock")
     assert cache_module._sidecar(one, ".folders") == Path("web.mini-0001.folders")
 
 
 def test_a_process_that_waited_finds_the_cache(config, folder, decodings, caplog):
-    """While another holds the lock, this one says that it waits; then it reads what the other has written."""
+    """While another process holds the lock, this one says that it waits; then it reads the cache of the other."""
     from threading import Thread
 
     cfg = config("image_folder", folder)

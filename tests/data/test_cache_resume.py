@@ -1,4 +1,4 @@
-"""Decoding that is cut short goes on where it was, and the cache has the bytes of an unbroken one."""
+"""Decoding that is interrupted continues where it stopped, and the cache equals, byte for byte, an unbroken one."""
 
 import dataclasses
 import errno
@@ -54,11 +54,11 @@ def images(config, tmp_path):
 
 @pytest.fixture
 def decoded(decodings, monkeypatch) -> list[str]:
-    """What has been decoded so far, four at a time, of which each is saved at once."""
+    """Where each image decoded so far came from; every image is a block of its own and is saved at once."""
     monkeypatch.setattr(writer_module, "SAVE_EVERY", 0)
     monkeypatch.setattr(writer_module, "BLOCK", 1)
     monkeypatch.setattr(writer_module, "cores", lambda: 1)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which takes a tenth of a second on a busy disk
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # fsync takes 0.1 s on a busy disk
     return decodings
 
 
@@ -84,7 +84,7 @@ def suffixes(cfg) -> set[str]:
 
 
 def interrupt(cfg, monkeypatch, place: int) -> None:
-    """Decodes until the image at that place, counted from 0, is wanted."""
+    """Interrupt the decoding when it comes to the image at this place, counted from 0."""
     stream = writer_module._decoded
 
     def interrupted(*args):
@@ -119,7 +119,7 @@ cached(Data(**json.loads(sys.argv[1])))
 """
 
 
-def test_a_killed_process_is_gone_on_with(images, tmp_path, decoded):
+def test_decoding_continues_after_the_images_that_a_killed_process_saved(images, tmp_path, decoded):
     killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(dataclasses.asdict(images))], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert suffixes(images) == {".lock", ".partial", ".saved"}
@@ -250,7 +250,7 @@ def test_damaged_aspects_are_read_from_the_images_again(images, tmp_path, monkey
     interrupt(images, monkeypatch, 20)
     partial = only(images, ".partial")
     content = bytearray(partial.read_bytes())
-    content[-20 * 3 * SIZE**2 - 4 * COUNT] ^= 1  # of the first
+    content[-20 * 3 * SIZE**2 - 4 * COUNT] ^= 1  # the first image's aspect
     partial.write_bytes(content)
     decoded.clear()
     cached(images)
@@ -259,6 +259,7 @@ def test_damaged_aspects_are_read_from_the_images_again(images, tmp_path, monkey
 
 
 def test_what_is_longer_than_was_saved_is_cut(images, tmp_path, monkeypatch, decoded):
+    """Bytes that were written after the last save are dropped."""
     interrupt(images, monkeypatch, 20)
     with only(images, ".partial").open("ab") as file:
         file.write(b"x" * 40_000)
@@ -269,7 +270,7 @@ def test_what_is_longer_than_was_saved_is_cut(images, tmp_path, monkeypatch, dec
 
 
 def test_images_of_another_choice_are_not_gone_on_with(images, monkeypatch, decoded, caplog):
-    """The files are the same, but one could not be read when it was looked at, and is left out."""
+    """The files have not changed, but this time one of them cannot be read at first, and is left out."""
     interrupt(images, monkeypatch, 20)
     decode, unread = writer_module.decode, []
 
@@ -283,7 +284,7 @@ def test_images_of_another_choice_are_not_gone_on_with(images, monkeypatch, deco
     decoded.clear()
     opened = cached(dataclasses.replace(images, on_error="skip"))
     assert len(opened.skipped) == 1
-    assert len(decoded) == (COUNT - 1) + (COUNT - 1)  # tried, and decoded
+    assert len(decoded) == (COUNT - 1) + (COUNT - 1)  # once to find images that cannot be read, once for the cache
     assert "holds other images: decoding from the start" in caplog.text
     first = np.asarray(random_image(2)).transpose(2, 0, 1)
     assert np.array_equal(opened.part("train").images[0], first)
@@ -335,7 +336,7 @@ def test_a_disk_that_fills_up_later_is_not_kept_full(images, monkeypatch, decode
 
 
 def test_decoding_goes_on_while_the_disk_is_slow(images, monkeypatch, decoded):
-    """While the first image is brought to the disk, more are decoded than wait to be written."""
+    """While the first image is being synced to the disk, more are decoded than may wait to be written."""
     by_then: list[int] = []
 
     def slow(descriptor):
@@ -370,6 +371,7 @@ def test_where_there_is_no_terminal_lines_say_how_far_it_is(images, decoded, cap
 
 
 def test_the_line_tells_images_their_order_and_whose_they_are_apart():
+    """The line that describes saved images depends on the images, their order, the header and the source."""
     one, other = (np.asarray(random_image(seed)).transpose(2, 0, 1)[None].copy() for seed in (1, 2))
 
     def line(images, header=b"header", about=b"about") -> str:

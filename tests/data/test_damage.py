@@ -1,4 +1,4 @@
-"""Mutated files: every one is read as another program reads it, or refused in one line; nothing hangs, nothing runs."""
+"""Mutated files are read as another program reads them, or refused in one line; none hangs the loader or runs code."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ from src.data.decoding import LazyImage, open_bytes
 from src.errors import UsageError
 from tests.data.layouts import SIZE, decoded, encoded, random_image, write_folder, write_shard
 
-CASES = int(os.environ.get("CASES", "50"))  # of each kind; scripts and patience may want more
+CASES = int(os.environ.get("CASES", "50"))  # examples per test; `make reliability` tries more
 many = settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
 
 IMAGES = [
@@ -31,7 +31,7 @@ IMAGES = [
 
 @contextmanager
 def at_most(seconds: int):
-    """A hang is a failure."""
+    """Fail if the block takes longer than this."""
 
     def hangs(*_):
         raise AssertionError(f"took more than {seconds} s")

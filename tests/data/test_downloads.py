@@ -1,4 +1,4 @@
-"""Data sets that torchvision downloads: its files with a few made-up images, whose checksums replace the published."""
+"""Data sets that torchvision downloads, as files with a few made-up images; their checksums replace the published."""
 
 import pickle
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which images a data set holds: known by what they are, not by where or how they lie."""
+"""The fingerprint of a data set depends on its images and labels, not on where or how they are stored."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def decodes_nothing(monkeypatch) -> None:
         raise AssertionError("read an image")
 
     monkeypatch.setattr(writer_module, "decode", never)
-    monkeypatch.setattr(cache_module, "Cache", never)  # which reads the whole file
+    monkeypatch.setattr(cache_module, "Cache", never)  # opening a cache reads all of it
 
 
 def test_it_is_16_hex_digits_that_every_reader_finds(images):
@@ -140,6 +140,7 @@ def test_whatever_changes_what_is_learnt_shows(config, tmp_path, change):
 
 
 def test_where_an_image_lies_that_is_left_out_does_not_count(config, tmp_path):
+    """An unreadable image that is skipped does not change the fingerprint; a missing readable one does."""
     roots = [write_set("image_folder", tmp_path / name) for name in ("here", "elsewhere")]
     whole = fingerprint(config("image_folder", roots[0]))
     for root, name in zip(roots, ("z.png", "zz.png"), strict=True):

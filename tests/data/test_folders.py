@@ -1,4 +1,4 @@
-"""Folders as people leave them: each oddity is a line or a listed skip; nothing is doubled, or lost in silence."""
+"""Folders as people leave them: each oddity is refused or reported in one line; no image is read twice or lost."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ BROKEN = {
     "text.png": lambda path: path.write_text("not an image"),
     "deep.png": lambda path: Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(path),
     "nowhere.png": lambda path: path.symlink_to(path.parent / "gone"),
-    "pipe.png": os.mkfifo,  # which a reader would wait for
+    "pipe.png": os.mkfifo,  # a reader would wait for its writer
 }
 
 
@@ -50,6 +50,7 @@ def test_what_cannot_be_read_is_refused_or_skipped_and_counted(config, folder, c
 
 
 def test_the_others_are_what_they_would_be_alone(config, folder, tmp_path):
+    """Images that are skipped change neither the other images nor mean and standard deviation."""
     whole = load(config("image_folder", folder, final=True, cache_dir=str(tmp_path / "whole")))
     for part in ("train/a", "train/b", "test/b"):
         (folder / part / "0a.png").write_text("between two images")
@@ -84,7 +85,7 @@ def test_a_class_may_not_be_skipped_away(config, folder):
     assert "no training image of b can be read" in refusal(config("image_folder", folder, on_error="skip"))
 
 
-def test_nor_may_all_images_without_labels(refusal, tmp_path):
+def test_images_without_labels_may_not_all_be_skipped(refusal, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images/0.png").write_bytes(b"no image")
     said = refusal("image_folder", tmp_path / "images", on_error="skip")

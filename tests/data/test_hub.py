@@ -1,4 +1,4 @@
-"""The Hugging Face hub, played by a server on loopback that answers what its library asks of it."""
+"""The Hugging Face hub, simulated by a server on loopback that answers the requests of the hub's library."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ REPO = "someone/photos"
 
 
 class Hub(ThreadingHTTPServer):
-    """The data set `REPO`, with its branches as folders."""
+    """A server of the data set `REPO`, of which each branch is a folder."""
 
     def __init__(self, branches: dict[str, Path]):
         super().__init__(("127.0.0.1", 0), Answers)
@@ -96,7 +96,7 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
-    """As the library finds it; the test fills its folders."""
+    """The simulated hub, which the library is made to use; a test fills the folders of its branches."""
     server = Hub({"main": tmp_path / "main"})
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -115,7 +115,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
 
 
 def write_cifar(folder: Path) -> list:
-    """As ``uoft-cs/cifar100`` lies on the hub, with a few images: two columns of labels, one folder."""
+    """A few images in the layout of ``uoft-cs/cifar100`` on the hub: a folder of shards with the column fine_label."""
     names = [f"class {i}" for i in range(3)]
     images = write_shard(folder / "cifar100/train-00000-of-00001.parquet", [0, 1, 2] * 4, "img", "fine_label", names)
     write_shard(folder / "cifar100/test-00000-of-00001.parquet", [0, 1, 2], "img", "fine_label", names, seed=1)
@@ -175,7 +175,7 @@ def test_without_a_network_what_was_downloaded_serves(hub, config, refusal, tmp_
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_download_that_was_cut_short_does_not_serve(config, refusal, tmp_path, monkeypatch, shards):
-    """As older versions of the library give it, which do not know what is missing."""
+    """An older version of the library, which does not notice missing shards, returns the incomplete folder."""
     for each in range(shards):
         write_shard(tmp_path / f"snapshot/train-0000{each}-of-00002.parquet", [0, 1] * 6, seed=each)
     write_shard(tmp_path / "snapshot/test-00000-of-00001.parquet", [0, 1], seed=5)
@@ -211,6 +211,7 @@ def test_only_the_chosen_configuration_is_downloaded(hub, config, refusal, tmp_p
 
 
 def test_a_revision_is_what_it_says(hub, config, refusal, tmp_path):
+    """``data.revision`` chooses the branch; it is main by default, and an unknown one is refused."""
     for seed, each in enumerate(("main", "v1")):
         hub.branches[each] = tmp_path / each
         write_shard(tmp_path / each / "train-0.parquet", [0, 1] * 10, seed=seed)

@@ -1,4 +1,4 @@
-"""Which split is trained on, validates and tests, for folders and shards alike: all that people have, and hide."""
+"""Which splits train, validate, test and teach the probes, in folders and shards, with and without labels."""
 
 import logging
 from pathlib import Path
@@ -17,7 +17,7 @@ WITHOUT_LABELS = {"image_folder": ("none", "one class"), "parquet": ("none", "on
 
 
 def write(layout: str, root: Path, without: str = "none", **splits: int) -> Path:
-    """Splits of that many images: negative numbers stand for images without labels, which can be so in several ways."""
+    """Write splits of that many images; a negative number stands for unlabelled images, made as ``without`` says."""
     for seed, (name, count) in enumerate(splits.items(), start=1):
         if layout == "parquet":
             hidden = [0 if without == "one class" else -1] * -count
@@ -41,7 +41,7 @@ def images(split) -> set[bytes]:
     return {image.tobytes() for image in split.images.numpy()}
 
 
-CASES = {  # what there is; which images train, validate, test, teach; what is said
+CASES = {  # images in each split; images that train, validate, test and teach the probes; the message
     "all labelled, val is not ignored": (
         {"train": 24, "val": 8, "test": 6},
         {"train": 24, "val": 8, "test": 6, "probe": 24},
@@ -88,7 +88,7 @@ CASES = {  # what there is; which images train, validate, test, teach; what is s
 def test_each_split_has_its_role(config, tmp_path, caplog, layout, without, case):
     splits, expected, said = CASES[case]
     cfg = config(layout, write(layout, tmp_path / "images", without, **splits))
-    for _ in range(2):  # from the cache too
+    for _ in range(2):  # the second time from the cache
         caplog.clear()
         dataset = load(cfg)
         assert sizes(dataset) == expected

@@ -375,7 +375,7 @@ class TestParquet:
         assert len(load(config("parquet", tmp_path, config="full", final=True)).train) == 2
         assert len(load(config("parquet", tmp_path, config="small", final=True)).train) == 4
 
-    def test_nor_are_those_merged_that_have_no_split_in_common(self, refusal, config, tmp_path):
+    def test_configurations_that_have_no_split_in_common_are_not_merged(self, refusal, config, tmp_path):
         for seed, name in enumerate(["a/train-0.parquet", "a/test-0.parquet", "b/validation-0.parquet"]):
             write_shard(tmp_path / name, [0, 1] * 4, seed=seed)
         assert "data set: a, b; choose one with data.config=NAME, or move the shards" in refusal("parquet", tmp_path)

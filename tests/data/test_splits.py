@@ -25,12 +25,12 @@ def test_stratified_split_is_a_partition_in_proportion(labels, fraction, seed):
 
 
 def test_stratified_split_holds_out_the_fraction_where_classes_divide_unevenly():
-    labels = torch.arange(10).repeat(13)  # 1.3 of each class
+    labels = torch.arange(10).repeat(13)  # a tenth of each class is 1.3
     assert len(stratified_split(labels, 0.1, seed=0)[1]) == 13
 
 
 def test_what_does_not_divide_goes_to_the_largest_remainders_and_among_equal_ones_by_the_seed():
-    labels = torch.tensor([0] * 13 + [1] * 17 + [2] * 20)  # 1.3, 1.7 and 2 of them
+    labels = torch.tensor([0] * 13 + [1] * 17 + [2] * 20)  # a tenth of the classes is 1.3, 1.7 and 2
     counts = [labels[stratified_split(labels, 0.1, seed)[1]].bincount().tolist() for seed in range(20)]
     assert counts == [[1, 2, 2]] * 20
     equal = torch.arange(10).repeat(13)

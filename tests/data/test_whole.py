@@ -1,4 +1,4 @@
-"""``data.keep``: whole images are stored as squares with their aspect, of which views and evaluation make the best."""
+"""``data.keep``: whole images are stored squeezed to squares, with their aspects; crops undo the squeezing."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ SHAPES = [(16, 8), (8, 16), (12, 12), (24, 8)]
 
 @pytest.fixture
 def root(tmp_path):
-    """A picture of each shape in each class, one of them on its side."""
+    """Pictures of each shape in each class; one is stored sideways, with an EXIF tag that turns it upright."""
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i, shape in enumerate(SHAPES * 5):
@@ -34,7 +34,7 @@ def root(tmp_path):
 
 
 def smooth(width: int, height: int, turn: float = 0.0) -> Image.Image:
-    """A picture that changes little from pixel to pixel, otherwise in each channel."""
+    """A picture that changes little from pixel to pixel, differently in each channel."""
     y, x = np.mgrid[:height, :width] / 8
     waves = [np.sin(x + y + turn), np.sin(2 * x - y), np.cos(x - turn)]
     return Image.fromarray(np.uint8(127.5 + 100 * np.stack(waves, 2)))
@@ -44,7 +44,7 @@ def test_the_cache_has_whole_images_and_their_aspects(config, root):
     cfg = config("image_folder", root, keep=10)
     dataset = load(dataclasses.replace(cfg, final=True))
     shapes = [np.float32(w / h) for w, h in [*SHAPES * 5, *SHAPES * 5]]
-    shapes[0] = np.float32(8 / 16)  # upright
+    shapes[0] = np.float32(8 / 16)  # the picture that is turned upright
     everything = torch.cat([dataset.train.aspects, dataset.test.aspects])
     assert sorted(everything.tolist()) == sorted(map(float, shapes))
     wanted = [ImageOps.exif_transpose(Image.open(path)) for path in sorted(root.rglob("*.png"))]
@@ -87,7 +87,7 @@ def test_the_middle_of_a_panorama_is_finite():
 
 @pytest.mark.parametrize(("width", "height"), [(400, 200), (200, 300)])
 def test_crops_are_those_of_the_whole_image(width, height):
-    """Squeezed back, they are distributed as torchvision's of the image before it was squeezed."""
+    """In the proportions of the original image, boxes are distributed as torchvision's on that image."""
     torch.manual_seed(0)
     aspects = torch.full((3000,), width / height)
     boxes = draw_boxes(3000, 200, 200, [0.08, 1.0], aspects).double() * torch.tensor([height, width] * 2) / 200
