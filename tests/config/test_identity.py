@@ -33,18 +33,19 @@ from tests.config.test_schema import parsed
         (["objective.support_weight=1", "objective.predictor_hidden=4096"], ["objective=published"]),
         (["method=nnclr", "support=none", "objective=nt_xent"], ["method=simclr"]),
         (["objective=teacher", "support=none", "objective.neighbours=5"], ["objective=teacher", "support=none"]),
-        (["data.draft=true"], []),  # the fingerprint tells
+        (["data.draft=true"], []),  # the data's fingerprint tells
         (
             ["objective=relation", "support=none", "objective.student_temperature=0.5"],
             ["objective=relation", "support=none"],
         ),
-        (["method=simclr", "search=torch"], ["method=simclr"]),  # which finds the same neighbours
+        (["method=simclr", "search=torch"], ["method=simclr"]),
         (["method=nnclr", "queue_size=0", "search=ivf"], ["method=nnclr", "support=none"]),
         (["optimizer.weight_decay=0", "optimizer.clip_trust=true"], ["optimizer.weight_decay=0"]),
         (["data.final=true", "data.val_fraction=0.2", "data.split_seed=3"], ["data.final=true"]),
     ],
 )
 def test_what_has_no_effect_and_how_it_was_typed_do_not_count(one, other):
+    """Two command lines have one hash if they differ in settings without an effect or in how they are typed."""
     assert identity.config_hash(parsed(*one)) == identity.config_hash(parsed(*other))
 
 
@@ -73,6 +74,7 @@ def test_how_much_other_dimensions_count_matters_where_there_is_decorrelation():
     assert identity.config_hash(one) != identity.config_hash(other)
 
 
+# Settings that never change the hash, and groups of settings that do so only with some options.
 NEVER = {"data.background", "data.cache_dir", "data.draft", "data.on_error", "data.root", "device", "dry_run", "resume"}
 NEVER |= {"on_collapse", "augment.view1.blur_sigma", "augment.view2.blur_sigma", "objective.off_diagonal"}
 REFIT = {"support.half_life", "support.refit_every", "support.refit_window"}
@@ -163,11 +165,12 @@ def test_a_config_saved_when_the_method_held_everything_means_the_same():
     [
         ({"method.name": "kmclr", "method.prototype_weight": "0.0"}, "nt_xent"),
         ({"method.name": "kmclr", "method.support_weight": "0.3"}, "mixed"),
-        ({"method.name": "nnclr"}, "published"),  # of before there was a weight: stored positives had all of the loss
+        ({"method.name": "nnclr"}, "published"),  # before there was a weight, stored positives had all of the loss
         ({"method.name": "simclr"}, "nt_xent"),
     ],
 )
 def test_a_record_of_then_is_of_the_loss_of_then(then, name):
+    """The settings of a record from before there were objectives say which of today's objectives it used."""
     assert modern(then | {"method.predictor_hidden": "4096"})["objective.name"] == name
 
 
@@ -189,6 +192,7 @@ def test_names_are_readable():
 
 
 def test_what_prototypes_are_reclustered_from_is_stored_too():
+    """The size of a support set includes the window of embeddings that re-clustering needs."""
     refit = ["support.refit=faiss", "support.refit_window=600"]
     assert identity.support_set_size(parsed("method=kmclr", "k=50")) == 50
     assert identity.support_set_size(parsed("method=kmclr", "k=50", *refit)) == 50 + 600

@@ -29,7 +29,7 @@ class Pictures(nn.Flatten):
 
 @pytest.fixture(autouse=True)
 def theirs(monkeypatch):
-    """A module that anybody may import."""
+    """A user's module, which can be imported as ``theirs``."""
     module = ModuleType("theirs")
     module.__dict__.update(Net=Net, Pictures=Pictures, seven=lambda: 7, fails=lambda first: 1 / 0, untyped=int)
     module.Named = dict
@@ -67,6 +67,7 @@ def test_the_constructor_types_the_settings():
     ],
 )
 def test_a_mistake_in_them_is_one_line(target, values, says):
+    """A mistake in the settings of a user's class, or in its path, is a one-line error."""
     with pytest.raises(UsageError, match=says) as caught:
         parse(outside("method", target, "support=none", **values))
     assert "\n" not in str(caught.value)
@@ -93,11 +94,14 @@ def test_what_fails_or_is_something_else():
 
 
 def test_its_settings_may_have_any_name():
+    """A user's setting may have the name of one of `make`'s own parameters."""
     made = make("theirs.Named", "data", dict, path="digits.npz", group=1, kind="b")
     assert made == {"path": "digits.npz", "group": 1, "kind": "b"}
 
 
 def test_its_settings_count_and_its_looks_and_the_objective_do_not():
+    """The settings of a user's method change the hash; its label, its colour and our objectives' settings do not."""
+
     def hashed(*overrides, **values):
         return identity.config_hash(parse(outside("method", "Net", "support=none", *overrides, **values)))
 
@@ -109,6 +113,7 @@ def test_its_settings_count_and_its_looks_and_the_objective_do_not():
 
 
 def test_a_support_set_lends_its_looks_to_our_method():
+    """A method of ours with a user's support set is shown with the name, label and colour of the support set."""
     cfg = parse(
         outside("support", "Net", "method=simclr", "objective=mixed", momentum=0, label="Mine", colour="#123456")
     )

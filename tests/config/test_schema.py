@@ -46,7 +46,7 @@ def test_every_experiment_composes_with_every_method_unless_it_names_one(experim
     teachers = {"simclr": "byol", "nnclr": "mnn", "kmclr": "mnn_prototypes"}
     names_one = experiment.startswith(("original_", "imagenet_"))
     named = experiment.rpartition("_")[2] if names_one else None
-    named = {"mnn": "mnn", "teacher": teachers[method]}.get(experiment, named)  # which choose the objective
+    named = {"mnn": "mnn", "teacher": teachers[method]}.get(experiment, named)  # named by their objective
     cfg = parsed(f"experiment={experiment}", *([] if names_one else [f"method={method}"]))
     assert cfg.method.name == (named or method)
 
@@ -203,13 +203,13 @@ def test_a_window_smaller_than_k_is_refused():
 
 
 def test_imagenet_has_the_settings_of_the_paper():
-    """NNCLR's, section 4.1, which are published for 224 pixels and a batch of 4,096."""
+    """The NNCLR paper, section 4.1, publishes them for 224 pixels and a batch of 4,096."""
     cfg = parsed("experiment=imagenet_kmclr", "data.root=images")
     assert (cfg.backbone.name, cfg.backbone.stem) == ("resnet50", "large")
     assert (cfg.data.name, cfg.data.image_size, cfg.data.keep) == ("imagenet", 224, 256)
     assert (cfg.batch_size, cfg.epochs, cfg.schedule.warmup_epochs) == (4096, 1000, 10)
     assert (cfg.optimizer.name, cfg.optimizer.lr, cfg.optimizer.weight_decay) == ("lars", 0.3, 1e-6)
-    assert (cfg.optimizer.trust_coefficient, cfg.optimizer.clip_trust) == (0.001, False)  # whose rate that is
+    assert (cfg.optimizer.trust_coefficient, cfg.optimizer.clip_trust) == (0.001, False)  # the rate is meant for these
     assert (cfg.projector.hidden, cfg.projector.out, cfg.objective.predictor_hidden) == ([2048, 2048], 256, 4096)
     assert (cfg.method.name, cfg.k) == ("kmclr", 4000)
 

@@ -41,6 +41,7 @@ def test_other_variables_are_settings_as_before(monkeypatch):
 
 
 def test_what_was_hidden_keeps_no_run_from_going_on(tmp_path):
+    """A setting that a record hides as ``***`` does not make a run's configuration another one."""
     cfg = parsed("+data.options={hub_token:abc}")
     saved = {key: str(value) for key, value in identity.flat(cfg).items()}
     identity.check_same(saved | {"data.options.hub_token": "***"}, cfg, tmp_path)

@@ -1,4 +1,4 @@
-"""The features of images in a parquet file are those of the run's encoder, row by row, whatever the images."""
+"""`src.embed` writes, row by row, the features that the run's encoder gives, for any images, to a parquet file."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ def run(tmp_path_factory, cache_dir):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The maps that have been drawn: vectors, labels and classes. t-SNE takes a second."""
+    """(vectors, labels, classes) of each map; a stub replaces the drawing, because t-SNE takes a second."""
     from matplotlib.figure import Figure
 
     maps = []
@@ -103,7 +103,7 @@ def test_each_image_has_its_path_its_split_and_its_class(run, drawn, cache_dir, 
     out = tmp_path / "out.parquet"
     write(run, *of_folder(folder, cache_dir, "data.limit=6"), f"out={out}")
     rows = pq.read_table(out).to_pylist()
-    assert len(rows) == 6 + 6  # what the limit leaves of training and validation, and the test
+    assert len(rows) == 6 + 6  # the limit leaves 6 for training and validation together; 6 are test images
     for row in rows:
         split, label, _ = row["image"].removeprefix(f"{folder}/").split("/")
         assert (row["split"], row["label"]) == (split, label)
@@ -140,6 +140,7 @@ def test_of_a_runs_own_images_those_that_validate_it_are_told_apart(drawn, cache
 
 
 def test_where_other_labelled_images_stand_in_those_that_validate_are_of_them(drawn, cache_dir, tmp_path):
+    """If the training images have no labels, validation and probe images both come from the labelled split."""
     counts = {"unlabeled": 5, "train/a": 10, "train/b": 10, "test/a": 1, "test/b": 1}
     images = write_folder(tmp_path / "images", counts)
     folder = run_on(images, cache_dir, tmp_path, "data.train_split=unlabeled")
@@ -150,7 +151,7 @@ def test_where_other_labelled_images_stand_in_those_that_validate_are_of_them(dr
 
 
 def run_on(images, cache_dir, tmp_path, *settings):
-    """A run on a folder of images, as its configuration tells."""
+    """Write a finished run whose configuration says that it was trained on this folder of images."""
     folder = write_run(tmp_path / "run", "backbone=resnet_tiny")
     cfg = parsed(*of_folder(images, cache_dir, "data.image_size=32", *settings), "backbone=resnet_tiny")
     cfg.data.fingerprint = load(cfg.data).fingerprint
@@ -233,7 +234,7 @@ def test_images_that_have_gone_meanwhile_end_in_a_line(run, drawn, tmp_path, cac
 
 @pytest.mark.parametrize("place", ["run", "out"])
 def test_a_full_disk_is_one_line_that_names_the_file(run, drawn, tmp_path, cache_dir, monkeypatch, place):
-    write(run, f"out={tmp_path}/first.parquet")  # after which the images are decoded, whatever test came before
+    write(run, f"out={tmp_path}/first.parquet")  # so that the images are decoded
     for file in [*tmp_path.iterdir(), run / "embeddings.parquet"]:
         file.unlink(missing_ok=True)
     out = [f"out={tmp_path}/out.parquet"] if place == "out" else []

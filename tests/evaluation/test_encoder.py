@@ -1,4 +1,4 @@
-"""The encoder's file says what it is, and the module made of it is the encoder that was evaluated."""
+"""The encoder's file describes itself, and the module that is loaded from it is the encoder that was evaluated."""
 
 import json
 import os
@@ -22,12 +22,12 @@ FIGURES = {"test/linear_top1": 12.5}
 
 @pytest.fixture(scope="module", params=["resnet_tiny", "timm"])
 def written(request, cache_dir, tmp_path_factory):
-    """An encoder's file, and how the evaluation sees the same encoder."""
+    """An encoder's file, its data, and the same encoder as the evaluation uses it."""
     named = {"timm": ["backbone.name=test_vit", "+backbone.options.img_size=32"]}.get(request.param, [])
     cfg = parsed("data=digits", f"data.cache_dir={cache_dir}", f"backbone={request.param}", *named)
     data = load(cfg.data)
     encoder, _ = build.encoder(cfg.backbone, cfg.data.image_size)
-    with torch.no_grad():  # running statistics that are not those of a fresh network
+    with torch.no_grad():  # the running statistics must not be those of a fresh network
         encoder.train()(torch.randn(16, 3, 32, 32))
     path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
     save_encoder(path, encoder.state_dict(), cfg, data.mean, data.std, data.classes, FIGURES, "abc123")

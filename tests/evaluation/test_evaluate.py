@@ -30,7 +30,7 @@ def run(*overrides):
 
 @pytest.fixture(scope="module")
 def taught(finished):
-    """A finished run with a teacher, which has been evaluated at the end."""
+    """A finished run whose teacher was evaluated, too, at the end."""
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         cfg = compose("train", overrides=[
             "experiment=demo", "objective=teacher", "support=none", "epochs=1", "data.limit=200", "batch_size=64",
@@ -46,7 +46,7 @@ def test_the_teachers_figures_stand_beside_the_students_and_are_its_own(taught, 
     figures = Record.load(taught).metrics
     both = {key for key in figures if key.startswith(("val/linear", "test/"))}
     assert {key.removeprefix("teacher/") for key in figures if key.startswith("teacher/")} == both
-    # A student that is the teacher is worth the same.
+    # A student that is given the teacher's weights has the teacher's figures.
     _, state = checkpoint.load_latest(taught / "checkpoints")
     for key in list(state["model"]):
         if key.startswith("teacher_encoder."):
@@ -58,6 +58,7 @@ def test_the_teachers_figures_stand_beside_the_students_and_are_its_own(taught, 
 
 
 def test_others_get_the_encoder_of_the_student(taught):
+    """The file of the encoder, which other programs read, holds the student's weights and not the teacher's."""
     model = checkpoint.load_latest(taught / "checkpoints")[1]["model"]
     weights = load_file(taught / "encoder.safetensors")
     assert all(torch.equal(value, model[f"encoder.{key}"]) for key, value in weights.items())
@@ -180,6 +181,7 @@ def test_a_run_ends_with_few_labels_and_fine_tuning_and_repeats_them(tmp_path, s
 
 
 def test_figures_are_logged_where_the_run_was_last_asked_for(finished, tmp_path):
+    """They go to the experiment that requested the run last, and to the run's last step."""
     shutil.copytree(finished, tmp_path / "run")
     record = Record.load(tmp_path / "run")
     before = {*record.copies, "other"}
@@ -193,6 +195,7 @@ def test_figures_are_logged_where_the_run_was_last_asked_for(finished, tmp_path)
 
 
 def test_what_matters_in_training_only_makes_no_other_protocol(finished):
+    """Settings that matter during training only leave the figures their own names, ``test/...``."""
     for setting in ("every=7", "online_lr=0.7", "bank=40", "pictures=true"):
         found = run(f"checkpoint={finished}", "evaluation=linear", "evaluation.epochs=5", f"evaluation.{setting}")
         assert "test/linear_top1" in found, setting
@@ -270,6 +273,7 @@ def test_the_record_says_by_which_settings_and_still_when_the_run_ended(finished
 
 
 def test_a_tag_is_of_the_figures_that_are_there(finished, caplog):
+    """The tag of a group of figures names the settings with which its present figures were measured."""
     for chosen in (["evaluation.knn_k=5"], ["precision=bfloat16"]):
         run(f"checkpoint={finished}", *chosen)
     assert Record.load(finished).tags["evaluated/test_linear"] == "precision=bfloat16"
@@ -389,6 +393,6 @@ def test_a_run_stays_finished_where_a_later_evaluation_is_broken_off(finished, t
         patch.setattr(Tracker, where, interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(f"run={folder}", "evaluation.knn_k=7")
-    after = Record.load(folder)  # what a SIGTERM, too, would leave
+    after = Record.load(folder)  # a SIGTERM would leave the same
     assert (after.status, after.end_time, after.tags) == ("FINISHED", before.end_time, before.tags)
     assert run(f"run={folder}", "evaluation.knn_k=7").items() <= Record.load(folder).metrics.items()

@@ -1,4 +1,4 @@
-"""A run's encoder in formats of others is the same encoder, where nothing of this project is installed."""
+"""An exported encoder gives the features of the run's encoder, also where this project is not installed."""
 
 import json
 import os
@@ -26,7 +26,7 @@ OF_TIMM = ["backbone=timm", "backbone.name=test_vit", "+backbone.options.img_siz
 
 
 def write_run(folder, *backbone):
-    """What a finished run leaves of its encoder, with running statistics that are not those of a fresh network."""
+    """Write the record and the encoder of a finished run; its running statistics are not those of a fresh network."""
     folder.mkdir(parents=True)
     cfg = parsed("data=digits", "data.image_size=32", *backbone)
     encoder, _ = build.encoder(cfg.backbone, 32)
@@ -56,7 +56,7 @@ def write(folder, name):
 
 
 def in_a_bare_environment(tmp_path, program, *arguments):
-    """What the program prints where it has no project beside it: another folder, no PYTHONPATH, no user's packages."""
+    """What a program prints without this project: in another folder, without PYTHONPATH or the user's packages."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     done = subprocess.run(
         [sys.executable, "-I", "-c", program, *arguments],
@@ -67,7 +67,7 @@ def in_a_bare_environment(tmp_path, program, *arguments):
 
 
 def batches(tmp_path):
-    """Two batches of different size, in a file each, and what the files are called."""
+    """Write two batches of different sizes to files; yields (size, images), where the file is ``SIZE.json``."""
     for size in (1, 5):
         images = torch.rand(size, 3, 32, 32)
         (tmp_path / f"{size}.json").write_text(json.dumps(images.tolist()))
@@ -111,7 +111,7 @@ def test_a_program_gives_the_encoders_features_without_this_project(run, name, p
         with torch.no_grad():
             torch.testing.assert_close(torch.tensor(features), encoder(images), rtol=0, atol=1e-4)
     content = path.read_bytes()
-    assert str(PROJECT).encode() not in content  # a program tells nobody where it was made
+    assert str(PROJECT).encode() not in content  # the file does not tell where it was made
     assert os.path.dirname(torch.__file__).encode() not in content
     assert b"abc123" in content
     assert not list(folder.glob("*.tmp"))
@@ -195,7 +195,7 @@ def test_a_backbone_of_others_is_no_checkpoint_of_timm(ours):
 
 
 class LooksAtItsImages(nn.Module):
-    """Goes one way or the other by what it sees, which no program can."""
+    """A network that branches on the values of its images, which an exported program cannot do."""
 
     def forward(self, images):
         return images.flatten(1) if images.sum() > 0 else -images.flatten(1)

@@ -33,7 +33,7 @@ def data():
 
 @pytest.fixture
 def frozen():
-    """Its features are all alike until it learns: the mean of the channels, which is that of every class."""
+    """An encoder whose features are nearly the mean of the channels, which is that of every class, until it learns."""
     encoder = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     nn.init.constant_(encoder[0].weight, 1 / 3)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_a_problem_that_can_be_solved_is_solved_and_the_encoder_stays(data, froz
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_the_whole_network_learns_and_the_same_seed_to_the_same_bits(data, frozen, trains):
-    """A teacher's encoder requires no gradient in its run, and does where it is read from a file."""
+    """A teacher's encoder requires no gradient in its own run (``trains`` is False), but does when read from a file."""
     frozen.encoder.requires_grad_(trains)
     first, again = (fine_tune(frozen, data.probe, 3, 0.1, CFG, seed=1).encoder for _ in range(2))
     for key, value in first[0].state_dict().items():
@@ -69,6 +69,7 @@ def test_the_whole_network_learns_and_the_same_seed_to_the_same_bits(data, froze
 
 
 def test_batch_norm_over_parts_is_of_the_pre_training(data, frozen):
+    """Fine-tuning takes batch norm over the whole batch; the encoder itself keeps its parts."""
     whole = fine_tune(frozen, data.probe, 3, 0.1, CFG, seed=1).encoder
     models.split_batch_norms(frozen.encoder, 4)
     tuned = fine_tune(frozen, data.probe, 3, 0.1, CFG, seed=1).encoder
@@ -104,7 +105,7 @@ def test_it_is_torchs_sgd_with_a_half_cosine(data, frozen):
         torch.testing.assert_close(tuned.state_dict()[key], value, msg=key)
 
 
-ACCURACY = {  # of the network of each learning rate, in percent, on images that learn, that choose and of the test
+ACCURACY = {  # learning rate: accuracy in percent on the images that are learnt, that choose the rate, and of the test
     0.1: (100, 50, 100),
     0.2: (40, 80, 20),
     0.3: (50, 80, 90),
@@ -144,6 +145,7 @@ def test_the_validation_images_choose_the_learning_rate(data, frozen):
 
 
 def test_a_learning_rate_that_diverges_is_passed_over(data, frozen, caplog):
+    """Another rate is chosen; if there is none, a warning says so and there are no figures."""
     with pytest.raises(Diverged, match=r"diverged at a learning rate of 1e\+30"):
         fine_tune(frozen, data.probe, 3, 1e30, CFG, seed=0)
     assert fine_tuning(frozen, data, Finetune(8, 16, [1e30, 0.1]), seed=0)["test/finetune_top1"] == 100

@@ -17,14 +17,17 @@ def method(support):
 
 
 def test_of_a_queue_and_of_prototypes_the_same_is_counted():
-    """With k-means that has one member a prototype, both hold the same; with more, a member at random would agree."""
+    """The agreement of a prototype is the share of its members with the query's label.
+
+    While every prototype has one member, a queue of the same vectors has the same agreement.
+    """
     x, labels = torch.eye(DIM), torch.tensor([0, 1, 2, 0])
     asked, classes = x[[0, 1, 2, 3, 3]], torch.tensor([0, 1, 0, 0, 2])
     queue, kmeans = Queue(DIM, DIM, TorchSearch()), KMeans(DIM, DIM, CLASSES, TorchSearch())
     for support in (queue, kmeans):
         support.update(x, torch.arange(DIM), labels)
         assert agreement(method(support), asked, classes) == {"support/val_agreement": pytest.approx(3 / 5)}
-    kmeans.update(x[[3, 3]], torch.arange(2), torch.tensor([2, 2]))  # by a majority the last two would count 0 and 1
+    kmeans.update(x[[3, 3]], torch.arange(2), torch.tensor([2, 2]))  # a majority would count 0 and 1 for the last two
     expected = {"support/val_agreement": pytest.approx((1 + 1 + 0 + 1 / 3 + 2 / 3) / 5)}
     assert agreement(method(kmeans), asked, classes) == expected
 

@@ -37,7 +37,7 @@ def test_top5_of_two_classes_is_everything():
 
 @pytest.mark.parametrize("k", [1, 10, 1000])
 def test_knn_is_wu_et_al_by_loops(k, monkeypatch):
-    monkeypatch.setattr(probes, "BLOCK", 7)  # of 20 queries
+    monkeypatch.setattr(probes, "BLOCK", 7)  # the 20 queries are scored in three blocks
     scored, hits = [], probes.topk_hits
     monkeypatch.setattr(probes, "topk_hits", lambda scores, *rest: scored.append(scores) or hits(scores, *rest))
     bank, queries = blobs(60), blobs(20)
@@ -73,7 +73,7 @@ def test_the_accuracy_of_a_head_is_counted_by_blocks_of_that_head_alone(monkeypa
 
 
 def test_heads_train_as_torchs_sgd_would():
-    """The closed-form gradient and the hand-written momentum, against autograd and torch.optim.SGD."""
+    """The closed-form gradient and the hand-written momentum equal autograd and torch.optim.SGD."""
     data, lrs, epochs = blobs(48), [0.05, 0.7], 3
     center, scale = torch.randn(8), torch.rand(8) + 0.5
     heads = LinearHeads(5, lrs, center, scale)
@@ -186,7 +186,7 @@ def test_a_feature_that_is_constant_has_no_say():
 
 
 def order_of(heads_of, seed, monkeypatch):
-    """The labels, as the probe sees them, of the first two epochs of batches, and how many it takes for an epoch."""
+    """The labels in the order of the first epoch, those of the second, and the number of steps of an epoch."""
     seen = []
     with monkeypatch.context() as patch:
         patch.setattr(LinearHeads, "fit", lambda _, batches, epochs, steps: seen.extend((batches, steps)))
@@ -196,7 +196,7 @@ def order_of(heads_of, seed, monkeypatch):
 
 
 def test_a_probe_sees_all_images_in_an_order_of_its_seed_and_epoch(monkeypatch):
-    """Also where the last batch is not full, of which the learning rate's cosine knows."""
+    """The last batch, which is not full, is used too, and counts as a step of the learning rate's cosine."""
     features = Features(torch.randn(50, 8), torch.arange(50))
     of = partial(probes.cached_heads, features, 50, [0.1], 2, 16)
     first, second, steps = order_of(of, 0, monkeypatch)
@@ -208,7 +208,7 @@ def test_a_probe_sees_all_images_in_an_order_of_its_seed_and_epoch(monkeypatch):
 
 def test_a_probe_of_crops_has_an_order_and_crops_of_its_seed_and_epoch(monkeypatch):
     image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
-    split = Split(image.expand(50, -1, -1, -1), torch.arange(50))  # which nothing but their crops tells apart
+    split = Split(image.expand(50, -1, -1, -1), torch.arange(50))  # equal images, told apart by their crops only
     frozen = FrozenEncoder(nn.Flatten(), [0.5] * 3, [0.25] * 3, torch.device("cpu"), torch.float32)
     of = partial(probes.augmented_heads, frozen, split, 50, [0.1], 2, 16)
     orders = [order_of(of, seed, monkeypatch) for seed in (0, 1)]
@@ -249,7 +249,7 @@ def test_a_frozen_encoder_stays_frozen():
         (4, False, False),
         (2, False, False),
     ]
-    assert recorder.training  # as it was before
+    assert recorder.training  # it is put back into the mode that it had
     assert torch.equal(recorder.batch_norm.running_mean, before)
     mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.4]])[..., None, None]
     torch.testing.assert_close(recorder.seen[0][0], (split.images[:4] / 255 - mean) / std)
@@ -259,6 +259,7 @@ def test_a_frozen_encoder_stays_frozen():
 
 
 def test_another_encoder_is_used_as_the_first_is_and_stops_where_that_does():
+    """`FrozenEncoder.of` keeps the normalisation, and the call before each block, which may stop the work."""
     asked = []
     frozen = FrozenEncoder(Recorder(), [0.5] * 3, [0.2] * 3, torch.device("cpu"), torch.float32)
     frozen.before_block = lambda: asked.append(True)

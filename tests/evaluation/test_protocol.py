@@ -19,7 +19,7 @@ from tests.evaluation.conftest import load_config
 
 
 def test_the_number_of_neighbours_is_chosen_on_validation_images_and_recorded(finished):
-    """Features that lie on two arcs: few neighbours are right, and many ask the other class."""
+    """The features lie on two close arcs: few neighbours are of the right class, and many reach the other."""
     angle = torch.linspace(0, 3.1, 40).repeat(2)
     x_NF = torch.stack([angle.cos(), angle.sin(), torch.tensor([0.05, -0.05]).repeat_interleave(40)], dim=1)
     features = Features(x_NF, torch.tensor([0, 1]).repeat_interleave(40))
@@ -39,7 +39,7 @@ def test_the_number_of_neighbours_is_chosen_on_validation_images_and_recorded(fi
 
 
 class Known(Features):
-    """Features that stand for a split of images."""
+    """Features in the place of a split of images."""
 
     labels = property(lambda self: self.labels_N)
 
@@ -63,7 +63,7 @@ ASKED = {
 
 @pytest.mark.parametrize(("final", "drawn_from"), [(False, 29), (True, 74)])
 def test_the_final_figures_by_hand(finished, monkeypatch, final, drawn_from):
-    """Where the images that learn, or those of the test, would have chosen another learning rate and another k."""
+    """The data is such that training or test images would have chosen another learning rate and another k."""
     torch.manual_seed(drawn_from)
     train, val, test = known(120), known(60), known(60)
     cfg = replace(load_config(finished).evaluation, **ASKED, finetune=object())
@@ -128,7 +128,7 @@ def test_a_sample_of_the_training_images_votes_in_a_validation(finished):
     assert set(seen[-1].bincount().tolist()) == {4}
     assert figures[None] == figures[10**6] != figures[40]
     assert (figures[40]["val/knn_k"], figures[None]["val/effective_rank"]) == (4, figures[40]["val/effective_rank"])
-    for asked in ({"knn_k": 1}, {}):  # the second's is another one for so few images than for all
+    for asked in ({"knn_k": 1}, {}):  # by default, k is another one for 40 images than for all
         beside = of(bank=40, **asked).untrained(frozen)
         one = of(bank=40, **asked).validation(frozen, classifier, NOTHING_STORED)
         assert beside["untrained/val/knn_top1"] == one["val/knn_top1"]
@@ -136,7 +136,7 @@ def test_a_sample_of_the_training_images_votes_in_a_validation(finished):
 
 
 def test_the_figures_of_a_validation_by_hand(finished):
-    """The images that vote are the same whatever the run's seed."""
+    """The images that vote are always drawn with seed 0, whatever the run's seed is."""
     torch.manual_seed(21)
     train, val = known(120), known(60)
     cfg = replace(load_config(finished).evaluation, knn_k=[1, 3, 7], bank=90)

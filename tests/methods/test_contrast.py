@@ -67,7 +67,7 @@ def test_decorrelation_stands_beside_the_loss(make):
 
 
 def expected(method, view1, view2, positives=None, groups=None):
-    """The support set's term alone."""
+    """The support set's term of the loss, without that of the two views."""
     z1, z2 = (method.projector(method.encoder(view)) for view in (view1, view2))
     q1, q2 = positives or (z1.detach(), z2.detach())
     if method.predictor is None:
@@ -157,7 +157,7 @@ def test_a_few_steps_lower_the_loss(make):
 
 
 def test_masking_keeps_equal_positives_from_being_negatives():
-    """With one prototype every row has the same positive: masked, nothing is left to tell apart; unmasked, all is."""
+    """With one prototype all rows have the same positive: masked, no negative is left and the loss is 0."""
     view1, view2 = views()
     for mask_shared, predictor in product((True, False), repeat=2):
         method = kmclr(k=1, mask_shared=mask_shared, predictor=predictor)

@@ -1,4 +1,4 @@
-"""The teacher's objective against a few lines of plain torch, and over the first steps on real images."""
+"""The objectives with a teacher equal a few lines of plain torch, and do not collapse in the first steps on digits."""
 
 import contextlib
 import copy
@@ -30,7 +30,7 @@ def teacher(support=None, **settings):
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10), nn.ReLU())
     objective = schema.MNN(**({"name": "teacher", "momentum": 0.9, "predictor_hidden": 12, "neighbours": 1} | settings))
     made = MNN(Parts(encoder, models.projector(10, [12], DIM), 10, DIM, support), objective)
-    with torch.no_grad():  # as after some steps: a teacher that is no copy of the student
+    with torch.no_grad():  # the student differs from its teacher, as after some steps
         for parameter in (*made.encoder.parameters(), *made.projector.parameters()):
             parameter += 0.1 * torch.randn_like(parameter)
     if support is not None:
@@ -106,6 +106,7 @@ def test_a_relation_is_to_all_stored_vectors(support):
 
 
 def test_where_batch_norm_is_over_parts_the_teachers_are_of_other_images():
+    """The teacher's images are shuffled, so that its parts hold other images than the student's."""
     encoder = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 10))
     models.split_batch_norms(encoder, 2)
     objective = schema.MNN(name="teacher", momentum=0.9, predictor_hidden=12, neighbours=1)
@@ -130,7 +131,7 @@ def test_where_batch_norm_is_over_parts_the_teachers_are_of_other_images():
 
 @pytest.mark.parametrize(("kind", "settings"), [(MNN, {"neighbours": 1}), (ReSSL, {})])
 def test_the_pull_to_the_target_is_the_same_before_and_after_the_support_set_is_full(kind, settings, monkeypatch):
-    """What is stored changes nothing here: of MNN it is each target itself, and ReSSL's relation is left out."""
+    """The support set is made to change nothing: MNN's neighbour is the target itself, and ReSSL's relation is 0."""
     monkeypatch.setattr(teacher_module, "ressl", lambda *_: 0)
     ids = torch.zeros(2 * BATCH, 1, dtype=torch.int64)
     support = SimpleNamespace(
@@ -146,6 +147,7 @@ def test_the_pull_to_the_target_is_the_same_before_and_after_the_support_set_is_
 
 
 def test_with_nothing_stored_it_is_byol_whatever_the_shares():
+    """The shares that mix a target with its neighbour, drawn at every step, then have no effect on the loss."""
     method = teacher()
     view1, view2 = views()
     losses = {method(view1, view2).loss.item() for _ in range(3)}
@@ -222,7 +224,7 @@ def test_a_teacher_without_weights_of_its_own_starts_as_the_student_that_was_giv
 
 
 def train(method, steps=40):
-    """Steps on the digits, whose views are noisy; how alike different images' embeddings are then, and their rank."""
+    """Train on noisy views of digits; returns the mean cosine between images' embeddings, and their effective rank."""
     images = torch.tensor(load_digits().images[:256] / 16, dtype=torch.float32)[:, None].repeat(1, 3, 1, 1)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     for step in range(steps):
@@ -275,6 +277,8 @@ def test_the_embeddings_do_not_collapse(kind, support, settings):
 
 
 def test_without_predictor_and_teacher_they_would_collapse():
+    """`test_the_embeddings_do_not_collapse` would notice a collapse."""
+
     class Collapsing(MNN):
         def forward(self, view1, view2):
             h1, h2 = self.encoder(view1), self.encoder(view2)
