@@ -47,7 +47,7 @@ def test_prototypes_that_are_reset_are_compared_where_they_are_oldest(tmp_path):
 
 
 def test_prototypes_that_are_never_measured_where_they_are_oldest_are_drawn_all_the_same(tmp_path):
-    """As in 20 epochs with the defaults: a validation every ten, and a reset every three."""
+    """As in 20 epochs with the default settings: a validation every ten epochs, and a reset every three."""
     (tmp_path / "run").mkdir()
     rows = [{"step": step, "time": 0, "metrics": {AGREEMENT: step / 100}} for step in (10, 20)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -89,6 +89,8 @@ def test_a_few_courses_share_their_panels_and_what_stores_nothing_has_no_nearest
 
 
 def test_what_validation_images_find_takes_the_place_of_what_flatters_prototypes_where_all_have_it(tmp_path):
+    """If all runs know the right positives of validation images, the agreement in training has no panel."""
+
     def kmclr(name, metrics):
         rows = [{"step": i, "time": 0, "metrics": dict.fromkeys(metrics, 0.1)} for i in range(3)]
         (tmp_path / name).mkdir()
@@ -153,7 +155,7 @@ def test_a_panel_leaves_room_for_its_own_legend_only(tmp_path):
 
 
 def test_panels_beside_each_other_end_at_the_same_epoch(tmp_path):
-    """Prototypes that are reset have their last point before the others have theirs."""
+    """The last point of prototypes that are reset comes earlier than that of the other panel."""
     folder = write(tmp_path / "a", [10, 20, 30, 40, 50])
     with (folder / "metrics.jsonl").open("a") as file:
         for step in (5, 10, 15):
@@ -184,7 +186,7 @@ def test_many_courses_have_a_column_a_method_and_only_the_best_of_a_crowd_has_a_
 
 
 def test_the_first_panel_of_a_line_that_is_drawn_has_its_name(tmp_path):
-    """The first column's method has no self-hits, so that its panel of these is taken out."""
+    """The first column's method has no self-hits and no panel of them, so the second column's panel has the name."""
     folders = [write(tmp_path / str(i), [10, 20]) for i in range(6)]
     for folder in folders[3:]:
         row = {"step": 5, "time": 0, "metrics": {"support/self_hit": 0.5}}

@@ -16,7 +16,7 @@ HOSTILE = "<script>alert('&\"')</script>"
 
 
 class Page(HTMLParser):
-    """What a browser makes of the page; it refuses what is not closed in order."""
+    """Parses a page as a browser does, and fails if its tags are not closed in order."""
 
     def __init__(self, text):
         super().__init__()

@@ -40,7 +40,7 @@ def test_of_many_classes_half_of_a_map_is_of_those_that_have_colours():
 
 
 def test_each_image_is_where_its_vector_is_and_each_cross_where_its_prototype_is(monkeypatch):
-    """With the first two dimensions in the place of what t-SNE would make of all."""
+    """A stub in the place of t-SNE returns the first two dimensions."""
     monkeypatch.setattr(
         "sklearn.manifold.TSNE", lambda **_: SimpleNamespace(fit_transform=lambda everything: everything[:, :2])
     )

@@ -1,4 +1,4 @@
-"""The view of a sweep, as a tag. What MLflow's pages make of it is in test_browser.py."""
+"""The view of a sweep, which is saved as a tag; test_browser.py tests what MLflow's pages make of it."""
 
 import json
 

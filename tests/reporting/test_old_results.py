@@ -1,4 +1,4 @@
-"""Committed records stay readable: a report of them is the table that was made of them then, and pages quote it."""
+"""Committed records stay readable: a report of them equals the committed table, and the pages quote its figures."""
 
 import contextlib
 import json
@@ -48,11 +48,11 @@ COLUMNS = {
 
 
 def figures_in(page):
-    """Of each line of the page's first table the figures in `COLUMNS`: mean and deviation, if there is one."""
+    """For each line of a page's first table: [mean] or [mean, deviation] of each of `COLUMNS`."""
     lines = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("|")]
     header, _, *body = [[cell.strip("* ").replace(",", "") for cell in cells] for cells in lines]
     for cells in body:
-        with contextlib.suppress(IndexError, ValueError):  # of a later table
+        with contextlib.suppress(IndexError, ValueError):  # a line of a later table
             yield [[float(each) for each in cells[header.index(name)].split(" ± ")] for name in COLUMNS]
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what a support set gives."""
+"""Pictures of the positives and the prototypes that a support set gives."""
 
 import copy
 from dataclasses import replace
@@ -24,14 +24,14 @@ CLASSES = 3
 
 
 class Still(Method):
-    """The mean colour of an image is its embedding; a batch norm would notice a pass in training mode."""
+    """A method whose embeddings depend on the mean colour of an image; its batch norms would notice training mode."""
 
     def forward(self, view1, view2):
         return Output(torch.zeros(()), view1, view2, None)
 
 
 def data_of(count=60):
-    """Images of one colour each, which is that of their class, a little off."""
+    """Images of a single colour each, which is near the colour of their class."""
     labels = torch.arange(count) % CLASSES
     images = 40 * torch.eye(3)[labels] + torch.arange(count)[:, None] + 60
     store = images[:, :, None, None].expand(-1, -1, 8, 8).to(torch.uint8)
@@ -141,7 +141,7 @@ def test_prototypes_are_sorted_by_size_and_by_purity():
 @pytest.mark.parametrize("probed", [False, True])
 @pytest.mark.parametrize("stored", [Queue(60, 3, TorchSearch()), KMeans(2, 3, 1, TorchSearch())])
 def test_images_without_labels_are_drawn_without_names(tmp_path, monkeypatch, stored, probed):
-    """Whether or not other images have some: an image without a label must not be shown as of the first class."""
+    """Whether or not other images have labels, an image without one must not be shown as one of the first class."""
     made = data_of()
     unlabelled = replace(made.train, labels=torch.zeros_like(made.train.labels))
     if probed:

@@ -16,7 +16,7 @@ from tests.made_up_runs import STUDY, run, with_agreement, with_untrained, witho
 
 
 def drawn(axes):
-    """Each point of a panel: its row's title, place on the axis, mean, and the length of its bar on one side."""
+    """{title of a row: (place on the axis, mean, length of its bar on one side)} for each point of a panel."""
     found = {}
     for each in axes.containers:
         ((place, mean),) = each.lines[0].get_xydata()
@@ -236,7 +236,7 @@ def test_many_variants_are_dots_sorted_by_accuracy_and_none_is_lost():
 
 
 def control_lines(axes):
-    """Where the lines down of the control are: the row's place, and the control's mean."""
+    """{place of a row: its control's mean} for each vertical line that marks a control."""
     found = [line.get_xydata() for line in axes.lines if len(line.get_xdata()) == 2]
     return {(low[1] + high[1]) / 2: low[0] for low, high in found if low[0] == high[0] and high[1] - low[1] == 1}
 

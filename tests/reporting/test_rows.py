@@ -1,4 +1,4 @@
-"""What is averaged, what is never averaged, and what the reader is told."""
+"""Which runs are averaged in a row of a table, which never are, and which notes tell the reader so."""
 
 import math
 from dataclasses import replace
@@ -35,7 +35,7 @@ def test_mean_and_sample_deviation_over_seeds(accuracies):
 
 
 def test_the_untrained_encoder_is_one_row_whatever_was_trained_from_it_with_a_run_a_seed():
-    """Every run of a seed measures the same; a mean over all runs would weigh a seed by its number of runs."""
+    """All runs of a seed measure the same encoder; a mean over all runs would weigh seeds by their number of runs."""
     runs = [
         with_untrained(run(method, size, seed), test_linear_top1=10.0 + seed, val_knn_top1=8.0 + seed)
         for method, size, seed in [("simclr", 0, 0), ("kmclr", 50, 0), ("kmclr", 400, 0), ("kmclr", 50, 1)]
@@ -149,7 +149,7 @@ def test_a_recipe_of_many_settings_is_named_by_one_and_the_note_names_the_rest()
         ("NNCLR, batch_size=64", 4096),
         ("KMCLR, batch_size=256", 50),
         ("KMCLR, batch_size=256", 400),
-        ("KMCLR, batch_size=64 and 1 more", 400),  # that not half of all runs have its learning rate cannot be said
+        ("KMCLR, batch_size=64 and 1 more", 400),  # the temperature; no learning rate is that of most runs
     ]
     assert "with batch_size go objective.temperature, optimizer.lr" in notes
     rows, _ = summarise([*runs, run("simclr", batch_size="256", **{"optimizer.lr": "0.3"})])
@@ -183,7 +183,7 @@ def test_runs_of_code_that_was_edited_between_them_say_so():
 
 
 def test_a_run_counts_under_the_evaluation_that_its_figures_are_of():
-    """Its params are the first session's; a tag has what a later session evaluated with."""
+    """A run's params are those of its first session; a tag says what a later session evaluated with."""
     one, other = (run("simclr", seed=seed, **{"evaluation.epochs": "20"}) for seed in (0, 1))
     (row,), _ = summarise([one, other])
     assert len(row.runs) == 2
@@ -282,7 +282,7 @@ def test_the_interval_of_a_difference_is_that_of_a_paired_t_test(pairs):
 
 
 def test_equal_differences_have_no_interval():
-    """Of few test images they are equal by chance, and an interval of no width would be taken for a proof."""
+    """With few test images they can be equal by chance, and an interval of no width would be taken for a proof."""
     figures = {"nnclr": (50.1, 51.1), "kmclr": (51.1, 52.1)}
     runs = [
         run(name, 50 * (name == "kmclr"), seed, top1) for name, two in figures.items() for seed, top1 in enumerate(two)
@@ -388,9 +388,9 @@ def test_the_control_does_the_same_but_for_what_it_stores():
     negative = run("kmclr", 50, **{"method.support_weight": "0.5", "method.same_prototype": "negative"})
     later = run("nnclr", 0, **{"method.support_weight": "0.5", "method.same_prototype": "mask"})
     rows, _ = summarise([negative, later])
-    assert control_of(rows[1], rows) is rows[0]  # which no prototype could mask anything in
+    assert control_of(rows[1], rows) is rows[0]  # masking makes no difference where nothing is stored
     rows, _ = summarise([weighed("nnclr", 0, "0.5"), run("simclr", epochs="9")])
-    assert control_of(rows[0], rows) is None  # of other epochs
+    assert control_of(rows[0], rows) is None  # it has another number of epochs
 
 
 @pytest.mark.parametrize(("key", "value"), [("data.limit", "100"), ("origin", "a1b2"), ("backbone.stem", "small")])
@@ -448,7 +448,7 @@ def test_characters_that_a_terminal_would_obey_are_not_printed():
 
 
 def own(support, size=0, seed=0, **settings):
-    """A run of a method from outside, which goes with any support set."""
+    """A run of a user's method, which works with any support set."""
     params = {"method._target_": "mine.Method", "support.name": support} | settings
     params |= {"support_set_size": str(size), "support.precision": "float32"} if size else {}
     return run("mine", size, seed, **params)

@@ -1,4 +1,4 @@
-"""The table, the plot and the files; the command."""
+"""The table of a report, its files, and the command that writes them."""
 
 import csv
 import json
@@ -179,7 +179,7 @@ def test_what_storing_is_worth_stands_beside_the_figures_where_there_is_a_contro
 
 
 def test_what_storing_is_worth_says_that_it_rests_on_fewer_seeds_than_the_row():
-    """The means differ by 8 points, and those of the one seed that both have by 5."""
+    """The means of the rows differ by 8 points, but on the only seed that both have, the difference is 5."""
     stored = [run("nnclr", 128, seed, top1) for seed, top1 in enumerate((55, 58, 61))]
     assert table(summarise([*stored, run("nnclr", 0, top1=50)])[0])[-1][-1] == "+5.00 (1 of 3 seeds)"
     controls = [run("nnclr", 0, seed, 50) for seed in range(2)]
@@ -224,7 +224,7 @@ def test_curves_are_drawn_of_the_runs_whose_folders_are_here(tmp_path):
     (course,) = courses(rows)
     assert (course.title, course.size, course.epochs) == ("KMCLR 50 (2 of 4 seeds)", 50, 500)
     assert course.directories == (tmp_path / "a", tmp_path / "b")
-    assert course.cycle == 1  # as the records do not say how often it is reset
+    assert course.cycle == 1  # the records do not say how often the prototypes are reset
     three = {"support.forget": "reset", "support.forget_every": "3"}
     again = replace(runs[0], params=runs[0].params | three)
     assert courses([replace(rows[-1], runs=(again,))])[0].cycle == 3

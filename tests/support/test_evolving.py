@@ -1,4 +1,4 @@
-"""Merging against scipy's Ward, splitting against its odds, and the number of prototypes against that of clusters."""
+"""Evolving prototypes merge as in scipy's Ward, split with the right odds, and are as many as there are clusters."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def update(evolving, rows, first_image=0):
 
 
 def clusters(count, dim=DIM, spread=0.3):
-    """What draws a batch from so many tight clusters, all well apart."""
+    """The centres [count, D] of tight clusters that lie well apart, and a function that draws a batch from them."""
     centres = torch.linalg.qr(torch.randn(dim, dim))[0][:count]
 
     def batch(size=256):
@@ -35,7 +35,7 @@ def clusters(count, dim=DIM, spread=0.3):
 
 
 def of_each(evolving, centres):
-    """How many prototypes lie in each cluster, and how many in none."""
+    """The number of prototypes in each cluster [count], and the number in none."""
     cosine = evolving.vectors_ND @ centres.T
     near = cosine.max(1).values > 0.8
     return torch.bincount(cosine.argmax(1)[near], minlength=len(centres)), int((~near).sum())
@@ -50,7 +50,7 @@ def test_their_number_follows_that_of_the_clusters_from_too_few_and_from_too_man
     per_cluster, stray = of_each(evolving, centres)
     assert per_cluster.min() >= 1
     assert stray == 0
-    assert evolving.seeded == 10 + 1  # and the one on trial
+    assert evolving.seeded == 10 + 1  # the last one is on trial until the next merger
     for _ in range(19):
         update(evolving, batch())
     evolving._merge()
@@ -181,7 +181,7 @@ def test_what_has_just_been_split_off_is_as_old_as_its_batch():
 def test_none_of_the_unused_slots_is_ever_found():
     evolving = make(size=50, start=4)
     update(evolving, F.normalize(torch.rand(4, DIM), dim=1))
-    found = evolving.nearest(-torch.rand(30, DIM), 4)  # further from any prototype than a slot of zeros would be
+    found = evolving.nearest(-torch.rand(30, DIM), 4)  # an unused slot, all zeros, would be nearer than any prototype
     assert found.ids.max() < 4
     torch.testing.assert_close(found.embeddings.norm(dim=2), torch.ones(30, 4))
     assert evolving.nearest(torch.rand(1, DIM), 5).ids.sort().values.tolist() == [[0, 1, 2, 3]]  # all that are left
@@ -193,6 +193,7 @@ def test_more_at_the_start_than_at_most_is_refused():
 
 
 def test_it_is_as_large_of_rounded_embeddings():
+    """Embeddings in bfloat16 make as many prototypes as the same embeddings in float32."""
     _, batch = clusters(8)
     exact, rounded = make(start=20), make(start=20)
     for step in range(20 * 4):

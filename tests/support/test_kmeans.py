@@ -63,7 +63,7 @@ def test_spherical_is_the_same_on_unit_vectors_with_cosine():
 
 
 def test_it_agrees_with_scikit_learn():
-    """MiniBatchKMeans without re-assignment counts the seeds as nothing; so do we once their weight is taken out."""
+    """MiniBatchKMeans (without re-assignment) gives its seeds no weight; here their counts are set to 0 instead."""
     seeds, batches = torch.randn(6, DIM), [torch.randn(64, DIM) for _ in range(8)]
     kmeans = make(6)
     update(kmeans, seeds)
@@ -135,7 +135,7 @@ def test_a_dead_centroid_is_revived_whole():
     near_zero = torch.randn(4, DIM)
     update(kmeans, near_zero)
     update(kmeans, near_zero)
-    assert kmeans.means_KD[1, 0] == 1e3  # passed over by 8 embeddings, below 5 * k = 10
+    assert kmeans.means_KD[1, 0] == 1e3  # idle for 8 embeddings, fewer than 5 * k = 10
     update(kmeans, near_zero, first_image=20)
     row = kmeans.images_K[1].item() - 20
     assert torch.equal(kmeans.means_KD[1], near_zero[row])
@@ -145,6 +145,7 @@ def test_a_dead_centroid_is_revived_whole():
 
 
 def test_a_centroid_is_dead_once_it_was_passed_over_by_as_many_embeddings_as_that():
+    """It is revived after being idle for exactly ``revive_after`` times k embeddings."""
     kmeans = make(2, revive_after=5)
     update(kmeans, torch.stack([torch.zeros(DIM), torch.full((DIM,), 1e3)]))
     for rows, far in ((9, 1e3), (1, 0)):  # 9, and then 10
@@ -196,7 +197,7 @@ def test_refit_reclusters_the_window_and_keeps_the_order():
 
 @pytest.mark.parametrize("spherical", [True, False])
 def test_after_a_refit_each_mean_is_that_of_its_members_and_as_old_as_the_batch(spherical):
-    """Which a unit vector is not: with the members' count it would let the next batch move it too little."""
+    """A unit vector with the weight of its members would let the next batch move it too little."""
     kmeans = make(3, spherical=spherical, refit_every=5, refit_window=60)
     centres = torch.eye(DIM)[:3].repeat(8, 1)
     for _ in range(5):
@@ -227,10 +228,11 @@ def test_a_reset_empties_the_window_too_and_nothing_is_refitted_before_it_is_ful
     kmeans.start_epoch(1)
     update(kmeans, torch.randn(12, DIM))
     assert kmeans.ready
-    assert kmeans.means_KD.abs().max() < 7  # of the window's old half it would be 9
+    assert kmeans.means_KD.abs().max() < 7  # embeddings from before the reset lie near 9
 
 
 def test_a_refit_leaves_none_idle_and_none_that_is_of_one_image():
+    """After a re-clustering no prototype counts as idle, or as one whose members are all of one image."""
     kmeans = make(3, refit_every=5, refit_window=20)
     update(kmeans, torch.cat([9 * torch.eye(DIM)[:2], torch.full((1, DIM), 1e3)]))
     for _ in range(4):

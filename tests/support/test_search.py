@@ -79,7 +79,7 @@ def test_cluster_ends_with_the_means_of_its_members_and_repeats_itself():
 
 @pytest.mark.parametrize("spherical", [True, False])
 def test_cluster_is_lloyds_algorithm_on_all_vectors(spherical):
-    """More of them than the 256 a centroid that FAISS would take of its own accord."""
+    """There are more than 256 vectors a centroid, which is the most that FAISS uses by default."""
     window = torch.randn(900, 4) + torch.tensor([1.0, 0, 0, 0])
     window = F.normalize(window, dim=1) if spherical else window
     found, members = cluster(window, 3, spherical=spherical, seed=0, initial_KD=window[:3])
@@ -98,7 +98,7 @@ def test_cluster_starts_from_the_given_centroids():
     window = F.normalize(centres.repeat(30, 1) + 0.05 * torch.randn(120, 4), dim=1)
     found, members = cluster(window, 4, spherical=True, seed=0, initial_KD=centres)
     assert (found * centres).sum(1).min() > 0.99  # same order as given: prototypes keep their ids
-    # Means of unit vectors, which are shorter.
+    # They are the means of unit vectors, which are shorter than 1.
     torch.testing.assert_close(found, torch.stack([window[members == each].mean(0) for each in range(4)]))
 
 

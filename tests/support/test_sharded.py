@@ -1,4 +1,4 @@
-"""What needs no other process; tests/training/in_ranks.py has the rest."""
+"""Sharded support sets, as far as one process can test them; tests/training/in_ranks.py tests the rest."""
 
 import torch
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""Calls that hang."""
+"""A call that hangs is waited for no longer than its deadline."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""What a result depends on besides its config."""
+"""The tags that say what a result depends on besides its config: code, versions, command and device."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ def test_the_digest_of_the_project_is_of_its_modules(tmp_path, monkeypatch):
 def test_the_commit_and_whether_the_code_differs_from_it(tmp_path, monkeypatch):
     if not shutil.which("git"):
         pytest.skip("no git")
-    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):  # as a hook has them, of its own repository
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):  # a git hook sets them for its own repository
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

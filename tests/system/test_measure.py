@@ -43,7 +43,7 @@ def peaks():
 
 
 def test_the_peak_rises_with_what_is_touched_and_stays():
-    """In a fork: the tests before this one may have had much more than there is to touch."""
+    """It is measured in a fork, because earlier tests may have used more memory than is touched here."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as fork:
         before, during, after = fork.submit(peaks).result()
     assert before > 0

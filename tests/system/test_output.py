@@ -1,4 +1,4 @@
-"""Output that somebody stops reading."""
+"""Output that nobody reads any more, that cannot be encoded, or that a full disk refuses."""
 
 import os
 import subprocess

@@ -26,6 +26,7 @@ def test_a_signal_is_noted_its_echo_ignored_and_a_second_one_ends_the_process(nu
 
 
 def test_a_limit_of_processor_time_is_said_each_second_and_ends_nothing_at_once(monkeypatch):
+    """The kernel repeats SIGXCPU every second; the repetition does not count as a second signal."""
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     with Stopper(None) as stopper:
@@ -76,7 +77,7 @@ def go_on(stopper, number=0):
 
 def test_where_nothing_can_be_lost_the_first_signal_stops_at_once():
     with Stopper(None) as stopper:
-        for number in (signal.SIGTERM, 0):  # meanwhile, or before
+        for number in (signal.SIGTERM, 0):  # the signal comes inside the block, or has come before it
             with pytest.raises(Stopped) as end:
                 go_on(stopper, number)
             assert end.value.code == 128 + signal.SIGTERM

@@ -24,7 +24,7 @@ def test_no_more_items_are_taken_than_the_window_holds():
 
 
 def test_one_slow_item_does_not_keep_the_other_cores_from_those_after_it():
-    """The window slides: with blocks of four, the fifth would wait until the first is done."""
+    """The window slides; with blocks of four, the fifth item would wait until the whole first block is done."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("on one core nothing runs beside the slow item")
     fourth = threading.Event()
