@@ -1,4 +1,4 @@
-"""The house's rules: which package may import which (pyproject.toml), and what lies directly in src/."""
+"""The rules of the architecture: which package may import which (pyproject.toml), and what lies directly in src/."""
 
 import ast
 import subprocess
@@ -28,8 +28,8 @@ def test_an_entry_point_only_hands_over_to_the_command_line():
         assert [line for line in lines if "import" in line.split()] == ["from src import cli"]
 
 
-# Packages that take long to load, or need not be installed: imported where they are used, so that `--help`, a mistake
-# and a sweep's own process do not wait for them. So are our own modules that load them.
+# Packages that take long to load, or need not be installed, are imported inside the functions that use them, so that
+# `--help`, a mistake and a sweep's own process do not wait for them. So are the modules in OURS, which load them.
 HEAVY = {
     "faiss",
     "huggingface_hub",

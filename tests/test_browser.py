@@ -1,4 +1,4 @@
-"""MLflow's own pages, in Chromium: what a person sees who opens a sweep's link.
+"""MLflow's own pages, in Chromium: what somebody who opens a sweep's link sees.
 
 The pages are read through the marks that they carry for tests (``data-testid``, ``data-component-id``) and through
 Plotly's data, so another version of MLflow may need other names here.
@@ -40,7 +40,7 @@ SIZES = {"simclr": [0], "nnclr": [1024, 98304], "kmclr": [50, 200, 400]}
 SEEDS = (0, 1)
 WIDTH, HEIGHT = 1600, 900
 PICTURE = os.path.abspath(os.environ["SWEEP_PICTURE"]) if "SWEEP_PICTURE" in os.environ else None
-PATIENCE = 300  # seconds until a page that does not show what it should is a failure
+PATIENCE = 300  # seconds that a page may take to show what it should
 
 # Each chart with its title, the titles of its axes, what Plotly was given, and the points that it drew.
 CHARTS = """
@@ -75,7 +75,7 @@ class Sweep:
 
 
 def make_sweep(folder: Path) -> None:
-    """A sweep as it is logged: made-up figures, three methods, two seeds; and a run that is none of its jobs."""
+    """Log a sweep with made-up figures, of three methods and two seeds, and a run that is not one of its jobs."""
     config = Tracking("mlflow", "support-sets", 10)
     sweep = Tracker(folder / "sweep", config, {}, {"sweep_id": "0a1b2c3d"})
     common = {"data.name": "cifar100", "backbone.name": "resnet18", "epochs": 10, "support_bytes": 0}
@@ -100,7 +100,7 @@ def make_sweep(folder: Path) -> None:
 
 
 def newest_sweep() -> Sweep:
-    """What the store in the current folder holds, without the pages' help."""
+    """The newest sweep of the store in the current folder, read without the pages."""
     client = prepare()
     tagged = [
         (json.loads(value)["createdAt"], key.removeprefix("mlflow.sharedViewState."), experiment)
@@ -132,7 +132,7 @@ def newest_sweep() -> Sweep:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The current folder holds a store with a sweep."""
+    """A folder with a store that has a sweep; it is the current folder."""
     given = os.environ.get("SWEEP_STORE")
     place = Path(given).resolve() if given else tmp_path_factory.mktemp("sweep")
     with pytest.MonkeyPatch.context() as patch:
@@ -149,7 +149,7 @@ def address(folder, tmp_path_factory):
     log = tmp_path_factory.mktemp("ui") / "log"
     with log.open("w") as file:
         command = [sys.executable, "-m", "mlflow", "ui", "--port", "0", "--workers", "1"]  # four take seconds to start
-        fewer = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # of MLflow's processes
+        fewer = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # fewer processes of MLflow
         server = subprocess.Popen(command, cwd=folder, env=fewer, stdout=file, stderr=file, start_new_session=True)
     try:
         yield wait_for_server(server, log)
@@ -159,7 +159,7 @@ def address(folder, tmp_path_factory):
 
 
 def wait_for_server(server: subprocess.Popen, log: Path) -> str:
-    """Its address, which it says when it answers: the port is any that is free."""
+    """Wait until the server answers; returns its address, whose port is any that was free."""
     for _ in range(2 * PATIENCE):
         if server.poll() is not None:
             pytest.fail(f"mlflow ui ended with status {server.returncode}: {log.read_text()[-2000:]}")
@@ -198,7 +198,7 @@ def sweep(folder):
 
 @pytest.fixture(scope="module")
 def browser(driver, address):
-    """Opened once before: MLflow greets a new browser with a panel over a quarter of the page."""
+    """The browser, in which the panel that greets a newcomer over a quarter of the page has been closed."""
     driver.get(address)
     click(driver, "[data-component-id='mlflow.assistant.chat_panel.close']")
     return driver
@@ -220,7 +220,7 @@ def wait_until(driver, condition, message):
 
 
 def click(driver, selector: str) -> None:
-    """Clicks without a pointer, which would hover over what is below it in the picture. Menus open on the press."""
+    """Click without a pointer, whose hovering would show in the picture. Menus open when the button is pressed."""
     press = """
         const target = document.querySelector(arguments[0]);
         const tell = type => target.dispatchEvent(new PointerEvent(type, {bubbles: true, cancelable: true}));
@@ -254,7 +254,7 @@ def scatter(driver, jobs: int) -> dict:
 
 
 def visit(driver, text: str) -> None:
-    """Clicks a link as a person does: it has to be in sight, with nothing over it."""
+    """Click a link as a person does: it has to be in sight, with nothing over it."""
     from selenium.webdriver.common.by import By
 
     condition = lambda driver: driver.find_elements(By.PARTIAL_LINK_TEXT, text)  # noqa: E731
@@ -319,7 +319,7 @@ def test_the_other_charts_show_too(page, sweep):
     assert page.execute_script(sections)[0].startswith("Support-set size and accuracy")
     shown = charts(page)
     assert list(shown) == [f"{LOG_SIZE} vs. {figure}" for figure in CHARTED] + ["Parallel Coordinates", course]
-    shortened = "suppor..._log10"  # which is all of the size's name that MLflow has room for
+    shortened = "suppor..._log10"  # MLflow has no room for the whole name
     assert shown["Parallel Coordinates"]["axes"] == [shortened, COURSE, RANKING, "test/linear_top1"]
     assert shown[second]["drawn"] == len([job for job in sweep.jobs.values() if job.size])
     assert {trace["name"] for trace in shown[course]["traces"]} == {job.name for job in sweep.jobs.values()}

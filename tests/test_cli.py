@@ -122,9 +122,9 @@ def test_tab_completion_in_bash(line, offers):
 
 @pytest.fixture
 def typed(tmp_path, monkeypatch, capsys):
-    """Types a line that ends with an error, in this process and the test's own folder; its status and stderr.
+    """A function that runs a command that must exit, in this process; returns its exit status and its stderr.
 
-    `test_a_mistake_in_a_process_of_its_own` types the like as a user does, which takes seconds.
+    `test_a_mistake_in_a_process_of_its_own` runs such commands as a user does, which takes seconds.
     """
 
     def run(entry, *arguments):
@@ -369,7 +369,7 @@ def test_a_damaged_config_file_is_one_line(command, tmp_path, content):
 
 @pytest.mark.parametrize("before", [[], ["--multirun"]])
 def test_an_empty_argument_is_one_line(command, before):
-    """As of ``python -m src.train "$UNSET"``."""
+    """``python -m src.train "$UNSET"`` gives such an argument."""
     done = command("src.train", *before, "")
     assert (done.returncode, done.stderr) == (
         2,
@@ -415,6 +415,7 @@ def test_ctrl_c_is_its_status_and_no_traceback(typed, monkeypatch, entry, interr
 
 
 def test_a_lack_of_memory_is_found_below_what_was_made_of_it():
+    """An error that was raised in the handling of another is a lack of memory if the first one was."""
     try:
         try:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -452,6 +453,7 @@ def test_known_keys_reach_into_every_support_set():
     ],
 )
 def test_what_hydra_leaves_to_the_sweeper(typed, given):
+    """A plain value is rewritten as a choice, which Hydra leaves to the sweeper."""
     assert cli._for_the_sweeper(typed) == given
 
 

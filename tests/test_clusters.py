@@ -1,4 +1,4 @@
-"""What conf/ says of the launchers for clusters; the launchers themselves are tested in tests/sweeps/test_cluster.py.
+"""The presets of the cluster launchers in conf/ compose; tests/sweeps/test_cluster.py tests the SLURM launcher itself.
 
 ``make clusters`` tries them on a real SLURM and a real Ray.
 """

@@ -1,4 +1,4 @@
-"""docs/data.md: each row of its table is built as it says, and loads with the line that it says to type."""
+"""docs/data.md: files that lie as a row of its table says load with the command line of that row."""
 
 import re
 import sys
@@ -22,7 +22,7 @@ ROWS = re.findall(r"^\| (.*) \| `(data=.*)` \|$", PAGE, re.MULTILINE)
 
 
 def build(root, places, columns):
-    """Of each path in the first cell, a dozen images; of a class's folder, those of a second class too."""
+    """Write a dozen images for each path in a row's first cell; for a class's folder, those of a second class too."""
     for seed, place in enumerate(places):
         path = root / place.removeprefix("DIR/")
         if path.suffix == ".parquet":
@@ -38,7 +38,7 @@ def build(root, places, columns):
 @pytest.mark.parametrize(("layout", "line"), ROWS)
 def test_each_layout_loads_as_its_row_says(tmp_path, monkeypatch, layout, line):
     root = tmp_path / "images"
-    if "data=hub" in line:  # tests/data/test_hub.py plays the hub
+    if "data=hub" in line:  # tests/data/test_hub.py simulates the hub
         build(root, ["DIR/train-0.parquet"], ())
         monkeypatch.setattr("src.data.hub.download", lambda cfg: root)
     columns = ("img", "fine_label") if "cifar100" in line or "img" in line else ()

@@ -25,7 +25,7 @@ PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 def typed_lines(module):
     """The arguments of each line that runs src.MODULE with some, in a block or within a sentence.
 
-    What --config-dir adds to them is a folder that only tests/test_extending.py makes, and it runs these lines.
+    Lines with --config-dir are left out: tests/test_extending.py makes the folder that they need, and runs them.
     """
     line = re.compile(rf"-m src\.{module} ((?!.*--config-dir|--help)[^`\n#]+)")
     found = {each.strip() for page in PAGES for each in line.findall(page.read_text())}
@@ -52,7 +52,7 @@ def test_every_metric_is_explained():
 
 @pytest.fixture
 def typed(tmp_path, monkeypatch, capsys):
-    """Types a command in an empty folder, in this process; returns what it has printed."""
+    """A function that runs a command in an empty folder, in this process, and returns what it has printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     for name in ("outlive_output", "redact_output"):  # which change the streams of the process
@@ -76,8 +76,8 @@ def typed(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("line", typed_lines("train"))
 def test_every_training_command_can_run(typed, monkeypatch, line):
-    """A dry run of it composes every job; images and weights that stand for the user's own are not looked for."""
-    one_seed = ["seed=0"] if "+sweep=" in line else []  # of a sweep's three, which takes a third of the time
+    """A dry run composes every job of it. Images and weights, which stand for the user's own, are not looked for."""
+    one_seed = ["seed=0"] if "+sweep=" in line else []  # three seeds would take three times as long
     for module in (cli, jobs):
         monkeypatch.setattr(module, "known_fingerprint", lambda data: None)
         monkeypatch.setattr(module.origin, "identify", lambda cfg: None)
@@ -86,7 +86,7 @@ def test_every_training_command_can_run(typed, monkeypatch, line):
 
 @pytest.mark.parametrize("line", typed_lines("evaluate"))
 def test_every_evaluation_fits_a_run(typed, monkeypatch, line):
-    """Its settings are those of an evaluation of a run with the default settings, or a teacher, which is not there."""
+    """Its settings fit a run with the default settings, or one with a teacher; that run does not have to exist."""
     trained = []
     monkeypatch.setattr(cli, "pretrain", trained.append)
     typed(cli.train, "experiment=mnn" if "evaluation.teacher" in line else "")
@@ -100,7 +100,7 @@ def test_every_evaluation_fits_a_run(typed, monkeypatch, line):
 
 @pytest.mark.parametrize("line", typed_lines("report"))
 def test_every_report_can_be_made(typed, monkeypatch, line):
-    """The runs are made-up ones, which stand for the experiment's or the sweep's."""
+    """Made-up runs stand in for those of the experiment or the sweep."""
     monkeypatch.setattr(report, "read_runs", lambda experiment, backend, root: STUDY)
     monkeypatch.setattr(report, "read_sweep", lambda sweep, backend, root: (f"study-{sweep}", STUDY))
     table = re.search(r"^table: (\S+)", typed(cli.report, line), re.MULTILINE)[1]

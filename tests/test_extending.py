@@ -1,4 +1,4 @@
-"""docs/extending.md, block by block, in a folder that holds nothing else: parts of other people's own."""
+"""docs/extending.md, on parts of one's own: its files and commands work, in a folder that holds nothing else."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ from tests.conftest import PROJECT
 TUTORIAL = (PROJECT / "docs" / "extending.md").read_text()
 FILES = dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL))
 (COMMANDS,) = re.findall(r"^```bash\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
-# Whoever runs several of these runs all: they share what the tutorial's commands have made.
+# One worker runs all of these tests, because they share what the tutorial's commands have made.
 pytestmark = pytest.mark.xdist_group("extending")
 
 
@@ -44,7 +44,7 @@ def command(python, folder):
 
 
 def run_in(folder, pattern):
-    """The one run whose directory has such a name: its record and, by step, its losses."""
+    """The record, and the losses by step, of the only run whose directory matches the pattern."""
     (directory,) = folder.glob(pattern)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["metrics"]["train/loss"] for row in rows if "train/loss" in row["metrics"]}
@@ -69,7 +69,7 @@ def package(folder):
 
 @pytest.fixture(scope="module")
 def tiny(small):
-    """What the tutorial's own commands are told besides, which name an experiment themselves."""
+    """Overrides that make the tutorial's commands fast; these name an experiment themselves."""
     return [*(each for each in small if not each.startswith("experiment=")), "tracking=jsonl"]
 
 

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py: its parts and their time, and all that a CPU can do of it from the command line."""
+"""scripts/gpu_check.py: its parts, their time limits, and as much of the whole as a CPU can run."""
 
 import os
 import re
@@ -44,14 +44,14 @@ def test_a_program_that_takes_too_long_is_killed_with_all_that_it_has_started():
         "import subprocess; other = subprocess.Popen(['sleep', '600']); print(other.pid, flush=True); other.wait()"
     )
     began = time.monotonic()
-    for seconds in (2.0, 20.0, 60.0):  # until it has had the time to say so
+    for seconds in (2.0, 20.0, 60.0):  # until the program has had time to print
         went_well, lines = gpu_check.program("it", [sys.executable, "-c", leave_one], 2, seconds)
         assert not went_well
         assert lines[0] == f"- it: not done after {seconds:.0f} s"
         if lines[2]:
             break
     process = Path("/proc", lines[2].strip(), "stat")
-    while process.exists() and process.read_text().split()[2] != "Z":  # until whoever has adopted it has taken note
+    while process.exists() and process.read_text().split()[2] != "Z":  # until its new parent has reaped it
         assert time.monotonic() < began + 300
         time.sleep(0.05)
 

@@ -20,7 +20,8 @@ from src.runs.record import TAG_DIVERGED, Record, records_below
 from src.system.stopping import TIME_IS_UP
 from tests.conftest import PROJECT
 
-# Seconds on an H100: 45,000 images at batch 512, plain, and with a teacher; until the first step; what a run adds.
+# Seconds on an H100: an epoch of 45,000 images at batch 512, without and with a teacher; the time until a plan's first
+# step; and what each run takes besides its epochs.
 EPOCH, TAUGHT_EPOCH, START, RUN = 1.32, 1.85, 41, 16
 
 
@@ -38,7 +39,10 @@ def test_so_many_runs_fit_into_a_slice(name, runs):
 
 @pytest.fixture
 def trained(tmp_path, cache_dir, monkeypatch):
-    """Follow a plan whose runs end at once, as they are told to; what was trained, and the minutes it was given."""
+    """A function that follows a plan whose runs end at once, with the given statuses.
+
+    It returns the status of the plan, and of each run its name, its epochs and the minutes that it was given.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpu_plan, "report", lambda *_: None)
 
@@ -80,7 +84,7 @@ def test_runs_in_order_and_none_twice(trained):
 
 
 def test_the_records_that_were_kept_are_enough(trained, tmp_path):
-    """A lent machine keeps nothing but OUT."""
+    """Only the records in OUT are left: a rented machine keeps nothing else."""
     trained("teacher", mnn_prototypes_k400=1)
     (tmp_path / "multirun").rename(tmp_path / "lost")
     _, runs = trained("teacher")
@@ -165,8 +169,8 @@ def test_every_plan_at_a_tiny_size(tmp_path, cache_dir, monkeypatch, capsys):
     monkeypatch.setattr(gpu_plan, "report", lambda *arguments: reports.append(arguments))  # pictures take a second
     monkeypatch.setattr(gpu_plan.curves, "plot", lambda directory: directory)
     curve = gpu_plan.PLANS["curve"]
-    monkeypatch.setitem(gpu_plan.PLANS, "curve", replace(curve, runs=curve.runs[:13]))  # what seed=0 leaves of it
-    monkeypatch.setattr(protocol.Protocol, "untrained", lambda *_: {})  # which is half of a run this short
+    monkeypatch.setitem(gpu_plan.PLANS, "curve", replace(curve, runs=curve.runs[:13]))  # of one seed
+    monkeypatch.setattr(protocol.Protocol, "untrained", lambda *_: {})  # takes half the time of so short a run
     composed = functools.cache(compose)
     monkeypatch.setattr(gpu_plan, "compose", lambda *overrides: copy.deepcopy(composed(*overrides)))
 
@@ -177,7 +181,7 @@ def test_every_plan_at_a_tiny_size(tmp_path, cache_dir, monkeypatch, capsys):
 
     prototypes = [("mnn_prototypes", k) for k in (50, 100, 200, 400)]
     assert rows("teacher") == (2, [("byol", 0), prototypes[-1]])
-    assert "queue_size=4096: is never filled" in capsys.readouterr().err  # by so few images
+    assert "queue_size=4096: is never filled" in capsys.readouterr().err  # the images are too few
     status, ingredients = rows("screen")
     assert (status, len(ingredients)) == (0, len(gpu_plan.PLANS["screen"].runs))
     stored = {("kmclr", 400), prototypes[-1], ("relation_prototypes", 400), ("evolving", 100)}

@@ -1,4 +1,4 @@
-"""scripts/gpu_suite.sh up to the GPU's edge: the same script on a CPU, with networks that take seconds."""
+"""scripts/gpu_suite.sh on a CPU, with networks that take seconds, and the count of operations that it relies on."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def test_operations_are_counted_by_hand():
 
 
 def fillable(text):
-    """Support sets that 200 images fill in two epochs, where a real GPU has a whole data set for them."""
+    """The script's text, with support sets that are small enough for 200 images to fill them in two epochs."""
     return text.replace("queue_size=98304", "queue_size=64").replace("k=400", "k=40")
 
 
@@ -60,7 +60,7 @@ def test_the_suite_stops_in_time_and_continues(python, tmp_path, small):
     ]
     for row, overrides in zip(result["rows"], METHODS, strict=True):
         assert row["seconds_an_epoch"] * row["images_per_second"] == pytest.approx(50_000)
-        # No bound: the ceiling is a time too, and a busy machine moves it.
+        # The share has no bound here: the ceiling is measured as well, and a busy machine changes it.
         achieved = row["images_per_second"] * flop_an_image(compose(*map(fillable, overrides), *small), 100)
         assert row["share_of_ceiling"] == pytest.approx(achieved / (result["ceiling_tflops"] * 1e12))
     assert "| kmclr | 40 | resnet_tiny | 64 |" in (tmp_path / "out/speed.md").read_text()

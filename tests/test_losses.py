@@ -13,7 +13,7 @@ TEMPERATURES = st.floats(0.05, 2)
 
 
 def nt_xent_by_loops(z1, z2, temperature, positives=None, groups=None):
-    """Equation 1 of the SimCLR paper, term by term, in float64; what was found takes the other view's place."""
+    """Equation 1 of the SimCLR paper, term by term, in float64; ``positives`` take the place of the other views."""
     z = [row / row.norm() for row in torch.cat([z1, z2]).double()]
     found = z if positives is None else [row / row.norm() for row in torch.cat(positives).double()]
     batch, total = len(z1), 0.0
@@ -172,7 +172,7 @@ def test_barlow_twins_is_barlow_twins_loss_by_hand():
             loss += (1 - c) ** 2 if i == j else 0.08 * c**2
     assert barlow_twins(z1, z2, 0.08).item() == pytest.approx(loss, rel=1e-4)
     q, _ = torch.linalg.qr(torch.cat([torch.ones(12, 1), torch.randn(12, 5)], 1))
-    assert barlow_twins(q[:, 1:], 7 * q[:, 1:] - 2, 0.08).item() == pytest.approx(0, abs=1e-3)  # of eps
+    assert barlow_twins(q[:, 1:], 7 * q[:, 1:] - 2, 0.08).item() == pytest.approx(0, abs=1e-3)  # because of eps
 
 
 def test_relation_is_ressls_loss_by_hand():

@@ -90,7 +90,7 @@ def test_heads_have_the_papers_layers():
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_split_batch_norm_is_torchs_of_each_part(memory_format, compiling, monkeypatch):
-    """Values, gradients, and running statistics, which are the mean of what each part would make of them."""
+    """Values and gradients are those of torch's batch norm on each part, running statistics the mean of the parts'."""
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: compiling)
     theirs = nn.BatchNorm2d(5, momentum=0.2)
     nn.init.normal_(theirs.weight)
@@ -118,7 +118,7 @@ def test_split_batch_norm_is_torchs_of_each_part(memory_format, compiling, monke
 
 
 def test_batch_norm_over_parts_is_compiled_as_one_expression():
-    """Else a ResNet-18's graph has eight times as many operations with eight parts, and compiling takes minutes."""
+    """Otherwise a ResNet-18's graph would be eight times as large with eight parts, and compiling take minutes."""
     found = []
 
     def count(module, inputs):

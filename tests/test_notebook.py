@@ -1,6 +1,6 @@
-"""The notebook: its cells run, and print what is kept with it.
+"""The notebook's cells run, and print the outputs that are saved in it.
 
-To execute it anew after a change, and to keep what it prints and draws: ``python -m tests.test_notebook``.
+After a change, ``python -m tests.test_notebook`` executes it again and saves what it prints and draws.
 """
 
 import base64
@@ -41,7 +41,7 @@ def executed(notebook):
 
 
 def outputs(notebook):
-    """What was printed, and of figures their sizes: pixels depend on the machine's fonts."""
+    """The printed texts, and the sizes of figures, whose pixels depend on the machine's fonts."""
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     return [each.get("text", each.get("data", {}).get("text/plain")) for cell in cells for each in cell["outputs"]]
 

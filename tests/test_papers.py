@@ -1,4 +1,4 @@
-"""The files that say whose this is, how to cite it and what has changed agree with the package."""
+"""LICENSE, CITATION.cff and CHANGELOG.md agree with the package's name, version and licence."""
 
 import re
 import tomllib

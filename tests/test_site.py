@@ -14,7 +14,7 @@ for package in ("sphinx", "myst_parser", "pydata_sphinx_theme"):
 
 
 def build(source, site):
-    """With the arguments of `make docs`."""
+    """Build the site with the arguments of `make docs`."""
     fixed = ["-b", "html", "-c", str(PROJECT / "docs"), "-W", "--keep-going", "--quiet"]
     command = [sys.executable, "-m", "sphinx", *fixed, str(source), str(site)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
