@@ -181,7 +181,7 @@ def driver(tmp_path_factory):
     quiet = ("disable-background-networking", "disable-component-update", "disable-sync", "no-first-run")
     bare = ("headless", "hide-scrollbars", "no-sandbox", "disable-gpu", "disable-quic")
     mouse = "blink-settings=primaryHoverType=2,availableHoverTypes=2"  # without one, Plotly's buttons cover its points
-    size = f"window-size={WIDTH},{HEIGHT}"  # of a page that a link opens; the first is set exactly below
+    size = f"window-size={WIDTH},{HEIGHT}"  # of pages that links open; the first page's is set exactly below
     for flag in (*bare, *quiet, mouse, size, f"user-data-dir={profile}"):
         options.add_argument(f"--{flag}")
     driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))

@@ -20,6 +20,7 @@ def method(*overrides):
 
 
 def test_devices():
+    """`build.device` takes a device that is there, or names the remedy."""
     assert build.device("cpu") == CPU
     assert build.device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(UsageError, match=r"device=cuda:99: torch sees \d+ GPUs here; choose device=cpu or auto"):

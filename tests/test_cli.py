@@ -38,7 +38,7 @@ def test_help_is_complete(command):
 def test_help_lists_the_groups_of_the_command_and_no_others(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine/data").mkdir(parents=True)
     (tmp_path / "mine/data/pets.yaml").touch()
-    for name in ("outlive_output", "redact_output"):  # which change the streams of the process
+    for name in ("outlive_output", "redact_output"):  # they change the streams of this process
         monkeypatch.setattr(cli, name, lambda: None)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
 
@@ -131,7 +131,7 @@ def typed(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["src", *arguments])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        for name in ("outlive_output", "redact_output"):  # which change the streams of the process
+        for name in ("outlive_output", "redact_output"):  # they change the streams of this process
             monkeypatch.setattr(cli, name, lambda: None)
         try:
             with pytest.raises(SystemExit) as end:
@@ -313,7 +313,7 @@ def test_mistakes_in_what_takes_a_finished_run(typed, tmp_path, command, argumen
 
 def test_what_delivers_says_so_where_nothing_waits_and_its_help_is_no_docstring(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("outlive_output", "redact_output"):  # which change the streams of the process
+    for name in ("outlive_output", "redact_output"):  # they change the streams of this process
         monkeypatch.setattr(cli, name, lambda: None)
     monkeypatch.setattr(sys, "argv", ["src"])
     cli.deliver()
@@ -332,7 +332,7 @@ def test_what_evaluates_several_runs_makes_no_folders_of_its_own(typed, tmp_path
     status, stderr = typed(cli.evaluate, "--multirun", "run=gone,lost")
     assert status == 2
     assert "run=gone: there is no such run" in stderr
-    assert [path.name for path in (tmp_path / "multirun").iterdir()] == ["multirun.yaml"]  # Hydra's
+    assert [path.name for path in (tmp_path / "multirun").iterdir()] == ["multirun.yaml"]  # from Hydra
 
 
 @pytest.mark.slow

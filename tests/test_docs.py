@@ -55,7 +55,7 @@ def typed(tmp_path, monkeypatch, capsys):
     """A function that runs a command in an empty folder, in this process, and returns what it has printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    for name in ("outlive_output", "redact_output"):  # which change the streams of the process
+    for name in ("outlive_output", "redact_output"):  # they change the streams of this process
         monkeypatch.setattr(cli, name, lambda: None)
 
     def run(command, line, *more):

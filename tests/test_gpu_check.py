@@ -30,6 +30,8 @@ def test_the_page_has_what_went_well_and_what_did_not(tmp_path):
 
 
 def test_another_programs_end_counts():
+    """A part that runs a program fails if the program does; the page shows the program's last lines."""
+
     def run(code, seconds=600.0):
         return gpu_check.program("it", [sys.executable, "-c", code], 2, seconds)
 
@@ -72,7 +74,7 @@ def test_a_gpu_machine_needs_neither_xdist_nor_what_other_tests_import(python, m
     assert "tests/training/test_loop.py" in files
     assert "tests/sweeps/test_optuna_study.py" not in files
     collect = [python, "-m", "pytest", "-q", "--collect-only", "-p", "no:xdist", "-m", "gpu"]
-    grouped = "tests/test_extending.py"  # whose marker is pytest-xdist's
+    grouped = "tests/test_extending.py"  # its marker is one of pytest-xdist
     done = subprocess.run([*collect, *files, grouped], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "test_loop.py::" in done.stdout

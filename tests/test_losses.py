@@ -71,6 +71,7 @@ def test_closed_forms(temperature):
 
 
 def test_everything_alike_is_chance():
+    """If all embeddings are equal, the loss is the logarithm of the number of choices."""
     z = torch.ones(8, 3)
     assert nt_xent(z, z, 0.3).item() == pytest.approx(math.log(15), rel=1e-5)
     assert info_nce(z, z, 0.3).item() == pytest.approx(math.log(8), rel=1e-5)

@@ -38,7 +38,7 @@ from tests.config.test_schema import parsed
             ["objective=relation", "support=none", "objective.student_temperature=0.5"],
             ["objective=relation", "support=none"],
         ),
-        (["method=simclr", "search=torch"], ["method=simclr"]),
+        (["method=simclr", "search=torch"], ["method=simclr"]),  # all searches find the same neighbours
         (["method=nnclr", "queue_size=0", "search=ivf"], ["method=nnclr", "support=none"]),
         (["optimizer.weight_decay=0", "optimizer.clip_trust=true"], ["optimizer.weight_decay=0"]),
         (["data.final=true", "data.val_fraction=0.2", "data.split_seed=3"], ["data.final=true"]),
@@ -70,6 +70,7 @@ def test_a_relation_to_nothing_is_another_run_than_byol_whose_targets_pull_twice
 
 
 def test_how_much_other_dimensions_count_matters_where_there_is_decorrelation():
+    """``objective.off_diagonal`` changes the hash where ``objective.decorrelation`` is not 0."""
     one, other = (parsed("objective.decorrelation=0.02", f"objective.off_diagonal={each}") for each in (0.1, 0.2))
     assert identity.config_hash(one) != identity.config_hash(other)
 
@@ -175,6 +176,7 @@ def test_a_record_of_then_is_of_the_loss_of_then(then, name):
 
 
 def test_the_hash_is_of_what_matters():
+    """Places, devices and settings of the evaluation leave the hash; settings of the training change it."""
     base = identity.config_hash(parsed())
     same = ["output_dir=x", "resume=never", "device=cpu", "tracking=jsonl", "data.root=y", "checkpoint.every=3"]
     same += ["evaluation.every=3", "evaluation=original", "evaluation.knn_k=20"]

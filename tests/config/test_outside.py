@@ -130,6 +130,7 @@ def test_a_colour_that_is_none_is_one_line(colour):
 
 
 def test_a_backbone():
+    """A user's module can be the backbone if it gives one row of features for each image."""
     model, width = build.encoder(Backbone(name="mine", _target_="theirs.Pictures", options={}), 8)
     assert isinstance(model, Pictures)
     assert width == 3 * 8 * 8
@@ -140,6 +141,7 @@ def test_a_backbone():
 
 
 def test_a_data_set(theirs):
+    """A user's function can be the data set; its options tell one data set from another."""
     contents = Contents(["one"], Part([0], []), Part([0], []))
     theirs.images = lambda number: Source("as ever", lambda: contents if number else 1 / 0)
 

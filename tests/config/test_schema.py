@@ -28,7 +28,7 @@ def options(group):
     [
         (path.name, option)
         for path in sorted(CONF.iterdir())
-        if path.is_dir() and path.name not in ("experiment", "hydra", "sweep", "shared")  # which are not keys of a run
+        if path.is_dir() and path.name not in ("experiment", "hydra", "sweep", "shared")  # no keys of a run
         for option in options(path.name)
     ],
 )

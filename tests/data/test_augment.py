@@ -102,7 +102,8 @@ def test_the_chain_equals_torchvision(mode, height, width, size):
     # At solarization's threshold the last bit decides, so it is left out here and has a test of its own.
     params = params._replace(solarize=torch.zeros_like(params.solarize))
     expected = [by_torchvision(x, params, row, size, mode, min(6, size - 1)) for row, x in enumerate(batch)]
-    # torchvision computes hue in another way; 1e-4 (before the division by the std) is 1/40 of an 8-bit level.
+    # torchvision computes hue on a 24-bit hexcone of its own. Before the division by the std, 1e-4 is 1/40 of an 8-bit
+    # level.
     assert_close(make.apply(batch, params), torch.stack(expected), atol=1e-4 / min(STD), rtol=0)
 
 

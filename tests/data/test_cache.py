@@ -206,6 +206,7 @@ def test_other_sources_and_sizes_keep_their_caches(config, folder, tmp_path):
 
 
 def test_the_second_start_reads_neither_the_whole_cache_nor_trusts_another(config, folder, decodings, monkeypatch):
+    """A checksum is compared only where the file is not the one that was checked, even if size and time are equal."""
     cfg = config("image_folder", folder)
     checked: list[Path] = []
     checksum = cache_module.checksum
@@ -255,6 +256,7 @@ class TestManyFiles:
 
     @pytest.mark.parametrize("change", [add_an_image, remove_an_image, rename_an_image])
     def test_a_changed_folder_is(self, config, folder, looked_at, change):
+        """A changed folder is listed again and has another fingerprint."""
         cfg = config("image_folder", folder)
         first = cached(cfg).fingerprint
         change(folder)
@@ -311,6 +313,7 @@ class TestManyShards:
 
     @pytest.mark.parametrize("change", ["overwritten", "as before", "added", "removed", "renamed"])
     def test_a_change_of_any_is_noticed(self, config, shards, change):
+        """A change of any shard changes the fingerprint, also if the shard keeps its modification time."""
         cfg = config("parquet", shards)
         first = cached(cfg).fingerprint
         shard = shards / "train-1.parquet"
@@ -414,6 +417,7 @@ def test_what_a_killed_process_left_is_removed(config, folder):
 
 
 def test_cache_dir_that_cannot_be(config, folder, tmp_path):
+    """A ``data.cache_dir`` that cannot be a folder is refused."""
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(UsageError, match=r"data\.cache_dir=.*choose a folder"):
         cached(config("image_folder", folder))

@@ -320,6 +320,7 @@ def test_only_the_room_that_is_still_needed_is_asked_for(images, monkeypatch, de
 
 
 def test_a_disk_that_fills_up_later_is_not_kept_full(images, monkeypatch, decoded):
+    """The unfinished cache is removed."""
     fsync, calls = os.fsync, []
 
     def full(descriptor):

@@ -80,6 +80,7 @@ def test_images_in_shards_are_skipped_by_row(config, tmp_path, caplog):
 
 
 def test_a_class_may_not_be_skipped_away(config, folder):
+    """A class of which no training image can be read is refused, also with ``data.on_error=skip``."""
     for path in (folder / "train/b").iterdir():
         path.write_text("")
     assert "no training image of b can be read" in refusal(config("image_folder", folder, on_error="skip"))

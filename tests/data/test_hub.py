@@ -135,6 +135,7 @@ def refusal(config):
 
 
 def test_a_data_set_is_downloaded_once_and_needs_no_more_words(hub, config, tmp_path):
+    """``data.repo`` alone is enough to find the columns and classes, and a second load asks the hub for nothing."""
     images = write_cifar(tmp_path / "main")
     cfg = config("hub", repo=REPO, final=True)
     assert known_fingerprint(cfg) is None

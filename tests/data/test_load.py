@@ -114,6 +114,7 @@ def test_a_fraction_that_leaves_no_validation_image(config):
     ],
 )
 def test_settings_of_a_cut_that_is_not_made_are_named(tmp_path, caplog, typed, named):
+    """With a validation split, nothing is cut off the training images; a warning names the settings of the cut."""
     folder = write_folder(tmp_path / "images", {f"{split}/{name}": 4 for split in ("train", "val") for name in "ab"})
     write_folder(folder / "test", {"a": 1, "b": 1}, seed=100)
     load(parsed("data=image_folder", f"data.root={folder}", f"data.cache_dir={tmp_path}/cache", *typed).data)

@@ -126,6 +126,7 @@ def test_the_test_split_that_is_trained_on_does_not_hide_its_labels(config, tmp_
     ],
 )
 def test_a_split_that_cannot_be_it_is_refused(config, tmp_path, layout, choice, complaint):
+    """A split that is missing, or that cannot be tested on, is refused as ``train_split`` or ``test_split``."""
     root = write(layout, tmp_path / "images", train=24, val=8, test=-6)
     with pytest.raises(UsageError) as caught:
         load(config(layout, root, **choice))
@@ -161,6 +162,7 @@ def test_the_unlabelled_can_be_limited(config, tmp_path):
 
 @pytest.mark.parametrize("names", [["a"], ["a/inner", "a/other"], [""], ["train/a", "test/a"]])
 def test_one_class_folder_tells_nothing_apart(config, tmp_path, names):
+    """Images in a single class folder count as images without labels."""
     for seed, name in enumerate(names):
         write_flat(tmp_path / "images" / name, 12, seed)
     dataset = load(config("image_folder", tmp_path / "images", final=True))
@@ -182,6 +184,7 @@ def test_two_spellings_of_a_split_are_refused(config, tmp_path):
 
 
 def test_the_fifth_that_tests_where_no_split_does_is_always_the_same():
+    """Without a test split, the same fifth of the images is held out every time."""
     labels = [0, 1, 2, 3, 4] * 6
     rest, held_out = hold_out_test(Part(labels, range(30)))
     assert list(held_out.images) == [0, 4, 7, 13, 21, 29]

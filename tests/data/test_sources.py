@@ -334,6 +334,7 @@ class TestParquet:
 
     @pytest.mark.parametrize("labels", [[None] * 8, [float("nan")] * 8, [-1] * 8, [5] * 8])
     def test_labels_that_tell_nothing_are_none(self, config, tmp_path, labels):
+        """A label column with no values, or with one value only, counts as no labels."""
         write_shard(tmp_path / "train-0.parquet", labels)
         dataset = load(config("parquet", tmp_path))
         assert (dataset.classes, dataset.labelled, len(dataset.train)) == ([], False, 6)
@@ -453,6 +454,7 @@ class TestParquet:
         assert f"{tmp_path}: label holds int and str in one split" in refusal("parquet", tmp_path)
 
     def test_a_note_of_the_hub_without_features_says_nothing(self, config, tmp_path):
+        """Metadata of the hub without features name no classes."""
         write_shard(tmp_path / "train-0.parquet", [0, 1] * 4, names=["a", "b"])
         path = tmp_path / "train-0.parquet"
         said = {"huggingface": json.dumps({"info": {"features": None}})}

@@ -100,7 +100,7 @@ def test_crops_are_those_of_the_whole_image(width, height):
 def test_a_crop_that_never_fits_is_the_middle_of_the_whole_image():
     box = draw_boxes(2, 30, 30, [4.0, 4.0], torch.full((2,), 3.0))[0] * torch.tensor([1, 3, 1, 3])
     wanted = RandomResizedCrop.get_params(torch.empty(3, 30, 90), [4.0, 4.0], [3 / 4, 4 / 3])
-    assert (box - torch.tensor(wanted)).abs().max() <= 3  # a stored pixel
+    assert (box - torch.tensor(wanted)).abs().max() <= 3  # 3 pixels wide is one stored pixel
 
 
 def test_a_run_on_whole_images_is_trained_and_evaluated(small, tmp_path, root):

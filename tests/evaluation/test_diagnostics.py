@@ -50,7 +50,7 @@ def test_collapse_is_a_line_or_a_point(shape):
     assert collapsed_rank(around) is None, "two directions"
     assert collapsed_rank(F.normalize(offset, dim=0) + 0.05 * torch.randn(shape) / width**0.5) is None, "not constant"
     ellipse = around.clone()
-    ellipse[:, 1::2] /= 10  # its shares are 10 and 1 of 11
+    ellipse[:, 1::2] /= 10  # the shares of its singular values are 10/11 and 1/11
     assert collapsed_rank(ellipse) == pytest.approx(11 / 10 ** (10 / 11), rel=0.01)
 
 

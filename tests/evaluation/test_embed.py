@@ -124,6 +124,7 @@ def test_a_runs_own_images_may_have_moved(drawn, cache_dir, tmp_path):
 
 @pytest.mark.parametrize("settings", [[], ["data.split_seed=1", "data.val_fraction=0.25"], ["data.final=true"]])
 def test_of_a_runs_own_images_those_that_validate_it_are_told_apart(drawn, cache_dir, tmp_path, settings):
+    """The column ``split`` tells the run's validation images from its training images."""
     images = write_folder(tmp_path / "images", {"train/a": 10, "train/b": 10, "test/a": 2, "test/b": 2})
     folder = run_on(images, cache_dir, tmp_path, *settings)
     rows = pq.read_table(write(folder, *of_folder(images, cache_dir))).to_pylist()
@@ -261,6 +262,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(run, drawn, tmp_path, cache
     ],
 )
 def test_mistakes(run, tmp_path, monkeypatch, arguments, says):
+    """A mistake in the arguments is one line."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as error:
         write(run, *arguments.split())

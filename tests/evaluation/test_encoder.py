@@ -56,6 +56,7 @@ def test_the_file_says_what_it_is(written):
 
 
 def test_what_the_file_says_has_one_order(written):
+    """The keys of the metadata are sorted."""
     content = written[0].read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     assert list(header["__metadata__"]) == sorted(header["__metadata__"])

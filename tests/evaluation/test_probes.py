@@ -122,6 +122,7 @@ def test_few_labels_are_drawn_balanced_and_the_same_for_every_encoder(monkeypatc
 
 
 def test_held_out_images_choose_for_few_labels_whose_features_are_standardised_by_those_of_all(monkeypatch):
+    """The held-out images choose the learning rate; mean and deviation are those of all training images."""
     train, held_out, test = blobs(100), blobs(50), blobs(50)
     asked, few, take = [], [], Features.take
     monkeypatch.setattr(Features, "take", lambda self, rows: few.append(len(rows)) or take(self, rows))
@@ -179,6 +180,7 @@ def test_of_equal_heads_the_first_is_the_best():
 
 
 def test_a_feature_that_is_constant_has_no_say():
+    """A constant feature, whose standard deviation is 0, changes no score."""
     train, more = blobs(50), blobs(50)
     with_constant = Features(F.pad(train.x_NF, (0, 1)), train.labels_N)
     plain, padded = (probes.cached_heads(each, 5, [0.3], 3, 16, seed=0) for each in (train, with_constant))
@@ -237,6 +239,7 @@ class Recorder(nn.Module):
 
 
 def test_a_frozen_encoder_stays_frozen():
+    """It encodes normalised images in blocks, in evaluation mode and without gradients, and changes nothing."""
     recorder = Recorder()
     frozen = FrozenEncoder(recorder, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], torch.device("cpu"), torch.float32)
     split = Split(torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8), torch.arange(10))

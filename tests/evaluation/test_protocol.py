@@ -35,7 +35,7 @@ def test_the_number_of_neighbours_is_chosen_on_validation_images_and_recorded(fi
     assert chosen == cfg.knn_k[top1.index(max(top1))]
     metrics = Record.load(finished).metrics
     assert metrics["val/knn_k"] == metrics["test/knn_k"]
-    assert metrics["test/knn_k"] in (10, 16, 20)  # 161 training images of ten classes
+    assert metrics["test/knn_k"] in (10, 16, 20)  # a class has about 16 of the 161 training images
 
 
 class Known(Features):

@@ -110,6 +110,7 @@ def test_the_loss_is_symmetric_and_uses_each_views_nearest(make, predictor):
 
 @pytest.mark.parametrize("make", [nnclr, kmclr])
 def test_the_views_have_the_rest_of_the_loss(make):
+    """The support set's term has the weight ``support_weight``, and NT-Xent of the two views what is left of 1."""
     method = make(support_weight=1.0)
     fill(method)
     view1, view2 = views()

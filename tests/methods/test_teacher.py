@@ -163,6 +163,7 @@ def test_with_nothing_stored_it_is_byol_whatever_the_shares():
 
 
 def test_the_shares_are_drawn_anew_at_every_step():
+    """The loss mixes targets and their neighbours by random shares."""
     method = teacher(queue())
     view1, view2 = views()
     assert len({method(view1, view2).loss.item() for _ in range(5)}) == 5

@@ -40,9 +40,9 @@ def test_the_untrained_encoder_is_a_level_over_all_epochs(tmp_path):
 
 
 def test_prototypes_that_are_reset_are_compared_where_they_are_oldest(tmp_path):
-    folder = (write(tmp_path / "0", [0.1, 0.2, 0.3, 0.4, 0.5], "support/purity"),)  # every second epoch
+    folder = (write(tmp_path / "0", [0.1, 0.2, 0.3, 0.4, 0.5], "support/purity"),)  # measured every second epoch
     reset = course("KMCLR 50", 50, folder, cycle=4)
-    assert [epoch for epoch, _, _ in points(reset, "support/purity")] == [4, 8]  # and not before the first epoch
+    assert [epoch for epoch, _, _ in points(reset, "support/purity")] == [4, 8]  # 0 is before the first epoch
     assert [epoch for epoch, _, _ in points(reset._replace(cycle=1), "support/purity")] == [0, 2, 4, 6, 8]
 
 
@@ -67,6 +67,7 @@ def test_the_rows_of_a_run_are_read_once_for_all_panels(tmp_path, monkeypatch):
     ("agreement", "own", "expected"), [(0.8, 0.7, 1 / 3), (0.3, 0.0, 0.3), (0.3, None, None), (1.0, 1.0, None)]
 )
 def test_the_anchors_own_image_is_no_neighbour(agreement, own, expected):
+    """Self-hits are taken out of the label agreement."""
     metrics = {"support/label_agreement": agreement} | ({} if own is None else {"support/self_hit": own})
     found = curves.neighbour_agreement(metrics)
     assert found == ({} if expected is None else {NEIGHBOUR: pytest.approx(expected)})
@@ -110,9 +111,9 @@ LONG = "with a number of settings that no legend has room for in a line, since e
 def test_a_legend_stays_in_its_panel_however_long_its_names_are(tmp_path, courses):
     folders = [(write(tmp_path / str(i), [10, 20 + i, 25]),) for i in range(courses)]
     some = [course("SimCLR", 0, folders[0], "black")]
-    methods = ["KMCLR", "NNCLR"] * courses  # in columns where there are many
+    methods = ["KMCLR", "NNCLR"] * courses  # many curves are drawn in a column for each method
     some += [course(f"{methods[i]} {i}, {LONG}", i, folders[i], method=methods[i]) for i in range(1, courses)]
-    with rc_context({"font.size": 9}):  # as a report has it
+    with rc_context({"font.size": 9}):  # the font size of a report
         figure = compare(some)
         figure.draw_without_rendering()
     for axes in figure.axes:
@@ -139,7 +140,7 @@ def over_curves(axes):
 )
 def test_a_legend_covers_no_curve_and_takes_no_room_where_there_is_some(tmp_path, values, has_room):
     some = [course(f"SimCLR {i}", 0, (write(tmp_path / str(i), [each + i for each in values]),)) for i in range(4)]
-    with rc_context({"font.size": 9}):  # as a report has it
+    with rc_context({"font.size": 9}):  # the font size of a report
         (axes,) = compare(some).axes
         assert over_curves(axes) == 0
     low, high = min(values), max(values) + 3

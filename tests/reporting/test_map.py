@@ -66,4 +66,4 @@ def test_images_without_a_label_are_no_class_on_a_map():
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["no label", "a", "b", "c"]
     many = torch.cat([torch.full((2000,), -1), torch.arange(2000) % 100])
     chosen = many[choose_images(many, 100)]
-    assert ((chosen >= 0) & (chosen < 10)).sum() == 200  # all that have colours
+    assert ((chosen >= 0) & (chosen < 10)).sum() == 200  # all images of coloured classes

@@ -50,6 +50,7 @@ def method_with(support, data):
 
 
 def test_what_a_teacher_stores_is_asked_with_its_embeddings():
+    """Where the teacher feeds the support set, its embeddings are also the queries."""
     data = data_of()
     method, frozen = method_with(None, data)
     objective = schema.MNN(name="teacher", momentum=0.9, predictor_hidden=4, neighbours=1)
@@ -90,7 +91,7 @@ def test_a_queue_that_holds_the_images_gives_each_anchor_itself_framed(monkeypat
         assert torch.equal(anchor.image, positive.image)
         assert anchor.text == positive.text
         assert positive.framed
-    queue.images_N += 3  # the entries are said to be of other images, of the same class
+    queue.images_N += 3  # as if the entries were of other images of the same class
     queue.images_N %= 60
     seen.clear()
     pictures.positives(queue, data.train.take(rows), rows, pictures.embed(method, frozen, data.train.take(rows)), data)
@@ -173,6 +174,7 @@ def test_the_sheet_has_every_tile_in_its_place_enlarged_and_framed():
 
 
 def test_what_an_anchor_is_given_stands_apart_from_it():
+    """The gap between an anchor and its positives is wider than that between positives."""
     red = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
     figure = pictures.sheet([[pictures.Tile(red)] * 3] * 2, ["", ""], "a title", 10)
     row = torch.from_numpy(figure.axes[0].images[0].get_array())[4 * pictures.TILE_GAP + 1]

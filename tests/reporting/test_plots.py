@@ -74,7 +74,7 @@ def test_what_storing_is_worth_has_a_panel_of_its_own_with_the_intervals_of_the_
     if draw is by_size:
         points = drawn(axes)
         assert points["KMCLR 400"][1:] == pytest.approx((2.0, half))
-        assert not [patch for patch in axes.patches if patch.get_alpha()]  # SimCLR's bar is no band behind the others
+        assert not [patch for patch in axes.patches if patch.get_alpha()]  # SimCLR's interval is not drawn as a band
 
 
 @pytest.mark.parametrize("draw", [by_size, dots])
@@ -109,7 +109,7 @@ def test_rows_that_are_dots_are_ranked_by_the_validation_images():
     best = replace(run("kmclr", 400), metrics={"val/linear_top1": 60.0, "test/linear_top1": 50.0})
     other = replace(run("nnclr", 400), metrics={"val/linear_top1": 50.0, "test/linear_top1": 60.0})
     names = [text.get_text() for text in dots(summarise([best, other])[0]).axes[0].get_yticklabels()]
-    assert names == ["NNCLR 400", "KMCLR 400"]  # from below
+    assert names == ["NNCLR 400", "KMCLR 400"]  # from the bottom up
     names = [
         text.get_text()
         for text in dots(summarise([best, without(other, "val/linear_top1")])[0]).axes[0].get_yticklabels()
@@ -119,6 +119,7 @@ def test_rows_that_are_dots_are_ranked_by_the_validation_images():
 
 @pytest.mark.parametrize("top1", [50.0, 99.95, 100.0])
 def test_an_image_more_or_less_does_not_fill_a_panel(top1):
+    """An axis spans at least `MIN_SPAN`, so that the difference of a single image does not look large."""
     rows, _ = summarise(
         [run("simclr", top1=top1), run("kmclr", 50, top1=top1 - 0.05), run("nnclr", 50, top1=top1 - 0.05)]
     )
@@ -153,7 +154,7 @@ def test_only_sizes_of_one_method_are_joined_and_what_stores_nothing_is_a_level(
     handles = dict(
         zip((text.get_text() for text in figure.legends[0].texts), figure.legends[0].legend_handles, strict=True)
     )
-    assert handles["NNCLR"].get_linestyle() == "None"  # a point alone promises no line
+    assert handles["NNCLR"].get_linestyle() == "None"  # a single point has no line in the legend
     assert handles["KMCLR"].get_linestyle() == "-"
     places = {title: place for title, (place, _, _) in drawn(axes).items()}
     assert places["NNCLR 400"] != places["KMCLR 400"]  # beside each other, so that no bar hides another
@@ -172,7 +173,7 @@ def test_one_seed_has_no_bar_and_axes_end_at_100_percent():
     axes = plot(summarise([run("simclr", top1=99.5), run("kmclr", 50, top1=98)])[0]).axes[0]
     assert all(math.isnan(bar) for _, _, bar in drawn(axes).values())
     assert axes.get_ylim()[1] <= 100
-    assert not any(each.lines[0].get_clip_on() for each in axes.containers)  # a marker at 100% is a whole one
+    assert not any(each.lines[0].get_clip_on() for each in axes.containers)  # a marker at 100% is not cut off
 
 
 def test_dots_end_at_100_percent_too():

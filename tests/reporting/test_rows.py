@@ -62,6 +62,7 @@ def test_right_positives_are_a_column_of_runs_that_know_them_in_percent_and_no_g
 
 @pytest.mark.parametrize(("epochs", "is_young"), [("99", False), ("100", True), ("500", True), ("2", False)])
 def test_right_positives_of_young_prototypes_are_told(epochs, is_young):
+    """A note names the rows whose right positives are counted soon after a reset of the prototypes."""
     reset = {"support.forget": "reset", "support.forget_every": "3", "epochs": epochs}
     runs = [run("kmclr", 50, **reset), run("kmclr", 400, **reset), run("nnclr", 400, epochs=epochs)]
     _, notes = summarise([with_agreement(each, 0.1) for each in runs])
@@ -170,7 +171,7 @@ def test_seeds_that_were_computed_otherwise_are_noted():
     ]
     assert summarise(runs)[1] == ["the runs of a row differ in dtype: KMCLR 50"]
     assert summarise([*runs[:1], replace(run("simclr"), tags={"dtype": "bfloat16"})])[1] == ["rows differ in dtype"]
-    assert summarise([*runs[:1], run("simclr")])[1] == []  # of an older version, which did not say
+    assert summarise([*runs[:1], run("simclr")])[1] == []  # a record of an older version does not say
 
 
 def test_runs_of_code_that_was_edited_between_them_say_so():
@@ -202,7 +203,7 @@ def test_a_validation_by_fewer_images_is_noted():
     (row,), notes = summarise(runs)
     assert len(row.runs) == 2
     assert notes == ["the runs differ in evaluation.bank: their val kNN cannot be compared"]
-    assert summarise([runs[0], run("simclr", seed=2)])[1] == []  # of an older version, which did not say
+    assert summarise([runs[0], run("simclr", seed=2)])[1] == []  # a record of an older version does not say
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 2)] * 3), min_size=1, max_size=12))
@@ -362,6 +363,7 @@ def test_a_note_names_few_of_many_runs():
 
 
 def test_how_a_queue_is_searched_keeps_no_control_from_it():
+    """The control stores nothing, so it may have other settings of the search."""
     own = {"objective.support_weight": "0.5", "objective.predictor_hidden": "0"}
     lists = {"search.name": "ivf", "search.index": "IVF64,Flat", "search.nprobe": "4", "search.refresh_every": "50"}
     rows, _ = summarise([run("nnclr", 0, **own, **{"search.name": "auto"}), run("nnclr", 400, **own, **lists)])
@@ -380,8 +382,8 @@ def test_the_control_does_the_same_but_for_what_it_stores():
     found = {row.title: control_of(row, rows) for row in rows}
     assert found["NNCLR 400, support_weight=0.3"].label == found["KMCLR 50, support_weight=0.3"].label
     assert found["NNCLR 400, support_weight=0.5"].label != found["KMCLR 50, support_weight=0.3"].label
-    assert found["KMCLR 50, support_weight=0.1"] is None  # nobody ran that
-    assert found["SimCLR"] is None  # both could be meant
+    assert found["KMCLR 50, support_weight=0.1"] is None  # no such control was run
+    assert found["SimCLR"] is None  # either of two rows could be meant
     (one, two), _ = summarise([weighed("nnclr", 0, "0.5"), run("simclr")])
     assert control_of(one, [one, two]) is two
     assert control_of(two, [one, two]) is None
@@ -395,6 +397,7 @@ def test_the_control_does_the_same_but_for_what_it_stores():
 
 @pytest.mark.parametrize(("key", "value"), [("data.limit", "100"), ("origin", "a1b2"), ("backbone.stem", "small")])
 def test_a_setting_that_only_one_of_two_rows_has_keeps_the_control_from_it(key, value):
+    """A row is no control if only one of the two has a setting, such as a limit of images."""
     other, control, stored = run("nnclr", 0, **{key: value}), run("nnclr", 0), run("nnclr", 128)
     rows, _ = summarise([other, stored])
     assert control_of(rows[1], rows) is None
@@ -420,6 +423,7 @@ def test_simclrs_control_has_its_temperature_and_its_decorrelation():
 
 
 def test_a_number_of_vectors_that_changes_is_that_of_the_end():
+    """The size of a support set that grows and shrinks is its size at the end, as a mean over the seeds."""
     runs = [run("evolving", 400, seed) for seed in (0, 1)]
     for each, in_use, peak in zip(runs, (150.0, 153.0), (210.0, 180.0), strict=True):
         each.metrics.update({"support/size": in_use, "support/peak_size": peak})

@@ -228,7 +228,7 @@ def test_curves_are_drawn_of_the_runs_whose_folders_are_here(tmp_path):
     three = {"support.forget": "reset", "support.forget_every": "3"}
     again = replace(runs[0], params=runs[0].params | three)
     assert courses([replace(rows[-1], runs=(again,))])[0].cycle == 3
-    never = replace(again, params=again.params | {"epochs": "3"})  # nothing follows, so nothing is reset
+    never = replace(again, params=again.params | {"epochs": "3"})  # no epoch follows the third
     assert courses([replace(rows[-1], runs=(never,))])[0].cycle == 1
     assert (
         courses([replace(rows[-1], runs=(replace(again, params=again.params | {"support.forget": "none"}),))])[0].cycle
@@ -267,6 +267,7 @@ def test_a_bar_in_a_name_is_no_column():
 
 
 def test_arguments():
+    """Keys that are no arguments of a report are settings that select runs."""
     assert parse(["experiment=2026_11"]) == Arguments("2026_11", "", "", "mlflow", "multirun", {})
     assert parse(["out=a=b", "tracking=jsonl", "sweep=x", "root=r"]) == Arguments("", "x", "a=b", "jsonl", "r", {})
     assert parse(["experiment=x", "k=50", "data.limit=null"]).settings == {"k": "50", "data.limit": "null"}

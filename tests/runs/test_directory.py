@@ -88,7 +88,7 @@ def test_who_reads_a_run_that_may_only_be_read_is_told_to_copy_it(tmp_path, monk
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(run_directory.FileLock, "acquire", refused)  # root would be allowed to write
+    monkeypatch.setattr(run_directory.FileLock, "acquire", refused)  # permissions alone do not stop root
     (tmp_path / "run.json").touch()
     with pytest.raises(UsageError) as error, run_directory.exclusive(tmp_path):
         pass

@@ -19,6 +19,7 @@ from tests.stores import JSONL, rows, train
 
 
 def test_rows_and_record(tmp_path):
+    """These are the contents of ``metrics.jsonl`` and ``run.json``."""
     before = time.time_ns() // 1_000_000
     tracker = Tracker(tmp_path, JSONL, {"k": 50, "projector.hidden": [64, 64]}, {"device": "cpu"})
     tracker.log({"train/loss": 2.0}, 0)
@@ -132,6 +133,7 @@ def test_a_foreign_record_is_named(tmp_path, content):
 @pytest.mark.parametrize("strange", STRANGE, ids=repr)
 @pytest.mark.parametrize("old", [False, True])
 def test_a_record_with_something_else_in_a_place_is_read_or_named(tmp_path, strange, old):
+    """A strange value in any field of a record is read, or refused in one line."""
     content = json.loads((finished(tmp_path) / "run.json").read_text())
     if old:
         del content["copies"]
@@ -259,6 +261,7 @@ def test_every_change_of_conditions_is_kept_with_its_step():
 
 
 def test_a_run_of_before_the_code_was_noted_is_continued_by_another():
+    """If a record has no digest of the code, the code counts as changed until a session has noted it."""
     run = Record.new("a", "study")
     run.continue_under({"torch": "1"}, 0)
     assert run.changes({"torch": "1", "code": "ab"}) == "code was another and is ab"

@@ -153,9 +153,9 @@ def test_a_killed_run_is_continued_in_mlflow_without_gaps_or_repeats(client, tmp
     tracker = Tracker(directory, MLFLOW, {"k": 50, "long": "x" * 7000}, {})
     train(tracker, range(20))
     tracker.flush()
-    train(tracker, range(20, 31))  # in the file only
+    train(tracker, range(20, 31))  # logged, but not delivered
     with (directory / record.METRICS).open("a") as file:
-        file.write('{"step": 33, "ti')  # and killed
+        file.write('{"step": 33, "ti')  # then it is killed
 
     resumed = Tracker(directory, MLFLOW, {"k": 50, "long": "x" * 7000}, {})
     assert client.get_run(resumed.run_id).info.status == "RUNNING"
@@ -218,7 +218,7 @@ def test_a_failed_run_that_is_continued_runs_again(client, tmp_path):
 
 def test_a_run_whose_creator_was_killed_before_it_knew_the_id_is_found(client, tmp_path):
     tracker = Tracker(tmp_path / "run", MLFLOW, {}, {})
-    tracker.record.entry.run_id = ""  # what the file said at that moment
+    tracker.record.entry.run_id = ""  # as the record was at that moment
     tracker.record.save(tmp_path / "run")
     again = Tracker(tmp_path / "run", MLFLOW, {}, {})
     experiment = client.get_experiment_by_name("exp").experiment_id
@@ -359,7 +359,7 @@ def server(client, tmp_path, monkeypatch):
 def test_delivery_to_a_server_is_idempotent_too(client, server, tmp_path):
     assert mlflow_store.prepare().tracking_uri.startswith("http://")
     directory = tmp_path / "remote"
-    train(Tracker(directory, MLFLOW, {"k": 50}, {}), range(10))  # and killed
+    train(Tracker(directory, MLFLOW, {"k": 50}, {}), range(10))  # then it is killed
     remote = Tracker(directory, MLFLOW, {"k": 50}, {})
     train(remote, range(20))
     remote.log({"support/perplexity": math.nan}, 20)

@@ -131,7 +131,7 @@ def test_new_prototypes_are_drawn_by_their_squared_distance():
     axes = torch.eye(DIM)
     far, near = axes[2], F.normalize(axes[0] + 0.5 * axes[3], dim=0)
     batch = torch.stack([far, near, axes[0], axes[1]])
-    odds = 1 / (1 + (1 - near[0]).item())  # of squared distances 2 and 2 - 2 cos
+    odds = 1 / (1 + (1 - near[0]).item())  # the squared distances are 2 and 2 - 2 cos
     chosen = 0
     for seed in range(200):
         evolving = make(start=2)
@@ -184,7 +184,7 @@ def test_none_of_the_unused_slots_is_ever_found():
     found = evolving.nearest(-torch.rand(30, DIM), 4)  # an unused slot, all zeros, would be nearer than any prototype
     assert found.ids.max() < 4
     torch.testing.assert_close(found.embeddings.norm(dim=2), torch.ones(30, 4))
-    assert evolving.nearest(torch.rand(1, DIM), 5).ids.sort().values.tolist() == [[0, 1, 2, 3]]  # all that are left
+    assert evolving.nearest(torch.rand(1, DIM), 5).ids.sort().values.tolist() == [[0, 1, 2, 3]]  # only four are in use
 
 
 def test_more_at_the_start_than_at_most_is_refused():

@@ -130,6 +130,7 @@ def test_reset_seeds_anew_at_its_interval():
 
 
 def test_a_dead_centroid_is_revived_whole():
+    """It takes over an embedding with its image and its class, and starts with a count of 1."""
     kmeans = make(2, revive_after=5)
     update(kmeans, torch.stack([torch.zeros(DIM), torch.full((DIM,), 1e3)]))
     near_zero = torch.randn(4, DIM)
@@ -148,7 +149,7 @@ def test_a_centroid_is_dead_once_it_was_passed_over_by_as_many_embeddings_as_tha
     """It is revived after being idle for exactly ``revive_after`` times k embeddings."""
     kmeans = make(2, revive_after=5)
     update(kmeans, torch.stack([torch.zeros(DIM), torch.full((DIM,), 1e3)]))
-    for rows, far in ((9, 1e3), (1, 0)):  # 9, and then 10
+    for rows, far in ((9, 1e3), (1, 0)):  # idle for 9 embeddings, then for 10
         update(kmeans, torch.zeros(rows, DIM))
         assert kmeans.means_KD[1, 0] == far
 
@@ -320,6 +321,7 @@ def test_a_prototype_agrees_by_the_share_of_its_members():
 
 
 def test_prototypes_as_clusters_of_the_anchors_they_served():
+    """Purity and NMI are those of the recorded anchors; drift is the mean cosine distance moved since `clear_stats`."""
     kmeans = make(2)
     update(kmeans, torch.eye(DIM)[:2])
     assert not kmeans.stats().keys() & {"support/purity", "support/nmi", "support/drift"}

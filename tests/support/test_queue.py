@@ -165,7 +165,7 @@ def test_few_lists_find_most_neighbours():
 
 def test_a_query_whose_lists_are_empty_is_searched_exactly():
     exact, queue = Queue(100, 16, TorchSearch()), listed(100, nprobe=1, factory="IVF64,Flat", refresh_every=10**6)
-    for step in range(4):  # nothing that trained the lists is left
+    for step in range(4):  # no vector that trained the lists is left
         for each in (exact, queue):
             each.update(*batch_of(step))
     queries = F.normalize(batch_of(0)[0][:40], dim=1)  # near centroids whose members are gone

@@ -57,6 +57,7 @@ def test_what_tells_a_job_from_others_of_its_name_stands_beside_the_name():
 
 
 def test_time_goes_with_epochs_and_what_is_done_is_taken_off():
+    """The estimate of a job grows with its epochs, and the time that it has already worked is subtracted."""
     done, halved, fresh, longer = *jobs(0, 1, 2), *jobs(3, epochs=20)
     ran(done, 3000)
     ran(halved, 1200, "KILLED")

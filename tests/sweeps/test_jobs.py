@@ -19,6 +19,7 @@ def sizes(jobs):
 
 
 def test_a_value_is_set_where_the_options_have_its_key(sweeper):
+    """A job leaves out a key that its options do not have, and remembers that it did."""
     job = sweeper.composer(["method=nnclr", "k=50", "queue_size=64", "objective.temperature=0.3"])
     assert (job.cfg.queue_size, job.cfg.k, job.cfg.objective.temperature) == (64, None, 0.3)
     assert job.skipped_keys == ["k"]
@@ -32,6 +33,7 @@ def test_a_sweep_too_large_to_be_composed_is_refused_at_once(sweeper, values):
 
 
 def test_a_job_is_told_present_names(sweeper):
+    """Former names of settings are replaced by the present ones."""
     job = sweeper.composer(["method=kmclr", "method.forget=none", "method.projector.out=8"])
     assert job.overrides == ["method=kmclr", "support.forget=none", "projector.out=8"]
     assert (job.cfg.support.forget, job.cfg.projector.out) == ("none", 8)

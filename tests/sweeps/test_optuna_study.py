@@ -29,6 +29,7 @@ def test_a_range_excludes_its_end_and_whole_keys_get_whole_numbers():
 
 
 def test_the_best_is_of_the_trials_that_ended_whole_and_reads_as_it_is_typed(tmp_path):
+    """`best` names the best trial that was completed, with its settings as they would be typed."""
     distributions = space("k=10,20,30,40", "projector.hidden=[32],[64]", "optimizer.lr=0.1234567,0.7")
     search = opened(tmp_path, **distributions)
     assert search.best() == ""

@@ -154,7 +154,7 @@ def test_a_key_with_plus_signs_replaces_a_distribution(search):
         "k10",
         "k20",
     ]
-    assert search(Launcher(0), "++k=interval(5,9)", trials=1) == 0  # of whole numbers, as k is
+    assert search(Launcher(0), "++k=interval(5,9)", trials=1) == 0  # drawn as whole numbers, because k is one
     fixed = Launcher(0, 0)
     assert search(fixed, "++k=10", trials=2, space=SPACE | {"epochs": "choice(1,2,3)"}) == 0
     assert len(list(fixed.folder.parent.glob("kmclr-k10-*"))) == 3
@@ -181,6 +181,7 @@ def test_the_keys_of_whole_numbers_are_those_of_the_schema():
 
 
 def test_settings_that_are_at_odds_with_a_default_only_are_searched(search):
+    """A window of 100 is too small for the default k, but not for the values of k that are searched."""
     launcher = Launcher(0)
     fixed = ["support.refit=faiss", "support.refit_window=100"]
     assert search(launcher, *fixed, "k=interval(10,50)", trials=1, space={}) == 0

@@ -201,11 +201,12 @@ def test_a_dry_run_names_what_is_not_possible(command):
 
 @pytest.mark.slow
 def test_a_sweep_with_a_bad_value_then_again(command, small, tmp_path):
+    """The other jobs finish, and the corrected command finds them finished and reports the same table."""
     arguments = ["--multirun", *small, *SMALL_SWEEP, "k=10,abc", "jobs=2"]
     done = command("src.train", *arguments)
     assert done.returncode == 1
     assert "no result: k=abc: Value 'abc'" in done.stderr
-    assert "run again" not in done.stderr  # which would end the same way
+    assert "run again" not in done.stderr  # it would end the same way
     assert "Traceback" not in done.stderr
     folder, record = sweep_of(tmp_path)
     assert record.status == "FAILED"
@@ -326,6 +327,7 @@ def test_a_search_of_a_space_with_fewer_points_than_trials_tries_them_all_and_sa
 
 @pytest.mark.slow
 def test_a_search_killed_and_run_again(python, command, small, tmp_path):
+    """The repeated command completes the trials; without its study, a search begins anew."""
     arguments = [*small, "+sweep=optuna", "k=int(interval(5,60))", "hydra.sweeper.trials=2", "tracking=jsonl"]
     process = start(python, tmp_path, *arguments)
     wait_for(lambda: finished(tmp_path))

@@ -20,7 +20,7 @@ def test_nobody_waits_longer_than_asked_and_the_call_goes_on():
     started = time.monotonic()
     with pytest.raises(Overdue, match=r"no answer in \d+ s"):
         call.result(lambda: 0.3)
-    with pytest.raises(Overdue):  # told to hurry while it waits
+    with pytest.raises(Overdue):  # the time left is cut short while it waits
         call.result(lambda: 600 if time.monotonic() < started + 0.5 else 0)
     assert time.monotonic() < started + 300
     assert call.is_running

@@ -48,7 +48,7 @@ def test_the_peak_rises_with_what_is_touched_and_stays():
         before, during, after = fork.submit(peaks).result()
     assert before > 0
     assert during >= before + 0.2
-    assert after >= during - 0.01  # the system counts a little behind
+    assert after >= during - 0.01  # the system's count lags a little
 
 
 def test_the_peak_is_not_that_of_the_process_that_started_this_one():

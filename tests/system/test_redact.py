@@ -71,6 +71,7 @@ def test_a_variable_is_known_by_its_name(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["MAX_TOKENS", "TOKENIZERS_PARALLELISM", "PATH", "PWD", "OLDPWD", "HF_TOKEN_PATH"])
 def test_a_variable_that_only_sounds_so_is_none(monkeypatch, name):
+    """The value of a variable whose name only resembles that of a secret is not hidden."""
     monkeypatch.setenv(name, "cifar-131072")
     assert redact("queue_size was cifar-131072") == "queue_size was cifar-131072"
 
@@ -111,6 +112,7 @@ def test_numbers_and_names_in_settings_stay_as_they_are(monkeypatch):
 
 
 def test_a_record_has_none(tmp_path):
+    """A record holds no secret of its settings and tags."""
     record = Record.new("run", "exp")
     record.params = {"data.root": "s3://id:key-of-it@bucket/images"}
     record.tags = {"command": "src/train.py a.password=hush", "error": "ConnectionError: http://me:hush@host/ is away"}

@@ -12,10 +12,12 @@ def test_mix_is_pure_and_tells_places_apart():
     assert len(set(values)) == len(values)  # among them (0, 1) and (1, 0)
     assert all(0 <= value < 2**63 for value in values)
     ones = sum(bin(value).count("1") for value in values) / len(values)
-    assert 31 < ones < 32  # 63 fair bits
+    assert 31 < ones < 32  # half of 63 bits
 
 
 def test_every_generator_follows():
+    """`seed_everything` seeds Python, NumPy and torch."""
+
     def draw():
         return random.random(), np.random.rand(), torch.rand(3).tolist()
 

@@ -218,6 +218,7 @@ def test_what_a_checkpoint_takes_is_no_time_of_an_epoch(run, monkeypatch):
 
 
 def test_a_step_logs_how_its_features_lie_and_says_how_far_it_is(run, monkeypatch):
+    """A step logs alignment and uniformity, and tells the method which fraction of all steps is done."""
     forward, features, progress = SmallNet.forward, [], []
 
     def noting(self, images):

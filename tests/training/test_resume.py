@@ -112,13 +112,14 @@ def test_another_evaluation_starts_no_training_anew_and_is_said(run, monkeypatch
     assert "was evaluated otherwise (evaluation.knn_k was 5 and is 9)" in caplog.text
     assert f"python -m src.evaluate run={directory.relative_to(tmp_path)}" in caplog.text
     rows, notes = summarise([record])
-    assert [each.params["evaluation.knn_k"] for row in rows for each in row.runs] == ["5", "5"]  # untrained, trained
+    assert [each.params["evaluation.knn_k"] for row in rows for each in row.runs] == ["5", "5"]  # untrained and trained
     assert any("evaluation.knn_k was 20 and is 5 at step 4" in note for note in notes)
 
 
 def test_another_evaluation_is_said_of_a_run_that_lost_its_checkpoints_and_of_one_that_returns_to_the_first(
     run, monkeypatch, tmp_path
 ):
+    """The tag lists each change of the evaluation's settings, with the step."""
     overrides, directory = ["method=simclr", "epochs=2"], tmp_path / "run"
     for steps, more in [(2, []), (1, ["evaluation.knn_k=5"]), (1, ["evaluation.bank=30"])]:
         monkeypatch.setattr(run_module, "Stopper", lambda _, steps=steps: StopAfter(steps))

@@ -27,6 +27,7 @@ from tests.training.training_runs import ALL, METHODS, METRICS, OF_METHOD, histo
 
 @pytest.mark.parametrize("method", OF_METHOD)
 def test_a_run_leaves_what_it_promises(run, method, capsys):
+    """A finished run has all its metrics, params, files and pictures, and prints its result."""
     directory = run(*ALL[method], "evaluation.pictures=true", draw=True, net=[])
     record = Record.load(directory)
     assert record.status == "FINISHED"

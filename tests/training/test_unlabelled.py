@@ -55,6 +55,7 @@ def test_a_run_without_a_figure_to_say_is_finished_and_no_more(tmp_path, capsys)
 
 @pytest.mark.parametrize("method", [["method=kmclr", "k=5"], ["method=simclr"]])
 def test_labelled_images_beside_them_are_for_the_probes(small, tmp_path, caplog, method):
+    """With unlabelled training images, the probes learn from the labelled validation images."""
     root = write_folder(tmp_path / "photos", {"val/a": 20, "val/b": 20, "test/a": 10, "test/b": 10})
     write_flat(root / "train", 100)
     images = ["data=image_folder", f"data.root={root}", "data.limit=null", "data.image_size=8"]
