@@ -85,7 +85,7 @@ def test_runs_in_order_and_none_twice(trained):
 
 
 def test_the_records_that_were_kept_are_enough(trained, tmp_path):
-    """Only the records in OUT are left: a rented machine keeps nothing else."""
+    """Only the records in OUT are left: a borrowed machine keeps nothing else."""
     trained("teacher", mnn_prototypes_k400=1)
     (tmp_path / "multirun").rename(tmp_path / "lost")
     _, runs = trained("teacher")

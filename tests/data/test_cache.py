@@ -235,7 +235,7 @@ class TestManyFiles:
 
     @pytest.fixture
     def looked_at(self, folder, monkeypatch) -> list[str]:
-        """Roots that are listed again, in order; the files and folders are made old first."""
+        """The root of each listing, in order; files and folders are made old, because new ones are listed again."""
         monkeypatch.setattr("src.data.folders.MANY", 12)
         self.age(folder)
         listed: list[str] = []

@@ -54,7 +54,7 @@ def images(config, tmp_path):
 
 @pytest.fixture
 def decoded(decodings, monkeypatch) -> list[str]:
-    """Where each image decoded so far came from; every image is a block of its own and is saved at once."""
+    """Where each image decoded so far came from; four are decoded at a time, and each is saved at once."""
     monkeypatch.setattr(writer_module, "SAVE_EVERY", 0)
     monkeypatch.setattr(writer_module, "BLOCK", 1)
     monkeypatch.setattr(writer_module, "cores", lambda: 1)

@@ -27,7 +27,7 @@ def as_hydra_does():
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """A stand-in for src.train in the test's folder: it writes its environment to the file ``k`` and ends as told."""
+    """A stand-in for src.train in the test's folder: it appends its environment to a file and ends as it is told."""
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "train.py").write_text(
         "import os, signal, sys, time\n"
