@@ -32,7 +32,7 @@ def seconds(cfg):
 
 @pytest.mark.parametrize(("name", "runs"), [("teacher", 3), ("screen", 3), ("long", 1), ("published", 2), ("curve", 5)])
 def test_so_many_runs_fit_into_a_slice(name, runs):
-    """On an H100, so many of the first runs of a plan end within its minutes, less the reserve."""
+    """On an H100, at least this many of a plan's first runs end within its minutes, less the reserve."""
     plan = gpu_plan.PLANS[name]
     taken = START + sum(seconds(compose(*each)) for each in plan.runs[:runs])
     assert taken <= 60 * plan.minutes - gpu_plan.RESERVE

@@ -197,7 +197,7 @@ def test_class_names_are_words():
 
 @pytest.mark.parametrize("name", ["caf\udce9", r"$\frac$", "a$_{$", "US$_and_A$"])
 def test_no_class_name_is_a_formula_or_ends_a_run(tmp_path, name):
-    """The first is a folder's name in Latin-1."""
+    """The first name is that of a folder in Latin-1."""
     data = data_of()
     data.classes[:] = [name] * CLASSES
     method, frozen = method_with(KMeans(2, 3, CLASSES, TorchSearch()), data)

@@ -45,7 +45,7 @@ def test_a_directory_is_held_once_and_let_go(tmp_path):
 
 
 def test_a_folder_held_by_a_process_of_another_machine_names_the_file_to_remove(tmp_path):
-    """On a file system without locks the file outlives its process, and only the user can find out whether it has."""
+    """On a file system without locks the file stays when its process has gone, which only the user can find out."""
     with run_directory.exclusive(tmp_path):
         (tmp_path / run_directory.HOLDER).write_text("process 7 on node12")
         with (

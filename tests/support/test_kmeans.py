@@ -63,7 +63,7 @@ def test_spherical_is_the_same_on_unit_vectors_with_cosine():
 
 
 def test_it_agrees_with_scikit_learn():
-    """MiniBatchKMeans (without re-assignment) gives its seeds no weight; here their counts are set to 0 instead."""
+    """MiniBatchKMeans (without re-assignment) gives its seeds no weight, so their counts are set to 0 here."""
     seeds, batches = torch.randn(6, DIM), [torch.randn(64, DIM) for _ in range(8)]
     kmeans = make(6)
     update(kmeans, seeds)

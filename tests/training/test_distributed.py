@@ -434,7 +434,7 @@ class Done:
     ],
 )
 def test_a_step_sends_what_the_page_says(tiny, monkeypatch, overrides, rows, again):
-    """The bytes sent in a step are those of the table in docs/scale.md; the other rank's are copies of this one's."""
+    """A step sends the bytes of the table in docs/scale.md; copies of what this rank sends stand for the other's."""
     sent, steps = [], []
 
     def all_gather(found, own):

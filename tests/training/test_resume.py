@@ -89,7 +89,7 @@ def test_stopped_anywhere_and_continued_it_is_the_unbroken_run(run, monkeypatch,
 
 
 def test_another_evaluation_starts_no_training_anew_and_is_said(run, monkeypatch, tmp_path, caplog):
-    """A run that continues with other evaluation settings is not trained again; warnings, tags and reports say so."""
+    """A run with changed evaluation settings goes on from its checkpoint; warnings, tags and reports say so."""
     overrides = ["method=simclr", "epochs=2"]
     monkeypatch.setattr(run_module, "Stopper", lambda _: StopAfter(4))
     with pytest.raises(SystemExit):
