@@ -75,9 +75,9 @@ def test_every_loss_is_what_it_was(tmp_path, cache_dir, part):
     recorded, lines, steps = record["losses"], {}, {}
     for case in list(recorded)[part::PARTS]:
         typed = json.loads(case)
-        then = RECORDED_DEMO if "experiment=demo" in typed else []
-        then += RECORDED_ORIGINAL if typed[0].startswith("experiment=original") else []
-        lines[case] = json.dumps([*typed, *then, *common(cache_dir)])
+        demo = RECORDED_DEMO if "experiment=demo" in typed else []
+        original = RECORDED_ORIGINAL if typed[0].startswith("experiment=original") else []
+        lines[case] = json.dumps([*typed, *demo, *original, *common(cache_dir)])
         steps[lines[case]] = compared(typed)
     subprocess.run(
         [sys.executable, "-m", "tests.unchanged.runner", str(tmp_path)],
