@@ -23,9 +23,9 @@ WARM_UP = 2  # turns of one step each, whose results are not used
 def arguments(description: str | None, settings: Collection[str], out: Path) -> argparse.Namespace:
     """Parse the command line. The script itself passes ``--contender`` to the processes that it starts."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"of {', '.join(settings)}; default: all")
+    parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"some of {', '.join(settings)}; default: all")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn, at least")
+    parser.add_argument("--seconds", type=float, default=3.0, help="the least duration of a turn")
     parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -157,8 +157,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the check of the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m scripts.gpu_check", description="Does a GPU do what plans need?")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=6.0, help="begin nothing that does not fit")
-    parser.add_argument("overrides", nargs="*", help="for the steps")
+    parser.add_argument("--minutes", type=float, default=6.0, help="start no check that would not end in time")
+    parser.add_argument("overrides", nargs="*", help="settings of the timed steps")
     asked = parser.parse_args(arguments)
     if is_rank():  # the part "steps of a rank" has started this process
         went_well, lines = steps(asked.overrides, asked.minutes)

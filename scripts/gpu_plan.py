@@ -254,8 +254,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.gpu_plan", description="Runs for one GPU, by plan.")
     parser.add_argument("--plan", choices=list(PLANS), required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, help="stop cleanly after so long; the plan's own unless it is set")
-    parser.add_argument("overrides", nargs="*", help="for every run")
+    parser.add_argument("--minutes", type=float, help="stop cleanly after so many minutes; default: the plan's own")
+    parser.add_argument("overrides", nargs="*", help="settings of every run")
     asked = parser.parse_args(arguments)
     out = asked.out / asked.plan
     minutes = PLANS[asked.plan].minutes if asked.minutes is None else asked.minutes

@@ -117,8 +117,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.gpu_speed", description="Speed table of a device.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batches", type=int, nargs="+", required=True)
-    parser.add_argument("--minutes", type=float, required=True, help="stop cleanly after so long")
-    parser.add_argument("overrides", nargs="*", help="for every run")
+    parser.add_argument("--minutes", type=float, required=True, help="stop cleanly after so many minutes")
+    parser.add_argument("overrides", nargs="*", help="settings of every run")
     arguments = parser.parse_args()
     end = time.monotonic() + 60 * arguments.minutes
 
