@@ -64,14 +64,13 @@ class ResNetTiny(nn.Module):
         super().__init__()
         from torchvision.models.resnet import BasicBlock, conv1x1
 
-        widths = (16, 16, 32, 64, 128)
         is_large = stem == "large"
         conv = nn.Conv2d(3, 16, kernel_size=7, stride=2, padding=3, bias=False) if is_large else _small_stem(16, stem)
         first: list[nn.Module] = [conv, nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
         if is_large:
             first.append(nn.MaxPool2d(kernel_size=3, stride=2, padding=1))
         blocks: list[nn.Module] = [BasicBlock(16, 16)]
-        for before, width in itertools.pairwise(widths[1:]):
+        for before, width in itertools.pairwise((16, 32, 64, 128)):
             shortcut = nn.Sequential(conv1x1(before, width, stride=2), nn.BatchNorm2d(width))
             blocks.append(BasicBlock(before, width, stride=2, downsample=shortcut))
         self.layers = nn.Sequential(*first, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
