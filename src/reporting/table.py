@@ -51,7 +51,7 @@ SPARE_COLUMNS = (
 MAX_WHOLE_LABEL = 30  # characters; a longer label is wrapped before a column is left out
 GAIN_NOTE = (
     f"{GAIN}: {TABLE_METRICS[ACCURACY]} less that of the same settings with nothing stored, the mean over pairs of "
-    "runs with one seed ± the half-width of its 95% interval (Student's t)"
+    "runs with the same seed ± the half-width of its 95% interval (Student's t)"
 )
 COLUMN_NOTES = {
     GAIN: GAIN_NOTE,
