@@ -178,6 +178,10 @@ def _check_combinations(cfg: Config) -> None:
     _check_objective(cfg)
     _check_data(cfg.data)
     _check_search(cfg)
+    if cfg.epochs == 0 and cfg.init is None:
+        raise UsageError("epochs=0: must be 1 or more, unless init=... names weights to evaluate as they are")
+    if cfg.epochs == 0 and cfg.support.name != "none":
+        raise UsageError(f"epochs=0: without training support={cfg.support.name} is not used; choose method=simclr")
     if cfg.tracking.system_metrics and cfg.tracking.name != "mlflow":
         raise UsageError(
             f"tracking.system_metrics=true: MLflow measures them, and tracking={cfg.tracking.name} has none; "

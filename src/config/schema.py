@@ -324,7 +324,7 @@ class Config:
     tracking: Tracking
     checkpoint: Checkpoint
     seed: Natural
-    epochs: Count
+    epochs: Natural  # 0: the weights of ``init`` are evaluated as they are
     batch_size: Several
     device: Annotated[str, AfterValidator(_device)]
     precision: Annotated[str, one_of("auto", "float32", "bfloat16")]

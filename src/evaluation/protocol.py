@@ -48,8 +48,10 @@ class Protocol:
     def classes(self) -> int:
         return len(self.data.classes)
 
-    def validation(self, frozen: FrozenEncoder, classifier: nn.Module, method: Method) -> dict[str, float]:
+    def validation(self, frozen: FrozenEncoder, classifier: nn.Module | None, method: Method) -> dict[str, float]:
         """Evaluate kNN and the online classifier on the validation images, in percent; empty if there are none.
+
+        If ``classifier`` is None, as in a run that trains nothing, only its metrics are left out.
 
         The result also has the agreement of these images' positives (`src.evaluation.positives.agreement`) and the
         effective rank of their features.
@@ -66,9 +68,10 @@ class Protocol:
             k = self.best_k(bank, val)
             metrics |= {"val/knn_top1": self._knn_percent(bank, val, k), "val/knn_k": k}
         if self.data.labelled:
-            with torch.no_grad():
-                top1, top5 = topk_by_blocks(classifier, val, (1, 5))
-            metrics |= {"val/online_top1": top1, "val/online_top5": top5}
+            if classifier is not None:
+                with torch.no_grad():
+                    top1, top5 = topk_by_blocks(classifier, val, (1, 5))
+                metrics |= {"val/online_top1": top1, "val/online_top5": top5}
             if method.support is not None and method.support.ready:
                 encoder, _ = method.lookup_networks
                 asks = val if encoder is frozen.encoder else frozen.of(encoder).features(self.data.val)

@@ -17,6 +17,7 @@ from src.system.output import printable
 METHOD_PREFIXES = ("method.", "support.", "objective.")  # settings with these are compared only within a method
 COLUMN_KEYS = ("method.name", "k", "queue_size", "support.size", "seed")
 INTEGER_PARAMS = ("support_set_size", "support_bytes", "epochs")  # params that a table or a picture needs
+ORIGIN = "origin"  # the param with the digest of the weights that ``init`` names
 MAX_NAMED = 20  # names in a note
 IN_USE = "support/size"  # the metric of a support set whose number of vectors changes
 
@@ -127,7 +128,7 @@ def usual(runs: Sequence[Record], keys: Sequence[str]) -> dict[str, dict[str, st
     """The values that a label need not name: for each method, those that more than half of the runs have.
 
     Settings of method, support set and objective are counted among the method's own runs. A label always names a key
-    that some runs lack.
+    that some runs lack, and the weights that runs start from.
     """
     by_method: dict[str, list[Record]] = defaultdict(list)
     for run in runs:
@@ -138,7 +139,7 @@ def usual(runs: Sequence[Record], keys: Sequence[str]) -> dict[str, dict[str, st
             compared = own if key.startswith(METHOD_PREFIXES) else runs
             values = Counter(run.params.get(key) for run in compared)
             ((value, times),) = values.most_common(1)
-            if value is not None and None not in values and times > len(compared) / 2:
+            if key != ORIGIN and value is not None and None not in values and times > len(compared) / 2:
                 common[method][key] = value
     return common
 
@@ -148,10 +149,16 @@ def variant_of(run: Record, keys: Sequence[str]) -> str:
     return ", ".join(setting_text(key, run.params[key]) for key in keys if key in run.params)
 
 
+def setting_name(key: str) -> str:
+    """The key under which people know a setting: for the digest of the weights, the one that names them."""
+    return "init" if key == ORIGIN else key
+
+
 def setting_text(key: str, value: str) -> str:
     """``support_weight=1`` for ``objective.support_weight=1``; objectives and support sets go by their names alone."""
     if key in ("objective.name", "support.name"):
         return value
+    key = setting_name(key)
     prefix = next((prefix for prefix in METHOD_PREFIXES if key.startswith(prefix)), "")
     return f"{key.removeprefix(prefix)}={value}"
 
@@ -166,6 +173,7 @@ def row_label(run: Record, keys: Sequence[str], common: Mapping[str, str]) -> st
     """
     unusual = [key for key in keys if run.params.get(key) != common.get(key)]
     more = sum(run.params.get(key) != value for key, value in common.items() if key not in keys)
-    text = re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", variant_of(run, unusual))
+    typed = replace(run, params=run.params | {ORIGIN: run.params.get("init", "null")})
+    text = re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", variant_of(typed, unusual))
     name = label_of(run.params)
     return ", ".join(filter(None, [name, text])) + (f" and {more} more" if more else "")

@@ -165,7 +165,7 @@ def compare(courses: Sequence[Course]) -> Figure | None:
     the one with the highest last kNN accuracy on validation images.
 
     Returns:
-        The figure; None if nothing was measured over the epochs, as with ``data.final``.
+        The figure; None if nothing was measured over the epochs, as with ``data.final`` or ``epochs=0``.
     """
     from matplotlib.figure import Figure
 
@@ -174,7 +174,7 @@ def compare(courses: Sequence[Course]) -> Figure | None:
     if drawn[NEIGHBOUR].keys() <= drawn[AGREEMENT].keys():
         drawn[NEIGHBOUR] = {}  # it flatters prototypes, and serves only for older runs, which lack the other
     metrics = [metric for metric, each in drawn.items() if each]
-    if not metrics:
+    if not metrics or not any(course.epochs for course in courses):
         return None
     styles = _styles(courses, {each: points[-1][1] for each, points in drawn["val/knn_top1"].items()})
     methods = list(dict.fromkeys(course.method for course in courses if course.size))

@@ -21,6 +21,7 @@ from src.reporting.comparison import (
     distinguishing,
     row_label,
     select,
+    setting_name,
     setting_text,
     some_of,
     usual,
@@ -284,7 +285,7 @@ def _unsaid(
 ) -> Iterator[str]:
     """Note the settings in which the rows differ and which their labels leave out."""
     if names:
-        yield f"the runs also differ in {', '.join(names)}: each combination has its own row"
+        yield f"the runs also differ in {', '.join(map(setting_name, names))}: each combination has its own row"
     names_of = {row.method: row.name for row in rows}
     unsaid = dict.fromkeys(
         f"{names_of[method]}'s {setting_text(key, value)}" if key.startswith(METHOD_PREFIXES) else f"{key}={value}"
@@ -295,7 +296,7 @@ def _unsaid(
     if unsaid:
         yield f"where a row does not say otherwise: {', '.join(unsaid)}"
     if implied := sorted(set(keys) - set(names)):
-        yield f"with {', '.join(names)} go {', '.join(implied)}"
+        yield f"with {', '.join(map(setting_name, names))} go {', '.join(map(setting_name, implied))}"
 
 
 def _unlike_tags(rows: Sequence[TableRow], runs: Sequence[Record]) -> Iterator[str]:

@@ -176,7 +176,7 @@ def refuse_unset_gradients(encoder: nn.Module, image_size: int, device: torch.de
 
 def warn_of_doubtful_settings(cfg: Config, images: int) -> None:
     """Warn of valid settings that are hardly intended, such as a queue that holds more than all images."""
-    if cfg.schedule.warmup_epochs >= cfg.epochs:
+    if cfg.schedule.warmup_epochs >= cfg.epochs > 0:
         logger.warning(
             "schedule.warmup_epochs=%g: not shorter than epochs=%d, so the learning rate only ever warms up",
             cfg.schedule.warmup_epochs,

@@ -105,6 +105,8 @@ class Pretraining:
             for epoch in range(ended // self.steps_per_epoch, epochs):
                 self._train_epoch(epoch)
                 self._finish_epoch(epoch)
+            if epochs == 0:  # nothing is trained, so that the weights of ``init`` are evaluated as they are
+                self._save()
 
     def _train_epoch(self, epoch: int) -> None:
         """Take the steps of an epoch that are left."""
@@ -220,7 +222,8 @@ class Pretraining:
 
     def _validate(self) -> dict[str, float]:
         self._check_weights()
-        return self.protocol.validation(self.state.frozen, self.state.classifier, self.state.method)
+        classifier = self.state.classifier if self.cfg.epochs else None
+        return self.protocol.validation(self.state.frozen, classifier, self.state.method)
 
     def _check_weights(self) -> None:
         if not math.isfinite(self.state.weight_norm()):
@@ -283,5 +286,6 @@ def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, 
         figures=figures,
         commit=tracker.record.tags.get("git_commit", ""),
     )
-    for path in (directory / CONFIG, directory / ENCODER, hooks.draw_curves(directory)):
+    curves = [hooks.draw_curves(directory)] if cfg.epochs else []
+    for path in (directory / CONFIG, directory / ENCODER, *curves):
         tracker.artifact(path)

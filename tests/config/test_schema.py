@@ -132,7 +132,8 @@ def test_mnn_as_its_authors_train_it():
         ("objective.predictor_hidden=-1", "objective.predictor_hidden=-1: must be 0 or more"),
         ("k=abc", "k=abc: .*could not be converted to Integer"),
         ("k=2.5", "k=2.5: .*could not be converted to Integer"),
-        ("epochs=0", "epochs=0: must be 1 or more"),
+        ("epochs=-1", "epochs=-1: must be 0 or more"),
+        ("epochs=0", r"epochs=0: must be 1 or more, unless init=... names weights"),
         ("batch_size=1", "batch_size=1: must be 2 or more"),
         ("seed=-1", "seed=-1: must be 0 or more"),
         (
@@ -184,6 +185,7 @@ def test_a_bad_value_is_one_line_that_names_it(override, says):
             (["method=nnclr", "search=ivf", f"search.{key}=null"], f"search.{key}=null: search=ivf needs a value")
             for key in ("index", "nprobe", "refresh_every")
         ],
+        (["epochs=0", "init=x"], "epochs=0: without training support=kmeans is not used; choose method=simclr"),
         (["data.keep=16"], "data.keep=16: fewer pixels than data.image_size=32; raise it"),
         (["data.keep=64", "data.resize=pad"], "data.resize=pad: data.keep=64 stores whole images"),
         (

@@ -175,6 +175,11 @@ def test_runs_that_validate_on_nothing_have_no_picture_together(tmp_path):
     assert compare([]) is None
 
 
+def test_runs_without_epochs_have_no_picture_together(tmp_path):
+    some = [course(f"SimCLR {i}", 0, (write(tmp_path / str(i), [50.0]),))._replace(epochs=0) for i in range(2)]
+    assert compare(some) is None
+
+
 def test_many_courses_have_a_column_a_method_and_only_the_best_of_a_crowd_has_a_name(tmp_path):
     folders = [(write(tmp_path / str(i), [10, 20 + i % 7]),) for i in range(20)]
     many = [course(f"KMCLR {i}", i, folders[i], method="KMCLR") for i in range(1, 13)]

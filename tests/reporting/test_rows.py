@@ -408,6 +408,17 @@ def test_a_setting_that_only_one_of_two_rows_has_keeps_the_control_from_it(key, 
     assert found.runs[0].run_id == control.run_id
 
 
+def test_weights_that_were_not_trained_here_are_named_by_init():
+    """The digest of the weights tells rows apart, and their file's name is what people see."""
+    first = run("simclr", epochs="0", origin="a1b2", init="first.safetensors")
+    second = run("simclr", epochs="0", origin="c3d4", init="second.safetensors")
+    moved = run("simclr", epochs="0", origin="c3d4", init="elsewhere.safetensors", seed="1")
+    rows, notes = summarise([first, second, moved])
+    assert [row.label for row in rows] == [f"not trained here, init={name}.safetensors" for name in ("first", "second")]
+    assert len(rows[1].runs) == 2
+    assert notes[0] == "the runs also differ in init: each combination has its own row"
+
+
 def test_simclrs_control_has_its_temperature_and_its_decorrelation():
     def both(**settings):
         return run("simclr", **settings), run("nnclr", 0, **settings, **{"objective.support_weight": "0.5"})

@@ -58,6 +58,21 @@ def test_a_run_leaves_what_it_promises(run, method, capsys):
     assert pictures == [f"picture: run/{name}" for name in sorted({*drawn, "curves.png"})]
 
 
+def test_without_epochs_the_weights_of_init_are_evaluated_as_they_are(run):
+    trained = run("method=simclr", directory="trained")
+    (trained / "encoder.safetensors").rename("start.safetensors")
+    given = run("method=simclr", "epochs=0", "init=start.safetensors", directory="given", draw=True)
+    before, after = Record.load(trained).metrics, Record.load(given).metrics
+    evaluated = {"val/knn_top1", "val/knn_k", "val/linear_top1", "val/effective_rank", "test/knn_top1", "test/knn_k"}
+    evaluated |= {"test/linear_top1", "test/linear_top5"}
+    assert after == {key: before[key] for key in evaluated}
+    assert not (given / "curves.png").exists()
+    (weights, _), (start, _) = read_encoder(given), read_encoder(Path("start.safetensors"))
+    assert all(torch.equal(weights.state_dict()[name], tensor) for name, tensor in start.state_dict().items())
+    (saved,) = (given / "checkpoints").glob("*.pt")
+    assert saved.name == "step-00000000.pt"  # for python -m src.evaluate
+
+
 def test_a_queue_of_none_stores_nothing(run):
     record = Record.load(run("method=nnclr", "queue_size=0"))
     assert record.metrics.keys() == METRICS | OF_METHOD["simclr"]
