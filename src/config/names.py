@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 UNTRAINED = "untrained"  # the encoder before the first step: the name of its row, and the prefix of its metrics
-NOT_TRAINED = "not trained here"  # the label of a run without epochs, which evaluates the weights of ``init``
+NOT_TRAINED = "not trained here"  # a run without epochs, which evaluates the weights of ``init``: the name of its row
 TEACHER = "teacher"  # the prefix of the metrics of the teacher's encoder
 LABELS = {
     "simclr": "SimCLR",
@@ -51,12 +51,7 @@ def method_name(objective: str, support: str) -> str:
 
 
 def label_of(params: Mapping[str, object]) -> str:
-    """The label of a run's method: ``method.label`` of its params, else the built-in label, else the method's name.
-
-    Of a run that trains nothing it is the same for all methods.
-    """
-    if str(params.get("epochs")) == "0":
-        return NOT_TRAINED
+    """The label of a run's method: ``method.label`` of its params, else the built-in label, else the method's name."""
     name = str(params["method.name"])
     return str(params.get("method.label") or LABELS.get(name, name))
 

@@ -45,12 +45,18 @@ def card(facts: dict[str, Any], features: int, record: Record) -> str:
         record: the run's record.
     """
     data, size = record.params.get("data.name", "images"), facts["image_size"]
+    origin, licence = f"trained without labels on {data}", "the licence of the code that trained them, MIT"
+    tags = ["self-supervised-learning", "contrastive-learning"]
+    is_given = record.params.get("epochs") == "0"
+    if is_given:
+        origin = f"evaluated on {data}; its weights are those of {record.params.get('init')}, and were not trained here"
+        licence, tags = "the licence of those who trained them", []
     measured = {key: value for key, value in facts["figures"].items() if key in MEASURED}
     metadata = ModelCardData(
-        license=LICENCE,
+        license=None if is_given else LICENCE,
         library_name="timm" if is_of_timm(facts) else "pytorch",
         pipeline_tag="image-feature-extraction",
-        tags=["self-supervised-learning", "contrastive-learning"],
+        tags=tags,
         model_name=record.name,
         eval_results=[
             EvalResult("image-classification", data, data, "accuracy", value, metric_name=MEASURED[key])
@@ -69,7 +75,7 @@ def card(facts: dict[str, Any], features: int, record: Record) -> str:
 
 # {record.name}
 
-An image encoder, {facts["architecture"]}, trained without labels on {data}. It gives {features} features of an image of
+An image encoder, {facts["architecture"]}, {origin}. It gives {features} features of an image of
 {size} by {size} pixels.
 
 {figures}
@@ -96,5 +102,5 @@ with seed {record.params.get("seed", "unknown")}.{commit}
 
 ## Licence
 
-The weights are under the licence of the code that trained them, MIT. The images may have a licence of their own.
+The weights are under {licence}. The images may have a licence of their own.
 """

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from src.config.identity import idle_beside, is_protocol, is_setting, with_neutral
-from src.config.names import LABELS, label_of
+from src.config.names import LABELS, NOT_TRAINED, label_of
 from src.config.renamed import modern
 from src.errors import UsageError
 from src.runs.record import TAG_PRUNED, TAG_SUPPORT_UNUSED, Record
@@ -149,31 +149,44 @@ def variant_of(run: Record, keys: Sequence[str]) -> str:
     return ", ".join(setting_text(key, run.params[key]) for key in keys if key in run.params)
 
 
-def setting_name(key: str) -> str:
-    """The key under which people know a setting: for the digest of the weights, the one that names them."""
-    return "init" if key == ORIGIN else key
-
-
 def setting_text(key: str, value: str) -> str:
     """``support_weight=1`` for ``objective.support_weight=1``; objectives and support sets go by their names alone."""
     if key in ("objective.name", "support.name"):
         return value
-    key = setting_name(key)
     prefix = next((prefix for prefix in METHOD_PREFIXES if key.startswith(prefix)), "")
     return f"{key.removeprefix(prefix)}={value}"
 
 
-def row_label(run: Record, keys: Sequence[str], common: Mapping[str, str]) -> str:
-    """A row's label: the method, those of the settings ``keys`` that are unusual, and how many more settings are.
+def name_of(run: Record) -> str:
+    """The name of a run's row: its method's label, or `NOT_TRAINED`."""
+    return NOT_TRAINED if run.params["epochs"] == "0" else label_of(run.params)
+
+
+def starts_of(runs: Sequence[Record]) -> dict[str, str]:
+    """The ``init`` of the runs by the digest of its weights, which is added if other weights have the same ``init``."""
+    inits = {run.params[ORIGIN]: run.params.get("init", "") for run in runs if ORIGIN in run.params}
+    times = Counter(inits.values())
+    return {origin: init if times[init] == 1 else f"{init} ({origin[:8]})" for origin, init in inits.items()}
+
+
+def row_label(run: Record, keys: Sequence[str], common: Mapping[str, str], starts: Mapping[str, str]) -> str:
+    """A row's label: its name, those of the settings ``keys`` that are unusual, and how many more settings are.
 
     Args:
         run: any of the row.
         keys: the settings that tell the rows apart (`distinguishing`).
         common: the usual values (`usual`) of the run's method.
+        starts: what stands for the digest of the weights from which a run starts (`starts_of`).
     """
-    unusual = [key for key in keys if run.params.get(key) != common.get(key)]
+    unusual = [key for key in keys if key in run.params and run.params[key] != common.get(key)]
     more = sum(run.params.get(key) != value for key, value in common.items() if key not in keys)
-    typed = replace(run, params=run.params | {ORIGIN: run.params.get("init", "null")})
-    text = re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", variant_of(typed, unusual))
-    name = label_of(run.params)
-    return ", ".join(filter(None, [name, text])) + (f" and {more} more" if more else "")
+    texts = [
+        f"init={starts[run.params[key]]}" if key == ORIGIN else _rounded(setting_text(key, run.params[key]))
+        for key in unusual
+    ]
+    return ", ".join([name_of(run), *texts]) + (f" and {more} more" if more else "")
+
+
+def _rounded(text: str) -> str:
+    """Round the long fractions in a text to three digits."""
+    return re.sub(r"\d*\.\d{5,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.3g}", text)

@@ -16,14 +16,16 @@ from src.config.names import COLOURS, LABELS, UNTRAINED, colour_of, label_of
 from src.reporting.comparison import (
     IN_USE,
     METHOD_PREFIXES,
+    ORIGIN,
     compared_settings,
     differing,
     distinguishing,
+    name_of,
     row_label,
     select,
-    setting_name,
     setting_text,
     some_of,
+    starts_of,
     usual,
     variant_of,
 )
@@ -221,16 +223,16 @@ def summarise(runs: Sequence[Record]) -> tuple[list[TableRow], list[str]]:
     same: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
     for run in kept:
         same[run.params["method.name"], variant_of(run, names), int(run.params["support_set_size"])].append(run)
-    common = usual(kept, keys)
+    common, starts = usual(kept, keys), starts_of(kept)
     rows = [
         TableRow(
             method,
-            label_of(group[0].params),
+            name_of(group[0]),
             colour_of(group[0].params),
             round(statistics.fmean(run.metrics.get(IN_USE, size) for run in group)),
             int(group[0].params["support_bytes"]),
             variant,
-            row_label(group[0], names, common[method]),
+            row_label(group[0], names, common[method], starts),
             tuple(group),
         )
         for (method, variant, size), group in same.items()
@@ -285,10 +287,10 @@ def _unsaid(
 ) -> Iterator[str]:
     """Note the settings in which the rows differ and which their labels leave out."""
     if names:
-        yield f"the runs also differ in {', '.join(map(setting_name, names))}: each combination has its own row"
-    names_of = {row.method: row.name for row in rows}
+        yield f"the runs also differ in {', '.join(_typed(names))}: each combination has its own row"
+    labels = {row.method: label_of(row.runs[0].params) for row in rows}
     unsaid = dict.fromkeys(
-        f"{names_of[method]}'s {setting_text(key, value)}" if key.startswith(METHOD_PREFIXES) else f"{key}={value}"
+        f"{labels[method]}'s {setting_text(key, value)}" if key.startswith(METHOD_PREFIXES) else f"{key}={value}"
         for method, values in common.items()
         for key, value in values.items()
         if key in names
@@ -296,7 +298,12 @@ def _unsaid(
     if unsaid:
         yield f"where a row does not say otherwise: {', '.join(unsaid)}"
     if implied := sorted(set(keys) - set(names)):
-        yield f"with {', '.join(map(setting_name, names))} go {', '.join(map(setting_name, implied))}"
+        yield f"with {', '.join(_typed(names))} go {', '.join(_typed(implied))}"
+
+
+def _typed(keys: Sequence[str]) -> list[str]:
+    """The keys that a user types: ``init`` for the digest of its weights."""
+    return ["init" if key == ORIGIN else key for key in keys]
 
 
 def _unlike_tags(rows: Sequence[TableRow], runs: Sequence[Record]) -> Iterator[str]:

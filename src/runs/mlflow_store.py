@@ -247,13 +247,20 @@ def iterate_for_run(directory: Path, seconds: float, request: Callable[[Any], It
 
 @contextmanager
 def _errors_of_run(directory: Path) -> Iterator[None]:
-    """Inside this block, turn every error but a `UsageError` into a `StoreError` that names the run's folder."""
+    """Inside this block, turn every other error into a `UsageError` that names the run's folder.
+
+    It is a `StoreError` unless MLflow has answered that a request, such as a metric's name, is not valid.
+    """
     try:
         yield
     except UsageError:
         raise
     except Exception as error:
-        raise StoreError(f"MLflow does not take {directory} ({one_line(error)}): try again later") from None
+        is_of_run = getattr(error, "error_code", None) in ("BAD_REQUEST", "INVALID_PARAMETER_VALUE")
+        refusal = f"MLflow does not take {directory} ({one_line(error)})"
+        if is_of_run:
+            raise UsageError(f"{refusal}: change that in the run's files") from None
+        raise StoreError(f"{refusal}: try again later") from None
 
 
 def known_run(client: Any, run_id: str) -> Any:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 from src import build
 from src.errors import RunFailed, UsageError
-from src.evaluation import export
+from src.evaluation import export, model_card
 from src.evaluation.encoder import load_encoder, save_encoder
 from src.runs.record import Record
 from tests.config.test_schema import parsed
@@ -180,6 +181,17 @@ def test_a_run_without_labels_has_a_card_without_figures(tmp_path, monkeypatch):
     card = (folder / "README.md").read_text()
     assert "It was not measured on labels." in card
     assert "a classifier was trained" not in card
+
+
+def test_the_card_of_weights_that_were_not_trained_here_claims_no_training():
+    facts = {"architecture": "resnet18", "options": {}, "image_size": 32, "figures": {}, "commit": ""}
+    params = {"data.name": "digits", "epochs": "0", "init": "start.safetensors"}
+    card = huggingface_hub.ModelCard(model_card.card(facts, 512, replace(Record.new("run", "exp"), params=params)))
+    assert card.data.license is None
+    assert "self-supervised" not in card.content
+    assert "trained without labels" not in card.content
+    assert "its weights are those of start.safetensors, and were not trained here" in card.content
+    assert "MIT" not in card.content
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])

@@ -410,13 +410,27 @@ def test_a_setting_that_only_one_of_two_rows_has_keeps_the_control_from_it(key, 
 
 def test_weights_that_were_not_trained_here_are_named_by_init():
     """The digest of the weights tells rows apart, and their file's name is what people see."""
-    first = run("simclr", epochs="0", origin="a1b2", init="first.safetensors")
-    second = run("simclr", epochs="0", origin="c3d4", init="second.safetensors")
-    moved = run("simclr", epochs="0", origin="c3d4", init="elsewhere.safetensors", seed="1")
+    first = run("simclr", epochs="0", origin="a1b2", init="first-0.20251105.pt")
+    second = run("simclr", epochs="0", origin="c3d4", init="second.pt")
+    moved = run("simclr", epochs="0", origin="c3d4", init="elsewhere/second.pt", seed="1")
     rows, notes = summarise([first, second, moved])
-    assert [row.label for row in rows] == [f"not trained here, init={name}.safetensors" for name in ("first", "second")]
-    assert len(rows[1].runs) == 2
+    assert [row.name for row in rows] == ["not trained here"] * 2
+    labels = {row.label.removeprefix("not trained here, init="): len(row.runs) for row in rows}
+    assert labels in ({"first-0.20251105.pt": 1, name: 2} for name in ("second.pt", "elsewhere/second.pt"))
     assert notes[0] == "the runs also differ in init: each combination has its own row"
+
+
+def test_other_weights_at_the_same_place_have_rows_of_their_own():
+    runs = [run("simclr", epochs="0", origin=8 * digit, init="start.pt", seed="0") for digit in "12"]
+    rows, _ = summarise([*runs, run("simclr", epochs="0", origin="33333333", init="other.pt")])
+    assert [row.label.split("init=")[1] for row in rows] == ["other.pt", "start.pt (11111111)", "start.pt (22222222)"]
+
+
+def test_a_note_names_the_method_of_runs_that_train_nothing():
+    settings = {"epochs": "0", "origin": "a1b2", "init": "start.pt"}
+    runs = [run("simclr", seed=seed, **settings | {"method.temperature": "0.1"}) for seed in (0, 1)]
+    _, notes = summarise([*runs, run("simclr", **settings | {"method.temperature": "0.5"})])
+    assert "where a row does not say otherwise: SimCLR's temperature=0.1" in notes
 
 
 def test_simclrs_control_has_its_temperature_and_its_decorrelation():

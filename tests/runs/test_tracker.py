@@ -551,6 +551,17 @@ def test_a_run_that_mlflow_refuses_keeps_no_other_back(client, tmp_path, monkeyp
         assert said == ["multirun/e", "multirun/f"]
 
 
+def test_runs_of_which_mlflow_refuses_a_value_keep_no_other_back(client, tmp_path, capsys):
+    for name in "abcd":
+        tracker = Tracker(tmp_path / "multirun" / name, JSONL, {}, {})
+        tracker.log({"loss" if name == "d" else "loss%": 1.0}, 0)
+        tracker.record.entry.for_mlflow = True
+        tracker.close("FINISHED")
+    with pytest.raises(UsageError, match=r"does not take multirun/a .*change that in the run's files"):
+        delivery.main(mlflow_charts.publish_again, [])
+    assert capsys.readouterr().out.startswith("multirun/d: delivered as run ")
+
+
 def test_where_the_store_takes_nothing_not_every_run_is_tried(client, tmp_path, monkeypatch):
     asked = []
 
