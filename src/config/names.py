@@ -32,6 +32,7 @@ COLOURS = {
     "relation_queue": "#cc79a7",
     "relation_prototypes": "#009e73",
     UNTRAINED: "#8c6d31",
+    NOT_TRAINED: "#882255",
 }
 COLOUR = "#[0-9a-fA-F]{6}"
 SPARE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -57,7 +58,12 @@ def label_of(params: Mapping[str, object]) -> str:
 
 
 def colour_of(params: Mapping[str, object]) -> str:
-    """The colour of a run's method, found like `label_of`; an unknown method gets a spare colour, always the same."""
+    """The colour of a run's method, found like `label_of`; an unknown method gets a spare colour, always the same.
+
+    A run that trains nothing has a colour of its own, whatever its method.
+    """
+    if str(params.get("epochs")) == "0":
+        return COLOURS[NOT_TRAINED]
     name = str(params["method.name"])
     spare = SPARE_COLOURS[sum(name.encode()) % len(SPARE_COLOURS)]
     own = str(params.get("method.colour", ""))

@@ -109,9 +109,9 @@ def distinguishing(runs: Sequence[Record], keys: Sequence[str]) -> list[str]:
     """A small, greedily chosen set of keys that still separates the runs.
 
     Of settings that always change together, one is enough: the name of an option (``optimizer.name``) if there is one,
-    else the shortest key.
+    else the shortest key. The weights that runs start from are always named.
     """
-    kept: list[str] = []
+    kept = [ORIGIN] if ORIGIN in keys else []
 
     def groups(chosen: list[str]) -> int:
         # Counted also without the method: if every method has its own number of epochs, the rows still say so.

@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
             print(f"the newest sweep's charts: {link}")
         return
     asked = parse(arguments)
-    root = Path(asked.root).expanduser()  # because a shell does not expand `~` after a `=`
+    root = Path(asked.root).expanduser()  # because not every shell expands `~` after a `=`
     if asked.sweep:
         name, runs = read_sweep(asked.sweep, asked.tracking, root)
         name = printable(name)  # a server may have any name

@@ -37,7 +37,7 @@ def preview(cfgs: Sequence[Config], at_a_time: int, settings: Sequence[str] = ()
         else:
             alike = _alike(identity.flat(cfg))
             rate = finished.get((cfg.method.name, *alike)) or finished.get(("", *alike))
-            if rate is not None:
+            if rate is not None and cfg.epochs:  # a run without epochs takes as long as its evaluation
                 lasts.append(max(rate * cfg.epochs - (record.seconds if record else 0.0), 0.0))
                 estimate = f"about {_duration(lasts[-1])}"
         place = f"{number:4}  {state:9} {identity.support_set_size(cfg):7,}  {directory.name}"

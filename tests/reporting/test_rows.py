@@ -426,6 +426,15 @@ def test_other_weights_at_the_same_place_have_rows_of_their_own():
     assert [row.label.split("init=")[1] for row in rows] == ["other.pt", "start.pt (11111111)", "start.pt (22222222)"]
 
 
+def test_one_encoder_from_elsewhere_beside_a_study_is_named():
+    given = run("simclr", epochs="0", origin="a1b2", init="dino.safetensors")
+    rows, notes = summarise([run("simclr"), run("nnclr", 0), run("kmclr", 50), given])
+    (label,) = [row.label for row in rows if row.name == "not trained here"]
+    assert label == "not trained here, init=dino.safetensors and 1 more"  # its epochs
+    assert "with init go epochs" in notes
+    assert len({row.colour for row in rows}) == 4
+
+
 def test_a_note_names_the_method_of_runs_that_train_nothing():
     settings = {"epochs": "0", "origin": "a1b2", "init": "start.pt"}
     runs = [run("simclr", seed=seed, **settings | {"method.temperature": "0.1"}) for seed in (0, 1)]
