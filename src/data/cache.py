@@ -200,14 +200,15 @@ def _remembered(identity: Path) -> Path | None:
     try:
         remembered = json.loads(_sidecar(identity, ".folders").read_text())
         path, folders = identity.with_name(remembered["cache"]), remembered["folders"]
+        is_readable = remembered["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         return None
     unchanged = all(state(folder) == then for folder, then in folders.items())
-    return path if unchanged and path.exists() else None
+    return path if is_readable and unchanged and path.exists() else None
 
 
 def _remember(identity: Path, path: Path, source: Source) -> None:
-    remembered = {"cache": path.name, "folders": dict(source.folders)}
+    remembered = {"cache": path.name, "format": FORMAT, "folders": dict(source.folders)}
     with suppress(OSError):  # the folder may be read-only
         write_whole(_sidecar(identity, ".folders"), json.dumps(remembered).encode())
 

@@ -277,6 +277,15 @@ class TestManyFiles:
         path.write_bytes(path.read_bytes()[:-1])
         assert torch.equal(cached(cfg).part("train").images, whole)
 
+    def test_a_cache_of_another_format_is_made_anew(self, config, folder, looked_at, monkeypatch):
+        cfg = config("image_folder", folder)
+        cached(cfg)
+        before = files(cfg)
+        monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
+        assert known_fingerprint(cfg) is None
+        cached(cfg)
+        assert files(cfg) != before
+
     def test_few_files_are_each_looked_at(self, config, folder):
         self.age(folder)
         cfg = config("image_folder", folder)
