@@ -51,6 +51,11 @@ def method_name(objective: str, support: str) -> str:
     return ours[objective].get(support, support)
 
 
+def trains_nothing(params: Mapping[str, object]) -> bool:
+    """Whether a run has no epochs, so that it evaluates the weights of ``init`` as they are."""
+    return str(params.get("epochs")) == "0"
+
+
 def label_of(params: Mapping[str, object]) -> str:
     """The label of a run's method: ``method.label`` of its params, else the built-in label, else the method's name."""
     name = str(params["method.name"])
@@ -62,7 +67,7 @@ def colour_of(params: Mapping[str, object]) -> str:
 
     A run that trains nothing has a colour of its own, whatever its method.
     """
-    if str(params.get("epochs")) == "0":
+    if trains_nothing(params):
         return COLOURS[NOT_TRAINED]
     name = str(params["method.name"])
     spare = SPARE_COLOURS[sum(name.encode()) % len(SPARE_COLOURS)]

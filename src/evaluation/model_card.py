@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from src.config.names import trains_nothing
 from src.evaluation.encoder import is_of_timm
 from src.runs.record import Record
 
@@ -47,7 +48,7 @@ def card(facts: dict[str, Any], features: int, record: Record) -> str:
     data, size = record.params.get("data.name", "images"), facts["image_size"]
     origin, licence = f"trained without labels on {data}", "the licence of the code that trained them, MIT"
     tags = ["self-supervised-learning", "contrastive-learning"]
-    is_given = record.params.get("epochs") == "0"
+    is_given = trains_nothing(record.params)
     if is_given:
         origin = f"evaluated on {data}; its weights are those of {record.params.get('init')}, and were not trained here"
         licence, tags = "the licence of those who trained them", []

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from src.config.identity import idle_beside, is_protocol, is_setting, with_neutral
-from src.config.names import LABELS, NOT_TRAINED, label_of
+from src.config.names import LABELS, NOT_TRAINED, label_of, trains_nothing
 from src.config.renamed import modern
 from src.errors import UsageError
 from src.runs.record import TAG_PRUNED, TAG_SUPPORT_UNUSED, Record
@@ -159,7 +159,7 @@ def setting_text(key: str, value: str) -> str:
 
 def name_of(run: Record) -> str:
     """The name of a run's row: its method's label, or `NOT_TRAINED`."""
-    return NOT_TRAINED if run.params["epochs"] == "0" else label_of(run.params)
+    return NOT_TRAINED if trains_nothing(run.params) else label_of(run.params)
 
 
 def starts_of(runs: Sequence[Record]) -> dict[str, str]:

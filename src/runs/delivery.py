@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -116,13 +116,18 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
     refused: Sequence[Exception] = []
     try:
         if within(mlflow_store.STORE_TIMEOUT_S, parent.client):
-            refused = _try_each((each for each in children if not run_directory.is_held(each)), attach)
+            refused = _try_each(_not_held(children), attach)
     except (UsageError, Overdue) as error:
         refused = [error]
     if deleted:
         logger.warning("%s", _deleted(deleted))
     for each in refused:
         logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, one_line(each))
+
+
+def _not_held(directories: Iterable[Path]) -> Iterator[Path]:
+    """Those that no process works on when their turn comes."""
+    return (each for each in directories if not run_directory.is_held(each))
 
 
 def _try_each(directories: Iterable[Path], send: Callable[[Path], None]) -> list[UsageError]:
@@ -190,7 +195,7 @@ def _deliver_all(publish_again: Callable[[Path], None]) -> list[UsageError]:
         if not stays_deleted and (run_ids or TAG_CHARTS not in records[directory].tags):
             publish_again(directory)
 
-    refused = _try_each((each for each in records if not run_directory.is_held(each)), send)
+    refused = _try_each(_not_held(records), send)
     if deleted:
         print(_deleted(deleted), flush=True)
     if not (sent or deleted or refused):
