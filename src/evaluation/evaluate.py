@@ -37,7 +37,7 @@ def main(composed: DictConfig) -> dict[str, float]:
     names. Otherwise the protocol becomes part of the name: ``test_original/...``, and for a teacher
     ``teacher_original/test/...``. On another data set ``transfer/NAME-FINGERPRINT/`` comes first, with eight digits of
     the fingerprint. A tag records the settings that differ from the run's. A checkpoint outside its run's directory
-    can be evaluated too; its metrics are only printed.
+    can be evaluated too, and one that is not its run's last; their metrics are only printed.
 
     Raises:
         UsageError: there is no such checkpoint, its run is not finished, the run's own images have changed, or the
@@ -70,10 +70,13 @@ def main(composed: DictConfig) -> dict[str, float]:
         metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
     if chooses_data(composed):
         metrics = {f"transfer/{cfg.data.name}-{data.fingerprint[:8]}/{key}": value for key, value in metrics.items()}
-    _print(str(directory if record else path), metrics)
-    if record:
+    is_last = record is not None and path == newest_checkpoint(path.parent)
+    _print(str(directory if is_last else path), metrics)
+    if record and is_last:  # a report would take those of an earlier one for the finished run's
         chosen = " ".join([*_chosen(cfg, before), *([f"precision={arithmetic}"] if is_other else [])])
         _log(directory, record, cfg.tracking, metrics, chosen, saved["step"])
+    else:
+        print("written nowhere: this is not the last checkpoint of a run")
     return metrics
 
 

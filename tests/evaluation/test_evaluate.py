@@ -109,6 +109,19 @@ def test_a_run_is_named_by_its_name_its_folder_its_id_or_a_checkpoint(finished, 
     assert set(found) == {file}
 
 
+def test_figures_of_an_earlier_checkpoint_are_only_printed(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    (newest,) = (tmp_path / "run/checkpoints").glob("step-*.pt")
+    earlier = shutil.copy(newest, newest.with_name("step-00000001.pt"))
+    before = Record.load(tmp_path / "run")
+    metrics = run(f"checkpoint={earlier}", "evaluation=original", "evaluation.epochs=1")
+    assert "test_original/linear_top1" in metrics
+    first, *table, last = capsys.readouterr().out.splitlines()
+    assert (first, len(table)) == (f"{earlier}:", len(metrics))
+    assert last == "written nowhere: this is not the last checkpoint of a run"
+    assert Record.load(tmp_path / "run") == before
+
+
 def test_it_prints_whose_figures_they_are_and_where_they_went(finished, tmp_path, capsys):
     metrics = run(f"run={finished}", "data=digits", f"data.cache_dir={finished.parent}/cache")
     first, *table, last = capsys.readouterr().out.splitlines()
