@@ -204,9 +204,9 @@ def browser(driver, address):
     return driver
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(browser, address, sweep):
-    """The sweep's link, opened afresh."""
+    """The page behind the sweep's link. Only the last test changes it."""
     browser.get("about:blank")
     browser.get(f"{address}/{sweep.view.path}")
     click(browser, "[data-component-id='mlflow.experiment_page.shared_view.dismiss']")  # makes room in the picture

@@ -2,10 +2,11 @@
 
     python -m scripts.reliability.hostile FOLDER [VARIANTS] [FIRST]
 
-A small run is trained to its end, and a copy of it is reset to the state that a kill leaves. Every variant is a copy of
-one of the two with one file or setting changed. A command then runs on it in a fork (`scripts.reliability.forks`), so
-that a thousand variants take minutes. Faults are a traceback, a hang, an exit status without a message, a result that
-differs without a message, a printed secret, and a changed file outside the run's folder.
+A small run is trained to its end, a copy of it is reset to the state that a kill leaves, and another gets a search
+beside it. Every variant is a copy of one of these templates with one file or setting changed. A command then runs on it
+in a fork (`scripts.reliability.forks`), so that a thousand variants take minutes. Faults are a traceback, a hang, an
+exit status without a message, a result that differs without a message, a printed secret, and a changed file outside the
+run's folder.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from src.runs.record import Record
 SECONDS = 100  # the longest that a command may take, even on a busy machine
 STATUSES = {0, 1, 2, 65, 74}
 EPOCHS = 3
-STOPPED, FINISHED = "stopped", "finished"
+STOPPED, FINISHED, SEARCHED = "stopped", "finished", "searched"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Command:
     """A command that a user types in a run's folder, and how to find its result."""
 
     name: str
-    template: str  # the folder that variants are copies of: `FINISHED` or `STOPPED`
+    template: str  # the folder that variants are copies of: `STOPPED`, `FINISHED` or `SEARCHED`
     entry: Callable[[], object]
     arguments: tuple[str, ...]
     result: Callable[[Path, str], object]  # takes the variant's folder and the command's output
@@ -124,7 +125,7 @@ def commands(cache: Path) -> dict[str, Command]:
             lambda f, _: rows(f / "new"),
         ),
         Command("load the encoder", FINISHED, _load_encoder, (), partial(_printed, r"tensor\(.*")),
-        Command("search", FINISHED, cli.train, sweep, partial(_printed, "best: .*")),
+        Command("search", SEARCHED, cli.train, sweep, partial(_printed, "best: .*")),
         Command("list", FINISHED, cli.train, (*training, "dry_run=true"), lambda _, said: said),
     )
     return {each.name: each for each in listed}
@@ -145,21 +146,31 @@ def typed(folder: Path, command: Command, variant: Variant | None = None, second
     return process.wait(), said.read_text(errors="replace")
 
 
-def prepare(folder: Path) -> dict[str, Command]:
-    """Make a finished run with a store, a search and a user's file beside it, and a killed run; return all commands."""
-    known = commands(folder / "cache")
-    if (folder / STOPPED).exists():  # an earlier campaign has made both
-        return known
-    finished, stopped = folder / FINISHED, folder / STOPPED
-    for each in (finished, stopped):
-        (each / "outside").mkdir(parents=True)
-        (each / "outside/private.txt").write_text("mine\n")
-    for name in ("resume", "deliver", "search"):
-        status, said = typed(finished, known[name])
-        assert status == 0, said
-    shutil.copytree(finished / "run", stopped / "run")
-    _as_killed(stopped / "run")
-    return known
+def template(folder: Path, name: str, known: dict[str, Command]) -> Path:
+    """The folder of a template, made at its first use: a run with a store and a user's file beside it."""
+    path = folder / name
+    if path.exists():
+        return path
+    if name == FINISHED:
+        (path / "outside").mkdir(parents=True)
+        (path / "outside/private.txt").write_text("mine\n")
+        for each in ("resume", "deliver"):
+            _succeed(path, known[each])
+        return path
+    finished = template(folder, FINISHED, known)
+    if name == SEARCHED:
+        shutil.copytree(finished, path)
+        _succeed(path, known["search"])
+    else:
+        for each in ("run", "outside"):
+            shutil.copytree(finished / each, path / each)
+        _as_killed(path / "run")
+    return path
+
+
+def _succeed(folder: Path, command: Command) -> None:
+    status, said = typed(folder, command)
+    assert status == 0, said
 
 
 def _as_killed(run: Path) -> None:
@@ -193,10 +204,9 @@ def variants(folder: Path, known: dict[str, Command], rng: random.Random) -> Ite
     for file, names in readers.items():
         for name in names.split(", "):
             command = known[name]
-            path = find(folder / command.template, file)
             changes = [*mutations.of_kind(private), *mutations.of_bytes(rng)]
             if file.endswith((".json", ".jsonl")):
-                changes += mutations.of_json(path.read_bytes())
+                changes += mutations.of_json((template(folder, command.template, known) / file).read_bytes())
             for what, change in changes:
                 yield Variant(file, what, command, change)
             for what, change in mutations.of_state() if file == "checkpoint" else ():
@@ -314,22 +324,30 @@ def in_turn(found: Iterable[Variant]) -> Iterator[Variant]:
         yield from filter(None, those)
 
 
+def unbroken(folder: Path, command: Command) -> object:
+    """The result of a command whose files nobody has changed."""
+    found = fault(folder, Variant("nothing", "unchanged", command, _unchanged), None)
+    assert not found or "figures" in found, f"{command.name}: {found}"
+    result = command.result(folder / "variant", (folder / "variant/output.txt").read_text())
+    assert result, command.name
+    return result
+
+
 def main(folder: Path, count: int, first: int = 0) -> int:
     """Try ``count`` variants from number ``first`` on, spread over files and commands; return the number of faults."""
     forks.prepare()
     folder.mkdir(parents=True, exist_ok=True)
-    known = prepare(folder)
-    wanted: dict[str, object] = {}
-    for command in known.values():
-        plain = Variant("nothing", "unchanged", command, _unchanged)
-        assert not (found := fault(folder, plain, None)) or "figures" in found, f"{command.name}: {found}"
-        wanted[command.name] = command.result(folder / "variant", (folder / "variant/output.txt").read_text())
-        assert wanted[command.name], command.name
+    known = commands(folder / "cache")
+    wanted: dict[str, object] = {}  # by command, what an unbroken one gives
     tried: Counter[str] = Counter()
     faults: list[str] = []
     for variant in islice(in_turn(variants(folder, known, random.Random(0))), first, first + count):
         tried[variant.file] += 1
-        if found := fault(folder, variant, wanted[variant.command.name]):
+        command = variant.command
+        template(folder, command.template, known)
+        if command.name not in wanted:
+            wanted[command.name] = unbroken(folder, command)
+        if found := fault(folder, variant, wanted[command.name]):
             faults.append(f"{variant.name}: {found}")
             print(faults[-1], flush=True)
         if tried.total() % 25 == 0:

@@ -67,7 +67,7 @@ def test_what_makes_a_step_fast_leaves_the_loss_curve(run, monkeypatch, method, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["kmclr", "relation", "evolving"])
+@pytest.mark.parametrize("method", ["kmclr", "relation"])
 def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(run, monkeypatch, method):
     overrides = [*ALL[method], "optimizer.lr=0.0003"]
     plain = run(*overrides, directory="plain", net=[])

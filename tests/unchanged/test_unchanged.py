@@ -18,7 +18,6 @@ import pytest
 from tests.conftest import PROJECT
 
 RECORDED = Path(__file__).parent / "losses.json"
-PARTS = 2  # the cases are divided into two tests, which pytest-xdist can run in parallel
 STEPS = 40  # were recorded of each case: eight epochs of five
 # A command line with only these keys is that of a preset; experiments and options have other keys too.
 OF_PRESETS = {"method", "k", "queue_size", "backbone", "method.projector.hidden", "method.projector.out"}
@@ -68,12 +67,11 @@ def compared(typed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))
-def test_every_loss_is_what_it_was(tmp_path, cache_dir, part):
+def test_every_loss_is_what_it_was(tmp_path, cache_dir):
     """The losses and accuracies of each command line equal those in ``losses.json``."""
     record = json.loads(RECORDED.read_text())
     recorded, lines, steps = record["losses"], {}, {}
-    for case in list(recorded)[part::PARTS]:
+    for case in recorded:
         typed = json.loads(case)
         demo = RECORDED_DEMO if "experiment=demo" in typed else []
         original = RECORDED_ORIGINAL if typed[0].startswith("experiment=original") else []
