@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from src.system.redact import one_line
 OTHER_SECTIONS = ("test", "val", "support", "train", "time", "memory", "untrained", "teacher")
 CHARTED = (ACCURACY, AGREEMENT)  # the metrics that are drawn against the support-set size
 COURSE = "val/knn_top1"  # the metric that is drawn over the steps of training
+LOSS = "train/loss"  # is drawn instead where there are no validation images
 OPENING = "Support-set size against accuracy"  # the first words of every description, by which ours are recognised
 MAX_NOTE_CHARS = 7500  # of a description: MLflow cuts a run's after 8,000
 MIN_LINE_CHARS = 20  # in a line of a table
@@ -53,8 +54,12 @@ class SweepCharts(NamedTuple):
     note: str  # the sweep's own description; empty if it has no result
 
 
-def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -> SavedView:
-    """The jobs of a sweep, best first by validation images, beside charts of support-set size against accuracy.
+def sweep_view(
+    experiment_id: str, sweep_run_id: str, name: str, created: int, measured: Collection[str] = ()
+) -> SavedView:
+    """The jobs of a sweep, best first, beside charts of support-set size against accuracy.
+
+    The best are so by validation images, or by test images where no job has validation images.
 
     The list is flat, because MLflow draws the runs that its list shows, and opens a list with every parent collapsed.
     Sorted by the time of creation, the same page nests the jobs under their sweep.
@@ -63,29 +68,42 @@ def sweep_view(experiment_id: str, sweep_run_id: str, name: str, created: int) -
         sweep_run_id: the run that the jobs name in their tag ``mlflow.parentRunId``.
         name: what "Saved views" lists.
         created: the time that it shows there, in milliseconds since the epoch.
+        measured: the metrics that the jobs have, since a chart of any other would be empty; if there are none, MLflow
+            does not have the jobs yet, and they are taken to have all.
     """
+    measured = measured or (*CHARTED, RANKING, COURSE)
     state = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{sweep_run_id}'",
-        "orderByKey": f"metrics.`{RANKING}`",
+        "orderByKey": f"metrics.`{RANKING if RANKING in measured else ACCURACY}`",
         "orderByAsc": False,
         "runsHiddenMode": "SHOW_ALL",  # the default draws ten runs
-        "compareRunCharts": _charts(),
+        "compareRunCharts": _charts(measured),
         "compareRunSections": _sections(),
         "isAccordionReordered": True,  # else the sections are sorted by name
     }
     value = json.dumps({"name": name, "createdAt": created, "updatedAt": created, "state": json.dumps(state)})
+    return SavedView(_view_key(sweep_run_id), value, _view_path(experiment_id, sweep_run_id))
+
+
+def _view_key(sweep_run_id: str) -> str:
+    return f"mlflow.sharedViewState.{sweep_run_id}"
+
+
+def _view_path(experiment_id: str, sweep_run_id: str) -> str:
     query = f"viewStateShareKey={sweep_run_id}&compareRunsMode=CHART&workflowType=machine_learning"
-    return SavedView(f"mlflow.sharedViewState.{sweep_run_id}", value, f"#/experiments/{experiment_id}/runs?{query}")
+    return f"#/experiments/{experiment_id}/runs?{query}"
 
 
-def _charts() -> list[dict[str, Any]]:
+def _charts(measured: Collection[str]) -> list[dict[str, Any]]:
     """Charts by log10 of the size, which is a param of its own: MLflow has logarithmic axes for steps only."""
     size = {"type": "PARAM", "key": LOG_SIZE}
+    charted = [metric for metric in CHARTED if metric in measured]
+    joined = [metric for metric in (COURSE, RANKING, ACCURACY) if metric in measured]  # the last one gives the colour
+    course = COURSE if COURSE in measured else LOSS
     charts: list[dict[str, Any]] = [
-        *({"type": "SCATTER", "xaxis": size, "yaxis": {"type": "METRIC", "key": metric}} for metric in CHARTED),
-        # The last metric gives the lines their colour.
-        {"type": "PARALLEL", "selectedParams": [LOG_SIZE], "selectedMetrics": [COURSE, RANKING, ACCURACY]},
-        {"type": "LINE", "metricKey": COURSE, "selectedMetricKeys": [COURSE], "lineSmoothness": 0},
+        *({"type": "SCATTER", "xaxis": size, "yaxis": {"type": "METRIC", "key": metric}} for metric in charted),
+        {"type": "PARALLEL", "selectedParams": [LOG_SIZE], "selectedMetrics": joined},
+        {"type": "LINE", "metricKey": course, "selectedMetricKeys": [course], "lineSmoothness": 0},
     ]
     return [chart | {"uuid": f"chart-{place}", "metricSectionId": "sweep"} for place, chart in enumerate(charts)]
 
@@ -144,14 +162,16 @@ def show_sweep(client: Any, record: Record) -> str:
         The path of the view, after the address of the server.
     """
     home = client.get_experiment(client.get_run(record.run_id).info.experiment_id)
-    key, value, path = sweep_view(home.experiment_id, record.run_id, record.name, record.start_time)
+    jobs = client.search_runs([home.experiment_id], f"tags.`mlflow.parentRunId` = '{record.run_id}'")
+    measured = {metric for job in jobs for metric in job.data.metrics}
+    key, value, path = sweep_view(home.experiment_id, record.run_id, record.name, record.start_time, measured)
     client.set_experiment_tag(home.experiment_id, key, value)
 
     found = [(record.end_time or now_ms(), SweepCharts(record.name, path, record.tags.get(TAG_NOTE, "")))]
     for run in client.search_runs([home.experiment_id], "tags.sweep_id != ''"):
         info = run.info
-        key, _, path_of_other = sweep_view(home.experiment_id, info.run_id, info.run_name, info.start_time)
-        if key in home.tags and info.run_id != record.run_id:
+        if _view_key(info.run_id) in home.tags and info.run_id != record.run_id:
+            path_of_other = _view_path(home.experiment_id, info.run_id)
             charts = SweepCharts(info.run_name, path_of_other, run.data.tags.get(TAG_NOTE, ""))
             found.append((info.end_time or info.start_time, charts))
     sweeps = [sweep for _, sweep in sorted(found, reverse=True) if sweep.note]

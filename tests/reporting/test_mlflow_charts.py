@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from src.config.schema import Tracking
 from src.reporting.mlflow_charts import OPENING, SweepCharts, describe_experiment, describe_sweep, sweep_view
-from src.reporting.rows import summarise
+from src.reporting.rows import ACCURACY, summarise
 from src.runs.mlflow_store import prepare
 from src.runs.tracker import Tracker
 from tests.made_up_runs import STUDY, run
@@ -41,6 +41,15 @@ def test_every_chart_is_in_a_section_that_is_open():
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == shown
     identities = [chart["uuid"] for chart in state["compareRunCharts"]]
     assert len(set(identities)) == len(identities)
+
+
+def test_a_sweep_without_validation_images_has_no_empty_chart():
+    _, state = decode(sweep_view("7", "abc", "sweep", 0, {ACCURACY, "train/loss"}))
+    size, parallel, course = state["compareRunCharts"]
+    assert size["yaxis"]["key"] == ACCURACY
+    assert parallel["selectedMetrics"] == [ACCURACY]
+    assert course["metricKey"] == "train/loss"
+    assert state["orderByKey"] == f"metrics.`{ACCURACY}`"
 
 
 def test_mlflow_takes_the_tag_and_its_filter_finds_the_jobs_best_first(tmp_path, monkeypatch):
