@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from src.data.decoding import UNLABELLED, Contents, LazyImage, Part, Source, open_bytes, state
+from src.data.decoding import UNLABELLED, Contents, LazyImage, Part, Source, open_bytes, stamp, state
 from src.data.folders import files_below, settled
 from src.data.roles import SPELLINGS, arrange, split_name, used_splits
 from src.errors import UsageError
@@ -62,8 +62,9 @@ def parquet(
     splits = shards_of_splits((PurePath(name).relative_to(root) for name in names), config)
     used = {name: [root / shard for shard in splits[name]] for name in used_splits(splits, train_split, test_split)}
     shards = [shard for each in used.values() for shard in each]
-    states = {str(shard): state(shard) for shard in shards}  # read before the shards are opened
     folders = settled(seen, began) if len(shards) >= MANY else {}
+    watched = {str(shard): state(shard) for shard in shards} | folders if folders else {}
+    files = stamp(shards)  # read after what is watched and before a shard is opened, so that no change goes unnoticed
     image_column, label_column, notes = find_columns([each[0] for each in used.values()], image_column, label_column)
     schemas = {shard: _schema(shard) for shard in shards}
     if not any(_holds_labels(each.type) for schema in schemas.values() for each in schema if each.name != image_column):
@@ -81,8 +82,7 @@ def parquet(
         contents = arrange(classes, parts, train_split, test_split)
         return contents._replace(notes=[*notes, *contents.notes])
 
-    stamp = "\n".join(map(" ".join, states.items()))
-    return Source(f"{image_column} {label_column}\n{stamp}", read, states | folders if folders else {})
+    return Source(f"{image_column} {label_column}\n{files}", read, watched)
 
 
 def shards_of_splits(shards: Iterable[PurePath], config: str | None) -> dict[str, list[PurePath]]:
