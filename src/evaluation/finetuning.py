@@ -16,7 +16,7 @@ from src.config import schema
 from src.data import Dataset
 from src.data.splits import Split, held_out_tenth
 from src.errors import Diverged
-from src.evaluation.probes import FrozenEncoder, cropped_batches, topk_percent
+from src.evaluation.probes import BLOCK, FrozenEncoder, cropped_batches, topk_percent
 from src.models import SplitBatchNorm, autocast
 
 logger = logging.getLogger(__name__)
@@ -84,20 +84,19 @@ def fine_tuning(frozen: FrozenEncoder, data: Dataset, cfg: schema.Finetune, seed
     for lr in cfg.lr:
         try:
             candidate = fine_tune(frozen, fit, classes, lr, cfg, seed)
-            logits = candidate.features(choose)
+            (top1,) = topk_percent(map(candidate.features, choose.blocks(BLOCK)), 1)
         except Diverged:
             continue
-        top1 = topk_percent(logits.x_NF, logits.labels_N, 1)
         if top1 > best:
             tuned, best_lr, best = candidate, lr, top1
     try:
         if data.val is None and tuned is not None:
             tuned = fine_tune(frozen, data.probe, classes, best_lr, cfg, seed)
-        test = tuned.features(data.test) if tuned is not None else None
+        test = topk_percent(map(tuned.features, data.test.blocks(BLOCK)), 1, 5) if tuned is not None else []
     except Diverged:
-        test = None
-    if test is None:
+        test = []
+    if not test:
         logger.warning("evaluation.finetune.lr=%s: fine-tuning diverges, so its figures are left out; lower it", cfg.lr)
         return {}
     chosen = {} if data.val is None else {"val/finetune_top1": best}
-    return chosen | {f"test/finetune_top{k}": topk_percent(test.x_NF, test.labels_N, k) for k in (1, 5)}
+    return chosen | dict(zip(("test/finetune_top1", "test/finetune_top5"), test, strict=True))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ CROP_AND_FLIP = View(
 
 
 class Features(NamedTuple):
-    """An encoder's features of a split, and the split's labels."""
+    """A network's features of a split, or a classifier's logits, and the split's labels."""
 
     x_NF: Tensor  # float32
     labels_N: Tensor  # int64
@@ -50,9 +50,10 @@ class Features(NamedTuple):
     def take(self, rows: Tensor) -> Features:
         return Features(self.x_NF[rows], self.labels_N[rows])
 
-    def blocks(self) -> Iterator[Features]:
-        """Divide the images into blocks so small that their scores for all classes take little memory."""
-        return map(Features, self.x_NF.split(BLOCK), self.labels_N.split(BLOCK))
+    def logits(self, classifier: Callable[[Tensor], Tensor]) -> Iterator[Features]:
+        """Compute a classifier's logits of blocks of images so small that they take little memory."""
+        blocks = zip(self.x_NF.split(BLOCK), self.labels_N.split(BLOCK), strict=True)
+        return (Features(classifier(x_BF), labels_B) for x_BF, labels_B in blocks)
 
 
 class FrozenEncoder:
@@ -119,19 +120,16 @@ def topk_hits(scores_NC: Tensor, labels_N: Tensor, k: int) -> int:
     return int((top_NK == labels_N[:, None]).any(1).sum())
 
 
-def topk_percent(scores_NC: Tensor, labels_N: Tensor, k: int) -> float:
-    """Share of rows whose label is among the k highest scores, in percent, counted exactly over all rows."""
-    return 100 * topk_hits(scores_NC, labels_N, k) / len(labels_N)
+def topk_percent(blocks: Iterable[Features], *ks: int) -> list[float]:
+    """Share of images whose label is among the k highest logits, in percent, for each k.
 
-
-def topk_by_blocks(classifier: Callable[[Tensor], Tensor], features: Features, ks: Sequence[int]) -> list[float]:
-    """`topk_percent` of a classifier's logits, for each k; memory never holds more logits than those of a block."""
-    hits = [0] * len(ks)
-    for block in features.blocks():
-        logits_BC = classifier(block.x_NF)
-        for place, k in enumerate(ks):
-            hits[place] += topk_hits(logits_BC, block.labels_N, k)
-    return [100 * each / len(features.labels_N) for each in hits]
+    The logits come in blocks of images, so that memory need not hold those of all images at once.
+    """
+    hits, images = [0] * len(ks), 0
+    for logits_BC, labels_B in blocks:
+        hits = [before + topk_hits(logits_BC, labels_B, k) for before, k in zip(hits, ks, strict=True)]
+        images += len(labels_B)
+    return [100 * each / images for each in hits]
 
 
 def knn_percent(
@@ -204,7 +202,8 @@ class LinearHeads:
     def topk_percent(self, features: Features, head: int, *ks: int) -> list[float]:
         """Share of images whose label is among the k highest logits of one head, in percent, for each k."""
         weight_FC, bias_C = self.weight_LFC[head], self.bias_LC[head]
-        return topk_by_blocks(lambda x_BF: (x_BF - self.center_F) / self.scale_F @ weight_FC + bias_C, features, ks)
+        logits = features.logits(lambda x_BF: (x_BF - self.center_F) / self.scale_F @ weight_FC + bias_C)
+        return topk_percent(logits, *ks)
 
     def best(self, held_out: Features) -> int:
         """The head with the highest top-1 on held-out features; the first one if several tie."""

@@ -25,7 +25,7 @@ from src.evaluation.probes import (
     cached_heads,
     few_shot,
     knn_percent,
-    topk_by_blocks,
+    topk_percent,
 )
 from src.methods.base import Method
 from src.support.search import Search
@@ -70,7 +70,7 @@ class Protocol:
         if self.data.labelled:
             if classifier is not None:
                 with torch.no_grad():
-                    top1, top5 = topk_by_blocks(classifier, val, (1, 5))
+                    top1, top5 = topk_percent(val.logits(classifier), 1, 5)
                 metrics |= {"val/online_top1": top1, "val/online_top5": top5}
             if method.support is not None and method.support.ready:
                 encoder, _ = method.lookup_networks

@@ -138,6 +138,18 @@ def test_the_first_of_the_rates_that_are_best_on_the_images_that_choose_counts(d
     assert tuned == [*learned, *([(data.probe.images.sum().item(), 0.2, 5)] if final else [])]
 
 
+def test_memory_holds_the_logits_of_a_block_of_images_at_a_time(data, frozen, monkeypatch):
+    whole = fine_tuning(frozen, data, CFG, seed=0)
+    encoded, features = [], FrozenEncoder.features
+    monkeypatch.setattr(finetuning, "BLOCK", 12)
+    monkeypatch.setattr(
+        FrozenEncoder, "features", lambda self, split: encoded.append(len(split)) or features(self, split)
+    )
+    assert fine_tuning(frozen, data, CFG, seed=0) == whole
+    start, choose, test = [1], [12, 12, 6], [12, 12, 7]
+    assert encoded == [*start, *choose, *start, *choose, *test]
+
+
 def test_the_validation_images_choose_the_learning_rate(data, frozen):
     one = {lr: fine_tuning(frozen, data, Finetune(4, 16, [lr]), seed=0) for lr in (1e-6, 0.1)}
     assert one[1e-6]["val/finetune_top1"] < one[0.1]["val/finetune_top1"]

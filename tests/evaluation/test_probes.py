@@ -28,11 +28,12 @@ def blobs(count, classes=5, features=8, spread=0.5):
 def test_topk_agrees_with_scikit_learn(k):
     scores, labels = torch.randn(101, 7), torch.randint(0, 7, (101,))
     expected = 100 * top_k_accuracy_score(labels.numpy(), scores.numpy(), k=k, labels=np.arange(7))
-    assert probes.topk_percent(scores, labels, k) == pytest.approx(expected)
+    blocks = map(Features, scores.split(7), labels.split(7))
+    assert probes.topk_percent(blocks, k) == [pytest.approx(expected)]
 
 
 def test_top5_of_two_classes_is_everything():
-    assert probes.topk_percent(torch.randn(9, 2), torch.randint(0, 2, (9,)), 5) == 100
+    assert probes.topk_percent([Features(torch.randn(9, 2), torch.randint(0, 2, (9,)))], 5) == [100]
 
 
 @pytest.mark.parametrize("k", [1, 10, 1000])
@@ -44,7 +45,7 @@ def test_knn_is_wu_et_al_by_loops(k, monkeypatch):
     percent = probes.knn_percent(bank, queries, 5, [2, k], 0.1, TorchSearch())
     assert max(map(len, scored)) == 7
     votes = torch.cat(scored[1::2])
-    assert percent[1] == probes.topk_percent(votes, queries.labels_N, 1)
+    assert percent[1:] == probes.topk_percent([Features(votes, queries.labels_N)], 1)
     for query, vote in zip(queries.x_NF.double(), votes, strict=True):
         cosine = F.cosine_similarity(query[None], bank.x_NF.double(), dim=1)
         expected = torch.zeros(5, dtype=torch.float64)
@@ -66,9 +67,9 @@ def test_the_accuracy_of_a_head_is_counted_by_blocks_of_that_head_alone(monkeypa
     scored, hits = [], probes.topk_hits
     monkeypatch.setattr(probes, "topk_hits", lambda scores, *rest: scored.append(scores) or hits(scores, *rest))
     for head, k in ((0, 1), (1, 3)):
-        expected = probes.topk_percent(heads(data.x_NF)[head], data.labels_N, k)
+        expected = probes.topk_percent([Features(heads(data.x_NF)[head], data.labels_N)], k)
         scored.clear()
-        assert heads.topk_percent(data, head, k) == [expected]
+        assert heads.topk_percent(data, head, k) == expected
         assert [scores.untyped_storage().size() // 4 for scores in scored] == [7 * 5, 7 * 5, 7 * 5, 3 * 5]
 
 

@@ -81,7 +81,7 @@ def test_the_final_figures_by_hand(finished, monkeypatch, final, drawn_from):
         return knn_percent(bank, queries, 6, [k], cfg.knn_temperature, TorchSearch())[0]
 
     def linear(heads, place, queries, k=1):
-        return topk_percent(heads(queries.x_NF)[place], queries.labels_N, k)
+        return topk_percent([Features(heads(queries.x_NF)[place], queries.labels_N)], k)[0]
 
     heads = heads_of(fit, cfg.lr)
     place, *others = (max(range(3), key=lambda i, on=on: linear(heads, i, on)) for on in (choose, fit, test))
@@ -151,7 +151,7 @@ def test_the_figures_of_a_validation_by_hand(finished):
     assert found == {
         "val/knn_top1": top1[best],
         "val/knn_k": best,
-        **{f"val/online_top{k}": topk_percent(classifier(val.x_NF), val.labels_N, k) for k in (1, 5)},
+        **{f"val/online_top{k}": topk_percent([Features(classifier(val.x_NF), val.labels_N)], k)[0] for k in (1, 5)},
         "val/effective_rank": effective_rank(val.x_NF),
     }
 
