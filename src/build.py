@@ -84,12 +84,12 @@ def encoder(cfg: schema.Backbone, image_size: int) -> tuple[nn.Module, int]:
     """Build the backbone; returns it with its number of features."""
     if cfg._target_ is not None:
         model = make(cfg._target_, "backbone", nn.Module, **cfg.options)
-    elif cfg.name in schema.RESNETS:
-        model = models.resnet(cfg.name, cfg.stem)  # type: ignore[arg-type]
+    elif cfg.is_timm:
+        model = models.timm_model(cfg.name, cfg.options)
     elif cfg.name == schema.RESNET_TINY:
         model = models.ResNetTiny(cfg.stem)  # type: ignore[arg-type]
     else:
-        model = models.timm_model(cfg.name, cfg.options)
+        model = models.resnet(cfg.name, cfg.stem)  # type: ignore[arg-type]
     return model, models.feature_dim(model, image_size)
 
 

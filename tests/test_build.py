@@ -3,6 +3,7 @@ import torch
 
 from src import build, models
 from src.config import schema
+from src.config.identity import config_hash
 from src.errors import UsageError
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
@@ -33,6 +34,14 @@ def test_precision():
     assert build.precision("float32", CPU) == torch.float32
     assert build.precision("bfloat16", CPU) == torch.bfloat16
     assert build.precision("auto", CPU) in (torch.float32, torch.bfloat16)
+
+
+def test_a_model_of_timm_may_have_the_name_of_one_of_ours():
+    ours, theirs = parsed("backbone=resnet18"), parsed("backbone=timm", "backbone.name=resnet18")
+    packages = [type(build.encoder(cfg.backbone, 32)[0]).__module__.split(".")[0] for cfg in (ours, theirs)]
+    assert packages == ["torchvision", "timm"]
+    assert config_hash(ours) != config_hash(theirs)
+    assert parsed("backbone=resnet18", "backbone.name=resnet10t").backbone.is_timm  # runs exist that were typed so
 
 
 def test_search():

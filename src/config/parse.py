@@ -49,6 +49,7 @@ def parse(composed: DictConfig) -> Config:
         raise UsageError(explain_type(error)) from error
     _check_values("", cfg)
     refuse_secrets(cfg)
+    _refuse_null_stem(composed, cfg.backbone)
     _check_combinations(cfg)
     return _canonical(cfg)
 
@@ -204,13 +205,17 @@ def _check_support(cfg: Config) -> None:
         raise UsageError(f"support.refit_window={support.refit_window}: must hold k={cfg.k} embeddings or more")
 
 
+def _refuse_null_stem(composed: DictConfig, backbone: schema.Backbone) -> None:
+    """Refuse one of our ResNets with a null in place of its stem; without the key it is the model of timm."""
+    is_null = OmegaConf.select(composed, "backbone.stem", default="") is None
+    if is_null and backbone.is_timm and backbone.name in schema.RESNETS:
+        raise UsageError("backbone.stem=null: choose small, small_padded or large")
+
+
 def _check_backbone(cfg: Config) -> None:
     backbone = cfg.backbone
-    if backbone._target_ is None and not backbone.is_timm:
-        if backbone.options:
-            raise UsageError(f"backbone.options={backbone.options}: {backbone.name} takes none; timm's models do")
-        if backbone.stem is None:
-            raise UsageError("backbone.stem=null: choose small, small_padded or large")
+    if backbone.options and backbone._target_ is None and not backbone.is_timm:
+        raise UsageError(f"backbone.options={backbone.options}: {backbone.name} takes none; timm's models do")
     splits = f"backbone.bn_splits={backbone.bn_splits}: "
     if cfg.batch_size % backbone.bn_splits:
         raise UsageError(f"{splits}batch_size={cfg.batch_size} has no such equal parts; choose a divisor of it")

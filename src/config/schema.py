@@ -155,7 +155,8 @@ class Projector:
     final_norm: bool = True
 
 
-RESNETS, RESNET_TINY = ("resnet18", "resnet34", "resnet50"), "resnet_tiny"
+RESNET_TINY = "resnet_tiny"
+RESNETS = ("resnet18", "resnet34", "resnet50", RESNET_TINY)
 
 
 @dataclass
@@ -168,7 +169,8 @@ class Backbone:
 
     @property
     def is_timm(self) -> bool:
-        return self._target_ is None and self.name not in (*RESNETS, RESNET_TINY)
+        """Whether it is a model of timm, which may have the name of one of ours; ours always have a stem."""
+        return self._target_ is None and (self.stem is None or self.name not in RESNETS)
 
 
 @dataclass
