@@ -134,7 +134,7 @@ def _try_each(directories: Iterable[Path], send: Callable[[Path], None]) -> list
     """Send each run; when the store itself has failed for `MAX_FAILURES` runs in a row, skip the others.
 
     Returns:
-        The errors of the runs that have not been delivered.
+        The errors of the runs that were refused; an iterator that was passed in still has the runs that were skipped.
     """
     refused, in_a_row = list[UsageError](), 0
     for directory in directories:
@@ -168,14 +168,17 @@ def main(publish_again: Callable[[Path], None], arguments: Iterable[str] | None 
     )
     parser.add_argument("run", nargs="*", help="a run's name in multirun/, its folder or its id; also of a deleted run")
     named = [named_run(each) for each in parser.parse_args(arguments).run]
+    waiting = iter(named)
 
     def send(directory: Path) -> None:
         print(f"{directory}: delivered as run {', '.join(deliver(directory, again=True).run_ids)}", flush=True)
         publish_again(directory)
 
-    refused = _try_each(named, send) if named else _deliver_all(publish_again)
+    refused = _try_each(waiting, send) if named else _deliver_all(publish_again)
     for each in refused[1:]:
         logger.warning("%s", each)
+    if untried := shlex.join(map(str, waiting)):
+        logger.warning("the store has failed %d times in a row, so these were not tried: %s", MAX_FAILURES, untried)
     if refused:
         raise refused[0]
 

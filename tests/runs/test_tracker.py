@@ -562,7 +562,7 @@ def test_runs_of_which_mlflow_refuses_a_value_keep_no_other_back(client, tmp_pat
     assert capsys.readouterr().out.startswith("multirun/d: delivered as run ")
 
 
-def test_where_the_store_takes_nothing_not_every_run_is_tried(client, tmp_path, monkeypatch):
+def test_where_the_store_takes_nothing_not_every_run_is_tried(client, tmp_path, monkeypatch, caplog):
     asked = []
 
     def refuse(directory, again=False):
@@ -576,6 +576,8 @@ def test_where_the_store_takes_nothing_not_every_run_is_tried(client, tmp_path, 
         with pytest.raises(UsageError, match="takes nothing"):
             delivery.main(mlflow_charts.publish_again, named)
     assert len(asked) == 2 * delivery.MAX_FAILURES
+    (untried,) = [each for each in warnings(caplog) if "not tried" in each]
+    assert untried == "the store has failed 3 times in a row, so these were not tried: multirun/d multirun/e"
 
 
 def test_the_next_step_is_after_all_that_were_logged(client, tmp_path):
