@@ -168,7 +168,7 @@ def show_sweep(client: Any, record: Record) -> str:
     client.set_experiment_tag(home.experiment_id, key, value)
 
     found = [(record.end_time or now_ms(), SweepCharts(record.name, path, record.tags.get(TAG_NOTE, "")))]
-    for run in client.search_runs([home.experiment_id], "tags.sweep_id != ''"):
+    for run in client.search_runs([home.experiment_id], "tags.sweep_id != ''"):  # the newest 1,000, which is plenty
         info = run.info
         if _view_key(info.run_id) in home.tags and info.run_id != record.run_id:
             path_of_other = _view_path(home.experiment_id, info.run_id)
