@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import Any
 
 from rich import box
@@ -105,8 +106,11 @@ def with_column_notes(header: Sequence[str], notes: Sequence[str]) -> list[str]:
 def document(rows: Sequence[TableRow], cells: Sequence[Sequence[str]], notes: Sequence[str], experiment: str) -> str:
     """The content of table.md: the `table` of the rows, with its caption and notes."""
     header, *body = cells
-    lines = [f"# {experiment}", "", caption(rows), "", *markdown(header, body), "", *(f"- {note}" for note in notes)]
-    return "\n".join([*lines, ""])
+    drawn = markdown(header, body)
+    width = max(120, *map(len, drawn))
+    wrapper = TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    listed = [wrapper.fill(f"- {note}") for note in notes]
+    return "\n".join([f"# {experiment}", "", caption(rows), "", *drawn, "", *listed, ""])
 
 
 def fractions_of_largest_queue(rows: Sequence[TableRow]) -> list[float | None]:

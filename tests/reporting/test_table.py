@@ -198,7 +198,8 @@ def test_the_files_hold_the_same_table_and_do_not_change_when_written_again(tmp_
     lines = re.findall(r"^\| (.*) \|$", markdown, re.MULTILINE)
     assert [line.split(" | ") for line in lines if "---" not in line] == table(rows)
     assert "- left out: simclr-0-seed9 (killed)" in markdown
-    assert f"- {GAIN_NOTE}" in markdown
+    assert f"- {GAIN_NOTE}" in " ".join(markdown.split())
+    assert max(map(len, markdown.splitlines())) == max(120, *(len(f"| {line} |") for line in lines))
 
     saved = json.loads(first["table.json"])
     assert saved["notes"] == [GAIN_NOTE, *notes]
