@@ -38,8 +38,8 @@ def with_agreement(one, share):
     return replace(one, metrics=one.metrics | {"support/val_agreement": share})
 
 
-def without(one, metric):
-    return replace(one, metrics={key: value for key, value in one.metrics.items() if key != metric})
+def without(one, *metrics):
+    return replace(one, metrics={key: value for key, value in one.metrics.items() if key not in metrics})
 
 
 STUDY = [

@@ -273,12 +273,18 @@ def _remarks(
     if young:
         titles = some_of([row.title for row in young])
         notes.append(f"{AGREEMENT_TITLE} are counted soon after a reset of the prototypes: {titles}")
+    nowhere = list[str]()
     for metric, title in metrics_of(rows).items():
         having = [(row, len(row.values(metric))) for row in rows if row.size or metric != AGREEMENT]
+        if not any(n for _, n in having):
+            nowhere.append(title)
+            continue
         lacking = [(row, n) for row, n in having if n < len(row.runs)]
         where = [f"{row.title} ({len(row.runs) - n} of {len(row.runs)} runs)" for row, n in lacking]
         if where:
             notes.append(f"no {title}: {some_of(where)}")
+    if rows and nowhere:
+        notes.append(f"no run has {', '.join(nowhere)}")
     return notes
 
 

@@ -62,22 +62,25 @@ COLUMN_NOTES = {
 
 
 def table(rows: Sequence[TableRow]) -> list[list[str]]:
-    """The table as text, its header first.
+    """The table as text, its header first, without metrics that no row has.
 
-    If any row has a control, the last column is the gain over the control (`GAIN_NOTE`).
+    If any row has a queue, a column has the sizes as shares of the largest one. If any row has a control, the last
+    column is the gain over the control (`GAIN_NOTE`).
     """
-    metrics = metrics_of(rows)
-    header = ["method", "vectors", "bytes", "of largest queue", "seeds", *metrics.values()]
+    metrics = {metric: title for metric, title in metrics_of(rows).items() if any(row.values(metric) for row in rows)}
+    shares = [[] if share is None else [f"{share:.2%}"] for share in fractions_of_largest_queue(rows)]
+    share_title = ["of largest queue"] if any(shares) else []
+    header = ["method", "vectors", "bytes", *share_title, "seeds", *metrics.values()]
     body = [
         [
             row.label,
             f"{row.size:,}",
             decimal(row.stored_bytes),
-            "-" if fraction is None else f"{fraction:.2%}",
+            *share,
             str(len(row.runs)),
             *(row.text(metric) for metric in metrics),
         ]
-        for row, fraction in zip(rows, fractions_of_largest_queue(rows), strict=True)
+        for row, share in zip(rows, shares, strict=True)
     ]
     controls = [control_of(row, rows) for row in rows]
     if any(controls):

@@ -43,7 +43,7 @@ def test_the_table_reads_as_a_paper_would_print_it():
 
 def test_one_seed_has_no_deviation_and_no_queue_no_share():
     (row,), _ = summarise([run("kmclr", 50, top1=54.66)])
-    assert table([row])[1][3:] == ["-", "1", "49.66", "55.66", "54.66", "84.66"]
+    assert table([row])[1][3:] == ["1", "49.66", "55.66", "54.66", "84.66"]
 
 
 def test_the_untrained_encoder_is_in_the_table():
@@ -59,11 +59,11 @@ def test_few_labels_and_fine_tuning_have_columns_where_a_run_has_them():
     runs = [replace(one, metrics=one.metrics | few), replace(other, metrics=other.metrics | few | later), third]
     rows, notes = summarise([*runs, run("simclr")])
     header, simclr, kmclr = table(rows)
-    assert header[9:] == [
+    assert header[8:] == [
         *("test 1% of labels top-1", "test 10% of labels top-1"),
         *("test fine-tuned top-1, evaluated later", "test fine-tuned top-5, evaluated later"),
     ]
-    assert (simclr[9:], kmclr[9:]) == (["-"] * 4, ["12.00 ± 0.00", "30.00 ± 0.00", "70.00", "90.00"])
+    assert (simclr[8:], kmclr[8:]) == (["-"] * 4, ["12.00 ± 0.00", "30.00 ± 0.00", "70.00", "90.00"])
     assert [each["test/fewshot_1pct_top1_mean"] for each in records(rows)] == [None, 12.0]
     assert "no test 1% of labels top-1: SimCLR (1 of 1 runs), KMCLR 50 (1 of 3 runs)" in notes
 
@@ -75,7 +75,7 @@ def test_what_was_evaluated_elsewhere_has_columns_too():
     one = run("kmclr", 50)
     rows, _ = summarise([replace(one, metrics=one.metrics | found)])
     header, *_, line = table(rows)
-    assert dict(zip(header[9:], line[9:], strict=True)) == {
+    assert dict(zip(header[8:], line[8:], strict=True)) == {
         "teacher test linear top-1": "1.00",
         "test_original linear top-1": "2.00",
         "cifar10-12ab34cd teacher test linear top-1": "3.00",
@@ -155,9 +155,18 @@ def test_missing_figures_are_counted_and_shown():
     rows, notes = summarise([run("nnclr", 4096, top1=57.5), lacking, nan])
     assert notes == ["no test linear top-1: NNCLR 4,096 (2 of 3 runs)"]
     assert rows[0].values("test/linear_top1") == [57.5]
-    rows, _ = summarise([lacking])
-    assert table(rows)[1][7] == "-"
-    assert records(rows)[0]["test/linear_top1_mean"] is None
+    two, _ = summarise([lacking, run("kmclr", 50)])
+    header, nnclr, kmclr = table(two)
+    place = header.index("test linear top-1")
+    assert (nnclr[place], kmclr[place]) == ("-", "50.00")
+
+
+def test_what_no_run_has_is_no_column_and_one_note():
+    runs = [without(run(*each), "val/knn_top1", "val/linear_top1") for each in (("kmclr", 50), ("nnclr", 64))]
+    rows, notes = summarise(runs)
+    assert notes == ["no run has val kNN, val linear top-1"]
+    assert table(rows)[0][5:] == ["test linear top-1", "test linear top-5"]
+    assert records(rows)[0]["val/linear_top1_mean"] is None
 
 
 def test_what_storing_is_worth_stands_beside_the_figures_where_there_is_a_control():
