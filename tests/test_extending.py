@@ -191,6 +191,7 @@ def test_a_mistake_is_one_line(command, folder):
         "--multirun method=byol,simclr method.momentm=0.9": "method.momentm: unknown key, .* method.momentum?",
         "method=misspelt": "method.momentm: unknown key, .*; did you mean method.momentum?",
         "method=byol method.momentum=1.5": "method.momentum=1.5: must be 1 or less",
+        "method=byol +method.hidden=0": "method.hidden=0: must be 1 or more",
     }.items():
         (line,) = command("src.train", "--config-dir", "mine", *arguments.split(), status=2).splitlines()
         assert re.match(f"error: {says}", line)
