@@ -170,7 +170,7 @@ def refuse_unset_gradients(encoder: nn.Module, image_size: int, device: torch.de
     if single:
         raise UsageError(
             f"data.image_size={image_size}: one pixel is left for a convolution with a stride, whose gradient "
-            "torch does not compute in bfloat16 on a CPU; set precision=float32, or backbone.stem=small"
+            "torch does not compute in bfloat16 on a CPU; set precision=float32, or data.image_size higher"
         )
 
 
