@@ -273,16 +273,16 @@ def _remarks(
     if young:
         titles = some_of([row.title for row in young])
         notes.append(f"{AGREEMENT_TITLE} are counted soon after a reset of the prototypes: {titles}")
-    nowhere = list[str]()
+    nowhere, lacking = list[str](), defaultdict[str, list[str]](list)
     for metric, title in metrics_of(rows).items():
         having = [(row, len(row.values(metric))) for row in rows if row.size or metric != AGREEMENT]
         if not any(n for _, n in having):
             nowhere.append(title)
             continue
-        lacking = [(row, n) for row, n in having if n < len(row.runs)]
-        where = [f"{row.title} ({len(row.runs) - n} of {len(row.runs)} runs)" for row, n in lacking]
+        where = [f"{row.title} ({len(row.runs) - n} of {len(row.runs)} runs)" for row, n in having if n < len(row.runs)]
         if where:
-            notes.append(f"no {title}: {some_of(where)}")
+            lacking[some_of(where)].append(title)
+    notes += [f"no {', '.join(titles)}: {where}" for where, titles in lacking.items()]
     if rows and nowhere:
         notes.append(f"no run has {', '.join(nowhere)}")
     return notes
@@ -296,7 +296,7 @@ def _unsaid(
         yield f"the runs also differ in {', '.join(_typed(names))}: each combination has its own row"
     labels = {row.method: label_of(row.runs[0].params) for row in rows}
     unsaid = dict.fromkeys(
-        f"{labels[method]}'s {setting_text(key, value)}" if key.startswith(METHOD_PREFIXES) else f"{key}={value}"
+        f"{labels[method]}'s {_as_typed(key, value)}" if key.startswith(METHOD_PREFIXES) else f"{key}={value}"
         for method, values in common.items()
         for key, value in values.items()
         if key in names
@@ -305,6 +305,11 @@ def _unsaid(
         yield f"where a row does not say otherwise: {', '.join(unsaid)}"
     if implied := sorted(set(keys) - set(names)):
         yield f"with {', '.join(_typed(names))} go {', '.join(_typed(implied))}"
+
+
+def _as_typed(key: str, value: str) -> str:
+    """``objective=published`` for the name of an objective, else the `setting_text`."""
+    return f"{key.removesuffix('.name')}={value}" if key.endswith(".name") else setting_text(key, value)
 
 
 def _typed(keys: Sequence[str]) -> list[str]:

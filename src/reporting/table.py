@@ -142,20 +142,19 @@ def records(rows: Sequence[TableRow]) -> list[dict[str, Any]]:
 
 
 def summary(rows: Sequence[TableRow]) -> dict[str, float]:
-    """A report in a few numbers: the metrics of the control, and of the trained row that is best on validation.
+    """A report in a few numbers: the metrics of the trained row that is best on validation, and of its control.
 
     Each is the mean over a row's seeds, in percent. Missing metrics are left out.
     """
-    trained = [row for row in rows if row.method != UNTRAINED]
-    controls = [row for row in trained if row.is_control]
-    named = {"nothing_stored": controls[0]} if len(controls) == 1 else {}
-    numbers: dict[str, float] = {}
-    if candidates := [row for row in trained if row.values(RANKING)]:
-        named["best"] = max(candidates, key=lambda row: row.mean(RANKING))
-        numbers["best/support_set_size"] = named["best"].size
-    return numbers | {
+    candidates = [row for row in rows if row.method != UNTRAINED and row.values(RANKING)]
+    if not candidates:
+        return {}
+    best = max(candidates, key=lambda row: row.mean(RANKING))
+    named = {"best": best, "nothing_stored": best if best.is_control else control_of(best, rows)}
+    return {"best/support_set_size": best.size} | {
         f"{name}/{metric}": row.mean(metric)
         for name, row in named.items()
+        if row
         for metric in TABLE_METRICS
         if row.values(metric)
     }

@@ -65,7 +65,8 @@ def test_few_labels_and_fine_tuning_have_columns_where_a_run_has_them():
     ]
     assert (simclr[8:], kmclr[8:]) == (["-"] * 4, ["12.00 ± 0.00", "30.00 ± 0.00", "70.00", "90.00"])
     assert [each["test/fewshot_1pct_top1_mean"] for each in records(rows)] == [None, 12.0]
-    assert "no test 1% of labels top-1: SimCLR (1 of 1 runs), KMCLR 50 (1 of 3 runs)" in notes
+    lacking = "SimCLR (1 of 1 runs), KMCLR 50 (1 of 3 runs)"
+    assert f"no test 1% of labels top-1, test 10% of labels top-1: {lacking}" in notes
 
 
 def test_what_was_evaluated_elsewhere_has_columns_too():
@@ -411,7 +412,11 @@ def test_a_summarys_best_row_is_the_one_that_is_best_on_validation():
     assert summary(summarise([fair, *unsteady])[0])["best/support_set_size"] == 50, "the mean over the seeds counts"
     untrained = with_untrained(control, val_linear_top1=99.0, test_linear_top1=99.0)
     assert summary(summarise([untrained, fair])[0])["best/support_set_size"] == 50
-    two = summary(summarise([control, run("nnclr", top1=45, epochs="9"), fair])[0])
-    assert not [key for key in two if key.startswith("nothing_stored")], "neither of two controls is the control"
+    other = run("nnclr", top1=45, epochs="9")
+    two = summary(summarise([control, other, fair])[0])
+    assert two["nothing_stored/test/linear_top1"] == 40, "of two controls, the best row's"
+    assert summary(summarise([control, other])[0])["nothing_stored/test/linear_top1"] == 45, "which may be the best row"
+    alone = summary(summarise([other, fair])[0])
+    assert not [key for key in alone if key.startswith("nothing_stored")], "other settings make no control"
     unvalidated = [without(without(each, "val/linear_top1"), "val/knn_top1") for each in (fair, lucky)]
     assert summary(summarise(unvalidated)[0]) == {}, "nothing is chosen on test images"
