@@ -22,7 +22,7 @@ from src.models import dtype_name
 from src.runs import checkpoint
 from src.runs import directory as run_directory
 from src.runs.query import named_run
-from src.runs.record import CHECKPOINTS, RECORD, TAG_DTYPE, TAG_EVALUATED, Record, newest_checkpoint
+from src.runs.record import CHECKPOINTS, ENCODER, RECORD, TAG_DTYPE, TAG_EVALUATED, Record, newest_checkpoint
 from src.runs.tracker import Tracker
 
 RUNS_OWN = "the run's own settings"
@@ -90,6 +90,8 @@ def _log(
         tracker = Tracker(directory, tracking, {}, {}, reopens=True)
         tracker.record.tags |= _tags(tracker.record, metrics, chosen)  # saved together with the metrics, never before
         tracker.log(metrics, step)
+        if ENCODER in tracker.record.artifacts:
+            tracker.artifact(directory / ENCODER)  # again, since the encoder's model in MLflow has the run's figures
         tracker.close("FINISHED")
     entry = tracker.record.entry
     taken = entry.for_mlflow and entry.has == tracker.record.state(record.experiment)

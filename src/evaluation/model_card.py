@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from src.config.names import trains_nothing
 from src.evaluation.encoder import is_of_timm
-from src.runs.record import Record
+from src.runs.record import TAG_CODE, Record
 
 WEIGHTS = "model.safetensors"  # the name that timm and the hub expect
 PROGRAM = "encoder.pt2"
@@ -70,6 +70,8 @@ def card(facts: dict[str, Any], features: int, record: Record) -> str:
     table = ["| test images | % |", "| --- | --- |", *rows, "", said]
     figures = "\n".join(table) if rows else "It was not measured on labels."
     commit = f" Its code is commit `{facts['commit']}`." if facts["commit"] else ""
+    if packages := sorted(tag.removeprefix(TAG_CODE) for tag in record.tags if tag.startswith(TAG_CODE)):
+        commit += f" It also needs these modules, which that code lacks: {', '.join(packages)}."
     return f"""---
 {metadata.to_yaml()}
 ---

@@ -283,14 +283,16 @@ class NoTracker(Tracker):
 
 
 def parent_tags(parent: str | None) -> dict[str, str]:
-    """The tags that nest a run under the sweep whose folder is ``parent``; none without a sweep.
+    """The tags that nest a run under the sweep whose folder is ``parent``.
+
+    There are none without a sweep, or if its folder is not here: a job's recorded command runs anywhere.
 
     Raises:
         UsageError: the folder is not that of a sweep.
     """
-    if parent is None:
+    record = Record.find(Path(parent)) if parent else None
+    if record is None:
         return {}
-    record = Record.load(Path(parent))
     if TAG_SWEEP_ID not in record.tags:
         raise UsageError(f"tracking.parent={parent}: is not the folder of a sweep; leave it out")
     tags = {f"sweep.{record.tags[TAG_SWEEP_ID]}": "true"}

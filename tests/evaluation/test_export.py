@@ -135,6 +135,9 @@ def test_timm_loads_its_checkpoint(of_timm):
 
 
 def test_a_hubs_folder_has_a_card_that_the_hub_reads(ours):
+    record = Record.load(ours)
+    record.tags["code/my_package"] = "0123456789abcdef"
+    record.save(ours)
     folder = write(ours, "hf")
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "encoder.pt2", "model.safetensors"}
     card = huggingface_hub.ModelCard.load(folder / "README.md")
@@ -143,6 +146,7 @@ def test_a_hubs_folder_has_a_card_that_the_hub_reads(ours):
     assert values == {("top-1, linear probe", 12.5), ("top-1, k nearest neighbours", 11.25)}
     for text in ("| top-1, linear probe | 12.50 |", "src.train method=kmclr k=10", "commit `abc123`", "seed 3", "MIT"):
         assert text in card.text
+    assert "modules, which that code lacks: my_package." in card.text
     assert json.loads((folder / "config.json").read_text())["mean"] == MEAN
     load_encoder(folder / "model.safetensors")
 

@@ -599,6 +599,15 @@ def test_a_run_that_is_worked_on_is_not_delivered(client, tmp_path):
         delivery.deliver(tmp_path / "run", again=True)
 
 
+def test_the_command_of_a_sweeps_job_runs_where_the_sweep_is_not(tmp_path):
+    assert tracking.parent_tags(None) == tracking.parent_tags(str(tmp_path / "sweep")) == {}
+    Tracker(tmp_path / "sweep", JSONL, {}, {"sweep_id": "0a"}).close("FINISHED")
+    assert tracking.parent_tags(str(tmp_path / "sweep")) == {"sweep.0a": "true"}
+    Tracker(tmp_path / "run", JSONL, {}, {}).close("FINISHED")
+    with pytest.raises(UsageError, match="is not the folder of a sweep; leave it out"):
+        tracking.parent_tags(str(tmp_path / "run"))
+
+
 def test_a_sweep_leaves_the_record_of_a_run_that_is_worked_on_alone(tmp_path):
     parent = Tracker(tmp_path / "sweep", JSONL, {"sweep": "grid"}, {"sweep_id": "0a"})
     folders = [tmp_path / name for name in ("ended", "going")]
