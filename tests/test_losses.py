@@ -184,3 +184,13 @@ def test_relation_is_ressls_loss_by_hand():
         found = [math.exp(float(p[i] @ v / p[i].norm()) / 0.1) for v in stored]
         loss -= sum(w / sum(wanted) * math.log(f / sum(found)) for w, f in zip(wanted, found, strict=True)) / 4
     assert ressl(p, t, stored, 0.1, 0.04).item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_mnn_is_its_equation_whatever_the_norms():
+    p, t, neighbours, shares = torch.randn(4, 5), 3 * torch.randn(4, 5), 2 * torch.randn(4, 3, 5), torch.rand(4)
+    loss = 0.0
+    for i in range(4):
+        unit_p, unit_t = p[i] / p[i].norm(), t[i] / t[i].norm()
+        mixtures = [shares[i] * n / n.norm() + (1 - shares[i]) * unit_t for n in neighbours[i]]
+        loss += float(2 - 2 * unit_p @ unit_t + sum(2 - 2 * unit_p @ mixture for mixture in mixtures) / 3) / 4
+    assert mnn(p, t, neighbours, shares).item() == pytest.approx(loss, rel=1e-5)

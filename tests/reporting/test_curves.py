@@ -102,6 +102,7 @@ def test_what_validation_images_find_takes_the_place_of_what_flatters_prototypes
     assert [axes.get_ylabel().split("\n")[0] for axes in compare([new]).axes] == ["right positives of"]
     both = compare([new, old]).axes
     assert [len(axes.lines) for axes in both] == [1, 2]
+    assert list(both[0].lines[0].get_ydata()) == pytest.approx([10, 10, 10])  # a fraction, in percent
 
 
 LONG = "with a number of settings that no legend has room for in a line, since each is named by its whole key and value"

@@ -444,7 +444,8 @@ def test_a_note_names_the_method_of_runs_that_train_nothing():
 
 def test_simclrs_control_has_its_temperature_and_its_decorrelation():
     def both(**settings):
-        return run("simclr", **settings), run("nnclr", 0, **settings, **{"objective.support_weight": "0.5"})
+        own = {"objective.support_weight": "0.5", "objective.predictor_hidden": "4096"}  # of which SimCLR has neither
+        return run("simclr", **settings), run("nnclr", 0, **settings, **own)
 
     cold, warm = ({"objective.temperature": temperature} for temperature in ("0.1", "0.5"))
     rows, _ = summarise([both(**warm)[0], both(**cold)[1]])
@@ -454,6 +455,17 @@ def test_simclrs_control_has_its_temperature_and_its_decorrelation():
     assert found == {f"SimCLR, temperature={t}": f"nothing stored, temperature={t}" for t in ("0.1", "0.5")}
     rows, _ = summarise([both(**cold)[0], both(**cold, **{"objective.decorrelation": "0.02"})[1]])
     assert control_of(rows[0], rows) is None
+
+
+def test_a_label_has_three_digits_of_a_long_fraction():
+    rows, _ = summarise([run("simclr", **{"optimizer.lr": lr}) for lr in ("0.123456", "1.2345678e-05", "0.5")])
+    assert {row.label for row in rows} == {f"SimCLR, optimizer.lr={lr}" for lr in ("0.123", "1.23e-05", "0.5")}
+
+
+def test_simclrs_control_is_no_method_of_ones_own():
+    (simclr, mine), _ = summarise([run("simclr"), run("mine", **{"support.name": "none"})])
+    assert mine.is_control
+    assert control_of(simclr, [simclr, mine]) is None
 
 
 def test_a_number_of_vectors_that_changes_is_that_of_the_end():

@@ -53,20 +53,20 @@ def test_the_untrained_encoder_is_in_the_table():
 
 
 def test_few_labels_and_fine_tuning_have_columns_where_a_run_has_them():
-    few = {"test/fewshot_10pct_top1": 30.0, "test/fewshot_1pct_top1": 12.0, "test/fewshot_1pct_top1_std": 0.5}
+    few = {"test/fewshot_10pct_top1": 30.0, "test/fewshot_2pct_top1": 12.0, "test/fewshot_2pct_top1_std": 0.5}
     later = {"test_finetune/finetune_top1": 70.0, "test_finetune/finetune_top5": 90.0}
     one, other, third = (run("kmclr", 50, seed) for seed in range(3))
     runs = [replace(one, metrics=one.metrics | few), replace(other, metrics=other.metrics | few | later), third]
     rows, notes = summarise([*runs, run("simclr")])
     header, simclr, kmclr = table(rows)
     assert header[8:] == [
-        *("test 1% of labels top-1", "test 10% of labels top-1"),
+        *("test 2% of labels top-1", "test 10% of labels top-1"),
         *("test fine-tuned top-1, evaluated later", "test fine-tuned top-5, evaluated later"),
     ]
     assert (simclr[8:], kmclr[8:]) == (["-"] * 4, ["12.00 ± 0.00", "30.00 ± 0.00", "70.00", "90.00"])
-    assert [each["test/fewshot_1pct_top1_mean"] for each in records(rows)] == [None, 12.0]
+    assert [each["test/fewshot_2pct_top1_mean"] for each in records(rows)] == [None, 12.0]
     lacking = "SimCLR (1 of 1 runs), KMCLR 50 (1 of 3 runs)"
-    assert f"no test 1% of labels top-1, test 10% of labels top-1: {lacking}" in notes
+    assert f"no test 2% of labels top-1, test 10% of labels top-1: {lacking}" in notes
 
 
 def test_what_was_evaluated_elsewhere_has_columns_too():

@@ -89,6 +89,12 @@ def test_it_is_seeded_by_the_first_k_embeddings_over_several_batches():
     assert torch.equal(kmeans.images_K, torch.where(untouched, torch.arange(10), -1))
 
 
+def test_in_the_batch_that_seeds_the_last_centroid_every_member_keeps_its_class():
+    kmeans = make(2)
+    update(kmeans, torch.tensor([0.0, 10.0, 10.0, 0.0])[:, None].expand(-1, DIM))  # of the classes 0, 1, 2 and 0
+    assert kmeans.classes_KC.tolist() == [[2, 0, 0], [0, 1, 1]]
+
+
 @pytest.mark.parametrize("spherical", [True, False])
 def test_lookup_is_the_nearest_centroid_with_unit_norm(spherical):
     kmeans = make(8, spherical=spherical)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.errors import UsageError
+from src.support import search
 from src.support.queue import Queue
 from src.support.search import InvertedLists, TorchSearch
 
@@ -59,6 +60,15 @@ def test_lookup_changes_nothing_and_carries_no_gradient():
     assert not found.embeddings.requires_grad
     after = queue.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_age_and_classes_are_of_the_entries_that_are_filled():
+    queue = make(6)
+    assert queue.age_steps() == 0
+    for step, age in enumerate((0, 0.5, 1, 1)):
+        queue.update(torch.randn(2, DIM), torch.arange(2), torch.tensor([step, 10 + step]))
+        assert queue.age_steps() == age
+    assert queue.labels_of(torch.arange(6)).tolist() == [3, 13, 1, 11, 2, 12]
 
 
 def test_an_empty_queue_has_no_neighbours():
@@ -126,7 +136,9 @@ def batch_of(step, rows=50):
     return torch.randn(rows, 16, generator=generator), torch.arange(rows) + rows * step, torch.arange(rows) % 5
 
 
-def test_all_lists_searched_is_exact_search_whatever_has_been_overwritten():
+@pytest.mark.parametrize("at_once", [64, 2**16])
+def test_all_lists_searched_is_exact_search_whatever_has_been_overwritten(monkeypatch, at_once):
+    monkeypatch.setattr(search, "VECTORS_AT_ONCE", at_once)
     exact, queue = Queue(180, 16, TorchSearch()), listed(180, nprobe=8)
     queries = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
     for step in range(15):  # three trainings; the ring is overwritten four times
