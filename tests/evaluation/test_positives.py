@@ -44,6 +44,8 @@ def test_the_projector_stays_as_it_was():
     x = torch.randn(6, DIM)
     before = [value.clone() for value in projector.state_dict().values()]
     torch.testing.assert_close(project(projector, x), projector.eval()(x))
+    project(projector, x)
+    assert not projector.training
     projector.train()
     z = project(projector, x)
     assert projector.training

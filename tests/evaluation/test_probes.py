@@ -282,6 +282,7 @@ def test_the_original_protocol_sees_new_crops_every_epoch_and_learns():
     frozen = FrozenEncoder(recorder, [0.5] * 3, [0.25] * 3, torch.device("cpu"), torch.float32)
     split = Split(images, labels)
     heads = probes.augmented_heads(frozen, split, 3, [0.1], epochs=5, batch_size=20, seed=0)
+    assert (heads.center_F.tolist(), heads.scale_F.tolist()) == ([0] * 3, [1] * 3)  # the features are not standardised
     steps = [images for images, _, _ in recorder.seen if len(images) == 20]
     assert len(steps) == 15
     assert not torch.equal(steps[0].sort(0).values, steps[3].sort(0).values)

@@ -50,6 +50,9 @@ def test_every_row_is_where_its_size_and_mean_are_with_a_bar_as_long_as_its_devi
     for row in rows:
         mean, std = row.mean("test/linear_top1"), row.std("test/linear_top1")
         assert points[row.title] == pytest.approx((row.size or zero, mean, std))
+    (band,) = (patch for patch in axes.patches if patch.get_alpha())  # SimCLR's
+    _, mean, std = points["SimCLR"]
+    assert (band.get_y(), band.get_height()) == pytest.approx((mean - std, 2 * std))
     assert {text for text in ticks.values() if text} == {"0", "50", "400", "1,000", "4,096", "98,304"}
     assert axes.get_ylabel() == "Test linear top-1 accuracy (%)"
 
@@ -59,6 +62,7 @@ def test_what_storing_is_worth_has_a_panel_of_its_own_with_the_intervals_of_the_
     controls = [run("nnclr", 0, seed, 50 + seed) for seed in range(3)]
     gains = {("kmclr", 400): (2.0, 2.5, 1.5), ("nnclr", 4096): (0.5, -0.5, 0.0)}
     stored = [run(*each, seed, 50 + seed + gain) for each, some in gains.items() for seed, gain in enumerate(some)]
+    stored.append(run("kmclr", 400, 3))  # of a seed that the control lacks
     rows, _ = summarise([run("simclr", seed=0, top1=49), *controls, *stored])
     figure = draw(rows)
     _, axes = figure.axes
@@ -255,6 +259,19 @@ def test_the_best_are_counted_among_the_rows_that_have_a_figure():
     assert plot(rows).get_suptitle().endswith("; the 80 best of 90")
     unmeasured = [replace(row, runs=(without(row.runs[0], "test/linear_top1"),)) for row in rows[:20]]
     assert "best" not in plot([*unmeasured, *rows[20:]]).get_suptitle()
+
+
+def test_the_dots_of_the_best_rows_are_drawn_with_their_deviations(monkeypatch):
+    monkeypatch.setattr(plots, "MAX_DOTS", 3)
+    accuracies = [(top1, seed) for top1 in range(50, 60) for seed in (0, 1)]
+    rows, _ = summarise(
+        [run("kmclr", 400, seed, top1 + seed, **{"optimizer.lr": f"0.{top1}"}) for top1, seed in accuracies]
+    )
+    marks = dots(rows).axes[0].containers
+    assert [each.lines[0].get_xdata()[0] for each in marks] == [57.5, 58.5, 59.5]
+    for each in marks:
+        (low, _), (high, _) = each.lines[2][0].get_segments()[0]
+        assert (high - low) / 2 == pytest.approx(0.5**0.5)
 
 
 @pytest.mark.parametrize("runs", [[run("simclr")], [run("kmclr", 50)], [without(run("simclr"), "test/linear_top1")]])

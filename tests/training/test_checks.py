@@ -123,6 +123,13 @@ def test_a_batch_that_was_asked_for_or_has_parts_is_never_made_smaller(caplog):
             check_batch_fits(cfg, data, exact)
 
 
+def test_images_that_are_left_over_in_every_epoch_fill_no_support_set():
+    settings = ["method=nnclr", "batch_size=100", "epochs=4"]
+    refuse_unfillable(parsed(*settings, "queue_size=300"), 150)
+    with pytest.raises(UsageError, match=r"queue_size=301: is never filled, because only 300 embeddings"):
+        refuse_unfillable(parsed(*settings, "queue_size=301"), 150)
+
+
 @pytest.mark.parametrize(("size", "stem", "warns"), [(224, "small", True), (224, "large", False), (64, "small", False)])
 def test_a_stem_that_keeps_every_pixel_of_a_large_image_is_warned_of(caplog, size, stem, warns):
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
