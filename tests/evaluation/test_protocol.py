@@ -14,6 +14,7 @@ from src.evaluation.diagnostics import effective_rank
 from src.evaluation.probes import Features, FrozenEncoder, cached_heads, few_shot, knn_percent, topk_percent
 from src.evaluation.protocol import Protocol
 from src.runs.record import Record
+from src.support.queue import Queue
 from src.support.search import TorchSearch
 from tests.evaluation.conftest import load_config
 
@@ -154,6 +155,23 @@ def test_the_figures_of_a_validation_by_hand(finished):
         **{f"val/online_top{k}": topk_percent([Features(classifier(val.x_NF), val.labels_N)], k)[0] for k in (1, 5)},
         "val/effective_rank": effective_rank(val.x_NF),
     }
+
+
+@pytest.mark.parametrize("looks_up", ["student", "teacher"])
+def test_the_features_that_are_looked_up_are_of_the_encoder_whose_embeddings_are_stored(finished, looks_up):
+    train, val = known(120), known(60)
+    of_teacher = SimpleNamespace(features=lambda split: Known(-split.x_NF, split.labels_N))
+    frozen = SimpleNamespace(encoder="student", features=lambda split: split, of={"teacher": of_teacher}.__getitem__)
+    queue = Queue(120, 6, TorchSearch())
+    queue.update(train.x_NF, torch.arange(120), train.labels_N)
+    method = SimpleNamespace(support=queue, lookup_networks=(looks_up, nn.Identity()))
+    data = SimpleNamespace(classes=list("abcdef"), probe=train, val=val, labelled=True)
+    found = Protocol(data, load_config(finished).evaluation, TorchSearch(), SEED).validation(frozen, None, method)
+    asked = val if looks_up == "student" else of_teacher.features(val)
+    nearest = torch.cosine_similarity(asked.x_NF[:, None], train.x_NF[None], dim=2).argmax(1)
+    share = (train.labels_N[nearest] == val.labels_N).float().mean().item()
+    assert found["support/val_agreement"] == pytest.approx(share)
+    assert "val/online_top1" not in found  # without a classifier
 
 
 def test_of_equally_good_numbers_of_neighbours_the_smallest_is_chosen(finished):
