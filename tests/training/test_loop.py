@@ -183,6 +183,12 @@ def test_an_epoch_takes_its_steps_and_the_support_set_its_share(run, monkeypatch
     assert logged["time/images_per_second"][1] == [3 * 64 / 20, 3 * 64 / 21]
 
 
+def test_an_epochs_metrics_of_the_support_set_are_of_its_own_lookups(run, monkeypatch):
+    monkeypatch.setattr(Queue, "stats", lambda queue: {"support/hits": float(queue.hits_N.sum())})
+    logged = curves.read(run("method=nnclr", "queue_size=64"))
+    assert logged["support/hits"][1] == [2 * 128, 3 * 128]  # the first step has nothing to look up
+
+
 def test_every_step_has_the_learning_rates_of_its_place(run, monkeypatch):
     """There are six steps; half an epoch of three, rounded to two steps, is warm-up."""
     used, norm = [], TrainState.grad_norm
