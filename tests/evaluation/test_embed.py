@@ -192,11 +192,12 @@ def test_of_unlabelled_training_images_the_labelled_others_have_their_class(run,
 def test_the_map_is_of_the_images_that_were_chosen(run, drawn, cache_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "ROWS_AT_ONCE", 3)
     monkeypatch.setattr("src.reporting.map.choose_images", lambda labels, classes: torch.tensor([6, 1, 2, 4]))
-    folder, out = write_folder(tmp_path / "images", {"": 7}), tmp_path / "out.parquet"
+    folder, out = write_folder(tmp_path / "images", {"a": 4, "b": 3}), tmp_path / "out.parquet"
     write(run, *of_folder(folder, cache_dir), f"out={out}")
-    [(x, *_)] = drawn
-    chosen = vectors(pq.read_table(out))[[1, 2, 4, 6]]
-    torch.testing.assert_close(x, torch.nn.functional.normalize(chosen, dim=1))
+    [(x, labels, classes)] = drawn
+    chosen = pq.read_table(out).take([1, 2, 4, 6])
+    torch.testing.assert_close(x, torch.nn.functional.normalize(vectors(chosen), dim=1))
+    assert [classes[label] for label in labels] == chosen["label"].to_pylist()
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -283,6 +283,19 @@ def test_other_images_are_kept_whole_as_the_runs_own_are(finished, typed, size, 
     assert (data.image_size, data.keep) == (size, keep)
 
 
+def test_a_protocol_that_is_chosen_has_no_settings_of_the_runs_own(finished):
+    """A setting that is typed alone changes the run's own protocol."""
+    saved = checkpoint.load_latest(finished / "checkpoints")[1]["config"]
+    saved["evaluation"] |= {"fewshot": {"fractions": [0.1], "draws": 2}}
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        chosen, own = (
+            evaluate._merged(saved, compose("evaluate", overrides=[typed])).evaluation
+            for typed in ("evaluation=linear", "evaluation.epochs=7")
+        )
+    assert (chosen.epochs, chosen.fewshot) == (100, None)
+    assert (own.epochs, own.fewshot.draws, own.knn_k) == (7, 2, saved["evaluation"]["knn_k"])
+
+
 def test_the_record_says_by_which_settings_and_still_when_the_run_ended(finished, caplog):
     before = Record.load(finished)
     data = ["data=digits", f"data.cache_dir={finished.parent}/cache"]

@@ -463,8 +463,12 @@ def test_a_label_has_three_digits_of_a_long_fraction():
 
 
 def test_simclrs_control_is_no_method_of_ones_own():
-    (simclr, mine), _ = summarise([run("simclr"), run("mine", **{"support.name": "none"})])
+    same = {"support.name": "none", "objective.name": "nt_xent", "objective.temperature": "0.2"}
+    one = run("mine", **same)
+    del one.params["method.temperature"]
+    (simclr, mine), _ = summarise([run("simclr"), one])
     assert mine.is_control
+    assert mine.shared_with_control[1] == simclr.shared_with_control[1]
     assert control_of(simclr, [simclr, mine]) is None
 
 
