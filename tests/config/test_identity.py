@@ -208,6 +208,19 @@ def test_what_the_evaluation_of_given_weights_uses_counts(counts):
     assert identity.config_hash(one) != identity.config_hash(other)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "kept"),
+    [
+        (["experiment=original"], "d604a999"),
+        (["experiment=original", "method=simclr"], "7d7c57b9"),
+        (["experiment=mnn"], "14c352b3"),
+    ],
+)
+def test_the_recipes_of_papers_keep_their_hashes(recipe, kept):
+    """With another hash, every run that is there would be trained again."""
+    assert identity.config_hash(parsed(*recipe)) == kept
+
+
 def test_names_are_readable():
     assert identity.run_name(parsed("k=50", "seed=2")) == "kmclr-k50-cifar100-resnet18-seed2"
     assert identity.run_name(parsed("method=nnclr", "data=digits")) == "nnclr-queue65536-digits-resnet18-seed0"
@@ -238,6 +251,8 @@ def test_check_same_names_the_keys_that_differ():
     limited = identity.flat(parsed("k=200", "data.limit=5000")) | {"support_set_size": 200, "skipped_images": 0}
     with pytest.raises(UsageError, match=r"data.limit was 5000 and is None"):
         identity.check_same(limited, cfg, Path("here"))
+    with pytest.raises(UsageError, match=r"data.limit was None and is 5000"):  # a saved config lacks what is neutral
+        identity.check_same(identity.without_neutral(cfg), parsed("k=200", "data.limit=5000"), Path("here"))
 
 
 def test_flatten_leaves_out_what_does_not_apply():

@@ -202,6 +202,15 @@ def test_what_the_parts_do_not_have_is_refused(overrides, says):
 def test_a_window_smaller_than_k_is_refused():
     with pytest.raises(UsageError, match="refit_window=100: must hold k=400"):
         parsed("support.refit=faiss", "support.refit_window=100")
+    assert parsed("support.refit=faiss", "support.refit_window=400").k == 400
+
+
+def test_an_objective_is_named_by_what_it_weighs():
+    """So a row's name never depends on which preset the settings were typed beside."""
+    one = parsed("method=nnclr", "support=none", "objective.support_weight=0")
+    other = parsed("method=nnclr", "objective.support_weight=1", "objective.predictor_hidden=64")
+    assert (one.method.name, one.objective.name) == ("simclr", "nt_xent")
+    assert other.objective.name == "published"
 
 
 def test_imagenet_has_the_settings_of_the_paper():
