@@ -53,7 +53,7 @@ def parquet(
 
     Raises:
         UsageError: there are no shards, several configurations and none is chosen, a named split does not exist, a
-            shard cannot be read, or a column is missing or has the wrong type.
+            shard cannot be read, a column is missing or has the wrong type, or two shards name a class differently.
     """
     seen, began = set[str](), time.time()
     names = [path for path in files_below(root, seen) if path.endswith(".parquet")]
@@ -75,6 +75,7 @@ def parquet(
     for name, each in used.items():
         for shard in each:
             _check_columns(shard, schemas[shard], image_column, columns[name])
+    _check_class_names(schemas, label_column)
     notes += [f"{each}, and the others are not here" for each in lacking(used)]
 
     def read() -> Contents:
@@ -233,6 +234,27 @@ def _check_columns(shard: Path, schema: pyarrow.Schema, image_column: str, label
         )
 
 
+def _check_class_names(schemas: Mapping[Path, pyarrow.Schema], label_column: str) -> None:
+    """Refuse a number that is one class in one shard and another class in another one.
+
+    Only the numbers that occur matter. They are read only if the lists of names differ by more than a longer end.
+    """
+    holding = {shard: schema for shard, schema in schemas.items() if label_column in schema.names}
+    named = {shard: _class_names(shard, schema, label_column) for shard, schema in holding.items()}
+    longest = max(named.values(), key=len, default=[])
+    if all(names == longest[: len(names)] for names in named.values()):
+        return
+    seen: dict[int, tuple[str, Path]] = {}
+    for shard, names in named.items():
+        for label in sorted(set(range(len(names))) & set(_values(shard, label_column))):
+            name, other = seen.setdefault(label, (names[label], shard))
+            if name != names[label]:
+                raise UsageError(
+                    f"{shard}: {label_column}={label} is {names[label]}, but {name} in {other}; write both shards with "
+                    "one list of class names"
+                )
+
+
 def _holds_images(kind: pyarrow.DataType) -> bool:
     import pyarrow.types as types
 
@@ -274,7 +296,7 @@ def _read(
             f"{splits[first][0].parent}: {columns[first]} holds {' and '.join(sorted(kinds))} in one split; give all "
             "labels one type, or set data.label_column to another"
         )
-    names = _class_names(splits[first][0], columns[first]) if first else []
+    names = _class_names(splits[first][0], _schema(splits[first][0]), columns[first]) if first else []
     there = sorted(found[first]) if first else []
     known = range(len(names)) if names else there
     index = {value: label for label, value in enumerate(known)}
@@ -319,9 +341,8 @@ def _row_count(shard: Path) -> int:
         return pq.read_metadata(shard).num_rows
 
 
-def _class_names(shard: Path, label_column: str) -> list[str]:
+def _class_names(shard: Path, schema: pyarrow.Schema, label_column: str) -> list[str]:
     """The class names in the ``ClassLabel`` feature of the schema's metadata; empty if there is none."""
-    schema = _schema(shard)
     with _readable(shard):
         names = (_features(schema).get(label_column) or {}).get("names") or []
         if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):

@@ -243,6 +243,14 @@ def test_labels_that_only_the_test_has_are_found(hub, config, tmp_path, caplog):
     assert "the probes learn from the split test" in caplog.text
 
 
+def test_class_names_in_another_order_in_the_test_are_refused(hub, refusal, tmp_path):
+    for seed, (split, names) in enumerate((("train", ["a", "b"]), ("test", ["b", "a"]))):
+        write_shard(tmp_path / f"main/{split}-0.parquet", [0, 1] * 6, names=names, seed=seed)
+    message = refusal(repo=REPO)
+    assert "test-0.parquet: label=0 is b, but a in " in message
+    assert "train-0.parquet" in message
+
+
 @pytest.mark.parametrize(
     ("columns", "label", "said"),
     [

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from src.config.schema import Data
 from src.data import load
 from src.data.decoding import FORMATS, SUFFIXES, LazyImage, open_bytes
+from src.data.sources import find
 from src.errors import UsageError
 from tests.config.test_schema import composed
 from tests.data.layouts import (
@@ -481,6 +482,37 @@ class TestParquet:
         write_shard(tmp_path / "train-0.parquet", [0, 1], names=names)
         write_shard(tmp_path / "test-0.parquet", [0, 2], names=names)
         assert "test-0.parquet row 1: label=2 is none of the 2 classes" in refusal("parquet", tmp_path)
+
+    @pytest.mark.parametrize("named", [("train-0", "train-1"), ("train-0", "test-0"), ("train-1", "test-0")])
+    def test_a_number_that_is_another_class_in_another_shard_is_refused(self, config, tmp_path, named):
+        """It is refused before the cache is looked for, which may have been made when nobody compared the names."""
+        for seed, each in enumerate(("train-0", "train-1", "test-0")):
+            names = dict(zip(named, (["a", "b"], ["b", "a"]), strict=True)).get(each)
+            write_shard(tmp_path / f"{each}.parquet", [1, 1] if each == "train-0" else [0, 1], names=names, seed=seed)
+        number, first, second = (1, "b", "a") if "train-0" in named else (0, "a", "b")
+        one, other = (tmp_path / f"{each}.parquet" for each in named)
+        with pytest.raises(UsageError) as caught:
+            find(config("parquet", tmp_path))
+        said = f"label={number} is {second}, but {first} in {one}; write both shards with one list of class names"
+        assert str(caught.value) == f"{other}: {said}"
+
+    @pytest.mark.parametrize(
+        ("train", "test", "labels"),
+        [
+            (["a", "b"], None, [0, 1]),
+            (None, ["a", "b"], [0, 1]),
+            (["a", "b"], ["a", "b", "c"], [0, 1]),
+            (["a", "b", "c", "d"], ["a", "b", "d", "c"], [0, 1]),
+            (["a", "b"], ["b", "a"], [-1, -1]),
+        ],
+        ids=["no names in the test", "no names in training", "one more at the end", "no such image", "no labels"],
+    )
+    def test_names_may_differ_that_no_label_needs(self, config, tmp_path, train, test, labels):
+        write_shard(tmp_path / "train-0.parquet", [0, 1] * 5, names=train)
+        write_shard(tmp_path / "test-0.parquet", labels, names=test, seed=1)
+        dataset = load(config("parquet", tmp_path, final=True))
+        assert dataset.classes == (train or ["0", "1"])
+        assert dataset.test.labels.tolist() == [0, 1]
 
     def test_empty_shards(self, refusal, tmp_path):
         write_shard(tmp_path / "train-0.parquet", [])
