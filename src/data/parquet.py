@@ -46,7 +46,8 @@ def parquet(
     Args:
         root: the folder.
         image_column: the images' column; None: `find_columns` finds it.
-        label_column: the labels' column, or ``none``; None: `find_columns` finds it.
+        label_column: the labels' column, or ``none``; None: `find_columns` finds it. Only ``label``, the default of the
+            command line, may be missing or unreadable where no other column could hold labels.
         config: the configuration to use, if there are several below the root.
         train_split: the split to train on; None: `src.data.roles.arrange` chooses it.
         test_split: the split to test on; None: `src.data.roles.arrange` chooses it.
@@ -65,10 +66,15 @@ def parquet(
     folders = settled(seen, began) if len(shards) >= MANY else {}
     watched = {str(shard): state(shard) for shard in shards} | folders if folders else {}
     files = stamp(shards)  # read after what is watched and before a shard is opened, so that no change goes unnoticed
+    asked = label_column
     image_column, label_column, notes = find_columns([each[0] for each in used.values()], image_column, label_column)
     schemas = {shard: _schema(shard) for shard in shards}
-    if not any(_holds_labels(each.type) for schema in schemas.values() for each in schema if each.name != image_column):
-        label_column = NO_LABELS
+    others = {(each.name, each.type) for schema in schemas.values() for each in schema if each.name != image_column}
+    if label_column == USUAL_LABELS[0] and not any(_holds_labels(kind) for _, kind in others):
+        label_column = NO_LABELS  # a column of another name is one that the user has named: `_check_columns` wants it
+    if label_column == NO_LABELS != asked:
+        unread = [f"{name} holds {kind}" for name, kind in others if name in USUAL_LABELS and not _holds_labels(kind)]
+        notes += [f"{each}, which is read as no label; convert it to integers or strings" for each in sorted(unread)]
     labelled = [name for name, each in used.items() if any(label_column in schemas[shard].names for shard in each)]
     # If no split has the column, it is probably misspelt: `_check_columns` refuses it.
     columns = {name: label_column if name in labelled or not labelled else NO_LABELS for name in used}
@@ -230,7 +236,8 @@ def _check_columns(shard: Path, schema: pyarrow.Schema, image_column: str, label
         raise UsageError(f"{shard}: column {image_column} holds {image}, not encoded images; set data.image_column")
     if label_column != NO_LABELS and not _holds_labels(label := schema.field(label_column).type):
         raise UsageError(
-            f"{shard}: column {label_column} holds {label}, not integers or strings; set data.label_column"
+            f"{shard}: column {label_column} holds {label}, not integers or strings; convert it, or set "
+            "data.label_column to another (none: no labels)"
         )
 
 

@@ -251,6 +251,13 @@ def test_class_names_in_another_order_in_the_test_are_refused(hub, refusal, tmp_
     assert "train-0.parquet" in message
 
 
+def test_a_label_of_a_type_that_is_not_read_is_noted(hub, config, refusal, tmp_path, caplog):
+    write_shard(tmp_path / "main/train-0.parquet", pa.array([[0], [1]] * 6), label_column="labels")
+    assert load(config("hub", repo=REPO)).classes == []
+    assert "labels holds list<" in caplog.text
+    assert "column labels holds list<" in refusal(repo=REPO, label_column="labels")
+
+
 @pytest.mark.parametrize(
     ("columns", "label", "said"),
     [

@@ -347,6 +347,29 @@ class TestParquet:
         assert load(config("parquet", tmp_path, **changes)).classes == []
 
     @pytest.mark.parametrize(
+        ("labels", "kind"),
+        [(pa.array([0, 1] * 4, pa.decimal128(5, 0)), "decimal128(5, 0)"), (pa.array([[0], [1]] * 4), "list<")],
+        ids=["decimals", "lists"],
+    )
+    def test_labels_of_a_type_that_is_not_read(self, config, refusal, tmp_path, caplog, labels, kind):
+        """A column that the setting names is refused; one that is only called like the default is noted."""
+        write_shard(tmp_path / "train-0.parquet", labels)
+        assert "train-0.parquet: no column lable; it has image" in refusal("parquet", tmp_path, label_column="lable")
+        assert load(config("parquet", tmp_path)).classes == []
+        assert f"label holds {kind}" in caplog.text
+        assert "which is read as no label; convert it to integers or strings" in caplog.text
+        caplog.clear()
+        load(config("parquet", tmp_path, label_column="none"))
+        assert "label holds" not in caplog.text
+        write_shard(tmp_path / "train-0.parquet", labels, label_column="kind")
+        assert f"train-0.parquet: column kind holds {kind}" in refusal("parquet", tmp_path, label_column="kind")
+
+    def test_a_label_column_that_is_named_has_to_be_there_although_no_other_is(self, refusal, tmp_path):
+        write_shard(tmp_path / "train-0.parquet", [0, 1] * 4)
+        pq.write_table(pq.read_table(tmp_path / "train-0.parquet").select(["image"]), tmp_path / "train-0.parquet")
+        assert "train-0.parquet: no column kind; it has image" in refusal("parquet", tmp_path, label_column="kind")
+
+    @pytest.mark.parametrize(
         ("train", "test"),
         [
             ("default/train/0000.parquet", "default/test/0000.parquet"),
