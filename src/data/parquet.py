@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.data.decoding import UNLABELLED, Contents, LazyImage, Part, Source, open_bytes, stamp, state
 from src.data.folders import files_below, settled
-from src.data.roles import SPELLINGS, arrange, split_name, used_splits
+from src.data.roles import NUMBERED, SPELLINGS, arrange, split_name, used_splits
 from src.errors import UsageError
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def shards_of_splits(shards: Iterable[PurePath], config: str | None) -> dict[str
     """Group shards by split, in order, according to the hub's layouts.
 
     The split is in the shard's name (``data/train-00000-of-00002.parquet``, ``train.parquet``), or in its folder's name
-    if the shard's is only a number (``default/train/0000.parquet``, ``split=train/0.parquet``). The folders above name
-    the configuration.
+    if the shard's is only a number (``default/train/0000.parquet``, ``split=train/0.parquet``), or else ``numbered``
+    (``0000.parquet``). The folders above name the configuration.
 
     Args:
         shards: paths relative to the data set's root.
@@ -151,7 +151,7 @@ def _split_and_folder(shard: PurePath) -> tuple[str, PurePath]:
         return split_name(above), folder.parent
     if KNOWN_SPLIT.fullmatch(above):  # for example train/train-0000.parquet
         folder = folder.parent
-    return split_name(stem), folder
+    return split_name(stem or NUMBERED), folder
 
 
 @contextmanager

@@ -15,6 +15,7 @@ TEST_FRACTION = 0.2
 TEST_SEED = 0
 
 TRAIN, VALIDATION, TEST, UNLABELLED_SPLIT = "train", "validation", "test", "unlabeled"
+NUMBERED = "numbered"  # the split of shards that neither their own names nor a folder's name assign to one
 SPELLINGS = {
     **dict.fromkeys(("train", "training"), TRAIN),
     **dict.fromkeys(("validation", "valid", "val", "dev"), VALIDATION),
@@ -48,7 +49,8 @@ def used_splits(names: Iterable[str], train: str | None, test: str | None) -> li
 
     Args:
         names: the names of all splits.
-        train: the value of ``data.train_split``.
+        train: the value of ``data.train_split``; None: train, or else unlabeled. ``numbered`` is the training split if
+            there are none but validation and test beside it.
         test: the value of ``data.test_split``.
 
     Raises:
@@ -59,7 +61,8 @@ def used_splits(names: Iterable[str], train: str | None, test: str | None) -> li
         if split is not None and split_name(split) not in there:
             instead = f"choose one of {', '.join(there)}" if there else "there is none at all; set data.root"
             raise UsageError(f"{key}={split}: there is no such split; {instead}")
-    candidates = [split_name(train)] if train else [TRAIN, UNLABELLED_SPLIT]
+    numbered = [NUMBERED] if set(there) <= {NUMBERED, VALIDATION, TEST} else []
+    candidates = [split_name(train)] if train else [TRAIN, UNLABELLED_SPLIT, *numbered]
     training = next((name for name in candidates if name in there), None)
     if training is None:
         raise UsageError(f"no split is called train; set data.train_split to one of {', '.join(there)}")
@@ -79,7 +82,7 @@ def arrange(classes: list[str], splits: Mapping[str, Part], train: str | None, t
     Args:
         classes: the names of the classes in the labelled splits.
         splits: the splits by name; their images can be iterated over more than once.
-        train: the value of ``data.train_split``; None: train, or else unlabeled.
+        train: the value of ``data.train_split``; None: `used_splits` chooses it.
         test: the value of ``data.test_split``.
 
     Raises:

@@ -390,6 +390,27 @@ class TestParquet:
         assert np.array_equal(dataset.train.images, pixels(images))
         assert np.array_equal(dataset.test.images, pixels(tests))
 
+    def test_shards_with_numbers_alone_are_the_training_split(self, config, refusal, tmp_path):
+        images = write_shard(tmp_path / "00000-of-00002.parquet", [0, 1] * 5)
+        images += write_shard(tmp_path / "00001-of-00002.parquet", [0, 1] * 5, seed=1)
+        dataset = load(config("parquet", tmp_path, final=True))
+        assert (len(dataset.train), len(dataset.test)) == (16, 4)
+        write_shard(tmp_path / "test.parquet", [0, 1], seed=2)
+        dataset = load(config("parquet", tmp_path, final=True))
+        assert np.array_equal(dataset.train.images, pixels(images))
+        assert refusal("parquet", tmp_path, train_split="tarin").endswith("choose one of numbered, test")
+        write_shard(tmp_path / "exam.parquet", [0, 1], seed=3)
+        assert refusal("parquet", tmp_path).endswith("set data.train_split to one of numbered, exam, test")
+        assert len(load(config("parquet", tmp_path, final=True, train_split="numbered")).train) == 20
+
+    @pytest.mark.parametrize(("other", "named"), [("train", None), ("unlabeled", None), ("exam", "exam")])
+    def test_shards_with_numbers_alone_are_left_out_beside_the_training_split(self, config, tmp_path, other, named):
+        write_shard(tmp_path / "0000.parquet", [0, 1] * 6)
+        images = write_shard(tmp_path / f"{other}.parquet", [-1] * 12, seed=1)
+        dataset = load(config("parquet", tmp_path, final=True, train_split=named))
+        assert np.array_equal(dataset.train.images, pixels(images))
+        assert not dataset.classes
+
     def test_several_configurations_have_to_be_chosen_from(self, refusal, config, tmp_path):
         for seed, name in enumerate(("full", "small")):
             write_shard(tmp_path / name / "train/0000.parquet", [0, 1] * (seed + 1), seed=seed)
