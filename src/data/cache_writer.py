@@ -131,7 +131,10 @@ def _check(contents: Contents, cfg: Data) -> None:
         only = contents.classes[contents.train.labels[0]]
         raise UsageError(f"{shown(cfg)}: 1 class ({only}) in the labelled images; at least 2 are needed")
     if contents.classes and not contents.test.labels:
-        raise UsageError(f"{shown(cfg)}: no test images; too few images to hold some out, or empty test shards")
+        raise UsageError(
+            f"{shown(cfg)}: no test images; too few images to hold some out, or empty test shards; add some, or leave "
+            "out the labels (move the images into one folder without class folders, or data.label_column=none)"
+        )
 
 
 def _check_room(unfinished: Path, contents: Contents, cfg: Data) -> None:

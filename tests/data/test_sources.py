@@ -264,8 +264,15 @@ class TestImageFolder:
         (tmp_path / "empty").mkdir()
         assert f"{tmp_path / 'empty'}: holds no images" in refusal("image_folder", tmp_path / "empty")
 
-    def test_too_few_images_to_hold_any_out(self, refusal, tmp_path):
-        assert "no test images" in refusal("image_folder", write_folder(tmp_path / "x", {"a": 1, "b": 1}))
+    def test_too_few_images_to_hold_any_out(self, config, refusal, tmp_path):
+        """The message says how to use the images all the same, for example to embed them."""
+        message = refusal("image_folder", write_folder(tmp_path / "x", {"a": 1, "b": 1}))
+        assert "no test images" in message
+        assert "move the images into one folder without class folders, or data.label_column=none" in message
+        assert len(load(config("image_folder", write_flat(tmp_path / "flat", 2), final=True)).train) == 2
+        write_shard(tmp_path / "y/train.parquet", [0, 1])
+        assert refusal("parquet", tmp_path / "y").endswith("data.label_column=none)")
+        assert len(load(config("parquet", tmp_path / "y", final=True, label_column="none")).train) == 2
 
     def test_a_test_class_that_is_not_trained(self, refusal, tmp_path):
         root = write_folder(tmp_path / "x", {"train/a": 2, "train/b": 2, "test/a": 1, "test/c": 1})
