@@ -80,7 +80,7 @@ def parquet(
     columns = {name: label_column if name in labelled or not labelled else NO_LABELS for name in used}
     for name, each in used.items():
         for shard in each:
-            _check_columns(shard, schemas[shard], image_column, columns[name])
+            _check_columns(shard, schemas, image_column, columns[name])
     _check_class_names(schemas, label_column)
     notes += [f"{each}, and the others are not here" for each in lacking(used)]
 
@@ -225,13 +225,14 @@ def _schema(shard: Path) -> pyarrow.Schema:
         return pq.read_schema(shard)
 
 
-def _check_columns(shard: Path, schema: pyarrow.Schema, image_column: str, label_column: str) -> None:
+def _check_columns(shard: Path, schemas: Mapping[Path, pyarrow.Schema], image_column: str, label_column: str) -> None:
+    schema = schemas[shard]
     for column in (image_column, *([label_column] if label_column != NO_LABELS else [])):
         if column not in schema.names:
-            raise UsageError(
-                f"{shard}: no column {column}; it has {', '.join(schema.names)}: "
-                "use data=parquet with data.image_column and data.label_column (none: no labels)"
-            )
+            remedy = "use data=parquet with data.image_column and data.label_column (none: no labels)"
+            if others := [other for other in schemas if column in schemas[other].names]:
+                remedy = f"add or rename one, as {others[0]} has it, or remove this shard"
+            raise UsageError(f"{shard}: no column {column}; it has {', '.join(schema.names)}: {remedy}")
     if not _holds_images(image := schema.field(image_column).type):
         raise UsageError(f"{shard}: column {image_column} holds {image}, not encoded images; set data.image_column")
     if label_column != NO_LABELS and not _holds_labels(label := schema.field(label_column).type):
@@ -315,7 +316,10 @@ def _read(
             if strange := [(row, value) for row, value in enumerate(each) if value not in index]:
                 row, value = strange[0]
                 what = "no label" if value is None else f"{columns[name]}={value} is none of the {len(index)} classes"
-                raise UsageError(f"{shard} row {row}: {what}, while other rows have one; remove or mend the row")
+                raise UsageError(
+                    f"{shard} row {row}: {what}, while other rows have one; remove or mend the row, or leave out all "
+                    "labels with data.label_column=none"
+                )
         return [index[value] for each in values[name].values() for value in each]
 
     parts = {name: Part(labels(name), _ShardImages(shards, image_column)) for name, shards in splits.items()}

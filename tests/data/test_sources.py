@@ -474,13 +474,14 @@ class TestParquet:
         write_shard(tmp_path / "test-0.parquet", [0, 1])
         write_shard(tmp_path / f"{part}-1.parquet", [0, 1], "img", "fine_label")
         message = refusal("parquet", tmp_path)
-        assert f"{part}-1.parquet: no column image; it has img, fine_label" in message
-        assert "data.image_column" in message
+        assert f"{part}-1.parquet: no column image; it has img, fine_label: add or rename one, as " in message
+        assert "data.image_column" in refusal("parquet", tmp_path, image_column="pixels")
 
     def test_a_shard_that_lacks_the_label_column_of_its_split_is_named(self, refusal, tmp_path):
         for seed, name in enumerate(("train-0", "train-1", "test-0")):
             write_shard(tmp_path / f"{name}.parquet", [0, 1], label_column="id" if seed == 1 else "label", seed=seed)
-        assert "train-1.parquet: no column label; it has image, id: use" in refusal("parquet", tmp_path)
+        said = f"add or rename one, as {tmp_path / 'train-0.parquet'} has it, or remove this shard"
+        assert refusal("parquet", tmp_path).endswith(f"train-1.parquet: no column label; it has image, id: {said}")
 
     @pytest.mark.parametrize(
         ("changes", "complaint"),
@@ -522,11 +523,14 @@ class TestParquet:
     @pytest.mark.parametrize("names", [["a", "b"], None])
     @pytest.mark.parametrize("part", ["train", "test"])
     @pytest.mark.parametrize("hidden", [-1, None])
-    def test_a_label_that_is_missing_among_others_is_named_by_row(self, refusal, tmp_path, names, part, hidden):
+    def test_a_label_that_is_missing_among_others_is_named_by_row(self, config, refusal, tmp_path, names, part, hidden):
         for each in ("train", "test"):
             labels = [0, 1, hidden] if each == part else [0, 1]
             write_shard(tmp_path / f"{each}-0.parquet", labels, names=names)
-        assert f"{part}-0.parquet row 2: no label, while other rows have one" in refusal("parquet", tmp_path)
+        message = refusal("parquet", tmp_path)
+        assert f"{part}-0.parquet row 2: no label, while other rows have one; remove or mend the row, or" in message
+        assert message.endswith("leave out all labels with data.label_column=none")
+        assert not load(config("parquet", tmp_path, final=True, label_column="none")).classes
 
     @pytest.mark.parametrize("names", [["a", "b"], None])
     def test_a_class_of_the_test_that_is_not_trained_is_named_by_row(self, refusal, tmp_path, names):
