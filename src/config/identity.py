@@ -24,8 +24,6 @@ NOT_IN_HASH = (
     *("on_collapse", "data.cache_dir", "data.on_error"),
     *("method.label", "method.colour", "support.label", "support.colour", "support.shards"),
 )
-# Settings of the training alone; they have no effect with ``epochs=0``, where the weights of ``init`` are evaluated.
-TRAINING = ("augment", "batch_size", "compile", "method", "objective", "optimizer", "projector", "schedule")
 LOG_SIZE = "support_set_size_log10"  # a param for MLflow only, whose charts cannot take the logarithm of a param
 # Settings of how stored vectors enter the loss; they have no effect if nothing is stored.
 NEED_STORED_VECTORS = tuple(
@@ -124,8 +122,6 @@ def inert(cfg: Config) -> set[str]:
     for number, view in (("1", cfg.augment.view1), ("2", cfg.augment.view2)):
         of = {"jitter": ("brightness", "contrast", "saturation", "hue"), "blur": ("blur_sigma",)}
         keys |= {f"augment.view{number}.{key}" for by, each in of.items() if not getattr(view, by) for key in each}
-    if not cfg.epochs:
-        keys |= {key for key in flat(cfg) if key.split(".")[0] in TRAINING}
     return keys
 
 
@@ -196,6 +192,5 @@ def run_name(cfg: Config) -> str:
         size = f"queue{cfg.queue_size}"
     else:
         size = str(support_set_size(cfg) or "")
-    method = cfg.method.name if cfg.epochs else "not_trained"
-    parts = (method, size, cfg.data.name, cfg.backbone.name, f"seed{cfg.seed}")
+    parts = (cfg.method.name, size, cfg.data.name, cfg.backbone.name, f"seed{cfg.seed}")
     return "-".join(filter(None, parts))

@@ -186,28 +186,6 @@ def test_the_hash_is_of_what_matters():
     assert identity.config_hash(parsed("optimizer.lr=0.4")) == base  # the default, spelt out
 
 
-NOTHING_TRAINED = ["method=simclr", "epochs=0", "init=x"]
-
-
-@pytest.mark.parametrize(
-    "idle",
-    ["objective=mixed", "objective=teacher", "optimizer=adamw", "schedule=step", "augment=crop_only", "batch_size=64"],
-)
-def test_what_only_training_uses_does_not_count_where_nothing_is_trained(idle):
-    runs = (parsed(*NOTHING_TRAINED), parsed(*NOTHING_TRAINED, idle))
-    assert len({identity.config_hash(cfg) for cfg in runs}) == 1
-    assert {identity.run_name(cfg) for cfg in runs} == {"not_trained-cifar100-resnet18-seed0"}
-
-
-@pytest.mark.parametrize(
-    "counts",
-    ["+origin=1234abcd", "seed=1", "precision=float32", "data.limit=500", "backbone=resnet34", "data.val_fraction=0.2"],
-)
-def test_what_the_evaluation_of_given_weights_uses_counts(counts):
-    one, other = parsed(*NOTHING_TRAINED), parsed(*NOTHING_TRAINED, counts)
-    assert identity.config_hash(one) != identity.config_hash(other)
-
-
 @pytest.mark.parametrize(
     ("recipe", "kept"),
     [
