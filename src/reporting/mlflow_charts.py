@@ -68,8 +68,8 @@ def sweep_view(
         sweep_run_id: the run that the jobs name in their tag ``mlflow.parentRunId``.
         name: what "Saved views" lists.
         created: the time that it shows there, in milliseconds since the epoch.
-        measured: the metrics that the jobs have, since a chart of any other would be empty; if there are none, MLflow
-            does not have the jobs yet, and they are taken to have all.
+        measured: the metrics that finished jobs have, since a chart of any other would be empty; none: no job is known
+            to have finished, so all are drawn.
     """
     measured = measured or (*CHARTED, RANKING, COURSE)
     state = {
@@ -162,8 +162,9 @@ def show_sweep(client: Any, record: Record) -> str:
         The path of the view, after the address of the server.
     """
     home = client.get_experiment(client.get_run(record.run_id).info.experiment_id)
-    jobs = client.search_runs([home.experiment_id], f"tags.`mlflow.parentRunId` = '{record.run_id}'")
-    measured = {metric for job in jobs for metric in job.data.metrics}
+    # A job that has not finished, there, lacks metrics that are still to be delivered.
+    jobs = f"tags.`mlflow.parentRunId` = '{record.run_id}' and attributes.status = 'FINISHED'"
+    measured = {metric for job in client.search_runs([home.experiment_id], jobs) for metric in job.data.metrics}
     key, value, path = sweep_view(home.experiment_id, record.run_id, record.name, record.start_time, measured)
     client.set_experiment_tag(home.experiment_id, key, value)
 

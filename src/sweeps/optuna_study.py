@@ -168,12 +168,13 @@ def should_prune(folder: str | None, number: int | None, epoch: int, metrics: Ma
     The answer is no for a run outside a search, after an epoch without the metric, and if the study does not answer.
 
     Args:
-        folder: the sweep's folder; None: the run belongs to no sweep.
+        folder: the sweep's folder; None: the run belongs to no sweep. It is not here if a trial's recorded command is
+            typed elsewhere.
         number: the number of the trial; None: the run is not a trial.
         epoch: how many epochs have been trained.
         metrics: those that were logged after this epoch.
     """
-    if folder is None or number is None or OBJECTIVE not in metrics:
+    if folder is None or number is None or OBJECTIVE not in metrics or not Path(folder).is_dir():
         return False
     try:
         import optuna

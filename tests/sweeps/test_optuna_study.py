@@ -197,4 +197,6 @@ def test_without_a_study_nothing_is_pruned(tmp_path, caplog):
     assert not optuna_study.should_prune(None, None, 1, {"val/knn_top1": 0.0})
     assert not optuna_study.should_prune(str(tmp_path), 0, 1, {})
     assert not optuna_study.should_prune(str(tmp_path / "nowhere"), 0, 1, {"val/knn_top1": 0.0})
+    assert not caplog.text, "a trial's recorded command may be typed where its search is not"
+    assert not optuna_study.should_prune(str(tmp_path), 0, 1, {"val/knn_top1": 0.0})
     assert "does not answer" in caplog.text
