@@ -70,7 +70,8 @@ def main(composed: DictConfig) -> dict[str, float]:
         metrics = {key.replace("/", f"_{cfg.evaluation.name}/", 1): value for key, value in metrics.items()}
     if chooses_data(composed):
         metrics = {f"transfer/{cfg.data.name}-{data.fingerprint[:8]}/{key}": value for key, value in metrics.items()}
-    is_last = record is not None and path == newest_checkpoint(path.parent)
+    newest = newest_checkpoint(path.parent)
+    is_last = record is not None and newest is not None and newest.samefile(path)
     _print(str(directory if is_last else path), metrics)
     if record and is_last:  # a report would take those of an earlier one for the finished run's
         chosen = " ".join([*_chosen(cfg, before), *([f"precision={arithmetic}"] if is_other else [])])

@@ -104,9 +104,8 @@ class Sweep:
         stopped = [job.status for job in lacking if is_stop(job.status)]
         counts = {"sweep/finished": len(finished), "sweep/stopped": len(stopped)}
         counts |= {"sweep/failed": len(lacking) - len(stopped), "sweep/pruned": len(pruned)}
-        summary = {} if stopped else table.summary(rows)  # of a part, it might stay beside the table of the whole
         # At a new step, so that the counts of earlier commands stay in the log.
-        self.tracker.log(counts | summary, max(len(finished), self.tracker.next_step))
+        self.tracker.log(counts | table.summary(rows), max(len(finished), self.tracker.next_step))
         mlflow_charts.publish(self.tracker)
 
         print(f"{self.directory}: {len(finished)} of {len(self.jobs)} jobs finished, {len(pruned)} pruned", flush=True)

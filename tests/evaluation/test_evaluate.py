@@ -120,6 +120,10 @@ def test_figures_of_an_earlier_checkpoint_are_only_printed(finished, tmp_path, c
     assert (first, len(table)) == (f"{earlier}:", len(metrics))
     assert last == "written nowhere: this is not the last checkpoint of a run"
     assert Record.load(tmp_path / "run") == before
+    link = newest.with_name("latest.pt")
+    link.symlink_to(newest.name)
+    run(f"checkpoint={link}", "evaluation=original", "evaluation.epochs=1")
+    assert "test_original/linear_top1" in Record.load(tmp_path / "run").metrics
 
 
 def test_it_prints_whose_figures_they_are_and_where_they_went(finished, tmp_path, capsys):
