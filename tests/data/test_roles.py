@@ -106,9 +106,8 @@ def test_splits_can_be_named(config, tmp_path, caplog, layout):
     dataset = load(config(layout, root, train_split="unlabeled", test_split="val"))
     assert sizes(dataset) == {"train": 40, "val": 6, "test": 8, "probe": 18}
     assert "the probes learn from the split train" in caplog.text
-    others = load(
-        config(layout, root, train_split="unlabeled")
-    )  # the split train also comes before that for validation
+    # The split train also comes before that for validation.
+    others = load(config(layout, root, train_split="unlabeled"))
     assert sizes(others) == {"train": 40, "val": 6, "test": 6, "probe": 18}
     assert sizes(load(config(layout, root, train_split="extra"))) == {"train": 10, "val": 8, "test": 6, "probe": 10}
 

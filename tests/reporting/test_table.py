@@ -160,6 +160,7 @@ def test_missing_figures_are_counted_and_shown():
     header, nnclr, kmclr = table(two)
     place = header.index("test linear top-1")
     assert (nnclr[place], kmclr[place]) == ("-", "50.00")
+    assert records(two)[0]["test/linear_top1_mean"] is None
 
 
 def test_what_no_run_has_is_no_column_and_one_note():
