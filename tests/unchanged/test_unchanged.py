@@ -3,8 +3,10 @@
 `runner` wrote ``losses.json`` at the commit before the first refactoring, with the command lines of that time. Later,
 re-clustering was corrected (its means had been unit vectors), and its one case was recorded again. All cases were
 recorded again, without NNPACK, at 3028c4a, whose losses had not changed: NNPACK gave other bits on a processor with
-other caches. A processor that rounds differently even so is recognised by the digest of a network that torch alone
-computes (`runner.arithmetic`); there, only the first losses are compared, with a tolerance, because later ones drift.
+other caches. The case with AdamW was recorded a third time at that commit, with exact square roots: MKL's are not the
+same on every processor. A processor that rounds differently even so is recognised by the digest of a network that torch
+alone computes (`runner.arithmetic`); there, only the first losses are compared, with a tolerance, because later ones
+drift.
 """
 
 import json
