@@ -37,12 +37,12 @@ from src.errors import RunFailed, UsageError
 from src.runs import origin
 from src.sweeps import plugins
 from src.sweeps.dry_run import preview
-from src.sweeps.launcher import refuse_foreign_sweeper
+from src.sweeps.jobs import SWEEP_KEYS
+from src.sweeps.launcher import FOREIGN
 from src.system.environment import CONF, PROJECT, is_rank
 from src.system.output import lost_output, outlive_output, printable
 from src.system.redact import one_line, redact, redact_output
 
-SWEEP_KEYS = ("jobs", "dry_run", "max_minutes", "resume")  # keys that concern a sweep as a whole
 # An argument of `hydra.main`: Hydra 1.4 has a single version base, and warns if one is given.
 VERSION_BASE: dict[str, str] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
 MAX_MESSAGE_CHARS = 600  # in the line of an error
@@ -213,8 +213,8 @@ def _refuse_misplaced(composed: DictConfig, trains: bool) -> None:
     choices, is_sweep = chosen.runtime.choices, chosen.mode == RunMode.MULTIRUN
     if trains and "method" not in choices:
         fail(f"--config-name={chosen.job.config_name}: configures no training run; build on train.yaml")
-    if trains and is_sweep:
-        refuse_foreign_sweeper(chosen)
+    if trains and is_sweep:  # a launcher that runs jobs in this process, for a sweeper of Hydra or of a plugin
+        fail(f"hydra/launcher={choices['hydra/launcher']}: {FOREIGN}")
     if "sweep" in choices and not composed.tracking.parent:
         fail(f"+sweep={choices['sweep']}: a sweep is many runs; add --multirun")
     if trains and not is_sweep and choices["hydra/launcher"] != "local":

@@ -221,8 +221,8 @@ def typed(tmp_path, monkeypatch, capsys):
             "search.refresh_every=null: search=ivf needs a value",
         ),
         ("--multirun +sweep=optuna data=digits resume=never", "resume=never: a search goes on from its trials"),
-        ("--multirun hydra/sweeper=optuna k=5,6", "hydra/sweeper=optuna: leave it out for a grid"),
-        ("--multirun hydra/sweeper=basic k=5,6", "hydra/sweeper=basic: leave it out for a grid"),
+        ("--multirun hydra/sweeper=optuna k=5,6", "hydra.sweeper.direction=maximize: is missing"),
+        ("--multirun hydra/launcher=basic k=5,6", "hydra/launcher=basic: returns all results or none"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(typed, tmp_path, cache_dir, arguments, says):

@@ -6,7 +6,7 @@ import math
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -24,7 +24,7 @@ from src.errors import UsageError
 from src.runs.directory import warn_of_other_protocol
 from src.sweeps.dry_run import preview
 from src.sweeps.jobs import MAX_GRID_JOBS, Composer, Job, distinguishing_overrides, values
-from src.sweeps.launcher import JobLauncher
+from src.sweeps.launcher import FOREIGN, JobLauncher
 from src.sweeps.sweep import Sweep
 from src.system.output import in_terminal
 
@@ -90,7 +90,7 @@ class GridSweeper(Sweeper):
             warn_of_other_protocol((job.cfg, record) for job in done if job.cfg and (record := job.record))
             times = Counter(each for job in pending for each in job.overrides)
             shown = ALWAYS_SHOWN | {each.split("=")[0] for each in times if times[each] < len(pending)}
-            for _ in self.launch(sweep, pending, shown, self.launcher.at_a_time):
+            for _ in self.launcher.run(sweep, pending, shown, self.launcher.at_a_time):
                 pass
         sys.exit(sweep.status)
 
@@ -153,16 +153,8 @@ class GridSweeper(Sweeper):
             hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
         )
         if not isinstance(launcher, JobLauncher):
-            choice = self.config.hydra.runtime.choices["hydra/launcher"]
-            raise UsageError(f"hydra/launcher={choice}: returns all results or none; choose local, slurm or ray")
+            raise UsageError(f"hydra/launcher={self.config.hydra.runtime.choices['hydra/launcher']}: {FOREIGN}")
         self.launcher = launcher
-
-    def launch(self, sweep: Sweep, jobs: Iterable[Job], shown: set[str], at_a_time: int | None) -> Iterator[Job]:
-        """Have the launcher run jobs (`JobLauncher.run`); if it was stopped, mark the jobs that did not start."""
-        yield from self.launcher.run(sweep, jobs, shown, at_a_time)
-        for job in sweep.jobs if self.launcher.status else ():
-            if job.cfg and not job.status and not job.is_finished:
-                job.error, job.status = "not started: the sweep was stopped", self.launcher.status
 
 
 def to_override(key: str, value: str) -> str:

@@ -28,6 +28,12 @@ from src.runs import directory as run_directory
 from src.runs import origin
 from src.runs.record import TAG_ERROR, Record
 
+SWEEP_KEYS = ("jobs", "dry_run", "max_minutes", "resume")  # keys that concern a sweep as a whole
+OBJECTIVE = "val/knn_top1"  # the metric that a search maximises; never one of the test images
+FINAL = "data.final=true: leaves no validation images, by which a search judges its trials"
+UNLABELLED = (
+    f"data: without labels there is no {OBJECTIVE}, by which a search judges its trials; choose images that have some"
+)
 MAX_GRID_JOBS = 10_000  # composing so many takes a quarter of an hour
 
 

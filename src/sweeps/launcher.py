@@ -10,41 +10,33 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from src.errors import UsageError
+from src.config import identity
+from src.config.explain import explain_key
+from src.errors import RunFailed, UsageError
 from src.runs.directory import how_to_continue
 from src.sweeps.bars import Bars
-from src.sweeps.jobs import Job
+from src.sweeps.dry_run import preview
+from src.sweeps.jobs import FINAL, OBJECTIVE, SWEEP_KEYS, UNLABELLED, Composer, Job, distinguishing_overrides
 from src.sweeps.sweep import Sweep
 from src.system.environment import CONF
 from src.system.stopping import PRUNED, Stopper, is_stop
 
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR", "0")  # the user's value, before cli.py overwrites it
-
-
-def refuse_foreign_sweeper(hydra: Any) -> None:
-    """Refuse the sweepers of Hydra and of plugins: they wait for return values, which jobs do not give.
-
-    Raises:
-        UsageError: the sweeper is not one of this project's.
-    """
-    if not hydra.sweeper._target_.startswith("hydra_plugins.support_sets."):
-        chosen = hydra.runtime.choices.get("hydra/sweeper", hydra.sweeper._target_)
-        raise UsageError(
-            f"hydra/sweeper={chosen}: leave it out for a grid, or use +sweep=optuna for a search by Optuna"
-        )
+FOREIGN = "returns all results or none; choose local, slurm or ray"  # what is wrong with the launchers of others
 
 
 class JobLauncher(Launcher):
     """Starts jobs as soon as there is room for them, and prints how each one ends; one that fails stops no other.
 
-    A subclass defines how jobs are started and how their end is noticed. Hydra's own launchers run a function for all
-    jobs and return all results or none, so the sweepers of this project accept only subclasses of this class.
+    A subclass defines how jobs are started and how their end is noticed. The sweepers of this project call `run`; those
+    of Hydra and of plugins, such as hydra-optuna-sweeper, call `launch` for one batch of jobs after another.
     """
 
     at_a_time: int | None  # how many jobs run at once; None: all of them
@@ -52,8 +44,9 @@ class JobLauncher(Launcher):
     max_minutes: float | None = None  # for all jobs together; None: no limit
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:  # noqa: ARG002
-        refuse_foreign_sweeper(config.hydra)
         self.config, hydra = config, config.hydra
+        if str(self._directions()[0]).endswith("minimize"):  # the default of hydra-optuna-sweeper
+            raise UsageError(f"hydra.sweeper.direction=maximize: is missing; the search would minimise {OBJECTIVE}")
         flags = {"main": "--config-path", "command-line": "--config-dir"}
         sources = [each for each in hydra.runtime.config_sources if each.path != str(CONF) and each.provider in flags]
         name = hydra.job.config_name
@@ -63,16 +56,74 @@ class JobLauncher(Launcher):
             *(each for each in hydra.overrides.hydra if each.startswith("hydra.searchpath=")),
         ]
         self.status = 0  # the exit status of what stopped the sweep; 0: nothing
+        self.numbers: dict[Job, int] = {}
+        self.launched: dict[str, Job] = {}  # the jobs of all batches so far, each distinct configuration once
+        self.hydra_context = hydra_context
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> NoReturn:
-        """Raise an error: only Hydra's own sweepers call this, and `setup` refuses them."""
-        raise NotImplementedError
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:  # noqa: ARG002
+        """Run a batch of jobs for a sweeper of Hydra or of a plugin, and return what it judges each one by.
+
+        Such a sweeper does not say which batch is the last, so each batch ends with a summary of all jobs so far. The
+        same command has the same folder, and does not run finished jobs again.
+
+        Raises:
+            UsageError: the sweeper could not judge the jobs, or the chosen options lack one of its keys.
+            SystemExit: the jobs were stopped, or this is a dry run.
+        """
+        hydra = self.config.hydra
+        name = hydra.runtime.choices["hydra/sweeper"]
+        composer = Composer(self.hydra_context.config_loader, self.config)
+        batch = [composer.identify(composer(overrides)) for overrides in job_overrides]
+        legal = [job.cfg for job in batch if job.cfg]
+        if not legal:
+            raise UsageError(batch[0].error)
+        for job in batch:
+            if job.cfg and job.skipped_keys:
+                raise UsageError(explain_key(job.skipped_keys[0], sorted(identity.flat(job.cfg))))
+        if any(cfg.data.final for cfg in legal):
+            raise UsageError(FINAL)
+        if self.config.dry_run:
+            possible = [job for job in batch if job.cfg]
+            print(preview(legal, self.at_a_time or len(legal), distinguishing_overrides(possible)))
+            print(f"this is the first batch; hydra/sweeper={name} proposes the others by what comes out")
+            sys.exit(2 if len(legal) < len(batch) else 0)
+        batch = [self.launched.setdefault(f"{job.directory} {job.error and job.overrides}", job) for job in batch]
+        what = sorted(each for each in hydra.overrides.task if each.split("=")[0] not in SWEEP_KEYS)
+        what.append(OmegaConf.to_yaml(hydra.sweeper))
+        pending = list(dict.fromkeys(job for job in batch if job.cfg and not job.is_finished))
+        shown = {each.split("=")[0] for job in batch for each in job.overrides}
+        with Sweep(name, what, list(self.launched.values()), legal[0].tracking) as sweep:
+            for _ in self.run(sweep, pending, shown, self.at_a_time):
+                pass
+        if self.status:
+            sys.exit(sweep.status)
+        return [self._judged(job) for job in batch]
+
+    def _judged(self, job: Job) -> JobReturn:
+        """Return a job's `OBJECTIVE`, beside its number of stored vectors if there are two directions, or its error."""
+        result = job.result
+        returned = JobReturn(overrides=job.overrides, status=JobStatus.FAILED)
+        if not result:
+            returned.return_value = RunFailed(f"{job.label}: {job.reason}")
+        elif OBJECTIVE not in result.metrics:
+            returned.return_value = RunFailed(f"{job.label}: {UNLABELLED}")
+        else:
+            returned.status = JobStatus.COMPLETED
+            value = result.metrics[OBJECTIVE]
+            values = value, int(result.params["support_set_size"])
+            returned.return_value = value if len(self._directions()) == 1 else values
+        return returned
+
+    def _directions(self) -> Sequence[Any]:
+        """The directions of a search, as hydra-optuna-sweeper names them; a sweeper that has none gives [None]."""
+        found = self.config.hydra.sweeper.get("direction")
+        return list(found) if isinstance(found, ListConfig) else [found]
 
     def run(self, sweep: Sweep, jobs: Iterable[Job], shown: set[str], at_a_time: int | None) -> Iterator[Job]:
         """Start the jobs, and yield each one when it has ended, with its ``error`` and ``status`` filled in.
 
         The next job is taken only when there is room for it, so that a search proposes it knowing how the others ended.
-        When the sweep is stopped, no further job is taken.
+        When the sweep is stopped, no further job is taken, and those of ``sweep.jobs`` that have not started say so.
 
         Args:
             sweep: the sweep of the jobs; files about them go to its folder.
@@ -81,7 +132,6 @@ class JobLauncher(Launcher):
             at_a_time: how many jobs run at once; None: all of them.
         """
         self.sweep, self.shown = sweep, shown
-        self.numbers: dict[Job, int] = {}
         left, running = iter(jobs), list[Job]()
         total = len(jobs) if isinstance(jobs, Sized) else None
         with Stopper(self.max_minutes) as stopper, Bars(total) as bars:
@@ -103,6 +153,9 @@ class JobLauncher(Launcher):
                 bars.look(self.logs())
                 time.sleep(self.pause)
             self.status = stopper.status
+        for job in sweep.jobs if self.status else ():
+            if job.cfg and not job.status and not job.is_finished:
+                job.error, job.status = "not started: the sweep was stopped", self.status
 
     @abstractmethod
     def start(self, jobs: Sequence[Job], stopper: Stopper) -> None:

@@ -20,10 +20,10 @@ from hydra.core.override_parser.types import Override, Transformer
 from hydra.errors import HydraException
 
 from src.errors import UsageError
+from src.sweeps.jobs import OBJECTIVE
 from src.system.redact import one_line, redact
 from src.system.seeding import mix
 
-OBJECTIVE = "val/knn_top1"  # the metric that a search maximises; never one of the test images
 PRUNERS = ("median", "halving", "none")
 FILE = "study.db"
 DRAW_ATTEMPTS = 100  # to find a point that no trial has

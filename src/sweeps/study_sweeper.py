@@ -18,7 +18,7 @@ from src.runs.directory import warn_of_other_protocol
 from src.runs.record import RECORD
 from src.sweeps.dry_run import preview
 from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, known_key, refuse_equal_runs, refuse_unused, to_override
-from src.sweeps.jobs import Job, distinguishing_overrides, values
+from src.sweeps.jobs import FINAL, UNLABELLED, Job, distinguishing_overrides, values
 from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED
 
@@ -78,12 +78,11 @@ class StudySweeper(GridSweeper):
             print(f"{sweep.directory}: {len(sweep.jobs)} of {self.trials} trials are there", flush=True)
             warn_of_other_protocol((job.cfg, done) for job in sweep.jobs if job.cfg and (done := job.result))
             trials = _Trials(study, sweep.jobs, self.trials, partial(self._job, fixed))
-            for job in self.launch(sweep, trials, ALWAYS_SHOWN | space.keys(), at_a_time):
+            for job in self.launcher.run(sweep, trials, ALWAYS_SHOWN | space.keys(), at_a_time):
                 trials.conclude(job)
             sweep.best = study.best()
             if trials.unjudged:
-                lacking = f"without labels there is no {studies.OBJECTIVE}, by which a search judges its trials"
-                raise UsageError(f"data: {lacking}; choose images that have some")
+                raise UsageError(UNLABELLED)
             if trials.exhausted:
                 raise trials.exhausted
             if self.launcher.status and len(sweep.jobs) < self.trials:  # stopped, though all its jobs may have finished
@@ -128,7 +127,7 @@ class StudySweeper(GridSweeper):
         if base.cfg and base.cfg.resume == "never":
             raise UsageError("resume=never: a search goes on from its trials; leave it out")
         if base.cfg and base.cfg.data.final:
-            raise UsageError("data.final=true: leaves no validation images, by which a search judges its trials")
+            raise UsageError(FINAL)
         if not space.keys() & {"experiment", "data", "data.root", "data.repo"}:  # these choose the images
             base = self.composer.identify(base)
         if base.cfg is None:

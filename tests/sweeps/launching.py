@@ -19,5 +19,5 @@ def run(launcher, jobs, at_a_time=None, max_minutes=None, swept=("k",), **settin
     hydra = {"job": {"config_name": "train"}, "runtime": {"config_sources": []}, "overrides": {"hydra": []}}
     config = {"max_minutes": max_minutes, **settings, "hydra": {**hydra, "sweeper": {"_target_": OURS}}}
     launcher.setup(hydra_context=None, task_function=None, config=OmegaConf.create(config))
-    sweep = SimpleNamespace(directory=Path("sweep"), overrides=lambda job: [])
+    sweep = SimpleNamespace(directory=Path("sweep"), jobs=jobs, overrides=lambda job: [])
     yield from launcher.run(sweep, jobs, set(swept), at_a_time or launcher.at_a_time)
