@@ -7,6 +7,10 @@ batch statistics as in training. Each view 1 is an anchor. The second views of t
 they are, with the nearest one as the positive (NNCLR), or as prototypes, with a random member of the nearest prototype
 as the positive (KMCLR pulls towards all members at once). A positive is good if it has the anchor's class. The most
 confident anchors are those nearest to their positives.
+
+A prototype has many members, and the nearest embedding is good more often than the nearest fifty. So a prototype is
+compared with as many embeddings as it has members on average, and the last column judges what is returned, one vector
+in either case, by the class whose mean is nearest to it.
 """
 
 from __future__ import annotations
@@ -62,25 +66,26 @@ def embed(state: TrainState, data: Dataset) -> dict[str, Views]:
     return {space: Views(torch.cat(first), torch.cat(second), labels) for space, (first, second) in found.items()}
 
 
-def of_neighbours(views: Views, size: int) -> tuple[Tensor, Tensor]:
-    """For each anchor, the similarity of the nearest of ``size`` stored images other than itself, and if classes agree.
+class Positives(NamedTuple):
+    """What a support set returns for N anchors."""
 
-    Returns:
-        [N] float32 cosine similarities, and [N] float32 that is 1 where the classes agree and 0 elsewhere.
-    """
-    scores_N2, ids_N2 = TorchSearch()(views.first_ND, views.second_ND[:size], k=2)
-    itself_N = ids_N2[:, 0] == torch.arange(len(ids_N2))
-    pick_N1 = itself_N.long()[:, None]  # take the second nearest if the nearest is the anchor's own second view
-    ids_N, scores_N = ids_N2.gather(1, pick_N1)[:, 0], scores_N2.gather(1, pick_N1)[:, 0]
-    return scores_N, (views.labels_N[ids_N] == views.labels_N).float()
+    scores_N: Tensor  # cosine similarities; for several embeddings that of the nearest
+    good_N: Tensor  # float32 shares of the anchor's class among the positives, without the anchor's own image
+    vectors_ND: Tensor  # the embedding, the mean of several, or the prototype
 
 
-def of_prototypes(views: Views, k: int) -> tuple[Tensor, Tensor]:
-    """For each anchor, the similarity of the nearest of k prototypes, and the fraction of its members with its class.
+def of_neighbours(views: Views, size: int, count: int = 1) -> Positives:
+    """Find the ``count`` nearest of ``size`` stored images other than the anchor's own."""
+    scores_NK, ids_NK = TorchSearch()(views.first_ND, views.second_ND[:size], k=count + 1)
+    itself_NK = ids_NK == torch.arange(len(ids_NK))[:, None]
+    kept_NK = itself_NK.int().sort(dim=1, stable=True).indices[:, :count]  # the anchor's own view comes last
+    ids_NK, scores_NK = ids_NK.gather(1, kept_NK), scores_NK.gather(1, kept_NK)
+    good_NK = views.labels_N[ids_NK] == views.labels_N[:, None]
+    return Positives(scores_NK[:, 0], good_NK.float().mean(1), views.second_ND[ids_NK].mean(1))
 
-    Returns:
-        [N] float32 cosine similarities, and [N] float32 fractions, which exclude the anchor's own image.
-    """
+
+def of_prototypes(views: Views, k: int) -> Positives:
+    """Find the nearest of k prototypes of all stored images, whose members are the positives."""
     means_KD, members_N = cluster(
         views.second_ND, k, spherical=True, seed=0, initial_KD=views.second_ND[:k], iterations=20
     )
@@ -90,13 +95,22 @@ def of_prototypes(views: Views, k: int) -> tuple[Tensor, Tensor]:
     classes_KC.index_put_((members_N, labels_N), torch.ones(()), accumulate=True)
     itself_N = (members_N == ids_N).float()
     alike_N = classes_KC[ids_N, labels_N] - itself_N
-    return scores_N1[:, 0], alike_N / (classes_KC[ids_N].sum(1) - itself_N).clamp(min=1)
+    share_N = alike_N / (classes_KC[ids_N].sum(1) - itself_N).clamp(min=1)
+    return Positives(scores_N1[:, 0], share_N, means_KD[ids_N])
 
 
-def percentages(scores_N: Tensor, good_N: Tensor) -> list[str]:
-    """The percentages of good positives among the most confident anchors, one for each of `FRACTIONS`."""
-    good_N = good_N[scores_N.argsort(descending=True)]
-    return [f"{100 * float(good_N[: round(fraction * len(good_N))].mean()):.1f}" for fraction in FRACTIONS]
+def percentages(views: Views, found: Positives) -> list[str]:
+    """The cells of a row: good positives among `FRACTIONS` of the anchors, and how often the vector is of their class.
+
+    All are percentages. A vector is of the class whose mean, that of its stored views, is nearest.
+    """
+    good_N = found.good_N[found.scores_N.argsort(descending=True)]
+    shares = [good_N[: round(fraction * len(good_N))].mean() for fraction in FRACTIONS]
+    classes_CD = torch.zeros(int(views.labels_N.max()) + 1, views.second_ND.shape[1])
+    classes_CD.index_add_(0, views.labels_N, views.second_ND)
+    _, nearest_N1 = TorchSearch()(F.normalize(found.vectors_ND, dim=1), F.normalize(classes_CD, dim=1))
+    shares.append((nearest_N1[:, 0] == views.labels_N).float().mean())
+    return [f"{100 * float(share):.1f}" for share in shares]
 
 
 def tables(run: Path, data: Path | None) -> list[str]:
@@ -104,22 +118,24 @@ def tables(run: Path, data: Path | None) -> list[str]:
     cfg = config_of(run, data)
     images = load(cfg.data)
     state = TrainState(cfg, images)
-    found = checkpoint.load_latest(run / "checkpoints")
-    if found is None:
+    saved = checkpoint.load_latest(run / "checkpoints")
+    if saved is None:
         raise SystemExit(f"{run}: there is no checkpoint")
-    checkpoint.restore(state.method, found[1]["model"], found[0])
+    checkpoint.restore(state.method, saved[1]["model"], saved[0])
     lines = []
     for space, views in embed(state, images).items():
         stored = len(views.labels_N)
         sizes = [size for size in SIZES if size < stored]
         rows = [(f"nearest of {size:,}", of_neighbours(views, size)) for size in (*sizes, stored)]
+        several = [(stored // k, of_neighbours(views, stored, stored // k)) for k in reversed(KS)]
+        rows += [(f"one of the nearest {count} of {stored:,}", found) for count, found in several]
         rows += [(f"member of the nearest of {k:,} prototypes", of_prototypes(views, k)) for k in KS]
         lines += [
             f"**{identity.run_name(cfg)}**, {cfg.epochs} epochs, {space}:",
             "",
-            "| % of the anchor's class | all anchors | most confident tenth | most confident hundredth |",
-            "| --- | --- | --- | --- |",
-            *(f"| {name} | {' | '.join(percentages(*measured))} |" for name, measured in rows),
+            "| % of the anchor's class | all anchors | most confident tenth | most confident hundredth | its vector |",
+            "| --- | --- | --- | --- | --- |",
+            *(f"| {name} | {' | '.join(percentages(views, found))} |" for name, found in rows),
             "",
         ]
     return lines
