@@ -58,8 +58,9 @@ class Filling(NamedTuple):
     @classmethod
     def of(cls, cfg: Config, images: int, filled: bool) -> Filling | None:
         """What the config's support set needs; None if there is nothing to be filled."""
-        support = cfg.support
-        period, epochs = _period(cfg)
+        support, period, epochs = cfg.support, "epochs", cfg.epochs
+        if isinstance(support, schema.KMeans) and support.forget == "reset" and support.forget_every < epochs:
+            period, epochs = "support.forget_every", support.forget_every
         name, size = ("k", cfg.k) if cfg.k is not None else ("queue_size", cfg.queue_size)
         if support._target_ is not None:
             setting = getattr(target(support._target_, "support"), "filled_by", "")  # a function has none
@@ -68,14 +69,6 @@ class Filling(NamedTuple):
             return None
         batch_size = images_a_step(cfg.batch_size, images)
         return cls(name, size, period, epochs, images // batch_size * epochs, batch_size)
-
-
-def _period(cfg: Config) -> tuple[str, int]:
-    """Name and value of the setting that says after how many epochs prototypes are reset, or else the run ends."""
-    support = cfg.support
-    if isinstance(support, schema.KMeans) and support.forget == "reset" and support.forget_every < cfg.epochs:
-        return "support.forget_every", support.forget_every
-    return "epochs", cfg.epochs
 
 
 def refuse_unfillable(cfg: Config, images: int, filled: bool = False) -> None:
@@ -114,20 +107,16 @@ def _refuse_idle_refit(cfg: Config, images: int, filled: bool) -> None:
     Raises:
         UsageError: the window is not full at any step at which a re-clustering is due.
     """
-    support = cfg.support
-    if not isinstance(support, schema.KMeans) or support.refit != "faiss":
+    support, filling = cfg.support, Filling.of(cfg, images, filled)
+    if filling is None or not isinstance(support, schema.KMeans) or support.refit != "faiss":
         return
-    period, epochs = _period(cfg)
-    if filled and period == "epochs":
-        return
-    batch_size = images_a_step(cfg.batch_size, images)
-    steps = images // batch_size  # in an epoch
-    due = range(support.refit_every - 1, steps * cfg.epochs, support.refit_every)
-    if not any((step % (steps * epochs) + 1) * batch_size >= support.refit_window for step in due):
+    period, epochs, steps, batch_size = filling.period, filling.epochs, filling.steps, filling.batch_size
+    due = range(support.refit_every - 1, steps // epochs * cfg.epochs, support.refit_every)
+    if not any((step % steps + 1) * batch_size >= support.refit_window for step in due):
         raise UsageError(
             f"support.refit_window={support.refit_window}: is not full at any step at which "
-            f"support.refit_every={support.refit_every} would re-cluster ({steps * epochs * batch_size} embeddings are "
-            f"seen in {period}={epochs}); set one of the two lower, {period} higher, or support.refit=online"
+            f"support.refit_every={support.refit_every} would re-cluster ({steps * batch_size} embeddings are seen in "
+            f"{period}={epochs}); set one of the two lower, {period} higher, or support.refit=online"
         )
 
 
