@@ -132,8 +132,7 @@ class Evolving(KMeans):
         in_use_U[gone_P] = False
         slots = in_use_U.nonzero()[:, 0]
         self.seeded = len(slots)
-        known = (self.means_KD, self.counts_K, self.idle_K, self.written_K, self.classes_KC, self.served_KC)
-        for buffer in (*known, self.hits_N, self.before_KD, self.images_K):
+        for buffer in map(self.get_buffer, self._by_slot):
             buffer[: self.seeded] = buffer[slots]
             buffer[self.seeded :] = -1 if buffer is self.images_K else 0
 
