@@ -55,8 +55,6 @@ def download(cfg: Data) -> Path:
     repo, where = str(cfg.repo), f"data.repo={cfg.repo}"
     try:
         revision, shards = _shards(repo, cfg.revision)
-        if not shards:
-            raise UsageError(f"{where}: holds no parquet files, and the hub has converted it to none")
         splits = shards_of_splits(shards, cfg.config)
         wanted = [str(each) for split in used_splits(splits, cfg.train_split, cfg.test_split) for each in splits[split]]
         logger.info("%s: fetching %d files, unless they are in the cache of huggingface_hub", where, len(wanted))
@@ -78,10 +76,13 @@ def download(cfg: Data) -> Path:
 
 
 def _shards(repo: str, revision: str | None) -> tuple[str | None, list[PurePath]]:
-    """The first revision with parquet files (the wanted one, or the hub's conversion), and the paths of these files."""
+    """The first revision with parquet files (the wanted one, or the hub's conversion), and the paths of these files.
+
+    Raises:
+        UsageError: there are none.
+    """
     from huggingface_hub import HfApi, errors
 
-    shards: list[PurePath] = []
     for each in [revision] if revision else [None, CONVERTED]:
         try:
             files = HfApi().dataset_info(repo, revision=each).siblings or []
@@ -91,7 +92,7 @@ def _shards(repo: str, revision: str | None) -> tuple[str | None, list[PurePath]
             break
         if shards := [PurePath(file.rfilename) for file in files if file.rfilename.endswith(".parquet")]:
             return each, shards
-    return revision, shards
+    raise UsageError(f"data.repo={repo}: holds no parquet files, and the hub has converted it to none")
 
 
 def _downloaded_before(repo: str, cfg: Data, problem: Exception) -> Path:
