@@ -90,9 +90,8 @@ def train(state: TrainState, data: Dataset, pace: Callable[[], None]) -> None:
     """Run the training loop without tracking or a folder; call ``pace`` once a step, until it raises `EnoughError`."""
     nowhere = Path(os.devnull)
     with suppress(EnoughError):
-        loop.Pretraining(
-            state, data, NoTracker(nowhere, state.cfg.tracking), Paced(pace), nowhere, loop.Hooks(lambda path: path)
-        ).run()
+        tracker = NoTracker(nowhere, state.cfg.tracking)
+        loop.Pretraining(state, data, tracker, Paced(pace), loop.Hooks(lambda path: path)).run()
 
 
 def fill(state: TrainState) -> None:

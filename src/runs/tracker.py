@@ -274,7 +274,7 @@ class NoTracker(Tracker):
     """A tracker that writes nothing, for every rank but the first."""
 
     def __init__(self, directory: Path, tracking: Tracking, *_: object, **__: object) -> None:
-        self.record = Record.new(directory.name, tracking.experiment)
+        self.directory, self.record = directory, Record.new(directory.name, tracking.experiment)
 
     def _pass(self, *_: object, **__: object) -> None:
         pass

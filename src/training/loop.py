@@ -62,23 +62,14 @@ class Pretraining:
     Args:
         state: the method and everything else that training changes.
         data: the images to train on and to validate on.
-        tracker: logs the metrics.
+        tracker: logs the metrics, and has the run's folder.
         stopper: asked after each step whether to stop.
-        directory: the run's folder.
         hooks: decide on pruning, and draw pictures.
     """
 
-    def __init__(
-        self,
-        state: TrainState,
-        data: Dataset,
-        tracker: Tracker,
-        stopper: Stopper,
-        directory: Path,
-        hooks: Hooks,
-    ) -> None:
+    def __init__(self, state: TrainState, data: Dataset, tracker: Tracker, stopper: Stopper, hooks: Hooks) -> None:
         self.state, self.data, self.tracker, self.stopper = state, data, tracker, stopper
-        self.directory, self.hooks = directory, hooks
+        self.directory, self.hooks = tracker.directory, hooks
         self.cfg, self.ranks, self.support = state.cfg, state.ranks, state.method.support
         self.views = build.views(state.cfg, data, state.ranks.part)
         self.protocol = Protocol(data, state.cfg.evaluation, state.search, state.cfg.seed)
@@ -107,6 +98,42 @@ class Pretraining:
                 self._finish_epoch(epoch)
             if epochs == 0:  # nothing is trained, so that the weights of ``init`` are evaluated as they are
                 self._save()
+
+    def finish(self) -> None:
+        """Run the final evaluation, and write the encoder and the curves."""
+        state, cfg, data, tracker, protocol = self.state, self.cfg, self.data, self.tracker, self.protocol
+        if self.support is not None and not state.support_used:
+            if cfg.method._target_ is None:
+                tracker.record.tags[TAG_SUPPORT_UNUSED] = "true"
+                logger.warning("%s: the support set was never filled, so reports leave the run out", self.directory)
+            else:  # a method from another package may use its support set without returning ids
+                logger.warning(
+                    "%s: the method returned no ids: nothing tells whether it used its support set", self.directory
+                )
+        if data.classes:
+            print("evaluating on the test images", flush=True)
+        tracker.log(protocol.final(state.frozen), state.step)
+        if cfg.evaluation.teacher:
+            tracker.log(protocol.of_teacher(state.teacher()), state.step)
+        if cfg.init is None:  # otherwise the run has started from trained weights
+            tracker.log(protocol.untrained(state.untrained()), step=0)
+        if not self.ranks.first:
+            return
+        tracker.sync()  # as before each save
+        figures = {key: value for key, value in tracker.record.metrics.items() if key.startswith(("val/", "test/"))}
+        save_encoder(
+            self.directory / ENCODER,
+            state.encoder_weights(),
+            cfg,
+            mean=data.mean,
+            std=data.std,
+            classes=data.classes,
+            figures=figures,
+            commit=tracker.record.tags.get("git_commit", ""),
+        )
+        curves = [self.hooks.draw_curves(self.directory)] if cfg.epochs else []
+        for path in (self.directory / CONFIG, self.directory / ENCODER, *curves):
+            tracker.artifact(path)
 
     def _train_epoch(self, epoch: int) -> None:
         """Take the steps of an epoch that are left."""
@@ -253,39 +280,3 @@ class Pretraining:
         self.requested = max(self.requested, self.ranks.max_status(self.stopper.signal_status))
         if is_signal(self.requested):
             raise Stopped(self.requested)
-
-
-def finish(state: TrainState, data: Dataset, tracker: Tracker, directory: Path, hooks: Hooks) -> None:
-    """Run the final evaluation, and write the encoder and the curves."""
-    cfg = state.cfg
-    if state.method.support is not None and not state.support_used:
-        if cfg.method._target_ is None:
-            tracker.record.tags[TAG_SUPPORT_UNUSED] = "true"
-            logger.warning("%s: the support set was never filled, so reports leave the run out", directory)
-        else:  # a method from another package may use its support set without returning ids
-            logger.warning("%s: the method returned no ids: nothing tells whether it used its support set", directory)
-    if data.classes:
-        print("evaluating on the test images", flush=True)
-    protocol = Protocol(data, cfg.evaluation, state.search, cfg.seed)
-    tracker.log(protocol.final(state.frozen), state.step)
-    if cfg.evaluation.teacher:
-        tracker.log(protocol.of_teacher(state.teacher()), state.step)
-    if cfg.init is None:  # otherwise the run has started from trained weights
-        tracker.log(protocol.untrained(state.untrained()), step=0)
-    if not state.ranks.first:
-        return
-    tracker.sync()  # as before each save
-    figures = {key: value for key, value in tracker.record.metrics.items() if key.startswith(("val/", "test/"))}
-    save_encoder(
-        directory / ENCODER,
-        state.encoder_weights(),
-        cfg,
-        mean=data.mean,
-        std=data.std,
-        classes=data.classes,
-        figures=figures,
-        commit=tracker.record.tags.get("git_commit", ""),
-    )
-    curves = [hooks.draw_curves(directory)] if cfg.epochs else []
-    for path in (directory / CONFIG, directory / ENCODER, *curves):
-        tracker.artifact(path)

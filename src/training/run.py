@@ -169,10 +169,11 @@ def train(
         started = f"started from {cfg.init} ({tags[TAG_INIT_TAKEN]})," if TAG_INIT_TAKEN in tags else "started"
         print(f"{directory}: {'continued' if resumed else started} at step {state.step}", flush=True)
         tracker.watch_system()
-        loop.Pretraining(state, data, tracker, stopper, directory, hooks).run()
+        training = loop.Pretraining(state, data, tracker, stopper, hooks)
+        training.run()
         trained = True
         with stopper.at_once():
-            loop.finish(state, data, tracker, directory, hooks)
+            training.finish()
         status, ranks_in_step = "FINISHED", True
     except (KeyboardInterrupt, SystemExit) as end:
         status, ranks_in_step = "KILLED", isinstance(end, Stopped) and not trained

@@ -236,7 +236,7 @@ def test_the_first_rank_alone_looks_at_the_record_and_prints_the_result(tiny, tm
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(distributed, "join", lambda _: Ranks(CPU, rank=1, world_size=2))
     monkeypatch.setattr(loop.Pretraining, "run", lambda _: None)
-    monkeypatch.setattr(loop, "finish", lambda *_: None)
+    monkeypatch.setattr(loop.Pretraining, "finish", lambda _: None)
     given = run_module.run(parsed(*tiny, "k=8", "output_dir=run"), loop.Hooks(draw_curves=lambda folder: folder))
     assert math.isnan(given)
     assert "finished" not in capsys.readouterr().out

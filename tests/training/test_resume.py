@@ -51,7 +51,7 @@ def test_a_run_that_is_stopped_in_the_final_evaluation_has_used_its_support_set_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "finish", killed)
+        patch.setattr(loop.Pretraining, "finish", killed)
         with pytest.raises(KeyboardInterrupt):
             run("method=nnclr", "queue_size=64")
     assert "support_unused" not in Record.load(run("method=nnclr", "queue_size=64")).tags
