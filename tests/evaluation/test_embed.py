@@ -6,7 +6,6 @@ import os
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from src import cli
@@ -15,8 +14,7 @@ from src.errors import CannotWrite, Diverged, RunFailed, UsageError
 from src.evaluation import embed
 from src.evaluation.encoder import load_encoder
 from src.system import atomic_write
-from tests.config.test_schema import parsed
-from tests.conftest import PROJECT
+from tests.config.test_schema import composed, parsed
 from tests.data.layouts import random_image, write_folder
 from tests.evaluation.test_export import write_run
 
@@ -41,8 +39,7 @@ def drawn(monkeypatch):
 
 
 def write(folder, *arguments):
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return cli.features(compose("embed", [f"run={folder}", *arguments]))
+    return cli.features(composed(f"run={folder}", *arguments, name="embed"))
 
 
 def vectors(table):

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -17,27 +16,23 @@ from src.runs.metrics_file import read_rows
 from src.runs.record import Record
 from src.runs.tracker import Tracker
 from tests.config.test_schema import composed
-from tests.conftest import PROJECT
 from tests.data.layouts import LAYOUTS, write_set
 from tests.stores import break_store
 
 
 def run(*overrides):
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        composed = compose("evaluate", overrides=list(overrides))
-    return evaluate.main(composed)
+    return evaluate.main(composed(*overrides, name="evaluate"))
 
 
 @pytest.fixture(scope="module")
 def taught(finished):
     """A finished run whose teacher was evaluated, too, at the end."""
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        cfg = compose("train", overrides=[
-            "experiment=demo", "objective=teacher", "support=none", "epochs=1", "data.limit=200", "batch_size=64",
-            f"data.cache_dir={finished.parent}/cache", f"output_dir={finished.parent}/taught", "tracking=jsonl",
-            "precision=float32", "projector.hidden=[32]", "projector.out=16", "objective.predictor_hidden=32",
-            "evaluation.epochs=5", "data.image_size=8", "evaluation.pictures=false", "evaluation.teacher=true",
-        ])  # fmt: skip
+    cfg = composed(
+        "experiment=demo", "objective=teacher", "support=none", "epochs=1", "data.limit=200", "batch_size=64",
+        f"data.cache_dir={finished.parent}/cache", f"output_dir={finished.parent}/taught", "tracking=jsonl",
+        "precision=float32", "projector.hidden=[32]", "projector.out=16", "objective.predictor_hidden=32",
+        "evaluation.epochs=5", "data.image_size=8", "evaluation.pictures=false", "evaluation.teacher=true",
+    )  # fmt: skip
     cli.pretrain(cfg)
     return finished.parent / "taught"
 
@@ -104,8 +99,7 @@ def test_a_run_is_named_by_its_name_its_folder_its_id_or_a_checkpoint(finished, 
     file, _ = checkpoint.load_latest(folder / "checkpoints")
     ways = ["run=named", "run_id=named", "checkpoint=named", f"run={identity}", f"run_id={identity}", f"run={folder}"]
     ways += [f"checkpoint={folder}", f"checkpoint={folder}/checkpoints", f"checkpoint={file}"]
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        found = [evaluate._checkpoint(compose("evaluate", overrides=[way]))[0].resolve() for way in ways]
+    found = [evaluate._checkpoint(composed(way, name="evaluate"))[0].resolve() for way in ways]
     assert set(found) == {file}
 
 
@@ -282,8 +276,7 @@ def test_other_images_have_the_size_of_the_runs_own_unless_one_is_typed(finished
 def test_other_images_are_kept_whole_as_the_runs_own_are(finished, typed, size, keep):
     saved = checkpoint.load_latest(finished / "checkpoints")[1]["config"]
     saved["data"]["keep"] = 12
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        data = evaluate._merged(saved, compose("evaluate", overrides=["data=digits", *typed])).data
+    data = evaluate._merged(saved, composed("data=digits", *typed, name="evaluate")).data
     assert (data.image_size, data.keep) == (size, keep)
 
 
@@ -291,11 +284,10 @@ def test_a_protocol_that_is_chosen_has_no_settings_of_the_runs_own(finished):
     """A setting that is typed alone changes the run's own protocol."""
     saved = checkpoint.load_latest(finished / "checkpoints")[1]["config"]
     saved["evaluation"] |= {"fewshot": {"fractions": [0.1], "draws": 2}}
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        chosen, own = (
-            evaluate._merged(saved, compose("evaluate", overrides=[typed])).evaluation
-            for typed in ("evaluation=linear", "evaluation.epochs=7")
-        )
+    chosen, own = (
+        evaluate._merged(saved, composed(typed, name="evaluate")).evaluation
+        for typed in ("evaluation=linear", "evaluation.epochs=7")
+    )
     assert (chosen.epochs, chosen.fewshot) == (100, None)
     assert (own.epochs, own.fewshot.draws, own.knn_k) == (7, 2, saved["evaluation"]["knn_k"])
 

@@ -4,11 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.config.parse import parse
 from src.errors import UsageError
 from src.models import ResNetTiny
 from src.runs.record import Record
@@ -23,7 +21,6 @@ from src.training.checks import (
     warn_of_late_filling,
 )
 from tests.config.test_schema import parsed
-from tests.conftest import PROJECT
 
 
 def test_doubtful_settings_are_warned_of(run, caplog):
@@ -132,9 +129,7 @@ def test_images_that_are_left_over_in_every_epoch_fill_no_support_set():
 
 @pytest.mark.parametrize(("size", "stem", "warns"), [(224, "small", True), (224, "large", False), (64, "small", False)])
 def test_a_stem_that_keeps_every_pixel_of_a_large_image_is_warned_of(caplog, size, stem, warns):
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        cfg = parse(compose("train", overrides=[f"data.image_size={size}", f"backbone.stem={stem}"]))
-    warn_of_doubtful_settings(cfg, 50_000)
+    warn_of_doubtful_settings(parsed(f"data.image_size={size}", f"backbone.stem={stem}"), 50_000)
     assert ("backbone.stem=small: keeps all 224 x 224 pixels, 16 times the work" in caplog.text) == warns
 
 
