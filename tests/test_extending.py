@@ -83,6 +83,12 @@ def typed(command, tiny):
     return printed
 
 
+def test_one_worker_runs_all_of_these_tests(request):
+    """Of each worker that runs some of them, the commands would be run anew."""
+    if getattr(request.config.option, "loadgroup", False):  # an option of pytest-xdist
+        assert request.node.nodeid.endswith("@extending")
+
+
 def test_it_fits_on_a_page():
     lines = TUTORIAL.splitlines()
     assert len(lines) <= 60
