@@ -22,7 +22,6 @@ from src.system.stopping import is_stop
 from tests.config.test_schema import parsed
 from tests.conftest import ELSEWHERE
 from tests.sweeps.test_dry_run import ran
-from tests.sweeps.test_jobs import sets
 
 UNION = [
     {"method": ["simclr"]},
@@ -88,18 +87,6 @@ def test_an_experiment_keeps_its_method():
 def test_which_statuses_continue(status, stop):
     """A job that was told to stop ends the sweep; one that failed or was pruned does not."""
     assert is_stop(status) == stop
-
-
-@pytest.mark.slow
-def test_two_sets_are_swept_and_both_are_known_again(command, small, tmp_path):
-    settings = [*small, "data=image_folder", sets(tmp_path, 0, 1), "data.limit=16", "batch_size=8", "epochs=1"]
-    arguments = ["--multirun", *settings, "method=simclr", "tracking=jsonl"]
-    done = command("src.train", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "2 of 2 jobs finished" in done.stdout
-    assert len(folders(tmp_path, "simclr")) == 2
-    assert "2 jobs, 2 finished already" in command("src.train", *arguments).stdout
-    assert "2 jobs, 0 to run" in command("src.train", *arguments, "dry_run=true").stdout
 
 
 def test_a_sweep_says_once_that_finished_jobs_were_evaluated_otherwise(
