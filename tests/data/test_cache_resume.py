@@ -145,7 +145,7 @@ writer.save = save
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_while_it_decodes_goes_on_when_it_is_typed_again(config, tmp_path, small):
+def test_a_run_that_is_killed_while_it_decodes_goes_on_when_it_is_typed_again(config, command, tmp_path, small):
     root = write_folder(tmp_path / "photos", {"a": 16, "b": 16}, ".jpg")
     (tmp_path / "slow").mkdir()
     (tmp_path / "slow/sitecustomize.py").write_text(SLOW)
@@ -156,24 +156,22 @@ def test_a_run_that_is_killed_while_it_decodes_goes_on_when_it_is_typed_again(co
         "data.limit=null",
         "data.image_size=32",
     ]
-    typed = [sys.executable, "-m", "src.train", *small, *images, "epochs=1", "k=2", "batch_size=8", "tracking=jsonl"]
-
-    def start(*paths: Path) -> subprocess.Popen:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(typed, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    typed = ["src.train", *small, *images, "epochs=1", "k=2", "batch_size=8", "tracking=jsonl"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'slow'}{os.pathsep}{PROJECT}", "OMP_NUM_THREADS": "1"}
+    slow = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "text": True}
 
     cfg = config("image_folder", root, image_size=32, background="white")
-    killed = start(tmp_path / "slow", PROJECT)
+    killed = subprocess.Popen([sys.executable, "-m", *typed], **slow)
     while not (saved := list(Path(cfg.cache_dir).glob("*.saved"))) and killed.poll() is None:
         time.sleep(0.01)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL, killed.communicate()[1]
     done = int(saved[0].read_text().split()[0])
     assert 0 < done < 32
-    _, said = (again := start(PROJECT)).communicate()
-    assert again.returncode == 0, said
-    assert "INFO: decoding 32 images of data.root=" in said
-    assert f"checking {done} images that an earlier process decoded, to go on after them" in said
+    again = command(*typed)
+    assert again.returncode == 0, again.stderr
+    assert "INFO: decoding 32 images of data.root=" in again.stderr
+    assert f"checking {done} images that an earlier process decoded, to go on after them" in again.stderr
     assert written(cfg) == unbroken(cfg, tmp_path)
 
 

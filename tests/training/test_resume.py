@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -392,9 +391,9 @@ def test_a_signal_stops_the_run_cleanly(command, small, tmp_path, number):
 
 
 @pytest.mark.slow
-def test_a_run_whose_output_nobody_reads_stops_as_by_a_signal(small, tmp_path):
+def test_a_run_whose_output_nobody_reads_stops_as_by_a_signal(python, small, tmp_path):
     arguments = " ".join([*small, "method=simclr", "tracking=jsonl", "epochs=1000", "output_dir=run"])
-    line = f"{sys.executable} -m src.train {arguments} | head -1; exit ${{PIPESTATUS[0]}}"
+    line = f"{python} -m src.train {arguments} | head -1; exit ${{PIPESTATUS[0]}}"
     environment = os.environ | ELSEWHERE
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (128 + signal.SIGPIPE, "run: started at step 0\n")
