@@ -117,14 +117,3 @@ def test_refit_without_faiss_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"support.refit=faiss: faiss is not installed; .*support.refit=online"):
         method("method=kmclr", "search=torch", "support.refit=faiss")
-
-
-@pytest.mark.slow
-def test_a_compiled_encoder_computes_the_same_and_keeps_its_keys():
-    torch.manual_seed(1)
-    plain = method("method=simclr")
-    torch.manual_seed(1)
-    compiled = method("method=simclr", "compile=true")
-    assert plain.state_dict().keys() == compiled.state_dict().keys()
-    images = torch.randn(4, 3, 32, 32)
-    torch.testing.assert_close(compiled.encoder(images), plain.encoder(images), atol=1e-4, rtol=1e-3)
