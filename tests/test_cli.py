@@ -26,6 +26,13 @@ from src.training import optim
 from tests.conftest import ELSEWHERE, PROJECT
 
 
+@pytest.fixture(autouse=True)
+def _own_streams(monkeypatch):
+    """Leave out what changes the streams of this process, in which some tests call commands."""
+    for name in ("outlive_output", "redact_output"):
+        monkeypatch.setattr(cli, name, lambda: None)
+
+
 def test_help_is_complete(command):
     done = command("src.train", "--help")
     assert done.returncode == 0
@@ -38,8 +45,6 @@ def test_help_is_complete(command):
 def test_help_lists_the_groups_of_the_command_and_no_others(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine/data").mkdir(parents=True)
     (tmp_path / "mine/data/pets.yaml").touch()
-    for name in ("outlive_output", "redact_output"):  # they change the streams of this process
-        monkeypatch.setattr(cli, name, lambda: None)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
 
     def listed(command):
@@ -131,8 +136,6 @@ def typed(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["src", *arguments])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        for name in ("outlive_output", "redact_output"):  # they change the streams of this process
-            monkeypatch.setattr(cli, name, lambda: None)
         try:
             with pytest.raises(SystemExit) as end:
                 entry()
@@ -313,8 +316,6 @@ def test_mistakes_in_what_takes_a_finished_run(typed, tmp_path, command, argumen
 
 def test_what_delivers_says_so_where_nothing_waits_and_its_help_is_no_docstring(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("outlive_output", "redact_output"):  # they change the streams of this process
-        monkeypatch.setattr(cli, name, lambda: None)
     monkeypatch.setattr(sys, "argv", ["src"])
     cli.deliver()
     assert capsys.readouterr().out == "nothing waits to be delivered\n"

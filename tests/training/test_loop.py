@@ -24,7 +24,7 @@ from src.training import loop
 from src.training import run as run_module
 from src.training.state import TrainState
 from tests.training.small_net import SMALL_NET, SmallNet
-from tests.training.training_runs import ALL, METHODS, StopAfter, assert_same_run, history, losses
+from tests.training.training_runs import ALL, METHODS, StopAfter, assert_same_run, clocked, history, losses
 
 
 def test_the_untrained_encoder_is_that_of_step_0_and_a_seeds_whatever_the_method(run):
@@ -168,18 +168,8 @@ def test_the_online_classifier_learns(run):
 )
 def test_an_epoch_takes_its_steps_and_the_support_set_its_share(run, monkeypatch, objective, lookup, networks):
     """The epoch's time and the support set's fraction of it are right, by a clock that only these calls move."""
-    now = [0.0]
-
-    def taking(seconds, function):
-        def call(*args):
-            now[0] += seconds
-            return function(*args)
-
-        return call
-
-    for owner, name, seconds in ((Queue, lookup, 1), (Queue, "update", 2), (SmallNet, "forward", 4 / networks)):
-        monkeypatch.setattr(owner, name, taking(seconds, getattr(owner, name)))
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    calls = {(Queue, lookup): 1, (Queue, "update"): 2, (SmallNet, "forward"): 4 / networks}
+    clocked(monkeypatch, calls)
     logged = curves.read(run("method=nnclr", "queue_size=64", *objective))
     assert logged["time/epoch_seconds"] == ([3, 6], [20, 21])  # the first step has nothing to look up
     assert logged["time/support_fraction"][1] == [8 / 20, 9 / 21]
@@ -210,18 +200,7 @@ def test_every_step_has_the_learning_rates_of_its_place(run, monkeypatch):
 
 
 def test_what_a_checkpoint_takes_is_no_time_of_an_epoch(run, monkeypatch):
-    now, forward, save = [0.0], SmallNet.forward, TrainState.save
-
-    def taking(seconds, function):
-        def call(*args):
-            now[0] += seconds
-            return function(*args)
-
-        return call
-
-    monkeypatch.setattr(SmallNet, "forward", taking(1, forward))
-    monkeypatch.setattr(TrainState, "save", taking(100, save))
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clocked(monkeypatch, {(SmallNet, "forward"): 1, (TrainState, "save"): 100})
     logged = curves.read(run("method=simclr", "checkpoint.minutes=1e-9"))
     assert logged["time/epoch_seconds"][1] == [2 * 3] * 2
 

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -25,19 +24,12 @@ from src.training import run as run_module
 from tests.conftest import ELSEWHERE
 from tests.data.layouts import LAYOUTS, write_set
 from tests.training.small_net import SMALL_NET, SmallNet
-from tests.training.training_runs import ALL, METHODS, StopAfter, assert_same_run, failing, trained_on
+from tests.training.training_runs import ALL, METHODS, StopAfter, assert_same_run, clocked, failing, trained_on
 
 
 def test_a_run_that_goes_on_within_an_epoch_counts_what_it_took_before(run, monkeypatch):
     """The epoch's time includes the steps before the stop."""
-    now, forward = [0.0], SmallNet.forward
-
-    def second(*args):
-        now[0] += 1
-        return forward(*args)
-
-    monkeypatch.setattr(SmallNet, "forward", second)
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clocked(monkeypatch, {(SmallNet, "forward"): 1})
     monkeypatch.setattr(run_module, "Stopper", lambda _: StopAfter(1))
     with pytest.raises(SystemExit):
         run("method=simclr")

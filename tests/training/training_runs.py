@@ -1,5 +1,7 @@
 """Tiny runs: the overrides of each method, what a run must log, and functions that stop and compare runs."""
 
+import time
+
 import torch
 from safetensors.torch import load_file
 
@@ -90,6 +92,22 @@ class StopAfter(Stopper):
     def status(self):
         self.left -= 1
         return 75 if self.left < 0 else 0
+
+
+def clocked(monkeypatch, seconds):
+    """Replace `time.perf_counter` by a clock that moves on only in calls of methods: {(class, name): seconds}."""
+    now = [0.0]
+
+    def taking(each, function):
+        def call(*args):
+            now[0] += each
+            return function(*args)
+
+        return call
+
+    for (owner, name), each in seconds.items():
+        monkeypatch.setattr(owner, name, taking(each, getattr(owner, name)))
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
 
 def failing(function, error, after):
