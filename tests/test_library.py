@@ -5,10 +5,14 @@ import re
 import subprocess
 import sys
 
+import torch
+
+from src.support.base import Space
+from src.support.search import TorchSearch
 from tests.conftest import ELSEWHERE, PROJECT
 
-(PROGRAM,) = re.findall(r"^```python\n(.*?)^```$", (PROJECT / "docs/library.md").read_text(), re.MULTILINE | re.DOTALL)
-((PROTOTYPES, QUEUE),) = re.findall(r"^support = (.*)  # or (Queue.*)$", PROGRAM, re.MULTILINE)
+PROGRAM, OTHERS = re.findall(r"^```python.*?\n(.*?)^```$", (PROJECT / "docs/library.md").read_text(), re.M | re.DOTALL)
+((PROTOTYPES, QUEUE),) = re.findall(r"^support = (.*)  # or (Queue.*)$", PROGRAM, re.M)
 
 
 def test_the_program_runs_and_its_positives_are_of_the_anchors_class(tmp_path):
@@ -23,3 +27,21 @@ def test_the_program_runs_and_its_positives_are_of_the_anchors_class(tmp_path):
     assert len(agreements) == 10
     assert min(agreements[4], agreements[9]) > 0.5  # of the last epochs; chance is 0.1
     assert re.findall("ids that mask: (.*)", done.stdout) == ["True", "False"]  # as in src/methods/contrast.py
+
+
+def test_the_control_returns_the_nearest_of_other_images():
+    there = {}
+    exec(OTHERS, there)
+    support = there["Others"](Space(8, 3, TorchSearch()), size=12, passed_over=3)
+    stored_ND = torch.nn.functional.normalize(torch.randn(12, 8), dim=1)
+    images_N = torch.arange(4).repeat(3)  # three embeddings of each image
+    support.update(stored_ND, images_N, images_N % 3)
+    z_QD = torch.cat([stored_ND, torch.randn(12, 8)])
+    with support.looked_up_for(images_N.repeat(2), images_N.repeat(2) % 3):
+        found = support.lookup(z_QD)
+    similar_QN = torch.nn.functional.normalize(z_QD, dim=1) @ stored_ND.T
+    similar_QN[images_N.repeat(2)[:, None] == images_N] = -2
+    assert found.ids.tolist() == similar_QN.argmax(1).tolist()
+    torch.testing.assert_close(found.embeddings, stored_ND[found.ids])
+    assert support.anchors is None
+    assert support.lookup(stored_ND).ids.tolist() == list(range(12))  # in validation every entry counts

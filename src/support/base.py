@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -32,6 +34,13 @@ class Neighbors(NamedTuple):
         return Neighbors(self.embeddings[:, 0], self.ids[:, 0])
 
 
+class Anchors(NamedTuple):
+    """What the queries of a lookup are views of."""
+
+    images: Tensor  # [Q] int64, the image of each query, as `SupportSet.update` gets it
+    labels: Tensor  # [Q] int64, its class
+
+
 class Space(NamedTuple):
     """What a support set has to fit. A class from another package receives it before its own settings."""
 
@@ -54,6 +63,7 @@ class SupportSet(Slots, ABC):
     """
 
     filled_by = ""  # for a class named by _target_: the setting that says how many embeddings fill it; empty: none
+    anchors: Anchors | None = None  # what the lookups inside `looked_up_for` are for
     shared = False  # whether an entry stands for many images, so that rows with the same id must not repel each other
     hits_N: Tensor  # [M], for the slots that this process holds
     label_hits: Tensor
@@ -97,6 +107,15 @@ class SupportSet(Slots, ABC):
             )
         found = self.lookup(embeddings_QD)
         return Neighbors(found.embeddings[:, None], found.ids[:, None])
+
+    @contextmanager
+    def looked_up_for(self, images_Q: Tensor, labels_Q: Tensor) -> Iterator[None]:
+        """Say which images, of which classes, the lookups inside this block are for; the loop does so in each step."""
+        self.anchors = Anchors(images_Q, labels_Q)
+        try:
+            yield
+        finally:
+            self.anchors = None
 
     @property
     def vectors_ND(self) -> Tensor:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,13 +170,14 @@ class Pretraining:
         seed_everything(cfg.seed, state.step)
         lr = state.set_lr(self.steps_per_epoch)
 
-        with autocast(device, state.dtype):
+        anchors = ids.repeat(2), labels.repeat(2)
+        with autocast(device, state.dtype), support.looked_up_for(*anchors) if support is not None else nullcontext():
             output = method(view1(images, aspects), view2(images, aspects))
         output.check(len(labels))  # the labels are those of all ranks, as the features are
         features = output.features.detach()  # in case the method does not: no label may reach the encoder
         self.output = output._replace(features=features)
         logits = state.classifier(features.float())
-        online_loss = F.cross_entropy(logits, labels.repeat(2))
+        online_loss = F.cross_entropy(logits, anchors[1])
 
         state.optimizer.zero_grad()
         state.classifier_optimizer.zero_grad()
@@ -195,7 +197,7 @@ class Pretraining:
         if support is not None:
             if output.ids is not None:
                 state.support_used = True
-                support.record(output.ids, ids.repeat(2), labels.repeat(2))
+                support.record(output.ids, *anchors)
             with support.stopwatch:
                 support.update(output.embeddings, ids, labels)
         if log_now:

@@ -16,6 +16,7 @@ from src.reporting import curves
 from src.runs import checkpoint
 from src.runs.record import Record
 from src.runs.tracker import Tracker
+from src.support.base import Neighbors
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
 from src.sweeps import optuna_study
@@ -129,6 +130,22 @@ def test_a_view_that_finds_its_own_image_is_a_hit_and_of_its_label(run):
     directory = run("method=nnclr", "queue_size=64", "data.limit=64", "optimizer.lr=1e-12", *plain)
     metrics = Record.load(directory).metrics
     assert metrics["support/self_hit"] == metrics["support/label_agreement"] == 1
+
+
+def test_a_support_set_may_look_up_by_the_anchors_image(run, monkeypatch):
+    """The queue holds all images, and returns each anchor's own."""
+
+    def own(queue, z):
+        found = queue.nearest(z, 1).first()
+        if queue.anchors is None:
+            return found
+        ids = (queue.images_N == queue.anchors.images[:, None]).int().argmax(1)
+        return Neighbors(queue.ring.rows_ND[ids], ids)
+
+    monkeypatch.setattr(Queue, "lookup", own)
+    metrics = Record.load(run("method=nnclr", "queue_size=64", "data.limit=64")).metrics
+    assert metrics["support/self_hit"] == metrics["support/label_agreement"] == 1
+    assert metrics["support/val_agreement"] < 1
 
 
 def test_the_labels_reach_no_encoder_whose_features_are_not_detached(run, monkeypatch):
