@@ -92,9 +92,12 @@ class JobLauncher(Launcher):
         what.append(OmegaConf.to_yaml(hydra.sweeper))
         pending = list(dict.fromkeys(job for job in batch if job.cfg and not job.is_finished))
         shown = {each.split("=")[0] for job in batch for each in job.overrides}
+        began = time.monotonic()
         with Sweep(name, what, list(self.launched.values()), legal[0].tracking) as sweep:
             for _ in self.run(sweep, pending, shown, self.at_a_time):
                 pass
+        if self.max_minutes is not None:  # the limit is for all batches together
+            self.max_minutes -= (time.monotonic() - began) / 60
         if self.status:
             sys.exit(sweep.status)
         return [self._judged(job) for job in batch]

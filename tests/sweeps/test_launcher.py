@@ -93,6 +93,19 @@ def test_a_search_in_two_directions_learns_of_the_vectors_too(launcher):
 
 
 @pytest.mark.usefixtures("measured")
+def test_all_batches_share_the_time(launcher):
+    found = launcher()
+    found.max_minutes = 60
+    found.propose("k=5")
+    assert 0 < found.max_minutes < 60
+    found.max_minutes = -0.1
+    with pytest.raises(SystemExit) as end:
+        found.propose("k=6")
+    assert end.value.code == 75
+    assert len(found.started) == 1
+
+
+@pytest.mark.usefixtures("measured")
 def test_a_job_that_is_stopped_stops_the_sweeper_too(launcher, capsys):
     with pytest.raises(SystemExit) as end:
         launcher(ends={5: 143}).propose("k=5")
