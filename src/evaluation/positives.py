@@ -1,7 +1,8 @@
 """The quality of a support set's positives, measured with images that it has never stored.
 
 A training image finds its own old embedding in a queue, and is a member of its own prototype. Neither is true of a
-validation image, so validation images allow a fair comparison of a queue and prototypes.
+validation image. Sizes of one kind of support set can be compared by this; a queue and prototypes cannot, because the
+nearest embedding is right more often than as many as a prototype has members.
 """
 
 from __future__ import annotations
