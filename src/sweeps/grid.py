@@ -22,8 +22,7 @@ from src.config.explain import explain_key
 from src.config.renamed import new_name
 from src.errors import UsageError
 from src.runs.directory import warn_of_other_protocol
-from src.sweeps.dry_run import preview
-from src.sweeps.jobs import MAX_GRID_JOBS, Composer, Job, distinguishing_overrides, values
+from src.sweeps.jobs import MAX_GRID_JOBS, Composer, Job, preview_of, values
 from src.sweeps.launcher import FOREIGN, JobLauncher
 from src.sweeps.sweep import Sweep
 from src.system.output import in_terminal
@@ -77,7 +76,7 @@ class GridSweeper(Sweeper):
             if not job.cfg:
                 print(f"not possible: {job.error} ({' '.join(job.overrides)})", file=sys.stderr, flush=True)
         if self.config.dry_run:
-            print(preview(legal, self.jobs_at_a_time(len(legal)), distinguishing_overrides(possible)))
+            print(preview_of(jobs, self.jobs_at_a_time(len(legal))))
             sys.exit(2 if len(legal) < len(jobs) else 0)
         name = self.config.hydra.runtime.choices.get("sweep") or "grid"
         hashes = sorted(map(identity.config_hash, legal))

@@ -27,6 +27,7 @@ from src.errors import UsageError
 from src.runs import directory as run_directory
 from src.runs import origin
 from src.runs.record import TAG_ERROR, Record
+from src.sweeps.dry_run import preview
 
 SWEEP_KEYS = ("jobs", "dry_run", "max_minutes", "resume")  # keys that concern a sweep as a whole
 OBJECTIVE = "val/knn_top1"  # the metric that a search maximises; never one of the test images
@@ -156,6 +157,12 @@ class Composer:
         with flag_override(composed, ["struct", "readonly"], False):
             del composed["hydra"]
         return composed
+
+
+def preview_of(jobs: Sequence[Job], at_a_time: int) -> str:
+    """List the legal ones of the jobs (`src.sweeps.dry_run.preview`), each beside its `distinguishing_overrides`."""
+    possible = [job for job in jobs if job.cfg]
+    return preview([job.cfg for job in possible if job.cfg], at_a_time, distinguishing_overrides(possible))
 
 
 def distinguishing_overrides(jobs: Sequence[Job]) -> list[str]:

@@ -22,8 +22,7 @@ from src.config.explain import explain_key
 from src.errors import RunFailed, UsageError
 from src.runs.directory import how_to_continue
 from src.sweeps.bars import Bars
-from src.sweeps.dry_run import preview
-from src.sweeps.jobs import FINAL, OBJECTIVE, SWEEP_KEYS, UNLABELLED, Composer, Job, distinguishing_overrides
+from src.sweeps.jobs import FINAL, OBJECTIVE, SWEEP_KEYS, UNLABELLED, Composer, Job, preview_of
 from src.sweeps.sweep import Sweep
 from src.system.environment import CONF
 from src.system.stopping import PRUNED, Stopper, is_stop
@@ -83,8 +82,7 @@ class JobLauncher(Launcher):
         if any(cfg.data.final for cfg in legal):
             raise UsageError(FINAL)
         if self.config.dry_run:
-            possible = [job for job in batch if job.cfg]
-            print(preview(legal, self.at_a_time or len(legal), distinguishing_overrides(possible)))
+            print(preview_of(batch, self.at_a_time or len(legal)))
             print(f"this is the first batch; hydra/sweeper={name} proposes the others by what comes out")
             sys.exit(2 if len(legal) < len(batch) else 0)
         batch = [self.launched.setdefault(f"{job.directory} {job.error and job.overrides}", job) for job in batch]

@@ -16,9 +16,8 @@ from src.data.cache import known_fingerprint
 from src.errors import Diverged, UsageError
 from src.runs.directory import warn_of_other_protocol
 from src.runs.record import RECORD
-from src.sweeps.dry_run import preview
 from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, known_key, refuse_equal_runs, refuse_unused, to_override
-from src.sweeps.jobs import FINAL, UNLABELLED, Job, distinguishing_overrides, values
+from src.sweeps.jobs import FINAL, UNLABELLED, Job, preview_of, values
 from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED
 
@@ -65,7 +64,9 @@ class StudySweeper(GridSweeper):
         if self.config.dry_run:
             known = (sweep.directory / studies.FILE).exists()
             study = studies.Study(sweep.directory, space, self.pruner, self.seed) if known else None
-            self._preview([self._job(fixed, trial) for trial in study.trials().values()] if study else [], at_a_time)
+            jobs = [self._job(fixed, trial) for trial in study.trials().values()] if study else []
+            print(preview_of(jobs, at_a_time))
+            print(f"{max(self.trials - len(jobs), 0)} trials to propose")
             return
         is_first = not (sweep.directory / RECORD).is_file()
         with sweep:
@@ -88,12 +89,6 @@ class StudySweeper(GridSweeper):
             if self.launcher.status and len(sweep.jobs) < self.trials:  # stopped, though all its jobs may have finished
                 sys.exit(self.launcher.status)
         sys.exit(sweep.status)
-
-    def _preview(self, trials: Sequence[Job], at_a_time: int) -> None:
-        """Print the trials that there are, and how many are still to be proposed."""
-        possible = [job for job in trials if job.cfg]
-        print(preview([job.cfg for job in possible if job.cfg], at_a_time, distinguishing_overrides(possible)))
-        print(f"{max(self.trials - len(trials), 0)} trials to propose")
 
     def _space(self, arguments: list[str]) -> tuple[list[str], dict[str, Any], Config]:
         """Split the overrides into those that all trials share and those that a trial draws.
