@@ -46,7 +46,7 @@ def read_sweep(sweep: str, backend: str, root: Path = ROOT) -> tuple[str, list[R
         names = [each.name for each in _all_pages(mlflow_store.existing().search_experiments)]
         runs = [run for name in names for run in _runs_in_store(name)]
     else:
-        runs = [run for _, record in records_below(root) for run in _in_each_experiment(record)]
+        runs = list(_copies_below(root))
     sweeps = {run.tags[TAG_SWEEP_ID]: run for run in runs if TAG_SWEEP_ID in run.tags}
     for identity, run in sweeps.items():
         if sweep in (identity, run.run_id):
@@ -60,16 +60,18 @@ def read_sweep(sweep: str, backend: str, root: Path = ROOT) -> tuple[str, list[R
 
 
 def _runs_under(root: Path, experiment: str) -> list[Record]:
-    found = [run for _, record in records_below(root) for run in _in_each_experiment(record)]
+    found = list(_copies_below(root))
     runs = [run for run in found if run.experiment == experiment]
     if not runs:
         raise _unknown(experiment, f"the run.json files under {root}/", {run.experiment for run in found})
     return runs
 
 
-def _in_each_experiment(record: Record) -> list[Record]:
-    """Copies of a record, one for each experiment in which the run was requested, with the run's tags there."""
-    return [replace(record, experiment=name, tags=record.tags | entry.tags) for name, entry in record.copies.items()]
+def _copies_below(root: Path) -> Iterator[Record]:
+    """Copies of each record, one for each experiment in which the run was requested, with the run's tags there."""
+    for _, record in records_below(root):
+        for name, entry in record.copies.items():
+            yield replace(record, experiment=name, tags=record.tags | entry.tags)
 
 
 def _runs_in_store(experiment: str) -> list[Record]:
