@@ -118,17 +118,16 @@ def positives(support: SupportSet, sample: Split, rows_N: Tensor, z_ND: Tensor, 
     cosine_N = (F.normalize(z_ND, dim=1) * found.embeddings).sum(1)
     for anchor in range(min(ANCHORS, len(sample))):
         label = int(sample.labels[anchor])
-        tiles = [Tile(sample.take(_at(anchor, sample)).squares("cpu")[0], _name(data, label))]
+        tiles = [Tile(_one(sample, anchor).squares("cpu")[0], _name(data, label))]
         if images_N is not None:
             row = int(images_N[anchor])
             if row >= 0:  # else the entry is not of one image
-                other = data.train.take(torch.tensor([row], device=data.train.labels.device))
-                tiles.append(_member(data, other, label, framed=row == int(rows_N[anchor])))
+                tiles.append(_member(data, _one(data.train, row), label, framed=row == int(rows_N[anchor])))
         else:
             others = (found.ids == found.ids[anchor]).nonzero().flatten()
             others = others[others != anchor]
             nearest = others[cosine_N[others].argsort(descending=True)][:MEMBERS]
-            tiles += [_member(data, sample.take(_at(int(each), sample)), label) for each in nearest]
+            tiles += [_member(data, _one(sample, int(each)), label) for each in nearest]
         blocks.append(tiles)
     what = "the nearest members of its prototype" if support.shared else "the nearest entry (framed: its own image)"
     columns, apart = (2, ANCHOR_GAP) if support.shared else (4, 0)  # a pair is recognised without a further gap
@@ -164,7 +163,7 @@ def prototypes(support: SupportSet, sample: Split, z_ND: Tensor, data: Dataset) 
             tiles: list[Tile] = []
             if line < len(column):
                 size, purity, common, members = column[line]
-                tiles = [Tile(sample.take(_at(each, sample)).squares("cpu")[0]) for each in members]
+                tiles = [Tile(_one(sample, each).squares("cpu")[0]) for each in members]
                 of_a_class = f", {purity:.0%} of class {_name(data, common)}" if data.labelled else ""
                 tiles[0] = tiles[0]._replace(text=f"{size} members{of_a_class}")
             blocks.append(tiles)
@@ -224,8 +223,9 @@ def _member(data: Dataset, image: Split, wanted: int, framed: bool = False) -> T
     return Tile(image.squares("cpu")[0], _name(data, label), "#009e73" if agrees else "#404040", framed)
 
 
-def _at(place: int, split: Split) -> Tensor:
-    return torch.tensor([place], device=split.labels.device)
+def _one(split: Split, place: int) -> Split:
+    """The image at a place of a split."""
+    return split.take(torch.tensor([place], device=split.labels.device))
 
 
 def _name(data: Dataset, label: int) -> str:
