@@ -116,6 +116,16 @@ def test_a_search_has_as_many_trials_as_are_asked_for_with_those_of_earlier_comm
     assert (first.ran, more.ran, again.ran) == ([0, 1], [2, 3, 4], [])
 
 
+def test_a_search_without_its_study_begins_anew_and_says_so(search, capsys):
+    first, again = Launcher(0, 0), Launcher(0, 0)
+    search(first, trials=2)
+    assert "begins anew" not in capsys.readouterr().err
+    (first.folder / "study.db").write_bytes(b"")  # counts as a missing one
+    assert search(again, trials=2) == 0
+    assert "study.db has no trials: the search begins anew; jobs that it proposes again" in capsys.readouterr().err
+    assert again.ran == []  # the seed proposes the same points, whose jobs are finished
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [

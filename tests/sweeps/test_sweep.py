@@ -314,7 +314,7 @@ def test_a_search_of_a_space_with_fewer_points_than_trials_tries_them_all_and_sa
 
 @pytest.mark.slow
 def test_a_search_killed_and_run_again(python, command, small, tmp_path):
-    """The repeated command completes the trials; without its study, a search begins anew."""
+    """The repeated command completes the trials."""
     arguments = [*small, "+sweep=optuna", "k=int(interval(5,60))", "hydra.sweeper.trials=2", "tracking=jsonl"]
     process = start(python, tmp_path, *arguments)
     wait_for(lambda: finished(tmp_path))
@@ -337,11 +337,6 @@ def test_a_search_killed_and_run_again(python, command, small, tmp_path):
         by_trial.setdefault(trial, set()).add((name, value))
     assert len({frozenset(point) for point in by_trial.values()}) == 2
     assert len(folders(tmp_path, "kmclr")) == 2
-
-    (folder / "study.db").write_bytes(b"")  # counts as a missing one
-    anew = command("src.train", "--multirun", *arguments)
-    assert anew.returncode == 0, anew.stderr
-    assert "study.db has no trials: the search begins anew" in anew.stderr
 
 
 @pytest.mark.slow
