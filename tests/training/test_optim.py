@@ -10,7 +10,6 @@ from torch import nn
 from src.config import schema
 from src.training import optim
 
-LARS = schema.Optimizer("lars", lr=0.4, scale_lr=True, weight_decay=0.01, trust_coefficient=0.02, clip_trust=True)
 COSINE = schema.Schedule("cosine", warmup_epochs=1)
 
 
