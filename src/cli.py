@@ -143,8 +143,7 @@ def pretrain(composed: DictConfig) -> float:
     from src.training.loop import Hooks
     from src.training.run import run
 
-    exact_batch = any(argument.lstrip("+").startswith("batch_size=") for argument in sys.argv[1:])
-    return run(cfg, Hooks(curves.plot, pictures.illustrate, optuna_study.should_prune), exact_batch)
+    return run(cfg, Hooks(curves.plot, pictures.illustrate, optuna_study.should_prune))
 
 
 def features(composed: DictConfig) -> Path:

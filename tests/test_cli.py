@@ -207,7 +207,7 @@ def typed(tmp_path, monkeypatch, capsys):
         ("backbone=timm", "backbone.name: has no default; give it a value"),
         ("device=cuda:99", "device=cuda:99: torch sees"),
         ("data=digits batch_size=1e4", "batch_size=1"),
-        ("data=digits backbone=resnet_tiny batch_size=5000", "batch_size=5000 is larger than the 1294 training images"),
+        ("data=digits backbone.bn_splits=8 batch_size=5000", "batch_size=5000 is larger than the 1294 training images"),
         ("data=digits data.limit=3", "data.limit=3"),
         ("data=image_folder data.root=nowhere", "nowhere: no such folder"),
         ("data=parquet data.root=.", "no parquet files (train-*.parquet, ...) in or below that folder"),

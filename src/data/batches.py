@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
 
 def images_a_step(batch_size: int, images: int) -> int:
-    """The number of images in a batch: all images if there are fewer than a default batch size."""
+    """The number of images in a batch: all images if there are fewer than ``batch_size``."""
     return min(batch_size, images)
 
 

@@ -133,27 +133,26 @@ class StudySweeper(GridSweeper):
         """Make the job of a trial, whose settings have been drawn."""
         point = [f"{key}={value}" for key, value in trial.params.items()]
         job = self.composer.identify(self.composer([*fixed, *point]))
-        if job.cfg and (reason := self._refused(job.cfg, job.overrides)):
+        if job.cfg and (reason := self._refused(job.cfg)):
             job = Job.impossible(job.overrides, job.skipped_keys, reason)
         job.trial = trial.number
         job.status = job.status or (PRUNED if trial.state.name == "PRUNED" else 0)
         return job
 
-    def _refused(self, cfg: Config, overrides: Sequence[str]) -> str:
+    def _refused(self, cfg: Config) -> str:
         """Say why there are too few images for a trial's settings; empty if there are enough.
 
         If the job failed for this reason, the search could not tell that from a failure that a user can mend, such as a
         full disk, and would leave the trial open.
         """
-        from src.training.checks import check_batch_fits, refuse_unfillable
+        from src.training.checks import refuse_large_batch, refuse_unfillable
 
         images = repr(cfg.data)
         try:
             if images not in self.data and known_fingerprint(cfg.data):  # a dry run decodes nothing
                 self.data[images] = load(cfg.data)
             if data := self.data.get(images):
-                if any(each.startswith("batch_size=") for each in overrides):
-                    check_batch_fits(cfg, data, exact=True)
+                refuse_large_batch(cfg, data)
                 refuse_unfillable(cfg, len(data.train), filled=cfg.init is not None)
         except UsageError as error:
             return str(error)

@@ -23,21 +23,15 @@ SMALLEST_BATCH = 2  # images; a single one has no negative
 logger = logging.getLogger(__name__)
 
 
-def check_batch_fits(cfg: Config, data: Dataset, exact: bool) -> None:
-    """Refuse a batch that is larger than the training split, or warn that it shrinks if it need not be ``exact``.
+def refuse_large_batch(cfg: Config, data: Dataset, ranks: int = 1) -> None:
+    """Refuse a batch that is larger than the training split and that cannot shrink to it.
 
     Raises:
-        UsageError: the batch is larger than the training split and may not shrink, because its size is exact, has to
-            divide into equal parts, or would be below 2.
+        UsageError: the batch is larger than the training split, and has to divide into equal parts or would shrink
+            below 2.
     """
-    if exact or cfg.backbone.bn_splits > 1 or len(data.train) < SMALLEST_BATCH:
+    if ranks > 1 or cfg.backbone.bn_splits > 1 or len(data.train) < SMALLEST_BATCH:
         check_batch_size(cfg.batch_size, data.train)
-    elif cfg.batch_size > len(data.train):
-        logger.warning(
-            "batch_size=%d: more than the %d training images, so each step takes all of them",
-            cfg.batch_size,
-            len(data.train),
-        )
 
 
 class Filling(NamedTuple):
@@ -170,6 +164,10 @@ def warn_of_doubtful_settings(cfg: Config, images: int) -> None:
             "schedule.warmup_epochs=%g: not shorter than epochs=%d, so the learning rate only ever warms up",
             cfg.schedule.warmup_epochs,
             cfg.epochs,
+        )
+    if cfg.batch_size > images:
+        logger.warning(
+            "batch_size=%d: more than the %d training images, so each step takes all of them", cfg.batch_size, images
         )
     if cfg.data.image_size > LARGEST_FOR_SMALL_STEM and cfg.backbone.stem in ("small", "small_padded"):
         logger.warning(

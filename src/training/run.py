@@ -51,7 +51,7 @@ from src.system.redact import hide_in_settings, one_line
 from src.system.stopping import Stopped, Stopper
 from src.training import distributed, loop
 from src.training.checks import (
-    check_batch_fits,
+    refuse_large_batch,
     refuse_unfillable,
     refuse_unset_gradients,
     warn_of_doubtful_settings,
@@ -63,13 +63,12 @@ from src.training.state import TrainState
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: Config, hooks: loop.Hooks, exact_batch: bool = True) -> float:
+def run(cfg: Config, hooks: loop.Hooks) -> float:
     """Run one configuration from its start, or from where it was stopped, to its result.
 
     Args:
         cfg: what `src.config.parse.parse` returned.
         hooks: decide on pruning, and draw pictures.
-        exact_batch: whether the user has set ``batch_size``; the default shrinks to a data set with fewer images.
 
     Returns:
         The last ``val/knn_top1`` in percent, which a sweep may optimise; NaN with ``data.final``, since there is no
@@ -85,7 +84,7 @@ def run(cfg: Config, hooks: loop.Hooks, exact_batch: bool = True) -> float:
     ranks = distributed.join(cfg.device)  # before images are decoded, because it refuses a GPU that does not exist
     data = load(cfg.data).to_if_it_fits(ranks.device)
     cfg.data.fingerprint = data.fingerprint  # the images are a part of the run's identity
-    state, tags = start(cfg, data, ranks, exact_batch)
+    state, tags = start(cfg, data, ranks)
     directory = ranks.broadcast(run_directory.path_of(cfg))
     if cfg.tracking.name == "mlflow" and ranks.first:
         mlflow_store.check(cfg.tracking.experiment)  # before the directory is made, because it may refuse the store
@@ -99,14 +98,14 @@ def run(cfg: Config, hooks: loop.Hooks, exact_batch: bool = True) -> float:
         return say_result(directory) if ranks.first else math.nan
 
 
-def start(cfg: Config, data: Dataset, ranks: Ranks, exact_batch: bool) -> tuple[TrainState, dict[str, str]]:
+def start(cfg: Config, data: Dataset, ranks: Ranks) -> tuple[TrainState, dict[str, str]]:
     """Build the state that is trained; returns it with the tags that say which weights it starts from.
 
     Raises:
         UsageError: the configuration is impossible, by itself or with these images.
     """
     ranks.refuse_unsupported(cfg)
-    check_batch_fits(cfg, data, exact_batch or ranks.world_size > 1)
+    refuse_large_batch(cfg, data, ranks.world_size)
     refuse_too_few(data)
     state = TrainState(cfg, data, ranks)
     refuse_unset_gradients(state.method.encoder, cfg.data.image_size, state.device, state.dtype)

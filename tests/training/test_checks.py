@@ -14,7 +14,7 @@ from src.support.kmeans import KMeans
 from src.support.search import TorchSearch
 from src.training.checks import (
     _refuse_idle_refit,
-    check_batch_fits,
+    refuse_large_batch,
     refuse_unfillable,
     refuse_unset_gradients,
     warn_of_doubtful_settings,
@@ -41,10 +41,12 @@ def test_doubtful_settings_are_warned_of(run, caplog):
         (["method=kmclr", "k=200"], 200, False),
         (["method=simclr", "epochs=5", "schedule.warmup_epochs=5"], 200, True),
         (["method=simclr", "epochs=5", "schedule.warmup_epochs=4.9"], 200, False),
+        (["method=simclr", "batch_size=200"], 199, True),
+        (["method=simclr", "batch_size=200"], 200, False),
     ],
 )
 def test_settings_are_doubtful_from_an_exact_bound_on(caplog, overrides, images, warns):
-    warn_of_doubtful_settings(parsed(*overrides), images)
+    warn_of_doubtful_settings(parsed("batch_size=64", *overrides), images)
     assert bool(caplog.text) == warns
 
 
@@ -109,15 +111,26 @@ def test_an_idle_window_is_refused_before_anything_is_written(run, tmp_path):
     assert not (tmp_path / "refit").exists()
 
 
-def test_a_batch_that_was_asked_for_or_has_parts_is_never_made_smaller(caplog):
-    data = SimpleNamespace(train=range(180))
-    check_batch_fits(parsed("batch_size=180"), data, exact=True)
-    assert not caplog.text
-    check_batch_fits(parsed(), data, exact=False)
-    assert "batch_size=256: more than the 180 training images, so each step takes all of them" in caplog.text
-    for cfg, exact in ((parsed(), True), (parsed("backbone.bn_splits=8"), False)):
+def test_a_batch_shrinks_to_the_images_whether_its_size_is_typed_or_not(run, monkeypatch, caplog, capsys):
+    few = ["method=simclr", "data.limit=50", "epochs=1"]
+    directory = run(*few)
+    assert "batch_size=64: more than the 50 training images, so each step takes all of them" in caplog.text
+    assert Record.load(directory).params["batch_size"] == "50"
+    monkeypatch.setattr("sys.argv", ["src.train", "batch_size=64"])
+    capsys.readouterr()
+    run(*few)
+    assert capsys.readouterr().out.startswith("run: finished")
+
+
+def test_a_batch_of_equal_parts_or_of_a_single_image_is_refused():
+    data, single = SimpleNamespace(train=range(180)), SimpleNamespace(train=range(1))
+    refuse_large_batch(parsed(), data)
+    refuse_large_batch(parsed("batch_size=180", "backbone.bn_splits=4"), data, ranks=2)
+    for cfg, ranks in ((parsed(), 2), (parsed("backbone.bn_splits=8"), 1)):
         with pytest.raises(UsageError, match="batch_size=256 is larger than the 180 training images"):
-            check_batch_fits(cfg, data, exact)
+            refuse_large_batch(cfg, data, ranks)
+    with pytest.raises(UsageError, match="batch_size=256 is larger than the 1 training images"):
+        refuse_large_batch(parsed(), single)
 
 
 def test_images_that_are_left_over_in_every_epoch_fill_no_support_set():
