@@ -18,6 +18,7 @@ from src.errors import UsageError
 logger = logging.getLogger(__name__)
 
 MANY = 100_000  # files; from here on a run checks only their folders when it starts, as checking all takes minutes
+ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet's: an image's name, its class and a box in each line, with tabs
 SETTLED = 2.0  # seconds: the coarsest resolution of file times on common file systems
 
 
@@ -37,6 +38,7 @@ class Files(NamedTuple):
     folder: Path
     by_class: dict[str, list[str]]  # the images of each class, in order; empty if images lie in the split's own folder
     everything: list[str]
+    tables: tuple[str, ...] = ()  # the files that say which class each image has, if folders do not
 
 
 def image_folder(root: str | Path, train_split: str | None = None, test_split: str | None = None) -> Source:
@@ -60,7 +62,7 @@ def image_folder(root: str | Path, train_split: str | None = None, test_split: s
     # The classes are those of the first split that has two or more.
     classes = next((list(files.by_class) for files in splits.values() if len(files.by_class) > 1), [])
     parts = {name: _part(files, classes) for name, files in splits.items()}
-    paths = [path for files in splits.values() for path in files.everything]
+    paths = [path for files in splits.values() for path in (*files.everything, *files.tables)]
     states = settled(seen, began) if len(paths) >= MANY else {}
     return Source(stamp(paths), lambda: arrange(classes, parts, train_split, test_split), states)
 
@@ -160,9 +162,35 @@ def _files(folder: Path, seen: set[str]) -> Files:
         raise UsageError(
             f"{folder}: holds no images ({' '.join(SUFFIXES)}), in class folders or without; set data.root"
         )
-    if others := [path for path in files if not _is_image(path)]:
+    annotations = str(folder / ANNOTATIONS)
+    is_annotated = annotations in beside and len(by_class) < 2
+    if others := [path for path in files if not (_is_image(path) or (is_annotated and path == annotations))]:
         logger.warning("%s: files that are not images are left out (%d), first %s", folder, len(others), others[0])
+    if is_annotated:
+        return _annotated(folder, images, annotations)
     return Files(folder, {} if loose else by_class, images)
+
+
+def _annotated(folder: Path, images: list[str], annotations: str) -> Files:
+    """Give images the classes that a table beside them says, as Tiny ImageNet has it for its validation images.
+
+    Raises:
+        UsageError: the table cannot be read, or lacks an image.
+    """
+    try:
+        lines = Path(annotations).read_text(encoding="utf-8").splitlines()
+        class_of = dict(line.split("\t")[:2] for line in lines)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{annotations}: cannot be read as names of images and their classes, with a tab between them ({error}); "
+            "mend it, or move each image into a folder of its class"
+        ) from error
+    by_class: dict[str, list[str]] = {}
+    for path in images:
+        if (name := os.path.basename(path)) not in class_of:
+            raise UsageError(f"{path}: is not in {annotations}; add a line with its class, or remove the image")
+        by_class.setdefault(class_of[name], []).append(path)
+    return Files(folder, by_class, [path for paths in by_class.values() for path in paths], (annotations,))
 
 
 def _is_image(path: str) -> bool:

@@ -584,6 +584,50 @@ class TestParquet:
         assert f"{tmp_path / 'train-0.parquet'} row 5: truncated, or not an image" in refusal("parquet", tmp_path)
 
 
+class TestTinyImagenet:
+    @pytest.fixture
+    def root(self, tmp_path):
+        """A miniature as the archive has it: the classes of the validation images are in a table beside them."""
+        counts = {"train/n1/images": 6, "train/n2/images": 6, "val/images": 4, "test/images": 3}
+        write_folder(tmp_path / "tiny-imagenet-200", counts, ".JPEG")
+        for name in ("n1", "n2"):
+            (tmp_path / f"tiny-imagenet-200/train/{name}/{name}_boxes.txt").write_text("0.JPEG\t0\t0\t7\t7\n")
+        lines = [f"{i}.JPEG\t{name}\t0\t0\t7\t7\n" for i, name in enumerate(("n2", "n1", "n2", "n2"))]
+        (tmp_path / "tiny-imagenet-200/val/val_annotations.txt").write_text("".join(lines))
+        return tmp_path / "tiny-imagenet-200"
+
+    def test_it_is_tested_on_its_labelled_validation_images(self, config, root, caplog):
+        dataset = load(config("image_folder", root, final=True))
+        assert dataset.classes == ["n1", "n2"]
+        assert dataset.train.labels.tolist() == [0] * 6 + [1] * 6, "all training images are trained on"
+        images = {label: [] for label in (0, 1)}
+        for label, image in zip(dataset.test.labels.tolist(), dataset.test.images, strict=True):
+            images[label].append(image.tolist())
+        stored = [Image.open(root / f"val/images/{i}.JPEG").convert("RGB") for i in range(4)]
+        expected = [pixels([image])[0].tolist() for image in stored]
+        assert images[0] == [expected[1]]
+        assert sorted(images[1]) == sorted(expected[i] for i in (0, 2, 3))
+        assert "val_annotations.txt" not in caplog.text
+
+    def test_another_table_makes_a_new_cache(self, config, root):
+        load(config("image_folder", root, final=True))
+        table = root / "val/val_annotations.txt"
+        table.write_text(table.read_text().replace("n2", "n1", 1))
+        assert load(config("image_folder", root, final=True)).test.labels.tolist().count(0) == 2
+
+    @pytest.mark.parametrize(
+        ("lines", "says"),
+        [
+            ("0.JPEG\tn1\n", "val/images/1.JPEG: is not in"),
+            ("0.JPEG n1\n", "val/val_annotations.txt: cannot be read as names of images and their classes"),
+            ("".join(f"{i}.JPEG\tn{i}\n" for i in (3, 2, 1, 0)), "val/n0: a class without training images"),
+        ],
+    )
+    def test_a_table_that_does_not_fit_is_named(self, refusal, root, lines, says):
+        (root / "val/val_annotations.txt").write_text(lines)
+        assert says in refusal("image_folder", root)
+
+
 class TestImagenet:
     def test_folders_of_synsets(self, config, tmp_path):
         counts = {"train/n01440764": 6, "train/n02102040": 6, "val/n01440764": 2, "val/n02102040": 1}
@@ -591,6 +635,17 @@ class TestImagenet:
         assert dataset.classes == ["n01440764", "n02102040"]
         assert dataset.train.labels.tolist() == [0] * 6 + [1] * 6
         assert dataset.test.labels.tolist() == [0, 0, 1]
+
+    def test_some_of_its_classes_by_links(self, config, tmp_path):
+        counts = {f"{split}/n0{i}": 4 for split in ("train", "val") for i in range(3)}
+        whole = write_folder(tmp_path / "imagenet", counts, ".JPEG")
+        for split in ("train", "val"):
+            (tmp_path / "two" / split).mkdir(parents=True)
+            for name in ("n00", "n02"):
+                (tmp_path / "two" / split / name).symlink_to(whole / split / name)
+        dataset = load(config("imagenet", tmp_path / "two", final=True))
+        assert dataset.classes == ["n00", "n02"]
+        assert dataset.test.labels.tolist() == [0] * 4 + [1] * 4
 
     def test_the_hubs_shards_whose_test_labels_are_hidden(self, config, tmp_path):
         names = ["tench, Tinca tinca", "goldfish"]
