@@ -404,9 +404,8 @@ class Delivery:
             entry.rows = self.bytes, self.digest.hexdigest()
             yield
         for name, path in artifacts.items():
-            client.log_artifact(entry.run_id, str(path), os.path.dirname(name) or None)
-            if name == ENCODER:
-                self._log_model(path)
+            if name != ENCODER or not self._log_model(path):
+                client.log_artifact(entry.run_id, str(path), os.path.dirname(name) or None)
             self.artifacts.add(name)
             yield
         if record.status != "RUNNING":
@@ -429,8 +428,12 @@ class Delivery:
         except MlflowException:  # another job of the sweep has just created the data set, or the store is down
             self.client.log_inputs(self.entry.run_id, [data])
 
-    def _log_model(self, encoder: Path) -> None:
-        """Log the encoder as a model of the run, with its signature and test metrics; repeating this completes it."""
+    def _log_model(self, encoder: Path) -> bool:
+        """Log the encoder as a model of the run, with its signature and test metrics; repeating this completes it.
+
+        Returns:
+            False, with nothing logged, if the server knows no models.
+        """
         from mlflow.entities import LoggedModelOutput, Metric
         from mlflow.exceptions import MlflowException
         from mlflow.models import Model, ModelSignature
@@ -444,7 +447,7 @@ class Delivery:
         except MlflowException as error:
             if error.error_code != "ENDPOINT_NOT_FOUND":  # a server of MLflow 2 has no logged models
                 raise
-            return
+            return False
         note = {TAG_NOTE: _describe_model(run_id, takes, gives)}
         model = next(iter(found), None) or client.create_logged_model(home, MODEL, run_id, note, params)
         model_id = model.model_id
@@ -465,6 +468,7 @@ class Delivery:
         if model_id not in {each.model_id for each in client.get_run(run_id).outputs.model_outputs}:
             client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
         client.finalize_logged_model(model_id, "READY")
+        return True
 
     def terminate(self) -> None:
         """Tell MLflow how the run ended."""
