@@ -81,7 +81,7 @@ class Protocol:
     def final(
         self, frozen: FrozenEncoder, features: tuple[Features, Features | None] | None = None
     ) -> dict[str, float]:
-        """Evaluate kNN and a linear probe on the test images, in percent; only this method measures on test images.
+        """Evaluate kNN and a linear probe on the test images, in percent; no other method here reads the test images.
 
         The number of neighbours and the probe's learning rate are chosen on the validation images. With ``data.final``
         there are none: both are chosen on a tenth of the training images, and the probe is then trained on all of them.

@@ -142,8 +142,8 @@ class StudySweeper(GridSweeper):
     def _refused(self, cfg: Config) -> str:
         """Say why there are too few images for a trial's settings; empty if there are enough.
 
-        If the job failed for this reason, the search could not tell that from a failure that a user can mend, such as a
-        full disk, and would leave the trial open.
+        A job that refuses its own settings ends with the status of every mistake, also of those that a user can mend
+        without another trial, such as an MLflow store that does not open. So the search would leave the trial open.
         """
         from src.training.checks import refuse_large_batch, refuse_unfillable
 

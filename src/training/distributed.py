@@ -5,7 +5,7 @@ same arithmetic on the whole batch: heads, lookup, loss, support set and online 
 methods and support sets need not know that there are ranks. Since every rank computes the complete loss, the gradient
 of its own rows is exact, and the sum over the ranks is the encoder's gradient.
 
-In a single process that no launcher has started, the functions of this module do nothing.
+In a single process that no launcher has started, nothing is exchanged.
 """
 
 from __future__ import annotations
