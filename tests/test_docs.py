@@ -1,9 +1,14 @@
 """What README and docs/ point to is there, their commands compose, and every metric and option is explained."""
 
+import json
+import math
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -13,6 +18,7 @@ from src import cli
 from src.config.schema import Data
 from src.evaluation import evaluate
 from src.reporting import report
+from src.runs.metrics_file import encode
 from src.sweeps import jobs
 from tests.config.test_schema import CONF, options
 from tests.conftest import PROJECT
@@ -105,6 +111,21 @@ def test_every_report_can_be_made(typed, monkeypatch, line):
     monkeypatch.setattr(report, "read_sweep", lambda sweep, backend, root: (f"study-{sweep}", STUDY))
     table = re.search(r"^table: (\S+)", typed(cli.report, line), re.MULTILINE)[1]
     assert "NNCLR" in Path(table).read_text()
+
+
+def test_the_lines_for_tensorboard_copy_every_value(tmp_path, monkeypatch):
+    """A stub stands for TensorBoard, which is not installed with this project."""
+    values = [("train/loss", math.nan, 0), ("train/loss", 2.5, 3), ("val/knn_top1", math.inf, 3)]
+    rows = [{"step": step, "time": 1, "metrics": encode({key: value})} for key, value, step in values]
+    (tmp_path / "multirun/NAME").mkdir(parents=True)
+    (tmp_path / "multirun/NAME/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    writer = MagicMock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
+    (lines,) = re.findall(r"^ {4}import json\n(?: {4}.*\n)+", (PROJECT / "docs/runs.md").read_text(), re.MULTILINE)
+    exec(textwrap.dedent(lines), {})
+    copied = [call.args for call in writer().__enter__().add_scalar.call_args_list]
+    assert str(copied) == str(values)  # NaN is not equal to itself
 
 
 def test_there_are_lines_of_every_command():
