@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -45,3 +46,16 @@ def test_the_control_returns_the_nearest_of_other_images():
     torch.testing.assert_close(found.embeddings, stored_ND[found.ids])
     assert support.anchors is None
     assert support.lookup(stored_ND).ids.tolist() == list(range(12))  # in validation every entry counts
+
+
+def test_a_project_with_a_package_src_can_copy_what_is_needed_into_it(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/__init__.py").touch()
+    copied = re.findall(r"`(src/[\w./]+)`", (PROJECT / "docs/library.md").read_text().partition("```")[0])
+    for name in copied:
+        copy = shutil.copytree if (PROJECT / name).is_dir() else shutil.copy
+        copy(PROJECT / name, tmp_path / name)
+    used = "import src.losses, src.support.evolving, src.support.kmeans, src.support.queue, src.support.search"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", used], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
