@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from hydra.core.utils import JobStatus
+from omegaconf import flag_override
 
 from src.errors import RunFailed, UsageError
 from src.sweeps.jobs import OBJECTIVE, Job
@@ -50,6 +51,8 @@ def launcher(as_hydra_does, tmp_path, cache_dir, monkeypatch):
         sweeper = ("hydra/sweeper=optuna", f"hydra.sweeper.direction={direction}")
         fixed = ("data=digits", "tracking=jsonl", f"data.cache_dir={cache_dir}")
         found = as_hydra_does(AtOnce([*fixed, *overrides], dict(ends)), *sweeper, *fixed, *overrides)
+        with flag_override(found.config.hydra, "readonly", False):
+            found.config.hydra.overrides.hydra = list(sweeper)
         context = SimpleNamespace(config_loader=found.composer.loader)
         found.setup(hydra_context=context, task_function=None, config=found.config)
         return found
