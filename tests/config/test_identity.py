@@ -192,6 +192,7 @@ def test_the_hash_is_of_what_matters():
         (["experiment=original"], "d604a999"),
         (["experiment=original", "method=simclr"], "7d7c57b9"),
         (["experiment=mnn"], "14c352b3"),
+        (["experiment=solo_nnclr"], "4c394b1e"),
     ],
 )
 def test_the_recipes_of_papers_keep_their_hashes(recipe, kept):

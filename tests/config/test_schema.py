@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -44,7 +46,7 @@ def test_every_option_of_every_group_composes(group, option):
 @pytest.mark.parametrize("method", ["simclr", "nnclr", "kmclr"])
 def test_every_experiment_composes_with_every_method_unless_it_names_one(experiment, method):
     teachers = {"simclr": "byol", "nnclr": "mnn", "kmclr": "mnn_prototypes"}
-    names_one = experiment.startswith(("original_", "imagenet_"))
+    names_one = experiment.startswith(("original_", "solo_", "imagenet_"))
     named = experiment.rpartition("_")[2] if names_one else None
     named = {"mnn": "mnn", "teacher": teachers[method]}.get(experiment, named)  # named by their objective
     cfg = parsed(f"experiment={experiment}", *([] if names_one else [f"method={method}"]))
@@ -102,6 +104,23 @@ def test_the_original_study_to_the_letter():
     assert cfg.data.val_fraction == 0.1
     cfg = parsed("experiment=original_nnclr")
     assert (cfg.queue_size, cfg.objective.predictor_hidden, cfg.objective.support_weight) == (98304, 4096, 1)
+
+
+def test_nnclr_as_solo_learn_trains_it():
+    cfg = parsed("experiment=solo_nnclr")
+    assert (cfg.method.name, cfg.queue_size, cfg.epochs, cfg.batch_size) == ("nnclr", 65536, 1000, 256)
+    assert (cfg.backbone.name, cfg.backbone.stem, cfg.data.name) == ("resnet18", "small_padded", "cifar100")
+    assert cfg.objective == schema.Contrast("published", 0.2, support_weight=1.0, predictor_hidden=4096)
+    assert cfg.projector == schema.Projector([2048, 2048], 256)
+    lars = {"momentum": 0.9, "trust_coefficient": 0.02, "clip_trust": True}
+    assert cfg.optimizer == schema.Optimizer("lars", 0.4, scale_lr=True, weight_decay=1e-5, **lars)
+    assert (cfg.schedule.name, cfg.schedule.warmup_epochs) == ("cosine", 10)
+    one, two = cfg.augment.view1, cfg.augment.view2
+    assert two == replace(one, solarize=0.2)
+    assert (one.crop_scale, one.flip, one.jitter, one.grey) == ([0.08, 1.0], 0.5, 0.8, 0.2)
+    assert (one.brightness, one.contrast, one.saturation, one.hue) == (0.4, 0.4, 0.2, 0.1)
+    assert (one.blur, one.solarize) == (0.0, 0.0)
+    assert (cfg.evaluation.name, cfg.evaluation.online_lr) == ("linear", 0.1)
 
 
 def test_mnn_as_its_authors_train_it():
