@@ -39,7 +39,7 @@ PANELS = {
 COMPARED = {
     "val/knn_top1": ("kNN accuracy on\nvalidation images (%)", 1),
     AGREEMENT: ("right positives of\nvalidation images (%)", 100),
-    NEIGHBOUR: ("right, if of another image (%);\nof prototypes the commonest class", 100),
+    NEIGHBOUR: ("nearest entry, if of another image,\nis of the anchor's class (%)", 100),
     "support/self_hit": ("nearest entry is of\nthe anchor's own image (%)", 100),
 }
 MAX_COURSES_IN_PANEL = 5  # with more, each method has a column of panels
@@ -70,6 +70,7 @@ class Course(NamedTuple):
     directories: tuple[Path, ...]
     cycle: int = 1  # epochs from one reset of the support set to the next
     is_untrained: bool = False  # the encoder before the first step, drawn as a level
+    has_queue: bool = False  # stores single embeddings, and no prototypes
 
 
 def read(directory: Path) -> Curves:
@@ -172,7 +173,7 @@ def compare(courses: Sequence[Course]) -> Figure | None:
     measured = {course: _worth_drawing(course) for course in courses}
     drawn = {metric: {each: p for each in courses if (p := measured[each].get(metric))} for metric in COMPARED}
     if drawn[NEIGHBOUR].keys() <= drawn[AGREEMENT].keys():
-        drawn[NEIGHBOUR] = {}  # it flatters prototypes, and serves only for older runs, which lack the other
+        drawn[NEIGHBOUR] = {}  # it serves only for older runs, which lack the other
     metrics = [metric for metric, each in drawn.items() if each]
     if not metrics or not any(course.epochs for course in courses):
         return None
@@ -211,8 +212,14 @@ def compare(courses: Sequence[Course]) -> Figure | None:
 
 
 def _worth_drawing(course: Course) -> dict[str, list[Point]]:
-    """The points of `over_epochs` without metrics of a support set that stores nothing, and without rare self-hits."""
+    """The points of `over_epochs` without metrics of a support set that stores nothing, and without rare self-hits.
+
+    The `neighbour_agreement` is of queues only: it counts a prototype as right if the commonest class among its members
+    is the anchor's, which flatters prototypes beside a queue.
+    """
     found = over_epochs(course, [each for each in COMPARED if course.size or not each.startswith("support/")])
+    if not course.has_queue:
+        found.pop(NEIGHBOUR, None)
     own = found.get("support/self_hit", [])
     if all(point.mean < MIN_SELF_HITS for point in own):
         found.pop("support/self_hit", None)

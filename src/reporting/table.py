@@ -198,8 +198,20 @@ def courses(rows: Sequence[TableRow]) -> list[curves.Course]:
         if not here:
             continue
         title = f"{row.title} ({len(here)} of {len(row.runs)} seeds)" if len(here) < len(row.runs) else row.title
-        epochs, is_untrained = int(row.runs[0].params["epochs"]), row.method == UNTRAINED
-        found.append(curves.Course(title, row.name, row.size, row.colour, epochs, here, cycle_of(row), is_untrained))
+        params = row.runs[0].params
+        found.append(
+            curves.Course(
+                title,
+                row.name,
+                row.size,
+                row.colour,
+                int(params["epochs"]),
+                here,
+                cycle_of(row),
+                is_untrained=row.method == UNTRAINED,
+                has_queue=params.get("support.name") == "queue",
+            )
+        )
     return found
 
 

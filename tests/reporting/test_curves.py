@@ -20,7 +20,8 @@ def points(course, metric):
 
 
 def course(title, size, directories, colour="blue", cycle=1, method=None):
-    return Course(title, method or title.split()[0], size, colour, 8, directories, cycle)
+    method = method or title.split()[0]
+    return Course(title, method, size, colour, 8, directories, cycle, has_queue=method == "NNCLR")
 
 
 def test_a_course_is_the_mean_over_seeds_where_all_of_them_have_a_value(tmp_path):
@@ -79,30 +80,42 @@ def test_a_few_courses_share_their_panels_and_what_stores_nothing_has_no_nearest
         (write(tmp_path / name, [0.1, 0.2], metric),)
         for name, metric in zip("abcd", ["val/knn_top1", NEIGHBOUR, NEIGHBOUR, "support/self_hit"], strict=True)
     )
-    some = [course("SimCLR", 0, none, "black"), course("KMCLR 50", 50, small), course("KMCLR 4,096", 4096, large)]
+    some = [course("SimCLR", 0, none, "black"), course("NNCLR 50", 50, small), course("NNCLR 4,096", 4096, large)]
     accuracy, agreement = compare(some).axes
     assert [line.get_label() for line in accuracy.lines] == ["SimCLR"]
-    assert [line.get_label() for line in agreement.lines] == ["KMCLR 50", "KMCLR 4,096"]
+    assert [line.get_label() for line in agreement.lines] == ["NNCLR 50", "NNCLR 4,096"]
     assert len({tuple(line.get_color()) for line in agreement.lines}) == 2
     assert list(agreement.lines[0].get_ydata()) == pytest.approx([10, 20])  # a fraction, in percent
     assert list(agreement.lines[0].get_xdata()) == [0, 2]
     assert "own image" in compare([course("NNCLR 9", 9, own, "red"), *some]).axes[-1].get_ylabel()
 
 
-def test_what_validation_images_find_takes_the_place_of_what_flatters_prototypes_where_all_have_it(tmp_path):
-    """If all runs know the right positives of validation images, the agreement in training has no panel."""
+def of_class(folder, method, metrics):
+    """A run's curve of metrics that are 0.1 throughout."""
+    rows = [{"step": i, "time": 0, "metrics": dict.fromkeys(metrics, 0.1)} for i in range(3)]
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return course(f"{method} {folder.name}", 50, (folder,), method=method)
 
-    def kmclr(name, metrics):
-        rows = [{"step": i, "time": 0, "metrics": dict.fromkeys(metrics, 0.1)} for i in range(3)]
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        return course(f"KMCLR {name}", int(name), (tmp_path / name,))
 
-    new, old = kmclr("50", [AGREEMENT, NEIGHBOUR]), kmclr("60", [NEIGHBOUR])
+def test_right_positives_of_validation_images_replace_the_agreement_in_training_where_all_runs_have_them(tmp_path):
+    new = of_class(tmp_path / "new", "NNCLR", [AGREEMENT, NEIGHBOUR])
+    old = of_class(tmp_path / "old", "NNCLR", [NEIGHBOUR])
     assert [axes.get_ylabel().split("\n")[0] for axes in compare([new]).axes] == ["right positives of"]
     both = compare([new, old]).axes
     assert [len(axes.lines) for axes in both] == [1, 2]
     assert list(both[0].lines[0].get_ydata()) == pytest.approx([10, 10, 10])  # a fraction, in percent
+
+
+def test_the_agreement_in_training_is_drawn_of_queues_only_because_it_flatters_prototypes(tmp_path):
+    queue = of_class(tmp_path / "queue", "NNCLR", ["val/knn_top1", NEIGHBOUR])
+    prototypes = of_class(tmp_path / "prototypes", "KMCLR", ["val/knn_top1", NEIGHBOUR])
+    accuracy, agreement = compare([queue, prototypes]).axes
+    assert [len(axes.lines) for axes in (accuracy, agreement)] == [2, 1]
+    assert agreement.lines[0].get_label() == queue.title
+    assert "of the anchor's class" in agreement.get_ylabel()
+    (accuracy,) = compare([prototypes]).axes
+    assert "kNN" in accuracy.get_ylabel()
 
 
 LONG = "with a number of settings that no legend has room for in a line, since each is named by its whole key and value"
@@ -161,8 +174,7 @@ def test_panels_beside_each_other_end_at_the_same_epoch(tmp_path):
     folder = write(tmp_path / "a", [10, 20, 30, 40, 50])
     with (folder / "metrics.jsonl").open("a") as file:
         for step in (5, 10, 15):
-            metrics = {"support/label_agreement": 0.1, "support/self_hit": 0.0}
-            file.write(json.dumps({"step": step, "time": 0, "metrics": metrics}) + "\n")
+            file.write(json.dumps({"step": step, "time": 0, "metrics": {AGREEMENT: 0.1}}) + "\n")
     first, second = compare([course("KMCLR 50", 50, (folder,), cycle=2)]).axes
     assert first.get_xlim() == second.get_xlim()
     assert first.get_xlim()[0] == 0

@@ -237,6 +237,9 @@ def test_curves_are_drawn_of_the_runs_whose_folders_are_here(tmp_path):
     assert (course.title, course.size, course.epochs) == ("KMCLR 50 (2 of 4 seeds)", 50, 500)
     assert course.directories == (tmp_path / "a", tmp_path / "b")
     assert course.cycle == 1  # the records do not say how often the prototypes are reset
+    assert not course.has_queue
+    queue = replace(runs[0], params=runs[0].params | {"support.name": "queue"})
+    assert courses([replace(rows[-1], runs=(queue,))])[0].has_queue
     three = {"support.forget": "reset", "support.forget_every": "3"}
     again = replace(runs[0], params=runs[0].params | three)
     assert courses([replace(rows[-1], runs=(again,))])[0].cycle == 3
