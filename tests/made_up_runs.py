@@ -21,6 +21,7 @@ def run(method, size=0, seed=0, top1=50.0, status="FINISHED", at=0.0, name=None,
     metrics = {
         "val/knn_top1": top1 - 5,
         "val/linear_top1": top1 + 1,
+        "test/knn_top1": top1 - 6,
         "test/linear_top1": top1,
         "test/linear_top5": top1 + 30,
     }

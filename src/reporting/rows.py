@@ -41,6 +41,7 @@ from src.runs.record import (
 TABLE_METRICS = {
     "val/knn_top1": "val kNN",
     "val/linear_top1": "val linear top-1",
+    "test/knn_top1": "test kNN",
     "test/linear_top1": "test linear top-1",
     "test/linear_top5": "test linear top-5",
 }

@@ -46,6 +46,7 @@ SPARE_COLUMNS = (
     "bytes",
     "of largest queue",
     TABLE_METRICS["test/linear_top5"],
+    TABLE_METRICS["test/knn_top1"],
     TABLE_METRICS["val/knn_top1"],
     AGREEMENT_TITLE,
 )
