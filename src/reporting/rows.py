@@ -56,6 +56,10 @@ FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
 OTHER_LINEAR = re.compile(r"(?:transfer/([^/]+)/)?((?:teacher\w*/)?test\w*)/linear_top1", re.ASCII)
 EVALUATED_LATER = ", evaluated later"
 GAIN = "gain over control"  # a control has the same settings, but stores nothing
+NO_CONTROL = (
+    "what storing is worth is unknown, because no row has the same settings with nothing stored: "
+    "add runs with support=none"
+)
 ROUNDING = 1e-6  # percentage points; one test image more or less is at least a thousand times as much
 PEAK = "support/peak_size"  # the metric of a support set whose number of vectors changes
 COMPARED_TAGS = (TAG_DTYPE, "git_commit", "git_dirty", "device")  # tags in which runs that are compared should agree
@@ -270,6 +274,9 @@ def _remarks(
         notes.append(f"the rows differ in their number of seeds: {seeds[0]} to {seeds[-1]}")
     elif len({frozenset(run.params["seed"] for run in row.runs) for row in rows}) > 1:
         notes.append("the rows differ in their seeds")
+    storing = [row for row in rows if row.size]
+    if storing and not any(control_of(row, rows) for row in storing):
+        notes.append(NO_CONTROL)
     young = [row for row in rows if row.values(AGREEMENT) and int(row.runs[0].params["epochs"]) % cycle_of(row)]
     if young:
         titles = some_of([row.title for row in young])

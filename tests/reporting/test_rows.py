@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from src.reporting.comparison import compared_settings, distinguishing, select
-from src.reporting.rows import AGREEMENT, control_of, difference, metrics_of, summarise
+from src.reporting.rows import AGREEMENT, NO_CONTROL, control_of, difference, metrics_of, summarise
 from src.runs.record import TAG_CONDITIONS_CHANGED, Record
 from tests.made_up_runs import STUDY, run, with_agreement, with_untrained
 
@@ -20,7 +20,7 @@ def test_rows_are_in_the_order_of_methods_then_sizes_whatever_the_order_of_runs(
     for runs in (STUDY, STUDY[::-1]):
         rows, notes = summarise(runs)
         assert [(row.method, row.size) for row in rows] == expected
-        assert notes == []
+        assert notes == [NO_CONTROL]
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=6))
@@ -118,7 +118,7 @@ def test_a_run_from_before_a_setting_existed_is_of_one_row_with_later_ones():
     old, new = run("nnclr", 64), run("nnclr", 64, seed=1, **later)
     rows, notes = summarise([old, new])
     assert [(row.variant, len(row.runs)) for row in rows] == [("", 2)]
-    assert notes == []
+    assert notes == [NO_CONTROL]
     other = run("nnclr", 64, seed=2, **(later | {"optimizer.decay_all": "True"}))
     assert sorted((row.variant, len(row.runs)) for row in summarise([old, new, other])[0]) == [
         ("optimizer.decay_all=False", 2),
@@ -166,11 +166,10 @@ def test_the_name_of_an_option_names_a_recipe():
 
 
 def test_seeds_that_were_computed_otherwise_are_noted():
-    runs = [
-        replace(run("kmclr", 50, seed), tags={"dtype": dtype}) for seed, dtype in enumerate(["float32", "bfloat16"])
-    ]
-    assert summarise(runs)[1] == ["the runs of a row differ in dtype: KMCLR 50"]
-    assert summarise([*runs[:1], replace(run("simclr"), tags={"dtype": "bfloat16"})])[1] == ["rows differ in dtype"]
+    tags = [{"dtype": dtype} for dtype in ("float32", "bfloat16")]
+    runs = [replace(run("nnclr", 0, seed), tags=each) for seed, each in enumerate(tags)]
+    assert summarise(runs)[1] == ["the runs of a row differ in dtype: nothing stored"]
+    assert summarise([*runs[:1], replace(run("simclr"), tags=tags[1])])[1] == ["rows differ in dtype"]
     assert summarise([*runs[:1], run("simclr")])[1] == []  # a record of an older version does not say
 
 
@@ -340,26 +339,36 @@ def test_the_control_of_a_relation_is_the_relation_to_nothing():
 
 def test_the_settings_of_a_row_are_gathered_once_however_many_rows_there_are(monkeypatch):
     runs = [run(*each, **{"optimizer.lr": f"0.{n:02}"}) for n in range(20) for each in (("nnclr", 0), ("kmclr", 50))]
-    rows, _ = summarise([*runs, run("simclr")])
     asked = []
     monkeypatch.setattr(
         "src.reporting.rows.compared_settings", lambda each: asked.append(each) or compared_settings(each)
     )
+    rows, _ = summarise([*runs, run("simclr")])
     found = [control_of(row, rows) for row in rows]
     assert sum(control is not None for control in found) == 20
     assert len(asked) == len(rows)
 
 
+def test_a_note_says_that_no_row_tells_what_storing_is_worth_and_how_to_add_one():
+    stored = [run("kmclr", 50), run("kmclr", 400), run("simclr")]
+    assert summarise(stored)[1] == [NO_CONTROL]
+    assert "add runs with support=none" in NO_CONTROL
+    assert NO_CONTROL in summarise([*stored, run("nnclr", 0, epochs="9")])[1], "with other settings it is no control"
+    assert NO_CONTROL not in summarise([*stored, run("nnclr", 0)])[1]
+    assert NO_CONTROL not in summarise([*stored, run("nnclr", 64, epochs="9"), run("nnclr", 0, epochs="9")])[1]
+    assert summarise([run("simclr")])[1] == []
+
+
 def test_a_note_names_few_of_many_runs():
     moved = {TAG_CONDITIONS_CHANGED: "threads was 1 and is 2 from step 9 on"}
-    runs = [replace(run("kmclr", 50, seed), tags=moved) for seed in range(100)]
+    runs = [replace(run("nnclr", 0, seed), tags=moved) for seed in range(100)]
     _, notes = summarise([*runs, *(run("nnclr", 64, seed, status="FAILED") for seed in range(100))])
     assert len(notes) == 2
     assert notes[0].endswith("nnclr-64-seed19 (failed), and 80 more")
     assert notes[1].startswith(
-        "continued under other conditions (threads was 1 and is 2 from step 9 on): kmclr-50-seed0, "
+        "continued under other conditions (threads was 1 and is 2 from step 9 on): nnclr-0-seed0, "
     )
-    assert notes[1].endswith("kmclr-50-seed19, and 80 more")
+    assert notes[1].endswith("nnclr-0-seed19, and 80 more")
 
 
 def test_how_a_queue_is_searched_keeps_no_control_from_it():
