@@ -215,6 +215,13 @@ def write_png(figure: Figure, path: Path, dpi: int) -> None:
     write_whole(path, drawn.getvalue())
 
 
+def write_pdf(figure: Figure, path: Path) -> None:
+    """Write the figure for LaTeX, which takes no SVG; without a date, so that equal figures give equal bytes."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="pdf", metadata={"CreationDate": None})
+    write_whole(path, drawn.getvalue())
+
+
 def to_svg(figure: Figure) -> str:
     """The figure as SVG, in which the text of `tell` is a mark's ``<title>``."""
     drawn = io.StringIO()

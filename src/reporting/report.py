@@ -6,8 +6,8 @@
     python -m src.report experiment=NAME out=DIR tracking=jsonl root=RUNS
     python -m src.report charts                (only says where MLflow's pages show the newest sweep's charts)
 
-Writes table.md, table.csv, table.json, plot.png, plot.svg, results.html and, of runs whose folders are here, curves.png
-to DIR: results/NAME, or results/NAME-ID of a sweep, unless it is set. The runs are read from MLflow, or with
+Writes table.md, table.csv, table.json, plot.png, plot.svg, plot.pdf, results.html and, of runs whose folders are here,
+curves.png to DIR: results/NAME, or results/NAME-ID of a sweep, unless it is set. The runs are read from MLflow, or with
 tracking=jsonl from the run.json files under RUNS: multirun, unless it is set.
 """
 
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
 
     show(rows, notes, name)
     print(f"table: {out / 'table.md'} (also .csv, .json)")
-    print(f"plot: {out / 'plot.png'} (also .svg)")
+    print(f"plot: {out / 'plot.png'} (also .svg, .pdf)")
     if (curves := out / "curves.png") in written:
         print(f"plot: {curves}")
     print(f"page: {out / 'results.html'}")

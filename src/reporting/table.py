@@ -22,7 +22,7 @@ from rich.table import Table
 from src.config.names import UNTRAINED
 from src.errors import UsageError
 from src.reporting import curves, page
-from src.reporting.plots import caption, fitting, plot, to_svg, write_png
+from src.reporting.plots import caption, fitting, plot, to_svg, write_pdf, write_png
 from src.reporting.rows import (
     ACCURACY,
     AGREEMENT_TITLE,
@@ -217,7 +217,7 @@ def courses(rows: Sequence[TableRow]) -> list[curves.Course]:
 
 
 def write(rows: Sequence[TableRow], notes: Sequence[str], experiment: str, out: Path) -> list[Path]:
-    """Write table.md, table.csv, table.json, plot.png, plot.svg and results.html and, if there are curves, curves.png.
+    """Write the report's files: the table, the plot, results.html and, if there are curves, curves.png.
 
     Returns:
         The paths of the files.
@@ -239,13 +239,15 @@ def write(rows: Sequence[TableRow], notes: Sequence[str], experiment: str, out: 
     result = {"experiment": experiment, "rows": with_ids, "notes": list(notes)}
     write_whole(out / "table.json", f"{json.dumps(result, indent=1, allow_nan=False)}\n".encode())
 
-    paths = [out / name for name in ("table.md", "table.csv", "table.json", "plot.png", "plot.svg", "results.html")]
-    # With the salt, equal runs give an SVG of equal bytes.
-    with rc_context({"font.size": 9, "svg.hashsalt": experiment, "text.parse_math": False}):
+    names = ("table.md", "table.csv", "table.json", "plot.png", "plot.svg", "plot.pdf", "results.html")
+    paths = [out / name for name in names]
+    # With the salt, equal runs give an SVG of equal bytes. Some publishers refuse PDFs with other fonts than TrueType.
+    with rc_context({"font.size": 9, "svg.hashsalt": experiment, "pdf.fonttype": 42, "text.parse_math": False}):
         figure = plot(rows)
         write_png(figure, out / "plot.png", dpi=200)
         pictures = {"Support-set size and accuracy": to_svg(figure)}
         write_whole(out / "plot.svg", pictures["Support-set size and accuracy"].encode())
+        write_pdf(figure, out / "plot.pdf")
         if drawn := curves.compare(courses(rows)):
             drawn.suptitle(fitting(caption(rows), drawn), fontsize=9)
             paths.append(out / "curves.png")

@@ -202,8 +202,11 @@ def test_the_files_hold_the_same_table_and_do_not_change_when_written_again(tmp_
     rows, notes = summarise([*STUDY, run("nnclr", 0), run("simclr", seed=9, status="KILLED")])
     write(rows, notes, "study", tmp_path)
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert sorted(first) == ["plot.png", "plot.svg", "results.html", "table.csv", "table.json", "table.md"]
+    plots, tables = ["plot.pdf", "plot.png", "plot.svg"], ["table.csv", "table.json", "table.md"]
+    assert sorted(first) == [*plots, "results.html", *tables]
     assert first["plot.png"].startswith(b"\x89PNG")
+    assert first["plot.pdf"].startswith(b"%PDF")
+    assert b"CreationDate" not in first["plot.pdf"]
     assert b"<svg" in first["plot.svg"]
 
     markdown = first["table.md"].decode()
