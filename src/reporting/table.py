@@ -25,6 +25,7 @@ from src.reporting import curves, page
 from src.reporting.plots import caption, fitting, plot, to_svg, write_pdf, write_png
 from src.reporting.rows import (
     ACCURACY,
+    AGREEMENT,
     AGREEMENT_TITLE,
     GAIN,
     RANKING,
@@ -166,10 +167,13 @@ def _known(value: float) -> float | None:
 
 
 def _differences(row: TableRow, rows: Sequence[TableRow], metrics: Iterable[str]) -> dict[str, float | None]:
-    """For each metric, the gain over the control: mean over pairs, ends of its 95% interval, and number of pairs."""
+    """For each metric, the gain over the control: mean over pairs, ends of its 95% interval, and number of pairs.
+
+    A control stores nothing, so there is none in right positives.
+    """
     control = control_of(row, rows)
     numbers: dict[str, float | None] = {}
-    for metric in metrics:
+    for metric in (each for each in metrics if each != AGREEMENT):
         found = difference(row, control, metric)
         numbers |= {f"{metric}_difference": _known(found.mean), f"{metric}_difference_low": _known(found.low)}
         numbers |= {f"{metric}_difference_high": _known(found.high), f"{metric}_pairs": found.pairs}

@@ -15,12 +15,12 @@ from src.errors import UsageError
 from src.reporting import report
 from src.reporting import table as table_module
 from src.reporting.report import Arguments, parse
-from src.reporting.rows import NO_CONTROL, summarise
+from src.reporting.rows import AGREEMENT, NO_CONTROL, summarise
 from src.reporting.table import GAIN_NOTE, courses, markdown, records, summary, table, write
 from src.runs.record import ExperimentEntry, Record
 from src.runs.tracker import Tracker
 from tests.conftest import PROJECT
-from tests.made_up_runs import STUDY, run, with_untrained, without
+from tests.made_up_runs import STUDY, run, with_agreement, with_untrained, without
 from tests.stores import JSONL
 
 ROOT = PROJECT
@@ -188,6 +188,12 @@ def test_what_storing_is_worth_stands_beside_the_figures_where_there_is_a_contro
     assert numbers["simclr"]["test/linear_top1_difference_low"] is None
     assert numbers["nothing_stored"]["test/linear_top1_difference"] is None
     assert table(summarise(STUDY)[0])[0][-1] == "test linear top-5"
+
+
+def test_right_positives_have_no_gain_because_no_control_has_any():
+    (_, stored) = records(summarise([run("nnclr", 0), with_agreement(run("kmclr", 50), 0.1)])[0])
+    assert [key for key in stored if "val_agreement" in key] == [f"{AGREEMENT}_mean", f"{AGREEMENT}_std"]
+    assert stored["test/linear_top1_difference"] == 0
 
 
 def test_what_storing_is_worth_says_that_it_rests_on_fewer_seeds_than_the_row():
