@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from src.config.names import COLOURS, UNTRAINED
-from src.reporting.plots import LINES, frame, tell, wrapped, write_png
+from src.reporting.plots import LINES, frame, legend_below, tell, write_png
 from src.reporting.rows import AGREEMENT
 from src.runs.metrics_file import read_rows
 from src.runs.record import CURVES, METRICS
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -39,14 +38,12 @@ PANELS = {
 COMPARED = {
     "val/knn_top1": ("kNN accuracy on\nvalidation images (%)", 1),
     AGREEMENT: ("right positives of\nvalidation images (%)", 100),
-    NEIGHBOUR: ("nearest entry, if of another image,\nis of the anchor's class (%)", 100),
+    NEIGHBOUR: ("right positives among those\nfrom other images (%)", 100),
     "support/self_hit": ("nearest entry is of\nthe anchor's own image (%)", 100),
 }
 MAX_COURSES_IN_PANEL = 5  # with more, each method has a column of panels
 MAX_NAMED_COURSES = 6  # of a method; with more, all but the best are thin lines without a name
 MAX_NAME_CHARS = 24  # of the name of a method's best course
-MAX_LEGEND_CHARS = 36  # in a line of a legend
-LEGEND_MARGIN = 0.03  # between a legend and a curve, as a fraction of a panel's height
 MIN_SELF_HITS = 0.005  # of lookups; self-hits that never reach this fraction are not drawn
 MIN_UNMARKED_POINTS = 12  # a curve with fewer points has markers
 
@@ -188,9 +185,8 @@ def compare(courses: Sequence[Course]) -> Figure | None:
     rows, columns = len(cells), len(cells[0])
     figure = Figure(figsize=(max(4.0, 3.5 * columns), 0.4 + 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, max(1, columns), squeeze=False, sharey="row" if methods else False)
-    lines: list[list[Axes]] = []  # of the panels that have something to show
     for line, some in zip(panels, cells, strict=True):
-        lines.append([])
+        is_first = True
         for axes, (metric, group) in zip(line, some, strict=True):
             title, factor = COMPARED[metric]
             shown = [each for each in group if each in drawn[metric]]
@@ -199,13 +195,17 @@ def compare(courses: Sequence[Course]) -> Figure | None:
                 continue
             _panel(axes, shown, drawn[metric], factor, styles)
             axes.set_xlim(0, 1.05 * max(course.epochs for course in courses))
-            if not lines[-1] or not methods:
+            if is_first or not methods:
                 axes.set_ylabel(title)
                 axes.tick_params(labelleft=True)
-            lines[-1].append(axes)
-    for line in lines:  # once all is drawn, because the panels of methods share their line's axis
-        for together in [line] if methods else [[axes] for axes in line]:
-            _place_legends(together)
+            is_first = False
+    named: dict[str, Artist] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    if named:
+        legend = legend_below(figure, named)
+        figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
     for axes, method in zip(panels[0], methods, strict=False):
         axes.set_title(method, fontsize="medium")
     return figure
@@ -244,11 +244,10 @@ def _styles(courses: Sequence[Course], accuracy: Mapping[Course, float]) -> dict
                     if course.size
                     else {"color": course.colour, "linestyle": LINES[place % len(LINES)]}
                 )
-                styles[course] = look | {"label": wrapped(course.title, MAX_LEGEND_CHARS)}
+                styles[course] = look | {"label": course.title}
             elif course == best:
                 title = course.title if len(course.title) < MAX_NAME_CHARS else method
-                label = wrapped(f"{title}, best kNN of {len(some)}", MAX_LEGEND_CHARS)
-                styles[course] = {"color": course.colour, "label": label, "zorder": 3}
+                styles[course] = {"color": course.colour, "label": f"{title}, best kNN of {len(some)}", "zorder": 3}
             else:
                 styles[course] = {"color": course.colour, "alpha": 0.35, "linewidth": 0.7}
     return styles
@@ -273,37 +272,6 @@ def _panel(
             axes.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
     axes.set(xlabel="epoch")
     frame(axes)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small", handlelength=1.6, loc="upper left", edgecolor="none", framealpha=0.8)
-
-
-def _place_legends(panels: Sequence[Axes]) -> None:
-    """Put the legends of panels that share an axis at the right, where no curve is, or extend the axis above them."""
-    legends = {axes: legend for axes in panels if (legend := axes.get_legend())}
-    lines = {axes: "\n".join(axes.get_legend_handles_labels()[1]).split("\n") for axes in legends}
-    low, high = panels[0].get_ylim()
-    height = min(0.02 + 0.072 * max(map(len, lines.values()), default=0), 0.6)  # of a legend in panel heights
-    taken = [
-        (value - low) / (high - low)
-        for axes in legends
-        for value in _values(axes, 0.86 - 0.024 * max(map(len, lines[axes])))  # by the longest line's letters
-    ]
-    for bottom in (0.02 * step for step in range(30)):
-        if not any(bottom - LEGEND_MARGIN < point < bottom + height + LEGEND_MARGIN for point in taken):
-            for axes, legend in legends.items():
-                legend.set_loc("lower right")
-                legend.set_bbox_to_anchor((1, bottom), axes.transAxes)
-            return
-    panels[0].set_ylim(max(0.0, low), high + height / (1 - height) * (high - low))
-
-
-def _values(axes: Axes, start: float) -> Iterator[float]:
-    """The curves' values to the right of ``start``, a fraction of the panel's width."""
-    left = max(0.0, start) * axes.get_xlim()[1]
-    for line in axes.get_lines():
-        x, y = map(np.asarray, line.get_data())
-        if x[-1] >= left:
-            yield from np.interp(np.linspace(left, x[-1], 50), x, y)
 
 
 def _shade(colour: str, fraction: float) -> tuple[float, float, float]:

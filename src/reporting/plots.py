@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
     from matplotlib.lines import Line2D
 
 AXES = {
@@ -149,12 +150,17 @@ def by_size(rows: Sequence[TableRow]) -> Figure:
         _cap(axes)
     figure.suptitle(fitting(caption(rows) + _without_bars(panels), figure), fontsize=9)
     if handles:
-        letters = int(12.2 * figure.get_figwidth())  # of a line in the legend below the panels
-        names = [wrapped(label, letters) for label in handles]
-        longest = max(len(line) for name in names for line in name.split("\n"))
-        columns = min(4, len(names), max(1, (letters + 8) // (longest + 8)))
-        figure.legend(list(handles.values()), names, loc="outside lower center", ncols=columns, frameon=False)
+        legend_below(figure, handles)
     return figure
+
+
+def legend_below(figure: Figure, handles: Mapping[str, Artist]) -> Legend:
+    """Draw one legend for all panels, below them, in as many columns as the names leave room for."""
+    letters = int(12.2 * figure.get_figwidth())  # of a line in the legend
+    names = [wrapped(label, letters) for label in handles]
+    longest = max(len(line) for name in names for line in name.split("\n"))
+    columns = min(4, len(names), max(1, (letters + 8) // (longest + 8)))
+    return figure.legend(list(handles.values()), names, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def dots(rows: Sequence[TableRow]) -> Figure:
