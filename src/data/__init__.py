@@ -71,7 +71,7 @@ class Dataset:
 
     def names(self, cfg: Data) -> dict[str, Iterator[tuple[str, str]]]:
         """The split and the name of each image, listed for each part of the cache: `src.data.cache.image_names`."""
-        return image_names(cfg, self._cache.skipped)
+        return image_names(cfg, self._cache)
 
     def to_if_it_fits(self, device: torch.device) -> Dataset:
         """Copy the training, validation and probe images to a GPU if they fit into a quarter of its free memory.

@@ -18,6 +18,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +50,7 @@ class Cache:
     """
 
     def __init__(self, path: Path):
-        self._file = safe_open(path, framework="pt")
+        self.path, self._file = path, safe_open(path, framework="pt")
         notes = self._file.metadata() or {}
         _verify(path, notes.get("sha256", ""))
         self.fingerprint = notes["fingerprint"]
@@ -57,6 +58,7 @@ class Cache:
         self.skipped: list[str] = json.loads(notes["skipped"])  # for each image left out, its name and the reason
         self.notes: list[str] = json.loads(notes["notes"])  # what a user has to know about the splits
         self.size: int | None = json.loads(notes.get("size", "null"))  # S, if whole images are stored; else None
+        self.commit = notes.get("commit")  # of a data set from the hub; caches made by older versions lack it
         self.counts: dict[str, int] = json.loads(notes["counts"])  # how many images each part has
         self.mean: list[float] = self._file.get_tensor("mean").tolist()
         self.std: list[float] = [std or 1.0 for std in self._file.get_tensor("std").tolist()]  # 0: a constant channel
@@ -128,20 +130,28 @@ def fingerprint(cfg: Data) -> str:
     return known_fingerprint(cfg) or cached(cfg).fingerprint
 
 
-def image_names(cfg: Data, skipped: list[str]) -> dict[str, Iterator[tuple[str, str]]]:
+def image_names(cfg: Data, cache: Cache) -> dict[str, Iterator[tuple[str, str]]]:
     """List the split and the name of each image of the parts ``train``, ``test`` and ``probe``, in the cache's order.
 
-    The name is the one that error messages use: the path of the image's file, or a shard and a row.
+    The name is the one that error messages use: the path of the image's file, or a shard and a row. Names from the hub
+    are those of the commit that was decoded, even if the branch has moved since.
 
     Args:
         cfg: the settings of a data set that has been decoded.
-        skipped: `Cache.skipped`, the lines about images that were left out.
+        cache: the open cache of that data set.
 
     Raises:
-        UsageError: as in `cached`.
+        UsageError: as in `cached`, or the cache does not tell which commit was decoded.
     """
+    if cfg.name == "hub":
+        if cache.commit is None:
+            raise UsageError(
+                f"{shown(cfg)}: {cache.path} is from an older version and does not tell which commit its images are "
+                "of, so they have no names; remove it, and run this again, which decodes them anew"
+            )
+        cfg = replace(cfg, revision=cache.commit)
     # A line begins with the image's name and a colon, but the name itself may contain colons too.
-    left_out = {line[: colon.start()] for line in skipped for colon in re.finditer(": ", line)}
+    left_out = {line[: colon.start()] for line in cache.skipped for colon in re.finditer(": ", line)}
 
     def named(split: str, images: Iterable[LazyImage]) -> Iterator[tuple[str, str]]:
         for image in images:

@@ -117,7 +117,7 @@ def _readable(source: Source, cfg: Data) -> tuple[Contents, list[str]]:
                 many = f"{len(skipped):,} images that cannot be read are more than a cache can list"
                 raise UsageError(f"data.on_error=skip: {many}; remove them, first {skipped[0]}")
         parts[name] = Part(list(compress(part.labels, kept)), compress(part.images, kept))
-    contents = Contents(again.classes, **parts, notes=again.notes)
+    contents = Contents(again.classes, **parts, notes=again.notes, commit=again.commit)
     if lost := set(tried.train.labels) - set(contents.train.labels):
         names = " of " + ", ".join(contents.classes[label] for label in sorted(lost)) if tried.train.labelled else ""
         raise UsageError(f"data.on_error=skip: no training image{names} can be read, first {skipped[0]}")
@@ -273,6 +273,7 @@ def _header(
     lists = {"classes": contents.classes, "skipped": skipped, "notes": contents.notes, "counts": counts}
     notes |= {name: json.dumps(each) for name, each in lists.items()}
     notes |= {"size": str(cfg.image_size)} if cfg.keep else {}
+    notes |= {"commit": contents.commit} if contents.commit else {}
     header: dict[str, Any] = {"__metadata__": notes}
     end = 0
     for name, (dtype, shape) in layout.items():

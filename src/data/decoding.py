@@ -84,6 +84,7 @@ class Contents(NamedTuple):
     val: Part = NOTHING  # for validation; if it is empty, a part of the labelled images is held out instead
     probe: Part = NOTHING  # labelled images on which probes are fitted if those of ``train`` have no labels
     notes: Sequence[str] = ()  # what a user has to know about the choice of roles, one line each
+    commit: str | None = None  # the state of a data set on the hub, whose branches move; None: it is not from there
 
     def parts(self) -> dict[str, Part]:
         """The four parts by name, in the order in which the cache stores them."""

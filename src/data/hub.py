@@ -37,8 +37,9 @@ def hub(cfg: Data) -> Source:
         return download(cfg)
 
     def read() -> Contents:
-        columns = cfg.image_column, cfg.label_column
-        return parquet(shards(), *columns, cfg.config, cfg.train_split, cfg.test_split).read()
+        columns, folder = (cfg.image_column, cfg.label_column), shards()  # whose name is the commit
+        contents = parquet(folder, *columns, cfg.config, cfg.train_split, cfg.test_split).read()
+        return contents._replace(commit=folder.name)
 
     return Source(f"hub {cfg.repo} {cfg.revision}", read)
 

@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from src.data import load
-from src.data.cache import known_fingerprint
+from src.data.cache import cached, image_names, known_fingerprint
 from src.data.parquet import find_columns
 from src.errors import UsageError
 from src.runs.record import Record
@@ -30,16 +30,18 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, branches: dict[str, Path]):
         super().__init__(("127.0.0.1", 0), Answers)
         self.branches, self.asked, self.gated = branches, [], False
+        self.earlier: list[Path] = []  # the folders of commits from which the branches have moved on
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def commit(self, revision: str) -> str:
-        return hashlib.sha1(revision.encode()).hexdigest()
+    def commit(self, folder: Path) -> str:
+        return hashlib.sha1(str(folder).encode()).hexdigest()
 
     def folder(self, revision: str) -> Path | None:
-        return {**self.branches, **{self.commit(name): path for name, path in self.branches.items()}}.get(revision)
+        folders = [*self.branches.values(), *self.earlier]
+        return {**self.branches, **{self.commit(each): each for each in folders}}.get(revision)
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -71,13 +73,13 @@ class Answers(BaseHTTPRequestHandler):
         files = sorted(each for each in folder.rglob("*") if each.is_file())
         if "/revision/" in start:
             siblings = [{"rfilename": each.relative_to(folder).as_posix()} for each in files]
-            info = {"id": REPO, "sha": hub.commit(unquote(revision)), "siblings": siblings}
+            info = {"id": REPO, "sha": hub.commit(folder), "siblings": siblings}
             return self.answer(200, json.dumps(info).encode())
         if "/tree/" in start:
             tree = [self.entry(each, folder) for each in files]
             return self.answer(200, json.dumps(tree).encode())
         content = (folder / name).read_bytes()
-        etag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": revision}
+        etag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": hub.commit(folder)}
         return self.answer(200, content, etag)
 
     def entry(self, path: Path, folder: Path) -> dict:
@@ -149,6 +151,28 @@ def test_a_data_set_is_downloaded_once_and_needs_no_more_words(hub, config, tmp_
     asked = len(hub.asked)
     assert load(cfg).fingerprint == dataset.fingerprint
     assert len(hub.asked) == asked
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_images_keep_their_names_when_the_branch_moves(hub, config, tmp_path, on_error):
+    for commit, images in (("main", [0, 1, 2]), ("moved", [2, 1, 0, 2])):
+        write_cifar(tmp_path / commit)
+        write_shard(tmp_path / commit / "cifar100/test-00000-of-00001.parquet", images, "img", "fine_label")
+    cfg = config("hub", repo=REPO, on_error=on_error)
+    before = [list(each) for each in load(cfg).names(cfg).values()]
+    hub.earlier, hub.branches = [tmp_path / "main"], {"main": tmp_path / "moved"}
+    assert [list(each) for each in load(cfg).names(cfg).values()] == before
+    assert f"/{hub.commit(tmp_path / 'main')}/" in before[1][0][1]
+
+
+def test_a_cache_without_a_commit_names_no_images(hub, config, tmp_path):
+    """An older version wrote it, and nothing tells whether the branch has moved since."""
+    write_cifar(tmp_path / "main")
+    cfg = config("hub", repo=REPO)
+    cache = cached(cfg)
+    cache.commit = None
+    with pytest.raises(UsageError, match=r"data\.repo=someone/photos: .*\.safetensors is from an older version"):
+        image_names(cfg, cache)
 
 
 @pytest.mark.slow
