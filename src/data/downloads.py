@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def cifar(cfg: Data, root: Path) -> Source:
         kind = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
         shards = ", or Hugging Face shards train-*.parquet and test-*.parquet,"
         with _downloading(name, root, f"{kind.filename} ({kind.url}){shards}"):
-            train, test = kind(root, train=True, download=True), kind(root, train=False)
+            train, test = _training_split(kind, root), kind(root, train=False)
         return Contents(
             train.classes,
             train=Part(train.targets, Arrays(name, train.data)),
@@ -67,7 +68,7 @@ def stl10(cfg: Data, root: Path) -> Source:
         kind = datasets.STL10
         folder = root / kind.base_folder
         with _downloading("stl10", root, f"{kind.filename} ({kind.url})"):
-            kind(root, "train", download=True)  # this checks the files of all splits
+            _training_split(kind, root)  # this checks the files of all splits
             classes = (folder / kind.class_names_file).read_text().splitlines()
 
         def part(split: str) -> Part:
@@ -95,6 +96,8 @@ def imagenette(cfg: Data, root: Path) -> Source:
 
         size, _ = IMAGENETTE_SIZES.get(name, ("full", None))
         with _downloading(name, root, f"{name}.tgz (github.com/fastai/imagenette)"):
+            if not folder.exists():
+                _fetch(root, *datasets.Imagenette._ARCHIVES[size])
             train = datasets.Imagenette(root, "train", size, download=not folder.exists())
         found = sum(1 for _ in folder.rglob("*.JPEG"))
         if found != IMAGENETTE_IMAGES:  # torchvision does not notice that unpacking was interrupted
@@ -108,6 +111,36 @@ def imagenette(cfg: Data, root: Path) -> Source:
 
 
 DOWNLOADED = {"cifar10": cifar, "cifar100": cifar, "stl10": stl10, "imagenette": imagenette}
+
+
+def _training_split(kind: Any, root: Path) -> Any:
+    """The training split of one of torchvision's classes, whose files are downloaded unless they are intact."""
+    try:
+        return kind(root)
+    except RuntimeError:
+        _fetch(root, kind.url, kind.tgz_md5)
+        return kind(root, download=True)
+
+
+def _fetch(root: Path, url: str, md5: str) -> None:
+    """Download an archive unless it is there, under another name until it is complete.
+
+    Raises:
+        UsageError: there is a file of that name with another checksum, which torchvision would overwrite.
+    """
+    from torchvision.datasets.utils import check_integrity, download_url
+
+    archive = root / Path(url).name
+    part = archive.with_name(f"{archive.name}.downloading")
+    if archive.exists():
+        if not check_integrity(archive, md5):
+            raise UsageError(f"{archive}: its MD5 sum is not {md5}; finish or remove it, and run this again")
+        return
+    try:
+        download_url(url, root, part.name, md5)
+        part.replace(archive)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager

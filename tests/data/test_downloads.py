@@ -1,7 +1,10 @@
 """Data sets that torchvision downloads, as files with a few made-up images; their checksums replace the published."""
 
 import pickle
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 from urllib.error import URLError
 
 import numpy as np
@@ -21,6 +24,33 @@ def no_network(monkeypatch) -> None:
         raise URLError("Temporary failure\nin name resolution")
 
     monkeypatch.setattr("urllib.request.urlopen", fail)
+
+
+@pytest.fixture
+def server() -> Iterator[Callable[[bytes], str]]:
+    """A function that starts a server on loopback with one answer to all requests, and returns its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve(answer: bytes) -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:  # closed by the fixture
+                    return
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(answer)
+
+        def start(answer: bytes) -> str:
+            Thread(target=serve, args=(answer,), daemon=True).start()
+            return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+        yield start
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+def http(content: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
@@ -48,6 +78,28 @@ def test_without_a_network_one_line_says_what_to_do(refusal, tmp_path, no_networ
     for part in (f"data.root={root}: {name}", *files, "Temporary failure in name", "data=digits"):
         assert part in message
     assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("cifar10", "cifar-10-python.tar.gz"),
+        ("cifar100", "cifar-100-python.tar.gz"),
+        ("stl10", "stl10_binary.tar.gz"),
+        ("imagenette", "imagenette2-160.tgz"),
+    ],
+)
+def test_an_archive_with_another_checksum_is_left_as_it_is(refusal, tmp_path, server, monkeypatch, name, file):
+    """A user may have put half of it there; what a network that wants a login answers is no better."""
+    kind = getattr(datasets, name.upper(), datasets.Imagenette)
+    url = f"{server(http(b'<html>login</html>'))}/{file}"
+    monkeypatch.setattr(kind, "url", url, raising=False)
+    monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", {"160px": (url, MD5["imagenette2-160"])})
+    assert "its download failed (File not found or corrupted" in refusal(name, tmp_path / "root")
+    assert not (tmp_path / "root").exists()
+    (tmp_path / file).write_bytes(b"the first half")
+    assert f"{tmp_path / file}: its MD5 sum is not " in refusal(name, tmp_path)
+    assert (tmp_path / file).read_bytes() == b"the first half"
 
 
 class TestCifar:
@@ -122,6 +174,13 @@ class TestStl10:
     def test_another_choice_of_splits_is_another_cache(self, config, root):
         fingerprints = {load(config("stl10", root, train_split=split)).fingerprint for split in ("unlabeled", "train")}
         assert len(fingerprints) == 2
+
+    def test_the_archive_is_downloaded(self, config, root, server, monkeypatch):
+        [archive] = root.iterdir()
+        monkeypatch.setattr(datasets.STL10, "url", f"{server(http(archive.read_bytes()))}/{archive.name}")
+        archive.unlink()
+        assert len(load(config("stl10", root, train_split="train")).test) == 10
+        assert sorted(each.name for each in root.iterdir()) == ["stl10_binary", archive.name]
 
     def test_decoded_images_need_no_files(self, config, root):
         cfg = config("stl10", root, train_split="unlabeled")
