@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from src.config.schema import Data
 from src.data.decoding import Contents, Source
 from src.data.parquet import lacking, parquet, shards_of_splits
-from src.data.roles import used_splits
+from src.data.roles import TEST, used_splits
 from src.errors import UsageError
 from src.system.redact import one_line
 
@@ -100,23 +100,51 @@ def _downloaded_before(repo: str, cfg: Data, problem: Exception) -> Path:
     """The folder with all wanted shards in the library's own cache, for use without a network.
 
     Raises:
-        UsageError: the cache lacks some of them.
+        UsageError: the cache lacks some of them, or may lack the whole test split.
     """
     from huggingface_hub import HfApi
 
     for each in [cfg.revision] if cfg.revision else [None, CONVERTED]:
         try:
-            folder = HfApi().snapshot_download(
-                repo, repo_type="dataset", revision=each, allow_patterns="*.parquet", local_files_only=True
+            # No pattern: the folder itself, even if it lacks files that are not wanted.
+            snapshot = HfApi().snapshot_download(
+                repo, repo_type="dataset", revision=each, allow_patterns=[], local_files_only=True
             )
         except (OSError, ValueError):
             continue
-        splits = shards_of_splits((path.relative_to(folder) for path in Path(folder).rglob("*.parquet")), cfg.config)
-        wanted = used_splits(splits, cfg.train_split, cfg.test_split) if splits else []
-        if wanted and not lacking({name: splits[name] for name in wanted}):
-            logger.warning("data.repo=%s: the hub cannot be reached; what was downloaded before is used", repo)
-            return Path(folder)
+        folder = Path(snapshot)
+        listed = _listed_before(repo, each)
+        splits = shards_of_splits(
+            listed or (path.relative_to(folder) for path in folder.rglob("*.parquet")), cfg.config
+        )
+        names = used_splits(splits, cfg.train_split, cfg.test_split) if splits else []
+        wanted = {name: splits[name] for name in names}
+        is_here = all((folder / shard).is_file() for shards in wanted.values() for shard in shards)
+        if not wanted or not is_here or (not listed and lacking(wanted)):
+            continue
+        if not listed and TEST not in wanted and cfg.test_split is None:
+            raise UsageError(
+                f"data.repo={repo}: the hub cannot be reached, and nothing tells whether the data set has more splits "
+                f"than those downloaded ({', '.join(wanted)}); connect to a network, or use just these: "
+                f"data=parquet data.root={folder}"
+            )
+        logger.warning("data.repo=%s: the hub cannot be reached; what was downloaded before is used", repo)
+        return folder
     raise UsageError(
         f"data.repo={repo}: not downloaded, and the hub cannot be reached ({one_line(problem)}); connect to a network, "
         f"or type where there is one: hf download --repo-type dataset {repo}"
     ) from problem
+
+
+def _listed_before(repo: str, revision: str | None) -> list[PurePath]:
+    """The paths of all parquet files that a revision had when it was downloaded, whether they are here or not.
+
+    Empty if there is no such list, as older releases of the library kept none.
+    """
+    try:
+        from huggingface_hub import get_cached_repo_tree
+
+        files = get_cached_repo_tree(repo, repo_type="dataset", revision=revision)
+    except Exception:  # the one for "no list" is as new as the function
+        return []
+    return [PurePath(file.path) for file in files if file.path.endswith(".parquet")]

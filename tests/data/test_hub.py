@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -196,6 +197,31 @@ def test_without_a_network_what_was_downloaded_serves(hub, config, refusal, tmp_
     message = refusal(repo="someone/else")
     assert message.startswith("data.repo=someone/else: not downloaded, and the hub cannot be reached (")
     assert "hf download --repo-type dataset someone/else" in message
+
+
+def test_without_a_network_only_what_is_wanted_has_to_be_there(hub, config, refusal, tmp_path, monkeypatch):
+    for each in ("full", "small"):
+        for seed, split in enumerate(("train", "test")):
+            write_shard(tmp_path / "main" / each / f"{split}-0.parquet", [0, 1] * 10, seed=seed)
+    first = load(config("hub", repo=REPO, config="small")).fingerprint
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    assert load(config("hub", repo=REPO, config="small", cache_dir=str(tmp_path / "other"))).fingerprint == first
+    assert "not downloaded, and the hub cannot be reached" in refusal(repo=REPO, config="full")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_download_without_the_test_does_not_serve(hub, config, refusal, tmp_path, monkeypatch, listed):
+    """Older versions of the library kept no list of a data set's files, which would tell that there is a test split."""
+    write_cifar(tmp_path / "main")
+    load(config("hub", repo=REPO))
+    [shard] = (tmp_path / "hub").rglob("snapshots/*/cifar100/test-*")
+    shard.unlink()
+    if not listed:
+        monkeypatch.setattr(huggingface_hub, "get_cached_repo_tree", lambda *_, **__: [])
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    instead = f"(train); connect to a network, or use just these: data=parquet data.root={tmp_path}"
+    said = "not downloaded, and the hub cannot be reached" if listed else instead
+    assert said in refusal(repo=REPO, cache_dir=str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("shards", [1, 2])
