@@ -164,8 +164,11 @@ def _readable(shard: Path) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:
+        # In the cache of the hub's library a shard is a link, and the file behind it is what would be found again.
+        file = shard.resolve() if shard.is_symlink() else "it"
         raise UsageError(
-            f"{shard}: not a readable parquet file (cut short, or a pointer to one?); fetch it again"
+            f"{shard}: not a readable parquet file (cut short, or a pointer to one?); remove {file}, and fetch it "
+            "again, which the same command does with data=hub"
         ) from error
 
 

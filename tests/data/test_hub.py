@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -222,6 +223,18 @@ def test_a_download_without_the_test_does_not_serve(hub, config, refusal, tmp_pa
     instead = f"(train); connect to a network, or use just these: data=parquet data.root={tmp_path}"
     said = "not downloaded, and the hub cannot be reached" if listed else instead
     assert said in refusal(repo=REPO, cache_dir=str(tmp_path / "other"))
+
+
+def test_a_damaged_download_is_fetched_again_if_one_does_what_the_line_says(hub, config, refusal, tmp_path):
+    write_cifar(tmp_path / "main")
+    first = load(config("hub", repo=REPO)).fingerprint
+    [shard] = (tmp_path / "hub").rglob("snapshots/*/cifar100/test-*")
+    shard.resolve().write_bytes(b"<html>log in</html>")
+    other = str(tmp_path / "other")
+    message = refusal(repo=REPO, cache_dir=other)
+    assert message.startswith(f"{shard}: not a readable parquet file")
+    Path(re.search("; remove (.+), and fetch it again", message)[1]).unlink()
+    assert load(config("hub", repo=REPO, cache_dir=other)).fingerprint == first
 
 
 @pytest.mark.parametrize("shards", [1, 2])
