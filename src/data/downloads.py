@@ -6,9 +6,14 @@ sums are repeated here because importing torchvision would delay the start of a 
 
 from __future__ import annotations
 
+import logging
+import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
+from tarfile import TarError
 from typing import Any
 
 import numpy as np
@@ -19,6 +24,8 @@ from src.data.folders import image_folder
 from src.data.parquet import parquet
 from src.data.roles import arrange
 from src.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 MD5 = {
     "cifar10": "c58f30108f718f92721af3b95e74349a",
@@ -31,6 +38,7 @@ MD5 = {
 STL10_SIZE = 96  # pixels a side
 IMAGENETTE_SIZES = {"imagenette2-160": ("160px", 160), "imagenette2-320": ("320px", 320)}  # pixels of the shorter side
 IMAGENETTE_IMAGES = 13_394
+SILENCE_S = 60.0  # for which a server may send nothing in a download
 
 
 def cifar(cfg: Data, root: Path) -> Source:
@@ -94,18 +102,20 @@ def imagenette(cfg: Data, root: Path) -> Source:
     def read() -> Contents:
         from torchvision import datasets
 
-        size, _ = IMAGENETTE_SIZES.get(name, ("full", None))
-        with _downloading(name, root, f"{name}.tgz (github.com/fastai/imagenette)"):
-            if not folder.exists():
-                _fetch(root, *datasets.Imagenette._ARCHIVES[size])
-            train = datasets.Imagenette(root, "train", size, download=not folder.exists())
+        kind, (size, _) = datasets.Imagenette, IMAGENETTE_SIZES.get(name, ("full", None))
+        if not folder.exists():
+            with _downloading(name, root, f"{name}.tgz (github.com/fastai/imagenette)"):
+                _fetch(root, *kind._ARCHIVES[size])
+                kind(root, "train", size, download=True)
         found = sum(1 for _ in folder.rglob("*.JPEG"))
         if found != IMAGENETTE_IMAGES:  # torchvision does not notice that unpacking was interrupted
             raise UsageError(
                 f"{folder}: holds {found:,} of {IMAGENETTE_IMAGES:,} images; remove it, and run this again"
             )
         contents = image_folder(folder, cfg.train_split, cfg.test_split).read()
-        return contents._replace(classes=[names[0] for names in train.classes])
+        if strangers := sorted(set(contents.classes) - set(kind._WNID_TO_CLASS)):
+            raise UsageError(f"{folder / 'train' / strangers[0]}: is no class of Imagenette; remove it")
+        return contents._replace(classes=[kind._WNID_TO_CLASS[each][0] for each in contents.classes])
 
     return Source(f"torchvision {MD5[name]} {cfg.train_split} {cfg.test_split}", read)
 
@@ -136,10 +146,14 @@ def _fetch(root: Path, url: str, md5: str) -> None:
         if not check_integrity(archive, md5):
             raise UsageError(f"{archive}: its MD5 sum is not {md5}; finish or remove it, and run this again")
         return
+    logger.info("downloading %s to %s", url, root)
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE_S)  # torchvision sets none
     try:
         download_url(url, root, part.name, md5)
         part.replace(archive)
     finally:
+        socket.setdefaulttimeout(patience)
         part.unlink(missing_ok=True)
 
 
@@ -149,10 +163,10 @@ def _downloading(name: str, root: Path, files: str) -> Iterator[None]:
     existed = root.exists()
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException, EOFError, TarError, zlib.error) as error:
         if not existed and root.is_dir() and not any(root.iterdir()):
             root.rmdir()  # torchvision creates it before the download
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(
             f"data.root={root}: {name} is not there and its download failed ({reason}); put {files} into that folder; "
             "data=digits needs no download"

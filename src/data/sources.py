@@ -58,12 +58,12 @@ def find(cfg: Data) -> Source:
     root = root_of(cfg)
     if root is None:
         raise UsageError(f"data.root is not set: data={cfg.name} needs data.root=DIR, the folder of the images")
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"data.root={root}: not a folder; set data.root=DIR")
     if cfg.name in DOWNLOADED:
         return DOWNLOADED[cfg.name](cfg, root)
-    if not root.is_dir():
-        raise UsageError(
-            f"data.root={root}: {'not a folder' if root.exists() else 'no such folder'}; set data.root=DIR"
-        )
+    if not root.exists():
+        raise UsageError(f"data.root={root}: no such folder; set data.root=DIR")
     return IN_FOLDER[cfg.name](cfg, root)
 
 

@@ -12,10 +12,10 @@ import pytest
 from torchvision import datasets
 from torchvision.datasets.utils import calculate_md5
 
-from src.data import load
+from src.data import downloads, load
 from src.data.downloads import MD5
 from tests.data.archives import write_imagenette, write_stl10
-from tests.data.layouts import all_images, pixels, write_shard
+from tests.data.layouts import all_images, pixels, write_folder, write_shard
 
 
 @pytest.fixture
@@ -28,7 +28,10 @@ def no_network(monkeypatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[Callable[[bytes], str]]:
-    """A function that starts a server on loopback with one answer to all requests, and returns its address."""
+    """A function that starts a server on loopback with one answer to all requests, and returns its address.
+
+    With an empty answer it stays silent.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve(answer: bytes) -> None:
@@ -38,8 +41,11 @@ def server() -> Iterator[Callable[[bytes], str]]:
                 except OSError:  # closed by the fixture
                     return
                 with connection:
+                    connection.settimeout(None)  # the default is that of the download, in the other thread
                     connection.recv(65536)
                     connection.sendall(answer)
+                    if not answer:  # wait until the client gives up
+                        connection.recv(1)
 
         def start(answer: bytes) -> str:
             Thread(target=serve, args=(answer,), daemon=True).start()
@@ -100,6 +106,28 @@ def test_an_archive_with_another_checksum_is_left_as_it_is(refusal, tmp_path, se
     (tmp_path / file).write_bytes(b"the first half")
     assert f"{tmp_path / file}: its MD5 sum is not " in refusal(name, tmp_path)
     assert (tmp_path / file).read_bytes() == b"the first half"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n100\r\nhalf", "IncompleteRead"),
+        (b"SSH-2.0-OpenSSH\r\n", "SSH-2.0-OpenSSH"),
+        (b"", "timed out"),
+    ],
+    ids=["cut short", "no HTTP", "silent"],
+)
+@pytest.mark.parametrize("name", ["cifar100", "stl10"])
+def test_whatever_a_server_does_is_one_line(refusal, tmp_path, server, monkeypatch, caplog, name, answer, said):
+    monkeypatch.setattr(downloads, "SILENCE_S", 0.2)
+    monkeypatch.setattr(getattr(datasets, name.upper()), "url", f"{server(answer)}/archive.tar.gz")
+    caplog.set_level("INFO", "src")
+    message = refusal(name, tmp_path)
+    assert f"{name} is not there and its download failed (" in message
+    assert said in message
+    assert f"archive.tar.gz to {tmp_path}" in caplog.text
+    assert socket.getdefaulttimeout() is None
+    assert not [each for each in tmp_path.iterdir() if each.name.startswith("archive")]
 
 
 class TestCifar:
@@ -212,6 +240,21 @@ class TestImagenette:
     )
     def test_the_smallest_archive_that_serves_is_wanted(self, refusal, tmp_path, no_network, size, archive):
         assert f"put {archive} " in refusal("imagenette", tmp_path, image_size=size)
+
+    @pytest.mark.parametrize("folder", ["imagenette2-160", "imagenette2-160/train"])
+    def test_an_unpacking_that_was_cut_short_at_its_start_is_refused(self, refusal, tmp_path, folder):
+        (tmp_path / folder).mkdir(parents=True)
+        assert "imagenette2-160: holds 0 of 13,394 images; remove it, and run" in refusal("imagenette", tmp_path)
+
+    def test_folders_that_others_made_are_passed_over_or_named(self, config, refusal, root):
+        load(config("imagenette", root))
+        train, other = root / "imagenette2-160/train", str(root / "other")
+        (train / ".ipynb_checkpoints").mkdir()
+        (train / "empty").mkdir()
+        assert load(config("imagenette", root, cache_dir=other)).classes == ["tench", "parachute"]
+        write_folder(train, {"mine": 1})
+        message = refusal("imagenette", root, cache_dir=str(root / "another"))
+        assert message == f"{train / 'mine'}: is no class of Imagenette; remove it"
 
     def test_an_unpacking_that_was_cut_short_is_refused(self, config, refusal, root):
         load(config("imagenette", root))

@@ -256,9 +256,10 @@ class TestImageFolder:
     def test_missing_folder(self, refusal, tmp_path):
         assert f"data.root={tmp_path / 'nowhere'}: no such folder" in refusal("image_folder", tmp_path / "nowhere")
 
-    def test_a_file_instead_of_a_folder(self, refusal, tmp_path):
+    @pytest.mark.parametrize("name", ["image_folder", "cifar100"])
+    def test_a_file_instead_of_a_folder(self, refusal, tmp_path, name):
         (tmp_path / "file").write_text("")
-        assert "not a folder" in refusal("image_folder", tmp_path / "file")
+        assert f"data.root={tmp_path / 'file'}: not a folder; set data.root=DIR" in refusal(name, tmp_path / "file")
 
     def test_empty_folder(self, refusal, tmp_path):
         (tmp_path / "empty").mkdir()
