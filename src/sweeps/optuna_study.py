@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import sqlite3
+import tempfile
 import warnings
 from collections.abc import Container, Mapping
 from contextlib import closing
@@ -102,7 +103,7 @@ class Study:
     """
 
     def __init__(self, folder: Path, distributions: Mapping[str, Any], pruner: str, seed: int) -> None:
-        self.distributions, self.seed, self.objective = dict(distributions), seed, OBJECTIVE
+        self.folder, self.distributions, self.seed, self.objective = folder, dict(distributions), seed, OBJECTIVE
         self.study = _open(folder, check=True)
         self.study.set_user_attr("pruner", pruner)
         for trial in self.study.trials:
@@ -152,6 +153,24 @@ class Study:
         from optuna.trial import TrialState
 
         self.study.tell(number, value, state=TrialState[state])
+
+    def reopen(self, numbers: Container[int]) -> None:
+        """Begin complete trials again. Optuna changes none, so a copy, where they are new, replaces the study."""
+        from optuna.trial import FrozenTrial, TrialState, create_trial
+
+        def renewed(trial: FrozenTrial) -> FrozenTrial:
+            if trial.number not in numbers:
+                return trial
+            return create_trial(state=TrialState.RUNNING, params=trial.params, distributions=trial.distributions)
+
+        with _quiet(), tempfile.TemporaryDirectory(prefix=f"{FILE}.", dir=self.folder) as aside:
+            copy = _open(Path(aside))
+            for key, value in self.study.user_attrs.items():
+                copy.set_user_attr(key, value)
+            trials = _open(self.folder).trials  # `self.study` may not know what the jobs of finished trials reported
+            copy.add_trials(map(renewed, trials))  # in their order, so that they keep their numbers
+            os.replace(Path(aside) / FILE, self.folder / FILE)
+        self.study = _open(self.folder)
 
     def best(self) -> str:
         """The value and the point of the best complete trial, as typed in a shell; empty if no trial is complete."""

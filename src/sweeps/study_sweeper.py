@@ -175,6 +175,7 @@ class _Trials:
         self.unjudged = [job for job in jobs if self._is_unjudged(job)]
 
     def __iter__(self) -> Iterator[Job]:
+        self._reopen()
         cut_off = {number for number, trial in self.study.trials().items() if trial.state.name == "RUNNING"}
         there = [job for job in self.jobs if job.trial in cut_off]
         while (there or len(self.jobs) < self.total) and not self.unjudged:
@@ -192,19 +193,31 @@ class _Trials:
             else:
                 self.conclude(job)
 
+    def _reopen(self) -> None:
+        """Open the trials whose value is not that of their job's folder, for example because it has been removed."""
+        values = {job.trial: self._value(job) for job in self.jobs if job.cfg}
+        complete = {number: each for number, each in self.study.trials().items() if each.state.name == "COMPLETE"}
+        outdated = {number for number in complete.keys() & values.keys() if complete[number].value != values[number]}
+        if outdated:
+            self.study.reopen(outdated)
+
     def conclude(self, job: Job) -> None:
         """End a trial that would end the same way again; any other stays open, and the next command takes it up."""
         assert job.trial is not None
-        result = job.result
-        value = result.metrics.get(self.study.objective, math.nan) if result else math.nan
+        value = self._value(job)
         if math.isfinite(value):
             self.study.conclude(job.trial, "COMPLETE", value)
         elif job.status == PRUNED:
             self.study.conclude(job.trial, "PRUNED")
-        elif job.cfg is None or result or job.status == Diverged.status:
+        elif job.cfg is None or job.is_finished or job.status == Diverged.status:
             self.study.conclude(job.trial, "FAIL")
         if self._is_unjudged(job):
             self.unjudged.append(job)
+
+    def _value(self, job: Job) -> float:
+        """The metric that the search maximises, from the job's folder; NaN if it is not there."""
+        result = job.result
+        return result.metrics.get(self.study.objective, math.nan) if result else math.nan
 
     def _is_unjudged(self, job: Job) -> bool:
         """Whether a job has finished without the metric that the search maximises."""

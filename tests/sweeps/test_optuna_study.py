@@ -112,6 +112,24 @@ def test_a_continued_study_proposes_what_an_unbroken_one_does(tmp_path):
     }
 
 
+def test_a_trial_that_is_reopened_has_reported_nothing(tmp_path):
+    """Its number and point stay, but no other trial is compared with what it reported before."""
+    search = opened(tmp_path)
+    for value in (90.0, 10.0):
+        number = search.propose()
+        optuna_study.should_prune(str(tmp_path), number, 1, {"val/knn_top1": value})
+        search.conclude(number, "COMPLETE", value)
+    points = [trial.params for trial in search.trials().values()]
+    search.reopen({0})
+    first, second = search.trials().values()
+    assert (first.state.name, first.value, first.intermediate_values) == ("RUNNING", None, {})
+    assert (second.state.name, second.value, second.intermediate_values) == ("COMPLETE", 10.0, {1: 10.0})
+    assert [first.params, second.params] == points
+    assert search.study.user_attrs == {"pruner": "median"}
+    search.conclude(0, "COMPLETE", 5.0)
+    assert opened(tmp_path).trials()[0].value == 5.0
+
+
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # of Optuna 2, for enqueue_trial
 def test_what_a_kill_leaves_behind(tmp_path):
     """A trial that a kill left without a point fails, one that was running goes on, and a queued point is proposed."""

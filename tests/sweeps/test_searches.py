@@ -1,6 +1,7 @@
 """Searches whose jobs do not run: a stand-in for the launcher ends each job as the test says."""
 
 import re
+import shutil
 from unittest.mock import Mock
 
 import pytest
@@ -66,9 +67,12 @@ def search(as_hydra_does, cache_dir, tmp_path, monkeypatch):
     return run
 
 
+def study_of(launcher):
+    return optuna_study._open(launcher.folder)
+
+
 def states(launcher):
-    study = optuna_study._open(launcher.folder)
-    return [trial.state.name for trial in study.trials]
+    return [trial.state.name for trial in study_of(launcher).trials]
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +128,29 @@ def test_a_search_without_its_study_begins_anew_and_says_so(search, capsys):
     assert search(again, trials=2) == 0
     assert "study.db has no trials: the search begins anew; jobs that it proposes again" in capsys.readouterr().err
     assert again.ran == []  # the seed proposes the same points, whose jobs are finished
+
+
+def test_a_complete_trial_whose_folder_is_removed_runs_again_and_its_old_value_does_not_count(search, capsys):
+    """Its number, its point and the other trials stay; what a run by hand has left counts without another run."""
+    first, again = Launcher(0, 0, 65, 0), Launcher(0, 0, figures={"val/knn_top1": 1.0})
+    assert search(first, trials=4) == 1
+    before = study_of(first).trials
+    removed, by_hand = first.directories[:2]
+    params = Record.load(by_hand).params
+    shutil.rmtree(removed)
+    shutil.rmtree(by_hand)
+    finish(by_hand, {"val/knn_top1": 2.0}, params)
+    capsys.readouterr()
+    assert search(again, trials=4) == 1
+    assert again.ran == [0]
+    assert again.directories == [removed]
+    after = study_of(again).trials
+    assert [trial.params for trial in after] == [trial.params for trial in before]
+    assert [trial.state for trial in after] == [trial.state for trial in before]
+    assert [trial.value for trial in after] == [1.0, 2.0, None, before[3].value]
+    assert f"best: val/knn_top1 {before[3].value:.2f} with k={before[3].params['k']}\n" in capsys.readouterr().out
+    assert search(Launcher(), trials=4) == 1
+    assert [path.name for path in again.folder.glob("study.db*")] == ["study.db"]
 
 
 @pytest.mark.parametrize(
