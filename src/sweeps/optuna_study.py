@@ -1,7 +1,7 @@
 """A search over settings by Optuna, kept in ``study.db`` in its sweep's folder. The only file that imports optuna.
 
 Unlike with hydra-optuna-sweeper, the same command continues to the same total of trials, a seeded sampler does not
-repeat itself, points are distinct, an interrupted trial is taken up again, and hopeless trials are pruned.
+repeat itself, configurations are distinct, an interrupted trial is taken up again, and hopeless trials are pruned.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shlex
 import sqlite3
 import tempfile
 import warnings
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from src.system.seeding import mix
 
 PRUNERS = ("median", "halving", "none")
 FILE = "study.db"
-DRAW_ATTEMPTS = 100  # to find a point that no trial has
+DRAW_ATTEMPTS = 100  # of each sampler, to find a point that is new
 
 logger = logging.getLogger(__name__)
 
@@ -118,34 +118,40 @@ class Study:
         keys = self.distributions.keys()
         return {trial.number: trial for trial in self.study.trials if trial.params.keys() == keys}
 
-    def propose(self) -> int:
+    def propose(self, is_new: Callable[[Mapping[str, Any]], bool] = lambda _: True) -> int:
         """Begin a new trial at a point that no other trial has, and return its number.
 
         The point is drawn in a copy of the study and enqueued before the trial begins, so that a kill leaves behind
         either a trial with its point or no trial.
+
+        Args:
+            is_new: whether a point that no other trial has is also another configuration.
 
         Raises:
             UsageError: no other point was found.
         """
         if not any(trial.state.name == "WAITING" for trial in self.study.trials):
             with _quiet():
-                self.study.enqueue_trial(self._draw())
+                self.study.enqueue_trial(self._draw(is_new))
         return self.study.ask(self.distributions).number
 
-    def _draw(self) -> dict[str, Any]:
+    def _draw(self, is_new: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any]:
         import optuna
 
         trials = self.study.trials
         taken = [trial.params for trial in trials]
-        for attempt in range(DRAW_ATTEMPTS):
-            seed = mix(self.seed, len(trials) * DRAW_ATTEMPTS + attempt) % 2**32
-            with _quiet():
-                sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-                scratch = optuna.create_study(direction="maximize", sampler=sampler)
-                scratch.add_trials(trials)
-            point = scratch.ask(self.distributions).params
-            if point not in taken:
-                return point
+        seed = mix(self.seed, len(trials) * DRAW_ATTEMPTS) % 2**32
+        with _quiet():
+            by_values = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+            at_random = optuna.samplers.RandomSampler(seed=seed)  # if the former only draws what is known to be good
+            scratch = optuna.create_study(direction="maximize")
+            scratch.add_trials(trials)
+            for sampler in (by_values, at_random):
+                scratch.sampler = sampler
+                for _ in range(DRAW_ATTEMPTS):
+                    point = scratch.ask(self.distributions).params
+                    if point not in taken and is_new(point):
+                        return point
         raise UsageError(f"{len(taken)} trials: {DRAW_ATTEMPTS} draws found no other point; widen hydra.sweeper.params")
 
     def conclude(self, number: int, state: str, value: float | None = None) -> None:
@@ -172,12 +178,18 @@ class Study:
             os.replace(Path(aside) / FILE, self.folder / FILE)
         self.study = _open(self.folder)
 
-    def best(self) -> str:
-        """The value and the point of the best complete trial, as typed in a shell; empty if no trial is complete."""
-        if not any(trial.state.name == "COMPLETE" for trial in self.study.trials):
+    def best(self, skipped: Mapping[int, Container[str]]) -> str:
+        """The value and the settings of the best complete trial, as typed in a shell; empty if there is none.
+
+        Args:
+            skipped: by the numbers of the trials to be compared, the keys of their points that have no effect.
+        """
+        complete = [each for each in self.trials().values() if each.number in skipped and each.state.name == "COMPLETE"]
+        if not complete:
             return ""
-        best = self.study.best_trial
-        point = shlex.join(redact(f"{key}={best.params[key]}") for key in self.distributions)
+        best = max(complete, key=lambda trial: trial.value)
+        keys = [key for key in self.distributions if key not in skipped[best.number]]
+        point = shlex.join(redact(f"{key}={best.params[key]}") for key in keys)
         return f"{OBJECTIVE} {best.value:.2f} with {point}"
 
 

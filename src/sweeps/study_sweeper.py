@@ -64,24 +64,23 @@ class StudySweeper(GridSweeper):
         if self.config.dry_run:
             known = (sweep.directory / studies.FILE).exists()
             study = studies.Study(sweep.directory, space, self.pruner, self.seed) if known else None
-            jobs = [self._job(fixed, trial) for trial in study.trials().values()] if study else []
+            jobs = self._jobs(fixed, study) if study else []
             print(preview_of(jobs, at_a_time))
             print(f"{max(self.trials - len(jobs), 0)} trials to propose")
             return
         is_first = not (sweep.directory / RECORD).is_file()
         with sweep:
             study = studies.Study(sweep.directory, space, self.pruner, self.seed)
-            there = study.trials().values()
-            if not (is_first or there):
+            sweep.jobs += self._jobs(fixed, study)
+            if not (is_first or sweep.jobs):
                 anew = "has no trials: the search begins anew; jobs that it proposes again and that are finished stay"
                 print(f"{sweep.directory / studies.FILE} {anew}", file=sys.stderr)
-            sweep.jobs += [self._job(fixed, trial) for trial in there]
             print(f"{sweep.directory}: {len(sweep.jobs)} of {self.trials} trials are there", flush=True)
             warn_of_other_protocol((job.cfg, done) for job in sweep.jobs if job.cfg and (done := job.result))
             trials = _Trials(study, sweep.jobs, self.trials, partial(self._job, fixed))
             for job in self.launcher.run(sweep, trials, ALWAYS_SHOWN | space.keys(), at_a_time):
                 trials.conclude(job)
-            sweep.best = study.best()
+            sweep.best = study.best({job.trial: job.skipped_keys for job in sweep.jobs if job.trial is not None})
             if trials.unjudged:
                 raise UsageError(UNLABELLED)
             if trials.exhausted:
@@ -129,14 +128,21 @@ class StudySweeper(GridSweeper):
             raise UsageError(base.error)
         return fixed, space, base.cfg
 
-    def _job(self, fixed: list[str], trial: Any) -> Job:
-        """Make the job of a trial, whose settings have been drawn."""
-        point = [f"{key}={value}" for key, value in trial.params.items()]
-        job = self.composer.identify(self.composer([*fixed, *point]))
+    def _jobs(self, fixed: list[str], study: Study) -> list[Job]:
+        """Make the jobs of the trials that there are, each distinct configuration once."""
+        distinct: dict[str, Job] = {}
+        for number, trial in study.trials().items():
+            job = self._job(fixed, trial.params)
+            job.trial = number
+            job.status = job.status or (PRUNED if trial.state.name == "PRUNED" else 0)
+            distinct.setdefault(_configuration(job), job)
+        return list(distinct.values())
+
+    def _job(self, fixed: list[str], point: Mapping[str, Any]) -> Job:
+        """Make the job of a point of the space."""
+        job = self.composer.identify(self.composer([*fixed, *(f"{key}={value}" for key, value in point.items())]))
         if job.cfg and (reason := self._refused(job.cfg)):
-            job = Job.impossible(job.overrides, job.skipped_keys, reason)
-        job.trial = trial.number
-        job.status = job.status or (PRUNED if trial.state.name == "PRUNED" else 0)
+            return Job.impossible(job.overrides, job.skipped_keys, reason)
         return job
 
     def _refused(self, cfg: Config) -> str:
@@ -159,6 +165,11 @@ class StudySweeper(GridSweeper):
         return ""
 
 
+def _configuration(job: Job) -> str:
+    """What distinguishes the job's configuration: points that differ only in keys that it skips are the same one."""
+    return str(job.directory) if job.cfg else " ".join(job.overrides)
+
+
 class _Trials:
     """The jobs of a search: those of interrupted trials, then new ones, until there are ``total``.
 
@@ -166,7 +177,7 @@ class _Trials:
         study: proposes the new trials.
         jobs: the jobs of all trials so far, to which new ones are added.
         total: how many trials there should be.
-        job_of: makes the job of a trial whose settings have been drawn.
+        job_of: makes the job of a point of the space.
     """
 
     def __init__(self, study: Study, jobs: list[Job], total: int, job_of: Callable[[Any], Job]) -> None:
@@ -181,17 +192,22 @@ class _Trials:
         while (there or len(self.jobs) < self.total) and not self.unjudged:
             if not there:
                 try:
-                    number = self.study.propose()
-                    there = [self.job_of(self.study.trials()[number])]
+                    number = self.study.propose(self._is_new)
                 except UsageError as error:
                     self.exhausted = error
                     return
-                self.jobs.append(there[0])
+                there = [self.job_of(self.study.trials()[number].params)]
+                there[0].trial = number
+                self.jobs += there
             job = there.pop(0)
             if job.cfg and not job.is_finished:
                 yield job
             else:
                 self.conclude(job)
+
+    def _is_new(self, point: Mapping[str, Any]) -> bool:
+        """Whether a point is another configuration than those of all jobs so far."""
+        return _configuration(self.job_of(point)) not in map(_configuration, self.jobs)
 
     def _reopen(self) -> None:
         """Open the trials whose value is not that of their job's folder, for example because it has been removed."""

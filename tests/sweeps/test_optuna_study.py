@@ -32,7 +32,7 @@ def test_the_best_is_of_the_trials_that_ended_whole_and_reads_as_it_is_typed(tmp
     """`best` names the best trial that was completed, with its settings as they would be typed."""
     distributions = space("k=10,20,30,40", "projector.hidden=[32],[64]", "optimizer.lr=0.1234567,0.7")
     search = opened(tmp_path, **distributions)
-    assert search.best() == ""
+    assert best(search) == ""
     for state, value in [("COMPLETE", 50.0), ("COMPLETE", 81.25), ("PRUNED", None), ("FAIL", None)]:
         number = search.propose()
         optuna_study.should_prune(str(tmp_path), number, 1, {"val/knn_top1": 99.0})
@@ -40,7 +40,9 @@ def test_the_best_is_of_the_trials_that_ended_whole_and_reads_as_it_is_typed(tmp
         if value == 81.25:
             point = search.trials()[number].params
     typed = f"val/knn_top1 81.25 with k={point['k']} 'projector.hidden={point['projector.hidden']}' "
-    assert search.best() == f"{typed}optimizer.lr={point['optimizer.lr']}"
+    assert best(search) == f"{typed}optimizer.lr={point['optimizer.lr']}"
+    assert best(search, ["k", "projector.hidden"]) == f"val/knn_top1 81.25 with optimizer.lr={point['optimizer.lr']}"
+    assert search.best({0: ()}).startswith("val/knn_top1 50.00 with ")
 
 
 def test_numbers_have_the_names_that_this_optuna_knows():
@@ -74,6 +76,10 @@ def opened(folder, seed=0, **distributions):
     return optuna_study.Study(folder, distributions or {"k": optuna_study.numbers(1, 50)}, "median", seed)
 
 
+def best(search, skipped=()):
+    return search.best(dict.fromkeys(search.trials(), skipped))
+
+
 def run(search, objective, count):
     for _ in range(count):
         number = search.propose()
@@ -86,7 +92,27 @@ def test_points_are_distinct_until_there_are_none(tmp_path):
     assert sorted(trial.params["k"] for trial in search.trials().values()) == [1, 2, 3, 4]
     with pytest.raises(UsageError, match="no other point"):
         search.propose()
-    assert search.best() == "val/knn_top1 4.00 with k=4"
+    assert best(search) == "val/knn_top1 4.00 with k=4"
+
+
+def test_points_that_are_no_other_configuration_are_not_proposed(tmp_path):
+    search = opened(tmp_path, **space("method=simclr,kmclr", "k=1,2,3"))
+    known = []
+
+    def configuration(point):
+        return point["k"] if point["method"] == "kmclr" else 0
+
+    def is_new(point):
+        return configuration(point) not in known
+
+    for _ in range(4):
+        number = search.propose(is_new)
+        known.append(configuration(search.trials()[number].params))
+        search.conclude(number, "COMPLETE", 1.0 if known[-1] else 99.0)
+    assert sorted(known) == [0, 1, 2, 3]
+    with pytest.raises(UsageError, match="4 trials: 100 draws found no other point"):
+        search.propose(is_new)
+    assert len(search.study.trials) == 4
 
 
 def test_a_search_has_proposals_of_its_seed_and_soon_of_the_better_points(tmp_path):

@@ -6,6 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 from optuna import Study
+from optuna.trial import TrialState, create_trial
 
 from src.config import identity
 from src.config.explain import whole_numbers
@@ -151,6 +152,33 @@ def test_a_complete_trial_whose_folder_is_removed_runs_again_and_its_old_value_d
     assert f"best: val/knn_top1 {before[3].value:.2f} with k={before[3].params['k']}\n" in capsys.readouterr().out
     assert search(Launcher(), trials=4) == 1
     assert [path.name for path in again.folder.glob("study.db*")] == ["study.db"]
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # of Optuna 2, for create_trial
+def test_points_that_are_one_configuration_are_one_trial_and_the_best_line_has_no_key_that_is_skipped(search, capsys):
+    """SimCLR has no k, so whatever is drawn for it makes no other run. An older study may have such trials."""
+    space = {"method": "choice(simclr,kmclr)", "k": "choice(10,20,30)"}
+    best = Launcher(*[0] * 9, figures={"val/knn_top1": 50.0})
+    assert search(best, trials=4, space=space) == 0
+    names = sorted("-".join(path.name.split("-")[:2]) for path in best.directories)
+    assert names == ["kmclr-k10", "kmclr-k20", "kmclr-k30", "simclr-digits"]
+    with pytest.raises(UsageError, match="no other point"):
+        search(Launcher(0), trials=5, space=space)
+    (simclr,) = [trial for trial in study_of(best).trials if trial.params["method"] == "simclr"]
+    record = Record.load(best.directories[simclr.number])
+    record.metrics["val/knn_top1"] = 60.0
+    record.save(best.directories[simclr.number])
+    point = {"method": "simclr", "k": 20 if simclr.params["k"] == 10 else 10}
+    for state, value in ((TrialState.COMPLETE, 99.0), (TrialState.RUNNING, None)):
+        same = create_trial(state=state, value=value, params=point, distributions=simclr.distributions)
+        study_of(best).add_trial(same)
+    capsys.readouterr()
+    again = Launcher(0)
+    assert search(again, trials=4, space=space) == 0
+    said = capsys.readouterr().out
+    assert "4 of 4 trials are there\nbest: val/knn_top1 60.00 with method=simclr\n" in said
+    assert "4 of 4 jobs finished" in said
+    assert again.ran == []
 
 
 @pytest.mark.parametrize(
