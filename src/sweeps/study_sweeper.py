@@ -110,6 +110,9 @@ class StudySweeper(GridSweeper):
         drawn = {key: each for key, each in overrides.items() if len(values(each) or ()) != 1}
         for each in drawn.values():
             refuse_equal_runs(each)
+            if each.key_or_group == "seed":
+                instead = "give one, and repeat the best settings as a sweep with several"
+                raise UsageError(f"{each.input_line}: a search would choose the luckiest seed; {instead}")
         space = studies.space(drawn, whole_numbers())
         base = self.composer(fixed)
         if not base.cfg:  # the fixed values may contradict the defaults of the keys that are drawn

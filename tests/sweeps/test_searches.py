@@ -226,6 +226,14 @@ def test_a_key_with_plus_signs_replaces_a_distribution(search):
     assert len(list(fixed.folder.parent.glob("kmclr-k10-*"))) == 3
 
 
+@pytest.mark.parametrize("given", ["seed=0,1", "++seed=0,1", "seed=range(3)"])
+def test_a_search_does_not_choose_a_seed(search, given):
+    with pytest.raises(UsageError, match="a search would choose the luckiest seed; give one, and repeat") as error:
+        search(Launcher(0), given)
+    assert str(error.value).startswith(f"{given}: ")
+    assert search(Launcher(0), "seed=1", trials=1) == 0
+
+
 def test_a_key_by_its_former_name_replaces_a_distribution(search):
     launcher = Launcher(0)
     search(
