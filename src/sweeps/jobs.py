@@ -23,7 +23,7 @@ from src.config.parse import parse
 from src.config.renamed import new_name
 from src.config.schema import Config
 from src.data.cache import fingerprint, known_fingerprint
-from src.errors import UsageError
+from src.errors import RunFailed, UsageError
 from src.runs import directory as run_directory
 from src.runs import origin
 from src.runs.record import TAG_ERROR, Record
@@ -78,6 +78,16 @@ class Job:
         with suppress(UsageError):  # a damaged record, or one of another configuration, which the job itself reports
             return self.cfg is not None and run_directory.is_finished(self.directory, self.cfg)
         return False
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the same command ends the same way, because the job is not legal, has diverged or has collapsed."""
+        try:
+            if self.cfg and (record := self.record):
+                run_directory.refuse_hopeless(record, self.cfg)
+        except RunFailed:
+            return True
+        return self.cfg is None
 
     @property
     def result(self) -> Record | None:

@@ -119,7 +119,7 @@ class Sweep:
             print(f"charts: {how_to_open(charts_path)}", flush=True)
         for note in notes:
             print(note, file=sys.stderr)
-        possible = [job.cfg for job in lacking if job.cfg]
+        possible = [job.cfg for job in lacking if job.cfg and not job.is_hopeless]
         if possible and not any(cfg.resume == "never" for cfg in possible):
             print(f"run again just what is missing: {_command()}", file=sys.stderr)
         if not lacking:

@@ -10,7 +10,7 @@ from optuna.trial import TrialState, create_trial
 
 from src.config import identity
 from src.config.explain import whole_numbers
-from src.errors import UsageError
+from src.errors import Diverged, UsageError
 from src.runs.record import Record
 from src.sweeps import optuna_study
 from src.sweeps.study_sweeper import StudySweeper
@@ -23,7 +23,8 @@ class Launcher:
     """Stands in for a launcher: ends the jobs with the given statuses, in the order in which they are proposed.
 
     Args:
-        statuses: Exit statuses of the jobs; 0 leaves the record of a finished run. After the last, no job is taken.
+        statuses: Exit statuses of the jobs; 0 leaves the record of a finished run, and 65 that of one that has
+            diverged. After the last, no job is taken.
         status: The launcher's own exit status: 0, or that of whatever stopped the sweep.
         figures: The metrics of every run; None: its kNN accuracy is its k.
     """
@@ -40,13 +41,15 @@ class Launcher:
             self.directories.append(job.directory)
             if status == 0:
                 finish(job.directory, self.figures or {"val/knn_top1": float(job.cfg.k)}, identity.flat(job.cfg))
+            if status == Diverged.status:
+                finish(job.directory, {}, identity.flat(job.cfg), "FAILED", diverged="true")
             yield job
 
 
-def finish(directory, figures, params):
-    """Leave the parts of a finished run's record that a search reads."""
+def finish(directory, figures, params, status="FINISHED", **tags):
+    """Leave the parts of a run's record that a search reads."""
     record = Record.new(directory.name, "study")
-    record.status, record.metrics = "FINISHED", figures
+    record.status, record.metrics, record.tags = status, figures, tags
     record.params = {key: str(value) for key, value in params.items()}
     record.tags["config_hash"] = directory.name.rpartition("-")[2]
     directory.mkdir(parents=True)
@@ -90,6 +93,16 @@ def test_a_trial_whose_job_may_end_otherwise_is_taken_up_again_and_no_other(sear
     assert search(second, trials=4) == 1
     assert second.ran == [0, 1, 2]
     assert states(second) == ["COMPLETE"] * 3 + ["FAIL"]
+
+
+def test_what_would_end_the_same_way_is_not_said_to_be_missing(search, capsys):
+    assert search(Launcher(0, 65, 74)) == 1
+    assert "run again just what is missing" in capsys.readouterr().err
+    for launcher in (Launcher(0), Launcher()):
+        assert search(launcher) == 1
+        said = capsys.readouterr().err
+        assert "no result: " in said
+        assert "run again" not in said
 
 
 def test_a_search_that_is_taken_up_copies_its_trials_as_often_whatever_their_number(search, monkeypatch):
