@@ -161,7 +161,7 @@ class Study:
         self.study.tell(number, value, state=TrialState[state])
 
     def reopen(self, numbers: Container[int]) -> None:
-        """Begin complete trials again. Optuna changes none, so a copy, where they are new, replaces the study."""
+        """Begin ended trials again. Optuna changes none, so a copy, where they are new, replaces the study."""
         from optuna.trial import FrozenTrial, TrialState, create_trial
 
         def renewed(trial: FrozenTrial) -> FrozenTrial:

@@ -213,12 +213,18 @@ class _Trials:
         return _configuration(self.job_of(point)) not in map(_configuration, self.jobs)
 
     def _reopen(self) -> None:
-        """Open the trials whose value is not that of their job's folder, for example because it has been removed."""
-        values = {job.trial: self._value(job) for job in self.jobs if job.cfg}
-        complete = {number: each for number, each in self.study.trials().items() if each.state.name == "COMPLETE"}
-        outdated = {number for number in complete.keys() & values.keys() if complete[number].value != values[number]}
+        """Begin the ended trials again whose folder has been removed or, if they are complete, has another value."""
+        jobs = {job.trial: job for job in self.jobs if job.cfg}
+        outdated = {}
+        for number, trial in self.study.trials().items():
+            if (job := jobs.get(number)) and trial.state.name != "RUNNING":
+                changed = trial.state.name == "COMPLETE" and trial.value != self._value(job)
+                if changed or not job.record:
+                    outdated[number] = job
         if outdated:
             self.study.reopen(outdated)
+        for job in outdated.values():
+            job.status = 0
 
     def conclude(self, job: Job) -> None:
         """End a trial that would end the same way again; any other stays open, and the next command takes it up."""

@@ -14,6 +14,7 @@ from src.errors import Diverged, UsageError
 from src.runs.record import Record
 from src.sweeps import optuna_study
 from src.sweeps.study_sweeper import StudySweeper
+from src.system.stopping import PRUNED
 
 SPACE = {"k": "choice(10,20,30,40,50,60)"}
 FIXED = ["data=digits", "backbone=resnet_tiny", "tracking=jsonl"]
@@ -23,8 +24,8 @@ class Launcher:
     """Stands in for a launcher: ends the jobs with the given statuses, in the order in which they are proposed.
 
     Args:
-        statuses: Exit statuses of the jobs; 0 leaves the record of a finished run, and 65 that of one that has
-            diverged. After the last, no job is taken.
+        statuses: Exit statuses of the jobs; 0 leaves the record of a finished run, 65 that of one that has
+            diverged, and 76 that of a pruned one. After the last, no job is taken.
         status: The launcher's own exit status: 0, or that of whatever stopped the sweep.
         figures: The metrics of every run; None: its kNN accuracy is its k.
     """
@@ -41,8 +42,9 @@ class Launcher:
             self.directories.append(job.directory)
             if status == 0:
                 finish(job.directory, self.figures or {"val/knn_top1": float(job.cfg.k)}, identity.flat(job.cfg))
-            if status == Diverged.status:
-                finish(job.directory, {}, identity.flat(job.cfg), "FAILED", diverged="true")
+            if status in (Diverged.status, PRUNED):
+                tag = "pruned" if status == PRUNED else "diverged"
+                finish(job.directory, {}, identity.flat(job.cfg), "FAILED", **{tag: "true"})
             yield job
 
 
@@ -52,7 +54,7 @@ def finish(directory, figures, params, status="FINISHED", **tags):
     record.status, record.metrics, record.tags = status, figures, tags
     record.params = {key: str(value) for key, value in params.items()}
     record.tags["config_hash"] = directory.name.rpartition("-")[2]
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     record.save(directory)
 
 
@@ -165,6 +167,18 @@ def test_a_complete_trial_whose_folder_is_removed_runs_again_and_its_old_value_d
     assert f"best: val/knn_top1 {before[3].value:.2f} with k={before[3].params['k']}\n" in capsys.readouterr().out
     assert search(Launcher(), trials=4) == 1
     assert [path.name for path in again.folder.glob("study.db*")] == ["study.db"]
+
+
+def test_a_trial_that_diverged_or_was_pruned_runs_again_if_its_folder_is_removed(search, capsys):
+    first, again = Launcher(65, 76, 65, 76), Launcher(0, 143, status=143)
+    assert search(first, trials=4) == 1
+    for directory in first.directories[:2]:
+        shutil.rmtree(directory)
+    capsys.readouterr()
+    assert search(again, trials=4) == 143
+    assert again.ran == [0, 1]
+    assert states(again) == ["COMPLETE", "RUNNING", "FAIL", "PRUNED"]
+    assert "run again just what is missing" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # of Optuna 2, for create_trial
