@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT = 4  # part of the state: raise it with any change to the decoding or to the layout of the file
+LISTING = 2  # part of `_remembered`: raise it with any change to which files of a folder are read as what
 VERIFIED = ".verified"
 
 
@@ -210,7 +211,7 @@ def _remembered(identity: Path) -> Path | None:
     try:
         remembered = json.loads(_sidecar(identity, ".folders").read_text())
         path, folders = identity.with_name(remembered["cache"]), remembered["folders"]
-        is_readable = remembered["format"] == FORMAT
+        is_readable = (remembered["format"], remembered["listing"]) == (FORMAT, LISTING)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     unchanged = all(state(folder) == then for folder, then in folders.items())
@@ -218,7 +219,7 @@ def _remembered(identity: Path) -> Path | None:
 
 
 def _remember(identity: Path, path: Path, source: Source) -> None:
-    remembered = {"cache": path.name, "format": FORMAT, "folders": dict(source.folders)}
+    remembered = {"cache": path.name, "format": FORMAT, "listing": LISTING, "folders": dict(source.folders)}
     with suppress(OSError):  # the folder may be read-only
         write_whole(_sidecar(identity, ".folders"), json.dumps(remembered).encode())
 

@@ -167,6 +167,7 @@ def _files(folder: Path, seen: set[str]) -> Files:
     if others := [path for path in files if not (_is_image(path) or (is_annotated and path == annotations))]:
         logger.warning("%s: files that are not images are left out (%d), first %s", folder, len(others), others[0])
     if is_annotated:
+        seen.add(annotations)
         return _annotated(folder, images, annotations)
     return Files(folder, {} if loose else by_class, images)
 

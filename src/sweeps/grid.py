@@ -10,7 +10,6 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -22,7 +21,16 @@ from src.config.explain import explain_key
 from src.config.renamed import new_name
 from src.errors import UsageError
 from src.runs.directory import warn_of_other_protocol
-from src.sweeps.jobs import MAX_GRID_JOBS, Composer, Job, preview_of, values
+from src.sweeps.jobs import (
+    MAX_GRID_JOBS,
+    OWN_FOLDER,
+    Composer,
+    Job,
+    preview_of,
+    refuse_equal_runs,
+    refuse_other_folder,
+    values,
+)
 from src.sweeps.launcher import FOREIGN, JobLauncher
 from src.sweeps.sweep import Sweep
 from src.system.output import in_terminal
@@ -52,8 +60,7 @@ class GridSweeper(Sweeper):
         self.params = {key: str(value) for key, value in params.items()}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        if (config.hydra.sweep.dir, config.hydra.sweep.subdir) != ("multirun", "."):
-            raise UsageError("hydra.sweep: a sweep's folder is multirun/sweep-NAME-ID; leave hydra.sweep.* out")
+        refuse_other_folder(config.hydra.sweep)
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
         self.composer = Composer(hydra_context.config_loader, config)
 
@@ -120,7 +127,7 @@ class GridSweeper(Sweeper):
                 key = f"{identity.config_hash(job.cfg)} {job.cfg.data.fingerprint or job.cfg.data.root}"
             distinct.setdefault(key, job)
         if any(job.cfg and job.cfg.output_dir for job in distinct.values()) and len(distinct) > 1:
-            raise UsageError("output_dir: each job of a sweep has a folder of its own under multirun/; leave it out")
+            raise UsageError(OWN_FOLDER)
         # Sorted by seed: if something stops the sweep, the seeds that are done still make whole curves.
         return sorted(distinct.values(), key=lambda job: job.cfg.seed if job.cfg else 0)
 
@@ -168,14 +175,6 @@ def known_key(key: str, there: Container[str]) -> str:
     """Replace a key by its new name, or else drop its ``++``, if ``there`` has the result; else return it unchanged."""
     bare = key.removeprefix("++")
     return next((name for name in (new_name(bare), bare) if name and name in there), key)
-
-
-def refuse_equal_runs(override: Override) -> None:
-    """Raise a `UsageError` if the key does not distinguish runs, because all but one of its values would be dropped."""
-    key = override.key_or_group
-    if not identity.is_setting(key) and key not in identity.BY_CONTENT:
-        beside = "; src.evaluate adds the figures of others" if key.startswith("evaluation") else ""
-        raise UsageError(f"{override.input_line}: makes no other run, so give it one value{beside}")
 
 
 def refuse_unused(jobs: Sequence[Job]) -> None:

@@ -35,6 +35,8 @@ FINAL = "data.final=true: leaves no validation images, by which a search judges 
 UNLABELLED = (
     f"data: without labels there is no {OBJECTIVE}, by which a search judges its trials; choose images that have some"
 )
+OWN_FOLDER = "output_dir: each job of a sweep has a folder of its own under multirun/; leave it out"
+NEVER = "resume=never: a search goes on from its trials; leave it out"
 MAX_GRID_JOBS = 10_000  # composing so many takes a quarter of an hour
 
 
@@ -173,6 +175,20 @@ def preview_of(jobs: Sequence[Job], at_a_time: int) -> str:
     """List the legal ones of the jobs (`src.sweeps.dry_run.preview`), each beside its `distinguishing_overrides`."""
     possible = [job for job in jobs if job.cfg]
     return preview([job.cfg for job in possible if job.cfg], at_a_time, distinguishing_overrides(possible))
+
+
+def refuse_equal_runs(override: Override) -> None:
+    """Raise a `UsageError` if the key does not distinguish runs, because all but one of its values would be dropped."""
+    key = override.key_or_group
+    if not identity.is_setting(key) and key not in identity.BY_CONTENT:
+        beside = "; src.evaluate adds the figures of others" if key.startswith("evaluation") else ""
+        raise UsageError(f"{override.input_line}: makes no other run, so give it one value{beside}")
+
+
+def refuse_other_folder(sweep: DictConfig) -> None:
+    """Raise a `UsageError` if the user has set where Hydra would put a sweep."""
+    if (sweep.dir, sweep.subdir) != ("multirun", "."):
+        raise UsageError("hydra.sweep: a sweep's folder is multirun/sweep-NAME-ID; leave hydra.sweep.* out")
 
 
 def distinguishing_overrides(jobs: Sequence[Job]) -> list[str]:

@@ -22,7 +22,20 @@ from src.config.explain import explain_key
 from src.errors import RunFailed, UsageError
 from src.runs.directory import how_to_continue
 from src.sweeps.bars import Bars
-from src.sweeps.jobs import FINAL, OBJECTIVE, SWEEP_KEYS, UNLABELLED, Composer, Job, preview_of
+from src.sweeps.jobs import (
+    FINAL,
+    NEVER,
+    OBJECTIVE,
+    OWN_FOLDER,
+    SWEEP_KEYS,
+    UNLABELLED,
+    Composer,
+    Job,
+    preview_of,
+    refuse_equal_runs,
+    refuse_other_folder,
+    values,
+)
 from src.sweeps.sweep import Sweep
 from src.system.environment import CONF
 from src.system.stopping import PRUNED, Stopper, is_stop
@@ -66,7 +79,7 @@ class JobLauncher(Launcher):
         same command has the same folder, and does not run finished jobs again.
 
         Raises:
-            UsageError: the sweeper could not judge the jobs, or the chosen options lack one of its keys.
+            UsageError: the command is refused (`_refuse`); nothing has run.
             SystemExit: the jobs were stopped, or this is a dry run.
         """
         hydra = self.config.hydra
@@ -74,24 +87,21 @@ class JobLauncher(Launcher):
         composer = Composer(self.hydra_context.config_loader, self.config)
         batch = [composer.identify(composer(overrides)) for overrides in job_overrides]
         legal = [job.cfg for job in batch if job.cfg]
-        if not legal:
-            raise UsageError(batch[0].error)
-        for job in batch:
-            if job.cfg and job.skipped_keys:
-                raise UsageError(explain_key(job.skipped_keys[0], sorted(identity.flat(job.cfg))))
-        if any(cfg.data.final for cfg in legal):
-            raise UsageError(FINAL)
+        if not self.launched:  # a mistake of the command shows in the first batch; later, a trial may fail alone
+            self._refuse(batch, composer)
         if self.config.dry_run:
             print(preview_of(batch, self.at_a_time or len(legal)))
             print(f"this is the first batch; hydra/sweeper={name} proposes the others by what comes out")
             sys.exit(2 if len(legal) < len(batch) else 0)
         batch = [self.launched.setdefault(f"{job.directory} {job.error and job.overrides}", job) for job in batch]
+        tracking = next(job.cfg.tracking for job in self.launched.values() if job.cfg)
         what = sorted(each for each in hydra.overrides.task if each.split("=")[0] not in SWEEP_KEYS)
         what.append(OmegaConf.to_yaml(hydra.sweeper))
         pending = list(dict.fromkeys(job for job in batch if job.cfg and not job.is_finished))
         shown = {each.split("=")[0] for job in batch for each in job.overrides}
         began = time.monotonic()
-        with Sweep(name, what, list(self.launched.values()), legal[0].tracking) as sweep:
+        with Sweep(name, what, list(self.launched.values()), tracking) as sweep:
+            sweep.repeats = OmegaConf.select(hydra.sweeper, "sampler.seed") is not None
             for _ in self.run(sweep, pending, shown, self.at_a_time):
                 pass
         if self.max_minutes is not None:  # the limit is for all batches together
@@ -99,6 +109,34 @@ class JobLauncher(Launcher):
         if self.status:
             sys.exit(sweep.status)
         return [self._judged(job) for job in batch]
+
+    def _refuse(self, batch: Sequence[Job], composer: Composer) -> None:
+        """Refuse a command whose jobs the sweeper could not judge.
+
+        Raises:
+            UsageError: the command sets what no sweep can have, or every job of the first batch is not legal.
+        """
+        sweeper = self.config.hydra.sweeper
+        refuse_other_folder(self.config.hydra.sweep)
+        params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+        parsed = composer.parser.parse_overrides([*params, *self.config.hydra.overrides.task])
+        swept = [override for override in parsed if len(values(override) or ()) != 1]
+        for override in swept:
+            refuse_equal_runs(override)
+        legal = [job.cfg for job in batch if job.cfg]
+        if not legal:
+            raise UsageError(batch[0].error)
+        if not any(override.key_or_group in composer.groups for override in swept):  # else other options may have a key
+            for job in batch:
+                if job.cfg and job.skipped_keys:
+                    raise UsageError(explain_key(job.skipped_keys[0], sorted(identity.flat(job.cfg))))
+        for refused, why in (
+            (any(cfg.data.final for cfg in legal), FINAL),
+            (any(cfg.output_dir for cfg in legal), OWN_FOLDER),
+            (any(cfg.resume == "never" for cfg in legal), NEVER),
+        ):
+            if refused:
+                raise UsageError(why)
 
     def _judged(self, job: Job) -> JobReturn:
         """Return a job's `OBJECTIVE`, beside its number of stored vectors if there are two directions, or its error."""

@@ -16,8 +16,8 @@ from src.data.cache import known_fingerprint
 from src.errors import Diverged, UsageError
 from src.runs.directory import warn_of_other_protocol
 from src.runs.record import RECORD
-from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, known_key, refuse_equal_runs, refuse_unused, to_override
-from src.sweeps.jobs import FINAL, UNLABELLED, Job, preview_of, values
+from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, known_key, refuse_unused, to_override
+from src.sweeps.jobs import FINAL, NEVER, UNLABELLED, Job, preview_of, refuse_equal_runs, values
 from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED
 
@@ -122,7 +122,7 @@ class StudySweeper(GridSweeper):
         if not space:
             raise UsageError("hydra.sweeper.params: every setting is fixed; give one an interval or choices")
         if base.cfg and base.cfg.resume == "never":
-            raise UsageError("resume=never: a search goes on from its trials; leave it out")
+            raise UsageError(NEVER)
         if base.cfg and base.cfg.data.final:
             raise UsageError(FINAL)
         if not space.keys() & {"experiment", "data", "data.root", "data.repo"}:  # these choose the images

@@ -49,6 +49,7 @@ class Sweep:
         self.id = hashlib.sha256(" ".join([tracking.experiment, *identity]).encode()).hexdigest()[:8]
         self.directory = run_directory.ROOT / f"sweep-{name}-{self.id}"
         self.status, self.best = 1, ""
+        self.repeats = True  # whether the same command has the same jobs
 
     def overrides(self, job: Job) -> list[str]:
         """The overrides by which a job learns of its sweep and, in a search, of its trial."""
@@ -120,7 +121,7 @@ class Sweep:
         for note in notes:
             print(note, file=sys.stderr)
         possible = [job.cfg for job in lacking if job.cfg and not job.is_hopeless]
-        if possible and not any(cfg.resume == "never" for cfg in possible):
+        if possible and self.repeats and not any(cfg.resume == "never" for cfg in possible):
             print(f"run again just what is missing: {_command()}", file=sys.stderr)
         if not lacking:
             self.status = 0

@@ -254,6 +254,16 @@ class TestManyFiles:
         assert cached(cfg).fingerprint == known_fingerprint(cfg) == first
         assert len(looked_at) == 1
 
+    def test_what_an_older_version_has_listed_is_listed_again(self, config, folder, looked_at, monkeypatch):
+        """It may have taken other files for images, or other images for the test."""
+        cfg = config("image_folder", folder)
+        with monkeypatch.context() as older:
+            older.setattr(cache_module, "LISTING", 1)
+            cached(cfg)
+        assert len(looked_at) == 1
+        cached(cfg)
+        assert len(looked_at) == 2
+
     @pytest.mark.parametrize("change", [add_an_image, remove_an_image, rename_an_image])
     def test_a_changed_folder_is(self, config, folder, looked_at, change):
         """A changed folder is listed again and has another fingerprint."""

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -610,7 +611,12 @@ class TestTinyImagenet:
         assert sorted(images[1]) == sorted(expected[i] for i in (0, 2, 3))
         assert "val_annotations.txt" not in caplog.text
 
-    def test_another_table_makes_a_new_cache(self, config, root):
+    @pytest.mark.parametrize("many", [1, 100_000])
+    def test_another_table_makes_a_new_cache(self, config, root, monkeypatch, many):
+        """Where files are so many that only folders are checked, the table is checked too."""
+        monkeypatch.setattr("src.data.folders.MANY", many)
+        for each in (root, *root.rglob("*")):
+            os.utime(each, (1e9, 1e9))
         load(config("image_folder", root, final=True))
         table = root / "val/val_annotations.txt"
         table.write_text(table.read_text().replace("n2", "n1", 1))

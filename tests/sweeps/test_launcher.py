@@ -47,10 +47,10 @@ def launcher(as_hydra_does, tmp_path, cache_dir, monkeypatch):
     """A function that sets a launcher up for a command of hydra-optuna-sweeper, in the test's own folder."""
     monkeypatch.chdir(tmp_path)
 
-    def set_up(*overrides, direction="maximize", ends=()):
-        sweeper = ("hydra/sweeper=optuna", f"hydra.sweeper.direction={direction}")
+    def set_up(*overrides, direction="maximize", ends=(), sweeps=(), seed=0):
+        sweeper = ("hydra/sweeper=optuna", f"hydra.sweeper.direction={direction}", f"hydra.sweeper.sampler.seed={seed}")
         fixed = ("data=digits", "tracking=jsonl", f"data.cache_dir={cache_dir}")
-        found = as_hydra_does(AtOnce([*fixed, *overrides], dict(ends)), *sweeper, *fixed, *overrides)
+        found = as_hydra_does(AtOnce([*fixed, *overrides], dict(ends)), *sweeper, *fixed, *overrides, *sweeps)
         with flag_override(found.config.hydra, "readonly", False):
             found.config.hydra.overrides.hydra = list(sweeper)
         context = SimpleNamespace(config_loader=found.composer.loader)
@@ -67,7 +67,7 @@ def measured(monkeypatch):
     def result(job):
         if job.status:
             return None
-        return SimpleNamespace(metrics={OBJECTIVE: float(job.cfg.k)}, params={"support_set_size": "7"})
+        return SimpleNamespace(metrics={OBJECTIVE: float(job.cfg.k or 0)}, params={"support_set_size": "7"})
 
     monkeypatch.setattr(Job, "result", property(result))
 
@@ -140,6 +140,8 @@ def test_a_dry_run_lists_the_first_batch(launcher, capsys):
     [
         ("k=5 data.final=true", "data.final=true: leaves no validation images"),
         ("k=5 queue_size=9", "queue_size: only support=queue"),
+        ("k=5 output_dir=out", "output_dir: each job of a sweep has a folder of its own"),
+        ("k=5 resume=never", "resume=never: a search goes on from its trials"),
         ("k=0", "k=0: must be 1 or more"),
     ],
 )
@@ -149,6 +151,44 @@ def test_what_no_sweeper_can_judge_is_refused_before_anything_runs(launcher, pro
         found.propose(proposed)
     assert not found.started
     assert not Path("multirun").exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("hydra.sweep.dir=elsewhere", "hydra.sweep: a sweep's folder is"),
+        ("evaluation.knn_k=choice(1,50)", "evaluation.knn_k=.*: makes no other run"),
+    ],
+)
+def test_a_command_that_no_sweep_can_have_is_refused(launcher, typed, says):
+    found = launcher(sweeps=[typed])
+    with pytest.raises(UsageError, match=says):
+        found.propose("k=5")
+    assert not found.started
+
+
+@pytest.mark.usefixtures("measured")
+def test_an_impossible_trial_of_a_later_batch_fails_alone(launcher):
+    found = launcher()
+    found.propose("k=5")
+    (impossible,) = found.propose("k=0")
+    assert impossible.status == JobStatus.FAILED
+    assert found.propose("k=6")[0].return_value == 6
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("seed", ["null", 0])
+def test_a_search_without_a_seed_does_not_say_that_its_command_repeats_it(launcher, capsys, seed):
+    found = launcher(seed=seed, ends={5: 1})
+    found.propose("k=5")
+    assert ("run again just what is missing" in capsys.readouterr().err) == (seed == 0)
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_key_that_only_some_swept_options_have_is_skipped_by_the_others(launcher):
+    found = launcher(sweeps=["method=simclr,kmclr"])
+    found.propose("method=simclr k=5", "method=kmclr k=5")
+    assert [job.cfg.method.name for job in found.started] == ["simclr", "kmclr"]
 
 
 @pytest.mark.parametrize("direction", ["minimize", "[minimize,minimize]"])
