@@ -13,11 +13,15 @@ from src.data import load
 from tests.config.test_schema import composed
 from tests.conftest import PROJECT
 from tests.data.archives import write_imagenette, write_stl10
-from tests.data.layouts import write_flat, write_folder, write_shard
+from tests.data.layouts import write_flat, write_folder, write_shard, write_tiny_imagenet
 
 PAGE = (PROJECT / "docs" / "data.md").read_text()
 CLASSES = (("dogs", "cats"), ("n01440764", "n02102040"))
-ARCHIVES = {"DIR/stl10_binary.tar.gz": write_stl10, "DIR/imagenette2-160.tgz": write_imagenette}
+ARCHIVES = {
+    "DIR/stl10_binary.tar.gz": write_stl10,
+    "DIR/imagenette2-160.tgz": write_imagenette,
+    "DIR/val/val_annotations.txt": lambda root, _: write_tiny_imagenet(root),
+}
 ROWS = re.findall(r"^\| (.*) \| `(data=.*)` \|$", PAGE, re.MULTILINE)
 
 

@@ -27,6 +27,7 @@ from tests.data.layouts import (
     write_flat,
     write_folder,
     write_shard,
+    write_tiny_imagenet,
 )
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
@@ -589,14 +590,7 @@ class TestParquet:
 class TestTinyImagenet:
     @pytest.fixture
     def root(self, tmp_path):
-        """A miniature as the archive has it: the classes of the validation images are in a table beside them."""
-        counts = {"train/n1/images": 6, "train/n2/images": 6, "val/images": 4, "test/images": 3}
-        write_folder(tmp_path / "tiny-imagenet-200", counts, ".JPEG")
-        for name in ("n1", "n2"):
-            (tmp_path / f"tiny-imagenet-200/train/{name}/{name}_boxes.txt").write_text("0.JPEG\t0\t0\t7\t7\n")
-        lines = [f"{i}.JPEG\t{name}\t0\t0\t7\t7\n" for i, name in enumerate(("n2", "n1", "n2", "n2"))]
-        (tmp_path / "tiny-imagenet-200/val/val_annotations.txt").write_text("".join(lines))
-        return tmp_path / "tiny-imagenet-200"
+        return write_tiny_imagenet(tmp_path / "tiny-imagenet-200")
 
     def test_it_is_tested_on_its_labelled_validation_images(self, config, root, caplog):
         dataset = load(config("image_folder", root, final=True))
