@@ -19,7 +19,7 @@ from src.errors import UsageError
 from src.evaluation.probes import FrozenEncoder
 from src.evaluation.protocol import Protocol, check_neighbours, refuse_too_few
 from src.models import dtype_name
-from src.runs import checkpoint
+from src.runs import checkpoint, mlflow_store
 from src.runs import directory as run_directory
 from src.runs.query import named_run
 from src.runs.record import CHECKPOINTS, ENCODER, RECORD, TAG_DTYPE, TAG_EVALUATED, Record, newest_checkpoint
@@ -87,6 +87,14 @@ def _log(
     """Add metrics to a run, in its folder and in MLflow if it is there; ``chosen`` is explained at `_tags`."""
     with run_directory.exclusive(directory):
         name = "mlflow" if record.entry.for_mlflow else "jsonl"
+        if name == "mlflow" and (path := mlflow_store.missing()):  # MLflow has the run elsewhere
+            logger.warning(
+                "there is no MLflow store at %s: change to the project root, or set MLFLOW_TRACKING_URI, and deliver "
+                "this with: python -m src.tracking %s",
+                path,
+                directory.resolve(),
+            )
+            name = "jsonl"
         tracking = replace(tracking, name=name, experiment=record.experiment, parent=None)
         tracker = Tracker(directory, tracking, {}, {}, reopens=True)
         tracker.record.tags |= _tags(tracker.record, metrics, chosen)  # saved together with the metrics, never before

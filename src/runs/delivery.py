@@ -20,7 +20,7 @@ from src.runs import mlflow_store
 from src.runs.mlflow_store import Delivered, StoreError
 from src.runs.query import named_run
 from src.runs.record import TAG_CHARTS, Record, records_below
-from src.runs.tracker import Tracker, parent_tags
+from src.runs.tracker import Tracker, deleted_in_mlflow, parent_tags
 from src.system.deadline import Overdue, within
 from src.system.redact import one_line
 
@@ -37,7 +37,7 @@ def catch_up(directory: Path, tracking: Tracking) -> None:
     """
     try:
         if _deliver_held(directory, tracking).stays_deleted:
-            logger.warning("%s", _deleted([directory]))
+            logger.warning("%s", deleted_in_mlflow([directory]))
     except UsageError as error:
         logger.warning("%s", error)
 
@@ -85,15 +85,6 @@ def _deliver_held(directory: Path, requested: Tracking | None, again: bool = Fal
         record.save(directory)
 
 
-def _deleted(directories: Sequence[Path]) -> str:
-    """Say which command restores runs that were deleted in MLflow, or whose store was replaced by another."""
-    what = "this run" if len(directories) == 1 else f"{len(directories)} runs"
-    folders = shlex.join(map(str, directories))
-    return (
-        f"MLflow no longer has {what} (deleted, or another store); deliver again with: python -m src.tracking {folders}"
-    )
-
-
 def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
     """Nest runs that have ended under a sweep's run in MLflow, and deliver what MLflow lacks of them.
 
@@ -120,7 +111,7 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
     except (UsageError, Overdue) as error:
         refused = [error]
     if deleted:
-        logger.warning("%s", _deleted(deleted))
+        logger.warning("%s", deleted_in_mlflow(deleted))
     for each in refused:
         logger.warning("MLflow could not be told which runs belong to %s: %s", parent.directory, one_line(each))
 
@@ -200,7 +191,7 @@ def _deliver_all(publish_again: Callable[[Path], None]) -> list[UsageError]:
 
     refused = _try_each(_not_held(records), send)
     if deleted:
-        print(_deleted(deleted), flush=True)
+        print(deleted_in_mlflow(deleted), flush=True)
     if not (sent or deleted or refused):
         print("nothing waits to be delivered")
     return refused

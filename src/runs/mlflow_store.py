@@ -202,10 +202,19 @@ def existing() -> Any:
     Raises:
         UsageError: there is no store, or as in `prepare`.
     """
-    path = _sqlite_path(store_uri(import_mlflow()))
-    if path and not path.exists():
+    if path := missing():
         raise UsageError(f"there is no MLflow store at {path}: change to the project root, or set MLFLOW_TRACKING_URI")
     return prepare()
+
+
+def missing() -> Path | None:
+    """The path of the SQLite store that `open_store` would create; None if it is there, or for any other store.
+
+    Raises:
+        StoreError: MLflow cannot be imported.
+    """
+    path = _sqlite_path(store_uri(import_mlflow()))
+    return path if path and not path.exists() else None
 
 
 def answer(request: Callable[[], T]) -> T:

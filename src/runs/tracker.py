@@ -11,8 +11,9 @@ import errno
 import json
 import logging
 import os
+import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +51,8 @@ class Tracker:
         tags: the run's tags, which replace those of the same name.
         is_stopping: returns whether the run has been told to stop; then a delivery takes at most `STOPPING_TIMEOUT_S`.
         reopens: whether a finished run is opened to get further metrics. However this process ends, such a run stays
-            finished, and keeps its end time and its duration.
+            finished, and keeps its end time and its duration. If MLflow no longer has it, a line says so, and it is not
+            delivered.
 
     Raises:
         UsageError: MLflow is not installed, the store does not open, the record or a row is damaged, or
@@ -73,7 +75,8 @@ class Tracker:
         with suppress(mlflow_store.Busy, Overdue):
             within(mlflow_store.STORE_TIMEOUT_S, self.client)
         self._delivery: mlflow_store.Delivery | None = None
-        self._warned = self._fails = False
+        self._warned = self._fails = self._gone = False
+        self._reopens = reopens
         self._retry_at = 0.0
         self._end_watch: Callable[[], None] | None = None
 
@@ -254,6 +257,12 @@ class Tracker:
         client, record = self.client(), self.record
         if self._delivery is None:
             self._delivery = mlflow_store.Delivery(client, record, record.experiment, requested=True)
+            is_unknown = self._delivery.run is None and record.entry.run_id != ""
+            self._gone = self._reopens and (self._delivery.is_deleted or is_unknown)
+            if self._gone:
+                logger.warning("%s", deleted_in_mlflow([self.directory]))
+        if self._gone:
+            return
         self._delivery.push()
         if record.status != "RUNNING":
             for _ in mlflow_store.deliver(client, record):  # to the experiments in which it was requested before
@@ -299,6 +308,15 @@ def parent_tags(parent: str | None) -> dict[str, str]:
     if record.entry.run_id:  # else MLflow lacks the sweep so far, and `attach_children` adds the tag when it ends
         tags[TAG_PARENT] = record.entry.run_id
     return tags
+
+
+def deleted_in_mlflow(directories: Sequence[Path]) -> str:
+    """Say which command restores runs that were deleted in MLflow, or whose store was replaced by another."""
+    what = "this run" if len(directories) == 1 else f"{len(directories)} runs"
+    folders = shlex.join(map(str, directories))
+    return (
+        f"MLflow no longer has {what} (deleted, or another store); deliver again with: python -m src.tracking {folders}"
+    )
 
 
 def mark_failed(directory: Path, reason: str) -> None:

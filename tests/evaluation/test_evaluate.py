@@ -1,4 +1,5 @@
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -142,6 +143,40 @@ def test_it_says_that_mlflow_has_the_figures_only_where_it_has(finished, client,
     run("run=run", "evaluation.knn_k=5")
     said = capsys.readouterr().out.splitlines()
     assert (said[0], said[-1]) == ("run:", f"written to run/run.json{'' if is_down else ' and MLflow'}")
+
+
+@pytest.mark.parametrize("how", ["deleted", "another store", "no store"])
+def test_a_run_that_mlflow_no_longer_has_is_not_brought_back(
+    finished, client, fresh_store, monkeypatch, caplog, capsys, how
+):
+    """A line says so, as when the training command is repeated, and the figures are in the run's folder alone."""
+    shutil.copytree(finished, "run")
+    record = Record.load(Path("run"))
+    record.request(Tracking("mlflow", "exp", 10))
+    record.save(Path("run"))
+    run("run=run", "evaluation.knn_k=5")
+    run_id = Record.load(Path("run")).run_id
+    if how == "deleted":
+        client.delete_run(run_id)
+    elif how == "another store":
+        shutil.copy(fresh_store, "other.db")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
+    else:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
+    for k in (7, 9):
+        caplog.clear()
+        metrics = run("run=run", f"evaluation.knn_k={k}")
+        said = "there is no MLflow store at none.db" if how == "no store" else "MLflow no longer has this run"
+        [warning] = [each for each in map(logging.LogRecord.getMessage, caplog.records) if "MLflow" in each]
+        assert warning.startswith(said)
+        assert "python -m src.tracking" in warning
+        assert capsys.readouterr().out.splitlines()[-1] == "written to run/run.json"
+        assert metrics.items() <= Record.load(Path("run")).metrics.items()
+        assert Record.load(Path("run")).run_id == run_id
+    assert client.get_run(run_id).info.lifecycle_stage == ("deleted" if how == "deleted" else "active")
+    assert not Path("none.db").exists()
+    if how == "another store":
+        assert [each.name for each in type(client)("sqlite:///other.db").search_experiments()] == ["Default"]
 
 
 def test_the_encoders_model_in_mlflow_has_the_figures_at_once(finished, client):
