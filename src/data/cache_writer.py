@@ -194,7 +194,7 @@ def _append(file: BinaryIO, path: Path, place: int, contents: Contents, cfg: Dat
                 file.flush()
                 saving = disk.submit(save, file, path, tally.line, bytes(tally.aspects), place)
                 saved = time.monotonic()
-                if not progress.console.is_terminal:
+                if not progress.console.is_terminal or progress.console.is_dumb_terminal:
                     left = (total - tally.images) / rate / 60
                     how_long = f"{left:.0f} min" if left >= 1 else "less than a minute"
                     logger.info("%d of %d images, %.0f images/s, %s left", tally.images, total, rate, how_long)

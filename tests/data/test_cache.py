@@ -150,6 +150,16 @@ def test_writing_into_the_images_does_not_reach_the_file(config, folder):
     assert torch.equal(cached(cfg).part("train").images, before)
 
 
+@pytest.mark.parametrize(("terminal", "is_logged"), [("xterm", False), ("dumb", True)])
+def test_a_terminal_that_shows_no_bar_gets_lines(config, folder, caplog, monkeypatch, terminal, is_logged):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # for rich: standard error is a terminal
+    monkeypatch.setenv("TERM", terminal)
+    monkeypatch.setattr(writer_module, "SAVE_EVERY", 0)
+    caplog.set_level("INFO", "src")
+    load(config("image_folder", folder))
+    assert (" of 12 images, " in caplog.text) == is_logged
+
+
 def test_the_second_load_decodes_nothing(config, folder, decodings):
     cfg = config("image_folder", folder)
     first = load(cfg)
