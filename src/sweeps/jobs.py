@@ -63,6 +63,11 @@ class Job:
         return self.directory.name if self.cfg else self.overrides[-1]
 
     @property
+    def configuration(self) -> str:
+        """What distinguishes the configuration; overrides that differ only in skipped keys make the same one."""
+        return str(self.directory) if self.cfg else " ".join(self.overrides)
+
+    @property
     def record(self) -> Record | None:
         """The record in the job's folder; None before its start, or if it is damaged, which the job itself reports."""
         with suppress(UsageError):

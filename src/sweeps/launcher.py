@@ -8,6 +8,7 @@ import sys
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.config import identity
 from src.config.explain import explain_key
+from src.config.schema import Config
 from src.errors import RunFailed, UsageError
 from src.runs.directory import how_to_continue
 from src.sweeps.bars import Bars
@@ -84,16 +86,15 @@ class JobLauncher(Launcher):
         """
         hydra = self.config.hydra
         name = hydra.runtime.choices["hydra/sweeper"]
-        composer = Composer(self.hydra_context.config_loader, self.config)
-        batch = [composer.identify(composer(overrides)) for overrides in job_overrides]
+        batch = [self._composer.identify(self._composer(overrides)) for overrides in job_overrides]
         legal = [job.cfg for job in batch if job.cfg]
         if not self.launched:  # a mistake of the command shows in the first batch; later, a trial may fail alone
-            self._refuse(batch, composer)
+            self._refuse(batch, legal)
         if self.config.dry_run:
             print(preview_of(batch, self.at_a_time or len(legal)))
             print(f"this is the first batch; hydra/sweeper={name} proposes the others by what comes out")
             sys.exit(2 if len(legal) < len(batch) else 0)
-        batch = [self.launched.setdefault(f"{job.directory} {job.error and job.overrides}", job) for job in batch]
+        batch = [self.launched.setdefault(job.configuration, job) for job in batch]
         tracking = next(job.cfg.tracking for job in self.launched.values() if job.cfg)
         what = sorted(each for each in hydra.overrides.task if each.split("=")[0] not in SWEEP_KEYS)
         what.append(OmegaConf.to_yaml(hydra.sweeper))
@@ -110,8 +111,17 @@ class JobLauncher(Launcher):
             sys.exit(sweep.status)
         return [self._judged(job) for job in batch]
 
-    def _refuse(self, batch: Sequence[Job], composer: Composer) -> None:
+    @cached_property
+    def _composer(self) -> Composer:
+        """Serves all batches, so that each choice of options is composed once, and images are looked for once."""
+        return Composer(self.hydra_context.config_loader, self.config)
+
+    def _refuse(self, batch: Sequence[Job], legal: Sequence[Config]) -> None:
         """Refuse a command whose jobs the sweeper could not judge.
+
+        Args:
+            batch: the jobs of the first batch.
+            legal: the configs of those that are legal.
 
         Raises:
             UsageError: the command sets what no sweep can have, or every job of the first batch is not legal.
@@ -119,14 +129,15 @@ class JobLauncher(Launcher):
         sweeper = self.config.hydra.sweeper
         refuse_other_folder(self.config.hydra.sweep)
         params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-        parsed = composer.parser.parse_overrides([*params, *self.config.hydra.overrides.task])
+        parsed = self._composer.parser.parse_overrides([*params, *self.config.hydra.overrides.task])
         swept = [override for override in parsed if len(values(override) or ()) != 1]
         for override in swept:
             refuse_equal_runs(override)
-        legal = [job.cfg for job in batch if job.cfg]
         if not legal:
             raise UsageError(batch[0].error)
-        if not any(override.key_or_group in composer.groups for override in swept):  # else other options may have a key
+        if not any(
+            override.key_or_group in self._composer.groups for override in swept
+        ):  # else other options may have a key
             for job in batch:
                 if job.cfg and job.skipped_keys:
                     raise UsageError(explain_key(job.skipped_keys[0], sorted(identity.flat(job.cfg))))

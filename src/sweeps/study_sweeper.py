@@ -138,7 +138,7 @@ class StudySweeper(GridSweeper):
             job = self._job(fixed, trial.params)
             job.trial = number
             job.status = job.status or (PRUNED if trial.state.name == "PRUNED" else 0)
-            distinct.setdefault(_configuration(job), job)
+            distinct.setdefault(job.configuration, job)
         return list(distinct.values())
 
     def _job(self, fixed: list[str], point: Mapping[str, Any]) -> Job:
@@ -166,11 +166,6 @@ class StudySweeper(GridSweeper):
         except UsageError as error:
             return str(error)
         return ""
-
-
-def _configuration(job: Job) -> str:
-    """What distinguishes the job's configuration: points that differ only in keys that it skips are the same one."""
-    return str(job.directory) if job.cfg else " ".join(job.overrides)
 
 
 class _Trials:
@@ -210,7 +205,7 @@ class _Trials:
 
     def _is_new(self, point: Mapping[str, Any]) -> bool:
         """Whether a point is another configuration than those of all jobs so far."""
-        return _configuration(self.job_of(point)) not in map(_configuration, self.jobs)
+        return self.job_of(point).configuration not in [job.configuration for job in self.jobs]
 
     def _reopen(self) -> None:
         """Begin the ended trials again whose folder has been removed or, if they are complete, has another value."""
