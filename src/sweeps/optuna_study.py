@@ -98,13 +98,15 @@ class Study:
     Args:
         folder: the sweep's folder.
         distributions: the result of `space`.
-        pruner: one of `PRUNERS`.
+        pruner: one of `PRUNERS`; None: the study is only read, and changes nothing in the folder.
         seed: proposals are a function of the seed and of the earlier trials.
     """
 
-    def __init__(self, folder: Path, distributions: Mapping[str, Any], pruner: str, seed: int) -> None:
+    def __init__(self, folder: Path, distributions: Mapping[str, Any], pruner: str | None, seed: int) -> None:
         self.folder, self.distributions, self.seed, self.objective = folder, dict(distributions), seed, OBJECTIVE
-        self.study = _open(folder, check=True)
+        self.study = _open(folder, check=True, read=pruner is None)
+        if pruner is None:
+            return
         self.study.set_user_attr("pruner", pruner)
         for trial in self.study.trials:
             if trial.state.name == "RUNNING" and trial.params.keys() != self.distributions.keys():
@@ -226,8 +228,8 @@ def should_prune(folder: str | None, number: int | None, epoch: int, metrics: Ma
         return False
 
 
-def _open(folder: Path, check: bool = False) -> Any:
-    """Open the study in a folder, or create it; with ``check``, look for damage in it."""
+def _open(folder: Path, check: bool = False, read: bool = False) -> Any:
+    """Open the study in a folder, or create it unless it is only to be read; with ``check``, look for damage in it."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -238,7 +240,10 @@ def _open(folder: Path, check: bool = False) -> Any:
         if path.exists() and path.read_bytes()[:16] not in (b"", b"SQLite format 3\0"):
             raise ValueError("it is not a database")  # SQLite itself would take a single byte for an empty one
         storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
-        study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
+        if read:
+            study = optuna.load_study(storage=storage, study_name="sweep")
+        else:
+            study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
         if check:
             _check(path, study)
     except RuntimeError as error:  # the tables are of another Optuna; the message names the command that upgrades them

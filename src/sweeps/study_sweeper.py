@@ -62,8 +62,9 @@ class StudySweeper(GridSweeper):
         what = [identity.config_hash(base), *sorted(f"{key}={value}" for key, value in space.items())]
         sweep = Sweep("optuna", what, [], base.tracking)
         if self.config.dry_run:
-            known = (sweep.directory / studies.FILE).exists()
-            study = studies.Study(sweep.directory, space, self.pruner, self.seed) if known else None
+            file = sweep.directory / studies.FILE
+            there = file.exists() and file.stat().st_size  # an empty one counts as a missing one
+            study = studies.Study(sweep.directory, space, None, self.seed) if there else None
             jobs = self._jobs(fixed, study) if study else []
             print(preview_of(jobs, at_a_time))
             print(f"{max(self.trials - len(jobs), 0)} trials to propose")

@@ -60,15 +60,16 @@ def finish(directory, figures, params, status="FINISHED", **tags):
 
 @pytest.fixture
 def search(as_hydra_does, cache_dir, tmp_path, monkeypatch):
-    """A function that runs the command of a search with a `Launcher` and returns the exit status."""
+    """A function that runs a search with a `Launcher` and returns the exit status; a dry run that succeeds has none."""
     monkeypatch.chdir(tmp_path)
 
-    def run(launcher, *arguments, trials=3, space=SPACE):
-        sweeper = as_hydra_does(StudySweeper(trials=trials, pruner="none", seed=0, params=space))
+    def run(launcher, *arguments, trials=3, space=SPACE, hydra=(), pruner="none"):
+        sweeper = as_hydra_does(StudySweeper(trials=trials, pruner=pruner, seed=0, params=space), *hydra)
         sweeper.launcher, sweeper.prepare = launcher, lambda: None
-        with pytest.raises(SystemExit) as end:
+        try:
             sweeper.sweep([*FIXED, f"data.cache_dir={cache_dir}", *arguments])
-        return end.value.code
+        except SystemExit as end:
+            return end.code
 
     return run
 
@@ -134,6 +135,26 @@ def test_a_search_has_as_many_trials_as_are_asked_for_with_those_of_earlier_comm
     first, more, again = (Launcher(*[0] * 9) for _ in range(3))
     assert (search(first, trials=2), search(more, trials=5), search(again, trials=5)) == (0, 0, 0)
     assert (first.ran, more.ran, again.ran) == ([0, 1], [2, 3, 4], [])
+
+
+def test_a_dry_run_only_reads_the_study(search, capsys):
+    launcher = Launcher(0, -9)
+    search(launcher, trials=2)
+    study_of(launcher).ask()  # killed before its point was drawn
+    file = launcher.folder / "study.db"
+
+    def previewed():
+        before, _ = (file.read_bytes(), file.stat().st_mtime_ns), capsys.readouterr()
+        assert search(None, trials=5, hydra=["dry_run=true"], pruner="median") is None
+        assert (file.read_bytes(), file.stat().st_mtime_ns) == before
+        assert sorted(path.name for path in launcher.folder.iterdir() if path.name.startswith("study")) == ["study.db"]
+        return capsys.readouterr().out
+
+    out = previewed()
+    assert "2 jobs, 1 to run" in out
+    assert out.endswith("3 trials to propose\n")
+    file.write_bytes(b"")  # counts as a missing one
+    assert previewed().endswith("5 trials to propose\n")
 
 
 def test_a_search_without_its_study_begins_anew_and_says_so(search, capsys):
