@@ -1,6 +1,6 @@
 """Campaign of sweeps on a real SLURM and a real Ray (scripts/reliability/one_node.py), in normal use and with faults.
 
-    python -m scripts.reliability.clusters FOLDER [SITUATION...]
+    python -m scripts.reliability.clusters FOLDER [NAME...]
 
 Prints a row of results/reliability.md for each situation. Exit status 1: a situation did not end as expected.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from scripts.reliability import one_node
+from scripts.reliability.campaign import campaign
 from scripts.reliability.runs import ROOT, SMALL, differences, output, start
 
 SLURM = ["hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1.5"]
@@ -470,22 +471,23 @@ def engine(name: str, folder: Path) -> Iterator[None]:
             os.environ.update(before)
 
 
-def main(folder: Path, chosen: list[str]) -> int:
-    """Run the situations; return 1 if one did not end as expected, else 0."""
-    wrong = 0
+def main(folder: Path, names: list[str]) -> list[str]:
+    """Run the situations; return those that did not end as expected."""
+    wrong = []
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an orderly exit stops the daemons
     for each in ("SLURM", "Ray"):
-        names = [name for name in SITUATIONS if SITUATIONS[name][0] == each and name in (chosen or SITUATIONS)]
-        if not names:
+        chosen = [name for name in SITUATIONS if SITUATIONS[name][0] == each and name in names]
+        if not chosen:
             continue
         with engine(each, folder):
-            for name in names:
+            for name in chosen:
                 _, what, run = SITUATIONS[name]
                 began = time.monotonic()
                 try:
                     came = run(folder / name)
                 except Exception as error:  # go on with the other situations
-                    came, wrong = f"WRONG: {' '.join(str(error).split())}", 1
+                    came = f"WRONG: {' '.join(str(error).split())}"
+                    wrong.append(name)
                 finally:
                     for sweep in Sweep.begun:
                         sweep.process.kill()
@@ -495,4 +497,4 @@ def main(folder: Path, chosen: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]).resolve(), sys.argv[2:]))
+    campaign(__doc__, main, names=SITUATIONS)

@@ -11,12 +11,12 @@ import json
 import shutil
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from scripts.reliability.campaign import campaign, judged
 from scripts.reliability.runs import (
     METHODS,
     SMALL,
@@ -54,7 +54,7 @@ def fill(disk: Path, leave: int) -> Path:
     return ballast
 
 
-def run_on_a_full_disk(folder: Path, unbroken: Path, cache: str, leave: int) -> None:
+def run_on_a_full_disk(folder: Path, unbroken: Path, cache: str, leave: int) -> list[str]:
     """Fill the disk after the first checkpoint, then make room again and let the same command continue."""
     arguments, store = [*KMCLR, "epochs=8", cache], folder.with_name(f"{folder.name}-store")
     uri = f"sqlite:///{store}/mlflow.db"
@@ -69,11 +69,14 @@ def run_on_a_full_disk(folder: Path, unbroken: Path, cache: str, leave: int) -> 
         assert start(disk, arguments, MLFLOW_TRACKING_URI=uri).wait(300) == 0, output(disk)
         missing, extra = lost_and_doubled(rows(unbroken / "run"), rows(disk / "run"))
         bits = differences(disk / "run", unbroken / "run")
-    print(f"disk full but for {leave} bytes: status {status}, MLflow told {told}, said {lines}")
-    print(f"  continued: {missing} rows lost, {extra} doubled; different bits: {bits or 'none'}", flush=True)
+    return judged(
+        f"disk full but for {leave} bytes: status {status}, MLflow told {told}, said {lines}; "
+        f"continued: {missing} rows lost, {extra} doubled; different bits: {bits or 'none'}",
+        status == 74 and len(lines) == 1 and missing == extra == 0 and not bits,
+    )
 
 
-def store_on_a_full_disk(folder: Path, unbroken: Path, cache: str) -> None:
+def store_on_a_full_disk(folder: Path, unbroken: Path, cache: str) -> list[str]:
     """Fill the disk of the MLflow store; the run goes on, and src.tracking delivers it when there is room again."""
     with small_disk(folder / "disk") as disk:
         uri = f"sqlite:///{disk}/mlflow.db"
@@ -85,10 +88,13 @@ def store_on_a_full_disk(folder: Path, unbroken: Path, cache: str) -> None:
         delivered = start(folder, ["run"], module="src.tracking", MLFLOW_TRACKING_URI=uri).wait(120)
         (history,) = stored(disk).values()
         missing, extra = lost_and_doubled(rows(unbroken / "run"), history)
-    print(f"store's disk full: status {status}, delivery {delivered}, {missing} rows lost, {extra} doubled", flush=True)
+    return judged(
+        f"store's disk full: status {status}, delivery {delivered}, {missing} rows lost, {extra} doubled",
+        status == delivered == missing == extra == 0,
+    )
 
 
-def locked_store(folder: Path, unbroken: Path, cache: str, *, from_the_start: bool) -> None:
+def locked_store(folder: Path, unbroken: Path, cache: str, *, from_the_start: bool) -> list[str]:
     """Hold the store's lock for `LOCKED_S` seconds, from the start of the run or from its first checkpoint on."""
     arguments = [*KMCLR, "epochs=8", cache]
     database = folder / "mlflow.db"
@@ -115,14 +121,14 @@ def locked_store(folder: Path, unbroken: Path, cache: str, *, from_the_start: bo
     history = stored(folder)[str(folder / "run")]
     missing, extra = lost_and_doubled(rows(unbroken / "run"), history)
     when = "from the start" if from_the_start else "during the run"
-    print(
+    return judged(
         f"store locked for {LOCKED_S} s {when}: status {status}, ended before: {ended_before}, "
         f"delivery {delivered}, {missing} rows lost, {extra} doubled",
-        flush=True,
+        status == delivered == missing == extra == 0,
     )
 
 
-def server_away(folder: Path, cache: str, epochs: int) -> None:
+def server_away(folder: Path, cache: str, epochs: int) -> list[str]:
     """Stop the tracking server during the run, and start it again after `AWAY_S` seconds."""
     with Server(folder / "server") as server:
         process = start(folder, [*KMCLR, f"epochs={epochs}", cache], MLFLOW_TRACKING_URI=server.uri)
@@ -136,15 +142,16 @@ def server_away(folder: Path, cache: str, epochs: int) -> None:
         delivered = start(folder, command, module="src.tracking", MLFLOW_TRACKING_URI=server.uri).wait(120)
         (history,) = histories(server.uri).values()
         missing, extra = lost_and_doubled(rows(folder / "run"), history)
-    print(
+    return judged(
         f"server away for {AWAY_S} s: status {status}, ended before: {ended_before}, delivery {delivered}, "
         f"{len(history)} rows, {missing} lost, {extra} doubled",
-        flush=True,
+        status == delivered == missing == extra == 0,
     )
 
 
-def main(folder: Path) -> None:
-    """Try all faults one after another, and print the outcomes."""
+def main(folder: Path) -> list[str]:
+    """Try all faults one after another; return the outcomes that are wrong."""
+    wrong = []
     cache = f"data.cache_dir={folder / 'cache'}"
     unbroken = folder / "unbroken"
     assert start(unbroken, [*KMCLR, "epochs=8", cache]).wait(300) == 0, output(unbroken)
@@ -152,15 +159,15 @@ def main(folder: Path) -> None:
     print(f"unbroken: {record['seconds']:.0f} s, {len(rows(unbroken / 'run'))} values")
     try:
         for leave in (0, 1000, 100_000):
-            run_on_a_full_disk(folder / f"full-{leave}", unbroken, cache, leave)
-        store_on_a_full_disk(folder / "full-store", unbroken, cache)
+            wrong += run_on_a_full_disk(folder / f"full-{leave}", unbroken, cache, leave)
+        wrong += store_on_a_full_disk(folder / "full-store", unbroken, cache)
     except subprocess.CalledProcessError as error:
         print(f"no full disk: {error}")
-    locked_store(folder / "locked", unbroken, cache, from_the_start=False)
-    locked_store(folder / "locked-first", unbroken, cache, from_the_start=True)
-    server_away(folder / "away", cache, epochs=8)
-    server_away(folder / "away-long", cache, epochs=300)
+    wrong += locked_store(folder / "locked", unbroken, cache, from_the_start=False)
+    wrong += locked_store(folder / "locked-first", unbroken, cache, from_the_start=True)
+    wrong += server_away(folder / "away", cache, epochs=8)
+    return wrong + server_away(folder / "away-long", cache, epochs=300)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    campaign(__doc__, main)

@@ -1,6 +1,6 @@
 """Campaign of hostile files and settings: each command must end well, or say in one line what is wrong.
 
-    python -m scripts.reliability.hostile FOLDER [VARIANTS] [FIRST]
+    python -m scripts.reliability.hostile FOLDER [COUNT] [FIRST]
 
 A small run is trained to its end, a copy of it is reset to the state that a kill leaves, and another gets a search
 beside it. Every variant is a copy of one of these templates with one file or setting changed. A command then runs on it
@@ -17,7 +17,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from pathlib import Path
 import torch
 
 from scripts.reliability import forks, mutations
+from scripts.reliability.campaign import campaign
 from scripts.reliability.runs import METHODS, SMALL, rows, stored
 from src import cli
 from src.evaluation.encoder import load_encoder
@@ -333,8 +333,8 @@ def unbroken(folder: Path, command: Command) -> object:
     return result
 
 
-def main(folder: Path, count: int, first: int = 0) -> int:
-    """Try ``count`` variants from number ``first`` on, spread over files and commands; return the number of faults."""
+def main(folder: Path, count: int, first: int) -> list[str]:
+    """Try ``count`` variants from number ``first`` on, spread over files and commands; return the faults."""
     forks.prepare()
     folder.mkdir(parents=True, exist_ok=True)
     known = commands(folder / "cache")
@@ -353,9 +353,8 @@ def main(folder: Path, count: int, first: int = 0) -> int:
         if tried.total() % 25 == 0:
             print(f"{tried.total()} variants so far, faults: {len(faults)}", flush=True)
     print(f"{tried.total()} variants: {dict(tried)}")
-    print(f"faults: {len(faults)}", flush=True)
-    return len(faults)
+    return faults
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(Path(sys.argv[1]).resolve(), *map(int, sys.argv[2:] or ["1500"]))))
+    campaign(__doc__, main, count=1500, first=0)

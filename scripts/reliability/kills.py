@@ -17,7 +17,6 @@ import multiprocessing
 import random
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -27,6 +26,7 @@ from itertools import count
 from pathlib import Path
 
 from scripts.reliability import forks
+from scripts.reliability.campaign import campaign
 from scripts.reliability.runs import (
     METHODS,
     SMALL,
@@ -126,8 +126,8 @@ def killed(where: Path, line: list[str], moment: str, rng: random.Random, *, rea
     return process.wait() == -9
 
 
-def main(folder: Path, kills: int = 500, first: int = 0) -> int:
-    """Break runs until there have been ``kills`` kills; return the number of faults."""
+def main(folder: Path, kills: int, first: int) -> list[str]:
+    """Break runs until there have been ``kills`` kills; return what was lost, doubled or different."""
 
     def whole(name: str) -> None:
         where = folder / "unbroken" / name
@@ -161,9 +161,8 @@ def main(folder: Path, kills: int = 500, first: int = 0) -> int:
                 if total.total() < kills:
                     another()
     print(f"{total.total()} kills: {dict(total)}, {dict(of_runs)}")
-    print(f"lost, doubled or different: {wrong or 'nothing'}")
-    return len(wrong)
+    return wrong
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(Path(sys.argv[1]).resolve(), *map(int, sys.argv[2:]))))
+    campaign(__doc__, main, kills=500, first=0)

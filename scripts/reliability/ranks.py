@@ -13,11 +13,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+from scripts.reliability.campaign import campaign, judged
 from scripts.reliability.runs import (
     METHODS,
     SMALL,
@@ -68,10 +68,9 @@ def broken_run(folder: Path, name: str, kills: int) -> tuple[Counter[str], list[
         print(f"{name}: killed {'both' if both else 'one'} at row {aim}, ended after {took:.1f} s", flush=True)
 
 
-def main(folder: Path, kills: int) -> None:
-    """Run both campaigns, and print the outcome."""
+def main(folder: Path, kills: int) -> list[str]:
+    """Run both campaigns; return what was late, silent, lost, doubled, or different from the unbroken run's bits."""
     total: Counter[str] = Counter()
-    lost = doubled = 0
     wrong: list[str] = []
     for name in RUNS:
         unbroken, broken = folder / f"{name} unbroken", folder / name
@@ -79,11 +78,11 @@ def main(folder: Path, kills: int) -> None:
         killed, found = broken_run(broken, name, kills // len(RUNS))
         total += killed
         wrong += found + [f"{name}: {each}" for each in differences(broken / "run", unbroken / "run")]
-        missing, extra = lost_and_doubled(rows(unbroken / "run"), rows(broken / "run"))
-        lost, doubled = lost + missing, doubled + extra
-    print(f"{total.total()} kills of two ranks: {dict(total)}; rows: {lost} lost, {doubled} doubled or different")
-    print(f"late, silent, or different from the unbroken run's bits: {wrong or 'nothing'}")
+        lost, doubled = lost_and_doubled(rows(unbroken / "run"), rows(broken / "run"))
+        wrong += judged(f"{name}: rows: {lost} lost, {doubled} doubled or different", lost == doubled == 0)
+    print(f"{total.total()} kills of two ranks: {dict(total)}")
+    return wrong
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 10)
+    campaign(__doc__, main, kills=10)

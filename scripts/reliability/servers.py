@@ -1,6 +1,6 @@
 """Campaign on a real tracking server with SQLite or PostgreSQL, killed and restarted while four jobs log to it.
 
-    python -m scripts.reliability.servers FOLDER [sqlite|postgresql]
+    python -m scripts.reliability.servers FOLDER [sqlite] [postgresql]
 
 PostgreSQL is Debian's (package postgresql); if the caller is root, it runs as the user ``nobody``. The tracking server
 needs psycopg2 (``pip install psycopg2-binary``).
@@ -13,13 +13,13 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from scripts.reliability.campaign import campaign, judged
 from scripts.reliability.runs import PYTHON, SMALL, lost_and_doubled, output, rows, start, wait_for
 
 STOPS, AWAY = 2, 10  # how many times the server is killed while jobs run, and for how many seconds it stays away
@@ -141,8 +141,8 @@ class Postgres:
         self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", "fast", "-w", "stop")
 
 
-def four_jobs(folder: Path, name: str, backend: str | None) -> None:
-    """Run a sweep of four jobs at once, while the server is killed and restarted, and print the outcome."""
+def four_jobs(folder: Path, name: str, backend: str | None) -> list[str]:
+    """Run a sweep of four jobs at once, while the server is killed and restarted; return what was wrong."""
     with Server(folder / "server", backend) as server:
         arguments = ["--multirun", *SMALL, "method=kmclr", "k=5,7,9,11", "epochs=20", "jobs=4"]
         sweep = start(folder, [*arguments, "data.cache_dir=cache"], MLFLOW_TRACKING_URI=server.uri)
@@ -166,34 +166,37 @@ def four_jobs(folder: Path, name: str, backend: str | None) -> None:
         for directory in directories:
             missing, extra = lost_and_doubled(rows(directory), on_server[str(directory)])
             lost, doubled = lost + missing, doubled + extra
-    print(f"{name}, server killed {STOPS} times for {AWAY} s: sweep's status {status}, delivery {later}")
-    print(f"  {len(directories)} jobs, {dict(told)}, rows: {lost} lost, {doubled} doubled or different", flush=True)
+    return judged(
+        f"{name}, server killed {STOPS} times for {AWAY} s: sweep's status {status}, delivery {later}, "
+        f"{len(directories)} jobs, {dict(told)}, rows: {lost} lost, {doubled} doubled or different",
+        status == later == lost == doubled == 0 and len(directories) == 4 and told == {"FINISHED": 5},
+    )
 
 
-def two_at_once(folder: Path, store: str) -> None:
-    """Start two runs together on an empty database, without a tracking server, and print the outcome."""
+def two_at_once(folder: Path, store: str) -> list[str]:
+    """Start two runs together on an empty database, without a tracking server; return what was wrong."""
     arguments = [*SMALL, "method=kmclr", "k=7", "epochs=1", "evaluation.pictures=false"]
     runs = [start(folder / name, [*arguments, "output_dir=run"], MLFLOW_TRACKING_URI=store) for name in ("one", "two")]
     statuses = [run.wait(600) for run in runs]
     later = [
         start(folder / name, ["run"], "src.tracking", MLFLOW_TRACKING_URI=store).wait(300) for name in ("one", "two")
     ]
-    print(f"two runs at once on an empty PostgreSQL: statuses {statuses}, deliveries {later}", flush=True)
+    outcome = f"two runs at once on an empty PostgreSQL: statuses {statuses}, deliveries {later}"
+    return judged(outcome, not any([*statuses, *later]))
 
 
-def main(folder: Path, *names: str) -> None:
-    """Try SQLite, and PostgreSQL if it is installed; or only the named databases."""
-    if not names or "sqlite" in names:
-        four_jobs(folder / "sqlite", "SQLite", None)
-    if names and "postgresql" not in names:
-        return
+def main(folder: Path, names: list[str]) -> list[str]:
+    """Try SQLite, and PostgreSQL if it is installed, or one of both; return what was wrong."""
+    wrong = four_jobs(folder / "sqlite", "SQLite", None) if "sqlite" in names else []
+    if "postgresql" not in names:
+        return wrong
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
         print("no PostgreSQL")
-        return
+        return wrong
     with Postgres(folder / "cluster") as postgres:
-        two_at_once(folder / "together", postgres.uri)
-        four_jobs(folder / "postgresql", "PostgreSQL", postgres.uri)
+        wrong += two_at_once(folder / "together", postgres.uri)
+        return wrong + four_jobs(folder / "postgresql", "PostgreSQL", postgres.uri)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), *sys.argv[2:])
+    campaign(__doc__, main, names=["sqlite", "postgresql"])

@@ -1,6 +1,8 @@
 """SIGTERM and SIGINT at random steps and during a validation: how long a run takes to stop, and whether it can resume.
 
-python -m scripts.reliability.signals FOLDER [RUNS]
+    python -m scripts.reliability.signals FOLDER [RUNS]
+
+A run that is resumed after its signal must end with the bits of an unbroken one.
 """
 
 from __future__ import annotations
@@ -8,10 +10,10 @@ from __future__ import annotations
 import json
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
+from scripts.reliability.campaign import campaign, judged
 from scripts.reliability.runs import (
     METHODS,
     SMALL,
@@ -69,8 +71,8 @@ def stopped_run(
     return seconds, wrong
 
 
-def compare(name: str, results: dict[Path, tuple[float, list[str]]], unbroken: list[Path]) -> None:
-    """Compare the runs that got one kind of signal with the unbroken ones, and print the outcome."""
+def compare(name: str, results: dict[Path, tuple[float, list[str]]], unbroken: list[Path]) -> list[str]:
+    """Compare the runs that got one kind of signal with the unbroken ones; return what was wrong."""
     wrong = [f"{where.name}: {each}" for where, (_, found) in results.items() for each in found]
     lost = doubled = 0
     for where, same in zip(results, unbroken, strict=True):
@@ -83,11 +85,12 @@ def compare(name: str, results: dict[Path, tuple[float, list[str]]], unbroken: l
     print(
         f"{name}: {len(times)} runs, stopped after {times[len(times) // 2]:.2f} s (median), {times[-1]:.2f} s (longest)"
     )
-    print(f"{name}: rows {lost} lost, {doubled} doubled or different; wrong: {wrong or 'nothing'}", flush=True)
+    return wrong + judged(f"{name}: rows: {lost} lost, {doubled} doubled or different", lost == doubled == 0)
 
 
-def main(folder: Path, runs: int) -> None:
-    """Signal runs of all methods in turn, and print the outcome."""
+def main(folder: Path, runs: int) -> list[str]:
+    """Signal runs of all methods in turn; return what was wrong."""
+    wrong = []
     cache = f"data.cache_dir={folder / 'cache'}"
     for method, own in METHODS.items():
         for name, arguments in ((method, ARGUMENTS), (f"{method}-slow", SLOW)):
@@ -102,12 +105,12 @@ def main(folder: Path, runs: int) -> None:
         ]
         results = two_at_a_time(lambda job: stopped_run(*job), jobs)
         found = dict(zip([job[0] for job in jobs], results, strict=True))
-        compare(name, found, [folder / methods[i] for i in range(runs)])
+        wrong += compare(name, found, [folder / methods[i] for i in range(runs)])
     # A validation, with no checkpoint before it, follows the last step of the first epoch.
     slow = {method: (folder / f"validation-{method}", [*SLOW, *own, cache]) for method, own in METHODS.items()}
     found = {where: stopped_run(where, arguments, signal.SIGTERM, 3, True) for where, arguments in slow.values()}
-    compare("SIGTERM in a validation", found, [folder / f"{method}-slow" for method in slow])
+    return wrong + compare("SIGTERM in a validation", found, [folder / f"{method}-slow" for method in slow])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 20)
+    campaign(__doc__, main, runs=20)

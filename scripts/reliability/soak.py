@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
+from scripts.reliability.campaign import campaign, judged
 from scripts.reliability.runs import SMALL, output, start, statuses
 
 
-def main(folder: Path, jobs: int) -> None:
-    """Run the sweep, measure its process once a second, and print the outcome."""
+def main(folder: Path, jobs: int) -> list[str]:
+    """Run the sweep, and measure its process once a second; return what was wrong.
+
+    Memory and open files have levelled off if they grow by less than a tenth in the second half of the jobs.
+    """
     arguments = [
         *("--multirun", *SMALL, "method=simclr", f"seed=range(0,{jobs})", "epochs=1", "data.limit=100", "jobs=2"),
         *("evaluation.epochs=1", f"data.cache_dir={folder / 'cache'}"),
@@ -28,24 +31,28 @@ def main(folder: Path, jobs: int) -> None:
     while sweep.poll() is None:
         try:
             status = Path(f"/proc/{sweep.pid}/status").read_text()
-            files = len(os.listdir(f"/proc/{sweep.pid}/fd"))
+            opened = len(os.listdir(f"/proc/{sweep.pid}/fd"))
         except OSError:
             continue
         kilobytes = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")), 0)
         done = len(list(folder.glob("multirun/simclr*/curves.png")))
         if kilobytes:
-            samples.append((done, kilobytes / 1024, files))
+            samples.append((done, kilobytes / 1024, opened))
         time.sleep(1)
     assert sweep.wait() == 0, output(folder)[-2000:]
 
+    memory, files = list[float](), list[int]()
     for quarter in range(4):
         part = [each for each in samples if quarter * jobs / 4 <= each[0] < (quarter + 1) * jobs / 4]
-        memory = statistics.median(each[1] for each in part)
-        print(f"quarter {quarter + 1}: {memory:.0f} MB (median), at most {max(each[2] for each in part)} open files")
+        memory.append(statistics.median(each[1] for each in part))
+        files.append(max(each[2] for each in part))
+    outcome = f"quarters: {[round(each) for each in memory]} MB (medians), at most {files} open files"
+    wrong = judged(outcome, memory[3] < 1.1 * memory[1] and files[3] < 1.1 * files[1])
     records = [json.loads(path.read_text()) for path in folder.glob("multirun/*/run.json")]
     closed = sum(record["status"] == "FINISHED" for record in records)
-    print(f"{closed} of {len(records)} runs closed as finished; MLflow: {dict(statuses(folder))}")
+    outcome = f"{closed} of {len(records)} runs closed as finished; MLflow: {dict(statuses(folder))}"
+    return wrong + judged(outcome, closed == jobs + 1 and statuses(folder) == {"FINISHED": jobs + 1})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 100)
+    campaign(__doc__, main, jobs=100)

@@ -13,12 +13,12 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from collections import Counter
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+from scripts.reliability.campaign import campaign
 from scripts.reliability.kills import PROTOTYPES, QUEUE, STEPS_AN_EPOCH, TEACHER
 from scripts.reliability.runs import SMALL, compared, logged, output, start, statuses, wait_for
 
@@ -89,8 +89,8 @@ def killed(where: Path, name: str, which: str, rng: random.Random) -> tuple[int,
         return len(victims), sweep.wait()
 
 
-def main(folder: Path, kills: int = 40, first: int = 0) -> int:
-    """Break sweeps until ``kills`` processes have been killed; return the number of faults."""
+def main(folder: Path, kills: int, first: int) -> list[str]:
+    """Break sweeps until ``kills`` processes have been killed; return what was lost, doubled or different."""
     for name in SWEEPS:
         where = folder / "unbroken" / name
         if not list(where.glob("multirun/sweep-*/table.csv")):
@@ -106,9 +106,8 @@ def main(folder: Path, kills: int = 40, first: int = 0) -> int:
         if total.total() >= kills:
             break
     print(f"{total.total()} processes killed in {number - first + 1} sweeps: {dict(total)}")
-    print(f"lost, doubled or different: {wrong or 'nothing'}")
-    return len(wrong)
+    return wrong
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(Path(sys.argv[1]).resolve(), *map(int, sys.argv[2:]))))
+    campaign(__doc__, main, kills=40, first=0)

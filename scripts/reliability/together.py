@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from scripts.reliability.campaign import campaign, judged
 from scripts.reliability.runs import ROOT, statuses, stored
 from src.config.schema import Data, Tracking
 from src.data import load
@@ -38,8 +39,8 @@ def one_process(name: str) -> None:
     tracker.close("FINISHED")
 
 
-def main(folder: Path, times: int) -> None:
-    """Repeat the start of four processes, and print the outcome."""
+def main(folder: Path, times: int) -> list[str]:
+    """Repeat the start of four processes; return what was wrong."""
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     mlflow_store.import_mlflow()
@@ -78,8 +79,9 @@ def main(folder: Path, times: int) -> None:
         if left := [path.name for path in place.rglob("*") if path.suffix in (".tmp", ".partial", ".new")]:
             wrong.append(f"{number}: left {left}")
         print(f"{number + 1} times", flush=True)
-    print(f"{times} times {PROCESSES} processes: {len(caches)} content of the cache; wrong: {wrong or 'nothing'}")
+    outcome = f"{times} times {PROCESSES} processes: {len(caches)} content of the cache"
+    return wrong + judged(outcome, len(caches) == 1)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 50)
+    campaign(__doc__, main, times=50)
