@@ -39,11 +39,13 @@ def test_the_control_returns_the_nearest_of_other_images():
     support.update(stored_ND, images_N, images_N % 3)
     z_QD = torch.cat([stored_ND, torch.randn(12, 8)])
     with support.looked_up_for(images_N.repeat(2), images_N.repeat(2) % 3):
-        found = support.lookup(z_QD)
+        found, several = support.lookup(z_QD), support.nearest(z_QD, 4)  # which objective=teacher asks for
     similar_QN = torch.nn.functional.normalize(z_QD, dim=1) @ stored_ND.T
     similar_QN[images_N.repeat(2)[:, None] == images_N] = -2
     assert found.ids.tolist() == similar_QN.argmax(1).tolist()
     torch.testing.assert_close(found.embeddings, stored_ND[found.ids])
+    assert several.ids.tolist() == similar_QN.topk(4).indices.tolist()
+    torch.testing.assert_close(several.embeddings, stored_ND[several.ids])
     assert support.anchors is None
     assert support.lookup(stored_ND).ids.tolist() == list(range(12))  # in validation every entry counts
 
