@@ -36,6 +36,7 @@ UNLABELLED = (
     f"data: without labels there is no {OBJECTIVE}, by which a search judges its trials; choose images that have some"
 )
 OWN_FOLDER = "output_dir: each job of a sweep has a folder of its own under multirun/; leave it out"
+LUCKIEST = "a search would choose the luckiest seed; give one, and repeat the best settings as a sweep with several"
 NEVER = "resume=never: a search goes on from its trials; leave it out"
 MAX_GRID_JOBS = 10_000  # composing so many takes a quarter of an hour
 

@@ -26,6 +26,7 @@ from src.runs.directory import how_to_continue
 from src.sweeps.bars import Bars
 from src.sweeps.jobs import (
     FINAL,
+    LUCKIEST,
     NEVER,
     OBJECTIVE,
     OWN_FOLDER,
@@ -133,11 +134,12 @@ class JobLauncher(Launcher):
         swept = [override for override in parsed if len(values(override) or ()) != 1]
         for override in swept:
             refuse_equal_runs(override)
+            if override.key_or_group == "seed" and self.config.hydra.runtime.choices["hydra/sweeper"] != "basic":
+                raise UsageError(f"{override.input_line}: {LUCKIEST}")  # Hydra's own sweeper does not choose
         if not legal:
             raise UsageError(batch[0].error)
-        if not any(
-            override.key_or_group in self._composer.groups for override in swept
-        ):  # else other options may have a key
+        groups = self._composer.groups
+        if not any(override.key_or_group in groups for override in swept):  # else other options may have a key
             for job in batch:
                 if job.cfg and job.skipped_keys:
                     raise UsageError(explain_key(job.skipped_keys[0], sorted(identity.flat(job.cfg))))

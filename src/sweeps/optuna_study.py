@@ -132,10 +132,10 @@ class Study:
         Raises:
             UsageError: no other point was found.
         """
-        if not any(trial.state.name == "WAITING" for trial in self.study.trials):
-            with _quiet():
+        with _quiet():
+            if not any(trial.state.name == "WAITING" for trial in self.study.trials):
                 self.study.enqueue_trial(self._draw(is_new))
-        return self.study.ask(self.distributions).number
+            return self.study.ask(self.distributions).number
 
     def _draw(self, is_new: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any]:
         import optuna
@@ -259,8 +259,9 @@ def _check(path: Path, study: Any) -> None:
         (found,) = tables.execute("PRAGMA integrity_check(1)").fetchone()
     if found != "ok":
         raise ValueError(found)
-    for trial in study.trials:
-        trial._validate()
+    with _quiet():
+        for trial in study.trials:
+            trial._validate()
 
 
 def _quiet() -> Any:

@@ -158,6 +158,9 @@ def test_what_no_sweeper_can_judge_is_refused_before_anything_runs(launcher, pro
     [
         ("hydra.sweep.dir=elsewhere", "hydra.sweep: a sweep's folder is"),
         ("evaluation.knn_k=choice(1,50)", "evaluation.knn_k=.*: makes no other run"),
+        ("seed=choice(0,1)", "seed=.*: a search would choose the luckiest seed"),
+        ("seed=range(0,3)", "seed=.*: a search would choose the luckiest seed"),
+        ("seed=0,1", "seed=0,1: a search would choose the luckiest seed"),
     ],
 )
 def test_a_command_that_no_sweep_can_have_is_refused(launcher, typed, says):

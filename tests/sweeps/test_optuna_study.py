@@ -203,6 +203,12 @@ def test_the_tables_of_another_optuna_are_one_line(tmp_path):
     assert not optuna_study.should_prune(str(tmp_path), 0, 1, {"val/knn_top1": 0.0})
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_a_study_of_whole_numbers_opens_without_a_warning(tmp_path):
+    for _ in range(2):
+        opened(tmp_path, **space("k=tag(log,int(interval(1,50)))")).propose()
+
+
 def test_a_study_that_is_a_link_writes_nothing_elsewhere(tmp_path):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / optuna_study.FILE).symlink_to(tmp_path / "elsewhere")
