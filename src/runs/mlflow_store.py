@@ -468,12 +468,13 @@ class Delivery:
             described.save(f"{folder}/MLmodel")
             for path in (encoder, f"{folder}/MLmodel"):
                 client.log_model_artifact(model_id, str(path))
-        figures, step = list[Metric](), 0
+        figures, step = dict[str, Metric](), 0
         for row in chain.from_iterable(rows for rows, _ in read_blocks(self.directory / METRICS)):
             step = row["step"]
-            of_test = [(key, value) for key, value in row["metrics"].items() if key.startswith("test")]
-            figures += [Metric(*each, row["time"], step, model_id, *_data_set(params)) for each in of_test]
-        client.log_batch(run_id, figures)
+            for key, value in row["metrics"].items():
+                if key.startswith("test"):
+                    figures[key] = Metric(key, value, row["time"], step, model_id, *_data_set(params))
+        client.log_batch(run_id, list(figures.values()))
         if model_id not in {each.model_id for each in client.get_run(run_id).outputs.model_outputs}:
             client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
         client.finalize_logged_model(model_id, "READY")

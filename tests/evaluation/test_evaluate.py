@@ -13,6 +13,7 @@ from src.config.schema import Tracking
 from src.errors import UsageError
 from src.evaluation import evaluate
 from src.runs import checkpoint
+from src.runs.delivery import deliver
 from src.runs.metrics_file import read_rows
 from src.runs.record import Record
 from src.runs.tracker import Tracker
@@ -188,6 +189,22 @@ def test_the_encoders_model_in_mlflow_has_the_figures_at_once(finished, client):
         metrics = run("run=run", f"evaluation={protocol}", "evaluation.epochs=1")
         (model,) = client.search_logged_models([client.get_experiment_by_name("exp").experiment_id])
         assert {key for key in metrics if key.startswith("test")} <= {each.key for each in model.metrics}
+
+
+def test_the_encoders_model_in_mlflow_has_one_value_of_each_figure(finished, client):
+    """Also where the run was evaluated several times before MLflow got it."""
+    shutil.copytree(finished, "run")
+    for epochs in (1, 2):
+        metrics = run("run=run", "evaluation=original", f"evaluation.epochs={epochs}")
+    record = Record.load(Path("run"))
+    record.request(Tracking("mlflow", "exp", 10))
+    record.save(Path("run"))
+    deliver(Path("run"))
+    (model,) = client.search_logged_models([client.get_experiment_by_name("exp").experiment_id])
+    keys = [each.key for each in model.metrics]
+    assert len(keys) == len(set(keys))
+    newest = {key: value for key, value in metrics.items() if key.startswith("test")}
+    assert {each.key: each.value for each in model.metrics if each.key in newest} == newest
 
 
 def test_another_protocol_has_names_of_its_own(finished):
