@@ -136,6 +136,11 @@ def is_protocol(key: str) -> bool:
     return key.startswith("evaluation.") and key.removeprefix("evaluation.") not in besides
 
 
+def is_of_validation(key: str) -> bool:
+    """Whether a dotted key affects the kNN accuracy on validation images."""
+    return key in ("evaluation.knn_k", "evaluation.knn_temperature", "evaluation.bank")
+
+
 def settings(cfg: Config) -> dict[str, Any]:
     """The settings that are hashed, by dotted key: those not neutral, not without effect and not in `NOT_IN_HASH`."""
     counted, without = flatten(without_neutral(cfg)), inert(cfg)

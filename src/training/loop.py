@@ -89,6 +89,7 @@ class Pretraining:
             Collapsed: the features of different images became alike, and ``on_collapse=stop``.
         """
         state, epochs = self.state, self.cfg.epochs
+        began = state.step
         with Progress(epochs, self.steps_per_epoch, state.batch_size) as self.progress:
             if state.step == 0:
                 self.tracker.log(self._validate(), step=0)
@@ -97,7 +98,9 @@ class Pretraining:
             for epoch in range(ended // self.steps_per_epoch, epochs):
                 self._train_epoch(epoch)
                 self._finish_epoch(epoch)
-            if epochs == 0:  # nothing is trained, so that the weights of ``init`` are evaluated as they are
+            # Nothing was trained: the weights of ``init`` are evaluated as they are, or only the final evaluation was
+            # missing, whose settings may be others than those of the last checkpoint.
+            if state.step == began:
                 self._save()
 
     def finish(self) -> None:

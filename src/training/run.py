@@ -145,6 +145,9 @@ def train(
     code = {f"{TAG_CODE}{module}": digest for module, digest in code_digests(cfg).items()}
     now = conditions(str(state.device), dtype) | {"processes": str(ranks.world_size), CODE: project_digest()} | code
     if before:
+        steps = cfg.epochs * (len(data.train) // state.batch_size)
+        if resumed and state.step == steps and state.validated and data.val is not None:
+            refuse_other_validation(cfg, before, directory)
         tags |= note_changed_protocol(cfg, before, directory, state.step)
         if resumed:
             warn_of_other_conditions(before, directory, now, state.step)
@@ -204,6 +207,20 @@ def note_changed_protocol(cfg: Config, record: Record, directory: Path, step: in
     logger.warning("%s: rows logged so far keep the former evaluation (%s)", directory, text)
     tags = {key: str(config.get(key, "null")) for key in changes}
     return tags | {TAG_EVALUATION_CHANGED: "; ".join(filter(None, [earlier, f"{text} at step {step}"]))}
+
+
+def refuse_other_validation(cfg: Config, record: Record, directory: Path) -> None:
+    """Refuse to end a trained run by another evaluation than that of its last validation, beside which it would stand.
+
+    Raises:
+        UsageError: a setting on which validations depend has changed.
+    """
+    changes = run_directory.changed_protocol(cfg, record)
+    if others := [text for key, text in changes.items() if identity.is_of_validation(key)]:
+        raise UsageError(
+            f"{directory}: is trained, and its last validation had other settings ({', '.join(others)}): repeat those "
+            "here; when the run has finished, python -m src.evaluate adds figures by these"
+        )
 
 
 def say_result(directory: Path) -> float:

@@ -11,6 +11,7 @@ import torch
 
 from src import build
 from src.errors import CannotWrite, UsageError
+from src.evaluation import evaluate
 from src.evaluation.probes import FrozenEncoder
 from src.reporting import curves
 from src.reporting.comparison import comparable
@@ -21,6 +22,7 @@ from src.runs.tracker import Tracker
 from src.system.stopping import Stopper
 from src.training import loop
 from src.training import run as run_module
+from tests.config.test_schema import composed
 from tests.conftest import ELSEWHERE
 from tests.data.layouts import LAYOUTS, write_set
 from tests.training.small_net import SMALL_NET, SmallNet
@@ -105,6 +107,31 @@ def test_another_evaluation_starts_no_training_anew_and_is_said(run, monkeypatch
     rows, notes = summarise([record])
     assert [each.params["evaluation.knn_k"] for row in rows for each in row.runs] == ["5", "5"]  # untrained and trained
     assert any("evaluation.knn_k was 20 and is 5 at step 4" in note for note in notes)
+
+
+def test_a_trained_run_keeps_the_evaluation_of_its_last_validation_and_may_change_what_comes_after(
+    run, monkeypatch, tmp_path
+):
+    """Else one row would have validation figures by one evaluation and test figures by another."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Pretraining, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("method=simclr", "evaluation.epochs=9")
+    with pytest.raises(UsageError, match=r"run: is trained, and its last validation .*knn_k was 20 and is 3\): repeat"):
+        run("method=simclr", "evaluation.epochs=9", "evaluation.knn_k=3")
+    assert not Record.load(tmp_path / "run").tags.keys() & {"evaluation.knn_k", "evaluation_changed"}
+
+    ended = Record.load(run("method=simclr", "evaluation.epochs=2"))
+    assert ended.tags["evaluation.epochs"] == "2"
+    again = evaluate.main(
+        composed(f"run={tmp_path}/run", "device=cpu", name="evaluate")
+    )  # by the last session's settings
+    assert again == {key: ended.metrics[key] for key in again}
+    assert "test/linear_top1" in again
 
 
 def test_another_evaluation_is_said_of_a_run_that_lost_its_checkpoints_and_of_one_that_returns_to_the_first(
