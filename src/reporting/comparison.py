@@ -33,9 +33,15 @@ def select(runs: Sequence[Record]) -> tuple[list[Record], list[str]]:
             usable = replace(run, params=comparable(run))
             repeats[frozenset(compared_settings(usable).items())].append(usable)
     notes = [f"left out: {some_of(unfinished)}"] if unfinished else []
-    if again := [f"{group[-1].name} was run {len(group)} times" for group in repeats.values() if len(group) > 1]:
+    if again := [_repeated(group) for group in repeats.values() if len(group) > 1]:
         notes.append(f"{some_of(again)}: only the newest counts")
     return [group[-1] for group in repeats.values()], notes
+
+
+def _repeated(group: Sequence[Record]) -> str:
+    """Say that runs are of one configuration; names may differ, as by a batch size above the number of images."""
+    names = list(dict.fromkeys(run.name for run in group))
+    return f"{' and '.join(names)} are one configuration" if names[1:] else f"{names[0]} was run {len(group)} times"
 
 
 def some_of(names: Sequence[str]) -> str:

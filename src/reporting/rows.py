@@ -58,7 +58,7 @@ EVALUATED_LATER = ", evaluated later"
 GAIN = "gain over control"  # a control has the same settings, but stores nothing
 NO_CONTROL = (
     "what storing is worth is unknown, because no row has the same settings with nothing stored: "
-    "add runs with support=none"
+    "include runs with support=none, or train them"
 )
 ROUNDING = 1e-6  # percentage points; one test image more or less is at least a thousand times as much
 PEAK = "support/peak_size"  # the metric of a support set whose number of vectors changes

@@ -234,6 +234,15 @@ def test_of_the_same_configuration_and_seed_the_newest_finished_run_counts():
         assert notes == ["left out: simclr-0-seed0 (failed)", "simclr-0-seed0 was run 2 times: only the newest counts"]
 
 
+def test_folders_of_one_configuration_are_all_named():
+    """A batch size above the number of images is lowered to it when the name is made already."""
+    runs = [run("simclr", top1=10, at=at) for at in (1.0, 2.0)]
+    runs[1].name = "simclr-0-other"
+    kept, notes = select(runs)
+    assert [each.run_id for each in kept] == [runs[1].run_id]
+    assert notes == ["simclr-0-seed0 and simclr-0-other are one configuration: only the newest counts"]
+
+
 @pytest.mark.parametrize("status", ["FAILED", "KILLED", "RUNNING"])
 def test_runs_without_a_result_are_named_and_left_out(status):
     rows, notes = summarise([run("simclr"), run("kmclr", 50, status=status)])
@@ -352,7 +361,7 @@ def test_the_settings_of_a_row_are_gathered_once_however_many_rows_there_are(mon
 def test_a_note_says_that_no_row_tells_what_storing_is_worth_and_how_to_add_one():
     stored = [run("kmclr", 50), run("kmclr", 400), run("simclr")]
     assert summarise(stored)[1] == [NO_CONTROL]
-    assert "add runs with support=none" in NO_CONTROL
+    assert "include runs with support=none" in NO_CONTROL
     assert NO_CONTROL in summarise([*stored, run("nnclr", 0, epochs="9")])[1], "with other settings it is no control"
     assert NO_CONTROL not in summarise([*stored, run("nnclr", 0)])[1]
     assert NO_CONTROL not in summarise([*stored, run("nnclr", 64, epochs="9"), run("nnclr", 0, epochs="9")])[1]
