@@ -1,0 +1,124 @@
+"""Compare the processor time of a step of each loss and support set with that of SimCLR, in interleaved turns.
+
+    python -m scripts.step_costs [--rounds N] [--seconds S] [--out FILE] [GROUP ...]
+
+Each contender is one process with one thread. In every round each has a turn of about S seconds and at least one step.
+Ratios to SimCLR are computed within a round; the table has their medians and ranges. Support sets are filled before the
+first step. Images are CIFAR-100's if the folder ``CIFAR100_ROOT`` exists, else noise.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from scripts.comparison import Contender, arguments, end_turn, in_rounds, next_turn
+from scripts.workbench import compose, dataset, fill, images, machine, shown, train
+from src.config.schema import Config
+from src.training.state import TrainState
+
+COMMON = ["backbone=resnet_tiny", "batch_size=128", "precision=float32", "device=cpu", "data.final=true"]
+SIMCLR = "method=simclr"
+TEACHER, RELATION = "objective=teacher", "objective=relation"
+QUEUE, PROTOTYPES, NOTHING = "support=queue queue_size=4096", "support=kmeans k=400", "support=none"
+DECORRELATION, DEEPER = "objective.decorrelation=0.02", "projector.hidden=[2048,2048]"
+GROUPS = {
+    "mixed": [
+        f"{NOTHING} objective=mixed",
+        QUEUE,
+        PROTOTYPES,
+        "support=evolving support.start=400",
+        f"{PROTOTYPES} {DEEPER}",
+        f"{PROTOTYPES} {DEEPER} {DECORRELATION}",
+    ],
+    "teacher": [
+        f"{NOTHING} {TEACHER}",
+        f"{NOTHING} {TEACHER} {DECORRELATION}",
+        f"{QUEUE} {TEACHER} objective.neighbours=5",
+        f"{PROTOTYPES} {TEACHER}",
+        f"{PROTOTYPES} {RELATION}",
+    ],
+}
+OUT = Path("results/benchmarks/step_costs.md")
+
+
+class Turn(NamedTuple):
+    step_seconds: float
+
+
+class Clock:
+    """Counts the steps of a turn, ends the turn when its time is over, and waits for the next."""
+
+    def __init__(self) -> None:
+        self._wait()
+
+    def _wait(self) -> None:
+        self.seconds = next_turn()
+        self.steps, self.began, self.used = 0, time.monotonic(), time.process_time()
+
+    def __call__(self) -> None:
+        self.steps += 1
+        if time.monotonic() - self.began >= self.seconds:
+            end_turn(Turn((time.process_time() - self.used) / self.steps))
+            self._wait()
+
+
+def config(overrides: str) -> Config:
+    """The config of a contender, which never saves."""
+    return compose(*COMMON, "checkpoint.every=1000000", "checkpoint.minutes=1000000", *overrides.split())
+
+
+def contend(overrides: str) -> None:
+    """In a contender's process: train forever, and end each turn when its time is over."""
+    data = dataset(images())
+    state = TrainState(config(overrides), data)
+    fill(state)
+    train(state, data, Clock())
+
+
+def compare(group: str, rounds: int, seconds: float) -> dict[str, list[Turn]]:
+    """Give SimCLR and every contender of a group a turn in every round; return the turns by overrides."""
+    contenders = [
+        Contender(each, Turn, ["-m", "scripts.step_costs", "--contender", each], [{"OMP_NUM_THREADS": "1"}])
+        for each in [SIMCLR, *GROUPS[group]]
+    ]
+    return in_rounds(group, contenders, rounds, seconds, lambda turn: f"{1000 * turn.step_seconds:.0f} ms")
+
+
+def table(turns: dict[str, list[Turn]]) -> list[str]:
+    """The rows of a Markdown table: how many times as long a step of each contender takes as one of SimCLR."""
+    lines = []
+    for overrides, theirs in turns.items():
+        ratios = [a.step_seconds / b.step_seconds for a, b in zip(theirs, turns[SIMCLR], strict=True)]
+        if overrides != SIMCLR:
+            lines.append(f"| `{overrides}` | {median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |")
+    return lines
+
+
+def main() -> None:
+    """Compare the contenders of every group; print and write the table."""
+    args = arguments(__doc__, GROUPS, OUT)
+    if args.contender is not None:
+        contend(args.contender)
+        return
+    source = images().source  # decodes the images before any contender is timed
+    given = ["--rounds", str(args.rounds), "--seconds", f"{args.seconds:g}", *args.settings]
+    lines = [
+        "# Processor time of a step, relative to SimCLR",
+        "",
+        "| | times SimCLR's | range |",
+        "| --- | --- | --- |",
+    ]
+    for group in args.settings or GROUPS:
+        lines += table(compare(group, args.rounds, args.seconds))
+    lines += ["", f"All with `{' '.join(COMMON)}`, one thread. {source}. {machine()}.", ""]
+    lines += [f"    {shown('scripts.step_costs', given)}", ""]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
