@@ -138,5 +138,7 @@ def client(fresh_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(tracker, "SLOW_DELIVERY_S", math.inf)  # on a busy machine no delivery counts as slow
+    # The next test may have a store at the same path, and SQLAlchemy 2 would keep the connection to this one.
+    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
     shutil.copy(fresh_store, tmp_path / "mlflow.db")
     return mlflow_store.prepare()
