@@ -11,14 +11,13 @@ resnet_tiny-256.
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from scripts.comparison import Contender, arguments, end_turn, in_rounds, next_turn
+from scripts.comparison import Clock, Contender, arguments, in_rounds
 from src.system.threads import cores
 
 SETTINGS = {"resnet18-64": ("resnet18", 64), "resnet18-256": ("resnet18", 256), "resnet_tiny-256": ("resnet_tiny", 256)}
@@ -50,8 +49,7 @@ def contend(number: int, setting: str) -> None:
     _, module, method, support = CONTENDERS[number]
     backbone, batch_size = SETTINGS[setting]
     torch.set_num_threads(cores())
-    clock = Clock(batch_size)
-    clock.wait()
+    clock = Clock(partial(turn, batch_size))
     chosen: Callable[[Setting, Images, Pace], None]
     if module == "lightly_nnclr":
         from scripts.rivals.lightly_nnclr import run as chosen
@@ -67,24 +65,10 @@ def contend(number: int, setting: str) -> None:
     chosen(Setting(backbone, batch_size, support, workers=cores()), images(), clock)
 
 
-class Clock:
-    """Counts the steps of a turn, ends the turn when its time is over, and waits for the next."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-
-    def wait(self) -> None:
-        self.seconds = next_turn()
-        self.steps, self.started = 0, time.perf_counter()
-
-    def __call__(self) -> None:
-        self.steps += 1
-        elapsed = time.perf_counter() - self.started
-        if elapsed < self.seconds:
-            return
-        usage = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        end_turn(Turn(self.steps * self.batch_size / elapsed, usage / 2**20))
-        self.wait()
+def turn(batch_size: int, steps: int, seconds: float, _: float) -> Turn:
+    """The result of a turn."""
+    usage = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return Turn(steps * batch_size / seconds, usage / 2**20)
 
 
 def compare(setting: str, rounds: int, seconds: float) -> dict[str, list[Turn]]:

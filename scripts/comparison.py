@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
@@ -42,6 +43,29 @@ def next_turn() -> float:
 def end_turn(turn: Any, output: IO[str] = sys.stdout) -> None:
     """In a contender's process: print the result of a turn, a named tuple, as a line of JSON."""
     print(json.dumps(turn._asdict()), file=output, flush=True)
+
+
+class Clock:
+    """In a contender's process, called after each step: ends a turn when its time is over, and waits for the next.
+
+    Args:
+        turn: makes the result of a turn, a named tuple, from its steps, its seconds and its processor time in seconds.
+    """
+
+    def __init__(self, turn: Callable[[int, float, float], Any]) -> None:
+        self.turn = turn
+        self._wait()
+
+    def _wait(self) -> None:
+        self.seconds = next_turn()
+        self.steps, self.began, self.used = 0, time.perf_counter(), time.process_time()
+
+    def __call__(self) -> None:
+        self.steps += 1
+        elapsed = time.perf_counter() - self.began
+        if elapsed >= self.seconds:
+            end_turn(self.turn(self.steps, elapsed, time.process_time() - self.used))
+            self._wait()
 
 
 class Contender(Generic[T]):

@@ -9,12 +9,11 @@ first step. Images are CIFAR-100's if the folder ``CIFAR100_ROOT`` exists, else 
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from scripts.comparison import Contender, arguments, end_turn, in_rounds, next_turn
+from scripts.comparison import Clock, Contender, arguments, in_rounds
 from scripts.workbench import compose, dataset, fill, images, machine, shown, train
 from src.config.schema import Config
 from src.training.state import TrainState
@@ -48,23 +47,6 @@ class Turn(NamedTuple):
     step_seconds: float
 
 
-class Clock:
-    """Counts the steps of a turn, ends the turn when its time is over, and waits for the next."""
-
-    def __init__(self) -> None:
-        self._wait()
-
-    def _wait(self) -> None:
-        self.seconds = next_turn()
-        self.steps, self.began, self.used = 0, time.monotonic(), time.process_time()
-
-    def __call__(self) -> None:
-        self.steps += 1
-        if time.monotonic() - self.began >= self.seconds:
-            end_turn(Turn((time.process_time() - self.used) / self.steps))
-            self._wait()
-
-
 def config(overrides: str) -> Config:
     """The config of a contender, which never saves."""
     return compose(*COMMON, "checkpoint.every=1000000", "checkpoint.minutes=1000000", *overrides.split())
@@ -75,7 +57,7 @@ def contend(overrides: str) -> None:
     data = dataset(images())
     state = TrainState(config(overrides), data)
     fill(state)
-    train(state, data, Clock())
+    train(state, data, Clock(lambda steps, _, used: Turn(used / steps)))
 
 
 def compare(group: str, rounds: int, seconds: float) -> dict[str, list[Turn]]:

@@ -50,8 +50,9 @@ def main(folder: Path, jobs: int) -> list[str]:
     wrong = judged(outcome, memory[3] < 1.1 * memory[1] and files[3] < 1.1 * files[1])
     records = [json.loads(path.read_text()) for path in folder.glob("multirun/*/run.json")]
     closed = sum(record["status"] == "FINISHED" for record in records)
-    outcome = f"{closed} of {len(records)} runs closed as finished; MLflow: {dict(statuses(folder))}"
-    return wrong + judged(outcome, closed == jobs + 1 and statuses(folder) == {"FINISHED": jobs + 1})
+    told = statuses(folder)
+    outcome = f"{closed} of {len(records)} runs closed as finished; MLflow: {dict(told)}"
+    return wrong + judged(outcome, closed == jobs + 1 and told == {"FINISHED": jobs + 1})
 
 
 if __name__ == "__main__":
