@@ -36,7 +36,6 @@ UNLABELLED = (
     f"data: without labels there is no {OBJECTIVE}, by which a search judges its trials; choose images that have some"
 )
 OWN_FOLDER = "output_dir: each job of a sweep has a folder of its own under multirun/; leave it out"
-LUCKIEST = "a search would choose the luckiest seed; give one, and repeat the best settings as a sweep with several"
 NEVER = "resume=never: a search goes on from its trials; leave it out"
 MAX_GRID_JOBS = 10_000  # composing so many takes a quarter of an hour
 
@@ -189,6 +188,13 @@ def refuse_equal_runs(override: Override) -> None:
     if not identity.is_setting(key) and key not in identity.BY_CONTENT:
         beside = "; src.evaluate adds the figures of others" if key.startswith("evaluation") else ""
         raise UsageError(f"{override.input_line}: makes no other run, so give it one value{beside}")
+
+
+def refuse_seeds(override: Override) -> None:
+    """Raise a `UsageError` if a search, which keeps the best of what it has tried, would choose a seed."""
+    if override.key_or_group == "seed":
+        instead = "give one, and repeat the best settings as a sweep with several"
+        raise UsageError(f"{override.input_line}: a search would choose the luckiest seed; {instead}")
 
 
 def refuse_other_folder(sweep: DictConfig) -> None:

@@ -26,7 +26,6 @@ from src.runs.directory import how_to_continue
 from src.sweeps.bars import Bars
 from src.sweeps.jobs import (
     FINAL,
-    LUCKIEST,
     NEVER,
     OBJECTIVE,
     OWN_FOLDER,
@@ -37,6 +36,7 @@ from src.sweeps.jobs import (
     preview_of,
     refuse_equal_runs,
     refuse_other_folder,
+    refuse_seeds,
     values,
 )
 from src.sweeps.sweep import Sweep
@@ -134,8 +134,8 @@ class JobLauncher(Launcher):
         swept = [override for override in parsed if len(values(override) or ()) != 1]
         for override in swept:
             refuse_equal_runs(override)
-            if override.key_or_group == "seed" and self.config.hydra.runtime.choices["hydra/sweeper"] != "basic":
-                raise UsageError(f"{override.input_line}: {LUCKIEST}")  # Hydra's own sweeper does not choose
+            if self.config.hydra.runtime.choices["hydra/sweeper"] != "basic":  # Hydra's own, which does not choose
+                refuse_seeds(override)
         if not legal:
             raise UsageError(batch[0].error)
         groups = self._composer.groups

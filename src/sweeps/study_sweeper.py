@@ -17,7 +17,7 @@ from src.errors import Diverged, UsageError
 from src.runs.directory import warn_of_other_protocol
 from src.runs.record import RECORD
 from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, known_key, refuse_unused, to_override
-from src.sweeps.jobs import FINAL, LUCKIEST, NEVER, UNLABELLED, Job, preview_of, refuse_equal_runs, values
+from src.sweeps.jobs import FINAL, NEVER, UNLABELLED, Job, preview_of, refuse_equal_runs, refuse_seeds, values
 from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED
 
@@ -111,8 +111,7 @@ class StudySweeper(GridSweeper):
         drawn = {key: each for key, each in overrides.items() if len(values(each) or ()) != 1}
         for each in drawn.values():
             refuse_equal_runs(each)
-            if each.key_or_group == "seed":
-                raise UsageError(f"{each.input_line}: {LUCKIEST}")
+            refuse_seeds(each)
         space = studies.space(drawn, whole_numbers())
         base = self.composer(fixed)
         if not base.cfg:  # the fixed values may contradict the defaults of the keys that are drawn

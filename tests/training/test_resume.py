@@ -39,14 +39,24 @@ def test_a_run_that_goes_on_within_an_epoch_counts_what_it_took_before(run, monk
     assert curves.read(run("method=simclr"))["time/epoch_seconds"][1] == [2 * 3] * 2
 
 
-def test_a_run_that_is_stopped_in_the_final_evaluation_has_used_its_support_set_all_the_same(run, monkeypatch):
+@pytest.fixture
+def trained(run, monkeypatch):
+    """A function that trains as ``run`` does, and is killed before the final evaluation."""
+
     def killed(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Pretraining, "finish", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run("method=nnclr", "queue_size=64")
+    def train(*overrides):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Pretraining, "finish", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run(*overrides)
+
+    return train
+
+
+def test_a_run_that_is_stopped_in_the_final_evaluation_has_used_its_support_set_all_the_same(run, trained):
+    trained("method=nnclr", "queue_size=64")
     assert "support_unused" not in Record.load(run("method=nnclr", "queue_size=64")).tags
 
 
@@ -110,26 +120,17 @@ def test_another_evaluation_starts_no_training_anew_and_is_said(run, monkeypatch
 
 
 def test_a_trained_run_keeps_the_evaluation_of_its_last_validation_and_may_change_what_comes_after(
-    run, monkeypatch, tmp_path
+    run, trained, tmp_path
 ):
     """Else one row would have validation figures by one evaluation and test figures by another."""
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Pretraining, "finish", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run("method=simclr", "evaluation.epochs=9")
+    trained("method=simclr", "evaluation.epochs=9")
     with pytest.raises(UsageError, match=r"run: is trained, and its last validation .*knn_k was 20 and is 3\): repeat"):
         run("method=simclr", "evaluation.epochs=9", "evaluation.knn_k=3")
     assert not Record.load(tmp_path / "run").tags.keys() & {"evaluation.knn_k", "evaluation_changed"}
 
     ended = Record.load(run("method=simclr", "evaluation.epochs=2"))
     assert ended.tags["evaluation.epochs"] == "2"
-    again = evaluate.main(
-        composed(f"run={tmp_path}/run", "device=cpu", name="evaluate")
-    )  # by the last session's settings
+    again = evaluate.main(composed(f"run={tmp_path}/run", "device=cpu", name="evaluate"))  # as the last session did
     assert again == {key: ended.metrics[key] for key in again}
     assert "test/linear_top1" in again
 
