@@ -121,31 +121,25 @@ class Turn(NamedTuple):
 
 
 class Side:
-    """In a contender's process, called after each step: reads the length of each turn, and prints its result."""
+    """In a contender's process, called after each step: notes what was sent, and ends turns if it is the first rank."""
 
     def __init__(self, ranks: distributed.Ranks, output: IO[str]) -> None:
-        self.ranks, self.output, self.messages = ranks, output, Messages()
+        self.ranks, self.messages, self.sent = ranks, Messages(), list[Message]()
         self.step, self.alone = 0, dict[str, list[float]]()
-        self.begin()
+        self.clock = comparison.Clock(self.turn, output) if ranks.first else None
 
-    def begin(self) -> None:
-        self.before, self.sent = self.step, list[Message]()
-        if self.ranks.first:
-            self.seconds = comparison.next_turn()
-        self.began, self.cpu = time.perf_counter(), time.process_time()
+    def turn(self, steps: int, seconds: float, used: float) -> Turn:
+        sent, self.sent = self.sent, []
+        return Turn(seconds / steps, used / steps, by_kind(sent, steps), self.alone)
 
     def __call__(self) -> None:
         sent = self.messages.pop()
         self.step += 1
-        self.sent += sent
         if self.step == WARM_UP and self.ranks.world_size > 1:  # all ranks reach this step together
             self.alone = by_kind(self.messages.replayed(sent), 1)
-        took = time.perf_counter() - self.began
-        if self.ranks.first and took >= self.seconds:
-            steps = self.step - self.before
-            cpu = (time.process_time() - self.cpu) / steps
-            comparison.end_turn(Turn(took / steps, cpu, by_kind(self.sent, steps), self.alone), self.output)
-            self.begin()
+        if self.clock:
+            self.sent += sent
+            self.clock()
 
 
 def contend(name: str, setting: str) -> None:

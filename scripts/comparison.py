@@ -35,36 +35,28 @@ def arguments(description: str | None, settings: Collection[str], out: Path) -> 
     return args
 
 
-def next_turn() -> float:
-    """In a contender's process: wait for the next turn, and return its length in seconds."""
-    return float(sys.stdin.readline())
-
-
-def end_turn(turn: Any, output: IO[str] = sys.stdout) -> None:
-    """In a contender's process: print the result of a turn, a named tuple, as a line of JSON."""
-    print(json.dumps(turn._asdict()), file=output, flush=True)
-
-
 class Clock:
     """In a contender's process, called after each step: ends a turn when its time is over, and waits for the next.
 
     Args:
         turn: makes the result of a turn, a named tuple, from its steps, its seconds and its processor time in seconds.
+        output: where the result is printed.
     """
 
-    def __init__(self, turn: Callable[[int, float, float], Any]) -> None:
-        self.turn = turn
+    def __init__(self, turn: Callable[[int, float, float], Any], output: IO[str] = sys.stdout) -> None:
+        self.turn, self.output = turn, output
         self._wait()
 
     def _wait(self) -> None:
-        self.seconds = next_turn()
+        self.seconds = float(sys.stdin.readline())
         self.steps, self.began, self.used = 0, time.perf_counter(), time.process_time()
 
     def __call__(self) -> None:
         self.steps += 1
         elapsed = time.perf_counter() - self.began
         if elapsed >= self.seconds:
-            end_turn(self.turn(self.steps, elapsed, time.process_time() - self.used))
+            turn = self.turn(self.steps, elapsed, time.process_time() - self.used)
+            print(json.dumps(turn._asdict()), file=self.output, flush=True)
             self._wait()
 
 
@@ -73,7 +65,7 @@ class Contender(Generic[T]):
 
     Args:
         label: the contender's name in tables.
-        turn: the class of the named tuple that `end_turn` prints.
+        turn: the class of the named tuple that a `Clock` prints.
         command: the command line after the Python interpreter.
         places: for each process, additional environment variables; if the processes are ranks, only the first one
             exchanges lines with this process.

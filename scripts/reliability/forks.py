@@ -55,7 +55,7 @@ class Fork:
         said.touch()  # so that it can be read at any time
         self.args = arguments
         self._process = multiprocessing.get_context("fork").Process(
-            target=_type, args=(entry, folder, arguments, said, more)
+            target=_run, args=(entry, folder, arguments, said, more)
         )
         self._process.start()
 
@@ -87,7 +87,7 @@ def prepare() -> None:
     gc.freeze()  # keeps each child's garbage collector from writing to, and so copying, every page
 
 
-def _type(entry: Entry, folder: Path, arguments: Sequence[str], said: Path, more: dict[str, str]) -> None:
+def _run(entry: Entry, folder: Path, arguments: Sequence[str], said: Path, more: dict[str, str]) -> None:
     os.setsid()  # a new session, like that of a command in its own terminal
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):

@@ -13,17 +13,15 @@ import signal
 import time
 from pathlib import Path
 
-from scripts.reliability.campaign import campaign, judged
+from scripts.reliability.campaign import campaign
 from scripts.reliability.runs import (
     METHODS,
     SMALL,
-    differences,
-    lost_and_doubled,
+    compared,
     output,
     rows,
     start,
     statuses,
-    stored,
     two_at_a_time,
     wait_for,
 )
@@ -74,18 +72,12 @@ def stopped_run(
 def compare(name: str, results: dict[Path, tuple[float, list[str]]], unbroken: list[Path]) -> list[str]:
     """Compare the runs that got one kind of signal with the unbroken ones; return what was wrong."""
     wrong = [f"{where.name}: {each}" for where, (_, found) in results.items() for each in found]
-    lost = doubled = 0
     for where, same in zip(results, unbroken, strict=True):
-        wrong += [f"{where.name}: {each} differs" for each in differences(where / "run", same / "run")]
-        (history,) = stored(where).values()
-        for found in (rows(where / "run"), history):
-            missing, extra = lost_and_doubled(rows(same / "run"), found)
-            lost, doubled = lost + missing, doubled + extra
+        wrong += [f"{where.name}: {each}" for each in compared(where, same, "run")]
     times = sorted(seconds for seconds, _ in results.values())
-    print(
-        f"{name}: {len(times)} runs, stopped after {times[len(times) // 2]:.2f} s (median), {times[-1]:.2f} s (longest)"
-    )
-    return wrong + judged(f"{name}: rows: {lost} lost, {doubled} doubled or different", lost == doubled == 0)
+    stopped = f"stopped after {times[len(times) // 2]:.2f} s (median), {times[-1]:.2f} s (longest)"
+    print(f"{name}: {len(times)} runs, {stopped}; {wrong or 'all as unbroken'}")
+    return wrong
 
 
 def main(folder: Path, runs: int) -> list[str]:

@@ -8,19 +8,17 @@ Each loads the data, creates or finds the store and the cache, and logs a run.
 
 from __future__ import annotations
 
-import os
 import sqlite3
-import sys
+from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
+from scripts.reliability import forks
 from scripts.reliability.campaign import campaign, judged
-from scripts.reliability.runs import ROOT, statuses, stored
+from scripts.reliability.runs import output, statuses, stored
 from src.config.schema import Data, Tracking
 from src.data import load
-from src.runs import mlflow_store
 from src.runs.tracker import Tracker
 
 PROCESSES, STEPS = 4, 20
@@ -41,32 +39,17 @@ def one_process(name: str) -> None:
 
 def main(folder: Path, times: int) -> list[str]:
     """Repeat the start of four processes; return what was wrong."""
-    sys.path.insert(0, str(ROOT))
-    torch.set_num_threads(1)
-    mlflow_store.import_mlflow()
-    import sklearn.datasets  # noqa: F401
-
+    forks.prepare()
     wrong: list[str] = []
     caches = set()
     for number in range(times):
         place = folder / str(number)
-        place.mkdir(parents=True)
-        os.chdir(place)
-        children = []
-        for each in range(PROCESSES):
-            child = os.fork()
-            if child == 0:
-                try:
-                    one_process(f"run{each}")
-                except BaseException as error:
-                    print(f"{place}: {type(error).__name__}: {error}", flush=True)
-                    os._exit(1)
-                os._exit(0)
-            children.append(child)
-        if any(os.waitpid(child, 0)[1] for child in children):
-            wrong.append(f"{number}: a process failed")
+        runs = [partial(one_process, f"run{each}") for each in range(PROCESSES)]
+        children = [forks.Fork(run, place, [], place / "output.txt") for run in runs]
+        if [child.wait() for child in children] != [0] * PROCESSES:
+            wrong.append(f"{number}: a process failed: {output(place)}")
             continue
-        with sqlite3.connect("mlflow.db") as database:
+        with sqlite3.connect(place / "mlflow.db") as database:
             if database.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                 wrong.append(f"{number}: the store is damaged")
         (cache,) = (place / "cache").glob("*.safetensors")
