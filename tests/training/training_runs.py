@@ -2,14 +2,11 @@
 
 import time
 
-import torch
-from safetensors.torch import load_file
-
+from scripts.reliability.runs import METHODS as CONTRAST
+from scripts.reliability.runs import differences
 from src.reporting import curves
-from src.runs import checkpoint
 from src.system.stopping import Stopper
 
-CONTRAST = {"simclr": ["method=simclr"], "nnclr": ["method=nnclr", "queue_size=100"], "kmclr": ["method=kmclr", "k=7"]}
 TEACHER = ["method=nnclr", "objective=teacher", "queue_size=100", "objective.neighbours=3"]
 METHODS = CONTRAST | {"mnn": TEACHER}
 RELATION = ["method=kmclr", "objective=relation", "k=7", "objective.decorrelation=0.02"]
@@ -58,23 +55,7 @@ def history(directory):
 
 def assert_same_run(one, other):
     assert history(one) == history(other)
-    for key, value in load_file(one / "encoder.safetensors").items():
-        assert torch.equal(value, load_file(other / "encoder.safetensors")[key]), key
-    ours, theirs = (checkpoint.load_latest(each / "checkpoints")[1] for each in (one, other))
-    for part in ("model", "classifier", "optimizer", "classifier_optimizer"):
-        assert_equal(ours[part], theirs[part], part)
-
-
-def assert_equal(one, other, where):
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_equal(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list):
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_equal(a, b, f"{where}[{index}]")
-    else:
-        assert torch.equal(one, other) if torch.is_tensor(one) else one == other, where
+    assert differences(one, other) == []
 
 
 def losses(directory):
