@@ -89,39 +89,50 @@ def _neutral(support: str, objective: str) -> dict[str, str]:
     return dict(defaults(Config, ""))
 
 
-def idle_beside(support: str) -> tuple[str, ...]:
-    """The settings of the objective that have no effect with the built-in support set of that name."""
-    return {"none": NEED_STORED_VECTORS, "queue": ("objective.same_prototype",)}.get(support, ())
+def _texts(cfg: Config) -> dict[str, str]:
+    """The whole config as a record has it: values as text by dotted key, without those that are None."""
+    return {key: str(value) for key, value in flat(cfg).items()}
 
 
-def inert(cfg: Config) -> set[str]:
-    """The dotted keys of settings that have no effect because of other settings."""
+def inert(params: Mapping[str, str]) -> set[str]:
+    """The dotted keys of settings that have no effect because of other settings.
+
+    Args:
+        params: all settings of a run, as `_texts` or as a record has them.
+    """
+
+    def is_off(key: str) -> bool:
+        return params.get(key) in ("0", "0.0")
+
     keys: set[str] = set()
+    support = params.get("support.name", "")
     optimizer = {"lars": ("momentum", "trust_coefficient", "clip_trust"), "sgd": ("momentum",), "adamw": ("betas",)}
-    own = optimizer[cfg.optimizer.name]
+    own = optimizer.get(params.get("optimizer.name", ""), ())
     keys |= {f"optimizer.{key}" for each in optimizer.values() for key in each if key not in own}
-    if not cfg.optimizer.weight_decay:  # without weight decay LARS does not adapt its learning rate either
+    if is_off("optimizer.weight_decay"):  # without weight decay LARS does not adapt its learning rate either
         keys |= {"optimizer.decay_all", "optimizer.trust_coefficient", "optimizer.clip_trust"}
-    if cfg.data.final:
-        keys |= {"data.val_fraction", *(() if cfg.data.limit else ("data.split_seed",))}
-    if cfg.schedule.name != "step":
+    if params.get("data.final") == "True":
+        keys |= {"data.val_fraction", *(() if "data.limit" in params else ("data.split_seed",))}
+    if params.get("schedule.name", "step") != "step":
         keys |= {"schedule.milestones", "schedule.gamma"}
-    if isinstance(cfg.support, KMeans):
+    if SUPPORTS.get(support) is KMeans:
         choices = {"forget_every": ("forget", "reset"), "half_life": ("forget", "decay")}
         choices |= {"refit_every": ("refit", "faiss"), "refit_window": ("refit", "faiss")}
-        keys |= {f"support.{key}" for key, (by, value) in choices.items() if getattr(cfg.support, by) != value}
-    elif cfg.support._target_ is None:
-        keys.update(idle_beside(cfg.support.name))
-    if not cfg.objective.decorrelation:
+        keys |= {
+            f"support.{key}" for key, (by, value) in choices.items() if params.get(f"support.{by}", value) != value
+        }
+    elif "support._target_" not in params:
+        keys.update({"none": NEED_STORED_VECTORS, "queue": ("objective.same_prototype",)}.get(support, ()))
+    if is_off("objective.decorrelation"):
         keys.add("objective.off_diagonal")
-    if cfg.support.name == "none":
+    if support == "none":
         keys |= {"search.name", "search.index", "search.nprobe", "search.refresh_every"}
     keys.add("objective.name")  # only a preset of the other settings of the objective
-    if cfg.method._target_ is not None:  # a method from outside does not receive the objective
-        keys |= {f"objective.{each.name}" for each in fields(cfg.objective)}
-    for number, view in (("1", cfg.augment.view1), ("2", cfg.augment.view2)):
+    if "method._target_" in params:  # a method from outside does not receive the objective
+        keys |= {key for key in params if key.startswith("objective.")}
+    for view in ("augment.view1", "augment.view2"):
         of = {"jitter": ("brightness", "contrast", "saturation", "hue"), "blur": ("blur_sigma",)}
-        keys |= {f"augment.view{number}.{key}" for by, each in of.items() if not getattr(view, by) for key in each}
+        keys |= {f"{view}.{key}" for by, each in of.items() if is_off(f"{view}.{by}") for key in each}
     return keys
 
 
@@ -143,7 +154,7 @@ def is_of_validation(key: str) -> bool:
 
 def settings(cfg: Config) -> dict[str, Any]:
     """The settings that are hashed, by dotted key: those not neutral, not without effect and not in `NOT_IN_HASH`."""
-    counted, without = flatten(without_neutral(cfg)), inert(cfg)
+    counted, without = flatten(without_neutral(cfg)), inert(_texts(cfg))
     kept = {key: value for key, value in counted.items() if is_setting(key) and key not in without}
     return kept | ({"search.name": "auto"} if cfg.support.name == "none" else {})  # keeps existing hashes valid
 
@@ -162,7 +173,7 @@ def check_same(saved: Mapping[str, Any], cfg: Config, where: Path, saved_hash: s
     """
     if saved_hash == config_hash(cfg):
         return
-    before, now, counted, without = modern(flatten(saved)), flat(cfg), settings(cfg), inert(cfg)
+    before, now, counted, without = modern(flatten(saved)), flat(cfg), settings(cfg), inert(_texts(cfg))
     shown_before, shown = hide_in_settings(before), hide_in_settings(now)
 
     def differs(key: str) -> bool:
@@ -179,7 +190,7 @@ def check_same(saved: Mapping[str, Any], cfg: Config, where: Path, saved_hash: s
 
 def same_images(saved: Mapping[str, Any], cfg: Config) -> bool:
     """Whether a run with the saved config (nested) trained on the same images in the same rows as ``cfg`` does."""
-    before, now, without = flatten(saved), flatten(without_neutral(cfg)), inert(cfg)
+    before, now, without = flatten(saved), flatten(without_neutral(cfg)), inert(_texts(cfg))
     keys = {f"data.{key}" for key in ("fingerprint", "limit", "val_fraction", "split_seed", "final")} - without
     return all(before.get(key) == now.get(key) for key in keys)
 

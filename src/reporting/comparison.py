@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from src.config.identity import idle_beside, is_protocol, is_setting, with_neutral
-from src.config.names import LABELS, NOT_TRAINED, label_of, trains_nothing
+from src.config.identity import inert, is_protocol, is_setting, with_neutral
+from src.config.names import NOT_TRAINED, label_of, trains_nothing
 from src.config.renamed import modern
 from src.errors import UsageError
 from src.runs.record import TAG_PRUNED, TAG_SUPPORT_UNUSED, Record
@@ -56,12 +56,16 @@ def comparable(run: Record) -> dict[str, str]:
     If a later session changed a setting of the evaluation, the value comes from the run's tag of that name.
     """
     changed = {key: value for key, value in run.tags.items() if key.startswith("evaluation.")}
-    params = with_neutral(modern(run.params)) | changed
-    method = params.get("method.name", "")
-    idle = idle_beside(params.get("support.name", "")) if method in LABELS else ()
-    if method == "simclr":  # its loss has no such term
-        idle = (*idle, "objective.support_weight")
-    return {key: value for key, value in params.items() if value != "null" and key not in idle}
+    params = {key: value for key, value in modern(run.params).items() if value != "null"}
+    params = with_neutral(params) | changed
+    without = idle(params)
+    return {key: value for key, value in params.items() if key not in without}
+
+
+def idle(params: Mapping[str, str]) -> set[str]:
+    """The settings without effect in a run with these params, in which it therefore agrees with every other run."""
+    of_simclr = {"objective.support_weight"} if params.get("method.name") == "simclr" else set()  # has no such term
+    return inert(params) - {"objective.name"} | of_simclr
 
 
 def _printable(run: Record) -> Record:
@@ -96,17 +100,17 @@ def differing(runs: Sequence[Record]) -> list[str]:
 
     Settings of method, support set and objective are compared only among the runs of one method.
     """
-    by_method: dict[str, list[dict[str, str]]] = defaultdict(list)
+    by_method: dict[str, list[tuple[dict[str, str], set[str]]]] = defaultdict(list)
     for run in runs:
-        by_method[run.params["method.name"]].append(compared_settings(run))
+        by_method[run.params["method.name"]].append((compared_settings(run), idle(run.params)))
     everyone = [each for group in by_method.values() for each in group]
-    keys = {key for each in everyone for key in each} - set(COLUMN_KEYS)
+    keys = {key for settings, _ in everyone for key in settings} - set(COLUMN_KEYS)
     if any(IN_USE in run.metrics for run in runs):  # a row's size is then the vectors in use, not the room for them
         keys.add("support.size")
 
     def differs(key: str) -> bool:
         groups = by_method.values() if key.startswith(METHOD_PREFIXES) else [everyone]
-        return any(len({each.get(key) for each in group}) > 1 for group in groups)
+        return any(len({each.get(key) for each, without in group if key not in without}) > 1 for group in groups)
 
     return sorted(filter(differs, keys))
 
@@ -143,9 +147,9 @@ def usual(runs: Sequence[Record], keys: Sequence[str]) -> dict[str, dict[str, st
     for method, own in by_method.items():
         for key in keys:
             compared = own if key.startswith(METHOD_PREFIXES) else runs
-            values = Counter(run.params.get(key) for run in compared)
-            ((value, times),) = values.most_common(1)
-            if key != ORIGIN and value is not None and None not in values and times > len(compared) / 2:
+            values = Counter(run.params.get(key) for run in compared if key not in idle(run.params))
+            ((value, times),) = values.most_common(1) or [(None, 0)]
+            if key != ORIGIN and value is not None and None not in values and times > values.total() / 2:
                 common[method][key] = value
     return common
 
@@ -185,7 +189,7 @@ def row_label(run: Record, keys: Sequence[str], common: Mapping[str, str], start
         starts: what stands for the digest of the weights from which a run starts (`starts_of`).
     """
     unusual = [key for key in keys if key in run.params and run.params[key] != common.get(key)]
-    more = sum(run.params.get(key) != value for key, value in common.items() if key not in keys)
+    more = sum(run.params.get(key, value) != value for key, value in common.items() if key not in keys)
     texts = [
         f"init={starts[run.params[key]]}" if key == ORIGIN else _rounded(setting_text(key, run.params[key]))
         for key in unusual

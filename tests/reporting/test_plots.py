@@ -229,7 +229,9 @@ def test_a_label_that_is_wider_than_the_picture_is_not_cut_by_its_edges():
 
 
 def test_many_variants_are_dots_sorted_by_accuracy_and_none_is_lost():
-    runs = [run("kmclr", k, top1=40 + k % 7, **{"method.half_life": str(k)}) for k in range(50, 70)] + [run("nnclr", 0)]
+    runs = [run("kmclr", k, top1=40 + k % 7, **{"support.revive_after": str(k)}) for k in range(50, 70)] + [
+        run("nnclr", 0)
+    ]
     rows, _ = summarise(runs)
     axes = plot(rows).axes[0]
     points = sorted((place, mean) for mean, place in (tuple(each.lines[0].get_xydata()[0]) for each in axes.containers))
@@ -247,7 +249,7 @@ def control_lines(axes):
 
 
 def test_the_line_of_a_control_is_beside_its_own_rows_only():
-    long = [run("kmclr", k, top1=60, **{"method.half_life": str(k)}) for k in range(50, 60)]
+    long = [run("kmclr", k, top1=60, **{"support.revive_after": str(k)}) for k in range(50, 60)]
     short = [run("kmclr", 50, top1=20, epochs="5"), run("nnclr", 0, top1=10, epochs="5")]
     rows, _ = summarise([*long, *short])
     axes = plot(rows).axes[0]

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from src.config import identity
 from src.reporting.comparison import compared_settings, distinguishing, select
 from src.reporting.rows import AGREEMENT, NO_CONTROL, control_of, difference, metrics_of, summarise
 from src.runs.record import TAG_CONDITIONS_CHANGED, Record
+from tests.config.test_schema import parsed
 from tests.made_up_runs import STUDY, run, with_agreement, with_untrained
 
 
@@ -124,6 +126,37 @@ def test_a_run_from_before_a_setting_existed_is_of_one_row_with_later_ones():
         ("optimizer.decay_all=False", 2),
         ("optimizer.decay_all=True", 1),
     ]
+
+
+WITHOUT_EFFECT = [
+    (["data.final=true"], ["data.val_fraction=0.2", "data.split_seed=3"]),
+    (["optimizer.weight_decay=0"], ["optimizer.trust_coefficient=0.1", "optimizer.decay_all=true"]),
+    (["optimizer=adamw"], ["+optimizer.momentum=0.5"]),
+    (["optimizer=sgd"], ["+optimizer.clip_trust=true"]),
+    (["method=simclr"], ["search=torch"]),
+    (["method=simclr"], ["+schedule.gamma=0.5"]),
+    (["method=kmclr"], ["support.half_life=5", "support.refit_window=999", "objective.off_diagonal=0.5"]),
+    (["method=nnclr"], ["objective.same_prototype=negative", "augment.view2.blur_sigma=[1,2]"]),
+]
+
+
+@pytest.mark.parametrize(("common", "more"), WITHOUT_EFFECT)
+def test_a_setting_without_effect_makes_no_row_and_takes_no_control_away(common, more):
+    """Runs that differ in it have one hash, and are one experiment."""
+    stores = "method=simclr" not in common
+    runs, hashes = [], []
+    for seed, each in enumerate([[*common, *more], common, [*common, "epochs=7"]]):
+        control = [*(override for override in each if not override.startswith("support.")), "support=none"]
+        for overrides in [each, control] if stores else [each]:
+            cfg = parsed(*overrides, f"seed={seed}")
+            flat = {key: str(value) for key, value in identity.flat(cfg).items()}
+            size = {"support_set_size": str(identity.support_set_size(cfg)), "support_bytes": "0"}
+            runs.append(replace(run(cfg.method.name, seed=seed), params=flat | size))
+            hashes.append(identity.config_hash(replace(cfg, seed=0)))
+    assert len(set(hashes)) == 2 + 2 * stores
+    rows, _ = summarise(runs)
+    assert sorted(len(row.runs) for row in rows) == ([1, 1, 2, 2] if stores else [1, 2])
+    assert all(control_of(row, rows) for row in rows if row.size)
 
 
 def test_settings_of_a_method_are_compared_among_its_own_runs_only():
