@@ -27,16 +27,12 @@ def run(*overrides):
 
 
 @pytest.fixture(scope="module")
-def taught(finished):
+def taught(finished, small):
     """A finished run whose teacher was evaluated, too, at the end."""
-    cfg = composed(
-        "experiment=demo", "objective=teacher", "support=none", "epochs=1", "data.limit=200", "batch_size=64",
-        f"data.cache_dir={finished.parent}/cache", f"output_dir={finished.parent}/taught", "tracking=jsonl",
-        "precision=float32", "projector.hidden=[32]", "projector.out=16", "objective.predictor_hidden=32",
-        "evaluation.epochs=5", "data.image_size=8", "evaluation.pictures=false", "evaluation.teacher=true",
-    )  # fmt: skip
-    cli.pretrain(cfg)
-    return finished.parent / "taught"
+    folder = finished.parent / "taught"
+    own = ["objective=teacher", "support=none", "objective.predictor_hidden=32", "evaluation.teacher=true"]
+    cli.pretrain(composed(*small, *own, "epochs=1", "tracking=jsonl", f"output_dir={folder}"))
+    return folder
 
 
 def test_the_teachers_figures_stand_beside_the_students_and_are_its_own(taught, tmp_path):
