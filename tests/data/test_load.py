@@ -61,7 +61,6 @@ def test_limit_applies_to_all_training_images_with_final(config):
     assert dataset.train.labels.bincount().tolist() == [10] * 10
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("options", [{}, {"limit": 100}, {"final": True}])
 def test_images_stay_in_the_file_that_processes_share(config, options):
     dataset = load(config("digits", **options))

@@ -88,8 +88,6 @@ def test_cuda_graphs_leave_the_loss_curve(run, method, monkeypatch):
     KMCLR's loss by 1.2% at the sixth step and 2.6% at the tenth, since other prototypes become the nearest; rounded to
     21 of float32's 23 bits, they change no method's loss by more than 0.2% in six steps.
     """
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     overrides = [*ALL[method], "optimizer.lr=0.0003", "epochs=2", "device=cuda", "precision=float32"]
     plain = run(*overrides, directory="plain", net=[])
