@@ -326,7 +326,7 @@ class TestManyShards:
 
     @pytest.fixture(autouse=True)
     def opened(self, monkeypatch) -> list[Path]:
-        monkeypatch.setattr("src.data.parquet.MANY", 3, raising=False)
+        monkeypatch.setattr("src.data.parquet.MANY", 3)
         opened: list[Path] = []
         real = pq.read_schema
         monkeypatch.setattr(pq, "read_schema", lambda path: opened.append(path) or real(path))
@@ -383,7 +383,7 @@ def test_more_damaged_images_than_a_header_has_room_for_are_refused_before_other
     decodings.clear()
 
     path.unlink()
-    monkeypatch.setattr(writer_module, "MAX_HEADER", length - 1, raising=False)
+    monkeypatch.setattr(writer_module, "MAX_HEADER", length - 1)
     with pytest.raises(UsageError, match=r"data\.on_error=skip: 4 images .*; remove them, first .*/a/0") as caught:
         cached(cfg)
     assert "\n" not in str(caught.value)
