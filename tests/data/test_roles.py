@@ -10,9 +10,8 @@ from src.data import Dataset, load
 from src.data.decoding import Part
 from src.data.roles import hold_out_test
 from src.errors import UsageError
-from tests.data.layouts import write_flat, write_folder, write_shard
+from tests.data.layouts import LAYOUTS, write_flat, write_folder, write_shard
 
-LAYOUTS = ("image_folder", "parquet")
 WITHOUT_LABELS = {"image_folder": ("none", "one class"), "parquet": ("none", "one class", "no column")}
 
 
