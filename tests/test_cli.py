@@ -196,7 +196,7 @@ def typed(tmp_path, monkeypatch, capsys):
         ("k=1", "k=1: all images share the one prototype"),
         ("+sweep=support_size", "+sweep=support_size: a sweep is many runs; add --multirun"),
         ("hydra/launcher=slurm", "hydra/launcher=slurm: submits the jobs of a sweep; add --multirun, for one too"),
-        ("epochs=0", "epochs=0: must be 1 or more"),
+        ("epochs=0", "epochs=0: must be 1 or more, unless init=... names weights"),
         ("support.name=[1,2]", "support.name=[1, 2]: choose one of none, queue, kmeans"),
         ("support.name=[1] +support._target_=tests.absent.Class", "support._target_=tests.absent.Class: "),
         ("k==4", "k==4"),

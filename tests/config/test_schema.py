@@ -61,21 +61,6 @@ def test_configs_of_the_same_parts_share_one_schema_which_none_of_them_changes(m
     assert parse(first) == cfg
 
 
-def test_every_group_is_there():
-    assert options("method") == ["kmclr", "nnclr", "simclr"]
-    assert options("support") == ["evolving", "kmeans", "none", "queue"]
-    assert options("objective") == ["mixed", "nt_xent", "published", "relation", "teacher"]
-    assert options("backbone") == ["resnet18", "resnet34", "resnet50", "resnet_tiny", "timm"]
-    assert options("schedule") == ["constant", "cosine", "step"]
-    assert options("optimizer") == ["adamw", "lars", "sgd"]
-    downloaded = ["cifar10", "cifar100", "imagenette", "stl10"]
-    assert options("data") == sorted([*downloaded, "digits", "hub", "image_folder", "imagenet", "parquet"])
-    assert options("augment") == ["asymmetric", "crop_only", "strong_weak", "symmetric"]
-    assert options("search") == ["auto", "faiss", "ivf", "torch"]
-    assert options("tracking") == ["jsonl", "mlflow"]
-    assert options("evaluation") == ["fewshot", "finetune", "linear", "original"]
-
-
 def test_k_and_queue_size_are_root_keys_in_any_order():
     assert parsed("k=200", "method=kmclr").k == parsed("method=kmclr", "k=200").k == 200
     assert parsed("queue_size=77", "method=nnclr").queue_size == 77
@@ -146,13 +131,9 @@ def test_mnn_as_its_authors_train_it():
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("k=0", "k=0: must be 1 or more"),
-        ("k=-3", "k=-3: must be 1 or more"),
         ("objective.predictor_hidden=-1", "objective.predictor_hidden=-1: must be 0 or more"),
-        ("k=abc", "k=abc: .*could not be converted to Integer"),
         ("k=2.5", "k=2.5: .*could not be converted to Integer"),
         ("epochs=-1", "epochs=-1: must be 0 or more"),
-        ("epochs=0", r"epochs=0: must be 1 or more, unless init=... names weights"),
         ("batch_size=1", "batch_size=1: must be 2 or more"),
         ("seed=-1", "seed=-1: must be 0 or more"),
         (
@@ -187,9 +168,7 @@ def test_a_bad_value_is_one_line_that_names_it(override, says):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["method=simclr", "+k=50"], r"k: only support=kmeans \(method=kmclr\) has it"),
         (["method=nnclr", "+k=50"], r"k: only support=kmeans \(method=kmclr\) has it"),
-        (["experiment=original_nnclr", "method=kmclr"], r"queue_size: only support=queue \(method=nnclr\) has it"),
         (
             ["method=simclr", "support=queue"],
             "support=queue: objective.support_weight=0 makes no use of what is stored",
