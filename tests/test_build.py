@@ -8,7 +8,7 @@ from src.errors import UsageError
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
 from src.support.search import FaissSearch, TorchSearch
-from tests.config.test_schema import parsed
+from tests.composing import parsed
 
 CPU = torch.device("cpu")
 TINY = ["backbone=resnet_tiny", "projector.hidden=[16]", "projector.out=8"]

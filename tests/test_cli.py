@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hypothesis import HealthCheck, given, settings
@@ -16,13 +15,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src import cli
 from src.config import explain
-from src.config.parse import parse
 from src.data.augment import ViewMaker
 from src.errors import UsageError
 from src.runs.record import Record
 from src.sweeps.launcher import JobLauncher
 from src.system.environment import CONF
 from src.training import optim
+from tests.composing import parsed
 from tests.conftest import ELSEWHERE, PROJECT
 
 
@@ -525,8 +524,7 @@ CASES = int(os.environ.get("CASES", "60"))
 def composed_or_explained(overrides):
     """The config, or the line that the command would print."""
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return parse(compose("train", overrides=overrides))
+        return parsed(*overrides)
     except (HydraException, OmegaConfBaseException) as error:
         return explain.explain_composition(error)
     except (UsageError, OSError) as error:

@@ -10,7 +10,7 @@ from src import cli
 from src.config.identity import run_name
 from src.config.parse import parse
 from src.data import load
-from tests.config.test_schema import composed
+from tests.composing import composed
 from tests.conftest import PROJECT
 from tests.data.archives import write_imagenette, write_stl10
 from tests.data.layouts import write_flat, write_folder, write_shard, write_tiny_imagenet

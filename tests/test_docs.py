@@ -20,7 +20,8 @@ from src.evaluation import evaluate
 from src.reporting import report
 from src.runs.metrics_file import encode
 from src.sweeps import jobs
-from tests.config.test_schema import CONF, options
+from src.system.environment import CONF
+from tests.composing import options
 from tests.conftest import PROJECT
 from tests.made_up_runs import STUDY
 from tests.training.training_runs import METRICS, OF_METHOD

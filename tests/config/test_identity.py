@@ -10,7 +10,7 @@ from src.config.parse import parse
 from src.config.renamed import modern
 from src.config.schema import Contrast
 from src.errors import UsageError
-from tests.config.test_schema import parsed
+from tests.composing import parsed
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,13 @@
 from dataclasses import replace
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from src.config import identity, schema
 from src.config.parse import parse
 from src.errors import UsageError
-from tests.conftest import PROJECT
-
-CONF = PROJECT / "conf"
-
-
-def composed(*overrides, name="train"):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
-
-
-def parsed(*overrides):
-    return parse(composed(*overrides))
-
-
-def options(group):
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+from src.system.environment import CONF
+from tests.composing import composed, options, parsed
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from itertools import permutations
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +28,7 @@ from src.data.augment import (
     resampling,
     shift_hue,
 )
+from src.system.environment import CONF
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 ADJUST = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
@@ -322,9 +322,7 @@ def test_the_draws_of_a_batch_are_one_row_an_image():
         assert tensor.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[2] / "conf" / "augment").glob("*.yaml")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted((CONF / "augment").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_has_exactly_the_fields_of_the_schema_and_makes_views(path):
     loaded = OmegaConf.load(path)
     recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Augment), loaded))

@@ -16,7 +16,8 @@ from src.data import load
 from src.data.decoding import FORMATS, SUFFIXES, LazyImage, open_bytes
 from src.data.sources import find
 from src.errors import UsageError
-from tests.config.test_schema import composed
+from src.system.environment import CONF
+from tests.composing import composed
 from tests.data.layouts import (
     SIZE,
     all_images,
@@ -30,10 +31,8 @@ from tests.data.layouts import (
     write_tiny_imagenet,
 )
 
-CONF = Path(__file__).parents[2] / "conf" / "data"
 
-
-@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((CONF / "data").glob("*.yaml")), ids=lambda path: path.stem)
 def test_config_files_fit_the_schema_and_share_their_defaults(path):
     node = composed(f"data={path.stem}").data
     cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Data), node))

@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 from src import cli
 from src.config.parse import parse
 from src.runs import checkpoint
-from tests.config.test_schema import composed
+from tests.composing import composed
 
 
 @pytest.fixture(scope="module")

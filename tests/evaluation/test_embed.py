@@ -14,7 +14,7 @@ from src.errors import CannotWrite, Diverged, RunFailed, UsageError
 from src.evaluation import embed
 from src.evaluation.encoder import load_encoder
 from src.system import atomic_write
-from tests.config.test_schema import composed, parsed
+from tests.composing import composed, parsed
 from tests.data.layouts import random_image, write_folder
 from tests.evaluation.test_export import write_run
 

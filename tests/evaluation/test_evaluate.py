@@ -17,7 +17,7 @@ from src.runs.delivery import deliver
 from src.runs.metrics_file import read_rows
 from src.runs.record import Record
 from src.runs.tracker import Tracker
-from tests.config.test_schema import composed
+from tests.composing import composed
 from tests.data.layouts import LAYOUTS, write_set
 from tests.stores import break_store
 

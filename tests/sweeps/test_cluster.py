@@ -16,6 +16,7 @@ from src.sweeps import cluster
 from src.sweeps import slurm as slurm_module
 from src.sweeps.slurm import SlurmLauncher
 from src.sweeps.worker import Work, as_rank
+from tests.conftest import PROJECT
 from tests.sweeps.launching import jobs_of, run
 
 pytest.importorskip("submitit")
@@ -352,7 +353,7 @@ def test_ahead_of_a_time_limit_work_saves_and_can_be_queued_again(program):
         "    sys.exit(9)\n"
         "signal.signal(signal.SIGUSR2, handler)\nwork()\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(cluster.__file__).partition("/src/")[0]}
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     (program / "src" / "train.py").unlink()
     (program / "src").rmdir()
     process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)

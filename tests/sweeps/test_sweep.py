@@ -19,7 +19,7 @@ from src.sweeps.grid import GridSweeper, alternatives
 from src.sweeps.jobs import Job
 from src.sweeps.sweep import Sweep
 from src.system.stopping import is_stop
-from tests.config.test_schema import parsed
+from tests.composing import parsed
 from tests.conftest import ELSEWHERE
 from tests.sweeps.test_dry_run import ran
 

@@ -7,7 +7,7 @@ import torch
 from src import cli
 from src.reporting import curves
 from src.training import run as run_module
-from tests.config.test_schema import composed
+from tests.composing import composed
 from tests.training.small_net import SMALL_NET
 from tests.training.training_runs import StopAfter
 

@@ -30,7 +30,7 @@ from src.training import state as state_module
 from src.training.batch_norm import GlobalBatchNorm
 from src.training.distributed import Ranks
 from src.training.state import TrainState
-from tests.config.test_schema import composed, parsed
+from tests.composing import composed, parsed
 from tests.conftest import ELSEWHERE, PROJECT
 from tests.training.small_net import SMALL_NET
 from tests.training.training_runs import assert_same_run, history

@@ -22,7 +22,7 @@ from src.runs.record import Record
 from src.runs.tracker import Tracker
 from src.training import loop
 from src.training import run as run_module
-from tests.config.test_schema import composed
+from tests.composing import composed
 from tests.conftest import ELSEWHERE
 from tests.data.layouts import LAYOUTS, write_set
 from tests.training.small_net import SMALL_NET, SmallNet
