@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 
+from src import cli
 from src.runs import mlflow_store, tracker
+from src.system.environment import PROJECT
 
 # Hypothesis has no deadline, so that a busy machine fails no test, and draws the same examples in every run, so that
 # chance fails none either. With the variable CASES set, as by `make reliability`, the examples are random.
@@ -23,7 +26,6 @@ settings.load_profile("same")
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, the processes that tests start would inherit "ignored"
 
-PROJECT = Path(__file__).parent.parent
 # The environment in which this project's commands run when the current folder is not the project.
 ELSEWHERE = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
 CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", PROJECT.parent / "shared" / "data" / "cifar100"))
@@ -95,6 +97,31 @@ def command(python, cache_dir, tmp_path):
             text=True,
             timeout=600,
         )
+
+    return run
+
+
+@pytest.fixture
+def typed(tmp_path, monkeypatch, capsys):
+    """A function that runs a command in this process, in the test's own folder; returns its status, stdout and stderr.
+
+    `command` runs it as a user does, which takes seconds.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    for name in ("outlive_output", "redact_output"):  # they change the streams of this process
+        monkeypatch.setattr(cli, name, lambda: None)
+
+    def run(entry, *arguments):
+        monkeypatch.setattr(sys, "argv", ["src", *arguments])
+        status = 0
+        try:
+            entry()
+        except SystemExit as end:
+            status = end.code
+        finally:
+            GlobalHydra.instance().clear()
+        return status, *capsys.readouterr()
 
     return run
 

@@ -8,7 +8,7 @@ from src.errors import UsageError
 from src.support.kmeans import KMeans
 from src.support.queue import Queue
 from src.support.search import FaissSearch, TorchSearch
-from tests.config.test_schema import parsed
+from tests.composing import parsed
 
 CPU = torch.device("cpu")
 TINY = ["backbone=resnet_tiny", "projector.hidden=[16]", "projector.out=8"]
@@ -30,10 +30,13 @@ def test_devices():
         build.device("cuda:x")
 
 
-def test_precision():
+@pytest.mark.parametrize(("fast", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_precision(monkeypatch, fast, chosen):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert build.precision("float32", CPU) == torch.float32
     assert build.precision("bfloat16", CPU) == torch.bfloat16
-    assert build.precision("auto", CPU) in (torch.float32, torch.bfloat16)
+    assert build.precision("auto", CPU) == chosen
 
 
 def test_a_model_of_timm_may_have_the_name_of_one_of_ours():

@@ -7,8 +7,6 @@ import sys
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,21 +14,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src import cli
 from src.config import explain
-from src.config.parse import parse
 from src.data.augment import ViewMaker
 from src.errors import UsageError
 from src.runs.record import Record
 from src.sweeps.launcher import JobLauncher
 from src.system.environment import CONF
 from src.training import optim
+from tests.composing import parsed
 from tests.conftest import ELSEWHERE, PROJECT
-
-
-@pytest.fixture(autouse=True)
-def _own_streams(monkeypatch):
-    """Leave out what changes the streams of this process, in which some tests call commands."""
-    for name in ("outlive_output", "redact_output"):
-        monkeypatch.setattr(cli, name, lambda: None)
+from tests.pages import write_files
 
 
 def test_help_is_complete(command):
@@ -42,17 +34,13 @@ def test_help_is_complete(command):
     assert "mlflow ui" in done.stdout
 
 
-def test_help_lists_the_groups_of_the_command_and_no_others(tmp_path, monkeypatch, capsys):
+def test_help_lists_the_groups_of_the_command_and_no_others(typed, tmp_path):
     (tmp_path / "mine/data").mkdir(parents=True)
     (tmp_path / "mine/data/pets.yaml").touch()
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
 
-    def listed(command):
-        monkeypatch.setattr(sys, "argv", ["src", "--help", f"--config-dir={tmp_path}/mine"])
-        with pytest.raises(SystemExit):
-            command()
-        GlobalHydra.instance().clear()
-        above, _, _ = capsys.readouterr().out.partition("Set any value")
+    def listed(entry):
+        _, out, _ = typed(entry, "--help", "--config-dir=mine")
+        above, _, _ = out.partition("Set any value")
         return dict(re.findall(r"^([+a-z/]+): (\w+(?:, \w+)*)$", above, re.MULTILINE))
 
     of_train = listed(cli.train)
@@ -92,7 +80,7 @@ def test_a_matplotlib_backend_that_is_not_there_is_not_asked_for(monkeypatch):
 def test_a_link_that_leads_to_itself_is_one_line(typed, tmp_path, key):
     (tmp_path / "loop").symlink_to("loop")
     data = "data=image_folder" if key == "data.root" else "data=digits"
-    status, said = typed(cli.train, data, "backbone=resnet_tiny", "method=simclr", "tracking=jsonl", f"{key}=loop")
+    status, _, said = typed(cli.train, data, "backbone=resnet_tiny", "method=simclr", "tracking=jsonl", f"{key}=loop")
     assert status == 2
     assert said.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in said
@@ -125,27 +113,6 @@ def test_tab_completion_in_bash(line, offers):
     )
     done = subprocess.run(["bash", "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == offers
-
-
-@pytest.fixture
-def typed(tmp_path, monkeypatch, capsys):
-    """A function that runs a command that must exit, in this process; returns its exit status and its stderr.
-
-    `test_a_mistake_in_a_process_of_its_own` runs such commands as a user does, which takes seconds.
-    """
-
-    def run(entry, *arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["src", *arguments])
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        try:
-            with pytest.raises(SystemExit) as end:
-                entry()
-        finally:
-            GlobalHydra.instance().clear()
-        return end.value.code, capsys.readouterr().err
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -196,7 +163,7 @@ def typed(tmp_path, monkeypatch, capsys):
         ("k=1", "k=1: all images share the one prototype"),
         ("+sweep=support_size", "+sweep=support_size: a sweep is many runs; add --multirun"),
         ("hydra/launcher=slurm", "hydra/launcher=slurm: submits the jobs of a sweep; add --multirun, for one too"),
-        ("epochs=0", "epochs=0: must be 1 or more"),
+        ("epochs=0", "epochs=0: must be 1 or more, unless init=... names weights"),
         ("support.name=[1,2]", "support.name=[1, 2]: choose one of none, queue, kmeans"),
         ("support.name=[1] +support._target_=tests.absent.Class", "support._target_=tests.absent.Class: "),
         ("k==4", "k==4"),
@@ -232,7 +199,7 @@ def typed(tmp_path, monkeypatch, capsys):
 )
 def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(typed, tmp_path, cache_dir, arguments, says):
     (tmp_path / "a_file").touch()
-    status, stderr = typed(cli.train, *arguments.split(), f"data.cache_dir={cache_dir}")
+    status, _, stderr = typed(cli.train, *arguments.split(), f"data.cache_dir={cache_dir}")
     assert status == 2
     (line,) = [line for line in stderr.splitlines() if not line.startswith("decoding digits")]
     assert line.startswith("error: ")
@@ -242,7 +209,7 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(typed, tmp_pa
 
 @pytest.mark.parametrize("arguments", ["--config-name=evaluate", "--config-name=evaluate --multirun"])
 def test_the_config_of_another_command_is_one_line(typed, arguments):
-    status, stderr = typed(cli.train, *arguments.split())
+    status, _, stderr = typed(cli.train, *arguments.split())
     assert (status, stderr.count("\n")) == (2, 1)
     assert "--config-name=evaluate: configures no training run" in stderr
 
@@ -276,7 +243,7 @@ def test_a_mistake_in_a_process_of_its_own(command, tmp_path, cache_dir, argumen
 )
 def test_mistakes_in_evaluate(typed, tmp_path, arguments, says):
     (tmp_path / "a_file").touch()
-    status, stderr = typed(cli.evaluate, *arguments.split())
+    status, _, stderr = typed(cli.evaluate, *arguments.split())
     assert status == 2
     assert says in stderr
     assert stderr.count("\n") == 1
@@ -308,7 +275,7 @@ def test_mistakes_in_what_takes_a_finished_run(typed, tmp_path, command, argumen
     folder = tmp_path / "multirun/begun"
     folder.mkdir(parents=True)
     Record.new("begun", "study").save(folder)
-    status, stderr = typed(command, *arguments.split())
+    status, _, stderr = typed(command, *arguments.split())
     assert status == 2
     assert stderr.startswith("error: ")
     assert says in stderr
@@ -316,23 +283,17 @@ def test_mistakes_in_what_takes_a_finished_run(typed, tmp_path, command, argumen
     assert [path.name for path in folder.iterdir()] == ["run.json"]
 
 
-def test_what_delivers_says_so_where_nothing_waits_and_its_help_is_no_docstring(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["src"])
-    cli.deliver()
-    assert capsys.readouterr().out == "nothing waits to be delivered\n"
+def test_what_delivers_says_so_where_nothing_waits_and_its_help_is_no_docstring(typed, tmp_path):
+    assert typed(cli.deliver) == (0, "nothing waits to be delivered\n", "")
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(sys, "argv", ["src", "--help"])
-    with pytest.raises(SystemExit):
-        cli.deliver()
-    said = capsys.readouterr().out
+    _, said, _ = typed(cli.deliver, "--help")
     assert "Deliver to MLflow what it lacks" in said
     assert "Raises" not in said
     assert "`" not in said
 
 
 def test_what_evaluates_several_runs_makes_no_folders_of_its_own(typed, tmp_path):
-    status, stderr = typed(cli.evaluate, "--multirun", "run=gone,lost")
+    status, _, stderr = typed(cli.evaluate, "--multirun", "run=gone,lost")
     assert status == 2
     assert "run=gone: there is no such run" in stderr
     assert [path.name for path in (tmp_path / "multirun").iterdir()] == ["multirun.yaml"]  # from Hydra
@@ -393,7 +354,7 @@ def test_too_little_memory_is_one_line(tmp_path, megabytes):
 
 def test_more_memory_than_a_number_can_say_is_one_line(typed, cache_dir):
     settings = ["experiment=demo", "evaluation.pictures=false", f"data.cache_dir={cache_dir}", "tracking=jsonl"]
-    status, stderr = typed(cli.train, *settings, "k=9223372036854775807")
+    status, _, stderr = typed(cli.train, *settings, "k=9223372036854775807")
     assert status == 1
     assert stderr.splitlines()[-1].startswith("error: there is not enough memory (")
 
@@ -414,7 +375,7 @@ def test_ctrl_c_is_its_status_and_no_traceback(typed, monkeypatch, entry, interr
         raise KeyboardInterrupt
 
     monkeypatch.setattr(interrupted, interrupt)
-    assert typed(entry) == (130, "")
+    assert typed(entry) == (130, "", "")
 
 
 def test_a_lack_of_memory_is_found_below_what_was_made_of_it():
@@ -460,15 +421,14 @@ def test_what_hydra_leaves_to_the_sweeper(typed, given):
     assert cli._for_the_sweeper(typed) == given
 
 
-def test_jobs_are_composed_of_the_files_that_the_sweep_is_composed_of(typed, cache_dir, tmp_path, monkeypatch, capsys):
+def test_jobs_are_composed_of_the_files_that_the_sweep_is_composed_of(typed, cache_dir, tmp_path, monkeypatch):
     shutil.copytree(CONF, tmp_path / "conf")
-    for name, text in {
+    written = {
         "conf/seven.yaml": "defaults: [train, _self_]\nseed: 7",
         "mine/nine.yaml": "defaults: [seven, _self_]\nepochs: 9",
         "more/augment/none.yaml": "defaults: [symmetric]\ninterpolation: bilinear",
-    }.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    }
+    write_files(tmp_path, written)
     commands = []
 
     def run(self, sweep, jobs, swept, at_a_time):
@@ -480,16 +440,17 @@ def test_jobs_are_composed_of_the_files_that_the_sweep_is_composed_of(typed, cac
     files = [f"--config-path={tmp_path}/conf", "--config-dir=mine", "--config-name=nine", "--multirun"]
     files.append(f"hydra.searchpath=[file://{tmp_path}/more]")
     settings = ["data=digits", f"data.cache_dir={cache_dir}", "tracking=jsonl", "augment=none"]
-    status, said = typed(cli.train, *files, *settings, "k=5")
+    status, _, said = typed(cli.train, *files, *settings, "k=5")
     assert status == 1, said
     ((_, _, _, *job),) = commands
-    monkeypatch.setattr(sys, "argv", ["src", "--cfg", "job", *job])
-    cli.train()
-    assert {"seed: 7", "epochs: 9", "  interpolation: bilinear", "k: 5"} <= set(capsys.readouterr().out.splitlines())
+    _, shown, _ = typed(cli.train, "--cfg", "job", *job)
+    assert {"seed: 7", "epochs: 9", "  interpolation: bilinear", "k: 5"} <= set(shown.splitlines())
 
 
 def test_a_key_of_a_chosen_option_is_taken_away_in_a_sweep_too(typed):
-    assert typed(cli.train, "--multirun", "optimizer=adamw", "~optimizer.betas", "seed=0,1", "dry_run=true") == (0, "")
+    line = "--multirun optimizer=adamw ~optimizer.betas seed=0,1 dry_run=true"
+    status, _, stderr = typed(cli.train, *line.split())
+    assert (status, stderr) == (0, "")
 
 
 def test_a_traceback_can_be_asked_for(command):
@@ -525,8 +486,7 @@ CASES = int(os.environ.get("CASES", "60"))
 def composed_or_explained(overrides):
     """The config, or the line that the command would print."""
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return parse(compose("train", overrides=overrides))
+        return parsed(*overrides)
     except (HydraException, OmegaConfBaseException) as error:
         return explain.explain_composition(error)
     except (UsageError, OSError) as error:

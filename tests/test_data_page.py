@@ -1,19 +1,18 @@
 """docs/data.md: files that lie as a row of its table says load with the command line of that row."""
 
 import re
-import sys
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 from src import cli
 from src.config.identity import run_name
 from src.config.parse import parse
 from src.data import load
-from tests.config.test_schema import composed
+from tests.composing import composed
 from tests.conftest import PROJECT
 from tests.data.archives import write_imagenette, write_stl10
 from tests.data.layouts import write_flat, write_folder, write_shard, write_tiny_imagenet
+from tests.pages import files_of, write_files
 
 PAGE = (PROJECT / "docs" / "data.md").read_text()
 CLASSES = (("dogs", "cats"), ("n01440764", "n02102040"))
@@ -61,29 +60,18 @@ def test_each_layout_loads_as_its_row_says(tmp_path, monkeypatch, layout, line):
     assert dataset.labelled == (not unlabelled and "for the probes" not in layout and "unlabeled" not in layout)
 
 
-FILES = dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
-
-
 @pytest.mark.parametrize("name", ["pets", "listed"])
-def test_a_data_set_of_ones_own(tmp_path, monkeypatch, name):
-    for place, text in FILES.items():
-        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / place).write_text(text)
+def test_a_data_set_of_ones_own(typed, tmp_path, monkeypatch, name):
+    write_files(tmp_path, files_of(PAGE))
     root = write_folder(tmp_path / "photographs", {"train/cat": 12, "train/dog": 12, "test/cat": 3, "test/dog": 3})
     for split in ("train", "test"):
         rows = [f"{path},{path.parent.name}" for path in sorted(root.glob(f"{split}/*/*"))]
         (tmp_path / f"{split}.csv").write_text("\n".join(["path,label", *rows]))
-    monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path / "mine")
     line = re.search(rf"-m src.train (--config-dir .* data={name})$", PAGE, re.MULTILINE)[1].split()
-    monkeypatch.setattr(sys, "argv", ["src", *line, "data.image_size=8"])
-    monkeypatch.setattr(cli, "outlive_output", lambda: None)
-    monkeypatch.setattr(cli, "redact_output", lambda: None)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     made = []
     monkeypatch.setattr(cli, "pretrain", made.append)
-    cli.train()
-    GlobalHydra.instance().clear()
+    assert typed(cli.train, *line, "data.image_size=8")[0] == 0
     cfg = parse(made[0])
     assert f"-{name}-resnet18" in run_name(cfg)
     dataset = load(cfg.data)

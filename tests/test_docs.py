@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from src import cli
@@ -20,12 +19,12 @@ from src.evaluation import evaluate
 from src.reporting import report
 from src.runs.metrics_file import encode
 from src.sweeps import jobs
-from tests.config.test_schema import CONF, options
+from src.system.environment import CONF
+from tests.composing import options
 from tests.conftest import PROJECT
 from tests.made_up_runs import STUDY
+from tests.pages import PAGES
 from tests.training.training_runs import METRICS, OF_METHOD
-
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 
 
 def typed_lines(module):
@@ -57,59 +56,47 @@ def test_every_metric_is_explained():
 
 
 @pytest.fixture
-def typed(tmp_path, monkeypatch, capsys):
-    """A function that runs a command in an empty folder, in this process, and returns what it has printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    for name in ("outlive_output", "redact_output"):  # they change the streams of this process
-        monkeypatch.setattr(cli, name, lambda: None)
+def printed(typed):
+    """A function that runs a command with a line of arguments, and returns what it has printed."""
 
-    def run(command, line, *more):
-        monkeypatch.setattr(sys, "argv", ["src", *shlex.split(line), *more])
-        status = 0
-        try:
-            command()
-        except SystemExit as end:
-            status = end.code
-        finally:
-            GlobalHydra.instance().clear()
-        said = capsys.readouterr()
-        assert status == 0, said.err
-        return said.out
+    def run(entry, line, *more):
+        status, out, err = typed(entry, *shlex.split(line), *more)
+        assert status == 0, err
+        return out
 
     return run
 
 
 @pytest.mark.parametrize("line", typed_lines("train"))
-def test_every_training_command_can_run(typed, monkeypatch, line):
+def test_every_training_command_can_run(printed, monkeypatch, line):
     """A dry run composes every job of it. Images and weights, which stand for the user's own, are not looked for."""
     one_seed = ["seed=0"] if "+sweep=" in line else []  # three seeds would take three times as long
     for module in (cli, jobs):
         monkeypatch.setattr(module, "known_fingerprint", lambda data: None)
         monkeypatch.setattr(module.origin, "identify", lambda cfg: None)
-    assert re.search(r"\d+ jobs?, \d+ to run", typed(cli.train, line, *one_seed, "dry_run=true"))
+    assert re.search(r"\d+ jobs?, \d+ to run", printed(cli.train, line, *one_seed, "dry_run=true"))
 
 
 @pytest.mark.parametrize("line", typed_lines("evaluate"))
-def test_every_evaluation_fits_a_run(typed, monkeypatch, line):
+def test_every_evaluation_fits_a_run(printed, monkeypatch, line):
     """Its settings fit a run with the default settings, or one with a teacher; that run does not have to exist."""
     trained = []
     monkeypatch.setattr(cli, "pretrain", trained.append)
-    typed(cli.train, "experiment=mnn" if "evaluation.teacher" in line else "")
+    printed(cli.train, "experiment=mnn" if "evaluation.teacher" in line else "")
     saved = OmegaConf.to_container(trained[0], resolve=True)
     checked = []
     monkeypatch.setattr(evaluate, "_checkpoint", lambda composed: (Path("run/checkpoints/last"), {"config": saved}))
     monkeypatch.setattr(evaluate, "load", lambda data: checked.append(data) or sys.exit(0))
-    typed(cli.evaluate, line)
+    printed(cli.evaluate, line)
     assert [type(data) for data in checked] == [Data]
 
 
 @pytest.mark.parametrize("line", typed_lines("report"))
-def test_every_report_can_be_made(typed, monkeypatch, line):
+def test_every_report_can_be_made(printed, monkeypatch, line):
     """Made-up runs stand in for those of the experiment or the sweep."""
     monkeypatch.setattr(report, "read_runs", lambda experiment, backend, root: STUDY)
     monkeypatch.setattr(report, "read_sweep", lambda sweep, backend, root: (f"study-{sweep}", STUDY))
-    table = re.search(r"^table: (\S+)", typed(cli.report, line), re.MULTILINE)[1]
+    table = re.search(r"^table: (\S+)", printed(cli.report, line), re.MULTILINE)[1]
     assert "NNCLR" in Path(table).read_text()
 
 
@@ -141,7 +128,7 @@ def test_every_target_of_make_is_one():
 @pytest.mark.parametrize(
     "group", [path.name for path in sorted(CONF.iterdir()) if path.is_dir() and path.name not in ("hydra", "shared")]
 )
-def test_every_option_is_listed(group):
+def test_every_option_is_listed_and_no_other(group):
     page = (PROJECT / "docs/first-steps.md").read_text()
     row = re.search(rf"^\| `\+?{group}`.*$", page, re.MULTILINE)[0]
-    assert set(options(group)) <= set(re.findall(r"`([\w]+)`", row))
+    assert set(re.findall(r"`(\w+)`", row)) - {group, "k", "queue_size"} == set(options(group))

@@ -15,18 +15,13 @@ from src.methods.base import Parts
 from src.support.base import Space
 from src.support.search import TorchSearch
 from tests.conftest import PROJECT
+from tests.pages import files_of, write_files
 
 TUTORIAL = (PROJECT / "docs" / "extending.md").read_text()
-FILES = dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL))
+FILES = files_of(TUTORIAL)
 (COMMANDS,) = re.findall(r"^```bash\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
 # One worker runs all of these tests, because they share what the tutorial's commands have made.
 pytestmark = pytest.mark.xdist_group("extending")
-
-
-def write(folder, files):
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +49,7 @@ def run_in(folder, pattern):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fresh")
-    write(folder, FILES)
+    write_files(folder, FILES)
     return folder
 
 
@@ -191,7 +186,7 @@ def test_a_run_is_evaluated_again(command, folder, typed):
 @pytest.mark.slow
 def test_a_mistake_is_one_line(command, folder):
     misspelt = FILES["mine/method/byol.yaml"].replace("momentum", "momentm")
-    write(folder, {"mine/method/misspelt.yaml": misspelt})
+    write_files(folder, {"mine/method/misspelt.yaml": misspelt})
     for arguments, says in {
         "method=byol method.momentm=0.9": "method.momentm: unknown key, .*; did you mean method.momentum?",
         "--multirun method=byol,simclr method.momentm=0.9": "method.momentm: unknown key, .* method.momentum?",
@@ -208,9 +203,9 @@ def test_a_run_names_its_code_and_continues_with_edited_code_under_other_conditi
     train = ["src.train", "--config-dir", "mine", "method=byol", *small, "tracking=jsonl", "output_dir=edited"]
     command(*train, "max_minutes=0.00001", status=75)
     before = run_in(folder, "edited")[0]["tags"]["code/my_package"]
-    write(folder, {"mine/my_package.py": FILES["mine/my_package.py"] + "# Edited."})
+    write_files(folder, {"mine/my_package.py": FILES["mine/my_package.py"] + "# Edited."})
     command(*train)
-    write(folder, {"mine/my_package.py": FILES["mine/my_package.py"]})
+    write_files(folder, {"mine/my_package.py": FILES["mine/my_package.py"]})
     tags = run_in(folder, "edited")[0]["tags"]
     assert re.fullmatch(r"\w{16}", before)
     assert tags["conditions_changed"] == f"code/my_package was {before} and is {tags['code/my_package']} from step 1 on"
@@ -239,7 +234,7 @@ def stripes(images):
 
 @pytest.mark.slow
 def test_a_backbone_and_a_data_set(command, folder, small):
-    write(
+    write_files(
         folder,
         {
             "mine/net.py": NET,

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.conftest import PROJECT
-from tests.test_docs import PAGES
+from tests.pages import PAGES
 
 for package in ("sphinx", "myst_parser", "pydata_sphinx_theme"):
     pytest.importorskip(package, reason=f"{package} is not installed; `make docs` installs it")

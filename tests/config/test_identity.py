@@ -10,7 +10,7 @@ from src.config.parse import parse
 from src.config.renamed import modern
 from src.config.schema import Contrast
 from src.errors import UsageError
-from tests.config.test_schema import parsed
+from tests.composing import parsed
 
 
 @pytest.mark.parametrize(
@@ -215,8 +215,6 @@ def test_what_prototypes_are_reclustered_from_is_stored_too():
 
 
 def test_check_same_names_the_keys_that_differ():
-    from dataclasses import asdict
-
     cfg = parsed("k=200")
     identity.check_same(asdict(cfg), cfg, Path("here"))
     identity.check_same({key: str(value) for key, value in identity.flat(cfg).items()}, cfg, Path("here"))

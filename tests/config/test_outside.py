@@ -15,7 +15,7 @@ from src.config.schema import Backbone, Count, Data, Fraction, Method, Support
 from src.data import sources
 from src.data.decoding import Contents, Part, Source
 from src.errors import UsageError
-from tests.config.test_schema import composed
+from tests.composing import composed
 
 
 class Net(nn.Linear):

@@ -1,28 +1,13 @@
 from dataclasses import replace
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from src.config import identity, schema
 from src.config.parse import parse
 from src.errors import UsageError
-from tests.conftest import PROJECT
-
-CONF = PROJECT / "conf"
-
-
-def composed(*overrides, name="train"):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
-
-
-def parsed(*overrides):
-    return parse(composed(*overrides))
-
-
-def options(group):
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+from src.system.environment import CONF
+from tests.composing import composed, options, parsed
 
 
 @pytest.mark.parametrize(
@@ -59,21 +44,6 @@ def test_configs_of_the_same_parts_share_one_schema_which_none_of_them_changes(m
     monkeypatch.setattr(OmegaConf, "structured", lambda _: pytest.fail("makes the schema again"))
     assert (parse(other).k, parse(other).data.limit) == (400, None)
     assert parse(first) == cfg
-
-
-def test_every_group_is_there():
-    assert options("method") == ["kmclr", "nnclr", "simclr"]
-    assert options("support") == ["evolving", "kmeans", "none", "queue"]
-    assert options("objective") == ["mixed", "nt_xent", "published", "relation", "teacher"]
-    assert options("backbone") == ["resnet18", "resnet34", "resnet50", "resnet_tiny", "timm"]
-    assert options("schedule") == ["constant", "cosine", "step"]
-    assert options("optimizer") == ["adamw", "lars", "sgd"]
-    downloaded = ["cifar10", "cifar100", "imagenette", "stl10"]
-    assert options("data") == sorted([*downloaded, "digits", "hub", "image_folder", "imagenet", "parquet"])
-    assert options("augment") == ["asymmetric", "crop_only", "strong_weak", "symmetric"]
-    assert options("search") == ["auto", "faiss", "ivf", "torch"]
-    assert options("tracking") == ["jsonl", "mlflow"]
-    assert options("evaluation") == ["fewshot", "finetune", "linear", "original"]
 
 
 def test_k_and_queue_size_are_root_keys_in_any_order():
@@ -146,13 +116,9 @@ def test_mnn_as_its_authors_train_it():
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("k=0", "k=0: must be 1 or more"),
-        ("k=-3", "k=-3: must be 1 or more"),
         ("objective.predictor_hidden=-1", "objective.predictor_hidden=-1: must be 0 or more"),
-        ("k=abc", "k=abc: .*could not be converted to Integer"),
         ("k=2.5", "k=2.5: .*could not be converted to Integer"),
         ("epochs=-1", "epochs=-1: must be 0 or more"),
-        ("epochs=0", r"epochs=0: must be 1 or more, unless init=... names weights"),
         ("batch_size=1", "batch_size=1: must be 2 or more"),
         ("seed=-1", "seed=-1: must be 0 or more"),
         (
@@ -187,9 +153,7 @@ def test_a_bad_value_is_one_line_that_names_it(override, says):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["method=simclr", "+k=50"], r"k: only support=kmeans \(method=kmclr\) has it"),
         (["method=nnclr", "+k=50"], r"k: only support=kmeans \(method=kmclr\) has it"),
-        (["experiment=original_nnclr", "method=kmclr"], r"queue_size: only support=queue \(method=nnclr\) has it"),
         (
             ["method=simclr", "support=queue"],
             "support=queue: objective.support_weight=0 makes no use of what is stored",

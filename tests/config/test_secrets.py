@@ -2,7 +2,7 @@ import pytest
 
 from src.config import identity
 from src.errors import UsageError
-from tests.config.test_schema import parsed
+from tests.composing import parsed
 
 HF_TOKEN = "hf_abcdefgh12"
 

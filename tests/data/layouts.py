@@ -71,11 +71,11 @@ def write_shard(
 LAYOUTS = ("image_folder", "parquet")
 
 
-def write_set(layout: str, root: Path, seed: int = 0, count: int = 24) -> Path:
-    """Two classes of ``count`` training images and 4 test images each, in the layout of that name."""
+def write_set(layout: str, root: Path, seed: int = 0) -> Path:
+    """Two classes of 24 training images and 4 test images each, in the layout of that name."""
     if layout == "image_folder":
-        return write_folder(root, {"train/a": count, "train/b": count, "test/a": 4, "test/b": 4}, seed=1000 * seed)
-    write_shard(root / "train-0.parquet", [0, 1] * count, seed=2 * seed)
+        return write_folder(root, {"train/a": 24, "train/b": 24, "test/a": 4, "test/b": 4}, seed=1000 * seed)
+    write_shard(root / "train-0.parquet", [0, 1] * 24, seed=2 * seed)
     write_shard(root / "test-0.parquet", [0, 1] * 4, seed=2 * seed + 1)
     return root
 

@@ -111,8 +111,6 @@ def test_a_batch_larger_than_the_split_is_refused_at_once():
 @pytest.mark.gpu
 @pytest.mark.parametrize("home", ["cpu", "cuda"])
 def test_batches_arrive_on_the_gpu_from_wherever_the_split_lives(home):
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
     split = split_of(50)
     for got, want in zip(
         epoch_batches(split.to(home), 8, 0, 0, "cuda"), epoch_batches(split, 8, 0, 0, "cpu"), strict=True

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from src.data import load
-from tests.data.layouts import encoded, pixels, random_image, write_folder, write_shard
+from tests.data.layouts import all_images, encoded, pixels, random_image, write_flat, write_folder, write_shard
 
 
 @pytest.fixture
@@ -226,3 +226,91 @@ def test_names_of_classes_that_are_no_names_are_one_line(refusal, tmp_path, name
     for name in ("train-0", "test-0"):
         write_shard(tmp_path / f"{name}.parquet", [0, 1], names=names)
     assert "train-0.parquet: not a readable parquet file" in refusal("parquet", tmp_path)
+
+
+@pytest.mark.parametrize("part", ["test", "val"])
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".PNG", ".bmp", ".tif", ".ppm"])
+def test_train_and_test_folders(config, tmp_path, part, suffix):
+    counts = {"train/dog": 4, "train/cat": 3, f"{part}/cat": 2, f"{part}/dog": 1}
+    root = write_folder(tmp_path / "Bilder für uns", counts, suffix)
+    dataset = load(config("image_folder", root, final=True))
+
+    def read(folder: str) -> list[Image.Image]:
+        return [Image.open(file) for name in ("cat", "dog") for file in sorted((root / folder / name).iterdir())]
+
+    train_images, train_labels, test_images, test_labels = all_images(dataset)
+    assert dataset.classes == ["cat", "dog"]
+    assert train_labels == [0, 0, 0, 1, 1, 1, 1]
+    assert test_labels == [0, 0, 1]
+    assert np.array_equal(train_images, pixels(read("train")))
+    assert np.array_equal(test_images, pixels(read(part)))
+
+
+def test_folders_without_a_split_give_a_fifth_to_the_test(config, tmp_path):
+    root = write_folder(tmp_path / "all", {"a": 10, "b": 20, "c": 5})
+    dataset = load(config("image_folder", root, final=True))
+    assert dataset.train.labels.bincount().tolist() == [8, 16, 4]
+    assert dataset.test.labels.bincount().tolist() == [2, 4, 1]
+    everything = [Image.open(file) for file in root.rglob("*.png")]
+    got = np.concatenate([dataset.train.images, dataset.test.images])
+    assert sorted(x.tobytes() for x in got) == sorted(x.tobytes() for x in pixels(everything))
+
+
+def test_jpegs_in_subfolders_count_and_other_files_do_not(config, tmp_path):
+    root = write_folder(tmp_path / "all", {"a": 5, "b/inner": 5, "notes": 0, ".hidden": 3})
+    (root / "b" / "inner" / "extra.jpeg").write_bytes(encoded(random_image(9), "jpeg"))
+    (root / "b" / "readme.txt").write_text("not an image")
+    (root / "b" / "._extra.jpeg").write_text("left behind by another system")
+    dataset = load(config("image_folder", root, final=True))
+    assert dataset.classes == ["a", "b"]
+    assert len(dataset.train.labels) + len(dataset.test.labels) == 11
+
+
+def test_the_root_is_required(refusal):
+    assert "data=image_folder needs data.root=DIR" in refusal("image_folder")
+
+
+def test_missing_folder(refusal, tmp_path):
+    assert f"data.root={tmp_path / 'nowhere'}: no such folder" in refusal("image_folder", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["image_folder", "cifar100"])
+def test_a_file_instead_of_a_folder(refusal, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    assert f"data.root={tmp_path / 'file'}: not a folder; set data.root=DIR" in refusal(name, tmp_path / "file")
+
+
+def test_empty_folder(refusal, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path / 'empty'}: holds no images" in refusal("image_folder", tmp_path / "empty")
+
+
+def test_too_few_images_to_hold_any_out(config, refusal, tmp_path):
+    """The message says how to use the images all the same, for example to embed them."""
+    message = refusal("image_folder", write_folder(tmp_path / "x", {"a": 1, "b": 1}))
+    assert "no test images" in message
+    assert "move the images into one folder without class folders, or data.label_column=none" in message
+    assert len(load(config("image_folder", write_flat(tmp_path / "flat", 2), final=True)).train) == 2
+    write_shard(tmp_path / "y/train.parquet", [0, 1])
+    assert refusal("parquet", tmp_path / "y").endswith("data.label_column=none)")
+    assert len(load(config("parquet", tmp_path / "y", final=True, label_column="none")).train) == 2
+
+
+def test_a_test_class_that_is_not_trained(refusal, tmp_path):
+    root = write_folder(tmp_path / "x", {"train/a": 2, "train/b": 2, "test/a": 1, "test/c": 1})
+    assert f"{root / 'test' / 'c'}: a class without training images" in refusal("image_folder", root)
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_a_truncated_image_is_named(refusal, tmp_path, format):  # noqa: A002
+    root = write_folder(tmp_path / "x", {"a": 5, "b": 5})
+    broken = root / "b" / f"broken.{format}"
+    broken.write_bytes(encoded(random_image(0, 64, 64), format)[:-200])
+    said = f"{broken}: truncated, or not an image; mend or remove it, or set data.on_error=skip"
+    assert refusal("image_folder", root) == said
+
+
+def test_a_file_that_is_no_image_is_named(refusal, tmp_path):
+    root = write_folder(tmp_path / "x", {"a": 5, "b": 5})
+    (root / "a" / "page.jpg").write_text("<html>404</html>")
+    assert f"{root / 'a' / 'page.jpg'}: truncated, or not an image" in refusal("image_folder", root)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -128,14 +129,8 @@ def write_cifar(folder: Path) -> list:
 
 
 @pytest.fixture
-def refusal(config):
-    def load_and_fail(**changes) -> str:
-        with pytest.raises(UsageError) as caught:
-            load(config("hub", **changes))
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-
-    return load_and_fail
+def refusal(refusal):
+    return partial(refusal, "hub")
 
 
 def test_a_data_set_is_downloaded_once_and_needs_no_more_words(hub, config, tmp_path):

@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +9,9 @@ import torch
 from src.data import load
 from src.data.cache import Cache
 from src.errors import UsageError
-from tests.config.test_schema import parsed
+from tests.composing import parsed
+from tests.conftest import CIFAR100, PROJECT
 from tests.data.layouts import write_folder
-
-CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", Path(__file__).parents[3] / "shared/data/cifar100"))
 
 
 def keys(split) -> list[bytes]:
@@ -61,7 +59,6 @@ def test_limit_applies_to_all_training_images_with_final(config):
     assert dataset.train.labels.bincount().tolist() == [10] * 10
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("options", [{}, {"limit": 100}, {"final": True}])
 def test_images_stay_in_the_file_that_processes_share(config, options):
     dataset = load(config("digits", **options))
@@ -129,9 +126,7 @@ def test_neither_the_package_nor_a_known_fingerprint_loads_a_library_that_takes_
         for name in ("digits", "cifar100"):
             print(cache.known_fingerprint(Data(name, 8, "{tmp_path}", 0.1, 0, None, False, root="{tmp_path}")))
         print(*{{'PIL', 'pyarrow', 'sklearn', 'torch', 'torchvision'}} & set(sys.modules))"""
-    got = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-    )
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)
     assert got.stdout.split() == ["None", "None"]
 
 

@@ -14,7 +14,7 @@ from src.data import load
 from src.data.augment import center_crop, draw_boxes
 from src.data.cache import cached
 from src.runs.record import Record
-from tests.config.test_schema import composed
+from tests.composing import composed
 from tests.data.layouts import write_folder
 
 SHAPES = [(16, 8), (8, 16), (12, 12), (24, 8)]

@@ -14,7 +14,7 @@ from src.errors import CannotWrite, Diverged, RunFailed, UsageError
 from src.evaluation import embed
 from src.evaluation.encoder import load_encoder
 from src.system import atomic_write
-from tests.config.test_schema import composed, parsed
+from tests.composing import composed, parsed
 from tests.data.layouts import random_image, write_folder
 from tests.evaluation.test_export import write_run
 
@@ -28,7 +28,7 @@ def run(tmp_path_factory, cache_dir):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def drawn(monkeypatch):
     """(vectors, labels, classes) of each map; a stub replaces the drawing, because t-SNE takes a second."""
     from matplotlib.figure import Figure
@@ -94,7 +94,7 @@ def test_images_without_labels_in_several_row_groups(run, drawn, cache_dir, tmp_
     assert out.with_suffix(".png").exists()
 
 
-def test_each_image_has_its_path_its_split_and_its_class(run, drawn, cache_dir, tmp_path):
+def test_each_image_has_its_path_its_split_and_its_class(run, cache_dir, tmp_path):
     counts = {f"{split}/{name}": count for split, count in (("train", 4), ("val", 2), ("test", 3)) for name in "ab"}
     folder = write_folder(tmp_path / "images", counts)
     out = tmp_path / "out.parquet"
@@ -106,7 +106,7 @@ def test_each_image_has_its_path_its_split_and_its_class(run, drawn, cache_dir, 
         assert (row["split"], row["label"]) == (split, label)
 
 
-def test_a_runs_own_images_may_have_moved(drawn, cache_dir, tmp_path):
+def test_a_runs_own_images_may_have_moved(cache_dir, tmp_path):
     images = write_folder(tmp_path / "images", {f"{split}/{name}": 4 for split in ("train", "test") for name in "ab"})
     folder = run_on(images, cache_dir, tmp_path)
     before = pq.read_table(write(folder))
@@ -120,7 +120,7 @@ def test_a_runs_own_images_may_have_moved(drawn, cache_dir, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [[], ["data.split_seed=1", "data.val_fraction=0.25"], ["data.final=true"]])
-def test_of_a_runs_own_images_those_that_validate_it_are_told_apart(drawn, cache_dir, tmp_path, settings):
+def test_of_a_runs_own_images_those_that_validate_it_are_told_apart(cache_dir, tmp_path, settings):
     """The column ``split`` tells the run's validation images from its training images."""
     images = write_folder(tmp_path / "images", {"train/a": 10, "train/b": 10, "test/a": 2, "test/b": 2})
     folder = run_on(images, cache_dir, tmp_path, *settings)
@@ -137,7 +137,7 @@ def test_of_a_runs_own_images_those_that_validate_it_are_told_apart(drawn, cache
             assert all(row["image"].split("/")[-2] == row["label"] for row in found)
 
 
-def test_where_other_labelled_images_stand_in_those_that_validate_are_of_them(drawn, cache_dir, tmp_path):
+def test_where_other_labelled_images_stand_in_those_that_validate_are_of_them(cache_dir, tmp_path):
     """If the training images have no labels, validation and probe images both come from the labelled split."""
     counts = {"unlabeled": 5, "train/a": 10, "train/b": 10, "test/a": 1, "test/b": 1}
     images = write_folder(tmp_path / "images", counts)
@@ -157,7 +157,7 @@ def run_on(images, cache_dir, tmp_path, *settings):
     return folder
 
 
-def test_other_images_are_kept_whole_as_the_runs_own_are(drawn, cache_dir, tmp_path):
+def test_other_images_are_kept_whole_as_the_runs_own_are(cache_dir, tmp_path):
     images = write_folder(tmp_path / "images", {"train/a": 10, "train/b": 10, "test/a": 2, "test/b": 2})
     folder = run_on(images, cache_dir, tmp_path, "data.keep=40")
     others = write_folder(tmp_path / "others", {"": 4}, seed=50)
@@ -166,7 +166,7 @@ def test_other_images_are_kept_whole_as_the_runs_own_are(drawn, cache_dir, tmp_p
     torch.testing.assert_close(vectors(table), by_the_encoder(folder, data.train.squares("cpu")), rtol=0, atol=1e-5)
 
 
-def test_names_that_are_not_utf_8_have_question_marks(run, drawn, cache_dir, tmp_path):
+def test_names_that_are_not_utf_8_have_question_marks(run, cache_dir, tmp_path):
     folder = write_folder(tmp_path / "images", {"train/a": 4, "train/b": 4, "test/a": 1, "test/b": 1})
     for split in ("train", "test"):
         (folder / split / "a").rename(folder / split / "caf\udce9")
@@ -177,7 +177,7 @@ def test_names_that_are_not_utf_8_have_question_marks(run, drawn, cache_dir, tmp
     assert all("/caf?/" in row["image"] for row in rows if row["label"] == "caf?")
 
 
-def test_of_unlabelled_training_images_the_labelled_others_have_their_class(run, drawn, cache_dir, tmp_path):
+def test_of_unlabelled_training_images_the_labelled_others_have_their_class(run, cache_dir, tmp_path):
     folder = write_folder(tmp_path / "images", {"unlabeled": 5, "train/a": 4, "train/b": 4, "test/a": 1, "test/b": 1})
     out = tmp_path / "out.parquet"
     write(run, *of_folder(folder, cache_dir, "data.train_split=unlabeled"), f"out={out}")
@@ -206,7 +206,7 @@ def test_too_few_images_have_no_map(run, drawn, cache_dir, tmp_path, count):
     assert not out.with_suffix(".png").exists()
 
 
-def test_what_was_there_stays_until_the_new_file_is_whole(run, drawn, tmp_path, cache_dir, monkeypatch):
+def test_what_was_there_stays_until_the_new_file_is_whole(run, tmp_path, cache_dir, monkeypatch):
     folder, out = write_folder(tmp_path / "images", {"": 4}), tmp_path / "out.parquet"
     out.write_text("before")
     monkeypatch.setattr(embed.FrozenEncoder, "encode", lambda *_: torch.full((4, 2), torch.nan))
@@ -216,7 +216,7 @@ def test_what_was_there_stays_until_the_new_file_is_whole(run, drawn, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out.parquet"]
 
 
-def test_images_that_have_gone_meanwhile_end_in_a_line(run, drawn, tmp_path, cache_dir, monkeypatch):
+def test_images_that_have_gone_meanwhile_end_in_a_line(run, tmp_path, cache_dir, monkeypatch):
     folder, out = write_folder(tmp_path / "images", {"": 4}), tmp_path / "out.parquet"
     found = embed.load
 
@@ -232,7 +232,7 @@ def test_images_that_have_gone_meanwhile_end_in_a_line(run, drawn, tmp_path, cac
 
 
 @pytest.mark.parametrize("place", ["run", "out"])
-def test_a_full_disk_is_one_line_that_names_the_file(run, drawn, tmp_path, cache_dir, monkeypatch, place):
+def test_a_full_disk_is_one_line_that_names_the_file(run, tmp_path, monkeypatch, place):
     write(run, f"out={tmp_path}/first.parquet")  # so that the images are decoded
     for file in [*tmp_path.iterdir(), run / "embeddings.parquet"]:
         file.unlink(missing_ok=True)
@@ -277,7 +277,7 @@ def test_a_run_without_test_images_says_how_to_choose_some(cache_dir, tmp_path):
         write(folder)
 
 
-def test_a_runs_own_images_without_labels_have_none_in_any_split(drawn, cache_dir, tmp_path):
+def test_a_runs_own_images_without_labels_have_none_in_any_split(cache_dir, tmp_path):
     images = write_folder(tmp_path / "images", {"": 20})
     folder = run_on(images, cache_dir, tmp_path)
     rows = pq.read_table(write(folder, *of_folder(images, cache_dir))).to_pylist()

@@ -14,7 +14,7 @@ from src.data import load
 from src.errors import UsageError
 from src.evaluation.encoder import load_encoder, save_encoder
 from src.evaluation.probes import FrozenEncoder
-from tests.config.test_schema import parsed
+from tests.composing import parsed
 
 CPU = torch.device("cpu")
 FIGURES = {"test/linear_top1": 12.5}

@@ -17,26 +17,29 @@ from src.runs.delivery import deliver
 from src.runs.metrics_file import read_rows
 from src.runs.record import Record
 from src.runs.tracker import Tracker
-from tests.config.test_schema import composed
+from tests.composing import composed
 from tests.data.layouts import LAYOUTS, write_set
-from tests.stores import break_store
+from tests.stores import MLFLOW, break_store
 
 
 def run(*overrides):
     return evaluate.main(composed(*overrides, name="evaluate"))
 
 
+def ask_mlflow():
+    """Let the run in the folder ``run`` be requested for MLflow, too."""
+    record = Record.load(Path("run"))
+    record.request(MLFLOW)
+    record.save(Path("run"))
+
+
 @pytest.fixture(scope="module")
-def taught(finished):
+def taught(finished, small):
     """A finished run whose teacher was evaluated, too, at the end."""
-    cfg = composed(
-        "experiment=demo", "objective=teacher", "support=none", "epochs=1", "data.limit=200", "batch_size=64",
-        f"data.cache_dir={finished.parent}/cache", f"output_dir={finished.parent}/taught", "tracking=jsonl",
-        "precision=float32", "projector.hidden=[32]", "projector.out=16", "objective.predictor_hidden=32",
-        "evaluation.epochs=5", "data.image_size=8", "evaluation.pictures=false", "evaluation.teacher=true",
-    )  # fmt: skip
-    cli.pretrain(cfg)
-    return finished.parent / "taught"
+    folder = finished.parent / "taught"
+    own = ["objective=teacher", "support=none", "objective.predictor_hidden=32", "evaluation.teacher=true"]
+    cli.pretrain(composed(*small, *own, "epochs=1", "tracking=jsonl", f"output_dir={folder}"))
+    return folder
 
 
 def test_the_teachers_figures_stand_beside_the_students_and_are_its_own(taught, tmp_path):
@@ -136,9 +139,7 @@ def test_it_prints_whose_figures_they_are_and_where_they_went(finished, tmp_path
 @pytest.mark.parametrize("is_down", [False, True])
 def test_it_says_that_mlflow_has_the_figures_only_where_it_has(finished, client, monkeypatch, capsys, is_down):
     shutil.copytree(finished, "run")
-    record = Record.load(Path("run"))
-    record.request(Tracking("mlflow", "exp", 10))
-    record.save(Path("run"))
+    ask_mlflow()
     if is_down:
         break_store(client, monkeypatch, "log_batch")
     run("run=run", "evaluation.knn_k=5")
@@ -152,9 +153,7 @@ def test_a_run_that_mlflow_no_longer_has_is_not_brought_back(
 ):
     """A line says so, as when the training command is repeated, and the figures are in the run's folder alone."""
     shutil.copytree(finished, "run")
-    record = Record.load(Path("run"))
-    record.request(Tracking("mlflow", "exp", 10))
-    record.save(Path("run"))
+    ask_mlflow()
     run("run=run", "evaluation.knn_k=5")
     run_id = Record.load(Path("run")).run_id
     if how == "deleted":
@@ -182,9 +181,7 @@ def test_a_run_that_mlflow_no_longer_has_is_not_brought_back(
 
 def test_the_encoders_model_in_mlflow_has_the_figures_at_once(finished, client):
     shutil.copytree(finished, "run")
-    record = Record.load(Path("run"))
-    record.request(Tracking("mlflow", "exp", 10))
-    record.save(Path("run"))
+    ask_mlflow()
     for protocol in ("linear", "original"):
         metrics = run("run=run", f"evaluation={protocol}", "evaluation.epochs=1")
         (model,) = client.search_logged_models([client.get_experiment_by_name("exp").experiment_id])
@@ -196,9 +193,7 @@ def test_the_encoders_model_in_mlflow_has_one_value_of_each_figure(finished, cli
     shutil.copytree(finished, "run")
     for epochs in (1, 2):
         metrics = run("run=run", "evaluation=original", f"evaluation.epochs={epochs}")
-    record = Record.load(Path("run"))
-    record.request(Tracking("mlflow", "exp", 10))
-    record.save(Path("run"))
+    ask_mlflow()
     deliver(Path("run"))
     (model,) = client.search_logged_models([client.get_experiment_by_name("exp").experiment_id])
     keys = [each.key for each in model.metrics]

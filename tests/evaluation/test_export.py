@@ -18,7 +18,7 @@ from src.errors import RunFailed, UsageError
 from src.evaluation import export, model_card
 from src.evaluation.encoder import load_encoder, save_encoder
 from src.runs.record import Record
-from tests.config.test_schema import parsed
+from tests.composing import parsed
 from tests.conftest import PROJECT
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.2, 0.3]

@@ -19,8 +19,8 @@ from src.evaluation.probes import Features, FrozenEncoder, LinearHeads
 from src.support.search import TorchSearch
 
 
-def blobs(count, classes=5, features=8, spread=0.5):
-    labels = torch.arange(count) % classes
+def blobs(count, features=8, spread=0.5):
+    labels = torch.arange(count) % 5
     return Features(F.one_hot(labels, features).float() + spread * torch.randn(count, features), labels)
 
 

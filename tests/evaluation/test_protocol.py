@@ -45,9 +45,9 @@ class Known(Features):
     labels = property(lambda self: self.labels_N)
 
 
-def known(count, classes=6):
-    labels = torch.arange(count) % classes
-    return Known(torch.eye(classes)[labels] + 0.7 * torch.randn(count, classes), labels)
+def known(count):
+    labels = torch.arange(count) % 6
+    return Known(torch.eye(6)[labels] + 0.7 * torch.randn(count, 6), labels)
 
 
 SEED = 3

@@ -30,10 +30,10 @@ class Still(Method):
         return Output(torch.zeros(()), view1, view2, None)
 
 
-def data_of(count=60):
+def made_up_data():
     """Images of a single colour each, which is near the colour of their class."""
-    labels = torch.arange(count) % CLASSES
-    images = 40 * torch.eye(3)[labels] + torch.arange(count)[:, None] + 60
+    labels = torch.arange(60) % CLASSES
+    images = 40 * torch.eye(3)[labels] + torch.arange(60)[:, None] + 60
     store = images[:, :, None, None].expand(-1, -1, 8, 8).to(torch.uint8)
     split = Split(store, labels)
     return Dataset("made", ["red", "green", "blue"], [0.3] * 3, [0.1] * 3, split, split, 0, None)
@@ -51,7 +51,7 @@ def method_with(support, data):
 
 def test_what_a_teacher_stores_is_asked_with_its_embeddings():
     """Where the teacher feeds the support set, its embeddings are also the queries."""
-    data = data_of()
+    data = made_up_data()
     method, frozen = method_with(None, data)
     objective = schema.MNN(name="teacher", momentum=0.9, predictor_hidden=4, neighbours=1)
     taught = MNN(Parts(method.encoder, method.projector, 3, 3, None), objective)
@@ -71,7 +71,7 @@ def texts(figure):
 
 
 def test_nothing_is_drawn_where_nothing_is_stored_or_not_enough_so_far(tmp_path):
-    data = data_of()
+    data = made_up_data()
     for support in (None, Queue(100, 3, TorchSearch())):
         method, frozen = method_with(support, data)
         assert pictures.illustrate(method, frozen, data, tmp_path, 1, True) == []
@@ -79,7 +79,7 @@ def test_nothing_is_drawn_where_nothing_is_stored_or_not_enough_so_far(tmp_path)
 
 
 def test_a_queue_that_holds_the_images_gives_each_anchor_itself_framed(monkeypatch):
-    data = data_of()
+    data = made_up_data()
     queue = Queue(60, 3, TorchSearch())
     method, frozen = method_with(queue, data)
     rows = torch.arange(10, 26)
@@ -103,7 +103,7 @@ def test_a_queue_that_holds_the_images_gives_each_anchor_itself_framed(monkeypat
 
 
 def test_members_are_of_the_anchors_prototype_and_never_the_anchor(monkeypatch):
-    data = data_of()
+    data = made_up_data()
     kmeans = KMeans(CLASSES, 3, CLASSES, TorchSearch())
     method, frozen = method_with(kmeans, data)
     z = pictures.embed(method, frozen, data.train)
@@ -121,7 +121,7 @@ def test_members_are_of_the_anchors_prototype_and_never_the_anchor(monkeypatch):
 
 
 def test_prototypes_are_sorted_by_size_and_by_purity():
-    data = data_of()
+    data = made_up_data()
     kmeans = KMeans(2, 3, CLASSES, TorchSearch())
     method, frozen = method_with(kmeans, data)
     z = pictures.embed(method, frozen, data.train)
@@ -143,7 +143,7 @@ def test_prototypes_are_sorted_by_size_and_by_purity():
 @pytest.mark.parametrize("stored", [Queue(60, 3, TorchSearch()), KMeans(2, 3, 1, TorchSearch())])
 def test_images_without_labels_are_drawn_without_names(tmp_path, monkeypatch, stored, probed):
     """Whether or not other images have labels, an image without one must not be shown as one of the first class."""
-    made = data_of()
+    made = made_up_data()
     unlabelled = replace(made.train, labels=torch.zeros_like(made.train.labels))
     if probed:
         data = replace(made, train=unlabelled, probe_only=made.train)
@@ -186,7 +186,7 @@ def test_what_an_anchor_is_given_stands_apart_from_it():
 
 
 def test_class_names_are_words():
-    data = data_of()
+    data = made_up_data()
     data.classes[0] = "aquarium_fish"
     method, frozen = method_with(KMeans(2, 3, CLASSES, TorchSearch()), data)
     figure = pictures.positives(
@@ -198,7 +198,7 @@ def test_class_names_are_words():
 @pytest.mark.parametrize("name", ["caf\udce9", r"$\frac$", "a$_{$", "US$_and_A$"])
 def test_no_class_name_is_a_formula_or_ends_a_run(tmp_path, name):
     """The first name is that of a folder in Latin-1."""
-    data = data_of()
+    data = made_up_data()
     data.classes[:] = [name] * CLASSES
     method, frozen = method_with(KMeans(2, 3, CLASSES, TorchSearch()), data)
     drawn = pictures.illustrate(method, frozen, data, tmp_path, 1, True)
@@ -206,7 +206,7 @@ def test_no_class_name_is_a_formula_or_ends_a_run(tmp_path, name):
 
 
 def test_a_run_is_not_changed_by_its_pictures_and_keeps_those_of_each_epoch(tmp_path):
-    data = data_of()
+    data = made_up_data()
     kmeans = KMeans(4, 3, CLASSES, TorchSearch())
     method, frozen = method_with(kmeans, data)
     before = {
@@ -228,7 +228,7 @@ def test_a_run_is_not_changed_by_its_pictures_and_keeps_those_of_each_epoch(tmp_
 
 @pytest.mark.parametrize(("images", "drawn"), [(2, False), (3, True)])
 def test_so_few_validation_images_have_no_map(tmp_path, images, drawn):
-    made = data_of()
+    made = made_up_data()
     data = replace(made, val=made.train.take(torch.arange(images)))
     method, frozen = method_with(Queue(60, 3, TorchSearch()), data)
     paths = pictures.illustrate(method, frozen, data, tmp_path, 1, True)

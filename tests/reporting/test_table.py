@@ -19,11 +19,8 @@ from src.reporting.rows import AGREEMENT, NO_CONTROL, summarise
 from src.reporting.table import GAIN_NOTE, courses, markdown, records, summary, table, write
 from src.runs.record import ExperimentEntry, Record
 from src.runs.tracker import Tracker
-from tests.conftest import PROJECT
 from tests.made_up_runs import STUDY, run, with_agreement, with_untrained, without
 from tests.stores import JSONL
-
-ROOT = PROJECT
 
 
 def test_the_table_reads_as_a_paper_would_print_it():

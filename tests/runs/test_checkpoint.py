@@ -103,7 +103,6 @@ def test_a_run_that_was_moved_away_gets_no_checkpoint_where_it_was(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_what_was_saved_on_a_gpu_is_loaded_on_the_cpu(tmp_path):
     path = checkpoint.save(tmp_path, 1, {"model": {"w": torch.arange(4.0, device="cuda")}})
     assert checkpoint.load(path)["model"]["w"].equal(torch.arange(4.0))

@@ -34,7 +34,7 @@ def counting(client, monkeypatch):
         return log_batch(self, run_id, metrics, **more)
 
     monkeypatch.setattr(type(client), "log_batch", count)
-    monkeypatch.setattr(metrics_file, "BLOCK_BYTES", 1, raising=False)
+    monkeypatch.setattr(metrics_file, "BLOCK_BYTES", 1)
     return counting
 
 

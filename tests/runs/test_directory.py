@@ -9,7 +9,7 @@ from src.errors import UsageError
 from src.runs import checkpoint
 from src.runs import directory as run_directory
 from src.runs.record import TAG_CONFIG_HASH, Record
-from tests.config.test_schema import parsed
+from tests.composing import parsed
 
 
 def test_one_configuration_has_one_directory():

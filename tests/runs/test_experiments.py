@@ -189,7 +189,7 @@ def described(client):
     return client.get_experiment_by_name("exp").tags.get(TAG_NOTE)
 
 
-def test_an_experiment_is_described_by_its_sweeps_the_newest_first(client, tmp_path, monkeypatch):
+def test_an_experiment_is_described_by_its_sweeps_the_newest_first(client, tmp_path):
     one, two = tmp_path / "multirun/0a", tmp_path / "multirun/0b"
     _, old = sweep_under(MLFLOW, one, [], "the old table")
     assert f"[Charts of the newest sweep, 0a]({old})\n\nthe old table" in described(client)
@@ -208,7 +208,7 @@ def test_an_experiment_is_described_by_its_sweeps_the_newest_first(client, tmp_p
     assert described(client) == "somebody's own"
 
 
-def test_a_sweep_of_jsonl_that_is_delivered_later_has_its_charts(client, tmp_path, monkeypatch):
+def test_a_sweep_of_jsonl_that_is_delivered_later_has_its_charts(client, tmp_path):
     directory = tmp_path / "multirun/0a"
     assert sweep_under(JSONL, directory, [], "the table")[1] is None
     assert client.get_experiment_by_name("exp") is None

@@ -98,7 +98,7 @@ def test_a_uri_of_no_known_kind_is_one_line(fresh_store, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("uri", ["http://[::1", "sqlite:////"])
-def test_a_uri_that_is_no_address_or_a_folder_is_one_line_at_once(fresh_store, tmp_path, monkeypatch, uri):
+def test_a_uri_that_is_no_address_or_a_folder_is_one_line_at_once(fresh_store, monkeypatch, uri):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(UsageError, match="MLFLOW_TRACKING_URI") as error:
         mlflow_store.prepare()

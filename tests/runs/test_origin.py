@@ -13,7 +13,7 @@ from src.errors import UsageError
 from src.reporting import curves
 from src.runs import checkpoint, directory, origin, query
 from src.runs.record import ENCODER, Record
-from tests.config.test_schema import composed, parsed
+from tests.composing import composed, parsed
 
 KMCLR = ["method=kmclr", "k=7"]
 

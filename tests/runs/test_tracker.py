@@ -27,7 +27,7 @@ from src.runs import directory as run_directory
 from src.runs import tracker as tracking
 from src.runs.record import Record
 from src.runs.tracker import Tracker
-from tests.config.test_schema import composed
+from tests.composing import composed
 from tests.conftest import PROJECT
 from tests.stores import JSONL, MLFLOW, break_store, history, impatient, rows, start, train, warnings
 

@@ -24,12 +24,12 @@ def update(evolving, rows, first_image=0):
     evolving.update(rows, images, images % CLASSES)
 
 
-def clusters(count, dim=DIM, spread=0.3):
+def clusters(count):
     """The centres [count, D] of tight clusters that lie well apart, and a function that draws a batch from them."""
-    centres = torch.linalg.qr(torch.randn(dim, dim))[0][:count]
+    centres = torch.linalg.qr(torch.randn(DIM, DIM))[0][:count]
 
     def batch(size=256):
-        return centres[torch.randint(count, (size,))] + spread / dim**0.5 * torch.randn(size, dim)
+        return centres[torch.randint(count, (size,))] + 0.3 / DIM**0.5 * torch.randn(size, DIM)
 
     return centres, batch
 

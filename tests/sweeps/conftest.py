@@ -5,7 +5,7 @@ from hydra.types import RunMode
 from omegaconf import flag_override
 
 from src.sweeps.jobs import Composer
-from tests.config.test_schema import CONF
+from src.system.environment import CONF
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def test_a_job_without_a_log_has_not_begun(tmp_path):
 
 
 def test_the_lines_of_a_run_are_understood(tmp_path, monkeypatch, capsys):
-    """`how_far` reads the lines that `Progress` prints."""
+    """`training_progress` reads the lines that `Progress` prints."""
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     lines = Progress(epochs=4, steps=10, batch_size=1)

@@ -1,4 +1,7 @@
-"""The launcher for SLURM, whose commands are replaced by small scripts on the PATH, and the work of one job."""
+"""The launcher for SLURM, whose commands are replaced by small scripts on the PATH, the work of one job, and presets.
+
+``make clusters`` tries the presets on a real SLURM and a real Ray.
+"""
 
 import os
 import re
@@ -16,6 +19,7 @@ from src.sweeps import cluster
 from src.sweeps import slurm as slurm_module
 from src.sweeps.slurm import SlurmLauncher
 from src.sweeps.worker import Work, as_rank
+from tests.conftest import PROJECT
 from tests.sweeps.launching import jobs_of, run
 
 pytest.importorskip("submitit")
@@ -352,7 +356,7 @@ def test_ahead_of_a_time_limit_work_saves_and_can_be_queued_again(program):
         "    sys.exit(9)\n"
         "signal.signal(signal.SIGUSR2, handler)\nwork()\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(cluster.__file__).partition("/src/")[0]}
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     (program / "src" / "train.py").unlink()
     (program / "src").rmdir()
     process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
@@ -366,3 +370,26 @@ def test_ahead_of_a_time_limit_work_saves_and_can_be_queued_again(program):
     assert process.communicate(timeout=600)[0] == "True 138\n"
     assert process.returncode == 9
     assert not (program / "note").exists()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "override", "says"),
+    [
+        (
+            "slurm",
+            "hydra.launcher.partition=gpu",
+            {"SlurmLauncher", "gpus_per_node: 1", "partition: gpu", "mem_gb: 32"},
+        ),
+        ("slurm_cpu", "jobs=4", {"SlurmLauncher", "gpus_per_node: null", "mem_gb: 8", "timeout_min: 720"}),
+        ("ray", "jobs=4", {"RayLauncher", "num_gpus: 1", "jobs: ${jobs}"}),
+        (
+            "ray_cpu",
+            "hydra.launcher.ray.remote.num_cpus=2",
+            {"RayLauncher", "num_gpus: 0", "num_cpus: 2", "address: auto"},
+        ),
+    ],
+)
+def test_the_presets_of_the_cluster_launchers_compose(command, launcher, override, says):
+    done = command("src.train", f"hydra/launcher={launcher}", override, "--cfg", "hydra", "--package", "hydra.launcher")
+    assert done.returncode == 0, done.stderr
+    assert all(each in done.stdout for each in says), done.stdout

@@ -6,7 +6,7 @@ from src.config import identity
 from src.runs import directory as run_directory
 from src.runs.record import Record
 from src.sweeps.dry_run import preview
-from tests.config.test_schema import parsed
+from tests.composing import parsed
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from src.sweeps.grid import GridSweeper, alternatives
 from src.sweeps.jobs import Job
 from src.sweeps.sweep import Sweep
 from src.system.stopping import is_stop
-from tests.config.test_schema import parsed
+from tests.composing import options, parsed
 from tests.conftest import ELSEWHERE
 from tests.sweeps.test_dry_run import ran
 
@@ -153,16 +153,17 @@ def in_store(path, query):
         return store.execute(query).fetchall()
 
 
-@pytest.mark.parametrize(
-    ("name", "jobs"),
-    [("support_size", 42), ("original_table", 5), ("forgetting", 15), ("cpu_study", 51), ("ablations", 49)],
-)
-def test_the_sweeps_that_come_with_the_project(command, tmp_path, name, jobs):
+JOBS = {"demo": 6, "support_size": 42, "original_table": 5, "forgetting": 15, "ablations": 49}
+JOBS |= {"cpu_study": 51, "cpu_study_long": 27, "teacher_study": 15, "gpu_study": 114}
+
+
+@pytest.mark.parametrize("name", [each for each in options("sweep") if each != "optuna"])  # which is no grid
+def test_every_sweep_that_comes_with_the_project_composes(command, tmp_path, name):
     done = command("src.train", "--multirun", f"+sweep={name}", "+data.fingerprint=abc", "dry_run=true")
     assert done.returncode == 0, done.stderr
     listed = [line.split() for line in done.stdout.splitlines()]
-    assert listed[-1][:2] == [str(jobs), "jobs,"]
-    assert len({line[4] for line in listed[:-1]}) == jobs
+    assert listed[-1][:2] == [str(JOBS[name]), "jobs,"]
+    assert len({line[4] for line in listed[:-1]}) == JOBS[name]
     assert not list(tmp_path.iterdir())
 
 

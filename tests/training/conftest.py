@@ -6,8 +6,10 @@ import torch
 
 from src import cli
 from src.reporting import curves
-from tests.config.test_schema import composed
+from src.training import run as run_module
+from tests.composing import composed
 from tests.training.small_net import SMALL_NET
+from tests.training.training_runs import StopAfter
 
 composed_once = functools.cache(composed)
 
@@ -33,3 +35,16 @@ def run(tmp_path, monkeypatch, small):
 
     yield run
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def stopped(run, monkeypatch):
+    """A function that trains as ``run`` does and is stopped after so many steps, as by a time limit."""
+
+    def train(steps, *overrides, **how):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "Stopper", lambda _: StopAfter(steps))
+            with pytest.raises(SystemExit):
+                run(*overrides, **how)
+
+    return train

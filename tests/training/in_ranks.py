@@ -28,7 +28,7 @@ from src.support.queue import Queue  # noqa: E402
 from src.support.search import TorchSearch  # noqa: E402
 from src.support.sharded import own_rows  # noqa: E402
 from src.training import distributed  # noqa: E402
-from tests.config.test_schema import composed  # noqa: E402
+from tests.composing import composed  # noqa: E402
 
 
 def check_words(ranks):

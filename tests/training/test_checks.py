@@ -20,7 +20,7 @@ from src.training.checks import (
     warn_of_doubtful_settings,
     warn_of_late_filling,
 )
-from tests.config.test_schema import parsed
+from tests.composing import parsed
 
 
 def test_doubtful_settings_are_warned_of(run, caplog):

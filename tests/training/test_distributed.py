@@ -30,7 +30,7 @@ from src.training import state as state_module
 from src.training.batch_norm import GlobalBatchNorm
 from src.training.distributed import Ranks
 from src.training.state import TrainState
-from tests.config.test_schema import composed, parsed
+from tests.composing import composed, parsed
 from tests.conftest import ELSEWHERE, PROJECT
 from tests.training.small_net import SMALL_NET
 from tests.training.training_runs import assert_same_run, history
@@ -47,15 +47,10 @@ IN_SHARDS = {f"{name} in shards": [*SUPPORTS[name], "support.shards=ranks"] for 
 
 
 @pytest.fixture
-def tiny(cache_dir):
-    """Overrides for three epochs of five steps on digits of 8x8 pixels, without pictures, which take longer."""
-    return [
-        *("experiment=demo", "epochs=3", "batch_size=32", "data.limit=160", "data.image_size=8"),
-        *("projector.hidden=[32]", "projector.out=16", "evaluation.every=3", "evaluation.epochs=2"),
-        "evaluation.pictures=false",
-        *("tracking=jsonl", "tracking.log_every=1", "checkpoint.every=1", "precision=float32", "device=cpu"),
-        f"data.cache_dir={cache_dir}",
-    ]
+def tiny(small):
+    """Overrides for three epochs of five steps."""
+    steps = ["epochs=3", "batch_size=32", "data.limit=160", "checkpoint.every=1"]
+    return [*small, *steps, "evaluation.every=3", "evaluation.epochs=2", "tracking=jsonl", "device=cpu"]
 
 
 @pytest.fixture

@@ -1,4 +1,3 @@
-import contextlib
 import itertools
 import math
 import time
@@ -22,10 +21,9 @@ from src.support.queue import Queue
 from src.sweeps import optuna_study
 from src.system.stopping import PRUNED
 from src.training import loop
-from src.training import run as run_module
 from src.training.state import TrainState
 from tests.training.small_net import SMALL_NET, SmallNet
-from tests.training.training_runs import ALL, METHODS, StopAfter, assert_same_run, clocked, history, losses
+from tests.training.training_runs import ALL, METHODS, assert_same_run, clocked, history, losses
 
 
 def test_the_untrained_encoder_is_that_of_step_0_and_a_seeds_whatever_the_method(run):
@@ -69,7 +67,7 @@ def test_what_makes_a_step_fast_leaves_the_loss_curve(run, monkeypatch, method, 
 
 
 @pytest.mark.slow
-def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(run, monkeypatch):
+def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(run, stopped):
     """A teacher has all the networks that are compiled. Their states have the keys that they have without it."""
     overrides = [*ALL["relation"], "optimizer.lr=0.0003"]
     plain = run(*overrides, directory="plain", net=[])
@@ -77,11 +75,8 @@ def test_a_compiled_run_has_the_loss_curve_of_a_plain_one_and_resumes_exactly(ru
     assert losses(compiled) == pytest.approx(losses(plain), abs=0, rel=0.003)
     states = [checkpoint.load_latest(each / "checkpoints")[1]["model"] for each in (plain, compiled)]
     assert states[0].keys() == states[1].keys()
-    for steps in (2, 100):
-        monkeypatch.setattr(run_module, "Stopper", lambda _, steps=steps: StopAfter(steps))
-        with contextlib.suppress(SystemExit):
-            run(*overrides, "compile=true", directory="broken", net=[])
-    assert_same_run(compiled, compiled.parent / "broken")
+    stopped(2, *overrides, "compile=true", directory="broken", net=[])
+    assert_same_run(compiled, run(*overrides, "compile=true", directory="broken", net=[]))
 
 
 @pytest.mark.gpu
@@ -93,8 +88,6 @@ def test_cuda_graphs_leave_the_loss_curve(run, method, monkeypatch):
     KMCLR's loss by 1.2% at the sixth step and 2.6% at the tenth, since other prototypes become the nearest; rounded to
     21 of float32's 23 bits, they change no method's loss by more than 0.2% in six steps.
     """
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     overrides = [*ALL[method], "optimizer.lr=0.0003", "epochs=2", "device=cuda", "precision=float32"]
     plain = run(*overrides, directory="plain", net=[])
@@ -298,11 +291,9 @@ def test_validations_and_checkpoints_come_every_few_epochs_and_at_the_end(run, m
     assert [done[place - 1] for place in saves] == ["sync"] * 3
 
 
-def test_time_makes_checkpoints_too_also_within_an_epoch(run, tmp_path, monkeypatch):
-    steps, save = [], run_module.TrainState.save
-    monkeypatch.setattr(
-        run_module.TrainState, "save", lambda state, *where: (steps.append(state.step), save(state, *where))
-    )
+def test_time_makes_checkpoints_too_also_within_an_epoch(run, monkeypatch):
+    steps, save = [], TrainState.save
+    monkeypatch.setattr(TrainState, "save", lambda state, *where: (steps.append(state.step), save(state, *where)))
     unbroken = run("method=kmclr", "k=7", "checkpoint.minutes=0", directory="often")
     assert steps == [1, 2, 3, 4, 5, 6]
     steps.clear()
@@ -318,7 +309,7 @@ def test_a_checkpoint_is_due_after_its_minutes(seconds, status):
     assert loop.Pretraining._requested_status(running) == status
 
 
-def test_what_a_support_set_draws_between_epochs_is_of_seed_and_step(run, monkeypatch):
+def test_what_a_support_set_draws_between_epochs_is_of_seed_and_step(run, stopped, monkeypatch):
     """A run that is stopped after any step and continued draws the same numbers at the start of an epoch."""
     drawn = []
     monkeypatch.setattr(Queue, "start_epoch", lambda *_: drawn.append(float(torch.rand(1))))
@@ -326,9 +317,6 @@ def test_what_a_support_set_draws_between_epochs_is_of_seed_and_step(run, monkey
     first, second = drawn
     assert first != second
     for steps in range(1, 6):  # one of these stops is at the end of the first epoch
-        monkeypatch.setattr(run_module, "Stopper", lambda _, steps=steps: StopAfter(steps))
-        with contextlib.suppress(SystemExit):
-            run(*ALL["nnclr"], "epochs=2", directory=f"after{steps}")
-        monkeypatch.setattr(run_module, "Stopper", lambda _: StopAfter(100))
+        stopped(steps, *ALL["nnclr"], "epochs=2", directory=f"after{steps}")
         run(*ALL["nnclr"], "epochs=2", directory=f"after{steps}")
     assert set(drawn) == {first, second}

@@ -13,14 +13,14 @@ from src.training import optim
 COSINE = schema.Schedule("cosine", warmup_epochs=1)
 
 
-def lars_by_hand(weight, gradients, lr, decay, trust, clip, momentum=0.9):
+def lars_by_hand(weight, gradients, lr, decay, trust, clip):
     """LARS (You et al. 2017); with ``clip``, as in LARC, a step is never larger than one of plain SGD."""
     weight, velocity = weight.clone(), torch.zeros_like(weight)
     for gradient in gradients:
         ratio = trust * weight.norm() / (gradient.norm() + decay * weight.norm())
         if clip:
             ratio = min(ratio / lr, torch.tensor(1.0))
-        velocity = momentum * velocity + ratio * (gradient + decay * weight)
+        velocity = 0.9 * velocity + ratio * (gradient + decay * weight)
         weight = weight - lr * velocity
     return weight
 

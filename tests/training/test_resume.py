@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,23 +20,19 @@ from src.reporting.rows import summarise
 from src.runs import checkpoint
 from src.runs.record import Record
 from src.runs.tracker import Tracker
-from src.system.stopping import Stopper
 from src.training import loop
 from src.training import run as run_module
-from tests.config.test_schema import composed
+from tests.composing import composed
 from tests.conftest import ELSEWHERE
 from tests.data.layouts import LAYOUTS, write_set
 from tests.training.small_net import SMALL_NET, SmallNet
-from tests.training.training_runs import ALL, METHODS, StopAfter, assert_same_run, clocked, failing, trained_on
+from tests.training.training_runs import ALL, METHODS, assert_same_run, clocked, failing, trained_on
 
 
-def test_a_run_that_goes_on_within_an_epoch_counts_what_it_took_before(run, monkeypatch):
+def test_a_run_that_goes_on_within_an_epoch_counts_what_it_took_before(run, stopped, monkeypatch):
     """The epoch's time includes the steps before the stop."""
     clocked(monkeypatch, {(SmallNet, "forward"): 1})
-    monkeypatch.setattr(run_module, "Stopper", lambda _: StopAfter(1))
-    with pytest.raises(SystemExit):
-        run("method=simclr")
-    monkeypatch.setattr(run_module, "Stopper", Stopper)
+    stopped(1, "method=simclr")
     assert curves.read(run("method=simclr"))["time/epoch_seconds"][1] == [2 * 3] * 2
 
 
@@ -76,28 +73,19 @@ def test_a_run_that_is_stopped_in_the_final_evaluation_has_used_its_support_set_
         ("kmclr", ["support.refit=faiss", "support.refit_every=2", "support.refit_window=100"]),
     ],
 )
-def test_stopped_anywhere_and_continued_it_is_the_unbroken_run(run, monkeypatch, method, extra):
+def test_stopped_anywhere_and_continued_it_is_the_unbroken_run(run, stopped, method, extra):
     overrides = [*ALL[method], *extra, "epochs=3"]
     unbroken = run(*overrides, directory="unbroken")
-    stops = 0
-    for steps in (2, 1, 2, 1, 100):
-        monkeypatch.setattr(run_module, "Stopper", lambda _, steps=steps: StopAfter(steps))
-        try:
-            run(*overrides, directory="broken")
-        except SystemExit:
-            stops += 1
-            assert Record.load(unbroken.parent / "broken").status == "KILLED"
-    assert stops >= 3
-    assert_same_run(unbroken, unbroken.parent / "broken")
+    for steps in (2, 1, 2):
+        stopped(steps, *overrides, directory="broken")
+        assert Record.load(unbroken.parent / "broken").status == "KILLED"
+    assert_same_run(unbroken, run(*overrides, directory="broken"))
 
 
-def test_another_evaluation_starts_no_training_anew_and_is_said(run, monkeypatch, tmp_path, caplog):
+def test_another_evaluation_starts_no_training_anew_and_is_said(run, stopped, tmp_path, caplog):
     """A run with changed evaluation settings goes on from its checkpoint; warnings, tags and reports say so."""
     overrides = ["method=simclr", "epochs=2"]
-    monkeypatch.setattr(run_module, "Stopper", lambda _: StopAfter(4))
-    with pytest.raises(SystemExit):
-        run(*overrides)
-    monkeypatch.setattr(run_module, "Stopper", Stopper)
+    stopped(4, *overrides)
     directory = tmp_path / "run"
     assert Record.load(directory).status == "KILLED"
 
@@ -136,14 +124,12 @@ def test_a_trained_run_keeps_the_evaluation_of_its_last_validation_and_may_chang
 
 
 def test_another_evaluation_is_said_of_a_run_that_lost_its_checkpoints_and_of_one_that_returns_to_the_first(
-    run, monkeypatch, tmp_path
+    stopped, tmp_path
 ):
     """The tag lists each change of the evaluation's settings, with the step."""
     overrides, directory = ["method=simclr", "epochs=2"], tmp_path / "run"
     for steps, more in [(2, []), (1, ["evaluation.knn_k=5"]), (1, ["evaluation.bank=30"])]:
-        monkeypatch.setattr(run_module, "Stopper", lambda _, steps=steps: StopAfter(steps))
-        with pytest.raises(SystemExit):
-            run(*overrides, *more)
+        stopped(steps, *overrides, *more)
         if not more:
             shutil.rmtree(directory / "checkpoints")
     tags = Record.load(directory).tags
@@ -153,13 +139,10 @@ def test_another_evaluation_is_said_of_a_run_that_lost_its_checkpoints_and_of_on
     assert second == "evaluation.bank was 50000 and is 30, evaluation.knn_k was 5 and is 20 at step 2"
 
 
-def test_what_an_evaluation_no_longer_has_is_no_setting_of_the_run(run, monkeypatch, tmp_path):
+def test_what_an_evaluation_no_longer_has_is_no_setting_of_the_run(run, stopped, tmp_path):
     """Evaluation settings that only an earlier session had are tagged null and left out of comparisons."""
     overrides, directory = ["method=simclr", "epochs=2"], tmp_path / "run"
-    monkeypatch.setattr(run_module, "Stopper", lambda _: StopAfter(2))
-    with pytest.raises(SystemExit):
-        run(*overrides, "evaluation=fewshot")
-    monkeypatch.setattr(run_module, "Stopper", Stopper)
+    stopped(2, *overrides, "evaluation=fewshot")
     run(*overrides, "evaluation.bank=null")
     record = Record.load(directory)
     assert record.tags["evaluation.fewshot.draws"] == record.tags["evaluation.bank"] == "null"
@@ -195,17 +178,14 @@ DAMAGES = {
 }
 
 
-def test_rows_that_a_checkpoint_rests_on_are_missed(run, tmp_path, monkeypatch, caplog, capsys):
+def test_rows_that_a_checkpoint_rests_on_are_missed(run, stopped, tmp_path, caplog, capsys):
     """Lost rows are noticed: the run continues from the checkpoint before them, or is refused if there is none.
 
     There are checkpoints of steps 3 and 4, and the last row is that of the fourth step.
     """
     overrides = ["method=kmclr", "k=7"]
     unbroken = run(*overrides, directory="unbroken")
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "Stopper", lambda _: StopAfter(4))
-        with pytest.raises(SystemExit):
-            run("checkpoint.minutes=0", *overrides, directory="stopped")
+    stopped(4, "checkpoint.minutes=0", *overrides, directory="stopped")
     for name, (damage, goes_on_from) in DAMAGES.items():
         shutil.copytree(tmp_path / "stopped", tmp_path / name)
         metrics = tmp_path / name / "metrics.jsonl"
@@ -340,12 +320,9 @@ def test_a_whole_checkpoint_that_no_run_wrote_is_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_that_was_stopped_continues_on_its_own_images_only(run, tmp_path, monkeypatch, layout):
+def test_a_run_that_was_stopped_continues_on_its_own_images_only(run, stopped, tmp_path, layout):
     a, b = (write_set(layout, tmp_path / name, seed) for seed, name in enumerate("ab"))
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "Stopper", lambda _: StopAfter(2))
-        with pytest.raises(SystemExit):
-            trained_on(run, layout, a, "output_dir=run")
+    trained_on(partial(stopped, 2), layout, a, "output_dir=run")
     record = (tmp_path / "run/run.json").read_bytes()
     for remove in (False, True):  # without the record, the checkpoint tells the fingerprint
         if remove:
@@ -357,13 +334,12 @@ def test_a_run_that_was_stopped_continues_on_its_own_images_only(run, tmp_path, 
     assert Record.load(tmp_path / "run").status == "FINISHED"
 
 
-def test_other_conditions_on_resume_are_said_and_another_precision_is_refused(run, tmp_path, monkeypatch, caplog):
+def test_other_conditions_on_resume_are_said_and_another_precision_is_refused(
+    run, stopped, tmp_path, monkeypatch, caplog
+):
     overrides = ["method=simclr", "precision=auto", "epochs=1"]
     monkeypatch.setattr(build, "precision", lambda *_: torch.float32)
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "Stopper", lambda _: StopAfter(1))
-        with pytest.raises(SystemExit):
-            run(*overrides)
+    stopped(1, *overrides)
     before = Record.load(tmp_path / "run").conditions
     assert [(each["step"], each["precision"], each["threads"]) for each in before] == [("0", "float32", "1")]
     code = before[0]["code"]

@@ -8,7 +8,7 @@ from src import cli
 from src.runs.metrics_file import read_rows
 from src.runs.record import METRICS, Record
 from src.training.run import say_result
-from tests.config.test_schema import composed
+from tests.composing import composed
 from tests.data.layouts import write_flat, write_folder
 
 LABELS = ("knn", "linear", "online", "agreement", "purity", "nmi")

@@ -28,7 +28,7 @@ from src.data.batches import epoch_batches
 from src.evaluation import protocol
 from src.reporting import curves
 from src.training import loop
-from tests.config.test_schema import composed
+from tests.composing import composed
 
 
 def losses(overrides: list[str], folder: Path) -> list[str]:
