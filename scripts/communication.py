@@ -25,9 +25,9 @@ from torch import Tensor
 
 from scripts import comparison
 from scripts.comparison import WARM_UP
-from scripts.workbench import compose, dataset, fill, machine, noise, shown, train
+from scripts.workbench import ENDLESS, compose, dataset, filled, machine, noise, publish, shown, train
+from src.reporting.table import markdown
 from src.training import distributed
-from src.training.state import TrainState
 
 SETTINGS = {"resnet18-64": ("resnet18", 64), "resnet_tiny-256": ("resnet_tiny", 256)}
 OUT = Path("results/benchmarks/communication.md")
@@ -35,6 +35,11 @@ IMAGES = 2048
 REPLAYS = 10
 LARGE = 2**16  # bytes; among the summed messages only the gradient is larger
 GATHERED, GRADIENT = "features, gathered", "the encoder's gradient, summed"
+TIMES = [
+    *("", "ms a step: least", "median", "of one process's: median (range)"),
+    *("CPU ms a step, all processes: median (range)", "of one process's: median"),
+]
+SENT = ["what the ranks send in a step", "messages", "bytes", "ms, least of the rounds", "ms with nothing between them"]
 NORMS, STOP = "batch-norm statistics, summed", "the reason to stop, not waited for"
 
 
@@ -149,15 +154,12 @@ def contend(name: str, setting: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     cfg = compose(
-        *("data.final=true", "method=kmclr", "k=400", f"backbone={backbone}", "device=cpu", "compile=false"),
-        *("checkpoint.every=1000000", "checkpoint.minutes=1000000", "epochs=1000000"),
+        *(*ENDLESS, "method=kmclr", "k=400", f"backbone={backbone}", "device=cpu", "compile=false"),
         f"batch_size={batch_size if layout.ranks else batch_size // layout.processes}",
     )
     output = sys.stdout  # joining replaces sys.stdout on all ranks but the first
     ranks, data = distributed.join("cpu"), dataset(noise(IMAGES))
-    state = TrainState(cfg, data, ranks)
-    fill(state)
-    train(state, data, Side(ranks, output))
+    train(filled(cfg, data, ranks), data, Side(ranks, output))
 
 
 def processes(name: str, setting: str) -> comparison.Contender[Turn]:
@@ -181,32 +183,21 @@ def compare(setting: str, rounds: int, seconds: float) -> dict[str, list[Turn]]:
 def table(setting: str, turns: dict[str, list[Turn]]) -> list[str]:
     """Markdown tables of the time of a step, compared with one process, and of what the ranks send in a step."""
     backbone, batch_size = SETTINGS[setting]
-    lines = [
-        f"## `{backbone}`, batch {batch_size}",
-        "",
-        "| | ms a step: least | median | of one process's: median (range) "
-        "| CPU ms a step, all processes: median (range) | of one process's: median |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    times = []
     for name, layout in LAYOUTS.items():
         wall = [1000 * each.seconds for each in turns[name]]
         cpu = [1000 * layout.processes * each.cpu for each in turns[name]]
         walls = [mine.seconds / one.seconds for mine, one in zip(turns[name], turns["one"], strict=True)]
         alone = median(1000 * each.cpu for each in turns["one"])
-        lines.append(
-            f"| {layout.label} | {min(wall):.0f} | {median(wall):.0f} | {median(walls):.2f} ({min(walls):.2f} to "
-            f"{max(walls):.2f}) | {median(cpu):.0f} ({min(cpu):.0f} to {max(cpu):.0f}) | {median(cpu) / alone:.2f} |"
-        )
-    lines += [
-        "",
-        "| what the ranks send in a step | messages | bytes | ms, least of the rounds | ms with nothing between them |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for kind, (messages, sent, _) in turns["ranks"][0].messages.items():
+        ratio = f"{median(walls):.2f} ({min(walls):.2f} to {max(walls):.2f})"
+        used = [f"{median(cpu):.0f} ({min(cpu):.0f} to {max(cpu):.0f})", f"{median(cpu) / alone:.2f}"]
+        times.append([layout.label, f"{min(wall):.0f}", f"{median(wall):.0f}", ratio, *used])
+    sent = []
+    for kind, (messages, size, _) in turns["ranks"][0].messages.items():
         least = min(each.messages[kind][2] for each in turns["ranks"])
         alone = turns["ranks"][0].alone[kind][2]
-        lines.append(f"| {kind} | {messages:g} | {sent:,.0f} | {1000 * least:.2f} | {1000 * alone:.2f} |")
-    return [*lines, ""]
+        sent.append([kind, f"{messages:g}", f"{size:,.0f}", f"{1000 * least:.2f}", f"{1000 * alone:.2f}"])
+    return [*(f"## `{backbone}`, batch {batch_size}", ""), *markdown(TIMES, times), "", *markdown(SENT, sent), ""]
 
 
 def main() -> None:
@@ -218,13 +209,8 @@ def main() -> None:
     lines = ["# What two processes of one run cost", ""]
     for setting in args.settings or SETTINGS:
         lines += table(setting, compare(setting, args.rounds, args.seconds))
-    lines += [
-        f"Uniform noise of 32 x 32 pixels. {machine()}.",
-        "",
-        f"    {shown('scripts.communication', sys.argv[1:])}",
-    ]
-    args.out.write_text("\n".join([*lines, ""]))
-    print("\n".join(lines))
+    foot = [f"Uniform noise of 32 x 32 pixels. {machine()}.", "", f"    {shown('scripts.communication', sys.argv[1:])}"]
+    publish(args.out, [*lines, *foot])
 
 
 if __name__ == "__main__":

@@ -30,13 +30,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scripts.workbench import EnoughError, compose, machine, train
+from scripts.workbench import EnoughError, compose, machine, publish, train
 from src.config.schema import Data
 from src.data import folders, load
 from src.data.batches import epoch_batches
 from src.data.cache import cached
 from src.data.sources import find
 from src.system.environment import environment_tags
+from src.system.measure import peak_gib
 from src.system.threads import cores, in_threads
 from src.training import loop
 from src.training.state import TrainState
@@ -200,7 +201,7 @@ def measure(name: str, folder: Path, size: int, draft: bool = False) -> dict[str
 
 def _measured(folder: Path, name: str, size: str, draft: str) -> None:
     numbers = MEASURES[name](config(folder, "images", int(size), draft == "True"))
-    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    peak = 1024 * peak_gib(torch.device("cpu"))
     print(json.dumps(numbers | {"peak": peak + numbers.get("workers", 0)}))
 
 
@@ -275,8 +276,7 @@ Looking at each file would take {looked * IMAGENET / images:.0f} s at every star
 the folders are looked at. Disk breaks first: at 224 pixels the cache is larger than the JPEGs are. Memory is next:
 where the cache is larger than what is free, an epoch reads the disk at random, an image at a time.
 
-    python -m scripts.data_benchmark DIR --images {images} --rounds {count}
-"""
+    python -m scripts.data_benchmark DIR --images {images} --rounds {count}"""
 
 
 def main() -> None:
@@ -294,10 +294,10 @@ def main() -> None:
     args.folder.mkdir(parents=True)
     try:
         make(args.folder / "images", args.images)
-        page = "\n".join(report(args.folder, args.images, args.rounds))
+        lines = list(report(args.folder, args.images, args.rounds))
     finally:
         shutil.rmtree(args.folder)
-    args.out.write_text(page)
+    publish(args.out, lines)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from scripts.workbench import EnoughError, compose, dataset, fill, machine, noise, shown, train, wait_for
+from scripts.workbench import ENDLESS, EnoughError, compose, dataset, filled, machine, noise, shown, train, wait_for
 from src import build
 from src.data import load
 from src.data.batches import check_batch_size
@@ -35,7 +35,6 @@ from src.system.environment import is_rank
 from src.system.redact import one_line
 from src.system.stopping import TIME_IS_UP
 from src.training import distributed
-from src.training.state import TrainState
 
 BATCHES = (512, 1024)
 WARM, STEPS = 10, 20  # warm-up steps, in which CUDA graphs are recorded, and timed steps
@@ -56,15 +55,13 @@ def step_seconds(overrides: Sequence[str]) -> tuple[float, str]:
     Raises:
         UsageError: there are fewer images than a batch has.
     """
-    lasting = ("data.final=true", "checkpoint.every=1000000", "checkpoint.minutes=1000000", "epochs=1000000")
-    cfg = compose(*overrides, *lasting)
+    cfg = compose(*overrides, *ENDLESS)
     try:
         data, source = load(cfg.data), cfg.data.name
     except UsageError:
         data, source = dataset(noise()), "noise"
     check_batch_size(cfg.batch_size, data.train)
-    state = TrainState(cfg, data, distributed.join(cfg.device))
-    fill(state)
+    state = filled(cfg, data, distributed.join(cfg.device))
     clock: list[float] = []
 
     def pace() -> None:

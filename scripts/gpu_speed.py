@@ -31,6 +31,7 @@ from src.config.schema import Config
 from src.data.cache import fingerprint
 from src.models import dtype_name
 from src.reporting import curves
+from src.reporting.table import markdown
 from src.runs import directory as run_directory
 from src.runs.record import Record
 from src.system.stopping import TIME_IS_UP
@@ -94,21 +95,24 @@ def row(directory: Path, cfg: Config, ceiling_flop: float, image_flop: float) ->
     }
 
 
-def markdown(result: dict[str, Any]) -> str:
+def page(result: dict[str, Any]) -> str:
+    """The content of speed.md."""
+    header = ["method", "vectors", "backbone", "batch", "images/s", "s an epoch", "of the ceiling"]
+    body = [
+        [
+            *(each["method"], f"{each['vectors']:,}", each["backbone"], str(each["batch"])),
+            *(f"{each['images_per_second']:,.0f}", f"{each['seconds_an_epoch']:.2f}"),
+            *(f"{each['share_of_ceiling']:.1%}", f"{each['support_fraction']:.1%}"),
+        ]
+        for each in result["rows"]
+    ]
     lines = [
         f"{result['machine']}; {result['precision']}, matrix ceiling {result['ceiling_tflops']:.1f} TFLOP/s. An epoch "
         f"is {EPOCH:,} images, two views each.",
         "",
         f"    {result['command']}",
         "",
-        "| method | vectors | backbone | batch | images/s | s an epoch | of the ceiling | support set's share |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {each['method']} | {each['vectors']:,} | {each['backbone']} | {each['batch']} "
-        f"| {each['images_per_second']:,.0f} | {each['seconds_an_epoch']:.2f} | {each['share_of_ceiling']:.1%} "
-        f"| {each['support_fraction']:.1%} |"
-        for each in result["rows"]
+        *markdown([*header, "support set's share"], body),
     ]
     return "\n".join(lines) + "\n"
 
@@ -145,10 +149,10 @@ def main() -> int:
                 return status
             rows.append(row(directory, cfg, peak * 1e12, image_flop[tuple(method)]))
             (arguments.out / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
-            (arguments.out / "speed.md").write_text(markdown(result))
+            (arguments.out / "speed.md").write_text(page(result))
             if time.monotonic() > end:
                 return TIME_IS_UP
-    print(markdown(result))
+    print(page(result))
     return 0
 
 

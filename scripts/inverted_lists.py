@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scripts.workbench import config_of, machine
+from scripts.workbench import config_of, machine, publish
 from src import build
 from src.data import load
 from src.evaluation.encoder import load_encoder
+from src.reporting.table import markdown
 from src.support.queue import Queue
 from src.support.search import FaissSearch, InvertedLists, TorchSearch
 
@@ -124,15 +125,21 @@ def main() -> None:
     rows: list[Row] = []
     for size in args.sizes:
         rows += measure(size, real, queries)
-        args.out.write_text(report(rows, real))
-    print(args.out.read_text())
+        publish(args.out, report(rows, real))  # after each size, because the largest takes long
 
 
-def report(rows: list[Row], real: Tensor) -> str:
-    """The results page in Markdown."""
+def report(rows: list[Row], real: Tensor) -> list[str]:
+    """The lines of the results page in Markdown."""
     sizes = " ".join(dict.fromkeys(str(r.size) for r in rows))
     heads = ["vectors", "index", "probed", "recall", "cosine lost", "lookup (ms)", "exact (ms)", "training (s)", "GiB"]
-    lines = [
+    body = [
+        [
+            *(f"{r.size:,}", r.lists, str(r.nprobe), f"{r.recall:.1%}", f"{r.cosine_lost:.4f}"),
+            *(f"{r.ms:.1f}", f"{r.exact_ms:.1f}", f"{r.train_s:.1f}", f"{r.gib:.2f}"),
+        ]
+        for r in rows
+    ]
+    return [
         "# Inverted lists",
         "",
         f"`search=ivf` beside exact search of the same queue, which is in bfloat16 and in {real.shape[1]} dimensions:",
@@ -140,20 +147,12 @@ def report(rows: list[Row], real: Tensor) -> str:
         f"features of augmented CIFAR-100 images; above {len(real):,} they repeat, with noise of length {NOISE}.",
         "Training comes once in `search.refresh_every` steps.",
         "",
-        f"| {' | '.join(heads)} |",
-        f"|{' --- |' * len(heads)}",
-        *(
-            f"| {r.size:,} | {r.lists} | {r.nprobe} | {r.recall:.1%} | {r.cosine_lost:.4f} "
-            f"| {r.ms:.1f} | {r.exact_ms:.1f} | {r.train_s:.1f} | {r.gib:.2f} |"
-            for r in rows
-        ),
+        *markdown(heads, body),
         "",
         f"{machine()}.",
         "",
         f"    python -m scripts.inverted_lists RUN --sizes {sizes}",
-        "",
     ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

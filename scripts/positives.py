@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scripts.workbench import config_of, machine
+from scripts.workbench import config_of, machine, publish
 from src import build
 from src.config import identity
 from src.data import Dataset, load
 from src.models import autocast
+from src.reporting.table import markdown
 from src.runs import checkpoint
 from src.support.search import TorchSearch, cluster
 from src.training.state import TrainState
@@ -35,6 +36,7 @@ from src.training.state import TrainState
 SIZES = (400, 4096, 16384)
 KS = (50, 200, 400, 800)
 FRACTIONS = (1.0, 0.1, 0.01)  # fractions of the anchors, from the most confident on
+HEADER = ["% of the anchor's class", "all anchors", "most confident tenth", "most confident hundredth", "its vector"]
 OUT = Path("results/ablations/positives.md")
 
 
@@ -133,9 +135,7 @@ def tables(run: Path, data: Path | None) -> list[str]:
         lines += [
             f"**{identity.run_name(cfg)}**, {cfg.epochs} epochs, {space}:",
             "",
-            "| % of the anchor's class | all anchors | most confident tenth | most confident hundredth | its vector |",
-            "| --- | --- | --- | --- | --- |",
-            *(f"| {name} | {' | '.join(percentages(views, found))} |" for name, found in rows),
+            *markdown(HEADER, [[name, *percentages(views, found)] for name, found in rows]),
             "",
         ]
     return lines
@@ -149,12 +149,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     lines = [line for run in args.runs for line in tables(run, args.data)]
-    text = "\n".join(
-        ["# How good could positives be?", "", *lines, f"`python -m scripts.positives RUN ...`; {machine()}."]
-    )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(f"{text}\n")
-    print(text)
+    foot = f"`python -m scripts.positives RUN ...`; {machine()}."
+    publish(args.out, ["# How good could positives be?", "", *lines, foot])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ is right; the step as a whole is therefore slower than in training. Support sets
 from __future__ import annotations
 
 import argparse
-import shlex
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,10 +17,10 @@ from typing import Any
 
 import torch
 
-from scripts.workbench import EnoughError, compose, dataset, fill, images, machine, train, wait_for
+from scripts.workbench import EnoughError, compose, dataset, filled, images, machine, shown, train, wait_for
 from src.data.augment import ViewMaker
 from src.methods.teacher import MomentumTeacher
-from src.training.state import TrainState
+from src.reporting.table import markdown
 
 SKIPPED = 2  # warm-up steps, in which caches and allocators fill
 
@@ -67,8 +66,7 @@ class Parts:
 def profile(overrides: list[str], steps: int) -> list[dict[str, float]]:
     """Train some steps; return the seconds of each part, for each step after the warm-up."""
     measured_on = images()
-    state = TrainState(compose("data.final=true", *overrides), dataset(measured_on))
-    fill(state)
+    state = filled(compose("data.final=true", *overrides), dataset(measured_on))
     method = state.method
     parts = Parts(state.device, steps)
     parts.time("views", ViewMaker, "__call__")
@@ -96,11 +94,10 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     steps = profile(overrides, args.steps)
     whole = median(each["step"] for each in steps)
-    print("| part | ms | share |", "| --- | --- | --- |", sep="\n")
-    for name in steps[0]:
-        part = median(each[name] for each in steps)
-        print(f"| {name} | {1000 * part:.1f} | {part / whole:.1%} |")
-    print(f"\n{machine()}; `python -m scripts.profile_step {shlex.join(overrides)}`")
+    parts = {name: median(each[name] for each in steps) for name in steps[0]}
+    body = [[name, f"{1000 * part:.1f}", f"{part / whole:.1%}"] for name, part in parts.items()]
+    print(*markdown(["part", "ms", "share"], body), "", sep="\n")
+    print(f"{machine()}; `{shown('scripts.profile_step', overrides)}`")
 
 
 if __name__ == "__main__":

@@ -9,16 +9,17 @@ first step. Images are CIFAR-100's if the folder ``CIFAR100_ROOT`` exists, else 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from scripts.comparison import Clock, Contender, arguments, in_rounds
-from scripts.workbench import compose, dataset, fill, images, machine, shown, train
+from scripts.workbench import ENDLESS, compose, dataset, filled, images, machine, publish, shown, train
 from src.config.schema import Config
-from src.training.state import TrainState
+from src.reporting.table import markdown
 
-COMMON = ["backbone=resnet_tiny", "batch_size=128", "precision=float32", "device=cpu", "data.final=true"]
+COMMON = ["backbone=resnet_tiny", "batch_size=128", "precision=float32", "device=cpu"]
 SIMCLR = "method=simclr"
 TEACHER, RELATION = "objective=teacher", "objective=relation"
 QUEUE, PROTOTYPES, NOTHING = "support=queue queue_size=4096", "support=kmeans k=400", "support=none"
@@ -48,15 +49,14 @@ class Turn(NamedTuple):
 
 
 def config(overrides: str) -> Config:
-    """The config of a contender, which never saves."""
-    return compose(*COMMON, "checkpoint.every=1000000", "checkpoint.minutes=1000000", *overrides.split())
+    """The config of a contender, which neither saves nor ends."""
+    return compose(*COMMON, *ENDLESS, *overrides.split())
 
 
 def contend(overrides: str) -> None:
     """In a contender's process: train forever, and end each turn when its time is over."""
     data = dataset(images())
-    state = TrainState(config(overrides), data)
-    fill(state)
+    state = filled(config(overrides), data)
     train(state, data, Clock(lambda steps, _, used: Turn(used / steps)))
 
 
@@ -69,14 +69,14 @@ def compare(group: str, rounds: int, seconds: float) -> dict[str, list[Turn]]:
     return in_rounds(group, contenders, rounds, seconds, lambda turn: f"{1000 * turn.step_seconds:.0f} ms")
 
 
-def table(turns: dict[str, list[Turn]]) -> list[str]:
-    """The rows of a Markdown table: how many times as long a step of each contender takes as one of SimCLR."""
-    lines = []
+def rows(turns: dict[str, list[Turn]]) -> list[list[str]]:
+    """The rows of the table: how many times as long a step of each contender takes as one of SimCLR."""
+    found = []
     for overrides, theirs in turns.items():
         ratios = [a.step_seconds / b.step_seconds for a, b in zip(theirs, turns[SIMCLR], strict=True)]
         if overrides != SIMCLR:
-            lines.append(f"| `{overrides}` | {median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |")
-    return lines
+            found.append([f"`{overrides}`", f"{median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"])
+    return found
 
 
 def main() -> None:
@@ -86,20 +86,16 @@ def main() -> None:
         contend(args.contender)
         return
     source = images().source  # decodes the images before any contender is timed
-    given = ["--rounds", str(args.rounds), "--seconds", f"{args.seconds:g}", *args.settings]
-    lines = [
-        "# Processor time of a step, relative to SimCLR",
-        "",
-        "| | times SimCLR's | range |",
-        "| --- | --- | --- |",
-    ]
-    for group in args.settings or GROUPS:
-        lines += table(compare(group, args.rounds, args.seconds))
-    lines += ["", f"All with `{' '.join(COMMON)}`, one thread. {source}. {machine()}.", ""]
-    lines += [f"    {shown('scripts.step_costs', given)}", ""]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n".join(lines))
-    print("\n".join(lines))
+    body = [row for group in args.settings or GROUPS for row in rows(compare(group, args.rounds, args.seconds))]
+    publish(
+        args.out,
+        [
+            *("# Processor time of a step, relative to SimCLR", ""),
+            *markdown(["", "times SimCLR's", "range"], body),
+            *("", f"All with `{' '.join(COMMON)}`, one thread. {source}. {machine()}.", ""),
+            f"    {shown('scripts.step_costs', sys.argv[1:])}",
+        ],
+    )
 
 
 if __name__ == "__main__":

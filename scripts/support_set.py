@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from scripts.workbench import machine, wait_for
+from scripts.workbench import machine, publish, shown, wait_for
 from src import build
 from src.reporting.table import markdown
 from src.support.kmeans import KMeans
@@ -137,11 +138,9 @@ def main() -> None:
         "",
         f"{machine()}.",
         "",
-        f"    python -m scripts.support_set --batch {args.batch} --repeats {args.repeats}",
-        "",
+        f"    {shown('scripts.support_set', sys.argv[1:])}",
     ]
-    (args.out / "support_set.md").write_text("\n".join(lines))
-    print("\n".join(lines))
+    publish(args.out / "support_set.md", lines)
 
 
 if __name__ == "__main__":

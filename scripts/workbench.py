@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
@@ -27,9 +27,12 @@ from src.runs.tracker import NoTracker
 from src.system.environment import CONF
 from src.system.stopping import Stopper
 from src.training import loop
+from src.training.distributed import Ranks
 from src.training.state import TrainState
 
 CIFAR100 = Path(os.environ.get("CIFAR100_ROOT", "../shared/data/cifar100"))
+# Overrides of a run that neither saves nor ends.
+ENDLESS = ("data.final=true", "checkpoint.every=1000000", "checkpoint.minutes=1000000", "epochs=1000000")
 MEAN, STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]  # of CIFAR-100, for pixels in [0, 1]
 
 
@@ -53,19 +56,19 @@ def images() -> Images:
     """CIFAR-100's training images if the folder ``CIFAR100_ROOT`` exists, else uniform noise of the same shape."""
     if CIFAR100.is_dir():
         split = load(compose("data.final=true", f"data.root={CIFAR100}").data).train
-        return Images(split, 100, f"CIFAR-100, {len(split.labels):,} images")
+        return Images(split, f"CIFAR-100, {len(split.labels):,} images")
     return noise()
 
 
 def noise(count: int = 50_000) -> Images:
     """Images of uniform noise in the shape of CIFAR-100's."""
     pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
-    return Images(Split(pixels, torch.arange(count) % 100), 100, f"uniform noise, {count:,} images of 32 x 32")
+    return Images(Split(pixels, torch.arange(count) % 100), f"uniform noise, {count:,} images of 32 x 32")
 
 
 def dataset(measured_on: Images) -> Dataset:
     """Wrap images as the data set of a run, without validation and test."""
-    names = [str(label) for label in range(measured_on.classes)]
+    names = [str(label) for label in range(100)]
     return Dataset("benchmark", names, MEAN, STD, measured_on.split, None, 0, cast(Cache, None))
 
 
@@ -105,6 +108,13 @@ def fill(state: TrainState) -> None:
     support.update(vectors, rows, rows % state.classifier.out_features)
 
 
+def filled(cfg: schema.Config, data: Dataset, ranks: Ranks | None = None) -> TrainState:
+    """The state of a run that begins, with a full support set."""
+    state = TrainState(cfg, data, ranks)
+    fill(state)
+    return state
+
+
 def wait_for(device: torch.device) -> None:
     """Wait until the device has finished its queued work, so that timings include it."""
     if device.type == "cuda":
@@ -123,6 +133,14 @@ def machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     python = f"Python {platform.python_version()}"
     return f"{device}, {os.cpu_count()} cores, {python}, {', '.join(versions)}; {date.today()}"
+
+
+def publish(out: Path, lines: Iterable[str]) -> None:
+    """Write a page of results, and print it."""
+    page = "\n".join(lines)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(f"{page}\n")
+    print(page)
 
 
 def shown(module: str, arguments: Sequence[str]) -> str:

@@ -1,7 +1,6 @@
 """The contenders of the benchmark: this project and its rivals, in new code that does what the rivals do.
 
 A contender is a module with ``run(setting, images, pace)``, which trains forever and calls ``pace()`` after each step.
-If a contender has several methods, the method is the first argument.
 """
 
 from __future__ import annotations
@@ -24,17 +23,18 @@ TEMPERATURE, EMBEDDING, PROJECTOR, PREDICTOR = 0.2, 256, 2048, 4096  # usual for
 class Setting(NamedTuple):
     """The settings of a contender."""
 
+    method: str  # simclr, nnclr or kmclr
     backbone: str  # resnet18 or resnet_tiny, with the stem for small images
     batch_size: int
     support: int  # number of stored vectors: k, or the queue's size
     workers: int  # worker processes of the DataLoader, if the contender has one
+    compiled: bool = False  # whether this project compiles its network; the rivals do not
 
 
 class Images(NamedTuple):
-    """Training images, the number of their classes, and a description of their source."""
+    """Training images of 100 classes, and a description of their source."""
 
     split: Split
-    classes: int
     source: str
 
 

@@ -78,12 +78,12 @@ class Queue:
         self.next = int(slots[-1]) + 1
 
 
-def run(method: str, setting: Setting, images: Images, pace: Pace) -> None:
-    """Train ``nnclr`` or ``kmclr``."""
+def run(setting: Setting, images: Images, pace: Pace) -> None:
+    """Train NNCLR or KMCLR."""
     backbone, features = encoder(setting.backbone)
     projector = models.projector(features, [PROJECTOR], EMBEDDING)
     predictor = models.predictor(EMBEDDING, PREDICTOR)
-    support = Prototypes(setting.support) if method == "kmclr" else Queue(setting.support)
+    support = Prototypes(setting.support) if setting.method == "kmclr" else Queue(setting.support)
     optimizer = Lars(
         nn.ModuleList([backbone, projector, predictor]).parameters(), lr=0.2, momentum=0.9, weight_decay=1e-6
     )

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from scripts.rivals import PREDICTOR, Images, Pace, Setting
-from scripts.workbench import compose, dataset, fill, train
-from src.training.state import TrainState
+from scripts.workbench import ENDLESS, compose, dataset, filled, train
 
 
-def run(method: str, setting: Setting, images: Images, pace: Pace, *, compiled: bool = False) -> None:
-    """Train ``simclr``, ``nnclr`` or ``kmclr``."""
+def run(setting: Setting, images: Images, pace: Pace) -> None:
+    """Train SimCLR, NNCLR or KMCLR."""
     size = {"kmclr": f"k={setting.support}", "nnclr": f"queue_size={setting.support}"}
     published = ["objective=published", f"objective.predictor_hidden={PREDICTOR}"]  # the rivals' loss
-    support = [size[method], *published] if method in size else []
+    support = [size[setting.method], *published] if setting.method in size else []
     cfg = compose(
-        "data.final=true",
-        f"method={method}",
+        *ENDLESS,
+        f"method={setting.method}",
         *support,
         f"backbone={setting.backbone}",
         f"batch_size={setting.batch_size}",
-        f"compile={str(compiled).lower()}",
-        "checkpoint.every=1000000",
-        "checkpoint.minutes=1000000",
+        f"compile={str(setting.compiled).lower()}",
     )
-    state = TrainState(cfg, dataset(images))
-    fill(state)
-    train(state, dataset(images), pace)
+    train(filled(cfg, dataset(images)), dataset(images), pace)
