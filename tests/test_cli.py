@@ -257,11 +257,11 @@ def test_mistakes_in_evaluate(typed, tmp_path, arguments, says):
         (cli.export, "run=begun format=pt3", "format=pt3: choose one of pt2, onnx, timm, hf"),
         (cli.export, "format=pt2", "give run=NAME"),
         (cli.export, "run=gone format=pt2", "run=gone: there is no such run"),
-        (cli.export, "run=begun format=pt2", "run=begun: the run is RUNNING and has no encoder.safetensors"),
+        (cli.export, "run=begun format=pt2", "run=begun: the run is RUNNING, not FINISHED; run its command again"),
         (cli.export, "run=begun format=pt2 opset=3", "opset: unknown key"),
         (cli.embed, "", "give run=NAME"),
         (cli.embed, "run=gone", "run=gone: there is no such run"),
-        (cli.embed, "run=begun", "run=begun: the run is RUNNING and has no encoder.safetensors"),
+        (cli.embed, "run=begun", "run=begun: the run is RUNNING, not FINISHED; run its command again"),
         (cli.embed, "run=begun data.limit=3", "data.limit: the chosen options do not have it; choose data=... first"),
         (cli.embed, "run=begun data=digits data.repo=here", "choose another data=..."),
         (cli.embed, "checkpoint=begun", "checkpoint: unknown key, or one that the chosen options do not have (--help"),
@@ -281,6 +281,27 @@ def test_mistakes_in_what_takes_a_finished_run(typed, tmp_path, command, argumen
     assert says in stderr
     assert stderr.count("\n") == 1
     assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (cli.evaluate, "run=lost"),
+        (cli.embed, "run=lost"),
+        (cli.export, "run=lost format=pt2"),
+        (cli.train, "init=lost data=digits tracking=jsonl"),
+    ],
+)
+def test_a_run_that_has_diverged_is_said_to_have_and_not_to_need_its_command_again(typed, tmp_path, command, arguments):
+    folder = tmp_path / "multirun/lost"
+    folder.mkdir(parents=True)
+    record = Record.new("lost", "study")
+    record.tags["diverged"] = "true"
+    record.close("FAILED", "diverged at step 3: loss nan; lower optimizer.lr")
+    record.save(folder)
+    status, _, stderr = typed(command, *arguments.split())
+    assert status == 2
+    assert stderr.endswith("the run is FAILED, not FINISHED: diverged at step 3: loss nan; lower optimizer.lr\n")
 
 
 def test_what_delivers_says_so_where_nothing_waits_and_its_help_is_no_docstring(typed, tmp_path):

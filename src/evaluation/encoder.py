@@ -188,8 +188,9 @@ def finished_run(name: str | None) -> Run:
     directory = named_run(str(name))
     record = Record.load(directory)
     if not (directory / ENCODER).exists():
-        remedy = "with resume=never it trains anew" if record.status == "FINISHED" else "run its command again"
-        raise UsageError(f"run={name}: the run is {record.status} and has no {ENCODER}; {remedy}")
+        if record.status != "FINISHED":
+            raise UsageError(f"run={name}: {record.unfinished('run its command again')}")
+        raise UsageError(f"run={name}: the run has no {ENCODER} any more; with resume=never it trains anew")
     return Run(directory, record, *read_encoder(directory / ENCODER))
 
 

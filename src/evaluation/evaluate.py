@@ -45,10 +45,7 @@ def main(composed: DictConfig) -> dict[str, float]:
     """
     path, saved = _checkpoint(composed)
     directory = path.parent.parent
-    record = Record.find(directory)
-    if record and record.status != "FINISHED":
-        # Test metrics of a run in progress could guide its choices; and logging them here would change its status.
-        raise UsageError(f"{directory}: the run is {record.status}, not FINISHED; run its training command again first")
+    record = _record_of_finished(directory)
 
     with checkpoint.understood(path):
         before = parse(OmegaConf.create(saved["config"]))
@@ -184,6 +181,19 @@ def _merged(saved: dict[str, Any], composed: DictConfig) -> schema.Config:
     return parse(cfg)
 
 
+def _record_of_finished(directory: Path) -> Record | None:
+    """The record of the run in a folder; None if there is no run.
+
+    Raises:
+        UsageError: the run has not finished. Test metrics of a run in progress could guide its choices, and logging
+            them here would change its status.
+    """
+    record = Record.find(directory)
+    if record and record.status != "FINISHED":
+        raise UsageError(f"{directory}: {record.unfinished('run its training command again first')}")
+    return record
+
+
 def _checkpoint(composed: DictConfig) -> tuple[Path, dict[str, Any]]:
     given = [key for key in ("run", "checkpoint", "run_id") if composed[key] is not None]
     if len(given) != 1:
@@ -196,5 +206,6 @@ def _checkpoint(composed: DictConfig) -> tuple[Path, dict[str, Any]]:
     directory = path if path.name == CHECKPOINTS else path / CHECKPOINTS
     newest = newest_checkpoint(directory)  # metrics of an earlier one would be taken for the finished run's
     if newest is None:
+        _record_of_finished(directory.parent)
         raise UsageError(f"{directory}: there is no checkpoint; give a checkpoint's file or its run's folder")
     return newest, checkpoint.load(newest)

@@ -11,7 +11,7 @@ from src.config.identity import inert, is_protocol, is_setting, with_neutral
 from src.config.names import NOT_TRAINED, label_of, trains_nothing
 from src.config.renamed import modern
 from src.errors import UsageError
-from src.runs.record import TAG_PRUNED, TAG_SUPPORT_UNUSED, Record
+from src.runs.record import TAG_SUPPORT_UNUSED, Record
 from src.system.output import printable
 
 METHOD_PREFIXES = ("method.", "support.", "objective.")  # settings with these are compared only within a method
@@ -76,7 +76,7 @@ def _printable(run: Record) -> Record:
 def unusable(run: Record) -> str:
     """The reason why a report leaves a run out; empty if it does not."""
     if run.status != "FINISHED":
-        return "pruned" if TAG_PRUNED in run.tags else run.status.lower()
+        return run.outcome
     if "method.name" not in run.params:
         return "not a training run"
     if TAG_SUPPORT_UNUSED in run.tags:  # its row would claim vectors that it never used

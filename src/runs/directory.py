@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from src.config import identity, schema
 from src.config.outside import code_digests
-from src.errors import Collapsed, Diverged, UsageError
+from src.errors import Collapsed, Diverged, RunFailed, UsageError
 from src.runs.record import (
     CHECKPOINTS,
     METRICS,
@@ -130,6 +130,15 @@ def refuse_hopeless(record: Record, cfg: schema.Config) -> None:
         raise Diverged(record.tags.get(TAG_ERROR, "diverged before; resume=never tries again"))
     if TAG_COLLAPSED in record.tags and cfg.on_collapse == "stop":
         raise Collapsed(f"collapsed {record.tags[TAG_COLLAPSED]}; on_collapse=warn trains on")
+
+
+def is_hopeless(record: Record, cfg: schema.Config) -> bool:
+    """Whether `refuse_hopeless` refuses to continue the run."""
+    try:
+        refuse_hopeless(record, cfg)
+    except RunFailed:
+        return True
+    return False
 
 
 def refuse_foreign(directory: Path) -> None:

@@ -68,7 +68,7 @@ def locate(init: str) -> Path:
         path = named_run(init, "init")
     record = Record.find(path, hash_rows=False)
     if record and record.status != "FINISHED":
-        raise UsageError(f"init={init}: the run is {record.status}, not FINISHED; name one of its checkpoints instead")
+        raise UsageError(f"init={init}: {record.unfinished('name one of its checkpoints instead')}")
     if checkpoint := newest_checkpoint(path / CHECKPOINTS):
         return checkpoint
     if (path / ENCODER).is_file():

@@ -211,6 +211,17 @@ class Record:
         if error:
             self.tags[TAG_ERROR] = error
 
+    @property
+    def outcome(self) -> str:
+        """How the run ended, in a word: its status in small letters, or ``diverged`` or ``pruned``."""
+        found = (tag for tag in (TAG_DIVERGED, TAG_PRUNED) if tag in self.tags and self.status != "FINISHED")
+        return next(found, self.status.lower())
+
+    def unfinished(self, remedy: str) -> str:
+        """Say that the run has not finished, and what to do: ``remedy``, which would not help one that has diverged."""
+        error = self.tags.get(TAG_ERROR) if self.outcome == TAG_DIVERGED else None
+        return f"the run is {self.status}, not FINISHED{f': {error}' if error else f'; {remedy}'}"
+
     def changes(self, now: Mapping[str, str]) -> str:
         """Say which of the present conditions differ from those of the last session; empty if none does."""
         if not self.conditions:

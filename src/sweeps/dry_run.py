@@ -23,17 +23,19 @@ def preview(cfgs: Sequence[Config], at_a_time: int, settings: Sequence[str] = ()
         at_a_time: how many jobs run at once.
         settings: for each job, the overrides that its line shows beside its name; empty: none.
     """
-    lines, lasts, done = [], list[float](), list[tuple[Config, Record]]()
+    lines, lasts, done, hopeless = [], list[float](), list[tuple[Config, Record]](), 0
     finished = _seconds_an_epoch()
     for number, (cfg, beside) in enumerate(zip(cfgs, settings or [""] * len(cfgs), strict=True)):
         directory = run_directory.path_of(cfg) if cfg.data.fingerprint else Path(identity.run_name(cfg))
         try:
             record = Record.find(directory) if cfg.data.fingerprint else None
-            state, estimate = record.status.lower() if record else "to do", ""
+            state, estimate = record.outcome if record else "to do", ""
         except UsageError:
             record, state, estimate = None, "damaged", ""
         if record and record.status == "FINISHED":
             done.append((cfg, record))
+        elif record and run_directory.is_hopeless(record, cfg):
+            hopeless += 1
         else:
             alike = _alike(identity.flat(cfg))
             rate = finished.get((cfg.method.name, *alike)) or finished.get(("", *alike))
@@ -43,7 +45,7 @@ def preview(cfgs: Sequence[Config], at_a_time: int, settings: Sequence[str] = ()
         place = f"{number:4}  {state:9} {identity.support_set_size(cfg):7,}  {directory.name}"
         lines.append("  ".join(filter(None, [place, beside, estimate])))
     run_directory.warn_of_other_protocol(done)
-    todo = len(cfgs) - len(done)
+    todo = len(cfgs) - len(done) - hopeless
     total = f"{len(cfgs)} {'job' if len(cfgs) == 1 else 'jobs'}, {todo} to run"
     if lasts:  # a job is not split, so all jobs together take at least as long as the longest
         total += f", about {_duration(max(sum(lasts) / at_a_time, *lasts))} with jobs={at_a_time}"

@@ -23,7 +23,7 @@ from src.config.parse import parse
 from src.config.renamed import new_name
 from src.config.schema import Config
 from src.data.cache import fingerprint, known_fingerprint
-from src.errors import RunFailed, UsageError
+from src.errors import UsageError
 from src.runs import directory as run_directory
 from src.runs import origin
 from src.runs.record import TAG_ERROR, Record
@@ -89,12 +89,9 @@ class Job:
     @property
     def is_hopeless(self) -> bool:
         """Whether the same command ends the same way, because the job is not legal, has diverged or has collapsed."""
-        try:
-            if self.cfg and (record := self.record):
-                run_directory.refuse_hopeless(record, self.cfg)
-        except RunFailed:
+        if self.cfg is None:
             return True
-        return self.cfg is None
+        return (record := self.record) is not None and run_directory.is_hopeless(record, self.cfg)
 
     @property
     def result(self) -> Record | None:
@@ -190,8 +187,10 @@ def refuse_equal_runs(override: Override) -> None:
         raise UsageError(f"{override.input_line}: makes no other run, so give it one value{beside}")
 
 
-def refuse_seeds(override: Override) -> None:
-    """Raise a `UsageError` if a search, which keeps the best of what it has tried, would choose a seed."""
+def refuse_as_choice(override: Override) -> None:
+    """Raise a `UsageError` if a search, which keeps the best of what it has tried, must not choose the key's value."""
+    if override.key_or_group == "data.final":
+        raise UsageError(FINAL)
     if override.key_or_group == "seed":
         instead = "give one, and repeat the best settings as a sweep with several"
         raise UsageError(f"{override.input_line}: a search would choose the luckiest seed; {instead}")

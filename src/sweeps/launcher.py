@@ -34,9 +34,9 @@ from src.sweeps.jobs import (
     Composer,
     Job,
     preview_of,
+    refuse_as_choice,
     refuse_equal_runs,
     refuse_other_folder,
-    refuse_seeds,
     values,
 )
 from src.sweeps.sweep import Sweep
@@ -135,7 +135,7 @@ class JobLauncher(Launcher):
         for override in swept:
             refuse_equal_runs(override)
             if self.config.hydra.runtime.choices["hydra/sweeper"] != "basic":  # Hydra's own, which does not choose
-                refuse_seeds(override)
+                refuse_as_choice(override)
         if not legal:
             raise UsageError(batch[0].error)
         groups = self._composer.groups

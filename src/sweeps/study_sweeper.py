@@ -17,7 +17,7 @@ from src.errors import Diverged, UsageError
 from src.runs.directory import warn_of_other_protocol
 from src.runs.record import RECORD
 from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, known_key, refuse_unused, to_override
-from src.sweeps.jobs import FINAL, NEVER, UNLABELLED, Job, preview_of, refuse_equal_runs, refuse_seeds, values
+from src.sweeps.jobs import FINAL, NEVER, UNLABELLED, Job, preview_of, refuse_as_choice, refuse_equal_runs, values
 from src.sweeps.sweep import Sweep
 from src.system.stopping import PRUNED
 
@@ -111,7 +111,7 @@ class StudySweeper(GridSweeper):
         drawn = {key: each for key, each in overrides.items() if len(values(each) or ()) != 1}
         for each in drawn.values():
             refuse_equal_runs(each)
-            refuse_seeds(each)
+            refuse_as_choice(each)
         space = studies.space(drawn, whole_numbers())
         base = self.composer(fixed)
         if not base.cfg:  # the fixed values may contradict the defaults of the keys that are drawn
@@ -207,13 +207,13 @@ class _Trials:
         return self.job_of(point).configuration not in [job.configuration for job in self.jobs]
 
     def _reopen(self) -> None:
-        """Begin the ended trials again whose folder has been removed or, if they are complete, has another value."""
+        """Begin the ended trials again whose folder has been removed, or has another value than the study."""
         jobs = {job.trial: job for job in self.jobs if job.cfg}
         outdated = {}
         for number, trial in self.study.trials().items():
             if (job := jobs.get(number)) and trial.state.name != "RUNNING":
-                changed = trial.state.name == "COMPLETE" and trial.value != self._value(job)
-                if changed or not job.record:
+                known = trial.value if trial.state.name == "COMPLETE" else math.nan  # a pruned one has its last report
+                if not (job.record and str(self._value(job)) == str(known)):  # as text, in which NaN equals NaN
                     outdated[number] = job
         if outdated:
             self.study.reopen(outdated)

@@ -95,8 +95,9 @@ class Sweep:
                     mark_failed(job.directory, job.error or "its process is gone")
         attach_children(self.tracker, [job.directory for job in self.jobs if job.record])
 
-        # The message about a job that is not legal names the setting, so the job need not be named.
-        notes = [f"no result: {f'{job.label}: ' if job.cfg else ''}{job.reason}" for job in lacking]
+        # A job need not be named where the message about it does so, or names the setting that is not legal.
+        unnamed = [job for job in lacking if job.cfg and job.label not in job.reason]
+        notes = [f"no result: {f'{job.label}: ' if job in unnamed else ''}{job.reason}" for job in lacking]
         notes += [f"pruned: {job.label}" for job in pruned]
         rows, more = summarise([Record.load(job.directory) for job in finished])
         paths = self._tabulate(rows, notes, more) if rows else []
@@ -120,7 +121,8 @@ class Sweep:
             print(f"charts: {how_to_open(charts_path)}", flush=True)
         for note in notes:
             print(note, file=sys.stderr)
-        possible = [job.cfg for job in lacking if job.cfg and not job.is_hopeless]
+        # A job that was refused (status 2) would be refused again; the message about it says what to do instead.
+        possible = [job.cfg for job in lacking if job.cfg and not job.is_hopeless and job.status != 2]
         if possible and self.repeats and not any(cfg.resume == "never" for cfg in possible):
             print(f"run again just what is missing: {_command()}", file=sys.stderr)
         if not lacking:

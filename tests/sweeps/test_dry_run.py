@@ -14,13 +14,13 @@ def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def ran(cfg, seconds, status="FINISHED"):
+def ran(cfg, seconds, status="FINISHED", **tags):
     """Leave the record of a run that was worked on for so many seconds."""
     directory = run_directory.path_of(cfg)
     directory.mkdir(parents=True)
     record = Record.new(directory.name, "support-sets")
     record.params = {key: str(value) for key, value in identity.flat(cfg).items()}
-    record.status, record.seconds = status, seconds
+    record.status, record.seconds, record.tags = status, seconds, tags
     record.save(directory)
 
 
@@ -64,6 +64,16 @@ def test_time_goes_with_epochs_and_what_is_done_is_taken_off():
     shown = preview([done, halved, fresh, longer], at_a_time=1)
     assert [line.split()[1] for line in shown.splitlines()[:4]] == ["finished", "killed", "to", "to"]
     assert estimates(shown) == ["", "30 min", "50 min", "100 min", "3.0 h"]
+
+
+def test_a_job_that_has_diverged_is_not_to_run():
+    first, second, third = jobs(0, 1, 2)
+    ran(first, 100)
+    ran(second, 50, "FAILED", diverged="true")
+    shown = preview([first, second, third], at_a_time=1)
+    assert " diverged " in shown.splitlines()[1]
+    assert estimates(shown) == ["", "", "100 s", "100 s"]
+    assert "3 jobs, 1 to run, about" in shown
 
 
 def test_jobs_side_by_side_take_no_less_than_the_longest():

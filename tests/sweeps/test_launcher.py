@@ -160,6 +160,7 @@ def test_what_no_sweeper_can_judge_is_refused_before_anything_runs(launcher, pro
         ("evaluation.knn_k=choice(1,50)", "evaluation.knn_k=.*: makes no other run"),
         ("seed=choice(0,1)", "seed=.*: a search would choose the luckiest seed"),
         ("seed=range(0,3)", "seed=.*: a search would choose the luckiest seed"),
+        ("data.final=choice(false,true)", "data.final=true: leaves no validation images"),
         ("seed=0,1", "seed=0,1: a search would choose the luckiest seed"),
     ],
 )

@@ -98,6 +98,11 @@ def test_a_trial_whose_job_may_end_otherwise_is_taken_up_again_and_no_other(sear
     assert states(second) == ["COMPLETE"] * 3 + ["FAIL"]
 
 
+def test_what_was_refused_is_not_said_to_be_missing(search, capsys):
+    assert search(Launcher(0, 2), trials=2) == 1
+    assert "run again" not in capsys.readouterr().err
+
+
 def test_what_would_end_the_same_way_is_not_said_to_be_missing(search, capsys):
     assert search(Launcher(0, 65, 74)) == 1
     assert "run again just what is missing" in capsys.readouterr().err
@@ -282,6 +287,12 @@ def test_a_search_does_not_choose_a_seed(search, given):
     assert search(Launcher(0), "seed=1", trials=1) == 0
 
 
+@pytest.mark.parametrize("given", ["data.final=true", "data.final=choice(true,false)"])
+def test_a_search_does_not_choose_a_final_run(search, given):
+    with pytest.raises(UsageError, match=r"data\.final=true: leaves no validation images"):
+        search(Launcher(0), given)
+
+
 def test_a_key_by_its_former_name_replaces_a_distribution(search):
     launcher = Launcher(0)
     search(
@@ -322,12 +333,16 @@ def test_images_without_labels_are_searched_once_and_not_again(search):
     assert (first.ran, second.ran) == ([0], [])
 
 
-def test_a_pruned_trial_that_was_finished_by_hand_counts_once(search, capsys):
-    pruned = Launcher(76, 0)
-    assert search(pruned, trials=2) == 0
-    finish(pruned.directories[0], {"val/knn_top1": 9.0}, {})
-    assert search(Launcher(), trials=2) == 0
-    assert "2 of 2 jobs finished, 0 pruned" in capsys.readouterr().out
+@pytest.mark.parametrize("status", [Diverged.status, PRUNED])
+def test_a_trial_without_a_value_that_was_finished_by_hand_counts_once_and_may_be_the_best(search, capsys, status):
+    before = Launcher(status, 0)
+    assert search(before, trials=2) == (0 if status == PRUNED else 1)
+    finish(before.directories[0], {"val/knn_top1": 99.0}, {})
+    again = Launcher(0)
+    assert (search(again, trials=2), again.ran) == (0, [])
+    said = capsys.readouterr().out
+    assert "2 of 2 jobs finished, 0 pruned" in said
+    assert "best: val/knn_top1 99" in said
 
 
 def test_a_search_says_once_that_finished_trials_were_evaluated_otherwise(search, caplog):
