@@ -14,11 +14,12 @@ from typing import cast
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from scripts.rivals import Images
 from src import cli
 from src.config import schema
+from src.config.chosen import settle
 from src.config.parse import parse
 from src.data import Dataset, load
 from src.data.cache import Cache
@@ -39,7 +40,11 @@ MEAN, STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]  # of CIFAR-100, for pi
 def compose(*overrides: str) -> schema.Config:
     """Compose the config of ``python -m src.train OVERRIDES``."""
     with hydra.initialize_config_dir(str(CONF), **cli.VERSION_BASE):
-        return parse(hydra.compose("train", overrides=list(overrides)))
+        composed = hydra.compose("train", overrides=list(overrides), return_hydra_config=True)
+    settle(composed, overrides, composed.hydra.runtime.choices)
+    with flag_override(composed, ["struct", "readonly"], False):
+        del composed["hydra"]
+    return parse(composed)
 
 
 def config_of(run: Path, data: Path | None) -> schema.Config:

@@ -29,6 +29,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config import resolvers
+from src.config.chosen import settle
 from src.config.explain import explain_composition, keys_of
 from src.config.parse import parse
 from src.config.renamed import new_name
@@ -132,6 +133,8 @@ def deliver() -> None:
 
 def pretrain(composed: DictConfig) -> float:
     """Train the run of a composed config; returns its last ``val/knn_top1`` (`src.training.run.run`), NaN if dry."""
+    hydra = HydraConfig.get()
+    settle(composed, hydra.overrides.task, hydra.runtime.choices)
     cfg = parse(composed)
     if cfg.dry_run:
         cfg.data.fingerprint = known_fingerprint(cfg.data) or cfg.data.fingerprint

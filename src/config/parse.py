@@ -38,11 +38,11 @@ def parse(composed: DictConfig) -> Config:
                 raise UsageError(
                     f"{group}={value}: holds several settings; give one, as {group}.{fields(kind)[0].name}"
                 )
-        support = _schema("support", composed, SUPPORTS, schema.Support)
-        objective = _schema("objective", composed, OBJECTIVES, schema.Objective)
+        support = kind_of("support", composed, SUPPORTS, schema.Support)
+        objective = kind_of("objective", composed, OBJECTIVES, schema.Objective)
         # A built-in method takes its name from a support set from outside, so that name is allowed too.
         own_name = str(OmegaConf.select(composed, "support.name"))
-        method = _schema("method", composed, dict.fromkeys([*LABELS, own_name], schema.Method), schema.Method)
+        method = kind_of("method", composed, dict.fromkeys([*LABELS, own_name], schema.Method), schema.Method)
         typed = _structured(support, objective, method)
         cfg: Config = _without_minus_zero(OmegaConf.to_object(OmegaConf.merge(typed, composed)))
     except OmegaConfBaseException as error:
@@ -125,7 +125,7 @@ def _adapter(kind: Any) -> TypeAdapter:
     return TypeAdapter(kind)
 
 
-def _schema(group: str, composed: DictConfig, own: dict[str, type], base: type) -> type:
+def kind_of(group: str, composed: DictConfig, own: dict[str, type], base: type) -> type:
     """The dataclass for a group's node: found by the node's name, or made from the signature of its ``_target_``."""
     node = composed.get(group)
     if not isinstance(node, DictConfig):

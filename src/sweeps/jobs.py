@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config import identity
+from src.config.chosen import settle
 from src.config.explain import explain_composition
 from src.config.parse import parse
 from src.config.renamed import new_name
@@ -169,6 +170,7 @@ class Composer:
         """Compose the config with the chosen options, without Hydra's own part, so that values can be set in it."""
         composed = self.loader.load_sweep_config(self.base, list(choices))
         with flag_override(composed, ["struct", "readonly"], False):
+            settle(composed, choices, composed.hydra.runtime.choices)
             del composed["hydra"]
         return composed
 
