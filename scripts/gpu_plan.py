@@ -35,12 +35,12 @@ from src.config import identity
 from src.config.explain import explain_composition
 from src.config.schema import Config
 from src.data.cache import fingerprint
-from src.errors import RunFailed, UsageError
+from src.errors import Diverged, RunFailed, UsageError
 from src.reporting import curves, table
 from src.reporting.rows import TABLE_METRICS, summarise
 from src.runs import directory as run_directory
 from src.runs import origin
-from src.runs.record import METRICS, RECORD, TAG_DIVERGED, Record, records_below
+from src.runs.record import METRICS, RECORD, TAG_DIVERGED, TAG_ERROR, Record, records_below
 from src.system.atomic_write import write_whole
 from src.system.stopping import TIME_IS_UP, Stopped, is_stop
 from src.training.loop import Hooks
@@ -207,6 +207,9 @@ def follow(name: str, minutes: float, out: Path, overrides: Overrides, command: 
     end, status = time.monotonic() + 60 * minutes, 0
     for cfg in configurations(PLANS[name], overrides):
         if is_done(kept(out, cfg), cfg):
+            if (record := Record.load(kept(out, cfg))).outcome == TAG_DIVERGED:
+                print(f"{record.name}: {record.tags.get(TAG_ERROR, TAG_DIVERGED)}", file=sys.stderr)
+                status = status or Diverged.status
             continue
         left = end - time.monotonic() - RESERVE
         ended = train(cfg, left / 60) if left > 0 else TIME_IS_UP
@@ -246,7 +249,7 @@ def report(name: str, out: Path, command: str) -> None:
         accuracies = [f"{row.title} {line[test]} ({line[val]})" for row, line in zip(rows, body, strict=True)]
         seconds = sum(record.seconds for record in records)
         text = f"test linear (validation linear): {'; '.join(accuracies)}. In {seconds:.0f} s on {machine()}."
-        unfinished = [f"{record.name} ({record.status.lower()})" for record in records if record.status != "FINISHED"]
+        unfinished = [f"{record.name} ({record.outcome})" for record in records if record.status != "FINISHED"]
         text += f" Not finished: {', '.join(unfinished)}." if unfinished else ""
         came_out = textwrap.fill(f"*Asked:* {PLANS[name].question} *Came out,* {text}", 120)
         entry = f"## {date.today()}: the plan `{name}` (`{out}/`)\n\n{came_out}\n\n    {command}\n"

@@ -176,7 +176,7 @@ def _annotated(folder: Path, images: list[str], annotations: str) -> Files:
     """Give images the classes that a table beside them says, as Tiny ImageNet has it for its validation images.
 
     Raises:
-        UsageError: the table cannot be read, or lacks an image.
+        UsageError: the table cannot be read, or it lacks an image or names one that is not there.
     """
     try:
         lines = Path(annotations).read_text(encoding="utf-8").splitlines()
@@ -191,6 +191,9 @@ def _annotated(folder: Path, images: list[str], annotations: str) -> Files:
         if (name := os.path.basename(path)) not in class_of:
             raise UsageError(f"{path}: is not in {annotations}; add a line with its class, or remove the image")
         by_class.setdefault(class_of[name], []).append(path)
+    if lost := sorted(class_of.keys() - set(map(os.path.basename, images))):
+        remedy = "unpack the archive again, or remove their lines"
+        raise UsageError(f"{annotations}: names images that are not there ({len(lost)}), first {lost[0]}; {remedy}")
     return Files(folder, by_class, [path for paths in by_class.values() for path in paths], (annotations,))
 
 
@@ -204,8 +207,10 @@ def _part(files: Files, classes: list[str]) -> Part:
     if len(files.by_class) < 2:
         return Part([UNLABELLED] * len(files.everything), images)
     if strangers := sorted(set(files.by_class) - set(classes)):
-        where = files.folder / strangers[0]
-        raise UsageError(f"{where}: a class without training images; add some, or remove the folder")
+        where, what = files.folder / strangers[0], "the folder"
+        if files.tables:
+            where, what = Path(f"{files.tables[0]}: {strangers[0]}"), "its lines and images"
+        raise UsageError(f"{where}: a class without training images; add some, or remove {what}")
     label_of = {name: label for label, name in enumerate(classes)}
     return Part([label_of[name] for name, paths in files.by_class.items() for _ in paths], images)
 

@@ -73,7 +73,9 @@ def sweep_view(
     """
     measured = measured or (*CHARTED, RANKING, COURSE)
     state = {
-        "searchFilter": f"tags.`mlflow.parentRunId` = '{sweep_run_id}'",
+        # Charts would have points of jobs that were stopped, pruned or diverged, beside those of whole runs.
+        "searchFilter": f"tags.`mlflow.parentRunId` = '{sweep_run_id}' and attributes.status != 'KILLED' "
+        "and attributes.status != 'FAILED'",
         "orderByKey": f"metrics.`{RANKING if RANKING in measured else ACCURACY}`",
         "orderByAsc": False,
         "runsHiddenMode": "SHOW_ALL",  # the default draws ten runs

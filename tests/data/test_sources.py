@@ -94,8 +94,15 @@ class TestTinyImagenet:
         ("lines", "says"),
         [
             ("0.JPEG\tn1\n", "val/images/1.JPEG: is not in"),
+            (
+                "".join(f"{i}.JPEG\tn1\n" for i in range(6)),
+                "val_annotations.txt: names images that are not there (2), first 4.JPEG",
+            ),
             ("0.JPEG n1\n", "val/val_annotations.txt: cannot be read as names of images and their classes"),
-            ("".join(f"{i}.JPEG\tn{i}\n" for i in (3, 2, 1, 0)), "val/n0: a class without training images"),
+            (
+                "".join(f"{i}.JPEG\tn{i}\n" for i in (3, 2, 1, 0)),
+                "val/val_annotations.txt: n0: a class without training images; add some, or remove its lines",
+            ),
         ],
     )
     def test_a_table_that_does_not_fit_is_named(self, refusal, root, lines, says):

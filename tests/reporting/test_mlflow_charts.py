@@ -58,15 +58,17 @@ def test_mlflow_takes_the_tag_and_its_filter_finds_the_jobs_best_first(tmp_path,
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = Tracking("mlflow", "exp", 10)
 
-    def log(name: str, tags: dict[str, str], accuracy: float) -> str:
+    def log(name: str, tags: dict[str, str], accuracy: float, status: str = "FINISHED") -> str:
         tracker = Tracker(tmp_path / name, config, {}, tags)
         tracker.log({"val/linear_top1": accuracy, "test/linear_top1": 100 - accuracy}, 1)
-        tracker.close("FINISHED")
+        tracker.close(status)
         return tracker.run_id
 
     sweep, other = log("sweep", {}, 90), log("other", {}, 80)
     jobs = [log(f"job-{accuracy}", {"mlflow.parentRunId": sweep}, accuracy) for accuracy in (50, 60, 40)]
     log("stranger", {"mlflow.parentRunId": other}, 70)
+    for status in ("FAILED", "KILLED"):  # such as one that has diverged, or was pruned
+        log(f"job-{status}", {"mlflow.parentRunId": sweep}, 65, status)
 
     client = prepare()
     experiment = client.get_experiment_by_name("exp")

@@ -117,13 +117,15 @@ def test_runs_that_overrides_make_the_same_run_once(trained, monkeypatch):
     assert len(runs) == 1
 
 
-def test_a_run_that_diverged_is_not_repeated_on_another_machine(trained, tmp_path):
+def test_a_run_that_diverged_is_not_repeated_on_another_machine_and_is_said_to_have(trained, tmp_path, capsys):
     trained("teacher", mnn_queue4096=65)
     ((folder, record),) = [each for each in records_below(tmp_path / "out") if each[1].status == "FAILED"]
-    record.tags[TAG_DIVERGED] = "true"
+    record.tags |= {TAG_DIVERGED: "true", "error": "diverged at step 3"}
     record.save(folder)
     (tmp_path / "multirun").rename(tmp_path / "lost")
-    assert trained("teacher") == (0, [])
+    capsys.readouterr()
+    assert trained("teacher") == (65, [])
+    assert capsys.readouterr().err == f"{record.name}: diverged at step 3\n"
 
 
 @pytest.mark.parametrize(
