@@ -139,6 +139,7 @@ PLANS = {
         10,
         [
             [*CONTRAST, "k=400", "objective=published", "epochs=80"],
+            [*CONTRAST, *NOTHING, "objective=published", "epochs=80"],
             ["method=nnclr", "queue_size=98304", *FAST, "objective=published", "epochs=80"],
             # Its 500 epochs need several calls; the linear probe replaces the original one, which would take minutes.
             ["experiment=original_kmclr", "k=400", *FAST, "batch_size=64", "evaluation=linear"],
