@@ -75,7 +75,13 @@ def _survives_closed_output() -> Iterator[None]:
 @_survives_closed_output()
 def train() -> None:
     """``python -m src.train``."""
-    _compose_and_run("train", pretrain)
+
+    def main(composed: DictConfig) -> float:
+        hydra = HydraConfig.get()
+        settle(composed, hydra.overrides.task, hydra.runtime.choices)
+        return pretrain(composed)
+
+    _compose_and_run("train", main)
 
 
 @_survives_closed_output()
@@ -133,8 +139,6 @@ def deliver() -> None:
 
 def pretrain(composed: DictConfig) -> float:
     """Train the run of a composed config; returns its last ``val/knn_top1`` (`src.training.run.run`), NaN if dry."""
-    hydra = HydraConfig.get()
-    settle(composed, hydra.overrides.task, hydra.runtime.choices)
     cfg = parse(composed)
     if cfg.dry_run:
         cfg.data.fingerprint = known_fingerprint(cfg.data) or cfg.data.fingerprint
