@@ -157,6 +157,7 @@ def test_tab_completion_in_bash(line, offers):
         ("data=digits data.root=x", "data.root: the chosen options do not have it; choose another data=... (--help"),
         ("support.forgett=none", "did you mean support.forget?"),
         ("method=simclr +k=50", "k: only support=kmeans (method=kmclr) has it"),
+        ("experiment=mnn method=kmclr", "method=kmclr: experiment=mnn chooses support=queue; type support=kmeans too"),
         ("experiment=original_nnclr method=kmclr", "queue_size: only support=queue (method=nnclr) has it"),
         ("method.support_weight=0", "objective.support_weight=0 makes no use of what is stored"),
         ("method=simclr support=queue", "objective.support_weight=0 makes no use of what is stored"),

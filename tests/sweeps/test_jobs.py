@@ -48,6 +48,7 @@ def test_a_job_is_told_present_names(sweeper):
         (["optimizer=sgd,adamw", "optimizer.betas=[0.9,0.95]"], ["kmclr", "kmclr"]),
         (["method=nnclr,kmclr", "support=none"], ["nothing_stored"]),
         (["method=nnclr", "queue_size=0,64", "support=queue,none"], ["nothing_stored", "nnclr"]),
+        (["experiment=solo_nnclr", "support=none,queue,kmeans", "queue_size=64"], ["nothing_stored", "nnclr", "kmclr"]),
     ],
 )
 def test_grids_over_options_with_keys_of_their_own(sweeper, arguments, expected):
