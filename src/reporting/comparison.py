@@ -56,8 +56,8 @@ def comparable(run: Record) -> dict[str, str]:
     If a later session changed a setting of the evaluation, the value comes from the run's tag of that name.
     """
     changed = {key: value for key, value in run.tags.items() if key.startswith("evaluation.")}
-    params = {key: value for key, value in modern(run.params).items() if value != "null"}
-    params = with_neutral(params) | changed
+    params = with_neutral(modern(run.params)) | changed
+    params = {key: value for key, value in params.items() if value != "null"}
     without = idle(params)
     return {key: value for key, value in params.items() if key not in without}
 
