@@ -137,17 +137,18 @@ def distinguishing(runs: Sequence[Record], keys: Sequence[str]) -> list[str]:
 def usual(runs: Sequence[Record], keys: Sequence[str]) -> dict[str, dict[str, str]]:
     """The values that a label need not name: for each method, those that more than half of the runs have.
 
-    Settings of method, support set and objective are counted among the method's own runs. A label always names a key
-    that some runs lack, and the weights that runs start from.
+    Settings of method, support set and objective are counted among the method's own runs, and every setting among those
+    in which it has an effect. A label always names a key that some of these lack, and the weights that runs start from.
     """
-    by_method: dict[str, list[Record]] = defaultdict(list)
-    for run in runs:
-        by_method[run.params["method.name"]].append(run)
+    everyone = [(run.params, idle(run.params)) for run in runs]
+    by_method: dict[str, list[tuple[dict[str, str], set[str]]]] = defaultdict(list)
+    for params, without in everyone:
+        by_method[params["method.name"]].append((params, without))
     common: dict[str, dict[str, str]] = {method: {} for method in by_method}
     for method, own in by_method.items():
         for key in keys:
-            compared = own if key.startswith(METHOD_PREFIXES) else runs
-            values = Counter(run.params.get(key) for run in compared if key not in idle(run.params))
+            compared = own if key.startswith(METHOD_PREFIXES) else everyone
+            values = Counter(params.get(key) for params, without in compared if key not in without)
             ((value, times),) = values.most_common(1) or [(None, 0)]
             if key != ORIGIN and value is not None and None not in values and times > values.total() / 2:
                 common[method][key] = value
