@@ -51,7 +51,6 @@ def settle(composed: DictConfig, overrides: Sequence[str], options: Mapping[str,
                 for key in map(str, list(composed[group])):
                     if key not in known and f"{group}.{key}" not in typed:
                         del composed[group][key]
-        owner = SUPPORTS.get(typed.get("support", ""))
-        for key in SIZES if "support" in typed else ():
-            if owner is not SIZES[key] and key not in typed:
+        for key, owner in SIZES.items():
+            if "support" in typed and key not in typed and SUPPORTS.get(composed.support.get("name")) is not owner:
                 composed.pop(key, None)

@@ -33,6 +33,15 @@ def test_what_is_typed_stays_and_is_refused():
     assert compose("experiment=original_kmclr", "support=kmeans", "k=50").support.metric == "euclidean"
 
 
+def test_an_option_of_ones_own_keeps_its_size(tmp_path):
+    (tmp_path / "support").mkdir()
+    own = "# @package _global_\ndefaults: [kmeans, _self_]\nk: 70\n"
+    (tmp_path / "support/seventy.yaml").write_text(own)
+    search = f"hydra.searchpath=[file://{tmp_path}]"
+    cfg = compose(search, "experiment=solo_nnclr", "support=seventy")
+    assert (cfg.support.name, cfg.k, cfg.queue_size) == ("kmeans", 70, None)
+
+
 def test_an_objective_replaces_that_of_an_experiment_with_its_settings():
     assert compose("experiment=solo_nnclr", "objective=teacher").method.name == "mnn"
     assert compose("experiment=mnn", "objective=mixed").method.name == "nnclr"
