@@ -35,12 +35,13 @@ IMAGES = 2048
 REPLAYS = 10
 LARGE = 2**16  # bytes; among the summed messages only the gradient is larger
 GATHERED, GRADIENT = "features, gathered", "the encoder's gradient, summed"
+NORMS, STOP = "batch-norm statistics, summed", "the reason to stop, not waited for"
+# The headings of the two tables.
 TIMES = [
     *("", "ms a step: least", "median", "of one process's: median (range)"),
     *("CPU ms a step, all processes: median (range)", "of one process's: median"),
 ]
 SENT = ["what the ranks send in a step", "messages", "bytes", "ms, least of the rounds", "ms with nothing between them"]
-NORMS, STOP = "batch-norm statistics, summed", "the reason to stop, not waited for"
 
 
 class Layout(NamedTuple):
@@ -154,7 +155,8 @@ def contend(name: str, setting: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     cfg = compose(
-        *(*ENDLESS, "method=kmclr", "k=400", f"backbone={backbone}", "device=cpu", "compile=false"),
+        *ENDLESS,
+        *("method=kmclr", "k=400", f"backbone={backbone}", "device=cpu", "compile=false"),
         f"batch_size={batch_size if layout.ranks else batch_size // layout.processes}",
     )
     output = sys.stdout  # joining replaces sys.stdout on all ranks but the first

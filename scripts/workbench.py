@@ -14,12 +14,12 @@ from typing import cast
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, OmegaConf
 
 from scripts.rivals import Images
 from src import cli
 from src.config import schema
-from src.config.chosen import settle
+from src.config.chosen import settled
 from src.config.parse import parse
 from src.data import Dataset, load
 from src.data.cache import Cache
@@ -41,10 +41,7 @@ def compose(*overrides: str) -> schema.Config:
     """Compose the config of ``python -m src.train OVERRIDES``."""
     with hydra.initialize_config_dir(str(CONF), **cli.VERSION_BASE):
         composed = hydra.compose("train", overrides=list(overrides), return_hydra_config=True)
-    settle(composed, overrides, composed.hydra.runtime.choices)
-    with flag_override(composed, ["struct", "readonly"], False):
-        del composed["hydra"]
-    return parse(composed)
+    return parse(settled(composed, overrides))
 
 
 def config_of(run: Path, data: Path | None) -> schema.Config:

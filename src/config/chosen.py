@@ -7,8 +7,8 @@ from dataclasses import fields
 
 from omegaconf import DictConfig, flag_override
 
-from src.config.parse import kind_of
-from src.config.schema import OBJECTIVES, SUPPORTS, KMeans, Objective, Queue, Support
+from src.config.parse import GROUPS, kind_of
+from src.config.schema import SIZES, SUPPORTS
 from src.errors import UsageError
 
 # What makes a method, whatever an experiment chooses beside it. NNCLR and KMCLR have several objectives.
@@ -17,11 +17,6 @@ PRESETS = {
     "nnclr": {"support": "queue"},
     "kmclr": {"support": "kmeans"},
 }
-GROUPS: dict[str, tuple[dict[str, type], type]] = {
-    "support": (SUPPORTS, Support),
-    "objective": (OBJECTIVES, Objective),
-}
-SIZES = {"k": KMeans, "queue_size": Queue}
 
 
 def settle(composed: DictConfig, overrides: Sequence[str], options: Mapping[str, str]) -> None:
@@ -54,3 +49,11 @@ def settle(composed: DictConfig, overrides: Sequence[str], options: Mapping[str,
         for key, owner in SIZES.items():
             if "support" in typed and key not in typed and SUPPORTS.get(composed.support.get("name")) is not owner:
                 composed.pop(key, None)
+
+
+def settled(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Settle a config that was composed together with Hydra's own part, and remove that part."""
+    with flag_override(composed, ["struct", "readonly"], False):
+        settle(composed, overrides, composed.hydra.runtime.choices)
+        del composed["hydra"]
+    return composed

@@ -24,6 +24,12 @@ from src.config.schema import OBJECTIVES, SUPPORTS, Config
 from src.config.secrets import refuse_secrets
 from src.errors import UsageError
 
+# For the groups whose options have settings of their own: the dataclass of each option, and that of one from outside.
+GROUPS: dict[str, tuple[dict[str, Any], type]] = {
+    "support": (SUPPORTS, schema.Support),
+    "objective": (OBJECTIVES, schema.Objective),
+}
+
 
 def parse(composed: DictConfig) -> Config:
     """Turn a composed or a saved config into typed dataclasses, and check it.
@@ -38,8 +44,8 @@ def parse(composed: DictConfig) -> Config:
                 raise UsageError(
                     f"{group}={value}: holds several settings; give one, as {group}.{fields(kind)[0].name}"
                 )
-        support = kind_of("support", composed, SUPPORTS, schema.Support)
-        objective = kind_of("objective", composed, OBJECTIVES, schema.Objective)
+        support = kind_of("support", composed, *GROUPS["support"])
+        objective = kind_of("objective", composed, *GROUPS["objective"])
         # A built-in method takes its name from a support set from outside, so that name is allowed too.
         own_name = str(OmegaConf.select(composed, "support.name"))
         method = kind_of("method", composed, dict.fromkeys([*LABELS, own_name], schema.Method), schema.Method)
@@ -192,7 +198,7 @@ def _check_combinations(cfg: Config) -> None:
 
 def _check_support(cfg: Config) -> None:
     support = cfg.support
-    for key, owner in (("k", schema.KMeans), ("queue_size", schema.Queue)):
+    for key, owner in schema.SIZES.items():
         if getattr(cfg, key) is not None and not isinstance(support, owner):
             raise UsageError(explain_key(key))
         if getattr(cfg, key) is None and isinstance(support, owner):

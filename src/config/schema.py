@@ -344,6 +344,10 @@ class Config:
 
 
 SUPPORTS: dict[str, type[Support]] = {"none": Support, "queue": Queue, "kmeans": KMeans}
+SIZES: dict[str, type[Support]] = {
+    "k": KMeans,
+    "queue_size": Queue,
+}  # the support set that each of these is the size of
 OBJECTIVES: dict[str, type[Objective]] = {
     "nt_xent": Contrast,
     "mixed": Contrast,

@@ -14,11 +14,11 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config import identity
-from src.config.chosen import settle
+from src.config.chosen import settled
 from src.config.explain import explain_composition
 from src.config.parse import parse
 from src.config.renamed import new_name
@@ -168,11 +168,7 @@ class Composer:
 
     def _choose(self, choices: tuple[str, ...]) -> DictConfig:
         """Compose the config with the chosen options, without Hydra's own part, so that values can be set in it."""
-        composed = self.loader.load_sweep_config(self.base, list(choices))
-        with flag_override(composed, ["struct", "readonly"], False):
-            settle(composed, choices, composed.hydra.runtime.choices)
-            del composed["hydra"]
-        return composed
+        return settled(self.loader.load_sweep_config(self.base, list(choices)), choices)
 
 
 def preview_of(jobs: Sequence[Job], at_a_time: int) -> str:

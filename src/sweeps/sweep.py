@@ -96,8 +96,8 @@ class Sweep:
         attach_children(self.tracker, [job.directory for job in self.jobs if job.record])
 
         # A job need not be named where the message about it does so, or names the setting that is not legal.
-        unnamed = [job for job in lacking if job.cfg and job.label not in job.reason]
-        notes = [f"no result: {f'{job.label}: ' if job in unnamed else ''}{job.reason}" for job in lacking]
+        why = [(job.label if job.cfg else "", job.reason) for job in lacking]
+        notes = [f"no result: {reason if label in reason else f'{label}: {reason}'}" for label, reason in why]
         notes += [f"pruned: {job.label}" for job in pruned]
         rows, more = summarise([Record.load(job.directory) for job in finished])
         paths = self._tabulate(rows, notes, more) if rows else []
@@ -122,7 +122,7 @@ class Sweep:
         for note in notes:
             print(note, file=sys.stderr)
         # A job that was refused (status 2) would be refused again; the message about it says what to do instead.
-        possible = [job.cfg for job in lacking if job.cfg and not job.is_hopeless and job.status != 2]
+        possible = [job.cfg for job in lacking if job.cfg and job.status != 2 and not job.is_hopeless]
         if possible and self.repeats and not any(cfg.resume == "never" for cfg in possible):
             print(f"run again just what is missing: {_command()}", file=sys.stderr)
         if not lacking:

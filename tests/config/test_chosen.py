@@ -1,7 +1,10 @@
 import pytest
+import yaml
 
 from scripts.workbench import compose
+from src.config.chosen import PRESETS
 from src.errors import UsageError
+from src.system.environment import CONF
 from tests.composing import options
 
 STUDIES = sorted({*options("experiment")} - {"original"})
@@ -23,6 +26,13 @@ def test_every_experiment_takes_every_support_set(experiment, support):
         ["objective=mixed"] if experiment == "original_simclr" else []
     )  # SimCLR's makes no use of stored vectors
     assert compose(f"experiment={experiment}", f"support={support}", *objective).support.name == support
+
+
+def test_what_makes_a_method_is_what_its_file_chooses():
+    assert sorted(PRESETS) == options("method")
+    for method, chosen in PRESETS.items():
+        file = yaml.safe_load((CONF / f"method/{method}.yaml").read_text())
+        assert all({f"override /{group}": option} in file["defaults"] for group, option in chosen.items())
 
 
 def test_what_is_typed_stays_and_is_refused():
