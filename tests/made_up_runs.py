@@ -35,8 +35,8 @@ def with_untrained(one, **figures):
     return replace(one, metrics=one.metrics | {f"untrained/{k.replace('_', '/', 1)}": v for k, v in figures.items()})
 
 
-def with_agreement(one, share):
-    return replace(one, metrics=one.metrics | {"support/val_agreement": share})
+def with_right_positives(one, percent):
+    return replace(one, metrics=one.metrics | {"val/right_positives": percent})
 
 
 def without(one, *metrics):

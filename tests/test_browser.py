@@ -23,7 +23,7 @@ from src.config.names import COLOURS
 from src.config.schema import Tracking
 from src.reporting import mlflow_charts
 from src.reporting.mlflow_charts import CHARTED, COURSE, SavedView, sweep_view
-from src.reporting.rows import AGREEMENT, RANKING, summarise
+from src.reporting.rows import RANKING, RIGHT_POSITIVES, summarise
 from src.runs.mlflow_store import prepare
 from src.runs.record import TAG_COLOUR, TAG_NOTE, Record
 from src.runs.tracker import Tracker
@@ -85,7 +85,7 @@ def make_sweep(folder: Path) -> None:
             for epoch in range(10):
                 job.log({COURSE: (top1 - 5) * (1 - math.exp(-1 - epoch / 3))}, epoch)
             last = {"val/linear_top1": 99 - top1, "test/linear_top1": top1, "test/linear_top5": top1 + 25}
-            job.log(last | ({AGREEMENT: 0.1} if size else {}), 10)
+            job.log(last | {RIGHT_POSITIVES: 10}, 10)
             job.close("FINISHED")
     rows, _ = summarise([Record.load(directory) for directory in directories])
     sweep.record.tags[TAG_NOTE] = mlflow_charts.describe_sweep("sweep", rows)
@@ -304,7 +304,7 @@ def test_the_link_opens_on_charts_of_every_job(page, sweep):
 
 def test_the_other_charts_show_too(page, sweep):
     scatter(page, len(sweep.jobs))
-    second, course = f"{LOG_SIZE} vs. {AGREEMENT}", COURSE
+    second, course = f"{LOG_SIZE} vs. {RIGHT_POSITIVES}", COURSE
     wait_until(page, lambda page: charts(page)["Parallel Coordinates"]["axes"], "no parallel coordinates")
     wait_until(page, lambda page: charts(page)[course]["drawn"], "no curves")
     sections = "return [...document.querySelectorAll('[data-testid$=section-header]')].map(each => each.textContent)"
@@ -313,7 +313,7 @@ def test_the_other_charts_show_too(page, sweep):
     assert list(shown) == [f"{LOG_SIZE} vs. {figure}" for figure in CHARTED] + ["Parallel Coordinates", course]
     shortened = "suppor..._log10"  # MLflow has no room for the whole name
     assert shown["Parallel Coordinates"]["axes"] == [shortened, COURSE, RANKING, "test/linear_top1"]
-    assert shown[second]["drawn"] == len([job for job in sweep.jobs.values() if job.size])
+    assert shown[second]["drawn"] == len(sweep.jobs)
     assert {trace["name"] for trace in shown[course]["traces"]} == {job.name for job in sweep.jobs.values()}
 
 

@@ -16,7 +16,7 @@ from src.data.splits import Split, class_balanced_subset, held_out_tenth
 from src.errors import UsageError
 from src.evaluation.diagnostics import effective_rank
 from src.evaluation.finetuning import fine_tuning
-from src.evaluation.positives import agreement
+from src.evaluation.positives import right_positives
 from src.evaluation.probes import (
     Features,
     FrozenEncoder,
@@ -51,12 +51,11 @@ class Protocol:
     def validation(self, frozen: FrozenEncoder, classifier: nn.Module | None, method: Method) -> dict[str, float]:
         """Evaluate kNN and the online classifier on the validation images, in percent; empty if there are none.
 
-        If ``classifier`` is None, as in a run that trains nothing, only its metrics are left out.
+        The result also has the quality of these images' positives (`src.evaluation.positives`) and the effective rank
+        of their features. Without a classifier, as in a run that trains nothing, its metrics and those of positives are
+        left out.
 
-        The result also has the agreement of these images' positives (`src.evaluation.positives.agreement`) and the
-        effective rank of their features.
-
-        Metrics that need labels are left out if there are none: kNN if no image has a label, classifier and agreement
+        Metrics that need labels are left out if there are none: kNN if no image has a label, classifier and positives
         if the training images have none, because the classifier learns from the same images as the encoder.
         """
         if self.data.val is None:
@@ -67,15 +66,13 @@ class Protocol:
             bank = frozen.features(self._bank(self.data.probe, self.data.probe.labels))
             k = self.best_k(bank, val)
             metrics |= {"val/knn_top1": self._knn_percent(bank, val, k), "val/knn_k": k}
-        if self.data.labelled:
-            if classifier is not None:
-                with torch.no_grad():
-                    top1, top5 = topk_percent(val.logits(classifier), 1, 5)
-                metrics |= {"val/online_top1": top1, "val/online_top5": top5}
-            if method.support is not None and method.support.ready:
-                encoder, _ = method.lookup_networks
-                asks = val if encoder is frozen.encoder else frozen.of(encoder).features(self.data.val)
-                metrics |= agreement(method, asks.x_NF, val.labels_N)
+        if self.data.labelled and classifier is not None:
+            with torch.no_grad():
+                top1, top5 = topk_percent(val.logits(classifier), 1, 5)
+            metrics |= {"val/online_top1": top1, "val/online_top5": top5}
+            encoder, _ = method.lookup_networks
+            asks = val if encoder is frozen.encoder else frozen.of(encoder).features(self.data.val)
+            metrics |= right_positives(method, asks.x_NF, val.labels_N, self.search)
         return metrics | {"val/effective_rank": effective_rank(val.x_NF)}
 
     def final(

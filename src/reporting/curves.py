@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from src.config.names import COLOURS, UNTRAINED
 from src.reporting.plots import LINES, frame, legend_below, tell, write_png
-from src.reporting.rows import AGREEMENT
+from src.reporting.rows import RIGHT_POSITIVES
 from src.runs.metrics_file import read_rows
 from src.runs.record import CURVES, METRICS
 
@@ -27,8 +27,8 @@ NEIGHBOUR = "support/neighbour_agreement"
 PANELS = {
     "loss": {"train/loss": "loss"},
     "validation accuracy (%)": {"val/knn_top1": "kNN", "val/online_top1": "online linear classifier"},
+    "right positives (%)": {RIGHT_POSITIVES: "of validation images"},
     "nearest entries (share)": {
-        AGREEMENT: "of a validation image's class",
         NEIGHBOUR: "of the anchor's class, if of another image",
         "support/self_hit": "of its own image",
     },
@@ -37,7 +37,7 @@ PANELS = {
 # Metrics that are compared over the epochs: title, and the factor from the logged value to the drawn one.
 COMPARED = {
     "val/knn_top1": ("kNN accuracy on\nvalidation images (%)", 1),
-    AGREEMENT: ("right positives of\nvalidation images (%)", 100),
+    RIGHT_POSITIVES: ("right positives of\nvalidation images (%)", 1),
     NEIGHBOUR: ("right positives among those\nfrom other images (%)", 100),
     "support/self_hit": ("nearest entry is of\nthe anchor's own image (%)", 100),
 }
@@ -97,7 +97,7 @@ def plot(directory: Path) -> Path:
     from matplotlib.figure import Figure
 
     curves = read(directory)
-    if AGREEMENT in curves:
+    if RIGHT_POSITIVES in curves:
         curves.pop(NEIGHBOUR, None)  # because it flatters prototypes
     shown = {title: keys for title, keys in PANELS.items() if curves.keys() & keys.keys()}
     rows, columns = max(1, math.ceil(len(shown) / 2)), 2 if len(shown) > 1 else 1
@@ -150,7 +150,7 @@ def _points(course: Course, metric: str, found: Mapping[float, Sequence[float]])
     ]
     if course.is_untrained:
         return [*points, *(point._replace(epoch=course.epochs) for point in points)]
-    if metric.startswith("support/") and course.cycle > 1:
+    if metric.startswith((RIGHT_POSITIVES, "support/")) and course.cycle > 1:
         # At epoch 0 a run has prototypes only if it started from another run's weights, and they are of that run.
         return [point for point in points if point.epoch and not round(point.epoch) % course.cycle] or points
     return points
@@ -169,7 +169,7 @@ def compare(courses: Sequence[Course]) -> Figure | None:
 
     measured = {course: _worth_drawing(course) for course in courses}
     drawn = {metric: {each: p for each in courses if (p := measured[each].get(metric))} for metric in COMPARED}
-    if drawn[NEIGHBOUR].keys() <= drawn[AGREEMENT].keys():
+    if drawn[NEIGHBOUR].keys() <= drawn[RIGHT_POSITIVES].keys():
         drawn[NEIGHBOUR] = {}  # it serves only for older runs, which lack the other
     metrics = [metric for metric, each in drawn.items() if each]
     if not metrics or not any(course.epochs for course in courses):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from src.config.identity import LOG_SIZE
 from src.reporting.plots import caption
-from src.reporting.rows import ACCURACY, AGREEMENT, GAIN, RANKING, TABLE_METRICS, TableRow
+from src.reporting.rows import ACCURACY, GAIN, RANKING, RIGHT_POSITIVES, TABLE_METRICS, TableRow
 from src.reporting.table import GAIN_NOTE, markdown, table
 from src.runs.delivery import DELIVERY_TIMEOUT_S, deliver
 from src.runs.directory import exclusive
@@ -27,7 +27,7 @@ from src.system.deadline import within
 from src.system.redact import one_line
 
 OTHER_SECTIONS = ("test", "val", "support", "train", "time", "memory", "untrained", "teacher")
-CHARTED = (ACCURACY, AGREEMENT)  # the metrics that are drawn against the support-set size
+CHARTED = (ACCURACY, RIGHT_POSITIVES)  # the metrics that are drawn against the support-set size
 COURSE = "val/knn_top1"  # the metric that is drawn over the steps of training
 LOSS = "train/loss"  # is drawn instead where there are no validation images
 OPENING = "Support-set size against accuracy"  # the first words of every description, by which ours are recognised

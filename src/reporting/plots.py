@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from src.config.names import COLOURS, UNTRAINED, title_of
 from src.reporting.rows import (
     ACCURACY,
-    AGREEMENT,
     GAIN,
     RANKING,
+    RIGHT_POSITIVES,
     TableRow,
     control_of,
     difference,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 AXES = {
     ACCURACY: "Test linear top-1 accuracy (%)",
     GAIN: "Gain over the control (points;\npaired by seed, 95% intervals)",
-    AGREEMENT: "Right positives of\nvalidation images (%)",
+    RIGHT_POSITIVES: "Right positives of\nvalidation images (%)",
 }
 MIN_SPAN = 1.0  # percentage points; on a shorter axis, one image more or less would fill the panel
 MARKERS = {"simclr": "D", "nothing_stored": "s", "nnclr": "o", "kmclr": "v"}
@@ -86,7 +86,7 @@ def panels_of(rows: Sequence[TableRow], controls: Sequence[TableRow | None]) -> 
             for place, row in enumerate(rows)
             if row.values(metric)
         }
-        for metric in (ACCURACY, AGREEMENT)
+        for metric in (ACCURACY, RIGHT_POSITIVES)
     }
     gains = [difference(row, control, ACCURACY) for row, control in zip(rows, controls, strict=True)]
     known = any(math.isfinite(gain.half_width) for gain in gains)
@@ -190,7 +190,7 @@ def dots(rows: Sequence[TableRow]) -> Figure:
             drawn = axes.errorbar(point.value, place, xerr=error, **style)
             drawn[0].set_clip_on(False)
             tell(drawn[0], _reading(row, metric, point))
-            if metric == ACCURACY and (control := controls[place]):
+            if metric != GAIN and (control := controls[place]) and control.values(metric):
                 # A piece as high as the row, so that rows of one control have one line.
                 ends = [place - 0.5, place + 0.5]
                 axes.plot([control.mean(metric)] * 2, ends, color=control.colour, linewidth=1, zorder=0)

@@ -47,8 +47,8 @@ TABLE_METRICS = {
 }
 ACCURACY = "test/linear_top1"
 RANKING = "val/linear_top1"  # chooses the best row, because the test images must not
-AGREEMENT = "support/val_agreement"  # logged as a fraction; a report has it in percent
-AGREEMENT_TITLE = "right positives"
+RIGHT_POSITIVES = "val/right_positives"
+RIGHT_POSITIVES_TITLE = "right positives"
 # The metrics of other probes. A suffix, as in `test_fewshot`, says that they were measured after the run's end.
 FEWSHOT = re.compile(r"test(_fewshot)?/fewshot_(\d+(?:\.\d+)?(?:e-\d+)?)pct_top1", re.ASCII)
 FINETUNE = re.compile(r"test(_finetune)?/finetune_top([15])")
@@ -107,9 +107,8 @@ class TableRow:
         return (f"{self.name} {self.size:,}" if self.size else self.name) + self.label.removeprefix(self.name)
 
     def values(self, metric: str) -> list[float]:
-        """The metric in every run that has it, in percent."""
-        unit = 100 if metric == AGREEMENT else 1
-        return [unit * value for run in self.runs if math.isfinite(value := run.metrics.get(metric, math.nan))]
+        """The metric in every run that has it."""
+        return [value for run in self.runs if math.isfinite(value := run.metrics.get(metric, math.nan))]
 
     def mean(self, metric: str) -> float:
         return statistics.fmean(self.values(metric) or [math.nan])
@@ -141,7 +140,7 @@ def metrics_of(rows: Sequence[TableRow]) -> dict[str, str]:
     tuned = sorted(filter(None, map(FINETUNE.fullmatch, found)), key=lambda each: (each[2], each[0]))
     others = filter(None, map(OTHER_LINEAR.fullmatch, sorted(found - TABLE_METRICS.keys())))
     titles = {each[0]: f"test {each[2]}% of labels top-1{EVALUATED_LATER if each[1] else ''}" for each in few}
-    titles |= {AGREEMENT: AGREEMENT_TITLE} if AGREEMENT in found else {}
+    titles |= {RIGHT_POSITIVES: RIGHT_POSITIVES_TITLE} if RIGHT_POSITIVES in found else {}
     titles |= {each[0]: f"test fine-tuned top-{each[2]}{EVALUATED_LATER if each[1] else ''}" for each in tuned}
     return (
         TABLE_METRICS
@@ -277,13 +276,15 @@ def _remarks(
     storing = [row for row in rows if row.size]
     if storing and not any(control_of(row, rows) for row in storing):
         notes.append(NO_CONTROL)
-    young = [row for row in rows if row.values(AGREEMENT) and int(row.runs[0].params["epochs"]) % cycle_of(row)]
+    young = [row for row in rows if row.values(RIGHT_POSITIVES) and int(row.runs[0].params["epochs"]) % cycle_of(row)]
     if young:
         titles = some_of([row.title for row in young])
-        notes.append(f"{AGREEMENT_TITLE} are counted soon after a reset of the prototypes: {titles}")
+        notes.append(f"{RIGHT_POSITIVES_TITLE} are counted soon after a reset of the prototypes: {titles}")
     nowhere, lacking = list[str](), defaultdict[str, list[str]](list)
     for metric, title in metrics_of(rows).items():
-        having = [(row, len(row.values(metric))) for row in rows if row.size or metric != AGREEMENT]
+        having = [
+            (row, len(row.values(metric))) for row in rows if row.method != UNTRAINED or metric != RIGHT_POSITIVES
+        ]
         if not any(n for _, n in having):
             nowhere.append(title)
             continue

@@ -25,10 +25,9 @@ from src.reporting import curves, page
 from src.reporting.plots import caption, fitting, plot, to_svg, write_pdf, write_png
 from src.reporting.rows import (
     ACCURACY,
-    AGREEMENT,
-    AGREEMENT_TITLE,
     GAIN,
     RANKING,
+    RIGHT_POSITIVES_TITLE,
     TABLE_METRICS,
     TableRow,
     control_of,
@@ -49,7 +48,7 @@ SPARE_COLUMNS = (
     TABLE_METRICS["test/linear_top5"],
     TABLE_METRICS["test/knn_top1"],
     TABLE_METRICS["val/knn_top1"],
-    AGREEMENT_TITLE,
+    RIGHT_POSITIVES_TITLE,
 )
 MAX_WHOLE_LABEL = 30  # characters; a longer label is wrapped before a column is left out
 GAIN_NOTE = (
@@ -58,8 +57,8 @@ GAIN_NOTE = (
 )
 COLUMN_NOTES = {
     GAIN: GAIN_NOTE,
-    AGREEMENT_TITLE: f"{AGREEMENT_TITLE}: how much of what validation images find nearest in the support set is of "
-    "their class; of a prototype, how many of its members are",
+    RIGHT_POSITIVES_TITLE: f"{RIGHT_POSITIVES_TITLE}: how often a validation image's positive is nearer to the mean of "
+    "the image's class than to that of any other; with nothing stored the positive is the image's own embedding",
 }
 
 
@@ -167,13 +166,10 @@ def _known(value: float) -> float | None:
 
 
 def _differences(row: TableRow, rows: Sequence[TableRow], metrics: Iterable[str]) -> dict[str, float | None]:
-    """For each metric, the gain over the control: mean over pairs, ends of its 95% interval, and number of pairs.
-
-    A control stores nothing, so there is none in right positives.
-    """
+    """For each metric, the gain over the control: mean over pairs, ends of its 95% interval, and number of pairs."""
     control = control_of(row, rows)
     numbers: dict[str, float | None] = {}
-    for metric in (each for each in metrics if each != AGREEMENT):
+    for metric in metrics:
         found = difference(row, control, metric)
         numbers |= {f"{metric}_difference": _known(found.mean), f"{metric}_difference_low": _known(found.low)}
         numbers |= {f"{metric}_difference_high": _known(found.high), f"{metric}_pairs": found.pairs}

@@ -154,15 +154,6 @@ class SupportSet(Slots, ABC):
         """The class [Q] that each entry stands for, -1 if it has none; None: the support set does not know classes."""
         return None
 
-    def agreement_of(self, ids_Q: Tensor, labels_Q: Tensor) -> Tensor | None:
-        """Share [Q] of each entry that belongs to the given class, from 0 to 1; None: not known.
-
-        For an entry that is one embedding it is 0 or 1. For a mean it is the share of the members with that class,
-        since the mean pulls as its members would.
-        """
-        found_Q = self.labels_of(ids_Q)
-        return None if found_Q is None else (found_Q == labels_Q).float()
-
     def images_of(self, ids_Q: Tensor) -> Tensor | None:  # noqa: ARG002
         """The image [Q] that each entry is an embedding of, -1 if it comes from several images; None: not known."""
         return None

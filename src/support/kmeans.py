@@ -195,11 +195,6 @@ class KMeans(SupportSet):
         most_Q, class_Q = self.classes_KC[rows_Q].max(-1)
         return self.shard.sum(torch.where(most_Q > 0, class_Q, -1) * is_mine_Q)
 
-    def agreement_of(self, ids_Q: Tensor, labels_Q: Tensor) -> Tensor:
-        rows_Q, is_mine_Q = self.shard.rows(ids_Q)
-        members_Q = self.classes_KC.sum(1)[rows_Q].clamp(min=1e-12)
-        return self.shard.sum(self.classes_KC[rows_Q, labels_Q] / members_Q * is_mine_Q)
-
     def images_of(self, ids_Q: Tensor) -> Tensor:
         return self.shard.fetch(self.images_K, ids_Q)
 

@@ -15,7 +15,7 @@ from src.system.output import in_terminal
 SHOWN = {
     "val/knn_top1": "val kNN {:.1f}%",
     "val/online_top1": "val online {:.1f}%",
-    "support/val_agreement": "right positives {:.0%}",
+    "val/right_positives": "right positives {:.0f}%",
     "time/images_per_second": "{:.0f} images/s",
 }
 IN_BAR = ("val/knn_top1",)  # the bar has a column for the images per second

@@ -11,6 +11,7 @@ from src.data.splits import class_balanced_subset, held_out_tenth
 from src.errors import UsageError
 from src.evaluation import protocol
 from src.evaluation.diagnostics import effective_rank
+from src.evaluation.positives import right_positives
 from src.evaluation.probes import Features, FrozenEncoder, cached_heads, few_shot, knn_percent, topk_percent
 from src.evaluation.protocol import Protocol
 from src.runs.record import Record
@@ -51,7 +52,7 @@ def known(count):
 
 
 SEED = 3
-NOTHING_STORED = SimpleNamespace(support=None)
+NOTHING_STORED = SimpleNamespace(support=None, lookup_networks=("student", nn.Identity()))
 ASKED = {
     "lr": [1e-3, 0.03, 1.0],
     "epochs": 5,
@@ -120,18 +121,19 @@ def test_a_sample_of_the_training_images_votes_in_a_validation(finished):
     encoder = nn.Sequential(nn.AvgPool2d(2), nn.Flatten())
     frozen = Counted(encoder, data.mean, data.std, torch.device("cpu"), torch.float32)
     classifier = nn.Linear(48, 10)
+    nothing_stored = SimpleNamespace(support=None, lookup_networks=(encoder, nn.Identity()))
 
     def of(**changes):
         return Protocol(data, replace(cfg.evaluation, **changes), TorchSearch(), 0)
 
-    figures = {size: of(bank=size).validation(frozen, classifier, NOTHING_STORED) for size in (None, 10**6, 40)}
+    figures = {size: of(bank=size).validation(frozen, classifier, nothing_stored) for size in (None, 10**6, 40)}
     assert [len(labels) for labels in seen[1::2]] == [len(data.probe), len(data.probe), 40]
     assert set(seen[-1].bincount().tolist()) == {4}
     assert figures[None] == figures[10**6] != figures[40]
     assert (figures[40]["val/knn_k"], figures[None]["val/effective_rank"]) == (4, figures[40]["val/effective_rank"])
     for asked in ({"knn_k": 1}, {}):  # by default, k is another one for 40 images than for all
         beside = of(bank=40, **asked).untrained(frozen)
-        one = of(bank=40, **asked).validation(frozen, classifier, NOTHING_STORED)
+        one = of(bank=40, **asked).validation(frozen, classifier, nothing_stored)
         assert beside["untrained/val/knn_top1"] == one["val/knn_top1"]
     assert beside["untrained/test/knn_k"] != one["val/knn_k"]
 
@@ -147,13 +149,14 @@ def test_the_figures_of_a_validation_by_hand(finished):
     top1 = {k: knn_percent(bank, val, 6, [k], cfg.knn_temperature, TorchSearch())[0] for k in cfg.knn_k}
     best = max(top1, key=top1.get)
     found = Protocol(data, cfg, TorchSearch(), SEED).validation(
-        SimpleNamespace(features=lambda split: split), classifier, NOTHING_STORED
+        SimpleNamespace(encoder="student", features=lambda split: split), classifier, NOTHING_STORED
     )
     assert found == {
         "val/knn_top1": top1[best],
         "val/knn_k": best,
         **{f"val/online_top{k}": topk_percent([Features(classifier(val.x_NF), val.labels_N)], k)[0] for k in (1, 5)},
         "val/effective_rank": effective_rank(val.x_NF),
+        **right_positives(NOTHING_STORED, val.x_NF, val.labels_N, TorchSearch()),
     }
 
 
@@ -166,12 +169,12 @@ def test_the_features_that_are_looked_up_are_of_the_encoder_whose_embeddings_are
     queue.update(train.x_NF, torch.arange(120), train.labels_N)
     method = SimpleNamespace(support=queue, lookup_networks=(looks_up, nn.Identity()))
     data = SimpleNamespace(classes=list("abcdef"), probe=train, val=val, labelled=True)
-    found = Protocol(data, load_config(finished).evaluation, TorchSearch(), SEED).validation(frozen, None, method)
+    measured = Protocol(data, load_config(finished).evaluation, TorchSearch(), SEED)
+    found = measured.validation(frozen, nn.Linear(6, 6), method)
     asked = val if looks_up == "student" else of_teacher.features(val)
-    nearest = torch.cosine_similarity(asked.x_NF[:, None], train.x_NF[None], dim=2).argmax(1)
-    share = (train.labels_N[nearest] == val.labels_N).float().mean().item()
-    assert found["support/val_agreement"] == pytest.approx(share)
-    assert "val/online_top1" not in found  # without a classifier
+    expected = right_positives(method, asked.x_NF, val.labels_N, TorchSearch())
+    assert found["val/right_positives"] == expected["val/right_positives"]
+    assert measured.validation(frozen, None, method).keys() == {"val/knn_top1", "val/knn_k", "val/effective_rank"}
 
 
 def test_of_equally_good_numbers_of_neighbours_the_smallest_is_chosen(finished):

@@ -4,7 +4,7 @@ import pytest
 from matplotlib import rc_context
 
 from src.reporting import curves
-from src.reporting.curves import AGREEMENT, NEIGHBOUR, Course, compare, over_epochs
+from src.reporting.curves import NEIGHBOUR, RIGHT_POSITIVES, Course, compare, over_epochs
 
 
 def write(directory, values, metric="val/knn_top1"):
@@ -50,16 +50,16 @@ def test_prototypes_that_are_reset_are_compared_where_they_are_oldest(tmp_path):
 def test_prototypes_that_are_never_measured_where_they_are_oldest_are_drawn_all_the_same(tmp_path):
     """As in 20 epochs with the default settings: a validation every ten epochs, and a reset every three."""
     (tmp_path / "run").mkdir()
-    rows = [{"step": step, "time": 0, "metrics": {AGREEMENT: step / 100}} for step in (10, 20)]
+    rows = [{"step": step, "time": 0, "metrics": {RIGHT_POSITIVES: step}} for step in (10, 20)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     short = course("KMCLR 50", 50, (tmp_path / "run",), cycle=3)._replace(epochs=20)
-    assert points(short, AGREEMENT) == [(10, 0.1, 0), (20, 0.2, 0)]
+    assert points(short, RIGHT_POSITIVES) == [(10, 10, 0), (20, 20, 0)]
 
 
 def test_the_rows_of_a_run_are_read_once_for_all_panels(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(curves, "read", lambda directory, read=curves.read: asked.append(directory) or read(directory))
-    folders = tuple(write(tmp_path / str(seed), [0.1, 0.2], AGREEMENT) for seed in range(3))
+    folders = tuple(write(tmp_path / str(seed), [0.1, 0.2], RIGHT_POSITIVES) for seed in range(3))
     assert compare([course("KMCLR 50", 50, folders)]).axes
     assert asked == list(folders)
 
@@ -99,12 +99,12 @@ def of_class(folder, method, metrics):
 
 
 def test_right_positives_of_validation_images_replace_the_agreement_in_training_where_all_runs_have_them(tmp_path):
-    new = of_class(tmp_path / "new", "NNCLR", [AGREEMENT, NEIGHBOUR])
+    new = of_class(tmp_path / "new", "NNCLR", [RIGHT_POSITIVES, NEIGHBOUR])
     old = of_class(tmp_path / "old", "NNCLR", [NEIGHBOUR])
     assert [axes.get_ylabel().split("\n")[0] for axes in compare([new]).axes] == ["right positives of"]
     both = compare([new, old]).axes
     assert [len(axes.lines) for axes in both] == [1, 2]
-    assert list(both[0].lines[0].get_ydata()) == pytest.approx([10, 10, 10])  # a fraction, in percent
+    assert list(both[0].lines[0].get_ydata()) == [0.1, 0.1, 0.1]  # in percent, as it was logged
 
 
 def test_the_agreement_in_training_is_drawn_of_queues_only_because_it_flatters_prototypes(tmp_path):
@@ -159,7 +159,7 @@ def test_panels_beside_each_other_end_at_the_same_epoch(tmp_path):
     folder = write(tmp_path / "a", [10, 20, 30, 40, 50])
     with (folder / "metrics.jsonl").open("a") as file:
         for step in (5, 10, 15):
-            file.write(json.dumps({"step": step, "time": 0, "metrics": {AGREEMENT: 0.1}}) + "\n")
+            file.write(json.dumps({"step": step, "time": 0, "metrics": {RIGHT_POSITIVES: 10}}) + "\n")
     first, second = compare([course("KMCLR 50", 50, (folder,), cycle=2)]).axes
     assert first.get_xlim() == second.get_xlim()
     assert first.get_xlim()[0] == 0

@@ -12,7 +12,7 @@ from src.config.names import colour_of
 from src.reporting import plots
 from src.reporting.plots import by_size, caption, dots, marker_of, plot, to_svg
 from src.reporting.rows import summarise
-from tests.made_up_runs import STUDY, run, with_agreement, with_untrained, without
+from tests.made_up_runs import STUDY, run, with_right_positives, with_untrained, without
 
 
 def drawn(axes):
@@ -94,8 +94,8 @@ def test_one_seed_has_no_panel_of_what_storing_is_worth_and_its_label_is_whole(d
 
 
 def test_how_many_positives_are_right_stands_beside_the_accuracy_where_it_is_known():
-    sizes = {("nnclr", 4096): 0.12, ("nnclr", 98304): 0.3, ("kmclr", 400): 0.07}
-    runs = [with_agreement(run(*each), share) for each, share in sizes.items()]
+    sizes = {("nnclr", 4096): 12, ("nnclr", 98304): 30, ("kmclr", 400): 7}
+    runs = [with_right_positives(run(*each), percent) for each, percent in sizes.items()]
     for method in (by_size, dots):
         rows, _ = summarise([run("simclr"), *runs])
         accuracy, right = method(rows).axes

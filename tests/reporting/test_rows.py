@@ -11,10 +11,10 @@ from scipy import stats
 
 from src.config import identity
 from src.reporting.comparison import compared_settings, distinguishing, select
-from src.reporting.rows import AGREEMENT, NO_CONTROL, control_of, difference, metrics_of, summarise
+from src.reporting.rows import NO_CONTROL, RIGHT_POSITIVES, control_of, difference, metrics_of, summarise
 from src.runs.record import TAG_CONDITIONS_CHANGED, Record
 from tests.config.test_schema import parsed
-from tests.made_up_runs import STUDY, run, with_agreement, with_untrained
+from tests.made_up_runs import STUDY, run, with_right_positives, with_untrained
 
 
 def test_rows_are_in_the_order_of_methods_then_sizes_whatever_the_order_of_runs():
@@ -51,15 +51,16 @@ def test_the_untrained_encoder_is_one_row_whatever_was_trained_from_it_with_a_ru
     assert notes == same_notes
 
 
-def test_right_positives_are_a_column_of_runs_that_know_them_in_percent_and_no_gap_of_others():
-    knows = [with_agreement(run("kmclr", 400, seed), share) for seed, share in enumerate((0.06, 0.08))]
-    rows, notes = summarise([*knows, run("simclr"), run("simclr", seed=1)])
+def test_right_positives_are_a_column_of_runs_that_know_them():
+    knows = [with_right_positives(run("kmclr", 400, seed), percent) for seed, percent in enumerate((6, 8))]
+    knows = [with_untrained(each, test_linear_top1=10) for each in knows]
+    rows, notes = summarise(knows)
     assert list(metrics_of(rows).values())[-1] == "right positives"
-    assert [row.text(AGREEMENT) for row in rows] == ["-", "7.00 ± 1.41"]
+    assert [row.text(RIGHT_POSITIVES) for row in rows] == ["-", "7.00 ± 1.41"]
     assert not any("right positives" in note for note in notes)
     _, notes = summarise([knows[0], run("nnclr", 4096)])
     assert "no right positives: NNCLR 4,096 (1 of 1 runs)" in notes
-    assert AGREEMENT not in metrics_of(summarise([run("kmclr", 400)])[0])
+    assert RIGHT_POSITIVES not in metrics_of(summarise([run("kmclr", 400)])[0])
 
 
 @pytest.mark.parametrize(("epochs", "is_young"), [("99", False), ("100", True), ("500", True), ("2", False)])
@@ -67,7 +68,7 @@ def test_right_positives_of_young_prototypes_are_told(epochs, is_young):
     """A note names the rows whose right positives are counted soon after a reset of the prototypes."""
     reset = {"support.forget": "reset", "support.forget_every": "3", "epochs": epochs}
     runs = [run("kmclr", 50, **reset), run("kmclr", 400, **reset), run("nnclr", 400, epochs=epochs)]
-    _, notes = summarise([with_agreement(each, 0.1) for each in runs])
+    _, notes = summarise([with_right_positives(each, 10) for each in runs])
     told = "right positives are counted soon after a reset of the prototypes: KMCLR 50, KMCLR 400"
     assert (told in notes) is is_young
 

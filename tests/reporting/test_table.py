@@ -15,11 +15,11 @@ from src.errors import UsageError
 from src.reporting import report
 from src.reporting import table as table_module
 from src.reporting.report import Arguments, parse
-from src.reporting.rows import AGREEMENT, NO_CONTROL, summarise
+from src.reporting.rows import NO_CONTROL, RIGHT_POSITIVES, summarise
 from src.reporting.table import GAIN_NOTE, courses, markdown, records, summary, table, write
 from src.runs.record import ExperimentEntry, Record
 from src.runs.tracker import Tracker
-from tests.made_up_runs import STUDY, run, with_agreement, with_untrained, without
+from tests.made_up_runs import STUDY, run, with_right_positives, with_untrained, without
 from tests.stores import JSONL
 
 
@@ -187,10 +187,14 @@ def test_what_storing_is_worth_stands_beside_the_figures_where_there_is_a_contro
     assert table(summarise(STUDY)[0])[0][-1] == "test linear top-5"
 
 
-def test_right_positives_have_no_gain_because_no_control_has_any():
-    (_, stored) = records(summarise([run("nnclr", 0), with_agreement(run("kmclr", 50), 0.1)])[0])
-    assert [key for key in stored if "val_agreement" in key] == [f"{AGREEMENT}_mean", f"{AGREEMENT}_std"]
-    assert stored["test/linear_top1_difference"] == 0
+def test_right_positives_are_set_against_those_of_the_control():
+    (_, stored) = records(
+        summarise(
+            [with_right_positives(run(*each), percent) for each, percent in ((("nnclr", 0), 24), (("kmclr", 50), 14))]
+        )[0]
+    )
+    assert stored[f"{RIGHT_POSITIVES}_mean"] == 14
+    assert stored[f"{RIGHT_POSITIVES}_difference"] == -10
 
 
 def test_what_storing_is_worth_says_that_it_rests_on_fewer_seeds_than_the_row():

@@ -312,18 +312,10 @@ def test_a_step_makes_no_copy_of_the_classes_of_all_prototypes():
                 if kmeans.ready:
                     nobody = torch.zeros(8, dtype=torch.int64)
                     kmeans.record(kmeans.lookup(torch.randn(8, DIM)).ids, nobody, nobody)
-                    kmeans.agreement_of(nobody, nobody)
+                    kmeans.labels_of(nobody)
         return max(event.cpu_memory_usage for event in profiled.events())
 
     assert peak(classes=CLASSES) == peak(classes=1000) < 2000 * 1000 * 4
-
-
-def test_a_prototype_agrees_by_the_share_of_its_members():
-    kmeans = make(2)
-    for label in (0, 0, 1, 2):
-        kmeans.update(torch.eye(DIM)[[0, 1]], torch.tensor([0, 1]), torch.tensor([label, 1]))
-    found = kmeans.agreement_of(torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 2, 1, 0]))
-    assert found.tolist() == [2 / 4, 1 / 4, 1 / 4, 1, 0]
 
 
 def test_prototypes_as_clusters_of_the_anchors_they_served():

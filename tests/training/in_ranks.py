@@ -83,7 +83,7 @@ def check_shards(ranks, make, counts, draw):
     assert part.hits_N.numel() * 2 == whole.hits_N.numel()
     for step in range(12):
         rows, images = draw(step), torch.arange(step * BATCH, (step + 1) * BATCH) % 50
-        found, agreed = [], []
+        found = []
         for support in (whole, part):
             support.start_epoch(step)
             if step % 5 == 0:
@@ -92,13 +92,11 @@ def check_shards(ranks, make, counts, draw):
                 found.append([support.nearest(rows, count) for count in counts])
                 ids = found[-1][0].ids[:, 0]
                 support.record(ids, images, images % CLASSES)
-                agreed.append(support.agreement_of(ids, images % CLASSES))
             torch.manual_seed(step)
             support.update(rows, images, images % CLASSES)
         for ours, theirs in zip(*found, strict=True) if found else ():
             assert ours.ids.equal(theirs.ids)
             torch.testing.assert_close(ours.embeddings, theirs.embeddings)
-        torch.testing.assert_close(*agreed or ([], []))
         assert_same(whole.stats(), part.stats())
         saved = ranks.full_state_dict(part)
         if ranks.first:

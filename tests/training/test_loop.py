@@ -138,7 +138,7 @@ def test_a_support_set_may_look_up_by_the_anchors_image(run, monkeypatch):
     monkeypatch.setattr(Queue, "lookup", own)
     metrics = Record.load(run("method=nnclr", "queue_size=64", "data.limit=64")).metrics
     assert metrics["support/self_hit"] == metrics["support/label_agreement"] == 1
-    assert metrics["support/val_agreement"] < 1
+    assert metrics["val/right_positives"] < 100
 
 
 def test_the_labels_reach_no_encoder_whose_features_are_not_detached(run, monkeypatch):

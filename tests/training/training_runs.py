@@ -23,6 +23,7 @@ METRICS = {
     "val/online_top1",
     "val/online_top5",
     "val/knn_top1",
+    "val/right_positives",
     "val/linear_top1",
     "test/linear_top1",
     "test/linear_top5",
@@ -35,9 +36,7 @@ METRICS = {
     "time/support_fraction",
     "memory/peak_gib",
 }
-OF_ENTRIES = {
-    f"support/{name}" for name in ("label_agreement", "val_agreement", "self_hit", "perplexity", "dead", "age_steps")
-}
+OF_ENTRIES = {f"support/{name}" for name in ("label_agreement", "self_hit", "perplexity", "dead", "age_steps")}
 OF_PROTOTYPES = {f"support/{name}" for name in ("purity", "nmi", "drift")}
 OF_METHOD = {"simclr": set(), "nnclr": OF_ENTRIES, "kmclr": OF_ENTRIES | OF_PROTOTYPES, "mnn": OF_ENTRIES}
 OF_METHOD["evolving"] = OF_METHOD["kmclr"] | {"support/size", "support/peak_size"}
