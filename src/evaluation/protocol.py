@@ -67,23 +67,25 @@ class Protocol:
             k = self.best_k(bank, val)
             metrics |= {"val/knn_top1": self._knn_percent(bank, val, k), "val/knn_k": k}
         if self.data.labelled and classifier is not None:
-            with torch.no_grad():
-                top1, top5 = topk_percent(val.logits(classifier), 1, 5)
-            metrics |= {"val/online_top1": top1, "val/online_top5": top5}
+            metrics |= _online("val", val, classifier)
             encoder, _ = method.lookup_networks
             asks = val if encoder is frozen.encoder else frozen.of(encoder).features(self.data.val)
             metrics |= right_positives(method, asks.x_NF, val.labels_N, self.search)
         return metrics | {"val/effective_rank": effective_rank(val.x_NF)}
 
     def final(
-        self, frozen: FrozenEncoder, features: tuple[Features, Features | None] | None = None
+        self,
+        frozen: FrozenEncoder,
+        features: tuple[Features, Features | None] | None = None,
+        classifier: nn.Module | None = None,
     ) -> dict[str, float]:
         """Evaluate kNN and a linear probe on the test images, in percent; no other method here reads the test images.
 
         The number of neighbours and the probe's learning rate are chosen on the validation images. With ``data.final``
         there are none: both are chosen on a tenth of the training images, and the probe is then trained on all of them.
         Probes with few labels and fine-tuning are added if the settings ask for them. The result is empty if no image
-        has a label. ``features`` are those of the training and the validation images, if they are known already.
+        has a label. ``features`` are those of the training and the validation images, if they are known already, and
+        ``classifier`` is the online classifier, if there is one.
         """
         if not self.data.classes:
             return {}
@@ -106,6 +108,8 @@ class Protocol:
             metrics |= few_shot(fit, choose, test, self.classes, self.cfg, self.cfg.fewshot, self.seed)
         if self.cfg.finetune is not None:
             metrics |= fine_tuning(frozen, self.data, self.cfg.finetune, self.seed)
+        if self.data.labelled and classifier is not None:
+            metrics |= _online("test", test, classifier)
         top1, top5 = heads.topk_percent(test, head, 1, 5)
         return metrics | {
             "test/knn_top1": self._knn_percent(train, test, k),
@@ -157,6 +161,13 @@ class Protocol:
         if self.cfg.name == "original":
             return augmented_heads(frozen, split, self.classes, lrs, self.cfg.epochs, self.cfg.batch_size, self.seed)
         return cached_heads(features, self.classes, lrs, self.cfg.epochs, self.cfg.batch_size, self.seed)
+
+
+@torch.no_grad()
+def _online(split: str, features: Features, classifier: nn.Module) -> dict[str, float]:
+    """The accuracy of the online classifier, in percent."""
+    top1, top5 = topk_percent(features.logits(classifier), 1, 5)
+    return {f"{split}/online_top1": top1, f"{split}/online_top5": top5}
 
 
 def refuse_too_few(data: Dataset) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from src import build
 from src.data import Dataset
@@ -116,7 +117,7 @@ class Pretraining:
                 )
         if data.classes:
             print("evaluating on the test images", flush=True)
-        tracker.log(protocol.final(state.frozen), state.step)
+        tracker.log(protocol.final(state.frozen, classifier=self._online_classifier), state.step)
         if cfg.evaluation.teacher:
             tracker.log(protocol.of_teacher(state.teacher()), state.step)
         if cfg.init is None:  # otherwise the run has started from trained weights
@@ -254,8 +255,12 @@ class Pretraining:
 
     def _validate(self) -> dict[str, float]:
         self._check_weights()
-        classifier = self.state.classifier if self.cfg.epochs else None
-        return self.protocol.validation(self.state.frozen, classifier, self.state.method)
+        return self.protocol.validation(self.state.frozen, self._online_classifier, self.state.method)
+
+    @property
+    def _online_classifier(self) -> nn.Module | None:
+        """The classifier that learns beside the encoder; None in a run that trains nothing."""
+        return self.state.classifier if self.cfg.epochs else None
 
     def _check_weights(self) -> None:
         if not math.isfinite(self.state.weight_norm()):

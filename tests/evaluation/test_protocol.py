@@ -69,7 +69,7 @@ def test_the_final_figures_by_hand(finished, monkeypatch, final, drawn_from):
     torch.manual_seed(drawn_from)
     train, val, test = known(120), known(60), known(60)
     cfg = replace(load_config(finished).evaluation, **ASKED, finetune=object())
-    data = SimpleNamespace(classes=list("abcdef"), probe=train, val=None if final else val, test=test)
+    data = SimpleNamespace(classes=list("abcdef"), probe=train, val=None if final else val, test=test, labelled=True)
     frozen = SimpleNamespace(features=lambda split: split)
     monkeypatch.setattr(protocol, "fine_tuning", lambda *given: {"tuned": given == (frozen, data, cfg.finetune, SEED)})
 
@@ -95,7 +95,13 @@ def test_the_final_figures_by_hand(finished, monkeypatch, final, drawn_from):
     expected |= few_shot(fit, choose, test, 6, cfg, cfg.fewshot, SEED)
     expected |= {f"test/linear_top{k}": linear(heads, place, test, k) for k in (1, 5)}
     expected |= {"test/knn_top1": knn(train, test, k), "test/knn_k": k, "tuned": True}
-    assert Protocol(data, cfg, TorchSearch(), SEED).final(frozen) == expected
+    measured = Protocol(data, cfg, TorchSearch(), SEED)
+    assert measured.final(frozen) == expected
+    online = nn.Linear(6, 6)
+    expected |= {
+        f"test/online_top{k}": topk_percent([Features(online(test.x_NF), test.labels_N)], k)[0] for k in (1, 5)
+    }
+    assert measured.final(frozen, classifier=online) == expected
 
 
 def test_without_validation_images_a_tenth_chooses_and_the_probe_learns_from_all(finished, monkeypatch):

@@ -28,6 +28,8 @@ METRICS = {
     "test/linear_top1",
     "test/linear_top5",
     "test/knn_top1",
+    "test/online_top1",
+    "test/online_top5",
     *(f"{part}/knn_k" for part in ("val", "test", "untrained/test")),
     *(f"untrained/{key}" for key in ("val/knn_top1", "val/linear_top1")),
     *(f"untrained/test/{key}" for key in ("knn_top1", "linear_top1", "linear_top5")),
