@@ -21,7 +21,15 @@ from src.reporting.table import GAIN_NOTE, markdown, table
 from src.runs.delivery import DELIVERY_TIMEOUT_S, deliver
 from src.runs.directory import exclusive
 from src.runs.mlflow_store import STORE_TIMEOUT_S, call_for_run
-from src.runs.record import TAG_CHARTS, TAG_NOTE, TAG_SWEEP_ID, Record, now_ms
+from src.runs.record import (
+    TAG_CHARTS,
+    TAG_CONFIG_HASH,
+    TAG_NOTE,
+    TAG_SUPPORT_UNUSED,
+    TAG_SWEEP_ID,
+    Record,
+    now_ms,
+)
 from src.runs.tracker import Tracker
 from src.system.deadline import within
 from src.system.redact import one_line
@@ -33,6 +41,7 @@ LOSS = "train/loss"  # is drawn instead where there are no validation images
 OPENING = "Support-set size against accuracy"  # the first words of every description, by which ours are recognised
 MAX_NOTE_CHARS = 7500  # of a description: MLflow cuts a run's after 8,000
 MIN_LINE_CHARS = 20  # in a line of a table
+MAX_LEFT_OUT = 40  # jobs that a view names, because MLflow refuses a tag of an experiment above 5,000 characters
 MAX_LINKED_SWEEPS = 20  # older sweeps that an experiment's description links to
 
 logger = logging.getLogger(__name__)
@@ -55,7 +64,12 @@ class SweepCharts(NamedTuple):
 
 
 def sweep_view(
-    experiment_id: str, sweep_run_id: str, name: str, created: int, measured: Collection[str] = ()
+    experiment_id: str,
+    sweep_run_id: str,
+    name: str,
+    created: int,
+    measured: Collection[str] = (),
+    left_out: Sequence[str] = (),
 ) -> SavedView:
     """The jobs of a sweep, best first, beside charts of support-set size against accuracy.
 
@@ -70,12 +84,16 @@ def sweep_view(
         created: the time that it shows there, in milliseconds since the epoch.
         measured: the metrics that finished jobs have, since a chart of any other would be empty; none: no job is known
             to have finished, so all are drawn.
+        left_out: the ids of finished jobs that the sweep's table leaves out, of which `MAX_LEFT_OUT` have room.
     """
     measured = measured or (*CHARTED, RANKING, COURSE)
+    # Charts would have points of jobs that were stopped, pruned or diverged, beside those of whole runs.
+    drawn = f"tags.`mlflow.parentRunId` = '{sweep_run_id}' and attributes.status != 'KILLED' "
+    drawn += "and attributes.status != 'FAILED'"
+    if left_out:
+        drawn += f" and attributes.run_id NOT IN ({', '.join(map(repr, left_out[:MAX_LEFT_OUT]))})"
     state = {
-        # Charts would have points of jobs that were stopped, pruned or diverged, beside those of whole runs.
-        "searchFilter": f"tags.`mlflow.parentRunId` = '{sweep_run_id}' and attributes.status != 'KILLED' "
-        "and attributes.status != 'FAILED'",
+        "searchFilter": drawn,
         "orderByKey": f"metrics.`{RANKING if RANKING in measured else ACCURACY}`",
         "orderByAsc": False,
         "runsHiddenMode": "SHOW_ALL",  # the default draws ten runs
@@ -166,8 +184,16 @@ def show_sweep(client: Any, record: Record) -> str:
     home = client.get_experiment(client.get_run(record.run_id).info.experiment_id)
     # A job that has not finished, there, lacks metrics that are still to be delivered.
     jobs = f"tags.`mlflow.parentRunId` = '{record.run_id}' and attributes.status = 'FINISHED'"
-    measured = {metric for job in client.search_runs([home.experiment_id], jobs) for metric in job.data.metrics}
-    key, value, path = sweep_view(home.experiment_id, record.run_id, record.name, record.start_time, measured)
+    finished = client.search_runs([home.experiment_id], jobs, order_by=["attributes.start_time ASC"])
+    measured = {metric for job in finished for metric in job.data.metrics}
+    in_table = {
+        # The newest of those that resume=never has repeated.
+        job.data.tags.get(TAG_CONFIG_HASH, job.info.run_id): job.info.run_id
+        for job in finished
+        if TAG_SUPPORT_UNUSED not in job.data.tags
+    }
+    left_out = [job.info.run_id for job in finished if job.info.run_id not in in_table.values()]
+    key, value, path = sweep_view(home.experiment_id, record.run_id, record.name, record.start_time, measured, left_out)
     client.set_experiment_tag(home.experiment_id, key, value)
 
     found = [(record.end_time or now_ms(), SweepCharts(record.name, path, record.tags.get(TAG_NOTE, "")))]

@@ -31,6 +31,7 @@ from src.reporting.comparison import (
 )
 from src.runs.record import (
     TAG_CODE,
+    TAG_COLLAPSED,
     TAG_CONDITIONS_CHANGED,
     TAG_DTYPE,
     TAG_EVALUATED,
@@ -327,7 +328,7 @@ def _typed(keys: Sequence[str]) -> list[str]:
 
 
 def _unlike_tags(rows: Sequence[TableRow], runs: Sequence[Record]) -> Iterator[str]:
-    """Note where runs differ in code, device or conditions."""
+    """Note where runs differ in code, device or conditions, and which have collapsed."""
     code = sorted({tag for run in runs for tag in run.tags if tag.startswith(TAG_CODE)})
     for tag in (*COMPARED_TAGS, *code):
         found = [{run.tags[tag] for run in row.runs if tag in run.tags} for row in rows]
@@ -345,6 +346,8 @@ def _unlike_tags(rows: Sequence[TableRow], runs: Sequence[Record]) -> Iterator[s
             if tag in run.tags:
                 changed[run.tags[tag]].append(run.name)
         yield from (f"{what} ({text}): {some_of(names)}" for text, names in changed.items())
+    if collapsed := [run.name for run in runs if TAG_COLLAPSED in run.tags]:
+        yield f"features or embeddings of different images became alike in training: {some_of(collapsed)}"
 
 
 def _unlike_evaluations(rows: Sequence[TableRow], runs: Sequence[Record]) -> Iterator[str]:

@@ -25,7 +25,13 @@ def read_runs(experiment: str, backend: str, root: Path = ROOT) -> list[Record]:
         UsageError: there is no such experiment; the message lists the existing ones.
     """
     runs = _runs_in_store(experiment) if backend == "mlflow" else _runs_under(root, experiment)
-    return sorted((run for run in runs if TAG_SWEEP_ID not in run.tags), key=lambda run: run.start_time)
+    return _each_once(run for run in runs if TAG_SWEEP_ID not in run.tags)
+
+
+def _each_once(runs: Iterable[Record]) -> list[Record]:
+    """The runs, oldest first; of a run that is there several times, as by a copy of its folder, its own folder's."""
+    found = sorted(runs, key=lambda run: run.directory is not None and run.directory.name == run.name)
+    return sorted({run.uuid: run for run in found}.values(), key=lambda run: run.start_time)
 
 
 def read_sweep(sweep: str, backend: str, root: Path = ROOT) -> tuple[str, list[Record]]:
@@ -52,9 +58,7 @@ def read_sweep(sweep: str, backend: str, root: Path = ROOT) -> tuple[str, list[R
         if sweep in (identity, run.run_id):
             jobs = [each for each in runs if f"sweep.{identity}" in each.tags]
             jobs.sort(key=lambda each: each.experiment == run.experiment)  # the copy in the sweep's experiment counts
-            return f"{run.params.get('sweep', 'sweep')}-{identity}", sorted(
-                {each.uuid: each for each in jobs}.values(), key=lambda each: each.start_time
-            )
+            return f"{run.params.get('sweep', 'sweep')}-{identity}", _each_once(jobs)
     known = ", ".join(f"{identity} ({run.params.get('sweep', 'sweep')})" for identity, run in sweeps.items())
     raise UsageError(f"sweep={sweep}: there is no such sweep; choose from {known or 'none'}")
 

@@ -1,15 +1,25 @@
 """The view of a sweep, which is saved as a tag; test_browser.py tests what MLflow's pages make of it."""
 
 import json
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from src.config.schema import Tracking
-from src.reporting.mlflow_charts import OPENING, SweepCharts, describe_experiment, describe_sweep, sweep_view
+from src.reporting.mlflow_charts import (
+    MAX_LEFT_OUT,
+    OPENING,
+    SweepCharts,
+    describe_experiment,
+    describe_sweep,
+    show_sweep,
+    sweep_view,
+)
 from src.reporting.rows import ACCURACY, summarise
 from src.runs.mlflow_store import prepare
+from src.runs.record import TAG_CONFIG_HASH, TAG_SUPPORT_UNUSED, Record
 from src.runs.tracker import Tracker
 from tests.made_up_runs import STUDY, run
 
@@ -21,7 +31,7 @@ def decode(view) -> tuple[dict, dict]:
 
 @given(name=st.text(max_size=100), created=st.integers(0, 2**42))
 def test_the_envelope_is_what_the_pages_ask_for(name, created):
-    view = sweep_view("7", "abc", name, created)
+    view = sweep_view("7", "abc", name, created, left_out=["f" * 32] * (MAX_LEFT_OUT + 1))
     envelope, _ = decode(view)
     assert (envelope["name"], envelope["createdAt"]) == (name, created)
     assert len(view.value) < 5000, "MLflow refuses a longer tag"
@@ -70,17 +80,18 @@ def test_mlflow_takes_the_tag_and_its_filter_finds_the_jobs_best_first(tmp_path,
     for status in ("FAILED", "KILLED"):  # such as one that has diverged, or was pruned
         log(f"job-{status}", {"mlflow.parentRunId": sweep}, 65, status)
 
-    client = prepare()
-    experiment = client.get_experiment_by_name("exp")
-    view = sweep_view(experiment.experiment_id, sweep, "sweep", 0)
-    client.set_experiment_tag(experiment.experiment_id, view.key, view.value)
-    kept = client.get_experiment(experiment.experiment_id).tags[view.key]
-    assert kept == view.value, "not cut short"
+    log("job-unused", {"mlflow.parentRunId": sweep, TAG_SUPPORT_UNUSED: "true"}, 75)
+    for accuracy in (20, 30):  # the same job twice, by resume=never
+        time.sleep(0.002)  # so that one started later
+        jobs.append(log(f"job-{accuracy}", {"mlflow.parentRunId": sweep, TAG_CONFIG_HASH: "a"}, accuracy))
 
-    state = json.loads(json.loads(kept)["state"])
+    client = prepare()
+    show_sweep(client, Record.load(tmp_path / "sweep"))
+    experiment = client.get_experiment_by_name("exp")
+    state = json.loads(json.loads(experiment.tags[f"mlflow.sharedViewState.{sweep}"])["state"])
     order = [f"{state['orderByKey']} {'ASC' if state['orderByAsc'] else 'DESC'}"]
     found = client.search_runs([experiment.experiment_id], state["searchFilter"], order_by=order)
-    assert [run.info.run_id for run in found] == [jobs[1], jobs[0], jobs[2]]
+    assert [run.info.run_id for run in found] == [jobs[1], jobs[0], jobs[2], jobs[4]]
 
 
 def test_a_sweep_is_described_by_its_table():

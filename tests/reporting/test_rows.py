@@ -12,7 +12,7 @@ from scipy import stats
 from src.config import identity
 from src.reporting.comparison import compared_settings, distinguishing, select
 from src.reporting.rows import NO_CONTROL, RIGHT_POSITIVES, control_of, difference, metrics_of, summarise
-from src.runs.record import TAG_CONDITIONS_CHANGED, Record
+from src.runs.record import TAG_COLLAPSED, TAG_CONDITIONS_CHANGED, Record
 from tests.config.test_schema import parsed
 from tests.made_up_runs import STUDY, run, with_right_positives, with_untrained
 
@@ -71,6 +71,21 @@ def test_right_positives_of_young_prototypes_are_told(epochs, is_young):
     _, notes = summarise([with_right_positives(each, 10) for each in runs])
     told = "right positives are counted soon after a reset of the prototypes: KMCLR 50, KMCLR 400"
     assert (told in notes) is is_young
+
+
+def test_collapsed_runs_are_named():
+    fine = [run("kmclr", 400, seed) for seed in range(2)]
+    bad = replace(fine[1], tags={TAG_COLLAPSED: "at step 42: features of different images are alike"})
+    (note,) = (note for note in summarise([fine[0], bad])[1] if "alike" in note)
+    assert note == f"features or embeddings of different images became alike in training: {bad.name}"
+
+
+def test_a_size_of_ones_own_that_is_not_the_number_of_vectors_tells_rows_apart():
+    """A class from another package may store another number of vectors than its ``size`` (docs/library.md)."""
+    runs = [run("pool", 32, seed, **{"support.size": size}) for size in ("64", "256") for seed in range(2)]
+    rows, _ = summarise(runs)
+    assert [(row.variant, len(row.runs)) for row in rows] == [("size=256", 2), ("size=64", 2)]
+    assert len(summarise([run("pool", 64, seed, **{"support.size": "64"}) for seed in range(2)])[0]) == 1
 
 
 def test_each_encoder_and_data_set_has_an_untrained_row_of_its_own():

@@ -42,6 +42,22 @@ def test_both_back_ends_list_the_same_runs(client, tmp_path, monkeypatch):
             query.read_runs("expp", backend)
 
 
+def test_a_copy_of_a_runs_folder_is_no_second_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b", "a"):
+        tracker = Tracker(Path("multirun") / name, JSONL, {}, {})
+        tracker.close("FINISHED")
+        for copy in ("0", "z"):
+            shutil.copytree(tracker.directory, Path("multirun") / f"{copy}-{name}")
+        record = Record.load(tracker.directory)
+        record.metrics["test/fewshot_1pct_top1"] = 9.0  # evaluated later, in the run's own folder
+        record.save(tracker.directory)
+        time.sleep(0.002)
+    found = query.read_runs(JSONL.experiment, "jsonl")
+    assert [run.directory.name for run in found] == ["b", "a"]
+    assert all(run.metrics for run in found)
+
+
 def test_a_folder_without_a_store_is_not_given_one_by_reading(fresh_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
