@@ -252,7 +252,7 @@ def _check_objective(cfg: Config) -> None:
 
 
 def _check_search(cfg: Config) -> None:
-    if cfg.search.name != "ivf":
+    if cfg.search.name != "ivf" or cfg.support.name == "none":
         return
     lists = {key: getattr(cfg.search, key) for key in ("index", "nprobe", "refresh_every")}
     if lacking := [key for key, value in lists.items() if value is None]:

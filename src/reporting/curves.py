@@ -269,8 +269,12 @@ def _panel(
         tell(line, f"{course.title}: {means[-1]:.2f} at epoch {epochs[-1]:g}")
         if "label" in style:
             low, high = ([factor * (mean + side * std) for _, mean, std in points] for side in (-1, 1))
-            axes.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
+            if len(points) > 1:
+                axes.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
+            else:  # a band would have no width
+                axes.vlines(epochs, low, high, color=style["color"], linewidth=1)
     axes.set(xlabel="epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     frame(axes)
 
 

@@ -213,9 +213,11 @@ class Record:
 
     @property
     def outcome(self) -> str:
-        """How the run ended, in a word: its status in small letters, or ``diverged`` or ``pruned``."""
-        found = (tag for tag in (TAG_DIVERGED, TAG_PRUNED) if tag in self.tags and self.status != "FINISHED")
-        return next(found, self.status.lower())
+        """How the run ended, in a word: its status in small letters, or ``diverged``, ``pruned`` or ``collapsed``."""
+        if self.status == "FINISHED":
+            return "finished"
+        ends = (TAG_DIVERGED, TAG_PRUNED, *([TAG_COLLAPSED] if self.status == "FAILED" else []))
+        return next((tag for tag in ends if tag in self.tags), self.status.lower())
 
     def unfinished(self, remedy: str) -> str:
         """Say that the run has not finished, and what to do: ``remedy``, which would not help one that has diverged."""

@@ -40,6 +40,7 @@ from tests.composing import parsed
         ),
         (["method=simclr", "search=torch"], ["method=simclr"]),  # all searches find the same neighbours
         (["method=nnclr", "queue_size=0", "search=ivf"], ["method=nnclr", "support=none"]),
+        (["method=nnclr", "support=none", "search=ivf"], ["method=nnclr", "support=none"]),
         (["optimizer.weight_decay=0", "optimizer.clip_trust=true"], ["optimizer.weight_decay=0"]),
         (["data.final=true", "data.val_fraction=0.2", "data.split_seed=3"], ["data.final=true"]),
     ],

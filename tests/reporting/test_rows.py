@@ -80,6 +80,14 @@ def test_collapsed_runs_are_named():
     assert note == f"features or embeddings of different images became alike in training: {bad.name}"
 
 
+def test_a_run_that_collapse_has_ended_is_left_out_as_collapsed():
+    ended, stopped = (
+        replace(run("kmclr", 400, status=status, name=status), tags={TAG_COLLAPSED: "at step 42"})
+        for status in ("FAILED", "KILLED")
+    )
+    assert summarise([ended, stopped])[1] == ["left out: FAILED (collapsed), KILLED (killed)"]
+
+
 def test_a_size_of_ones_own_that_is_not_the_number_of_vectors_tells_rows_apart():
     """A class from another package may store another number of vectors than its ``size`` (docs/library.md)."""
     runs = [run("pool", 32, seed, **{"support.size": size}) for size in ("64", "256") for seed in range(2)]
