@@ -274,7 +274,7 @@ def _panel(
             else:  # a band would have no width
                 axes.vlines(epochs, low, high, color=style["color"], linewidth=1)
     axes.set(xlabel="epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     frame(axes)
 
 
