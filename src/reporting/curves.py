@@ -99,6 +99,8 @@ def plot(directory: Path) -> Path:
     curves = read(directory)
     if RIGHT_POSITIVES in curves:
         curves.pop(NEIGHBOUR, None)  # because it flatters prototypes
+    if max(curves.get("support/self_hit", ([], [0.0]))[1]) < MIN_SELF_HITS:
+        curves.pop("support/self_hit", None)
     shown = {title: keys for title, keys in PANELS.items() if curves.keys() & keys.keys()}
     rows, columns = max(1, math.ceil(len(shown) / 2)), 2 if len(shown) > 1 else 1
     figure = Figure(figsize=(4.2 * columns, 3 * rows), layout="constrained")
