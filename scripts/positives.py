@@ -27,6 +27,7 @@ from scripts.workbench import config_of, machine, publish
 from src import build
 from src.config import identity
 from src.data import Dataset, load
+from src.evaluation.positives import right_percent
 from src.models import autocast
 from src.reporting.table import markdown
 from src.runs import checkpoint
@@ -76,6 +77,12 @@ class Positives(NamedTuple):
     vectors_ND: Tensor  # the embedding, the mean of several, or the prototype
 
 
+def of_the_other_view(views: Views) -> Positives:
+    """The other view of each image, which is the positive where nothing is stored."""
+    scores_N = (views.first_ND * views.second_ND).sum(1)
+    return Positives(scores_N, torch.ones(len(scores_N)), views.second_ND)
+
+
 def of_neighbours(views: Views, size: int, count: int = 1) -> Positives:
     """Find the ``count`` nearest of ``size`` stored images other than the anchor's own."""
     scores_NK, ids_NK = TorchSearch()(views.first_ND, views.second_ND[:size], k=count + 1)
@@ -102,17 +109,15 @@ def of_prototypes(views: Views, k: int) -> Positives:
 
 
 def percentages(views: Views, found: Positives) -> list[str]:
-    """The cells of a row: good positives among `FRACTIONS` of the anchors, and how often the vector is of their class.
+    """The cells of a row: good positives among `FRACTIONS` of the anchors, and how often the vector is right.
 
-    All are percentages. A vector is of the class whose mean, that of its stored views, is nearest.
+    All are percentages. The second views have the role of the validation images in `src.evaluation.positives`.
     """
     good_N = found.good_N[found.scores_N.argsort(descending=True)]
     shares = [good_N[: round(fraction * len(good_N))].mean() for fraction in FRACTIONS]
-    classes_CD = torch.zeros(int(views.labels_N.max()) + 1, views.second_ND.shape[1])
-    classes_CD.index_add_(0, views.labels_N, views.second_ND)
-    _, nearest_N1 = TorchSearch()(F.normalize(found.vectors_ND, dim=1), F.normalize(classes_CD, dim=1))
-    shares.append((nearest_N1[:, 0] == views.labels_N).float().mean())
-    return [f"{100 * float(share):.1f}" for share in shares]
+    vectors_ND = F.normalize(found.vectors_ND, dim=1)
+    right = right_percent(vectors_ND, views.second_ND, views.labels_N, TorchSearch())
+    return [*(f"{100 * float(share):.1f}" for share in shares), "-" if right is None else f"{right:.1f}"]
 
 
 def tables(run: Path, data: Path | None) -> list[str]:
@@ -128,7 +133,8 @@ def tables(run: Path, data: Path | None) -> list[str]:
     for space, views in embed(state, images).items():
         stored = len(views.labels_N)
         sizes = [size for size in SIZES if size < stored]
-        rows = [(f"nearest of {size:,}", of_neighbours(views, size)) for size in (*sizes, stored)]
+        rows = [("the other view", of_the_other_view(views))]
+        rows += [(f"nearest of {size:,}", of_neighbours(views, size)) for size in (*sizes, stored)]
         several = [(stored // k, of_neighbours(views, stored, stored // k)) for k in reversed(KS)]
         rows += [(f"one of the nearest {count} of {stored:,}", found) for count, found in several]
         rows += [(f"member of the nearest of {k:,} prototypes", of_prototypes(views, k)) for k in KS]
