@@ -15,7 +15,7 @@ from src.data import Dataset, load
 from src.data.cache import known_fingerprint
 from src.errors import Diverged, UsageError
 from src.runs.directory import warn_of_other_protocol
-from src.runs.record import RECORD
+from src.runs.record import RECORD, TAG_SUPPORT_UNUSED
 from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, known_key, refuse_unused, to_override
 from src.sweeps.jobs import FINAL, NEVER, UNLABELLED, Job, preview_of, refuse_as_choice, refuse_equal_runs, values
 from src.sweeps.sweep import Sweep
@@ -251,9 +251,14 @@ class _Trials:
             self.unjudged.append(job)
 
     def _value(self, job: Job) -> float:
-        """The metric that the search maximises, from the job's folder; NaN if it is not there."""
+        """The metric that the search maximises, from the job's folder; NaN if it is not there, or must not be the best.
+
+        If the support set was never filled, the run is that of nothing stored, and reports leave it out.
+        """
         result = job.result
-        return result.metrics.get(self.study.objective, math.nan) if result else math.nan
+        if not result or TAG_SUPPORT_UNUSED in result.tags:
+            return math.nan
+        return result.metrics.get(self.study.objective, math.nan)
 
     def _is_unjudged(self, job: Job) -> bool:
         """Whether a job has finished without the metric that the search maximises."""

@@ -369,6 +369,21 @@ def test_a_job_that_another_process_finishes_without_labels_is_told(search):
         search(Beside(2, figures={"val/effective_rank": 3.0}), trials=1)
 
 
+def test_a_run_whose_support_set_was_never_filled_is_not_the_best(search, capsys):
+    """The table leaves it out; an older study may have it as complete."""
+    first, again = Launcher(0, 0), Launcher()
+    assert search(first, trials=2) == 0
+    best = max(first.directories, key=lambda path: Record.load(path).metrics["val/knn_top1"])
+    record = Record.load(best)
+    record.tags["support_unused"] = "true"
+    record.save(best)
+    capsys.readouterr()
+    assert search(again, trials=2) == 0
+    assert (again.ran, sorted(states(again))) == ([], ["COMPLETE", "FAIL"])
+    (other,) = set(first.directories) - {best}
+    assert f"best: val/knn_top1 {Record.load(other).metrics['val/knn_top1']:.2f} with" in capsys.readouterr().out
+
+
 def test_a_trial_that_collapsed_is_trained_on_if_that_is_asked_for(search, capsys):
     """The search is the same with any ``on_collapse``, but its jobs end the same way again only with ``stop``."""
     first, again, trained_on = Launcher(Collapsed.status, 0), Launcher(), Launcher(0)
