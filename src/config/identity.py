@@ -26,6 +26,7 @@ NOT_IN_HASH = (
     *("method.label", "method.colour", "support.label", "support.colour"),
 )
 LOG_SIZE = "support_set_size_log10"  # a param for MLflow only, whose charts cannot take the logarithm of a param
+SHARDS = "support.shards"  # of a built-in support set: where its vectors lie
 # Settings of how stored vectors enter the loss; they have no effect if nothing is stored.
 NEED_STORED_VECTORS = tuple(
     f"objective.{key}" for key in ("same_prototype", "neighbours", "teacher_temperature", "student_temperature")
@@ -122,7 +123,7 @@ def inert(params: Mapping[str, str]) -> set[str]:
         keys |= {
             f"support.{key}" for key, (by, value) in choices.items() if params.get(f"support.{by}", value) != value
         }
-        keys.add("support.shards")  # says only where the vectors lie
+        keys.add(SHARDS)
         keys.update({"none": NEED_STORED_VECTORS, "queue": ("objective.same_prototype",)}.get(support, ()))
     if is_off("objective.decorrelation"):
         keys.add("objective.off_diagonal")
@@ -140,6 +141,13 @@ def inert(params: Mapping[str, str]) -> set[str]:
 def is_setting(key: str) -> bool:
     """Whether a dotted key is one of the settings that make two runs the same experiment."""
     return key not in DERIVED and not any(key == skip or key.startswith(f"{skip}.") for skip in NOT_IN_HASH)
+
+
+def unhashed(one: Config, other: Config) -> list[str]:
+    """The dotted keys in which two configs of one hash differ, without those by which they name the same images."""
+    a, b = flat(one), flat(other)
+    differ = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return [key for key in differ if key == SHARDS or not (is_setting(key) or key in BY_CONTENT)]
 
 
 def is_protocol(key: str) -> bool:
