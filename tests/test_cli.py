@@ -353,6 +353,15 @@ def test_a_damaged_config_file_is_one_line(command, tmp_path, content):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("given", ["--config-dir=mine", "--config-dir mine --multirun", "-cd mine"])
+def test_a_file_of_ones_own_that_would_never_be_read_is_one_line(typed, tmp_path, given):
+    """Hydra looks into the project's folder first, so its option of the same name would be read in silence."""
+    write_files(tmp_path, {"mine/experiment/other.yaml": "", "mine/support/queue.yaml": "queue_size: 100"})
+    status, _, stderr = typed(cli.train, *given.split(), "support=queue", "dry_run=true")
+    line = "error: mine/support/queue.yaml: is never read, because the project has a file of this name; rename it\n"
+    assert (status, stderr) == (2, line)
+
+
 @pytest.mark.parametrize("before", [[], ["--multirun"]])
 def test_an_empty_argument_is_one_line(command, before):
     """``python -m src.train "$UNSET"`` gives such an argument."""
