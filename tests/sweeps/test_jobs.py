@@ -166,12 +166,16 @@ def test_an_experiment_is_asked_for_its_method_and_not_for_its_images(sweeper, m
 
 
 def test_a_method_chooses_among_alternatives_that_differ_in_their_support_sets(as_hydra_does):
-    union = ["support=none", "support=queue", "support=kmeans k=400"]
-    sweeper = as_hydra_does(GridSweeper({"experiment": "teacher", "seed": 0}, union), "dry_run=true")
-    (job,) = sweeper.jobs(["method=mnn"])
-    assert (job.cfg.method.name, job.cfg.objective.name, job.cfg.support.name) == ("mnn", "teacher", "queue")
-    assert len(sweeper.jobs([])) == 3
-    assert sweeper.jobs(["method=kmclr"]) == []
+    union = ["support=none", "support=queue", "support=kmeans k=50,60"]
+
+    def names(experiment, *given):
+        sweeper = as_hydra_does(GridSweeper({"experiment": experiment, "seed": 0}, union), "dry_run=true")
+        return [job.cfg.method.name for job in sweeper.jobs(given)]
+
+    assert names("demo") == ["nothing_stored", "nnclr", "kmclr", "kmclr"]
+    assert names("demo", "method=kmclr") == ["kmclr", "kmclr"]
+    assert names("teacher") == ["byol", "mnn", "mnn_prototypes", "mnn_prototypes"]
+    assert names("teacher", "method=kmclr") == []  # a teacher is not in the method, but would have been trained
 
 
 def test_a_job_that_is_left_out_is_named_if_it_asks_for_something_else(as_hydra_does, caplog):
