@@ -137,6 +137,8 @@ def test_tab_completion_in_bash(line, offers):
         ("method=null", "method=null: choose an option (--help lists them)"),
         ("k=5 --config-dir mine seed=1", "settings stand before and after an argument that begins with a hyphen"),
         ("--multirun +sweep=optuna hydra.sweeper.trials=0", "hydra.sweeper.trials=0: must be a whole number"),
+        ("--multirun +sweep=optuna ~hydra.sweeper.params", "hydra.sweeper: StudySweeper.__init__() missing 1"),
+        ("--multirun k=5,6 +hydra.launcher.job=2", "hydra.launcher: LocalLauncher.__init__() got an unexpected"),
         ("method=nnclr k=200", "k: only support=kmeans (method=kmclr) has it"),
         ("queue_size=64", "queue_size: only support=queue (method=nnclr) has it"),
         ("method=simclrr", "method=simclrr: there is no such option; choose one of kmclr, nnclr, simclr"),
