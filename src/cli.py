@@ -5,6 +5,7 @@ The code of a command is imported only after its config is composed, so that ``-
 
 from __future__ import annotations
 
+import argparse
 import logging
 import math
 import os
@@ -170,6 +171,7 @@ def _compose_and_run(config_name: str, main: Callable[[DictConfig], Any]) -> Non
     plugins.register()
     resolvers.register("options", _options)
     _refuse_mistyped(config_name)
+    _refuse_hidden_files()
     if {"--multirun", "-m"} & set(sys.argv):
         sys.argv[1:] = [_for_the_sweeper(argument) for argument in sys.argv[1:]]
     known = None if trains else keys_of(yaml.safe_load((CONF / f"{config_name}.yaml").read_text()))
@@ -211,6 +213,20 @@ def _refuse_mistyped(config_name: str) -> None:
             fail(f"{argument}: has no effect; a run's folder is output_dir")
         if argument.endswith("=null") and os.path.isdir(CONF / argument.removesuffix("=null")):
             fail(f"{argument}: choose an option (--help lists them), or leave it out")
+
+
+def _refuse_hidden_files() -> None:
+    """Refuse files of ``--config-dir`` that Hydra would never read, because it looks into ``conf/`` first."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--config-path", "-cp")  # replaces conf/ as the first
+    given = parser.parse_known_args()[0]
+    if not given.config_dir or given.config_path:
+        return
+    for path in sorted(CONF.rglob("*.yaml")):
+        theirs = Path(given.config_dir) / path.relative_to(CONF)
+        if theirs.is_file() and not theirs.samefile(path):
+            fail(f"{theirs}: is never read, because the project has a file of this name; rename it")
 
 
 def _refuse_misplaced(composed: DictConfig, trains: bool) -> None:

@@ -137,6 +137,8 @@ def test_tab_completion_in_bash(line, offers):
         ("method=null", "method=null: choose an option (--help lists them)"),
         ("k=5 --config-dir mine seed=1", "settings stand before and after an argument that begins with a hyphen"),
         ("--multirun +sweep=optuna hydra.sweeper.trials=0", "hydra.sweeper.trials=0: must be a whole number"),
+        ("--multirun +sweep=optuna ~hydra.sweeper.params", "hydra.sweeper: StudySweeper.__init__() missing 1"),
+        ("--multirun k=5,6 +hydra.launcher.job=2", "hydra.launcher: LocalLauncher.__init__() got an unexpected"),
         ("method=nnclr k=200", "k: only support=kmeans (method=kmclr) has it"),
         ("queue_size=64", "queue_size: only support=queue (method=nnclr) has it"),
         ("method=simclrr", "method=simclrr: there is no such option; choose one of kmclr, nnclr, simclr"),
@@ -351,6 +353,15 @@ def test_a_damaged_config_file_is_one_line(command, tmp_path, content):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", ["--config-dir=mine", "--config-dir mine --multirun", "-cd mine"])
+def test_a_file_of_ones_own_that_would_never_be_read_is_one_line(typed, tmp_path, given):
+    """Hydra looks into the project's folder first, so its option of the same name would be read in silence."""
+    write_files(tmp_path, {"mine/experiment/other.yaml": "", "mine/support/queue.yaml": "queue_size: 100"})
+    status, _, stderr = typed(cli.train, *given.split(), "support=queue", "dry_run=true")
+    line = "error: mine/support/queue.yaml: is never read, because the project has a file of this name; rename it\n"
+    assert (status, stderr) == (2, line)
 
 
 @pytest.mark.parametrize("before", [[], ["--multirun"]])

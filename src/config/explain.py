@@ -61,6 +61,8 @@ def explain_composition(error: Exception, known: Collection[str] | None = None) 
         return f"{several.group(1)}: several values; add --multirun to run each of them"
     if isinstance(error, OverrideParseException):
         return _explain_override(error.override)
+    if made := re.search(r"^full_key: (hydra\.\w+)", message, re.MULTILINE):  # a sweeper's or launcher's own settings
+        return f"{made.group(1)}: {_first_line(str(error.__cause__ or message))}"
     return f"{_first_line(message) or type(error).__name__} (--help shows what can be set)"
 
 

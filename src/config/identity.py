@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
+from src.config import outside
 from src.config.renamed import flatten, modern
 from src.config.schema import OBJECTIVES, SUPPORTS, Config, KMeans
 from src.errors import UsageError
@@ -22,9 +23,10 @@ NOT_IN_HASH = (
     *BY_CONTENT,
     *("output_dir", "resume", "max_minutes", "jobs", "dry_run", "device", "tracking", "checkpoint", "evaluation"),
     *("on_collapse", "data.cache_dir", "data.on_error"),
-    *("method.label", "method.colour", "support.label", "support.colour", "support.shards"),
+    *("method.label", "method.colour", "support.label", "support.colour"),
 )
 LOG_SIZE = "support_set_size_log10"  # a param for MLflow only, whose charts cannot take the logarithm of a param
+SHARDS = "support.shards"  # of a built-in support set: where its vectors lie
 # Settings of how stored vectors enter the loss; they have no effect if nothing is stored.
 NEED_STORED_VECTORS = tuple(
     f"objective.{key}" for key in ("same_prototype", "neighbours", "teacher_temperature", "student_temperature")
@@ -115,13 +117,13 @@ def inert(params: Mapping[str, str]) -> set[str]:
         keys |= {"data.val_fraction", *(() if "data.limit" in params else ("data.split_seed",))}
     if params.get("schedule.name", "step") != "step":
         keys |= {"schedule.milestones", "schedule.gamma"}
-    if SUPPORTS.get(support) is KMeans:
+    if "support._target_" not in params:  # a class from outside may have settings of any name, all of which count
         choices = {"forget_every": ("forget", "reset"), "half_life": ("forget", "decay")}
         choices |= {"refit_every": ("refit", "faiss"), "refit_window": ("refit", "faiss")}
         keys |= {
             f"support.{key}" for key, (by, value) in choices.items() if params.get(f"support.{by}", value) != value
         }
-    elif "support._target_" not in params:
+        keys.add(SHARDS)
         keys.update({"none": NEED_STORED_VECTORS, "queue": ("objective.same_prototype",)}.get(support, ()))
     if is_off("objective.decorrelation"):
         keys.add("objective.off_diagonal")
@@ -139,6 +141,13 @@ def inert(params: Mapping[str, str]) -> set[str]:
 def is_setting(key: str) -> bool:
     """Whether a dotted key is one of the settings that make two runs the same experiment."""
     return key not in DERIVED and not any(key == skip or key.startswith(f"{skip}.") for skip in NOT_IN_HASH)
+
+
+def unhashed(one: Config, other: Config) -> list[str]:
+    """The dotted keys in which two configs of one hash differ, without those by which they name the same images."""
+    a, b = flat(one), flat(other)
+    differ = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return [key for key in differ if key == SHARDS or not (is_setting(key) or key in BY_CONTENT)]
 
 
 def is_protocol(key: str) -> bool:
@@ -171,7 +180,7 @@ def check_same(saved: Mapping[str, Any], cfg: Config, where: Path, saved_hash: s
     Raises:
         UsageError: they are not the same experiment; the message names the keys that differ.
     """
-    if saved_hash == config_hash(cfg):
+    if saved_hash == config_hash(cfg) and not has_other_defaults(saved, cfg):
         return
     before, now, counted, without = modern(flatten(saved)), flat(cfg), settings(cfg), inert(_texts(cfg))
     shown_before, shown = hide_in_settings(before), hide_in_settings(now)
@@ -186,6 +195,20 @@ def check_same(saved: Mapping[str, Any], cfg: Config, where: Path, saved_hash: s
         differences = ", ".join(f"{key} was {shown_before.get(key)} and is {shown.get(key)}" for key in keys[:4])
         more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
         raise UsageError(f"{where} is of another configuration ({differences}{more}): set another output_dir")
+
+
+def has_other_defaults(saved: Mapping[str, Any], cfg: Config) -> bool:
+    """Whether a run of the same hash has other settings, because defaults of a class from outside have changed.
+
+    The hash leaves defaults out: those of this project never change, but anybody may edit a class of their own. A
+    setting that the saved config (nested or flat) lacks is a new parameter, whose default stands for the former code.
+    """
+    parts = {"method": cfg.method, "support": cfg.support}
+    theirs = {f"{group}.{key}" for group, part in parts.items() if part._target_ for key in outside.settings(part)}
+    before, now = flatten(saved), flat(cfg)
+    shown = hide_in_settings(now)
+    keys = [key for key in before if ".".join(key.split(".")[:2]) in theirs and is_setting(key)]
+    return any(str(before[key]) not in (str(now.get(key)), str(shown.get(key))) for key in keys)
 
 
 def same_images(saved: Mapping[str, Any], cfg: Config) -> bool:

@@ -92,7 +92,7 @@ def attach_children(parent: Tracker, children: Sequence[Path]) -> None:
     last one; its tags ``sweep.ID`` name all of them. A run that another process works on is skipped.
     """
     parent.flush()  # creates the sweep's run in MLflow if there is none so far
-    tags = parent_tags(str(parent.directory))
+    tags = parent_tags(str(parent.directory), parent.tracking.experiment)
     for directory in children:
         with suppress(UsageError), run_directory.exclusive(directory):
             record = Record.load(directory, hash_rows=False)

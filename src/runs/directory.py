@@ -39,7 +39,8 @@ LOCK_TIMEOUT_S = 10.0  # enough for a process that was told to stop to save and 
 def path_of(cfg: schema.Config) -> Path:
     """Choose the run's directory: ``output_dir``, or ``multirun/NAME-HASH``, the same for the same configuration.
 
-    With ``resume=never``, if the directory exists already, it is the first free one of ``NAME-HASH.2``, ``.3``, ...
+    With ``resume=never``, if the directory exists already, it is the first free one of ``NAME-HASH.2``, ``.3``, ...;
+    so it is if the run there has other defaults of a class from outside (`identity.has_other_defaults`).
 
     Raises:
         UsageError: the name leads out of ``multirun/``, or ``output_dir`` is a file.
@@ -51,12 +52,18 @@ def path_of(cfg: schema.Config) -> Path:
         raise UsageError(f"{name}: names no folder inside {ROOT}/; choose names without '..', or set output_dir")
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"output_dir={directory}: is a file; name a folder")
-    if cfg.resume == "auto" or not directory.exists():
-        return directory
-    number = 2
-    while directory.with_name(f"{directory.name}.{number}").exists():
+    number, chosen = 1, directory
+    while chosen.exists() and (cfg.resume == "never" or (not cfg.output_dir and _has_other_defaults(chosen, cfg))):
         number += 1
-    return directory.with_name(f"{directory.name}.{number}")
+        chosen = directory.with_name(f"{directory.name}.{number}")
+    return chosen
+
+
+def _has_other_defaults(directory: Path, cfg: schema.Config) -> bool:
+    with suppress(UsageError):  # a damaged record, which the run itself reports
+        record = Record.find(directory, hash_rows=False)
+        return record is not None and identity.has_other_defaults(record.params, cfg)
+    return False
 
 
 def how_to_continue(cfg: schema.Config | None, directory: Path) -> str:

@@ -83,7 +83,7 @@ class Tracker:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.record = record = Record.find(directory) or Record.new(directory.resolve().name, tracking.experiment)
-        record.request(tracking).tags |= parent_tags(tracking.parent)
+        record.request(tracking).tags |= parent_tags(tracking.parent, tracking.experiment)
         rows = cut_and_read(directory / METRICS)
         self._last_step: dict[str, int] = {}
         for row in rows:  # the record lacks the last rows if a kill came before it was saved
@@ -291,8 +291,8 @@ class NoTracker(Tracker):
     log = sync = flush = artifact = watch_system = close = _pass
 
 
-def parent_tags(parent: str | None) -> dict[str, str]:
-    """The tags that nest a run under the sweep whose folder is ``parent``.
+def parent_tags(parent: str | None, experiment: str) -> dict[str, str]:
+    """The tags that nest a run, in an experiment in which it is requested, under the sweep whose folder is ``parent``.
 
     There are none without a sweep, or if its folder is not here: a job's recorded command runs anywhere.
 
@@ -305,8 +305,9 @@ def parent_tags(parent: str | None) -> dict[str, str]:
     if TAG_SWEEP_ID not in record.tags:
         raise UsageError(f"tracking.parent={parent}: is not the folder of a sweep; leave it out")
     tags = {f"sweep.{record.tags[TAG_SWEEP_ID]}": "true"}
-    if record.entry.run_id:  # else MLflow lacks the sweep so far, and `attach_children` adds the tag when it ends
-        tags[TAG_PARENT] = record.entry.run_id
+    # Else the sweep is of another experiment, or MLflow lacks it so far, and `attach_children` adds the tag at its end.
+    if (entry := record.copies.get(experiment)) and entry.run_id:
+        tags[TAG_PARENT] = entry.run_id
     return tags
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
 import sys
@@ -34,6 +35,8 @@ from src.sweeps.jobs import (
 from src.sweeps.launcher import FOREIGN, JobLauncher
 from src.sweeps.sweep import Sweep
 from src.system.output import in_terminal
+
+logger = logging.getLogger(__name__)
 
 Grid = Mapping[str, Sequence[str]]  # the values of each key, as on the command line
 # Keys that a job's line shows when it starts, besides those in which the jobs differ.
@@ -109,7 +112,7 @@ class GridSweeper(Sweeper):
         given = self._grid(arguments)
         params = self._grid([f"{key}={value}" for key, value in self.params.items()])
         union = [self._grid(shlex.split(line)) for line in self.union]
-        grids = list(alternatives(union, params, given, [self._methods(grid) for grid in union]))
+        grids = list(alternatives(union, params, given, [self._methods(grid, params) for grid in union]))
         if sum(math.prod(map(len, grid.values())) for grid in grids) > MAX_GRID_JOBS:
             raise UsageError(f"--multirun: more than {MAX_GRID_JOBS:,} combinations; give the keys fewer values")
         points = [
@@ -121,21 +124,31 @@ class GridSweeper(Sweeper):
         jobs = [self.composer(point) for point in watched]
         refuse_unused(jobs)
         distinct: dict[str, Job] = {}
+        ignored: dict[str, str] = {}  # the first job that is left out, by the settings that it would have had
         for job in map(self.composer.identify, jobs):
             key = " ".join(job.overrides)
             if job.cfg:  # a dry run may not know whether two folders hold the same images
                 key = f"{identity.config_hash(job.cfg)} {job.cfg.data.fingerprint or job.cfg.data.root}"
-            distinct.setdefault(key, job)
+            kept = distinct.setdefault(key, job)
+            if job.cfg and kept.cfg and (keys := identity.unhashed(job.cfg, kept.cfg)):
+                ignored.setdefault(", ".join(keys), " ".join(job.overrides))
+        for others, first in ignored.items():
+            logger.warning("left out, because another %s makes no other run: %s", others, first)
         if any(job.cfg and job.cfg.output_dir for job in distinct.values()) and len(distinct) > 1:
             raise UsageError(OWN_FOLDER)
         # Sorted by seed: if something stops the sweep, the seeds that are done still make whole curves.
         return sorted(distinct.values(), key=lambda job: job.cfg.seed if job.cfg else 0)
 
-    def _methods(self, grid: Grid) -> Sequence[str]:
+    def _methods(self, grid: Grid, params: Grid) -> Sequence[str]:
         """The names of an alternative's methods; none if it leaves the method to the command line."""
-        if "experiment" not in grid or "method" in grid:
+        if "method" in grid or not {"experiment", "support"} & grid.keys():
             return grid.get("method", [])
-        bare = [self.composer([f"experiment={value}"]) for value in grid["experiment"]]
+        chosen = {
+            key: each for key, each in {**params, **grid}.items() if key in ("experiment", "support", "objective")
+        }
+        bare = [
+            self.composer(list(map("=".join, zip(chosen, each, strict=True)))) for each in product(*chosen.values())
+        ]
         return [job.cfg.method.name for job in bare if job.cfg]
 
     def _grid(self, overrides: list[str]) -> Grid:
@@ -207,7 +220,7 @@ def alternatives(union: Sequence[Grid], params: Grid, given: Grid, methods: Sequ
         if "method" in grid:
             replaced |= {"method": chosen} if "method" in given else {}
         elif names:
-            replaced.pop("method", None)  # because an experiment sets the method itself
+            replaced.pop("method", None)  # because the alternative sets the method itself
         merged = {**params, **grid, **replaced}
         # The keys of the command line come first, in its order, so that a job's command reads like the sweep's.
         yield {key: merged[key] for key in [*replaced, *(key for key in merged if key not in replaced)]}

@@ -37,7 +37,7 @@ UNLABELLED = (
     f"data: without labels there is no {OBJECTIVE}, by which a search judges its trials; choose images that have some"
 )
 OWN_FOLDER = "output_dir: each job of a sweep has a folder of its own under multirun/; leave it out"
-NEVER = "resume=never: a search goes on from its trials; leave it out"
+NEVER = "resume=never: a search goes on from its trials; leave it out, and remove the folders of runs to train anew"
 MAX_GRID_JOBS = 10_000  # composing so many takes a quarter of an hour
 
 

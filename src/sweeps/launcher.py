@@ -23,6 +23,7 @@ from src.config.explain import explain_key
 from src.config.schema import Config
 from src.errors import RunFailed, UsageError
 from src.runs.directory import how_to_continue
+from src.runs.record import TAG_SUPPORT_UNUSED
 from src.sweeps.bars import Bars
 from src.sweeps.jobs import (
     FINAL,
@@ -159,6 +160,8 @@ class JobLauncher(Launcher):
             returned.return_value = RunFailed(f"{job.label}: {job.reason}")
         elif OBJECTIVE not in result.metrics:
             returned.return_value = RunFailed(f"{job.label}: {UNLABELLED}")
+        elif TAG_SUPPORT_UNUSED in result.tags:  # reports leave it out, so it must not be the best
+            returned.return_value = RunFailed(f"{job.label}: its support set was never filled")
         else:
             returned.status = JobStatus.COMPLETED
             value = result.metrics[OBJECTIVE]

@@ -15,7 +15,7 @@ from src.data import Dataset, load
 from src.data.cache import known_fingerprint
 from src.errors import Diverged, UsageError
 from src.runs.directory import warn_of_other_protocol
-from src.runs.record import RECORD
+from src.runs.record import RECORD, TAG_SUPPORT_UNUSED
 from src.sweeps.grid import ALWAYS_SHOWN, GridSweeper, known_key, refuse_unused, to_override
 from src.sweeps.jobs import FINAL, NEVER, UNLABELLED, Job, preview_of, refuse_as_choice, refuse_equal_runs, values
 from src.sweeps.sweep import Sweep
@@ -81,6 +81,7 @@ class StudySweeper(GridSweeper):
             trials = _Trials(study, sweep.jobs, self.trials, partial(self._job, fixed))
             for job in self.launcher.run(sweep, trials, ALWAYS_SHOWN | space.keys(), at_a_time):
                 trials.conclude(job)
+            trials.settle()  # other processes may have finished jobs whose folders they held
             sweep.best = study.best({job.trial: job.skipped_keys for job in sweep.jobs if job.trial is not None})
             if trials.unjudged:
                 raise UsageError(UNLABELLED)
@@ -183,9 +184,8 @@ class _Trials:
         self.unjudged = [job for job in jobs if self._is_unjudged(job)]
 
     def __iter__(self) -> Iterator[Job]:
-        self._reopen()
-        cut_off = {number for number, trial in self.study.trials().items() if trial.state.name == "RUNNING"}
-        there = [job for job in self.jobs if job.trial in cut_off]
+        self.settle()
+        there = self._open()
         while (there or len(self.jobs) < self.total) and not self.unjudged:
             if not there:
                 try:
@@ -202,23 +202,40 @@ class _Trials:
             else:
                 self.conclude(job)
 
+    def settle(self) -> None:
+        """Bring the study in line with the folders of the jobs, in which other processes may work too."""
+        self._reopen()
+        for job in self._open():
+            if job.is_finished:
+                self.conclude(job)
+
+    def _open(self) -> list[Job]:
+        """The jobs of the trials that have not ended."""
+        running = {number for number, trial in self.study.trials().items() if trial.state.name == "RUNNING"}
+        return [job for job in self.jobs if job.trial in running]
+
     def _is_new(self, point: Mapping[str, Any]) -> bool:
         """Whether a point is another configuration than those of all jobs so far."""
         return self.job_of(point).configuration not in [job.configuration for job in self.jobs]
 
     def _reopen(self) -> None:
-        """Begin the ended trials again whose folder has been removed, or has another value than the study."""
+        """Begin the ended trials again that do not agree with the folders of their jobs."""
         jobs = {job.trial: job for job in self.jobs if job.cfg}
-        outdated = {}
-        for number, trial in self.study.trials().items():
-            if (job := jobs.get(number)) and trial.state.name != "RUNNING":
-                known = trial.value if trial.state.name == "COMPLETE" else math.nan  # a pruned one has its last report
-                if not (job.record and str(self._value(job)) == str(known)):  # as text, in which NaN equals NaN
-                    outdated[number] = job
+        trials = {number: trial for number, trial in self.study.trials().items() if trial.state.name != "RUNNING"}
+        outdated = {
+            number: jobs[number] for number in trials.keys() & jobs if self._is_outdated(trials[number], jobs[number])
+        }
         if outdated:
             self.study.reopen(outdated)
         for job in outdated.values():
             job.status = 0
+
+    def _is_outdated(self, trial: Any, job: Job) -> bool:
+        """Whether a job's folder has been removed or has another value than the ended trial, or the job can go on."""
+        if trial.state.name == "FAIL" and not job.is_finished:
+            return not job.is_hopeless  # a job that collapsed goes on with on_collapse=warn
+        known = trial.value if trial.state.name == "COMPLETE" else math.nan  # a pruned one has its last report
+        return not (job.record and str(self._value(job)) == str(known))  # as text, in which NaN equals NaN
 
     def conclude(self, job: Job) -> None:
         """End a trial that would end the same way again; any other stays open, and the next command takes it up."""
@@ -234,9 +251,14 @@ class _Trials:
             self.unjudged.append(job)
 
     def _value(self, job: Job) -> float:
-        """The metric that the search maximises, from the job's folder; NaN if it is not there."""
+        """The metric that the search maximises, from the job's folder; NaN if it is not there, or must not be the best.
+
+        If the support set was never filled, the run is that of nothing stored, and reports leave it out.
+        """
         result = job.result
-        return result.metrics.get(self.study.objective, math.nan) if result else math.nan
+        if not result or TAG_SUPPORT_UNUSED in result.tags:
+            return math.nan
+        return result.metrics.get(self.study.objective, math.nan)
 
     def _is_unjudged(self, job: Job) -> bool:
         """Whether a job has finished without the metric that the search maximises."""

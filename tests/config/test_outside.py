@@ -15,12 +15,19 @@ from src.config.schema import Backbone, Count, Data, Fraction, Method, Support
 from src.data import sources
 from src.data.decoding import Contents, Part, Source
 from src.errors import UsageError
+from src.runs.directory import is_finished, path_of
+from src.runs.record import TAG_CONFIG_HASH, Record
 from tests.composing import composed
 
 
 class Net(nn.Linear):
     def __init__(self, parts, momentum: Fraction, *, width: Count = 3, of: list[int] = [1]) -> None:  # noqa: B006
         super().__init__(2, 2)
+
+
+class Parts(nn.Flatten):
+    def __init__(self, space, shards: Count = 4, forget: str = "none", half_life: Count = 1) -> None:
+        super().__init__()
 
 
 class Pictures(nn.Flatten):
@@ -31,7 +38,9 @@ class Pictures(nn.Flatten):
 def theirs(monkeypatch):
     """A user's module, which can be imported as ``theirs``."""
     module = ModuleType("theirs")
-    module.__dict__.update(Net=Net, Pictures=Pictures, seven=lambda: 7, fails=lambda first: 1 / 0, untyped=int)
+    module.__dict__.update(
+        Net=Net, Parts=Parts, Pictures=Pictures, seven=lambda: 7, fails=lambda first: 1 / 0, untyped=int
+    )
     module.Named = dict
     module.typed_oddly = lambda parts, many: None
     module.typed_oddly.__annotations__["many"] = complex
@@ -110,6 +119,49 @@ def test_its_settings_count_and_its_looks_and_the_objective_do_not():
     assert hashed("objective.temperature=0.7", momentum=0.9) == base
     assert hashed(momentum=0.8) != base
     assert hashed(momentum=0.9, width=4) != base
+
+
+class Wider(nn.Linear):
+    def __init__(self, parts, momentum: Fraction, *, width: Count = 8, of: list[int] = [1], depth: Count = 1) -> None:  # noqa: B006
+        super().__init__(2, 2)
+
+
+def test_a_run_from_before_a_default_was_edited_is_another(theirs, tmp_path, monkeypatch):
+    """Such runs have one hash, so the record says which is which; parameters that it lacks are new and do not count."""
+
+    def mine(*overrides, **values):
+        return parse(outside("method", "Net", "support=none", *overrides, momentum=0.9, **values))
+
+    monkeypatch.chdir(tmp_path)
+    before = mine()
+    directory = path_of(before)
+    record = Record.new(directory.name, "e")
+    record.params = {key: str(value) for key, value in identity.flat(before).items()}
+    record.status, record.tags = "FINISHED", {TAG_CONFIG_HASH: identity.config_hash(before)}
+    directory.mkdir(parents=True)
+    record.save(directory)
+    assert is_finished(directory, mine(label="Mine"))
+    theirs.Net = Wider
+    settings_class.cache_clear()
+    assert is_finished(directory, mine(width=3))  # if the folder is named, since the hash now counts this width
+    for now in (mine(), mine(width=8)):
+        assert identity.config_hash(now) == identity.config_hash(before)
+        assert path_of(now) == directory.with_name(f"{directory.name}.2")
+        with pytest.raises(UsageError, match=r"is of another configuration \(method.width was 3 and is 8\)"):
+            is_finished(directory, now)
+    named = mine(f"output_dir={directory}")
+    assert path_of(named) == directory
+
+
+def test_its_settings_count_whatever_their_names():
+    """A built-in support set has settings of these names that do not count, or only with others."""
+
+    def hashed(**values):
+        beside = ["method=simclr", "objective=mixed"]
+        return identity.config_hash(parse(outside("support", "Parts", *beside, name="kmeans", **values)))
+
+    assert hashed(shards=4) == hashed() != hashed(shards=2)
+    assert hashed(half_life=5) != hashed(half_life=6)
 
 
 def test_a_support_set_lends_its_looks_to_our_method():

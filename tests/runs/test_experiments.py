@@ -291,6 +291,18 @@ def test_a_sweeps_new_jobs_are_where_its_experiment_was_renamed_to(client, tmp_p
     assert client.get_experiment_by_name("exp") is None
 
 
+def test_a_job_with_an_experiment_of_its_own_is_there_and_in_the_sweeps(client, tmp_path):
+    """An experiment that MLflow does not have yet is not taken for the sweep's under a former name."""
+    job, sweep = tmp_path / "multirun/a", tmp_path / "multirun/0a"
+    sweep_under(MLFLOW, sweep, [])
+    ended(job, Tracking("mlflow", "other", 10, parent=str(sweep)))
+    run_id, _ = sweep_under(MLFLOW, sweep, [job])
+    assert listed(client, "other").keys() == {"a"}
+    assert nested(client, "exp", run_id) == ["a"]
+    for backend in ("mlflow", "jsonl"):
+        assert [run.name for run in query.read_runs("other", backend)] == ["a"]
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_record_from_when_a_run_had_one_experiment_is_read(client, tmp_path, missing, capsys):
     directory = tmp_path / "multirun/run"

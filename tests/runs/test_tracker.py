@@ -600,12 +600,12 @@ def test_a_run_that_is_worked_on_is_not_delivered(client, tmp_path):
 
 
 def test_the_command_of_a_sweeps_job_runs_where_the_sweep_is_not(tmp_path):
-    assert tracking.parent_tags(None) == tracking.parent_tags(str(tmp_path / "sweep")) == {}
+    assert tracking.parent_tags(None, "exp") == tracking.parent_tags(str(tmp_path / "sweep"), "exp") == {}
     Tracker(tmp_path / "sweep", JSONL, {}, {"sweep_id": "0a"}).close("FINISHED")
-    assert tracking.parent_tags(str(tmp_path / "sweep")) == {"sweep.0a": "true"}
+    assert tracking.parent_tags(str(tmp_path / "sweep"), "exp") == {"sweep.0a": "true"}
     Tracker(tmp_path / "run", JSONL, {}, {}).close("FINISHED")
     with pytest.raises(UsageError, match="is not the folder of a sweep; leave it out"):
-        tracking.parent_tags(str(tmp_path / "run"))
+        tracking.parent_tags(str(tmp_path / "run"), "exp")
 
 
 def test_a_sweep_leaves_the_record_of_a_run_that_is_worked_on_alone(tmp_path):

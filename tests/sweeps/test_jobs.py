@@ -162,7 +162,35 @@ def test_jobs_of_one_name_are_told_apart_by_their_settings(sweeper):
 
 def test_an_experiment_is_asked_for_its_method_and_not_for_its_images(sweeper, monkeypatch):
     monkeypatch.setattr("src.sweeps.jobs.fingerprint", lambda _: pytest.fail("looked for images"))
-    assert sweeper._methods({"experiment": ["original_nnclr"]}) == ["nnclr"]
+    assert sweeper._methods({"experiment": ["original_nnclr"]}, {}) == ["nnclr"]
+
+
+def test_a_method_chooses_among_alternatives_that_differ_in_their_support_sets(as_hydra_does):
+    union = ["support=none", "support=queue", "support=kmeans k=50,60"]
+
+    def names(experiment, *given):
+        sweeper = as_hydra_does(GridSweeper({"experiment": experiment, "seed": 0}, union), "dry_run=true")
+        return [job.cfg.method.name for job in sweeper.jobs(given)]
+
+    assert names("demo") == ["nothing_stored", "nnclr", "kmclr", "kmclr"]
+    assert names("demo", "method=kmclr") == ["kmclr", "kmclr"]
+    assert names("teacher") == ["byol", "mnn", "mnn_prototypes", "mnn_prototypes"]
+    assert names("teacher", "method=kmclr") == []  # a teacher is not in the method, but would have been trained
+
+
+def test_a_job_that_is_left_out_is_named_if_it_asks_for_something_else(as_hydra_does, caplog):
+    """Such as another evaluation of the same run; keys that the other options lack, or that do nothing, are nothing."""
+    union = ["evaluation.knn_k=20 seed=1", "evaluation.knn_k=5 seed=1"]
+    assert len(as_hydra_does(GridSweeper({}, union), "dry_run=true").jobs(["k=50"])) == 1
+    (said,) = caplog.messages
+    assert said.startswith("left out, because another evaluation.knn_k makes no other run: k=50 evaluation.knn_k=5")
+    caplog.clear()
+    sweeper = as_hydra_does(GridSweeper({}), "dry_run=true")
+    assert len(sweeper.jobs(["method=nnclr", "support.shards=none,ranks"])) == 1
+    assert caplog.messages[0].startswith("left out, because another support.shards makes no other run: ")
+    caplog.clear()
+    assert len(sweeper.jobs(["method=simclr,kmclr", "k=10,20", "support.half_life=5,6", "seed=0,1"])) == 6
+    assert caplog.messages == []
 
 
 def test_a_damaged_record_stops_no_other_job(sweeper, on_images, tmp_path):

@@ -67,7 +67,8 @@ def measured(monkeypatch):
     def result(job):
         if job.status:
             return None
-        return SimpleNamespace(metrics={OBJECTIVE: float(job.cfg.k or 0)}, params={"support_set_size": "7"})
+        tags = {"support_unused": "true"} if job.cfg.k == 9 else {}
+        return SimpleNamespace(metrics={OBJECTIVE: float(job.cfg.k or 0)}, params={"support_set_size": "7"}, tags=tags)
 
     monkeypatch.setattr(Job, "result", property(result))
 
@@ -82,9 +83,11 @@ def test_a_batch_returns_what_each_job_is_judged_by(launcher, capsys):
         _ = failed.return_value
     with pytest.raises(RunFailed, match="k=0: must be 1 or more"):
         _ = impossible.return_value
-    (later,) = found.propose("k=8")
+    later, unused = found.propose("k=8", "k=9")
     assert later.return_value == 8
-    assert [job.cfg.k for job in found.started] == [5, 3, 8]  # equal proposals are one job
+    with pytest.raises(RunFailed, match=r"kmclr-k9-.*: its support set was never filled"):
+        _ = unused.return_value
+    assert [job.cfg.k for job in found.started] == [5, 3, 8, 9]  # equal proposals are one job
     assert len(list(Path("multirun").glob("sweep-optuna-*"))) == 1  # all batches are one sweep
     assert "job 2 finished" in capsys.readouterr().out
 

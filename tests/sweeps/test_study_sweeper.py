@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 
 from src.config import identity
 from src.config.explain import whole_numbers
-from src.errors import Diverged, UsageError
+from src.errors import Collapsed, Diverged, UsageError
 from src.runs.record import Record
 from src.sweeps import optuna_study
 from src.sweeps.study_sweeper import StudySweeper
@@ -47,6 +47,14 @@ class Launcher:
                 tag = "pruned" if status == PRUNED else "diverged"
                 finish(job.directory, {}, identity.flat(job.cfg), "FAILED", **{tag: "true"})
             yield job
+
+
+class Beside(Launcher):
+    """A launcher beside which another process finishes the first job before the search ends."""
+
+    def run(self, *given):
+        yield from super().run(*given)
+        finish(self.directories[0], self.figures, {})
 
 
 def finish(directory, figures, params, status="FINISHED", **tags):
@@ -343,6 +351,52 @@ def test_a_trial_without_a_value_that_was_finished_by_hand_counts_once_and_may_b
     said = capsys.readouterr().out
     assert "2 of 2 jobs finished, 0 pruned" in said
     assert "best: val/knn_top1 99" in said
+
+
+@pytest.mark.parametrize("status", [2, Diverged.status, PRUNED])
+def test_a_job_that_another_process_finishes_meanwhile_counts_and_may_be_the_best(search, capsys, status):
+    """A job whose folder another process holds is refused (status 2); one that ended may be repeated by hand."""
+    launcher = Beside(status, 0, figures={"val/knn_top1": 99.0})
+    assert search(launcher, trials=2) == 0
+    assert states(launcher) == ["COMPLETE"] * 2
+    said = capsys.readouterr().out
+    assert "2 of 2 jobs finished" in said
+    assert f"best: val/knn_top1 99.00 with k={study_of(launcher).trials[0].params['k']}\n" in said
+
+
+def test_a_job_that_another_process_finishes_without_labels_is_told(search):
+    with pytest.raises(UsageError, match="without labels there is no val/knn_top1"):
+        search(Beside(2, figures={"val/effective_rank": 3.0}), trials=1)
+
+
+def test_a_run_whose_support_set_was_never_filled_is_not_the_best(search, capsys):
+    """The table leaves it out; an older study may have it as complete."""
+    first, again = Launcher(0, 0), Launcher()
+    assert search(first, trials=2) == 0
+    best = max(first.directories, key=lambda path: Record.load(path).metrics["val/knn_top1"])
+    record = Record.load(best)
+    record.tags["support_unused"] = "true"
+    record.save(best)
+    capsys.readouterr()
+    assert search(again, trials=2) == 0
+    assert (again.ran, sorted(states(again))) == ([], ["COMPLETE", "FAIL"])
+    (other,) = set(first.directories) - {best}
+    assert f"best: val/knn_top1 {Record.load(other).metrics['val/knn_top1']:.2f} with" in capsys.readouterr().out
+
+
+def test_a_trial_that_collapsed_is_trained_on_if_that_is_asked_for(search, capsys):
+    """The search is the same with any ``on_collapse``, but its jobs end the same way again only with ``stop``."""
+    first, again, trained_on = Launcher(Collapsed.status, 0), Launcher(), Launcher(0)
+    assert search(first, "on_collapse=stop", trials=2) == 1
+    record = Record.load(first.directories[0])
+    record.tags["collapsed"] = "at step 4"
+    del record.tags["diverged"]
+    record.save(first.directories[0])
+    assert search(again, "on_collapse=stop", trials=2) == 1
+    assert (again.ran, states(again)) == ([], ["FAIL", "COMPLETE"])
+    assert "run again" not in capsys.readouterr().err
+    assert search(trained_on, "on_collapse=warn", trials=2) == 0
+    assert (trained_on.ran, states(trained_on)) == ([0], ["COMPLETE"] * 2)
 
 
 def test_a_search_says_once_that_finished_trials_were_evaluated_otherwise(search, caplog):
