@@ -15,21 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from src.config.identity import LOG_SIZE
+from src.reporting.comparison import select
 from src.reporting.plots import caption
 from src.reporting.rows import ACCURACY, GAIN, RANKING, RIGHT_POSITIVES, TABLE_METRICS, TableRow
 from src.reporting.table import GAIN_NOTE, markdown, table
 from src.runs.delivery import DELIVERY_TIMEOUT_S, deliver
 from src.runs.directory import exclusive
 from src.runs.mlflow_store import STORE_TIMEOUT_S, call_for_run
-from src.runs.record import (
-    TAG_CHARTS,
-    TAG_CONFIG_HASH,
-    TAG_NOTE,
-    TAG_SUPPORT_UNUSED,
-    TAG_SWEEP_ID,
-    Record,
-    now_ms,
-)
+from src.runs.query import record_of
+from src.runs.record import TAG_CHARTS, TAG_NOTE, TAG_SWEEP_ID, Record, now_ms
 from src.runs.tracker import Tracker
 from src.system.deadline import within
 from src.system.redact import one_line
@@ -41,7 +35,7 @@ LOSS = "train/loss"  # is drawn instead where there are no validation images
 OPENING = "Support-set size against accuracy"  # the first words of every description, by which ours are recognised
 MAX_NOTE_CHARS = 7500  # of a description: MLflow cuts a run's after 8,000
 MIN_LINE_CHARS = 20  # in a line of a table
-MAX_LEFT_OUT = 40  # jobs that a view names, because MLflow refuses a tag of an experiment above 5,000 characters
+MAX_LEFT_OUT = 100  # jobs that a view names, because MLflow refuses an experiment's tag above 20,000 characters
 MAX_LINKED_SWEEPS = 20  # older sweeps that an experiment's description links to
 
 logger = logging.getLogger(__name__)
@@ -184,15 +178,10 @@ def show_sweep(client: Any, record: Record) -> str:
     home = client.get_experiment(client.get_run(record.run_id).info.experiment_id)
     # A job that has not finished, there, lacks metrics that are still to be delivered.
     jobs = f"tags.`mlflow.parentRunId` = '{record.run_id}' and attributes.status = 'FINISHED'"
-    finished = client.search_runs([home.experiment_id], jobs, order_by=["attributes.start_time ASC"])
+    finished = client.search_runs([home.experiment_id], jobs)
     measured = {metric for job in finished for metric in job.data.metrics}
-    in_table = {
-        # The newest of those that resume=never has repeated.
-        job.data.tags.get(TAG_CONFIG_HASH, job.info.run_id): job.info.run_id
-        for job in finished
-        if TAG_SUPPORT_UNUSED not in job.data.tags
-    }
-    left_out = [job.info.run_id for job in finished if job.info.run_id not in in_table.values()]
+    in_table = {each.run_id for each in select([record_of(job, home.name) for job in finished])[0]}
+    left_out = [job.info.run_id for job in finished if job.info.run_id not in in_table]
     key, value, path = sweep_view(home.experiment_id, record.run_id, record.name, record.start_time, measured, left_out)
     client.set_experiment_tag(home.experiment_id, key, value)
 

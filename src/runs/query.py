@@ -83,22 +83,24 @@ def _runs_in_store(experiment: str) -> list[Record]:
     found = mlflow_store.answer(lambda: client.get_experiment_by_name(experiment))
     if not found:
         raise _unknown(experiment, "MLflow", {other.name for other in _all_pages(client.search_experiments)})
-    return [
-        Record(
-            run.data.tags.get("uuid", run.info.run_id),
-            run.info.run_name,
-            experiment,
-            run.info.start_time,
-            run.info.end_time,
-            status=run.info.status,
-            params=run.data.params,
-            tags=run.data.tags,
-            metrics=run.data.metrics,
-            copies={experiment: ExperimentEntry(run.info.run_id, experiment_id=found.experiment_id)},
-            directory=Path(run.data.tags[TAG_OUTPUT_DIR]) if TAG_OUTPUT_DIR in run.data.tags else None,
-        )
-        for run in _all_pages(partial(client.search_runs, [found.experiment_id]))
-    ]
+    return [record_of(run, experiment) for run in _all_pages(partial(client.search_runs, [found.experiment_id]))]
+
+
+def record_of(run: Any, experiment: str) -> Record:
+    """What MLflow has of a run of the experiment, as a record."""
+    return Record(
+        run.data.tags.get("uuid", run.info.run_id),
+        run.info.run_name,
+        experiment,
+        run.info.start_time,
+        run.info.end_time,
+        status=run.info.status,
+        params=run.data.params,
+        tags=run.data.tags,
+        metrics=run.data.metrics,
+        copies={experiment: ExperimentEntry(run.info.run_id, experiment_id=run.info.experiment_id)},
+        directory=Path(run.data.tags[TAG_OUTPUT_DIR]) if TAG_OUTPUT_DIR in run.data.tags else None,
+    )
 
 
 def _all_pages(search: Callable[..., Any]) -> Iterator[Any]:
