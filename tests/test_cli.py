@@ -158,6 +158,7 @@ def test_tab_completion_in_bash(line, offers):
         ("support.forgett=none", "did you mean support.forget?"),
         ("method=simclr +k=50", "k: only support=kmeans (method=kmclr) has it"),
         ("experiment=mnn method=kmclr", "method=kmclr: experiment=mnn chooses support=queue; type support=kmeans too"),
+        ("--multirun experiment=mnn method='kmclr'", "method=kmclr: experiment=mnn chooses support=queue"),
         ("experiment=original_nnclr method=kmclr", "queue_size: only support=queue (method=nnclr) has it"),
         ("method.support_weight=0", "objective.support_weight=0 makes no use of what is stored"),
         ("method=simclr support=queue", "objective.support_weight=0 makes no use of what is stored"),
@@ -213,6 +214,18 @@ def test_the_config_of_another_command_is_one_line(typed, arguments):
     status, _, stderr = typed(cli.train, *arguments.split())
     assert (status, stderr.count("\n")) == (2, 1)
     assert "--config-name=evaluate: configures no training run" in stderr
+
+
+@pytest.mark.parametrize(
+    ("chooses", "says"),
+    [("experiment: mnn", "experiment=mnn chooses support=queue"), ("support: queue", "--config-name=own chooses supp")],
+)
+@pytest.mark.parametrize("more", [[], ["--multirun", "seed=0,1"]])
+def test_a_method_is_refused_where_a_main_config_makes_another(typed, tmp_path, chooses, says, more):
+    write_files(tmp_path, {"mine/own.yaml": f"defaults: [train, override {chooses}, _self_]\n"})
+    status, _, stderr = typed(cli.train, "--config-dir=mine", "--config-name=own", *more, "method=kmclr")
+    assert status == 2
+    assert f"method=kmclr: {says}" in stderr
 
 
 @pytest.mark.slow

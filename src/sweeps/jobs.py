@@ -168,7 +168,7 @@ class Composer:
 
     def _choose(self, choices: tuple[str, ...]) -> DictConfig:
         """Compose the config with the chosen options, without Hydra's own part, so that values can be set in it."""
-        return settled(self.loader.load_sweep_config(self.base, list(choices)), choices)
+        return settled(self.loader.load_sweep_config(self.base, list(choices)), self.loader)
 
 
 def preview_of(jobs: Sequence[Job], at_a_time: int) -> str:
