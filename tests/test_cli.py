@@ -195,6 +195,9 @@ def test_tab_completion_in_bash(line, offers):
             "search.refresh_every=null: search=ivf needs a value",
         ),
         ("--multirun +sweep=optuna data=digits resume=never", "resume=never: a search goes on from its trials"),
+        ("--multirun +sweep=optuna experiment=demo support=none,queue k=7", "k: only support=kmeans"),
+        ("--multirun +sweep=optuna optimizer.momentumm=interval(0.1,0.2)", "did you mean optimizer.momentum?"),
+        ("--multirun experiment=demo,mnn method=kmclr epocs=3", "did you mean epochs?"),
         ("--multirun hydra/sweeper=optuna k=5,6", "hydra.sweeper.direction=maximize: is missing"),
         ("--multirun hydra/launcher=basic k=5,6", "hydra/launcher=basic: returns all results or none"),
     ],
@@ -226,6 +229,14 @@ def test_a_method_is_refused_where_a_main_config_makes_another(typed, tmp_path, 
     status, _, stderr = typed(cli.train, "--config-dir=mine", "--config-name=own", *more, "method=kmclr")
     assert status == 2
     assert f"method=kmclr: {says}" in stderr
+
+
+def test_a_search_takes_a_setting_that_some_of_its_options_have(typed):
+    fixed = ["+sweep=optuna", "hydra.sweeper.trials=2", "experiment=demo", "tracking=jsonl", "dry_run=true"]
+    for line in ("support=queue,kmeans queue_size=512", "method=nnclr,kmclr queue_size=512"):
+        status, out, stderr = typed(cli.train, "--multirun", *fixed, *line.split())
+        assert status == 0, stderr
+        assert "2 trials to propose" in out
 
 
 @pytest.mark.slow

@@ -92,6 +92,14 @@ def test_hydra_composes_each_choice_of_options_once(sweeper, monkeypatch):
     assert len(calls) == 2
 
 
+def test_a_misspelt_key_is_refused_also_where_some_options_cannot_be_chosen_together(sweeper):
+    for options in ("experiment=mnn,demo", "support=nonesuch,none"):
+        with pytest.raises(UsageError, match=r"epocs: unknown key.*did you mean epochs"):
+            sweeper.jobs([options, "method=kmclr", "epocs=3"])
+    possible, refused = sweeper.jobs(["experiment=mnn", "method=nnclr,kmclr", "k=9"])  # KMCLR's would have k
+    assert (possible.cfg.method.name, refused.error.split(":")[0]) == ("mnn", "method=kmclr")
+
+
 @pytest.mark.parametrize(
     "line",
     [
