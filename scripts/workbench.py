@@ -14,6 +14,7 @@ from typing import cast
 
 import hydra
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from scripts.rivals import Images
@@ -41,7 +42,7 @@ def compose(*overrides: str) -> schema.Config:
     """Compose the config of ``python -m src.train OVERRIDES``."""
     with hydra.initialize_config_dir(str(CONF), **cli.VERSION_BASE):
         composed = hydra.compose("train", overrides=list(overrides), return_hydra_config=True)
-    return parse(settled(composed, overrides))
+        return parse(settled(composed, GlobalHydra.instance().config_loader()))
 
 
 def config_of(run: Path, data: Path | None) -> schema.Config:

@@ -78,8 +78,7 @@ def train() -> None:
     """``python -m src.train``."""
 
     def main(composed: DictConfig) -> float:
-        hydra = HydraConfig.get()
-        settle(composed, hydra.overrides.task, hydra.runtime.choices)
+        settle(composed, HydraConfig.get(), GlobalHydra.instance().config_loader())
         return pretrain(composed)
 
     _compose_and_run("train", main)

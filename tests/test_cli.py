@@ -160,6 +160,7 @@ def test_tab_completion_in_bash(line, offers):
         ("support.forgett=none", "did you mean support.forget?"),
         ("method=simclr +k=50", "k: only support=kmeans (method=kmclr) has it"),
         ("experiment=mnn method=kmclr", "method=kmclr: experiment=mnn chooses support=queue; type support=kmeans too"),
+        ("--multirun experiment=mnn method='kmclr'", "method=kmclr: experiment=mnn chooses support=queue"),
         ("experiment=original_nnclr method=kmclr", "queue_size: only support=queue (method=nnclr) has it"),
         ("method.support_weight=0", "objective.support_weight=0 makes no use of what is stored"),
         ("method=simclr support=queue", "objective.support_weight=0 makes no use of what is stored"),
@@ -196,6 +197,9 @@ def test_tab_completion_in_bash(line, offers):
             "search.refresh_every=null: search=ivf needs a value",
         ),
         ("--multirun +sweep=optuna data=digits resume=never", "resume=never: a search goes on from its trials"),
+        ("--multirun +sweep=optuna experiment=demo support=none,queue k=7", "k: only support=kmeans"),
+        ("--multirun +sweep=optuna optimizer.momentumm=interval(0.1,0.2)", "did you mean optimizer.momentum?"),
+        ("--multirun experiment=demo,mnn method=kmclr epocs=3", "did you mean epochs?"),
         ("--multirun hydra/sweeper=optuna k=5,6", "hydra.sweeper.direction=maximize: is missing"),
         ("--multirun hydra/launcher=basic k=5,6", "hydra/launcher=basic: returns all results or none"),
     ],
@@ -215,6 +219,26 @@ def test_the_config_of_another_command_is_one_line(typed, arguments):
     status, _, stderr = typed(cli.train, *arguments.split())
     assert (status, stderr.count("\n")) == (2, 1)
     assert "--config-name=evaluate: configures no training run" in stderr
+
+
+@pytest.mark.parametrize(
+    ("chooses", "says"),
+    [("experiment: mnn", "experiment=mnn chooses support=queue"), ("support: queue", "--config-name=own chooses supp")],
+)
+@pytest.mark.parametrize("more", [[], ["--multirun", "seed=0,1"]])
+def test_a_method_is_refused_where_a_main_config_makes_another(typed, tmp_path, chooses, says, more):
+    write_files(tmp_path, {"mine/own.yaml": f"defaults: [train, override {chooses}, _self_]\n"})
+    status, _, stderr = typed(cli.train, "--config-dir=mine", "--config-name=own", *more, "method=kmclr")
+    assert status == 2
+    assert f"method=kmclr: {says}" in stderr
+
+
+def test_a_search_takes_a_setting_that_some_of_its_options_have(typed):
+    fixed = ["+sweep=optuna", "hydra.sweeper.trials=2", "experiment=demo", "tracking=jsonl", "dry_run=true"]
+    for line in ("support=queue,kmeans queue_size=512", "method=nnclr,kmclr queue_size=512"):
+        status, out, stderr = typed(cli.train, "--multirun", *fixed, *line.split())
+        assert status == 0, stderr
+        assert "2 trials to propose" in out
 
 
 @pytest.mark.slow

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.config import identity
 from src.config.chosen import settled
-from src.config.explain import explain_composition
+from src.config.explain import explain_composition, known_keys
 from src.config.parse import parse
 from src.config.renamed import new_name
 from src.config.schema import Config
@@ -38,6 +38,7 @@ UNLABELLED = (
 )
 OWN_FOLDER = "output_dir: each job of a sweep has a folder of its own under multirun/; leave it out"
 NEVER = "resume=never: a search goes on from its trials; leave it out, and remove the folders of runs to train anew"
+MISTAKES = (UsageError, HydraException, OmegaConfBaseException)  # what composing and parsing raise
 MAX_GRID_JOBS = 10_000  # composing so many takes a quarter of an hour
 
 
@@ -122,20 +123,39 @@ class Composer:
     def __call__(self, overrides: Sequence[str]) -> Job:
         """Make a job with its config or, if the configuration is not legal, with the reason."""
         choices = tuple(each for each in overrides if self._is_choice(each))
-        kept, skipped_keys = list(choices), list[str]()
+        others = [each for each in overrides if each not in choices]
         try:
             composed = self._chosen(choices).copy()
-            for each in overrides:
-                if each in choices:
-                    continue
+        except MISTAKES as error:  # options that cannot be chosen together may have any key but a misspelt one
+            misspelt = {each.split("=")[0] for each in others} - set(known_keys())
+            return Job.impossible(list(choices), sorted(misspelt), explain_composition(error))
+        kept, skipped_keys = list(choices), list[str]()
+        try:
+            for each in others:
                 if set_ := _set(composed, self._parsed(each)):
                     kept.append(set_)
                 else:
                     skipped_keys.append(each.split("=")[0])
             cfg = parse(composed)
-        except (UsageError, HydraException, OmegaConfBaseException) as error:
+        except MISTAKES as error:
             return Job.impossible(kept, skipped_keys, explain_composition(error))
         return Job(kept, cfg, run_directory.path_of(cfg), skipped_keys)
+
+    def unused(self, overrides: Sequence[str], options: Mapping[str, Sequence[str]]) -> set[str]:
+        """The keys of a search that all its jobs skip, whichever options they have.
+
+        Args:
+            overrides: the overrides of one job.
+            options: the options of each group from which the search chooses.
+        """
+        point = {each.split("=")[0]: each for each in overrides}
+        unused = set(point)
+        for combination in product(*options.values()):
+            chosen = {group: f"{group}={option}" for group, option in zip(options, combination, strict=True)}
+            unused &= set(self(list((point | chosen).values())).skipped_keys)
+            if not unused:
+                break
+        return unused
 
     def identify(self, job: Job) -> Job:
         """Find out which images and first weights the job has, and so its directory; without them it is not legal.
@@ -168,7 +188,7 @@ class Composer:
 
     def _choose(self, choices: tuple[str, ...]) -> DictConfig:
         """Compose the config with the chosen options, without Hydra's own part, so that values can be set in it."""
-        return settled(self.loader.load_sweep_config(self.base, list(choices)), choices)
+        return settled(self.loader.load_sweep_config(self.base, list(choices)), self.loader)
 
 
 def preview_of(jobs: Sequence[Job], at_a_time: int) -> str:

@@ -91,7 +91,7 @@ class JobLauncher(Launcher):
         batch = [self._composer.identify(self._composer(overrides)) for overrides in job_overrides]
         legal = [job.cfg for job in batch if job.cfg]
         if not self.launched:  # a mistake of the command shows in the first batch; later, a trial may fail alone
-            self._refuse(batch, legal)
+            self._refuse(job_overrides[0], batch, legal)
         if self.config.dry_run:
             print(preview_of(batch, self.at_a_time or len(legal)))
             print(f"this is the first batch; hydra/sweeper={name} proposes the others by what comes out")
@@ -118,10 +118,11 @@ class JobLauncher(Launcher):
         """Serves all batches, so that each choice of options is composed once, and images are looked for once."""
         return Composer(self.hydra_context.config_loader, self.config)
 
-    def _refuse(self, batch: Sequence[Job], legal: Sequence[Config]) -> None:
+    def _refuse(self, overrides: Sequence[str], batch: Sequence[Job], legal: Sequence[Config]) -> None:
         """Refuse a command whose jobs the sweeper could not judge.
 
         Args:
+            overrides: those of the first job.
             batch: the jobs of the first batch.
             legal: the configs of those that are legal.
 
@@ -139,11 +140,10 @@ class JobLauncher(Launcher):
                 refuse_as_choice(override)
         if not legal:
             raise UsageError(batch[0].error)
-        groups = self._composer.groups
-        if not any(override.key_or_group in groups for override in swept):  # else other options may have a key
-            for job in batch:
-                if job.cfg and job.skipped_keys:
-                    raise UsageError(explain_key(job.skipped_keys[0], sorted(identity.flat(job.cfg))))
+        groups = [override for override in swept if override.key_or_group in self._composer.groups]
+        options = {override.key_or_group: found for override in groups if (found := values(override))}
+        if unused := self._composer.unused(overrides, options):
+            raise UsageError(explain_key(min(unused), sorted(identity.flat(legal[0]))))
         for refused, why in (
             (any(cfg.data.final for cfg in legal), FINAL),
             (any(cfg.output_dir for cfg in legal), OWN_FOLDER),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from src.config import identity
-from src.config.explain import whole_numbers
+from src.config.explain import known_keys, whole_numbers
 from src.config.schema import Config
 from src.data import Dataset, load
 from src.data.cache import known_fingerprint
@@ -59,8 +60,10 @@ class StudySweeper(GridSweeper):
             if self.config.jobs is None and at_a_time > 1:
                 raise UsageError("jobs: say how many trials run at a time, as in jobs=4; all at once is no search")
         fixed, space, base = self._space(arguments)
-        what = [identity.config_hash(base), *sorted(f"{key}={value}" for key, value in space.items())]
-        sweep = Sweep("optuna", what, [], base.tracking)
+        assert base.cfg is not None
+        some = sorted(each for each in fixed if each.split("=")[0] in base.skipped_keys)  # only some trials have these
+        what = [identity.config_hash(base.cfg), *some, *sorted(f"{key}={value}" for key, value in space.items())]
+        sweep = Sweep("optuna", what, [], base.cfg.tracking)
         if self.config.dry_run:
             file = sweep.directory / studies.FILE
             there = file.exists() and file.stat().st_size  # an empty one counts as a missing one
@@ -91,21 +94,21 @@ class StudySweeper(GridSweeper):
                 sys.exit(self.launcher.status)
         sys.exit(sweep.status)
 
-    def _space(self, arguments: list[str]) -> tuple[list[str], dict[str, Any], Config]:
+    def _space(self, arguments: list[str]) -> tuple[list[str], dict[str, Any], Job]:
         """Split the overrides into those that all trials share and those that a trial draws.
 
         Returns:
-            The shared overrides, the distributions of the other keys, and a config that stands for all trials.
+            The shared overrides, the distributions of the other keys, and a legal job that stands for all trials.
 
         Raises:
             UsageError: the search is not possible, or its trials could not be judged.
         """
         from src.sweeps import optuna_study as studies
 
-        params = [f"{key}={value}" for key, value in self.params.items()]
-        parsed = self.composer.parser.parse_overrides([*params, *arguments])
-        keys = {each.get_key_element() for each in parsed}
-        overrides = {known_key(each.get_key_element(), keys): each for each in parsed}
+        params = self.composer.parser.parse_overrides([f"{key}={value}" for key, value in self.params.items()])
+        typed = self.composer.parser.parse_overrides(arguments)
+        keys = {each.get_key_element() for each in (*params, *typed)}
+        overrides = {known_key(each.get_key_element(), keys): each for each in (*params, *typed)}
         fixed = [
             to_override(key, only[0]) for key, each in overrides.items() if (only := values(each)) and len(only) == 1
         ]
@@ -117,8 +120,10 @@ class StudySweeper(GridSweeper):
         base = self.composer(fixed)
         if not base.cfg:  # the fixed values may contradict the defaults of the keys that are drawn
             base = self.composer([*fixed, *studies.first(space)])
-        base.skipped_keys = [key for key in base.skipped_keys if key not in space]
-        refuse_unused([base])
+        options = {key: found for key in drawn if key in self.composer.groups and (found := values(drawn[key]))}
+        unused = self.composer.unused([*fixed, *studies.first(space)], options)
+        unused -= {key for key in known_keys() if overrides.get(key) in params}  # the sweep is for several methods
+        refuse_unused([replace(base, skipped_keys=sorted(unused))])
         if not space:
             raise UsageError("hydra.sweeper.params: every setting is fixed; give one an interval or choices")
         if base.cfg and base.cfg.resume == "never":
@@ -129,7 +134,7 @@ class StudySweeper(GridSweeper):
             base = self.composer.identify(base)
         if base.cfg is None:
             raise UsageError(base.error)
-        return fixed, space, base.cfg
+        return fixed, space, base
 
     def _jobs(self, fixed: list[str], study: Study) -> list[Job]:
         """Make the jobs of the trials that there are, each distinct configuration once."""

@@ -1,5 +1,8 @@
 import pytest
+from hydra.types import RunMode
 
+from src.config.chosen import settled
+from src.config.parse import parse
 from src.data.cache import fingerprint
 from src.errors import UsageError
 from src.sweeps.dry_run import preview
@@ -87,6 +90,29 @@ def test_hydra_composes_each_choice_of_options_once(sweeper, monkeypatch):
     jobs = sweeper.jobs(["method=nnclr,kmclr", "k=2,3,4,5", "seed=0,1,2"])
     assert len(jobs) > 6
     assert len(calls) == 2
+
+
+def test_a_misspelt_key_is_refused_also_where_some_options_cannot_be_chosen_together(sweeper):
+    for options in ("experiment=mnn,demo", "support=nonesuch,none"):
+        with pytest.raises(UsageError, match=r"epocs: unknown key.*did you mean epochs"):
+            sweeper.jobs([options, "method=kmclr", "epocs=3"])
+    possible, refused = sweeper.jobs(["experiment=mnn", "method=nnclr,kmclr", "k=9"])  # KMCLR's would have k
+    assert (possible.cfg.method.name, refused.error.split(":")[0]) == ("mnn", "method=kmclr")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "experiment=solo_nnclr support=kmeans k=9",
+        "experiment=original_kmclr objective=mixed support.metric=spherical",
+        "experiment=mnn support=evolving support.size=9",
+        "experiment=original_nnclr method=simclr objective=nt_xent support=none",
+    ],
+)
+def test_a_job_is_what_its_own_command_composes(sweeper, line):
+    loader = sweeper.composer.loader
+    alone = loader.load_configuration("train", line.split(), RunMode.RUN)
+    assert sweeper.composer(line.split()).cfg == parse(settled(alone, loader))
 
 
 @pytest.fixture

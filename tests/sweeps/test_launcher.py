@@ -198,6 +198,13 @@ def test_a_key_that_only_some_swept_options_have_is_skipped_by_the_others(launch
     assert [job.cfg.method.name for job in found.started] == ["simclr", "kmclr"]
 
 
+def test_a_key_that_no_swept_option_has_is_refused(launcher):
+    found = launcher(sweeps=["method=simclr,kmclr"])
+    with pytest.raises(UsageError, match=r"optimizer\.momentumm: unknown key.*did you mean optimizer\.momentum"):
+        found.propose("method=simclr k=5 optimizer.momentumm=0.5")
+    assert not found.started
+
+
 @pytest.mark.parametrize("direction", ["minimize", "[minimize,minimize]"])
 def test_a_search_for_the_worst_is_refused(launcher, direction):
     with pytest.raises(UsageError, match=r"hydra\.sweeper\.direction=maximize: is missing"):

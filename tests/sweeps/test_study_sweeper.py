@@ -333,6 +333,42 @@ def test_settings_that_are_at_odds_with_a_default_only_are_searched(search):
         search(launcher, *fixed, "k=interval(10,50)", "suport.metric=euclidean", trials=1, space={})
 
 
+@pytest.mark.parametrize(
+    ("given", "space", "says"),
+    [
+        (
+            "optimizer.momentumm=interval(0.1,0.2)",
+            SPACE,
+            r"optimizer\.momentumm: unknown key.*did you mean optimizer\.m",
+        ),
+        ("optimizer.lrr=0.1,0.2", SPACE, "did you mean optimizer.lr"),
+        ("queue_size=100,200", SPACE, r"queue_size: only support=queue"),
+        ("support=none,queue", SPACE | {"optimizer.lrr": "choice(1,2)"}, "did you mean optimizer.lr"),
+        ("epocs=1,2", {"k": "interval(1,9)"}, "did you mean epochs"),  # k=1 is impossible
+        ("epocs=1,2", {"experiment": "choice(mnn,demo)", "method": "choice(kmclr,nnclr)"}, "did you mean epochs"),
+    ],
+)
+def test_a_key_that_no_trial_has_is_refused_also_with_several_values(search, given, space, says):
+    with pytest.raises(UsageError, match=says):
+        search(Launcher(0), given, space=space)
+
+
+def test_a_key_of_a_sweeps_file_that_the_typed_method_lacks_is_left_out(search):
+    assert search(Launcher(0, figures={"val/knn_top1": 50.0}), "method=simclr", trials=1) == 0
+    with pytest.raises(UsageError, match=r"k: only support=kmeans"):
+        search(Launcher(0), "method=simclr", "k=5,6", trials=1)
+
+
+@pytest.mark.parametrize("given", ["support=queue,kmeans", "method=nnclr,kmclr", "experiment=original_nnclr,demo"])
+def test_a_setting_that_some_trials_have_is_theirs_and_makes_another_search(search, given):
+    launchers = [Launcher(0, 0, figures={"val/knn_top1": 50.0}) for _ in range(2)]
+    for launcher, size in zip(launchers, (128, 256), strict=True):
+        assert search(launcher, given, "k=10", f"queue_size={size}", trials=2, space={}) == 0
+    ran = [{path.name.split("-")[1] for path in launcher.directories} for launcher in launchers]
+    assert ran == [{"k10", "queue128"}, {"queue256"}]
+    assert launchers[0].folder != launchers[1].folder
+
+
 def test_images_without_labels_are_searched_once_and_not_again(search):
     first, second = (Launcher(0, 0, 0, figures={"val/effective_rank": 3.0}) for _ in range(2))
     for launcher in (first, second):
