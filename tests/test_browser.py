@@ -32,6 +32,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("br
 
 SIZE = "support_set_size"
 SIZES = {"simclr": [0], "nnclr": [1024, 98304], "kmclr": [50, 200, 400]}
+OWN_SIZE = {"nnclr": "queue_size", "kmclr": "k"}
 SEEDS = (0, 1)
 WIDTH, HEIGHT = 1600, 900
 PATIENCE = 300  # seconds that a page may take to show what it should
@@ -80,7 +81,8 @@ def make_sweep(folder: Path) -> None:
             name = f"{method}-{size}-{seed}"
             tags = {"mlflow.parentRunId": sweep.run_id, TAG_COLOUR: COLOURS[method]}
             directories.append(folder / name)
-            job = Tracker(directories[-1], config, common | {"method.name": method, SIZE: size, "seed": seed}, tags)
+            own = {"method.name": method, SIZE: size, "seed": seed} | ({OWN_SIZE[method]: size} if size else {})
+            job = Tracker(directories[-1], config, common | own, tags)
             top1 = 50 + math.log10(1 + size) + seed / 3
             for epoch in range(10):
                 job.log({COURSE: (top1 - 5) * (1 - math.exp(-1 - epoch / 3))}, epoch)
