@@ -264,7 +264,7 @@ class FullAtStep5(Tracker):
 def test_a_signal_in_the_final_evaluation_is_not_kept_waiting(run, tmp_path, monkeypatch):
     unbroken = run("method=simclr", directory="unbroken")
 
-    def interrupted(*arguments):
+    def interrupted(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("went on")
 
