@@ -105,7 +105,7 @@ def differing(runs: Sequence[Record]) -> list[str]:
         by_method[run.params["method.name"]].append((compared_settings(run), idle(run.params)))
     everyone = [each for group in by_method.values() for each in group]
     keys = {key for settings, _ in everyone for key in settings} - set(COLUMN_KEYS)
-    if any(map(stores_another_number, runs)):
+    if any(map(_stores_another_number, runs)):
         keys.add("support.size")
 
     def differs(key: str) -> bool:
@@ -115,7 +115,7 @@ def differing(runs: Sequence[Record]) -> list[str]:
     return sorted(filter(differs, keys))
 
 
-def stores_another_number(run: Record) -> bool:
+def _stores_another_number(run: Record) -> bool:
     """Whether the size of a run's row is not its ``support.size``, which then tells rows apart as other settings do."""
     size = run.params["support_set_size"]
     return IN_USE in run.metrics or run.params.get("support.size", size) != size

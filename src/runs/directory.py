@@ -60,6 +60,8 @@ def path_of(cfg: schema.Config) -> Path:
 
 
 def _has_other_defaults(directory: Path, cfg: schema.Config) -> bool:
+    if not (cfg.method._target_ or cfg.support._target_):  # no record need be read for each job of a sweep
+        return False
     with suppress(UsageError):  # a damaged record, which the run itself reports
         record = Record.find(directory, hash_rows=False)
         return record is not None and identity.has_other_defaults(record.params, cfg)

@@ -141,13 +141,14 @@ class Composer:
             return Job.impossible(kept, skipped_keys, explain_composition(error))
         return Job(kept, cfg, run_directory.path_of(cfg), skipped_keys)
 
-    def unused(self, overrides: Sequence[str], options: Mapping[str, Sequence[str]]) -> set[str]:
+    def unused(self, overrides: Sequence[str], drawn: Mapping[str, Override]) -> set[str]:
         """The keys of a search that all its jobs skip, whichever options they have.
 
         Args:
             overrides: the overrides of one job.
-            options: the options of each group from which the search chooses.
+            drawn: what the search draws from, by key; only that of groups matters here.
         """
+        options = {key: found for key, each in drawn.items() if key in self.groups and (found := values(each))}
         point = {each.split("=")[0]: each for each in overrides}
         unused = set(point)
         for combination in product(*options.values()):

@@ -140,9 +140,7 @@ class JobLauncher(Launcher):
                 refuse_as_choice(override)
         if not legal:
             raise UsageError(batch[0].error)
-        groups = [override for override in swept if override.key_or_group in self._composer.groups]
-        options = {override.key_or_group: found for override in groups if (found := values(override))}
-        if unused := self._composer.unused(overrides, options):
+        if unused := self._composer.unused(overrides, {override.key_or_group: override for override in swept}):
             raise UsageError(explain_key(min(unused), sorted(identity.flat(legal[0]))))
         for refused, why in (
             (any(cfg.data.final for cfg in legal), FINAL),

@@ -120,8 +120,7 @@ class StudySweeper(GridSweeper):
         base = self.composer(fixed)
         if not base.cfg:  # the fixed values may contradict the defaults of the keys that are drawn
             base = self.composer([*fixed, *studies.first(space)])
-        options = {key: found for key in drawn if key in self.composer.groups and (found := values(drawn[key]))}
-        unused = self.composer.unused([*fixed, *studies.first(space)], options)
+        unused = self.composer.unused([*fixed, *studies.first(space)], drawn)
         unused -= {key for key in known_keys() if overrides.get(key) in params}  # the sweep is for several methods
         refuse_unused([replace(base, skipped_keys=sorted(unused))])
         if not space:
